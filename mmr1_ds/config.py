@@ -1,0 +1,225 @@
+"""The run configuration: one typed tree, EasyR1's names where EasyR1 has the key.
+
+Reading files and the command line is `config_loading`, upstream's other spellings are `config_upstream`, what must
+hold between keys is `config_checks`. Ranges in the comments are those that `config_checks` holds a run to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class DataConfig:
+    """What is asked, how it is read, and in which order prompts are drawn."""
+
+    train_files: Any = ""  # path, directory, hub name, each with an optional @split, or a list of them
+    val_files: Any = ""  # the same; "" = no validation
+    prompt_key: str = "prompt"  # column with the question
+    answer_key: str = "answer"  # column with the ground truth the reward compares with
+    image_key: str = "images"  # column with the images (bytes, paths or PIL); text-only data has none
+    id_key: str | None = None  # column with a stable id; null = a digest of the row's content
+    category_key: str | None = None  # column that groups similar prompts; null = no groups
+    image_dir: str | None = None  # folder that relative image paths start from
+    system_prompt: str | None = None  # system message before every prompt; null = none
+    format_prompt: str | None = None  # jinja template over `content`: its path, or the template itself
+    max_prompt_length: int = 512  # tokens, images included, >= 1
+    max_response_length: int = 512  # tokens, >= 1
+    rollout_batch_size: int = 512  # prompts a step, >= 1, a multiple of worker.actor.global_batch_size
+    val_batch_size: int = -1  # prompts a validation call, >= 1, or -1 = all at once
+    shuffle: bool = True  # false with no sampling_strategy given means sequential
+    seed: int = 1  # of the order and the draws, >= 0
+    min_pixels: int | None = 262144  # smaller images are enlarged to this many pixels, >= 1; null = as they are
+    max_pixels: int | None = 4194304  # larger images are shrunk to this many pixels, >= min_pixels; null = as they are
+    filter_overlong_prompts: bool = True  # drop prompts over max_prompt_length, and say how many
+    filter_overlong_prompts_workers: int = 16  # processes that measure prompts, >= 1
+    sampling_strategy: str = "shuffle"  # shuffle | sequential | curriculum (variance-aware sampling)
+    curriculum_metrics: list[str] = field(default_factory=lambda: ["learnability"])  # parts of the score, by name
+    curriculum_metric_weights: list[float] = field(default_factory=lambda: [1.0])  # one a metric, >= 0
+    curriculum_mixture_ratio: float = 0.5  # lambda: share of the batch drawn by score, [0, 1]; the rest in turn
+    curriculum_update_freq: int = 4  # T: steps between refreshes, >= 0; 0 = at each epoch's end
+    curriculum_rollout_n: int = 8  # responses a prompt in a refresh, >= 2
+    curriculum_rollout_batch_size: int = 8192  # prompts a chunk of a refresh, over all ranks, >= 1
+    curriculum_momentum: float = 0.0  # m: w <- m*w_old + (1-m)*w_new, [0, 1); 1 would freeze the weights
+    curriculum_refresh: str = "full"  # full: roll the whole data set, the paper's Algorithm 1
+    curriculum_replacement: bool = True  # draw the scored part with replacement, as the paper does
+    curriculum_weight_floor: float = 0.01  # added to the normalised weights, [0, 1]; > 0 keeps every prompt reachable
+
+
+@dataclass
+class AlgorithmConfig:
+    """The estimator of advantages and the pull towards the reference."""
+
+    adv_estimator: str = "grpo"  # grpo
+    disable_kl: bool = False  # true: no reference model and no KL term
+    use_kl_loss: bool = True  # KL in the loss; false only together with disable_kl
+    kl_penalty: str = "low_var_kl"  # low_var_kl (k3)
+    kl_coef: float = 1.0e-2  # weight of the KL term in the loss, >= 0
+
+
+@dataclass
+class ModelConfig:
+    """The model that is trained; the reference starts as a copy of it."""
+
+    model_path: str | None = None  # folder with *.safetensors, or a hub id org/name; required
+    tokenizer_path: str | None = None  # null = model_path
+    override_config: dict[str, Any] = field(default_factory=dict)  # keys of the model's own config.json to replace
+    enable_gradient_checkpointing: bool = True  # recompute activations in the backward: less memory, a third slower
+    trust_remote_code: bool = False  # run code that comes with the model
+    freeze_vision_tower: bool = False  # train the language model only
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning-rate schedule, in optimiser steps."""
+
+    lr: float = 1.0e-6  # highest learning rate, > 0
+    betas: tuple[float, float] = (0.9, 0.999)  # decay of the two moments, each in [0, 1)
+    weight_decay: float = 1.0e-2  # decoupled, >= 0
+    strategy: str = "adamw"  # adamw
+    lr_warmup_ratio: float = 0.0  # share of the run's optimiser steps spent warming up, [0, 1]
+    lr_warmup_steps: int | None = None  # optimiser steps, >= 0, instead of the ratio
+    lr_scheduler_type: str = "constant"  # constant | cosine | linear, after the warm-up
+    min_lr_ratio: float = 0.0  # where cosine and linear end, as a share of lr, [0, 1]
+
+
+@dataclass
+class OffloadConfig:
+    """What ZeRO-3 keeps in host memory. On a CPU run everything is there already."""
+
+    offload_params: bool = False  # parameters
+    offload_optimizer: bool = False  # optimiser states, and the optimiser step with them
+
+
+@dataclass
+class ActorConfig:
+    """The update."""
+
+    global_batch_size: int = 256  # prompts (worker.rollout.n responses each) an optimiser step, a multiple of the ranks
+    micro_batch_size_per_device_for_update: int = 4  # responses a forward and backward, >= 1
+    micro_batch_size_per_device_for_experience: int = 16  # responses a forward for log-probabilities, >= 1
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm, > 0
+    clip_ratio_low: float = 0.2  # the ratio is clipped below at 1 - this, [0, 1)
+    clip_ratio_high: float = 0.3  # and above at 1 + this, >= 0
+    clip_ratio_dual: float = 3.0  # bound of the loss for negative advantages (dual clip), > 1
+    loss_avg_mode: str = "token"  # token: mean over all response tokens of the optimiser step
+    ppo_epochs: int = 1  # passes over each rollout batch, >= 1
+    deepspeed: Any = None  # JSON DeepSpeed config: its path, or inline; null = configs/deepspeed/zero3_{h100,cpu}.json
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+
+
+@dataclass
+class RefConfig:
+    """The frozen reference."""
+
+    offload: OffloadConfig = field(default_factory=OffloadConfig)  # offload_params only: it has no optimiser
+
+
+@dataclass
+class ValidationSampling:
+    """How validation answers are sampled."""
+
+    temperature: float = 0.0  # >= 0, 0 = greedy
+    top_p: float = 1.0  # (0, 1]
+    top_k: int = -1  # >= 1, or -1 = all
+    n: int = 1  # answers a prompt, >= 1; accuracies are averaged
+
+
+@dataclass
+class RolloutConfig:
+    """How responses are sampled while training."""
+
+    engine: str = "auto"  # auto (vllm where it is installed) | vllm | hf (transformers)
+    n: int = 8  # responses a prompt (the group), >= 2
+    temperature: float = 1.0  # > 0
+    top_p: float = 1.0  # (0, 1]
+    top_k: int = -1  # >= 1, or -1 = all
+    seed: int = 1  # >= 0
+    limit_images: int = 0  # images a prompt at most, >= 0; 0 = as many as the data has
+    dtype: str = "auto"  # auto (bf16 on GPU, fp32 on CPU) | bf16 | fp32
+    gpu_memory_utilization: float = 0.6  # share of the GPU that vLLM may take, (0, 1]
+    kv_cache_gb: float | None = None  # GB of vLLM's key-value cache, > 0, CPU only
+    enforce_eager: bool = False  # true: no CUDA graphs; starts sooner, samples slower
+    enable_chunked_prefill: bool = True  # false needs max_num_batched_tokens >= max_model_len
+    tensor_parallel_size: int = 1  # ranks that share one vLLM engine, a divisor of the ranks
+    max_model_len: int | None = None  # tokens; null = max_prompt_length + max_response_length, never less
+    max_num_batched_tokens: int = 8192  # tokens vLLM schedules at once, >= 1
+    max_num_seqs: int = 256  # responses vLLM samples at once, >= 1
+    val_override_config: ValidationSampling = field(default_factory=ValidationSampling)
+
+
+@dataclass
+class RewardConfig:
+    """What scores a response."""
+
+    reward_function: str = "math"  # math (0.9 boxed answer + 0.1 format), or path/file.py:function
+    reward_function_kwargs: dict[str, Any] = field(default_factory=dict)  # passed to every call
+    num_workers: int = 4  # processes a rank, >= 1
+    timeout_seconds: float = 10.0  # a response, > 0; past it the response counts as failed
+
+
+@dataclass
+class WorkerConfig:
+    """The parts that do the work, each with its own section."""
+
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how often, where."""
+
+    total_episodes: int = 15  # passes over the data set, >= 1
+    max_steps: int | None = None  # steps, >= 1, instead of total_episodes
+    project_name: str = "mmr1_ds"  # for wandb
+    experiment_name: str = "default"  # names the run directory
+    run_dir: str | None = None  # null = runs/<experiment_name>
+    logger: list[str] = field(
+        default_factory=lambda: ["console", "jsonl"]
+    )  # and tensorboard, wandb; jsonl is always on
+    nnodes: int = 1  # machines, >= 1
+    n_gpus_per_node: int = 8  # ranks a node, >= 1; nnodes * n_gpus_per_node must be what was launched
+    val_freq: int = -1  # steps between validations, >= 1, or -1 = none after the first
+    val_before_train: bool = True  # validate before the first step
+    val_only: bool = False  # validate and stop
+    val_generations_to_log: int = 0  # validation answers logged, >= 0
+    save_freq: int = -1  # steps between checkpoints, >= 1, or -1 = only after the last
+    save_limit: int = -1  # checkpoints kept, >= 1, or -1 = all
+    save_checkpoint_path: str | None = None  # null = <run_dir>/checkpoints
+    load_checkpoint_path: str | None = None  # a global_step_N folder to start from; null = none
+    resume: bool = True  # go on from the newest good checkpoint of save_checkpoint_path
+    dry_run: bool = False  # check everything, print the plan, load no model
+    collective_timeout_seconds: float = 1800.0  # deadline of every collective, > 0
+
+
+@dataclass
+class RunConfig:
+    """The whole run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+__all__ = [
+    "ActorConfig",
+    "AlgorithmConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OffloadConfig",
+    "OptimConfig",
+    "RefConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrainerConfig",
+    "ValidationSampling",
+    "WorkerConfig",
+]

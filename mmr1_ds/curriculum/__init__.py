@@ -1,0 +1,1 @@
+"""The curriculum: which prompts a step trains on, and what it learns from their responses."""

@@ -1,0 +1,291 @@
+"""The coordinator: draws each step's prompts and learns from their responses. The same object on every rank.
+
+The table lives on rank 0; every method marked "Collective" must be called by all ranks in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mmr1_ds.config import DataConfig
+from mmr1_ds.curriculum import storage
+from mmr1_ds.curriculum.refresh import Refresh
+from mmr1_ds.curriculum.sampler import PromptSampler
+from mmr1_ds.curriculum.scores import check_metrics, variance_promotion_score
+from mmr1_ds.curriculum.statistics import PromptStatistics, from_records, to_records
+from mmr1_ds.curriculum.table import CurriculumTable
+from mmr1_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_REFUSED = -2  # in the header of a load: rank 0 could not use the state
+_NEVER = -1
+
+
+class Control(Protocol):
+    """The control traffic between ranks. Both methods are collectives."""
+
+    rank: int
+    size: int
+
+    def broadcast_array(self, array: np.ndarray | None, stage: str) -> np.ndarray:
+        """Rank 0's int64 array of one axis, on every rank."""
+
+    def all_gather_array(self, array: np.ndarray, stage: str) -> list[np.ndarray]:
+        """Every rank's array, by rank; first axes may differ."""
+
+
+class Coordinator:
+    """Variance-Aware Sampling with a full refresh (arXiv 2509.21268, Algorithm 1), or plain shuffling.
+
+    A step, counted from 1:
+
+        if coordinator.refresh_due(step):
+            for chunk in coordinator.refresh_chunks():
+                coordinator.observe_refresh(statistics of this rank's part of the chunk)
+            coordinator.finish_refresh(step)
+        indices = coordinator.next_batch(step)
+        coordinator.observe(step, statistics of this rank's groups)
+        metrics = coordinator.metrics()
+    """
+
+    def __init__(
+        self, data: DataConfig, dataset_size: int, prompt_ids: Sequence[str], fingerprint: str, control: Control
+    ) -> None:
+        """Args: dataset_size: P; prompt_ids: (P,), stable across runs; fingerprint: of the data set."""
+        assert dataset_size == len(prompt_ids), (dataset_size, len(prompt_ids))
+        if data.curriculum_refresh != "full":
+            raise UserError(f"data.curriculum_refresh must be full, got {data.curriculum_refresh!r}")
+        check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
+        self.data, self.control = data, control
+        self.num_prompts = dataset_size
+        self.steps_per_epoch = math.ceil(dataset_size / data.rollout_batch_size)
+        self._is_curriculum = data.sampling_strategy == "curriculum"
+        self._last_refresh_step = _NEVER
+        self._refresh: Refresh | None = None
+        self._last_step = 0
+        # The rest is rank 0's.
+        self._sampler = PromptSampler(
+            dataset_size,
+            data.rollout_batch_size,
+            data.seed,
+            data.sampling_strategy,
+            data.curriculum_mixture_ratio,
+            data.curriculum_replacement,
+        )
+        self._table: CurriculumTable | None = None
+        if self._is_rank_0:
+            self._table = CurriculumTable(
+                prompt_ids, fingerprint, data.curriculum_weight_floor, data.curriculum_momentum
+            )
+        self._num_training_rollouts = 0
+        self._num_refresh_rollouts = 0
+        self._batch_metrics: dict[str, float] = {}
+
+    @property
+    def _is_rank_0(self) -> bool:
+        return self.control.rank == 0
+
+    @property
+    def table(self) -> CurriculumTable:
+        """The table; rank 0 only."""
+        assert self._table is not None, f"the curriculum table lives on rank 0, asked on rank {self.control.rank}"
+        return self._table
+
+    # Drawing
+
+    def next_batch(self, step: int) -> np.ndarray:
+        """The prompts of `step` (from 1), (B,) int64. Collective: rank 0 draws, all get the same."""
+        drawn = self._sampler.draw(step, self.table.sampling_weights) if self._is_rank_0 else None
+        self._last_step = step
+        return self.control.broadcast_array(drawn, f"curriculum/next_batch of step {step}")
+
+    def observe(self, step: int, statistics: Sequence[PromptStatistics]) -> None:
+        """Take in this rank's training groups. Collective: all-gathers them to rank 0.
+
+        The weights stay: with a full refresh only a refresh changes them.
+        """
+        observed = self._gather(statistics, f"curriculum/observe of step {step}")
+        if not self._is_rank_0:
+            return
+        self._num_training_rollouts += sum(prompt.num_responses for prompt in observed)
+        self._batch_metrics = _batch_metrics(self.table, observed)
+        self.table.mark_seen(np.array([prompt.index for prompt in observed], dtype=np.int64), step)
+
+    def _gather(self, statistics: Sequence[PromptStatistics], stage: str) -> list[PromptStatistics]:
+        return from_records(np.concatenate(self.control.all_gather_array(to_records(statistics), stage)))
+
+    # Refreshing
+
+    def refresh_due(self, step: int) -> bool:
+        """Whether to refresh before `step`: before the first, then every T steps; T = 0: every epoch of ceil(P / B).
+
+        The same on every rank, without communication.
+        """
+        if not self._is_curriculum:
+            return False
+        interval = self.data.curriculum_update_freq or self.steps_per_epoch
+        return self._last_refresh_step == _NEVER or step - self._last_refresh_step >= interval
+
+    def refresh_chunks(self) -> Iterator[np.ndarray]:
+        """Prompts to roll out, a chunk over all ranks at a time, int64; those of an interrupted refresh left out.
+
+        The same on every rank. Call `observe_refresh` for each chunk, then `finish_refresh`.
+        """
+        if self._refresh is None:
+            self._refresh = Refresh(self.num_prompts)
+        return self._refresh.chunks(self.data.curriculum_rollout_batch_size)
+
+    def observe_refresh(self, statistics: Sequence[PromptStatistics]) -> None:
+        """Take in this rank's part of a chunk. Collective.
+
+        The parts of all ranks make up the chunk; a prompt that several of them hold counts once, by the lowest rank.
+        """
+        refresh = self._refresh
+        assert refresh is not None, "observe_refresh outside a refresh: call refresh_chunks first"
+        for prompt in self._gather(statistics, "curriculum/observe_refresh"):
+            self._num_refresh_rollouts += prompt.num_responses
+            if refresh.done[prompt.index]:
+                continue
+            refresh.done[prompt.index] = True
+            refresh.scores[prompt.index] = variance_promotion_score(
+                prompt, self.data.curriculum_metrics, self.data.curriculum_metric_weights
+            )
+            refresh.pass_rates[prompt.index] = prompt.pass_rate
+            refresh.num_responses[prompt.index] = prompt.num_responses
+
+    def finish_refresh(self, step: int) -> None:
+        """Replace the weights by what the refresh before `step` found, with momentum."""
+        refresh = self._refresh
+        assert refresh is not None, "finish_refresh outside a refresh: call refresh_chunks first"
+        assert refresh.done.all(), f"refresh at step {step} has {np.count_nonzero(~refresh.done)} prompts left"
+        if self._is_rank_0:
+            self.table.replace_scores(refresh.scores, refresh.pass_rates, refresh.num_responses, step)
+        self._last_refresh_step = step
+        self._refresh = None
+
+    # Reporting
+
+    def metrics(self) -> dict[str, float]:
+        """The step's `curriculum/*` metrics on rank 0, nothing elsewhere.
+
+        Weights are those that prompts are drawn by, floor included. `effective_group_fraction` and `log_loss` are
+        of the last observed batch. `log_loss` is in nats a rollout, `random_position` in prompts of the epoch.
+        """
+        if not self._is_rank_0:
+            return {}
+        weights = self.table.sampling_weights
+        metrics = {
+            "curriculum/mean_weight": float(weights.mean(dtype=np.float64)),
+            "curriculum/std_weight": float(weights.std(dtype=np.float64)),
+            "curriculum/min_weight": float(weights.min()),
+            "curriculum/max_weight": float(weights.max()),
+            "curriculum/consumed_batches": float(self._last_step),
+            "curriculum/random_position": float(self._sampler.random_position(self._last_step)),
+        }
+        if self._num_training_rollouts:
+            metrics["curriculum/extra_rollout_fraction"] = self._num_refresh_rollouts / self._num_training_rollouts
+        return metrics | self._batch_metrics
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resume needs, whatever the number of ranks: numbers, and dictionaries of arrays.
+
+        Rank 0 only. Safe at any moment, in the middle of a refresh too.
+        """
+        return {
+            "fingerprint": self.table.fingerprint,
+            "settings": self._settings(),
+            "last_step": self._last_step,
+            "last_refresh_step": self._last_refresh_step,
+            "num_training_rollouts": self._num_training_rollouts,
+            "num_refresh_rollouts": self._num_refresh_rollouts,
+            "table": self.table.state_dict(),
+            "refresh": self._refresh.state_dict() if self._refresh is not None else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a saved state, which rank 0 gives and the others need not. Collective.
+
+        Raises: UserError, on every rank, when the state is of another data set.
+        """
+        self._load(lambda: state)
+
+    def save(self, folder: Path) -> None:
+        """Write the state as safetensors and JSON files into an existing folder. Rank 0 writes, the others return."""
+        if self._is_rank_0:
+            storage.write_state(self.state_dict(), folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote; rank 0 reads. Collective. Raises: as `load_state_dict`."""
+        self._load(lambda: storage.read_state(folder))
+
+    def _load(self, read: Callable[[], Mapping[str, Any] | None]) -> None:
+        header = np.array([_REFUSED, 0, 0], dtype=np.int64)
+        try:
+            if self._is_rank_0:
+                state = read()
+                assert state is not None, "rank 0 must give the state to load"
+                header = self._take_over(state)
+        finally:
+            # Also when rank 0 raises: the others wait here, and must hear of it.
+            shared = self.control.broadcast_array(header if self._is_rank_0 else None, "curriculum/load")
+        if shared[0] == _REFUSED:
+            raise UserError("rank 0 could not use the checkpoint's curriculum; its message says why")
+        self._last_refresh_step, self._last_step = int(shared[0]), int(shared[1])
+        if not shared[2]:
+            self._refresh = None
+            return
+        done = np.flatnonzero(self._refresh.done) if self._is_rank_0 and self._refresh else None
+        done = self.control.broadcast_array(done, "curriculum/load of a refresh underway")
+        if not self._is_rank_0:
+            self._refresh = Refresh(self.num_prompts)
+            self._refresh.done[done] = True
+
+    def _take_over(self, state: Mapping[str, Any]) -> np.ndarray:
+        """Fill rank 0 from the state. Returns: what every rank needs of it, as int64."""
+        positions = self.table.load_state_dict(state["table"], state["fingerprint"])
+        changed = {name: (old, self._settings()[name]) for name, old in state["settings"].items()}
+        changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
+        if changed:
+            listed = ", ".join(f"data.{name} {old} -> {new}" for name, (old, new) in changed.items())
+            logger.warning("the checkpoint drew with other settings (%s): its walk through the data changes", listed)
+        if state["refresh"]:
+            self._refresh = Refresh(self.num_prompts)
+            self._refresh.load_state_dict(state["refresh"], positions)
+        self._num_training_rollouts = state["num_training_rollouts"]
+        self._num_refresh_rollouts = state["num_refresh_rollouts"]
+        self._batch_metrics = {}
+        return np.array([state["last_refresh_step"], state["last_step"], bool(state["refresh"])], dtype=np.int64)
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings that a draw depends on, besides the table."""
+        return {
+            "seed": self.data.seed,
+            "rollout_batch_size": self.data.rollout_batch_size,
+            "sampling_strategy": self.data.sampling_strategy,
+            "curriculum_mixture_ratio": self.data.curriculum_mixture_ratio,
+            "curriculum_replacement": self.data.curriculum_replacement,
+        }
+
+
+def _batch_metrics(table: CurriculumTable, observed: Sequence[PromptStatistics]) -> dict[str, float]:
+    if not observed:
+        return {}
+    metrics = {"curriculum/effective_group_fraction": sum(p.is_effective for p in observed) / len(observed)}
+    predicted = table.predicted_pass_rates(np.array([prompt.index for prompt in observed], dtype=np.int64))
+    pass_rates = np.array([prompt.pass_rate for prompt in observed])
+    num_rollouts = np.array([prompt.num_responses for prompt in observed], dtype=np.float64)
+    tested = ~np.isnan(predicted) & ~np.isnan(pass_rates)
+    if tested.any():
+        p, q = pass_rates[tested], predicted[tested]
+        losses = -(p * np.log(q) + (1.0 - p) * np.log1p(-q))
+        metrics["curriculum/log_loss"] = float(np.average(losses, weights=num_rollouts[tested]))
+    return metrics

@@ -1,0 +1,99 @@
+"""What one group of responses says about its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, dataclass, fields
+
+import mmr1_kernels
+import numpy as np
+
+from mmr1_ds.curriculum.scores import needs_edit_distance
+from mmr1_ds.records import ScoredGroup
+
+
+@dataclass(frozen=True)
+class PromptStatistics:
+    """Rewards and diversity of the responses to one prompt."""
+
+    index: int  # of the prompt, position in the data set
+    num_responses: int
+    pass_rate: float  # [0, 1]; NaN when no accuracy is known
+    reward_mean: float
+    reward_variance: float  # population variance; exactly 0 if and only if all rewards are equal
+    self_bleu: float  # [0, 1], 1 = all the same
+    distinct_3: float  # [0, 1]
+    edit_distance: float = float("nan")  # [0, 1], over the longer response; NaN when not asked for
+
+    @property
+    def is_effective(self) -> bool:
+        """Whether the group teaches anything: rewards all equal mean advantages all zero."""
+        return self.reward_variance != 0.0
+
+
+def prompt_statistics(
+    scored_groups: Sequence[ScoredGroup], eos_token_ids: Collection[int], metrics: Sequence[str]
+) -> list[PromptStatistics]:
+    """Statistics of each group, in order; the edit distance only if `metrics` asks for it.
+
+    All groups have the same number of responses. A trailing end-of-sequence is not scored: what a response says
+    does not depend on whether it was cut off.
+    """
+    if not scored_groups:
+        return []
+    sizes = {len(scored.group.responses) for scored in scored_groups}
+    assert len(sizes) == 1, f"groups of one call must have one size, got {sorted(sizes)}"
+    group_size = sizes.pop()
+    token_ids, offsets = _pack(scored_groups, frozenset(eos_token_ids))
+    rewards = np.concatenate([scored.rewards.overall for scored in scored_groups]).astype(np.float32)
+    accuracies = np.concatenate([scored.rewards.accuracy for scored in scored_groups]).astype(np.float32)
+    groups = mmr1_kernels.group_statistics(token_ids, offsets, rewards, accuracies, group_size)
+    if needs_edit_distance(metrics):
+        edit_distances = mmr1_kernels.mean_edit_distance(token_ids, offsets, group_size)
+    else:
+        edit_distances = np.full(len(scored_groups), np.nan)
+    return [
+        PromptStatistics(
+            index=scored.group.prompt.index,
+            num_responses=group_size,
+            pass_rate=float(groups.pass_rate[position]),
+            reward_mean=float(groups.reward_mean[position]),
+            reward_variance=float(groups.reward_variance[position]),
+            self_bleu=float(groups.self_bleu[position]),
+            distinct_3=float(groups.distinct[position, 2]),
+            edit_distance=float(edit_distances[position]),
+        )
+        for position, scored in enumerate(scored_groups)
+    ]
+
+
+def _pack(scored_groups: Sequence[ScoredGroup], eos_token_ids: frozenset[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Response tokens end to end, int32 (total,), and where each response begins and ends, int64 (B + 1,)."""
+    responses = [
+        _without_trailing_eos(response.token_ids, eos_token_ids)
+        for scored in scored_groups
+        for response in scored.group.responses
+    ]
+    offsets = np.cumsum([0, *map(len, responses)], dtype=np.int64)
+    token_ids = np.fromiter((token for tokens in responses for token in tokens), np.int32, count=int(offsets[-1]))
+    return token_ids, offsets
+
+
+def _without_trailing_eos(token_ids: tuple[int, ...], eos_token_ids: frozenset[int]) -> tuple[int, ...]:
+    end = len(token_ids)
+    while end and token_ids[end - 1] in eos_token_ids:
+        end -= 1
+    return token_ids[:end]
+
+
+def to_records(statistics: Sequence[PromptStatistics]) -> np.ndarray:
+    """As float64 (K, number of fields), for a collective. Exact: an index stays below 2^53."""
+    return np.array([astuple(prompt) for prompt in statistics], dtype=np.float64).reshape(-1, _NUM_FIELDS)
+
+
+def from_records(records: np.ndarray) -> list[PromptStatistics]:
+    """The inverse of `to_records`."""
+    return [PromptStatistics(int(row[0]), int(row[1]), *map(float, row[2:])) for row in records]
+
+
+_NUM_FIELDS = len(fields(PromptStatistics))

@@ -1,0 +1,150 @@
+"""The curriculum table: what rank 0 remembers of every prompt. P = prompts in the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from mmr1_ds.errors import UserError
+
+_COLUMNS: dict[str, tuple[type[np.generic], float]] = {  # name -> type and the value of a prompt never seen
+    "raw_score": (np.float32, np.nan),  # last VPS as scored
+    "weight": (np.float32, np.nan),  # normalised over the data set, with momentum, [0, 1]
+    "pass_rate": (np.float32, np.nan),  # of the last refresh: what the weights believe
+    "num_responses": (np.int32, 0),  # behind that pass rate
+    "last_seen_step": (np.int32, -1),  # rolled out last, in training or in a refresh
+}
+
+
+class CurriculumTable:
+    """Per-prompt scores, and the weights to draw by."""
+
+    def __init__(
+        self, prompt_ids: Sequence[str], fingerprint: str, weight_floor: float = 0.0, momentum: float = 0.0
+    ) -> None:
+        """Nothing known: uniform weights.
+
+        Args:
+            prompt_ids: (P,) stable across runs; unique if the data set's order is to change between them.
+            fingerprint: of the data set; a saved table of another one is refused.
+            weight_floor: share of the largest weight that every prompt keeps, [0, 1].
+            momentum: m in w <- m * w_old + (1 - m) * w_new, [0, 1).
+        """
+        assert len(prompt_ids) > 0, "the data set has no prompts"
+        self.prompt_ids = prompt_ids
+        self.fingerprint = fingerprint
+        self.weight_floor = weight_floor
+        self.momentum = momentum
+        self._columns = {
+            name: np.full(len(prompt_ids), unseen, dtype=dtype) for name, (dtype, unseen) in _COLUMNS.items()
+        }
+        self._sampling_weights = self._make_sampling_weights()
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def column(self, name: str) -> np.ndarray:
+        """One column (P,), read only: raw_score, weight, pass_rate, num_responses or last_seen_step."""
+        view = self._columns[name].view()
+        view.flags.writeable = False
+        return view
+
+    @property
+    def sampling_weights(self) -> np.ndarray:
+        """(P,) float32, floor <= w <= 1, read only; a new array whenever it changes, so its identity is its version."""
+        return self._sampling_weights
+
+    def replace_scores(self, scores: np.ndarray, pass_rates: np.ndarray, num_responses: np.ndarray, step: int) -> None:
+        """Take the scores of a refresh of the whole data set: normalise, then blend with the old weights.
+
+        As upstream, scores are min-max normalised over the data set before the momentum. A prompt whose score is
+        NaN keeps its old row; without one it gets the mean weight.
+
+        Args: scores, pass_rates: (P,) float; num_responses: (P,) int; step: of the refresh.
+        """
+        known = ~np.isnan(scores)
+        new = min_max_normalise(scores)
+        old = self._columns["weight"]
+        blended = np.where(np.isnan(old), new, self.momentum * old + (1.0 - self.momentum) * new)
+        for name, values in (("raw_score", scores), ("weight", blended), ("last_seen_step", step)):
+            self._columns[name] = np.where(known, values, self._columns[name]).astype(_COLUMNS[name][0])
+        known_rate = ~np.isnan(pass_rates)
+        for name, values in (("pass_rate", pass_rates), ("num_responses", num_responses)):
+            self._columns[name] = np.where(known_rate, values, self._columns[name]).astype(_COLUMNS[name][0])
+        self._sampling_weights = self._make_sampling_weights()
+
+    def mark_seen(self, indices: np.ndarray, step: int) -> None:
+        """Remember that these prompts were rolled out; their weights stay."""
+        self._columns["last_seen_step"][indices] = step
+
+    def predicted_pass_rates(self, indices: np.ndarray) -> np.ndarray:
+        """(p N + 1/2) / (N + 1) of the last refresh's pass rates, in (0, 1); NaN where there is none."""
+        num_responses = self._columns["num_responses"][indices].astype(np.float64)
+        return (self._columns["pass_rate"][indices] * num_responses + 0.5) / (num_responses + 1.0)
+
+    def _make_sampling_weights(self) -> np.ndarray:
+        weights = self._columns["weight"].astype(np.float64)
+        known = ~np.isnan(weights)
+        weights[~known] = weights[known].mean() if known.any() else 1.0
+        floored = (self.weight_floor + (1.0 - self.weight_floor) * weights).astype(np.float32)
+        floored.flags.writeable = False
+        return floored
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The columns and the prompt ids they belong to, as arrays that safetensors can hold."""
+        encoded = [prompt_id.encode() for prompt_id in self.prompt_ids]
+        ids: dict[str, np.ndarray] = {
+            "prompt_id_bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8).copy(),
+            "prompt_id_offsets": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+        }
+        return ids | {name: column.copy() for name, column in self._columns.items()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray], fingerprint: str) -> np.ndarray:
+        """Take over the columns of a saved table, each value with its prompt id.
+
+        Returns: (P,) int64, the saved position of each of our prompts, to reorder whatever was saved beside it.
+        Raises: UserError when the table is of another data set, by fingerprint or by ids.
+        """
+        saved_ids = decode_prompt_ids(state)
+        if fingerprint != self.fingerprint or len(saved_ids) != len(self):
+            raise UserError(
+                f"the checkpoint's curriculum is of data set {fingerprint} ({len(saved_ids)} prompts), but "
+                f"data.train_files is data set {self.fingerprint} ({len(self)} prompts); "
+                "resume with the same data and settings, or set trainer.resume=false"
+            )
+        positions = self._positions_in(saved_ids)
+        self._columns = {name: state[name][positions].astype(_COLUMNS[name][0]) for name in _COLUMNS}
+        self._sampling_weights = self._make_sampling_weights()
+        return positions
+
+    def _positions_in(self, saved_ids: list[str]) -> np.ndarray:
+        if saved_ids == list(self.prompt_ids):
+            return np.arange(len(self))  # the usual case, and the only one where ids may repeat
+        position_of = {prompt_id: position for position, prompt_id in enumerate(saved_ids)}
+        missing = next((prompt_id for prompt_id in self.prompt_ids if prompt_id not in position_of), None)
+        if missing is not None:
+            raise UserError(
+                f"the checkpoint's curriculum has no prompt {missing!r} though both data sets are "
+                f"{self.fingerprint}; give the rows stable ids (data.id_key), or set trainer.resume=false"
+            )
+        return np.array([position_of[prompt_id] for prompt_id in self.prompt_ids], dtype=np.int64)
+
+
+def min_max_normalise(scores: np.ndarray) -> np.ndarray:
+    """(s - min) / (max - min) over the known scores, float64 (P,); NaN stays. All equal: all 1, which is uniform."""
+    scores = scores.astype(np.float64)
+    known = scores[~np.isnan(scores)]
+    if len(known) == 0:
+        return scores
+    low, high = known.min(), known.max()
+    if low == high:
+        return np.where(np.isnan(scores), np.nan, 1.0)
+    return (scores - low) / (high - low)
+
+
+def decode_prompt_ids(state: Mapping[str, np.ndarray]) -> list[str]:
+    """The prompt ids of a saved table, in its order."""
+    packed, offsets = state["prompt_id_bytes"].tobytes(), state["prompt_id_offsets"].tolist()
+    return [packed[begin:end].decode() for begin, end in pairwise(offsets)]

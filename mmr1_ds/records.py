@@ -1,0 +1,74 @@
+"""The frozen records that cross a stage of the training step.
+
+Shape letters: G groups, N responses a group, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data set, ready to be sampled from."""
+
+    index: int  # position in the (filtered) data set, [0, P)
+    prompt_id: str  # stable across runs and machines: the row's own id, or a digest of its content
+    token_ids: tuple[int, ...]  # chat template applied; ONE placeholder an image, as vLLM takes it
+    images: tuple[Image, ...]  # RGB, already inside the pixel limits
+    ground_truth: str
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled continuation of a prompt."""
+
+    token_ids: tuple[int, ...]  # (T,), the end-of-sequence token included when it was sampled
+    logprobs: tuple[float, ...]  # (T,), natural log, of the distribution that was sampled from
+    finished: bool  # False when cut off at the length limit
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """N responses to one prompt, all sampled by one policy."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    policy_version: int  # optimiser steps the sampling policy had seen
+
+
+@dataclass(frozen=True)
+class GroupRewards:
+    """What the reward said of one group. Responses whose reward failed count as 0."""
+
+    overall: np.ndarray  # (N,) float32, finite
+    accuracy: np.ndarray  # (N,) float32 in [0, 1]; 1 = correct
+    failed: np.ndarray  # (N,) bool: the reward hung, crashed or was not finite
+    parts: Mapping[str, np.ndarray]  # every further key the reward returned, (N,) float32
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group with its rewards: what the actor learns from and the curriculum observes."""
+
+    group: RolloutGroup
+    rewards: GroupRewards
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled. Seeds: response k of prompt i uses seeds[i] + k."""
+
+    num_responses: int
+    temperature: float  # 0 = greedy
+    top_p: float
+    top_k: int  # -1 = all
+    max_tokens: int
