@@ -1,0 +1,148 @@
+"""Checkpoints that are whole or not there at all.
+
+`root/global_step_N/` is written under a temporary name, synced to disk, described by a manifest of sizes and
+digests, and only then renamed; `root/latest` follows last. A kill at any moment leaves the previous one loadable.
+The folder must be one that all ranks see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mmr1_ds.distributed import Ranks
+from mmr1_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_FOLDER = re.compile(r"global_step_(\d+)")
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, root: Path, save_limit: int, ranks: Ranks) -> None:
+        """save_limit: how many to keep, -1 for all."""
+        self._root, self._save_limit, self._ranks = root, save_limit, ranks
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Call `write(folder)` on every rank, then make its files the checkpoint of `step`. Collective."""
+        final = self._root / f"global_step_{step}"
+        temporary = self._root / f".global_step_{step}.tmp"
+        if self._ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted save
+            temporary.mkdir(parents=True)
+        self._ranks.barrier("make the checkpoint folder")
+        write(temporary)
+        self._ranks.barrier("write the checkpoint")
+        manifest = self._describe(temporary)
+        if self._ranks.rank == 0:
+            _write_synced(temporary / MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
+            _sync_folder(temporary)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync_folder(self._root)
+            _write_synced(self._root / "latest.tmp", f"{final.name}\n")
+            (self._root / "latest.tmp").rename(self._root / "latest")
+            self._prune()
+        self._ranks.barrier("publish the checkpoint")
+        return final
+
+    def newest(self) -> tuple[int, Path] | None:
+        """Step and folder of the newest undamaged checkpoint; damaged ones are named and passed over. Collective."""
+        for step, folder in sorted(self._list(), reverse=True):
+            damage = self.damage(folder)
+            if not damage:
+                return step, folder
+            if self._ranks.rank == 0:
+                logger.warning("checkpoint %s is damaged (%s); going back to the one before", folder, damage)
+        return None
+
+    def require(self, folder: Path) -> int:
+        """Step of the checkpoint that the user named. Collective.
+
+        Raises: UserError when it is not one, or is damaged.
+        """
+        match = _FOLDER.fullmatch(folder.name)
+        if match is None or not (folder / MANIFEST).is_file():
+            raise UserError(
+                f"trainer.load_checkpoint_path={folder} is not a checkpoint; name a global_step_N folder of a run"
+            )
+        if damage := self.damage(folder):
+            raise UserError(f"trainer.load_checkpoint_path={folder} is damaged ({damage}); name an earlier one")
+        return int(match[1])
+
+    def damage(self, folder: Path) -> str:
+        """What is wrong with a checkpoint, empty when nothing is. Ranks share the reading. Collective."""
+        found = ""
+        try:
+            expected = json.loads((folder / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError) as error:
+            expected, found = {}, f"{MANIFEST}: {error}"
+        for name in sorted(expected)[self._ranks.rank :: self._ranks.size]:
+            if found := _difference(folder / name, expected[name]):
+                break
+        return next((text for text in self._ranks.all_gather_objects(found, "verify the checkpoint") if text), "")
+
+    def _describe(self, folder: Path) -> dict[str, dict[str, str | int]]:
+        """Size and digest of every file, synced to disk. The ranks share the reading. Collective."""
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        own = {}
+        for name in names[self._ranks.rank :: self._ranks.size]:
+            with open(folder / name, "rb") as file:
+                os.fsync(file.fileno())
+                own[name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": _digest(folder / name)}
+        parts = self._ranks.all_gather_objects(own, "digest the checkpoint")
+        return {name: entry for part in parts for name, entry in sorted(part.items())}
+
+    def _list(self) -> list[tuple[int, Path]]:
+        """Checkpoints as rank 0 sees them. Collective."""
+        found = []
+        if self._ranks.rank == 0 and self._root.is_dir():
+            found = [int(match[1]) for path in self._root.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+        steps = self._ranks.broadcast_array(np.array(sorted(found), dtype=np.int64), "list checkpoints")
+        return [(int(step), self._root / f"global_step_{step}") for step in steps]
+
+    def _prune(self) -> None:
+        steps = sorted(int(match[1]) for path in self._root.iterdir() if (match := _FOLDER.fullmatch(path.name)))
+        if self._save_limit > 0:
+            for step in steps[: -self._save_limit]:
+                shutil.rmtree(self._root / f"global_step_{step}")
+
+
+def _difference(path: Path, expected: dict[str, str | int]) -> str:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+    return "" if _digest(path) == expected["sha256"] else f"{path.name} has another content than was written"
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,196 @@
+"""Ranks, process groups and deadlines. No other module asks who it is or calls a raw collective.
+
+Two groups: the device group (NCCL on GPU, gloo on CPU), which DeepSpeed and vLLM use, and a CPU group beside it
+for control traffic (indices, statistics, metrics), so that a small message never waits behind a large one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmr1_ds.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+# launcher -> (rank, number of ranks, rank on the node)
+_LAUNCHER_VARIABLES = {
+    "environment": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # deepspeed, torchrun
+    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """Which process this is, as its launcher says."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launcher: str  # environment (deepspeed, torchrun) | slurm | mpi | none
+
+
+def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment:
+    """Read the rank from whatever launched the process; one rank of one when nothing did.
+
+    Raises: UserError when a launcher's variables are there in part, or are not numbers in range.
+    """
+    for launcher, names in _LAUNCHER_VARIABLES.items():
+        present = [name for name in names if name in environ]
+        if not present or (launcher == "slurm" and "SLURM_STEP_NUM_TASKS" not in environ):
+            continue  # an sbatch script outside srun has SLURM_PROCID, but is no rank
+        if len(present) < len(names):
+            missing = ", ".join(name for name in names if name not in environ)
+            raise UserError(
+                f"launch environment is partial: {', '.join(present)} set, {missing} not; "
+                "start with deepspeed, torchrun, srun or mpirun, or unset them for a single process"
+            )
+        try:
+            rank, world_size, local_rank = (int(environ[name]) for name in names)
+        except ValueError:
+            values = ", ".join(f"{name}={environ[name]!r}" for name in names)
+            raise UserError(f"launch environment is not made of numbers: {values}") from None
+        if not 0 <= rank < world_size:
+            raise UserError(f"{names[0]}={rank} must be in [0, {names[1]}={world_size})")
+        if world_size > 1 and "MASTER_ADDR" not in environ:
+            raise UserError(f"MASTER_ADDR is not set for {world_size} ranks; export it, and MASTER_PORT")
+        return LaunchEnvironment(rank, world_size, local_rank, launcher)
+    return LaunchEnvironment(0, 1, 0, "none")
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed or ran past its deadline. Names the rank, the stage and the step."""
+
+
+class Ranks:
+    """The process groups of a run. Every method below is a collective unless it says otherwise."""
+
+    def __init__(self, launch: LaunchEnvironment, timeout_seconds: float) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.rank, self.size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
+        self.timeout_seconds = timeout_seconds
+        self.on_gpu = torch.cuda.is_available()
+        self.step = 0  # for messages only
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        self.device = torch.device("cuda", self.local_rank) if self.on_gpu else torch.device("cpu")
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group("nccl" if self.on_gpu else "gloo", timeout=timeout)
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
+
+    @contextmanager
+    def _deadline(self, stage: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise CollectiveError(
+                f"rank {self.rank} of {self.size}: {stage} at step {self.step} failed "
+                f"(deadline {self.timeout_seconds:g} s): {str(error).splitlines()[0]}"
+            ) from error
+
+    def broadcast_array(self, array: np.ndarray | None, stage: str) -> np.ndarray:
+        """Rank 0's int64 array of one axis, on every rank. Other ranks pass None."""
+        import torch
+        import torch.distributed as dist
+
+        with self._deadline(stage):
+            length = torch.tensor([0 if array is None else len(array)])
+            dist.broadcast(length, 0, group=self._control)
+            data = torch.empty(int(length), dtype=torch.int64)
+            if self.rank == 0:
+                assert array is not None and array.dtype == np.int64
+                data = torch.from_numpy(np.ascontiguousarray(array))
+            dist.broadcast(data, 0, group=self._control)
+        return data.numpy().copy()
+
+    def all_gather_array(self, array: np.ndarray, stage: str) -> list[np.ndarray]:
+        """Every rank's array, by rank. First axes may differ in length, the others and the type may not."""
+        import torch
+        import torch.distributed as dist
+
+        with self._deadline(stage):
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(lengths, torch.tensor([len(array)]), group=self._control)
+            longest = max(int(length) for length in lengths)
+            padded = np.zeros((longest, *array.shape[1:]), dtype=array.dtype)
+            padded[: len(array)] = array
+            parts = [torch.empty_like(torch.from_numpy(padded)) for _ in range(self.size)]
+            dist.all_gather(parts, torch.from_numpy(padded), group=self._control)
+        return [part.numpy()[: int(length)] for part, length in zip(parts, lengths, strict=True)]
+
+    def all_gather_objects(self, value: Any, stage: str) -> list[Any]:
+        """Every rank's picklable value, by rank: for messages between ranks of one run, never for state."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        with self._deadline(stage):
+            dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def sum(self, values: Mapping[str, float], stage: str) -> dict[str, float]:
+        """Sum each named number over the ranks, in float64. All ranks pass the same names."""
+        return self._reduce(values, stage, np.sum)
+
+    def max(self, values: Mapping[str, float], stage: str) -> dict[str, float]:
+        """Largest of each named number over the ranks."""
+        return self._reduce(values, stage, np.max)
+
+    def _reduce(self, values: Mapping[str, float], stage: str, operation: Any) -> dict[str, float]:
+        names = sorted(values)
+        local = np.array([[values[name] for name in names]], dtype=np.float64)
+        gathered = np.concatenate(self.all_gather_array(local, stage))
+        return dict(zip(names, operation(gathered, axis=0).tolist(), strict=True))
+
+    def any(self, flag: bool, stage: str) -> bool:
+        """True on every rank if it is true on any."""
+        return self.max({"flag": float(flag)}, stage)["flag"] > 0
+
+    def barrier(self, stage: str) -> None:
+        """Wait for every rank."""
+        self.all_gather_array(np.zeros(0, dtype=np.int64), stage)
+
+    def control_group(self) -> torch.distributed.ProcessGroup:
+        """The CPU group itself, for libraries that want one. Not a collective."""
+        return self._control
+
+    def close(self) -> None:
+        """Take the groups down. Not a collective: also runs on the way out of an error."""
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def batch_slots(batch_size: int, mini_batch_size: int, rank: int, size: int) -> np.ndarray:
+    """Positions of a batch that are this rank's, mini-batch by mini-batch.
+
+    Every mini-batch is split over the ranks on its own, so that an optimiser step sees the same prompts on any
+    number of ranks. Returns: int64, batch_size / size of them.
+    """
+    share = mini_batch_size // size
+    starts = np.arange(0, batch_size, mini_batch_size) + rank * share
+    return (starts[:, None] + np.arange(share)).reshape(-1)

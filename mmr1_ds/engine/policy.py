@@ -1,0 +1,97 @@
+"""The model with its log-probability head, loaded partitioned (ZeRO-3) from the first byte."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from mmr1_ds.config import ModelConfig
+from mmr1_ds.engine.batching import ModelBatch
+
+logger = logging.getLogger(__name__)
+
+
+class PolicyModel(nn.Module):
+    """A transformers model whose forward ends in the log-probabilities of the response tokens.
+
+    One module and one forward, so that DeepSpeed's hooks see the head too. The head runs on response positions
+    only: prompt positions would multiply the largest tensor of the step for nothing.
+    """
+
+    def __init__(self, model: nn.Module, forbidden_token_ids: Sequence[int], temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self._forbidden = list(forbidden_token_ids)
+
+    def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy (nats) of the sampled distribution at each response token.
+
+        The distribution is that of the rollout: temperature applied, forbidden tokens left out.
+        Returns: log-probabilities (T,) with gradient, entropies (T,) without; both float32.
+        """
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.vision
+        ).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden[batch.rows, batch.columns]).float() / self.temperature
+        forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        forbidden[self._forbidden] = True
+        logits = logits.masked_fill(forbidden, float("-inf"))
+        logprobs = logits.log_softmax(dim=-1)
+        with torch.no_grad():
+            entropies = -(logprobs.exp() * logprobs.masked_fill(forbidden, 0.0)).sum(dim=-1)
+        # Without response tokens (a row of padding) the gather is empty but still in the graph, so the
+        # backward reaches every parameter and all ranks reduce the same gradients.
+        return logprobs.gather(-1, batch.targets[:, None]).squeeze(-1), entropies
+
+
+def load_policy(
+    config: ModelConfig,
+    deepspeed_config: Mapping[str, Any],
+    forbidden_token_ids: Sequence[int],
+    temperature: float,
+    dtype: torch.dtype,
+    trainable: bool,
+) -> PolicyModel:
+    """Load a model folder or hub model, each parameter partitioned as it is made.
+
+    Collective: all ranks, same order. Rank 0's copy of the file is the one that counts.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    assert config.model_path is not None
+    deepspeed.init_distributed(auto_mpi_discovery=False)  # adopts the process group that is already there
+    model_config = AutoConfig.from_pretrained(
+        config.model_path, trust_remote_code=config.trust_remote_code, **config.override_config
+    )
+    family = AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
+    partitioned = HfDeepSpeedConfig(dict(deepspeed_config))  # transformers asks for it while it is alive
+    try:
+        model = family.from_pretrained(
+            config.model_path, config=model_config, dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
+    finally:
+        unset_hf_deepspeed_config()  # vLLM in this process must not load its model partitioned
+        del partitioned
+    if not trainable:
+        model.requires_grad_(False)
+    else:
+        if config.freeze_vision_tower:
+            _freeze_vision_tower(model)
+        if config.enable_gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return PolicyModel(model, forbidden_token_ids, temperature)
+
+
+def _freeze_vision_tower(model: nn.Module) -> None:
+    frozen = [parameter for name, parameter in model.named_parameters() if ".visual." in f".{name}"]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    logger.info("vision tower frozen: %d parameter tensors", len(frozen))

@@ -1,0 +1,38 @@
+"""ZeRO-3 shards as a stream of whole parameters, a bucket at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import deepspeed
+from torch import Tensor, nn
+
+BUCKET_BYTES = 1 << 30  # memory for whole parameters at any moment, beside the shards
+
+
+def whole_parameters(model: nn.Module, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter of a ZeRO-3 model once, whole, under its transformers name.
+
+    Tied parameters come once, under the first of their names. A tensor is valid until the next one of another
+    bucket is asked for: copy it, or load it, at once.
+    Collective: all ranks must exhaust it, in the same order.
+    """
+    for bucket in _buckets(model, bucket_bytes):
+        with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+            for name, parameter in bucket:
+                yield name, parameter.data
+
+
+def _buckets(model: nn.Module, bucket_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Consecutive parameters of at most bucket_bytes together; a larger parameter stands alone."""
+    bucket: list[tuple[str, nn.Parameter]] = []
+    filled = 0
+    for name, parameter in model.named_parameters():
+        size = parameter.ds_numel * parameter.element_size()  # numel() is 0 for a partitioned parameter
+        if bucket and filled + size > bucket_bytes:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append((name, parameter))
+        filled += size
+    if bucket:
+        yield bucket

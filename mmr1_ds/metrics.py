@@ -1,0 +1,87 @@
+"""The figures of a step over all ranks, under EasyR1's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+
+from mmr1_ds.config import DataConfig
+from mmr1_ds.distributed import Ranks
+from mmr1_ds.records import ScoredGroup
+
+if TYPE_CHECKING:
+    from mmr1_ds.engine.batching import Trajectory
+    from mmr1_ds.rewards.scoring import RewardCounts
+
+
+def reward_metrics(groups: Sequence[ScoredGroup], failures: RewardCounts | None, ranks: Ranks) -> dict[str, float]:
+    """`reward/<key>`: the mean of each figure the reward returned, over all responses; failures counted.
+
+    A key that only some responses have is averaged over those. Collective.
+    """
+    sums: dict[str, tuple[float, int]] = {}
+    for item in groups:
+        figures = {"overall": item.rewards.overall, "accuracy": item.rewards.accuracy, **item.rewards.parts}
+        for name, values in figures.items():
+            known = values[np.isfinite(values)]
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + float(known.sum(dtype=np.float64)), count + len(known)
+    everyone = ranks.all_gather_objects(sums, "reward metrics")
+    names = sorted({name for part in everyone for name in part})
+    metrics = {}
+    for name in names:
+        total, count = (sum(part.get(name, (0.0, 0))[i] for part in everyone) for i in (0, 1))
+        if count:
+            metrics[f"reward/{name}"] = total / count
+    if failures is not None:
+        counts = {f"reward/{name}": float(value) for name, value in vars(failures).items()}
+        metrics |= ranks.sum(counts, "reward failures")
+    return metrics
+
+
+def step_metrics(
+    groups: Sequence[ScoredGroup],
+    trajectories: Sequence[Trajectory],
+    seconds: Mapping[str, float],
+    data: DataConfig,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Score, advantage, length, time and throughput figures of a training step. Collective."""
+    local = np.array(
+        [
+            (reward, len(item.token_ids), not response.finished, len(item.prompt.token_ids))
+            for item, (reward, response) in zip(
+                trajectories,
+                ((r, s) for g in groups for r, s in zip(g.rewards.overall, g.group.responses, strict=True)),
+                strict=True,
+            )
+        ],
+        dtype=np.float64,
+    )
+    advantages = np.array([item.advantage for item in trajectories])
+    table = np.concatenate(ranks.all_gather_array(np.column_stack([local, advantages]), "step metrics"))
+    score, length, clipped, prompt_length, advantage = table.T
+    metrics = {
+        **_spread("critic/score", score),
+        **_spread("critic/rewards", score),
+        **_spread("critic/advantages", advantage),
+        **_spread("response_length", length),
+        "response_length/clip_ratio": float(clipped.mean()),
+        **_spread("prompt_length", prompt_length),
+    }
+    slowest = ranks.max(seconds, "stage times")
+    metrics |= {f"timing_s/{name}": value for name, value in slowest.items()}
+    tokens = float(length.sum() + prompt_length.sum())
+    metrics |= {
+        "perf/total_num_tokens": tokens,
+        "perf/time_per_step": slowest["step"],
+        "perf/throughput": tokens / slowest["step"] / ranks.size,
+    }
+    return metrics | ranks.sum({"perf/cpu_memory_used_gb": psutil.Process().memory_info().rss / 1e9}, "memory")
+
+
+def _spread(name: str, values: np.ndarray) -> dict[str, float]:
+    return {f"{name}/mean": float(values.mean()), f"{name}/max": float(values.max()), f"{name}/min": float(values.min())}

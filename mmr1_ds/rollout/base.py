@@ -1,0 +1,30 @@
+"""What every rollout engine offers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.records import Prompt, RolloutGroup, SamplingSettings
+
+
+class RolloutEngine(Protocol):
+    """Samples responses from the actor's current policy."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], settings: SamplingSettings
+    ) -> list[RolloutGroup]:
+        """N responses to each prompt; response k of prompt i is sampled with seeds[i] + k.
+
+        Collective: all ranks, each with its own prompts (any number of them, also none).
+        """
+        ...
+
+    def sync_weights(self, actor: Actor) -> None:
+        """Take over the actor's weights. Collective. On return the next generation samples from them."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine. Not a collective."""
+        ...

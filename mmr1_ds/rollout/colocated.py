@@ -1,0 +1,175 @@
+"""vLLM inside the training process: one engine a tensor-parallel group, weights synchronised in place."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
+from mmr1_ds.distributed import Ranks
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.records import Prompt, Response, RolloutGroup, SamplingSettings
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+    from mmr1_ds.data.encoding import PromptEncoder
+
+logger = logging.getLogger(__name__)
+
+_FORBID = -100.0  # vLLM clamps logit biases here; e^-100 is 0 beside any float32 probability
+
+
+class VllmRollout:
+    """One vLLM engine on this rank, or on the ranks of its tensor-parallel group."""
+
+    def __init__(
+        self, config: RolloutConfig, model: ModelConfig, data: DataConfig, ranks: Ranks, encoder: PromptEncoder
+    ) -> None:
+        """Collective: start the engine. Its weights are the model folder's until the first sync."""
+        self._ranks, self._encoder = ranks, encoder
+        self._tensor_parallel_size = config.tensor_parallel_size
+        self._version = 0
+        self._forbidden = dict.fromkeys(encoder.forbidden_token_ids, _FORBID)
+        self._llm: LLM = _start_engine(config, model, data, ranks, encoder)
+        self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], settings: SamplingSettings
+    ) -> list[RolloutGroup]:
+        """See RolloutEngine."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        own = list(zip(prompts, seeds, strict=True))
+        requests, first = self._requests_of_group(own)
+        if not requests:
+            return []
+        inputs: list[Any] = []
+        parameters = []
+        for prompt, seed in requests:
+            item: dict[str, Any] = {"prompt_token_ids": list(prompt.token_ids)}
+            if prompt.images:
+                item["multi_modal_data"] = {"image": list(prompt.images)}
+            inputs.append(item)
+            parameters.append(
+                SamplingParams(
+                    n=settings.num_responses,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    top_k=settings.top_k,
+                    max_tokens=settings.max_tokens,
+                    seed=seed,
+                    logprobs=0,  # the sampled token's only
+                    logit_bias=self._forbidden,
+                    stop_token_ids=list(self._encoder.eos_token_ids),
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+            )
+        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
+        return [
+            self._group(prompt, output)
+            for prompt, output in zip(prompts, outputs[first : first + len(own)], strict=True)
+        ]
+
+    def _requests_of_group(self, own: list[tuple[Prompt, int]]) -> tuple[list[tuple[Prompt, int]], int]:
+        """The requests of all ranks of the tensor-parallel group, in rank order, and where this rank's begin."""
+        if self._tensor_parallel_size == 1:
+            return own, 0
+        everyone = self._ranks.all_gather_objects(own, "share tensor-parallel prompts")
+        leader = self._ranks.rank - self._ranks.rank % self._tensor_parallel_size
+        parts = everyone[leader : leader + self._tensor_parallel_size]
+        before = parts[: self._ranks.rank - leader]
+        return [request for part in parts for request in part], sum(len(part) for part in before)
+
+    def _group(self, prompt: Prompt, output: RequestOutput) -> RolloutGroup:
+        responses = []
+        for completion in output.outputs:
+            token_ids = tuple(completion.token_ids)
+            assert completion.logprobs is not None
+            logprobs = tuple(
+                position[token].logprob for position, token in zip(completion.logprobs, token_ids, strict=True)
+            )
+            responses.append(Response(token_ids, logprobs, finished=completion.finish_reason == "stop"))
+        return RolloutGroup(prompt, tuple(responses), self._version)
+
+    def sync_weights(self, actor: Actor) -> None:
+        """See RolloutEngine."""
+        self._llm.collective_rpc(_reload, args=(actor.weights(), self._head_is_tied))
+        # Everything computed with the old weights: prefix KV, image embeddings, and the processor's cache, which
+        # must forget together with the encoder's or the next generation misses what it believes cached.
+        self._llm.reset_prefix_cache()
+        self._llm.llm_engine.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+        self._version = actor.num_updates_done
+
+    def close(self) -> None:
+        """See RolloutEngine."""
+        if hasattr(self, "_llm"):
+            self._llm.llm_engine.engine_core.shutdown()
+            del self._llm
+            gc.collect()
+
+
+def _start_engine(
+    config: RolloutConfig, model: ModelConfig, data: DataConfig, ranks: Ranks, encoder: PromptEncoder
+) -> LLM:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher runs the engine in this process
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not ranks.on_gpu:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the launcher places the threads
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(int(config.kv_cache_gb or 4))
+    from vllm import LLM
+
+    options: dict[str, Any] = {}
+    if encoder.is_multimodal:
+        options["limit_mm_per_prompt"] = {"image": config.limit_images or 8, "video": 0}
+    dtype = {"auto": "bfloat16" if ranks.on_gpu else "float32", "bf16": "bfloat16", "fp32": "float32"}[config.dtype]
+    return LLM(
+        model=model.model_path,
+        tokenizer=model.tokenizer_path or model.model_path,
+        trust_remote_code=model.trust_remote_code,
+        dtype=dtype,
+        tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend="external_launcher",
+        max_model_len=config.max_model_len or data.max_prompt_length + data.max_response_length,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=config.enforce_eager,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and bans applied
+        generation_config="vllm",  # the run config alone says how to sample
+        disable_log_stats=True,
+        seed=config.seed,
+        **options,
+    )
+
+
+def _reload(worker: Any, weights: Any, head_is_tied: bool) -> None:
+    """Runs in vLLM's worker, which is this process."""
+    from vllm.platforms import current_platform
+
+    worker.reload_weights(weights_iterator=weights)
+    if head_is_tied and current_platform.is_cpu():
+        # vLLM's CPU build packs lm_head into a layout of its own. A reload renews the embedding but not that
+        # copy when the two are tied: log-probabilities then drift, without an error.
+        head, embedding = _head_and_embedding(worker)
+        head.weight = embedding.weight
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _head_is_tied(worker: Any) -> bool:
+    head, embedding = _head_and_embedding(worker)
+    return head is embedding or head.weight is embedding.weight
+
+
+def _head_and_embedding(worker: Any) -> tuple[Any, Any]:
+    model = worker.get_model()
+    language_model = model.get_language_model() if hasattr(model, "get_language_model") else model
+    return language_model.lm_head, language_model.model.embed_tokens

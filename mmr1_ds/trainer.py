@@ -1,0 +1,227 @@
+"""The training loop: GRPO with variance-aware sampling."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from mmr1_ds.checkpoint import Checkpoints
+from mmr1_ds.collect import REFRESH, TRAINING, VALIDATION, Collector, StageClock, response_seeds
+from mmr1_ds.config import RunConfig
+from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.curriculum.statistics import prompt_statistics
+from mmr1_ds.data.dataset import PromptDataset
+from mmr1_ds.distributed import Ranks, batch_slots
+from mmr1_ds.engine.actor import Actor, Reference
+from mmr1_ds.engine.advantages import group_advantages
+from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.logging import MetricsLogger
+from mmr1_ds.metrics import reward_metrics, step_metrics
+from mmr1_ds.records import SamplingSettings, ScoredGroup
+from mmr1_ds.rollout.base import RolloutEngine
+
+if TYPE_CHECKING:
+    from mmr1_ds.data.encoding import PromptEncoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything the loop drives; built by the composition root, which also closes it."""
+
+    ranks: Ranks
+    encoder: PromptEncoder
+    train_data: PromptDataset
+    val_data: PromptDataset | None
+    coordinator: Coordinator
+    collector: Collector
+    rollout: RolloutEngine
+    actor: Actor
+    reference: Reference | None
+    checkpoints: Checkpoints
+    metrics_logger: MetricsLogger
+
+
+class Trainer:
+    """Drives the parts, step by step. Every method is a collective."""
+
+    def __init__(self, config: RunConfig, parts: Parts, num_steps: int) -> None:
+        self._config, self._parts, self._num_steps = config, parts, num_steps
+        self.step = 0  # steps done; within a step, its number
+
+    def fit(self) -> None:
+        """Train from the current step to the last."""
+        config = self._config.trainer
+        self._parts.rollout.sync_weights(self._parts.actor)
+        if config.val_only or (config.val_before_train and self.step == 0):
+            self._log(self.validate())
+        if config.val_only:
+            return
+        self._refresh_if_due()
+        while self.step < self._num_steps:
+            self._begin(self.step + 1)
+            metrics = self.train_step()
+            last = self.step == self._num_steps
+            if config.val_freq > 0 and (last or self.step % config.val_freq == 0):
+                metrics |= self.validate()
+            if not last:
+                metrics |= self._refresh_if_due()
+            self._log(metrics)
+            # After the refresh, so that a resumed run draws by the same weights; after the log, so that a kill
+            # in between leaves no step without its line.
+            if last or (config.save_freq > 0 and self.step % config.save_freq == 0):
+                self._log(self.save())
+
+    def train_step(self) -> dict[str, float]:
+        """Draw, roll out, score, observe, update, synchronise: one step of the algorithm."""
+        clock, parts, start = StageClock(), self._parts, time.perf_counter()
+        with clock("draw"):
+            indices = parts.coordinator.next_batch(self.step)
+            slots = batch_slots(
+                len(indices), self._config.worker.actor.global_batch_size, parts.ranks.rank, parts.ranks.size
+            )
+            prompts = [parts.train_data[int(index)] for index in indices[slots]]
+        seeds = response_seeds(self._config.worker.rollout.seed, TRAINING, self.step, slots)
+        groups, failures = parts.collector.collect(prompts, seeds, self._training_settings(), clock)
+        with clock("curriculum"):
+            parts.coordinator.observe(self.step, self._statistics(groups))
+        trajectories = _trajectories(groups)
+        metrics = self._update(trajectories, clock)
+        with clock("sync"):
+            parts.rollout.sync_weights(parts.actor)
+        clock.seconds["step"] = time.perf_counter() - start
+        metrics |= reward_metrics(groups, failures, parts.ranks)
+        metrics |= step_metrics(groups, trajectories, clock.seconds, self._config.data, parts.ranks)
+        return metrics | parts.coordinator.metrics()
+
+    def _update(self, trajectories: Sequence[Trajectory], clock: StageClock) -> dict[str, float]:
+        actor, reference = self._parts.actor, self._parts.reference
+        pairs = [(item.prompt, item.token_ids) for item in trajectories]
+        micro = self._config.worker.actor.micro_batch_size_per_device_for_experience
+        old: list[Tensor] | None = None
+        ref: list[Tensor] | None = None
+        if actor.needs_old_log_probs(len(trajectories)):
+            with clock("old"):
+                old = actor.log_probs(pairs, micro)
+        if reference is not None:
+            with clock("ref"):
+                ref = reference.log_probs(pairs, micro)
+        with clock("update_actor"):
+            return actor.update(trajectories, old, ref)
+
+    def _refresh_if_due(self) -> dict[str, float]:
+        """Before the next step: roll the whole data set out and renew the weights (the paper's Algorithm 1)."""
+        clock, parts = StageClock(), self._parts
+        if not parts.coordinator.refresh_due(self.step + 1):
+            return {}
+        settings = self._training_settings(self._config.data.curriculum_rollout_n)
+        title = f"curriculum refresh after step {self.step}"
+        with clock("refresh"), parts.metrics_logger.progress(len(parts.train_data), title) as advance:
+            for chunk in parts.coordinator.refresh_chunks():
+                own = chunk[parts.ranks.rank :: parts.ranks.size]  # interleaved: long prompts often lie together
+                prompts = [parts.train_data[int(index)] for index in own]
+                seeds = response_seeds(self._config.worker.rollout.seed, REFRESH, self.step, own)
+                groups, _ = parts.collector.collect(prompts, seeds, settings, StageClock())
+                parts.coordinator.observe_refresh(self._statistics(groups))
+                advance(len(chunk))
+            parts.coordinator.finish_refresh(self.step + 1)
+        return {"timing_s/refresh": clock.seconds["refresh"]}
+
+    def validate(self) -> dict[str, float]:
+        """Rewards on the validation data, as `val/*`."""
+        parts, data = self._parts, self._parts.val_data
+        if data is None:
+            return {}
+        clock, sampling = StageClock(), self._config.worker.rollout.val_override_config
+        settings = SamplingSettings(
+            sampling.n, sampling.temperature, sampling.top_p, sampling.top_k, self._config.data.max_response_length
+        )
+        chunk = self._config.data.val_batch_size if self._config.data.val_batch_size > 0 else len(data)
+        groups: list[ScoredGroup] = []
+        with clock("testing"), parts.metrics_logger.progress(len(data), f"validation after step {self.step}") as advance:
+            for start in range(0, len(data), chunk):
+                own = range(start, min(start + chunk, len(data)))[parts.ranks.rank :: parts.ranks.size]
+                prompts = [data[index] for index in own]
+                # Step 0 for all: validation at different steps shares its seeds, so that runs compare.
+                seeds = response_seeds(self._config.worker.rollout.seed, VALIDATION, 0, own)
+                scored, _ = parts.collector.collect(prompts, seeds, settings, StageClock())
+                groups += scored
+                advance(min(start + chunk, len(data)) - start)
+        if self._config.trainer.val_generations_to_log > 0:
+            self._log_generations(groups)
+        rewards = reward_metrics(groups, None, parts.ranks)
+        metrics = {f"val/{name.removeprefix('reward/')}_reward": value for name, value in rewards.items()}
+        metrics["val/reward_score"] = metrics.pop("val/overall_reward")
+        return metrics | {"timing_s/testing": clock.seconds["testing"]}
+
+    def _training_settings(self, num_responses: int | None = None) -> SamplingSettings:
+        rollout = self._config.worker.rollout
+        return SamplingSettings(
+            num_responses or rollout.n,
+            rollout.temperature,
+            rollout.top_p,
+            rollout.top_k,
+            self._config.data.max_response_length,
+        )
+
+    def _statistics(self, groups: Sequence[ScoredGroup]) -> list:
+        return prompt_statistics(groups, self._parts.encoder.eos_token_ids, self._config.data.curriculum_metrics)
+
+    def _begin(self, step: int) -> None:
+        self.step = self._parts.ranks.step = step
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        self._parts.metrics_logger.log(self.step, metrics)
+
+    def _log_generations(self, groups: Sequence[ScoredGroup]) -> None:
+        decode = self._parts.encoder.decode
+        rows = [
+            {
+                "prompt": decode(item.group.prompt.token_ids),
+                "response": decode(response.token_ids),
+                "ground_truth": item.group.prompt.ground_truth,
+                "score": float(reward),
+            }
+            for item in groups[: self._config.trainer.val_generations_to_log]
+            for response, reward in zip(item.group.responses[:1], item.rewards.overall[:1], strict=True)
+        ]
+        self._parts.metrics_logger.generations(self.step, rows)
+
+    def save(self) -> dict[str, float]:
+        """Write the checkpoint of this step."""
+        clock = StageClock()
+        with clock("save_checkpoint"):
+            self._parts.checkpoints.save(self.step, self._write)
+        return {"timing_s/save_checkpoint": clock.seconds["save_checkpoint"]}
+
+    def _write(self, folder: Path) -> None:
+        self._parts.actor.save(folder / "actor")
+        if self._parts.ranks.rank == 0:
+            (folder / "curriculum").mkdir()
+        self._parts.coordinator.save(folder / "curriculum")
+
+    def resume(self, step: int, folder: Path) -> None:
+        """Go on after `step`, from its checkpoint."""
+        self._parts.actor.load(folder / "actor")
+        self._parts.coordinator.load(folder / "curriculum")
+        self._begin(step)
+        if self._parts.ranks.rank == 0:
+            logger.info("resumed from %s: %d of %d steps are done", folder, step, self._num_steps)
+
+
+def _trajectories(groups: Sequence[ScoredGroup]) -> list[Trajectory]:
+    """Every response of every group, in order, with its advantage."""
+    advantages = group_advantages(np.stack([item.rewards.overall for item in groups]))
+    return [
+        Trajectory(item.group.prompt, response.token_ids, response.logprobs, float(advantage))
+        for item, row in zip(groups, advantages, strict=True)
+        for response, advantage in zip(item.group.responses, row, strict=True)
+    ]

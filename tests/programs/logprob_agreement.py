@@ -1,0 +1,61 @@
+"""Sample with vLLM, update, synchronise, several times; write how far vLLM's log-probabilities were from the actor's.
+
+Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL
+"""
+
+import json
+import sys
+
+import numpy as np
+from settings import deepspeed_configs, small_config
+from tiny_models import make_prompt
+
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.distributed import Ranks, launch_environment
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.records import SamplingSettings
+from mmr1_ds.rollout.colocated import VllmRollout
+from mmr1_ds.rollout.transformers_engine import TransformersRollout
+
+model, out, num_steps, engine, tensor_parallel = sys.argv[1:]
+PROMPTS, RESPONSES = 4, 3
+
+ranks = Ranks(launch_environment(), timeout_seconds=120)
+config = small_config(model, PROMPTS, RESPONSES, micro_batch=3)
+config.worker.rollout.temperature = 0.8  # raw and processed log-probabilities then differ
+config.worker.rollout.tensor_parallel_size = int(tensor_parallel)
+encoder = PromptEncoder(config.worker.actor.model, config.data)
+actor = Actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder, num_updates=100)
+rollout: VllmRollout | TransformersRollout
+if engine == "vllm":
+    rollout = VllmRollout(config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder)
+else:
+    rollout = TransformersRollout(actor, ranks, encoder, log_prob_batch_size=4)
+
+steps = []
+random = np.random.default_rng(5)
+for step in range(int(num_steps)):
+    share = PROMPTS // ranks.size
+    indices = range(step * PROMPTS + ranks.rank * share, step * PROMPTS + (ranks.rank + 1) * share)
+    # Every third prompt is text only; in some micro-batches no prompt has an image at all.
+    prompts = [make_prompt(encoder, i, with_image=encoder.is_multimodal and i % 3 != 0) for i in indices]
+    groups = rollout.generate(
+        prompts, [1000 * i for i in indices], SamplingSettings(RESPONSES, 0.8, 1.0, -1, 12 + step)
+    )
+    trajectories = [
+        Trajectory(group.prompt, response.token_ids, response.logprobs, float(random.normal()))
+        for group in groups
+        for response in group.responses
+    ]
+    metrics = actor.update(trajectories, None, None)
+    rollout.sync_weights(actor)
+    lengths = [len(item.token_ids) for item in trajectories]
+    tokens = [list(item.token_ids) for item in trajectories]
+    forbidden = sum(token in encoder.forbidden_token_ids for row in tokens for token in row)
+    steps.append({**metrics, "lengths": lengths, "tokens": tokens, "forbidden": forbidden})
+if ranks.rank == 0:
+    with open(out, "w", encoding="utf-8") as file:
+        json.dump(steps, file)
+rollout.close()
+ranks.close()

@@ -1,0 +1,60 @@
+"""Update on fixed responses and write the loss curve, the drawn indices and the first parameters' sums.
+
+Usage: loss_curve.py MODEL OUT.json MICRO_BATCH CHECKPOINT_FOLDER|-
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from settings import deepspeed_configs, small_config
+from tiny_models import make_prompt
+
+from mmr1_ds.config import DataConfig
+from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.distributed import Ranks, batch_slots, launch_environment
+from mmr1_ds.engine.actor import Actor, Reference
+from mmr1_ds.engine.batching import Trajectory
+
+model, out, micro_batch, folder = sys.argv[1:]
+BATCH, MINI_BATCH, RESPONSES, STEPS = 8, 4, 3, 3
+
+ranks = Ranks(launch_environment(), timeout_seconds=120)
+config = small_config(model, MINI_BATCH, RESPONSES, int(micro_batch))
+encoder = PromptEncoder(config.worker.actor.model, config.data)
+for_actor, for_reference = deepspeed_configs(config, ranks.size)
+actor = Actor(config, for_actor, ranks, encoder, num_updates=STEPS * BATCH // MINI_BATCH)
+reference = Reference(config, for_reference, ranks, encoder)
+data = DataConfig(sampling_strategy="curriculum", rollout_batch_size=BATCH, seed=7)
+coordinator = Coordinator(data, 29, [str(i) for i in range(29)], "fingerprint", ranks)
+
+
+def fixed_trajectory(index: int, sample: int) -> Trajectory:
+    """Response tokens, sampling log-probabilities and advantage that depend on the two numbers alone."""
+    random = np.random.default_rng((index, sample))
+    length = int(random.integers(1, 15))
+    token_ids = tuple(int(token) for token in random.integers(0, 100, length))
+    prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
+    return Trajectory(prompt, token_ids, tuple(random.normal(-3, 1, length)), float(random.normal()))
+
+
+curve, drawn = [], []
+for step in range(1, STEPS + 1):
+    indices = coordinator.next_batch(step)
+    drawn.append(indices.tolist())
+    slots = batch_slots(BATCH, MINI_BATCH, ranks.rank, ranks.size)
+    trajectories = [fixed_trajectory(int(i), k) for i in indices[slots] for k in range(RESPONSES)]
+    pairs = [(item.prompt, item.token_ids) for item in trajectories]
+    old = actor.log_probs(pairs, 5)
+    curve.append(actor.update(trajectories, old, reference.log_probs(pairs, 5)))
+if folder != "-":
+    Path(folder).mkdir(exist_ok=True, parents=True)
+    actor.save(Path(folder))
+weights = {name: float(tensor.double().sum()) for name, tensor in actor.weights()}
+if ranks.rank == 0:
+    Path(out).write_text(json.dumps({"curve": curve, "drawn": drawn, "weights": weights}), encoding="utf-8")
+torch.distributed.barrier()
+ranks.close()

@@ -1,0 +1,61 @@
+"""The engine on real parts: DeepSpeed ZeRO-3, vLLM and transformers, on one and two ranks."""
+
+import json
+
+import pytest
+from launching import run_ranks
+from tiny_models import save_text_model, save_vision_model
+
+pytestmark = pytest.mark.slow
+
+SAVE = {"vision": save_vision_model, "text": save_text_model}
+
+
+@pytest.mark.parametrize("kind", ["vision", "text"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_vllm_samples_from_the_actor_after_every_sync(tmp_path, kind, tied):
+    model = SAVE[kind](tmp_path / "model", tied=tied)
+    num_ranks = 2 if kind == "vision" else 1
+    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 5, "vllm", 1, num_ranks=num_ranks)
+    steps = json.loads((tmp_path / "out.json").read_text())
+    assert len(steps) == 5
+    for step in steps:
+        assert step["rollout/logprob_diff_max"] < 1e-4
+        assert step["forbidden"] == 0
+        assert step["actor/grad_norm"] > 0.01  # else the sync had nothing to move
+    assert len({tuple(step["lengths"]) for step in steps}) > 1
+
+
+def test_tensor_parallel_vllm_gives_each_rank_its_own_prompts(tmp_path):
+    model = save_text_model(tmp_path / "model")
+    with_two = tmp_path / "two.json"
+    run_ranks("logprob_agreement.py", model, with_two, 3, "vllm", 1, num_ranks=2)
+    steps = json.loads(with_two.read_text())
+    assert all(step["rollout/logprob_diff_max"] < 1e-4 for step in steps)
+
+
+@pytest.mark.parametrize("kind", ["vision", "text"])
+def test_transformers_engine_samples_on_two_ranks(tmp_path, kind):
+    model = SAVE[kind](tmp_path / "model")
+    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 2, "hf", 1, num_ranks=2)
+    steps = json.loads((tmp_path / "out.json").read_text())
+    assert all(step["rollout/logprob_diff_max"] < 1e-4 for step in steps)
+    assert all(step["forbidden"] == 0 for step in steps)
+
+
+@pytest.mark.parametrize("kind", ["vision", "text"])
+def test_ranks_and_micro_batches_change_neither_draws_nor_losses(tmp_path, kind):
+    model = SAVE[kind](tmp_path / "model")
+    results = []
+    for num_ranks, micro_batch in ((1, 12), (1, 4), (2, 2)):
+        out = tmp_path / f"{num_ranks}-{micro_batch}.json"
+        run_ranks("loss_curve.py", model, out, micro_batch, "-", num_ranks=num_ranks)
+        results.append(json.loads(out.read_text()))
+    one = results[0]
+    for other in results[1:]:
+        assert other["drawn"] == one["drawn"]
+        for expected, actual in zip(one["curve"], other["curve"], strict=True):
+            for name in ("actor/pg_loss", "actor/kl_loss", "actor/entropy_loss", "actor/grad_norm", "actor/ppo_kl"):
+                assert actual[name] == pytest.approx(expected[name], abs=1e-4), name
+        for name, value in one["weights"].items():
+            assert other["weights"][name] == pytest.approx(value, abs=1e-3), name
