@@ -21,7 +21,7 @@ class DataConfig:
     image_key: str = "images"  # column with the images (bytes, paths or PIL); text-only data has none
     id_key: str | None = None  # column with a stable id; null = a digest of the row's content
     category_key: str | None = None  # column that groups similar prompts; null = no groups
-    image_dir: str | None = None  # folder that relative image paths start from
+    image_dir: str | None = None  # folder that relative image paths start from; null = the data file's
     system_prompt: str | None = None  # system message before every prompt; null = none
     format_prompt: str | None = None  # jinja template over `content`: its path, or the template itself
     max_prompt_length: int = 512  # tokens, images included, >= 1

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Train on this machine. The scripts beside this one set a model and call it; it is of use alone as well.
+#
+#   JOB_NAME=my_run MODEL_PATH=/path/to/model bash launch/train.sh key=value 'list=[a,b]' ...
+#
+# Environment:
+#   JOB_NAME        names the run directory, runs/JOB_NAME               (default: the config's)
+#   MODEL_PATH      model folder or hub id                               (default: the config's)
+#   CONFIG          run config: a path, or a name in configs/            (default: mmr1_h100)
+#   NUM_GPUS        processes to start                                   (default: the GPUs nvidia-smi lists)
+#   PYTHON          interpreter                                          (default: .venv/bin/python, else python3)
+#   DEEPSPEED_ARGS  further arguments of the deepspeed launcher, as in "--hostfile hosts"
+# Overrides come last and win. Relative paths are relative to where you call it.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
+
+python="${PYTHON:-}"
+if [[ -z "$python" ]]; then
+  if [[ -x "$root/.venv/bin/python" ]]; then python="$root/.venv/bin/python"; else python=python3; fi
+fi
+
+num_gpus="${NUM_GPUS:-}"
+if [[ -z "$num_gpus" ]]; then
+  num_gpus=0
+  if command -v nvidia-smi > /dev/null; then num_gpus="$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)"; fi
+fi
+
+dry_run=false
+for argument in "$@"; do
+  case "$argument" in
+    trainer.dry_run=[Tt]rue) dry_run=true ;;
+    trainer.dry_run=*) dry_run=false ;;
+  esac
+done
+
+arguments=("config=${CONFIG:-mmr1_h100}")
+if [[ -n "${JOB_NAME:-}" ]]; then arguments+=("trainer.experiment_name=$JOB_NAME"); fi
+if [[ -n "${MODEL_PATH:-}" ]]; then arguments+=("worker.actor.model.model_path=$MODEL_PATH"); fi
+
+if [[ "$dry_run" == true ]]; then
+  # One process plans for all ranks: those counted here, or the config's on a machine without GPUs.
+  if (( num_gpus > 0 )); then arguments+=("trainer.n_gpus_per_node=$num_gpus"); fi
+  exec "$python" -m mmr1_ds.train "${arguments[@]}" "$@"
+fi
+if (( num_gpus <= 1 )); then
+  exec "$python" -m mmr1_ds.train "${arguments[@]}" trainer.n_gpus_per_node=1 "$@"
+fi
+read -r -a launcher_arguments <<< "${DEEPSPEED_ARGS:-}"
+exec "$python" -m deepspeed.launcher.runner --num_gpus "$num_gpus" ${launcher_arguments[@]+"${launcher_arguments[@]}"} \
+  --module mmr1_ds.train "${arguments[@]}" "trainer.n_gpus_per_node=$num_gpus" "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Qwen2.5-VL 7B with variance-aware sampling on this machine's GPUs. What else can be set: launch/train.sh
+#
+#   JOB_NAME=my_run bash launch/train_qwen2_5_vl_7b.sh data.train_files=/path/to/data 'data.curriculum_metrics=[learnability]'
+set -euo pipefail
+export JOB_NAME="${JOB_NAME:-qwen2_5_vl_7b}"
+export MODEL_PATH="${MODEL_PATH:-Qwen/Qwen2.5-VL-7B-Instruct}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/train.sh" "$@"

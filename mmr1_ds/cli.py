@@ -1,0 +1,39 @@
+"""The console command `mmr1-ds`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mmr1_ds import train
+
+_ARGUMENTS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
+_EVAL = ("trainer.val_only=true", "trainer.save_freq=-1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns: the exit code; 2 after a user's mistake."""
+    arguments = _parser().parse_args(argv)
+    settings = [*arguments.settings, *_EVAL] if arguments.command == "eval" else arguments.settings
+    return train.main(settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmr1-ds",
+        description="Variance-aware GRPO on DeepSpeed ZeRO-3 and vLLM. "
+        "On several GPUs start it with launch/*.sh, or: deepspeed --module mmr1_ds.train config=FILE ...",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, words in (
+        ("train", "train, going on from the newest checkpoint; trainer.dry_run=true only prints the plan"),
+        ("eval", "validate the model, or the newest checkpoint of the run, on data.val_files"),
+    ):
+        command = commands.add_parser(name, help=words, description=words)
+        command.add_argument("settings", nargs="*", metavar="key=value", help=_ARGUMENTS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

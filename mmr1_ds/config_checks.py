@@ -1,0 +1,330 @@
+"""What must hold of a configuration before any model is loaded: ranges, choices, batch arithmetic, input files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from mmr1_ds.config import RunConfig
+from mmr1_ds.config_schema import nearest
+from mmr1_ds.curriculum.scores import check_metrics
+from mmr1_ds.errors import UserError
+from mmr1_ds.input_files import DataSummary, check_data, check_format_prompt, check_model, check_reward
+from mmr1_ds.logging import check_loggers
+
+# key -> the values implemented, and why there are no others
+_CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
+    "data.sampling_strategy": (("shuffle", "sequential", "curriculum"), ""),
+    "data.curriculum_refresh": (("full",), ""),
+    "algorithm.adv_estimator": (("grpo",), "other estimators are not implemented"),
+    "algorithm.kl_penalty": (("low_var_kl",), "other estimates of the KL are not implemented"),
+    "worker.actor.loss_avg_mode": (("token",), "other averages are not implemented"),
+    "worker.actor.optim.strategy": (("adamw",), "other optimisers are not implemented"),
+    "worker.actor.optim.lr_scheduler_type": (("constant", "cosine", "linear"), ""),
+    "worker.rollout.engine": (("auto", "vllm", "hf"), ""),
+    "worker.rollout.dtype": (("auto", "bf16", "fp32"), ""),
+}
+
+# key -> range, "[" and "]" include the bound
+_RANGES = {
+    "data.max_prompt_length": "[1, inf)",
+    "data.max_response_length": "[1, inf)",
+    "data.rollout_batch_size": "[1, inf)",
+    "data.seed": "[0, inf)",
+    "data.min_pixels": "[1, inf)",
+    "data.max_pixels": "[1, inf)",
+    "data.filter_overlong_prompts_workers": "[1, inf)",
+    "data.curriculum_mixture_ratio": "[0, 1]",
+    "data.curriculum_update_freq": "[0, inf)",
+    "data.curriculum_rollout_n": "[2, inf)",
+    "data.curriculum_rollout_batch_size": "[1, inf)",
+    "data.curriculum_momentum": "[0, 1)",
+    "data.curriculum_weight_floor": "[0, 1]",
+    "algorithm.kl_coef": "[0, inf)",
+    "worker.actor.global_batch_size": "[1, inf)",
+    "worker.actor.micro_batch_size_per_device_for_update": "[1, inf)",
+    "worker.actor.micro_batch_size_per_device_for_experience": "[1, inf)",
+    "worker.actor.max_grad_norm": "(0, inf)",
+    "worker.actor.clip_ratio_low": "[0, 1)",
+    "worker.actor.clip_ratio_high": "[0, inf)",
+    "worker.actor.clip_ratio_dual": "(1, inf)",
+    "worker.actor.ppo_epochs": "[1, inf)",
+    "worker.actor.optim.lr": "(0, inf)",
+    "worker.actor.optim.weight_decay": "[0, inf)",
+    "worker.actor.optim.lr_warmup_ratio": "[0, 1]",
+    "worker.actor.optim.lr_warmup_steps": "[0, inf)",
+    "worker.actor.optim.min_lr_ratio": "[0, 1]",
+    "worker.rollout.n": "[2, inf)",  # a group of one has no advantage
+    "worker.rollout.temperature": "(0, inf)",
+    "worker.rollout.top_p": "(0, 1]",
+    "worker.rollout.seed": "[0, inf)",
+    "worker.rollout.limit_images": "[0, inf)",
+    "worker.rollout.gpu_memory_utilization": "(0, 1]",
+    "worker.rollout.kv_cache_gb": "(0, inf)",
+    "worker.rollout.tensor_parallel_size": "[1, inf)",
+    "worker.rollout.max_model_len": "[1, inf)",
+    "worker.rollout.max_num_batched_tokens": "[1, inf)",
+    "worker.rollout.max_num_seqs": "[1, inf)",
+    "worker.rollout.val_override_config.temperature": "[0, inf)",
+    "worker.rollout.val_override_config.top_p": "(0, 1]",
+    "worker.rollout.val_override_config.n": "[1, inf)",
+    "worker.reward.num_workers": "[1, inf)",
+    "worker.reward.timeout_seconds": "(0, inf)",
+    "trainer.total_episodes": "[1, inf)",
+    "trainer.max_steps": "[1, inf)",
+    "trainer.nnodes": "[1, inf)",
+    "trainer.n_gpus_per_node": "[1, inf)",
+    "trainer.val_generations_to_log": "[0, inf)",
+    "trainer.collective_timeout_seconds": "(0, inf)",
+}
+_COUNT_OR_NONE = (  # >= 1, or -1 for "no limit" or "never"
+    "data.val_batch_size",
+    "worker.rollout.top_k",
+    "worker.rollout.val_override_config.top_k",
+    "trainer.val_freq",
+    "trainer.save_freq",
+    "trainer.save_limit",
+)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a step is made of, in numbers that all divide."""
+
+    world_size: int
+    prompts_per_step: int
+    responses_per_prompt: int
+    optimizer_steps_per_step: int  # ppo_epochs passes over the batch, one step a global batch
+    responses_per_optimizer_step: int  # over all ranks
+    micro_batch_size: int  # responses a rank holds at once in the update
+    micro_batches_per_rank: int  # of one optimiser step: the gradient accumulation
+    experience_micro_batches_per_rank: int  # of one step, a pass for log-probabilities
+    train_data: DataSummary
+    val_data: DataSummary | None
+    total_steps: int | None  # of the run; None while the size of the data is unknown
+    notes: tuple[str, ...]  # what a reader of the plan should know, one line each
+
+    @property
+    def responses_per_step(self) -> int:
+        return self.prompts_per_step * self.responses_per_prompt
+
+
+def check_config(config: RunConfig, world_size: int) -> BatchPlan:
+    """Check everything that can be checked without a model, for a launch of `world_size` ranks.
+
+    Raises: UserError, one line, for the first thing that is wrong.
+    """
+    _check_choices(config)
+    _check_ranges(config)
+    _check_algorithm(config)
+    _check_curriculum(config)
+    _check_lengths(config)
+    _check_ranks(config, world_size)
+    _check_batches(config, world_size)
+    check_model(config.worker.actor.model)
+    check_reward(config.worker.reward)
+    check_format_prompt(config.data)
+    checkpoint = config.trainer.load_checkpoint_path
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise UserError(f"trainer.load_checkpoint_path: no such folder {checkpoint!r}; give a global_step_N folder")
+    train_data = check_data(config.data, "train_files")
+    val_data = check_data(config.data, "val_files") if config.data.val_files else None
+    if config.trainer.val_only and val_data is None:
+        raise UserError("trainer.val_only=true needs data.val_files; it is empty")
+    return _plan(config, world_size, train_data, val_data)
+
+
+def total_training_steps(config: RunConfig, num_prompts: int) -> int:
+    """Steps of the whole run: trainer.max_steps, or total_episodes times P // B, but at least 1 an episode."""
+    if config.trainer.max_steps is not None:
+        return config.trainer.max_steps
+    return config.trainer.total_episodes * max(1, num_prompts // config.data.rollout_batch_size)
+
+
+def value_at(config: RunConfig, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getattr, key.split("."), config)
+
+
+def _check_choices(config: RunConfig) -> None:
+    for key, (choices, reason) in _CHOICES.items():
+        _check_choice(key, value_at(config, key), choices, reason)
+    check_loggers(config.trainer.logger)
+
+
+def _check_choice(key: str, value: str, choices: Sequence[str], reason: str) -> None:
+    if value in choices:
+        return
+    close = nearest(value, choices)
+    advice = reason or (f"did you mean {close}?" if close else "")
+    raise UserError(f"{key} must be {' or '.join(choices)}, got {value}" + (f"; {advice}" if advice else ""))
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for key, interval in _RANGES.items():
+        value = value_at(config, key)
+        if value is not None and not _inside(value, interval):
+            raise UserError(f"{key} must be {_in_words(interval)}, got {value}")
+    for key in _COUNT_OR_NONE:
+        value = value_at(config, key)
+        if value != -1 and value < 1:
+            raise UserError(f"{key} must be 1 or more, or -1, got {value}")
+    for beta in config.worker.actor.optim.betas:
+        if not 0 <= beta < 1:
+            raise UserError(f"worker.actor.optim.betas must each be in [0, 1), got {beta}")
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def _in_words(interval: str) -> str:
+    low = interval[1:].partition(",")[0]
+    if interval.endswith("inf)"):
+        return f"{low} or more" if interval[0] == "[" else f"over {low}"
+    return f"in {interval}"
+
+
+def _check_algorithm(config: RunConfig) -> None:
+    if not config.algorithm.use_kl_loss and not config.algorithm.disable_kl:
+        raise UserError(
+            "algorithm.use_kl_loss=false puts the KL into the reward, which is not implemented; "
+            "set algorithm.use_kl_loss=true, or algorithm.disable_kl=true for no KL"
+        )
+    if not config.data.shuffle and config.data.sampling_strategy == "shuffle":
+        raise UserError(
+            "data.shuffle=false contradicts data.sampling_strategy=shuffle; set data.sampling_strategy=sequential"
+        )
+    if not config.trainer.experiment_name:
+        raise UserError("trainer.experiment_name is empty; it names the run directory")
+
+
+def _check_curriculum(config: RunConfig) -> None:
+    data = config.data
+    check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
+    for name, weight in zip(data.curriculum_metrics, data.curriculum_metric_weights, strict=True):
+        if weight < 0:
+            raise UserError(
+                f"data.curriculum_metric_weights must be >= 0, got {weight} for {name}: "
+                "every metric here is higher for prompts to sample more (self-bleu counts as 1 - self-BLEU)"
+            )
+
+
+def _check_lengths(config: RunConfig) -> None:
+    data, rollout = config.data, config.worker.rollout
+    if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
+        raise UserError(f"data.min_pixels={data.min_pixels} is over data.max_pixels={data.max_pixels}")
+    length = data.max_prompt_length + data.max_response_length
+    if rollout.max_model_len is not None and rollout.max_model_len < length:
+        raise UserError(
+            f"worker.rollout.max_model_len={rollout.max_model_len} is under data.max_prompt_length + "
+            f"data.max_response_length = {data.max_prompt_length} + {data.max_response_length} = {length}; "
+            "raise it or leave it out"
+        )
+    longest = rollout.max_model_len or length
+    if not rollout.enable_chunked_prefill and rollout.max_num_batched_tokens < longest:
+        raise UserError(
+            f"worker.rollout.max_num_batched_tokens={rollout.max_num_batched_tokens} is under the longest sequence "
+            f"({longest} tokens), which worker.rollout.enable_chunked_prefill=false does not allow; "
+            "raise it or allow chunked prefill"
+        )
+
+
+def _check_ranks(config: RunConfig, world_size: int) -> None:
+    trainer = config.trainer
+    asked = trainer.nnodes * trainer.n_gpus_per_node
+    if asked != world_size:
+        raise UserError(
+            f"trainer.nnodes * trainer.n_gpus_per_node = {trainer.nnodes} * {trainer.n_gpus_per_node} = {asked}, "
+            f"but {_count(world_size, 'process was', 'processes were')} started; start {asked} (deepspeed --num_gpus "
+            f"{trainer.n_gpus_per_node}), or set trainer.n_gpus_per_node={max(1, world_size // trainer.nnodes)}"
+        )
+    parallel = config.worker.rollout.tensor_parallel_size
+    if world_size % parallel:
+        raise UserError(
+            f"worker.rollout.tensor_parallel_size must divide the ranks: {world_size} % {parallel} = "
+            f"{world_size % parallel}; set it to 1"
+        )
+
+
+def _check_batches(config: RunConfig, world_size: int) -> None:
+    actor = config.worker.actor
+    prompts, batch, n = config.data.rollout_batch_size, actor.global_batch_size, config.worker.rollout.n
+    micro = actor.micro_batch_size_per_device_for_update
+    if prompts % batch:
+        raise UserError(
+            "data.rollout_batch_size must be a multiple of worker.actor.global_batch_size: "
+            f"{prompts} % {batch} = {prompts % batch}; set data.rollout_batch_size to {_multiples(prompts, batch)}"
+        )
+    if batch % world_size:
+        raise UserError(
+            "worker.actor.global_batch_size must be a multiple of the ranks: "
+            f"{batch} % {world_size} = {batch % world_size}; set it to {_multiples(batch, world_size)}"
+        )
+    responses = batch * n // world_size
+    if responses % micro:
+        raise UserError(
+            "a rank's responses an optimiser step, worker.actor.global_batch_size * worker.rollout.n / ranks, must be "
+            "a multiple of worker.actor.micro_batch_size_per_device_for_update: "
+            f"{batch} * {n} / {world_size} = {responses}, {responses} % {micro} = {responses % micro}; "
+            f"set the micro-batch to {_largest_divisor(responses, micro)}"
+        )
+
+
+def _multiples(value: int, of: int) -> str:
+    below = value // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
+def _largest_divisor(value: int, at_most: int) -> int:
+    return next(divisor for divisor in range(min(at_most, value), 0, -1) if value % divisor == 0)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _plan(config: RunConfig, world_size: int, train_data: DataSummary, val_data: DataSummary | None) -> BatchPlan:
+    actor, n = config.worker.actor, config.worker.rollout.n
+    prompts = config.data.rollout_batch_size
+    responses = actor.global_batch_size * n
+    known = train_data.num_rows is not None or config.trainer.max_steps is not None
+    experience = actor.micro_batch_size_per_device_for_experience
+    return BatchPlan(
+        world_size=world_size,
+        prompts_per_step=prompts,
+        responses_per_prompt=n,
+        optimizer_steps_per_step=prompts // actor.global_batch_size * actor.ppo_epochs,
+        responses_per_optimizer_step=responses,
+        micro_batch_size=actor.micro_batch_size_per_device_for_update,
+        micro_batches_per_rank=responses // world_size // actor.micro_batch_size_per_device_for_update,
+        experience_micro_batches_per_rank=math.ceil(prompts * n // world_size / experience),
+        train_data=train_data,
+        val_data=val_data,
+        total_steps=total_training_steps(config, train_data.num_rows or 0) if known else None,
+        notes=tuple(_notes(config, train_data, val_data)),
+    )
+
+
+def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | None) -> list[str]:
+    notes = []
+    rollout, trainer, size = config.worker.rollout, config.trainer, train_data.num_rows
+    if size is not None and size < config.data.rollout_batch_size:
+        notes.append(
+            f"the data has {size} prompts, a step takes data.rollout_batch_size={config.data.rollout_batch_size}: "
+            "each step repeats prompts"
+        )
+    if rollout.top_p < 1 or rollout.top_k != -1:
+        notes.append(
+            f"worker.rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k} cut the sampled distribution; "
+            "the actor's log-probabilities are of the whole one"
+        )
+    if val_data is None and (trainer.val_freq > 0 or trainer.val_before_train):
+        notes.append("data.val_files is empty: no validation")
+    return notes

@@ -1,0 +1,265 @@
+"""Upstream's spellings: how a configuration written for EasyR1 or MMR1 is read here.
+
+Four kinds of key are not ours. Some are other names of our keys (`RENAMED`). Some name a choice of which only one
+value is implemented here (`ONLY`): that value is taken, another is refused, never ignored. Some steer machinery that
+does not exist here, FSDP and Ray mostly (`IGNORED`): they are named in one warning. A few need a rule each
+(`_translate_special`). FSDP's CPU offload becomes ZeRO's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmr1_ds.errors import UserError
+
+RENAMED = {
+    "data.format_prompt_path": "data.format_prompt",
+    "trainer.find_last_checkpoint": "trainer.resume",
+    "trainer.total_epochs": "trainer.total_episodes",
+    "worker.actor.clip_high": "worker.actor.clip_ratio_high",
+    "worker.actor.clip_low": "worker.actor.clip_ratio_low",
+    "worker.actor.clip_ratio_c": "worker.actor.clip_ratio_dual",
+    "worker.actor.disable_kl": "algorithm.disable_kl",
+    "worker.actor.kl_coef": "algorithm.kl_coef",
+    "worker.actor.kl_loss_coef": "algorithm.kl_coef",
+    "worker.actor.kl_loss_type": "algorithm.kl_penalty",
+    "worker.actor.kl_penalty": "algorithm.kl_penalty",
+    "worker.actor.optim.warmup_style": "worker.actor.optim.lr_scheduler_type",
+    "worker.actor.use_kl_loss": "algorithm.use_kl_loss",
+    "worker.reward.num_cpus": "worker.reward.num_workers",
+    "worker.reward.score_function": "worker.reward.reward_function",
+    "worker.reward.score_function_kwargs": "worker.reward.reward_function_kwargs",
+    "worker.rollout.name": "worker.rollout.engine",
+}
+
+# key -> (values that are what this trainer does, what to do instead of another)
+ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "algorithm.kl_type": (("fixed",), "the KL coefficient is fixed here; set algorithm.kl_coef"),
+    "algorithm.online_filtering": ((False,), "not implemented; use data.sampling_strategy=curriculum"),
+    "data.override_chat_template": ((None,), "set the chat template in the tokenizer's own folder"),
+    "worker.actor.entropy_coef": ((0,), "an entropy bonus is not implemented"),
+    "worker.actor.entropy_coeff": ((0,), "an entropy bonus is not implemented"),
+    "worker.actor.loss_type": (("default",), "the loss is the clipped one"),
+    "worker.actor.model.lora.rank": ((0,), "LoRA is not implemented; all weights are trained"),
+    "worker.actor.ulysses_sequence_parallel_size": ((1,), "sequence parallelism is not implemented"),
+    "worker.actor.ulysses_size": ((1,), "sequence parallelism is not implemented"),
+    "worker.ref.ulysses_sequence_parallel_size": ((1,), "sequence parallelism is not implemented"),
+    "worker.ref.ulysses_size": ((1,), "sequence parallelism is not implemented"),
+    "worker.reward.reward_type": (
+        ("batch", "function"),
+        'for a function of one response, write REWARD_TYPE = "sequential" in the reward file',
+    ),
+    "worker.reward.skip_special_tokens": ((True,), "special tokens are not part of a response's text"),
+    "worker.rollout.ignore_eos": ((False,), "a response ends at its end-of-sequence token"),
+}
+
+# "x.*" is every key below x
+IGNORED = (
+    "algorithm.filter_high",
+    "algorithm.filter_key",
+    "algorithm.filter_low",
+    "algorithm.gamma",  # gamma and lam belong to gae, the kl_ pair to the adaptive controller
+    "algorithm.kl_horizon",
+    "algorithm.kl_target",
+    "algorithm.lam",
+    "data.mini_rollout_batch_size",
+    "data.num_workers",
+    "data.rollout_micro_batch_size",
+    "data.video_fps",
+    "data.video_key",
+    "fault_tolerance.*",
+    "ray_init.*",
+    "ray_kwargs.*",
+    "trainer.critic_warmup",
+    "trainer.max_try_make_batch",
+    "trainer.ray_timeline",
+    "trainer.remove_ckpt_after_load",
+    "trainer.remove_previous_ckpt",
+    "trainer.save_model_only",
+    "worker.actor.dynamic_batching",
+    "worker.actor.fsdp.*",
+    "worker.actor.global_batch_size_per_device",
+    "worker.actor.model.lora.*",
+    "worker.actor.optim.training_steps",
+    "worker.actor.padding_free",
+    "worker.actor.strategy",
+    "worker.actor.tau_negative",
+    "worker.actor.tau_positive",
+    "worker.actor.use_torch_compile",
+    "worker.critic.*",
+    "worker.hybrid_engine",
+    "worker.ref.dynamic_batching",
+    "worker.ref.fsdp.*",
+    "worker.ref.micro_batch_size_per_device_for_experience",
+    "worker.ref.padding_free",
+    "worker.ref.strategy",
+    "worker.ref.use_torch_compile",
+    "worker.reward.api_key",  # a language model as judge: compute_score says whether one is asked for
+    "worker.reward.base_url",
+    "worker.reward.base_urls",
+    "worker.reward.batch_processing",
+    "worker.reward.cos_len_reward_config.*",
+    "worker.reward.model_name",
+    "worker.reward.provider",
+    "worker.reward.workflow_id",
+    "worker.rollout.disable_log_stats",
+    "worker.rollout.disable_tqdm",
+    "worker.rollout.enable_sleep_mode",
+    "worker.rollout.prompt_length",
+    "worker.rollout.response_length",
+    "worker.rollout.trust_remote_code",
+    "worker.rollout.val_override_config.max_tokens",
+    "worker.rollout.val_override_config.min_p",
+    "worker.rollout.val_override_config.repetition_penalty",
+    "worker.rollout.val_override_config.seed",
+)
+
+_VALUES = {
+    "worker.rollout.dtype": {"bfloat16": "bf16", "float32": "fp32"},
+    "algorithm.kl_penalty": {"k3": "low_var_kl"},
+    "worker.actor.loss_avg_mode": {"token-mean": "token"},
+}
+_FSDP_OFFLOAD = {
+    "worker.actor.fsdp.enable_cpu_offload": (
+        "worker.actor.offload.offload_params",
+        "worker.actor.offload.offload_optimizer",
+    ),
+    "worker.ref.fsdp.enable_cpu_offload": ("worker.ref.offload.offload_params",),
+}
+_MATH_FILES = ("examples/reward_function/math.py", "examples/score_function/math.py")
+_LENGTH_REWARD = "worker.reward.cos_len_reward_config."
+
+
+@dataclass
+class Translation:
+    """One source's keys in our names."""
+
+    values: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
+    ignored: list[str] = field(default_factory=list)  # keys, in the order met
+    notes: list[str] = field(default_factory=list)  # a line for each key whose meaning changed on the way
+
+
+def upstream_keys() -> list[str]:
+    """Every upstream key that is read, for the nearest match of a misspelt one."""
+    return [*RENAMED, *ONLY, *(key for key in IGNORED if not key.endswith("*"))]
+
+
+def ours(key: str) -> str:
+    """Our name of a key."""
+    return RENAMED.get(key, key)
+
+
+def translate(flat: Mapping[str, Any], where: str) -> Translation:
+    """Read one source's keys (dotted -> value) in our names. `where` names the source in errors.
+
+    Keys that neither side knows pass through: the schema names them.
+    Raises: UserError for a value whose meaning this trainer does not implement, or a key given under two names.
+    """
+    result = Translation()
+    for key, value in flat.items():
+        if _translate_special(key, value, result):
+            continue
+        if key in ONLY:
+            _accept_only(key, value)
+        elif _is_ignored(key):
+            result.ignored.append(key)
+        else:
+            _set(result, key, value, where)
+    return result
+
+
+def _is_ignored(key: str) -> bool:
+    return any(
+        key == name or (name.endswith("*") and (key.startswith(name[:-1]) or key == name[:-2])) for name in IGNORED
+    )
+
+
+def _accept_only(key: str, value: Any) -> None:
+    accepted, instead = ONLY[key]
+    if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in accepted):
+        known = " or ".join(_text(choice) for choice in accepted)
+        raise UserError(f"{key} must be {known}, got {_text(value)}: {instead}")
+
+
+def _set(result: Translation, key: str, value: Any, where: str) -> None:
+    name = ours(key)
+    if isinstance(value, str):
+        value = _VALUES.get(name, {}).get(value, value)
+        if name == "worker.reward.reward_function" and value.endswith(".py"):
+            value += ":main"  # EasyR1's default
+    if name in result.values and result.values[name] != value:
+        raise UserError(f"{where} gives {name} twice under different names, last as {key}; keep one")
+    result.values[name] = value
+
+
+def _translate_special(key: str, value: Any, result: Translation) -> bool:
+    """The keys with a rule of their own. Returns whether `key` was one."""
+    match key:
+        case "worker.actor.clip_ratio":
+            result.values["worker.actor.clip_ratio_low"] = result.values["worker.actor.clip_ratio_high"] = value
+        case "data.curriculum_metric":
+            result.values["data.curriculum_metrics"] = [value]
+        case "worker.actor.fsdp.enable_cpu_offload" | "worker.ref.fsdp.enable_cpu_offload":
+            if value is True:
+                result.values |= dict.fromkeys(_FSDP_OFFLOAD[key], True)
+        case "worker.actor.offload.offload_params" | "worker.actor.offload.offload_optimizer":
+            result.values[key] = value or result.values.get(key, False)  # FSDP's offload in the same file stands
+        case "worker.ref.offload.offload_params":
+            result.values[key] = value or result.values.get(key, False)
+        case "worker.actor.optim.min_lr_ratio" | "trainer.experiment_name" | "worker.rollout.val_override_config":
+            if value is not None:  # an empty key upstream: the default
+                result.values[key] = value
+        case "worker.reward.compute_score":
+            _translate_compute_score(value, result)
+        case _ if key.startswith(_LENGTH_REWARD):
+            if value:
+                raise UserError(f"{key} must be 0, got {value}: no reward by length is built in; write a reward file")
+            result.ignored.append(key)
+        case _:
+            return False
+    return True
+
+
+def _translate_compute_score(value: Any, result: Translation) -> None:
+    """MMR1's built-in rewards: those that check the answer by rule become `math`."""
+    if value not in ("math", "openr1_wo_LMM"):
+        raise UserError(
+            f"worker.reward.compute_score={value} is not built in (math is); "
+            "give worker.reward.reward_function=path/file.py:function"
+        )
+    result.values["worker.reward.reward_function"] = "math"
+    if value != "math":
+        result.notes.append(f"worker.reward.compute_score={value} read as worker.reward.reward_function=math")
+
+
+def replace_example_files(values: dict[str, Any], configs: list[Path]) -> list[str]:
+    """Upstream's YAML names files of its own repository; where they are not there, ours take their place.
+
+    Changes `values` (dotted key -> value) in place. Returns a note for each replacement.
+    """
+    notes = []
+    reward = values.get("worker.reward.reward_function")
+    if isinstance(reward, str):
+        path = Path(reward.rpartition(":")[0] or reward)
+        if path.as_posix().endswith(_MATH_FILES) and not path.is_file():
+            values["worker.reward.reward_function"] = "math"
+            notes.append(f"worker.reward.reward_function={reward} is not here; the built-in math is used")
+    template = values.get("data.format_prompt")
+    if isinstance(template, str) and "examples/format_prompt/" in template and not Path(template).is_file():
+        for folder in configs:
+            candidate = folder / "format_prompt" / Path(template).name
+            if candidate.is_file():
+                values["data.format_prompt"] = str(candidate)
+                notes.append(f"data.format_prompt={template} is not here; {candidate} is used")
+                break
+    return notes
+
+
+def _text(value: Any) -> str:
+    """The value as YAML writes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,287 @@
+"""The files a run names, looked at without loading a model: data, model folder, reward file, format prompt."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmr1_ds.config import DataConfig, ModelConfig, RewardConfig
+from mmr1_ds.data.chat import load_format_prompt
+from mmr1_ds.data.sources import BUILDERS, list_names, split_name
+from mmr1_ds.errors import UserError
+from mmr1_ds.rewards.loading import BUILT_IN, split_reference
+
+Result = TypeVar("Result")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MAX_COUNTED_BYTES = 256 * 2**20  # a larger JSON file is not counted: a dry run stays quick
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """One data set as the user named it."""
+
+    name: str
+    is_local: bool  # False: taken for a hub name, not looked at
+    num_rows: int | None  # before over-long prompts are dropped; None = not counted
+    has_images: bool | None  # None = not looked at
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """All data sets of one key."""
+
+    files: tuple[FileSummary, ...]
+
+    @property
+    def num_rows(self) -> int | None:
+        """P before filtering, None when a part of it is unknown."""
+        counts = [file.num_rows for file in self.files]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def check_data(data: DataConfig, key: str) -> DataSummary:
+    """Look at data.train_files or data.val_files (`key`): the files exist, their first rows have the columns.
+
+    Raises: UserError naming the file, the key, and the columns there are.
+    """
+    files = data.train_files if key == "train_files" else data.val_files
+    if not isinstance(files, str) and not (isinstance(files, list) and all(isinstance(name, str) for name in files)):
+        raise UserError(f"data.{key} must be a path, a hub name or a list of them, got {files}")
+    if data.image_dir is not None and not Path(data.image_dir).is_dir():
+        raise UserError(f"data.image_dir: no such folder {data.image_dir!r}")
+    return DataSummary(tuple(_look_at(name, data, f"data.{key}") for name in list_names(files, f"data.{key}")))
+
+
+def _look_at(name: str, data: DataConfig, key: str) -> FileSummary:
+    path_text, split = split_name(name)
+    path = Path(path_text)
+    if not path.exists():
+        return FileSummary(name, is_local=False, num_rows=None, has_images=None)
+    parts = _data_files(path, split) if path.is_dir() else [path]
+    if not parts:
+        raise UserError(f"{key}: the folder {path} holds no data files ({', '.join(BUILDERS)})")
+    counts = [_readable(_count_rows, part, key) for part in parts]
+    num_rows = None if None in counts else sum(count for count in counts if count is not None)
+    if num_rows == 0:
+        raise UserError(f"{key}: {name!r} has no rows")
+    columns = _readable(_columns, parts[0], key)
+    if columns is not None:
+        _check_columns(name, columns, data)
+    return FileSummary(name, True, num_rows, None if columns is None else data.image_key in columns)
+
+
+def _data_files(folder: Path, split: str) -> list[Path]:
+    """The files of one split of a folder: a saved data set, or files that carry the split in their names or none."""
+    if (folder / split / "state.json").is_file():
+        folder = folder / split
+    if (folder / "state.json").is_file():
+        state = json.loads((folder / "state.json").read_text())
+        return [folder / part["filename"] for part in state["_data_files"]]
+    files = sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS and path.is_file())
+    words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in files}
+    named = [path for path in files if split.lower() in words[path]]
+    return named or [path for path in files if not words[path] & {"train", "test", "validation", "val", "dev"}]
+
+
+def _check_columns(name: str, columns: list[str], data: DataConfig) -> None:
+    wanted = {"prompt_key": data.prompt_key, "answer_key": data.answer_key}
+    wanted |= {"id_key": data.id_key} if data.id_key is not None else {}
+    wanted |= {"category_key": data.category_key} if data.category_key is not None else {}
+    wanted |= {"image_key": data.image_key} if data.image_key != DataConfig.image_key else {}
+    for key, column in wanted.items():
+        if column not in columns:
+            raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
+
+
+def _readable(read: Callable[[Path], Result], path: Path, key: str) -> Result:
+    """What `read` says of a data file. Raises: UserError naming the file it cannot read."""
+    if path.suffix not in BUILDERS:
+        raise UserError(f"{key}: unknown kind of file {str(path)!r}; known: {', '.join(BUILDERS)}")
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
+        raise UserError(f"{key}: cannot read {str(path)!r}: {str(error).splitlines()[0]}") from None
+
+
+def _columns(path: Path) -> list[str] | None:
+    """Column names of a data file, from its schema or first row; None when that takes reading it all."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_schema(path).names)
+    if path.suffix == ".arrow":
+        return list(_open_arrow(path).schema.names)
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8") as file:
+            return [name.strip().strip('"') for name in file.readline().split(",")]
+    return _first_json_keys(path)
+
+
+def _open_arrow(path: Path) -> Any:
+    """A reader of an Arrow stream (what `datasets` writes) or file."""
+    import pyarrow
+
+    source = pyarrow.memory_map(str(path))
+    try:
+        return pyarrow.ipc.open_stream(source)
+    except pyarrow.ArrowInvalid:
+        return pyarrow.ipc.open_file(source)
+
+
+def _first_json_keys(path: Path) -> list[str] | None:
+    """Keys of the first object of JSON lines or of a JSON list."""
+    with path.open(encoding="utf-8") as file:
+        head = file.read(2**20).lstrip()
+    if head.startswith("["):
+        head = head[1:].lstrip()
+    try:
+        first, _ = json.JSONDecoder().raw_decode(head)
+    except json.JSONDecodeError:
+        if len(head) < 2**19:
+            raise
+        return None  # a first row of a megabyte: images inside
+    if not isinstance(first, dict):
+        raise ValueError("its rows are not objects")
+    return list(first)
+
+
+def _count_rows(path: Path) -> int | None:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    if path.suffix == ".arrow":
+        return sum(_arrow_batches(path))
+    if path.stat().st_size > _MAX_COUNTED_BYTES or path.suffix == ".csv":
+        return None  # quoted line breaks: a CSV is counted by reading it
+    with path.open(encoding="utf-8") as file:
+        if file.read(2**16).lstrip().startswith("["):
+            file.seek(0)
+            return len(json.load(file))
+        file.seek(0)
+        return sum(1 for line in file if line.strip())
+
+
+def _arrow_batches(path: Path) -> Iterator[int]:
+    reader = _open_arrow(path)
+    if hasattr(reader, "num_record_batches"):
+        yield from (reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
+    else:
+        yield from (batch.num_rows for batch in reader)
+
+
+# --- model --------------------------------------------------------------------------------------------------------
+
+
+def check_model(model: ModelConfig) -> None:
+    """The model is a folder with safetensors weights, or looks like a hub id.
+
+    Raises: UserError that says what is missing and how to get it.
+    """
+    key = "worker.actor.model.model_path"
+    if not model.model_path:
+        raise UserError(f"{key} is not set; give a model folder, or a hub id like Qwen/Qwen2.5-VL-3B-Instruct")
+    if _is_folder(model.model_path, key):
+        _check_model_folder(model.model_path, key)
+    if model.tokenizer_path:
+        _is_folder(model.tokenizer_path, "worker.actor.model.tokenizer_path")
+
+
+def _is_folder(name: str, key: str) -> bool:
+    """True for a path that exists, False for a hub id. Raises: UserError for neither."""
+    if Path(name).expanduser().exists():
+        return True
+    if _HUB_ID.fullmatch(name):
+        return False
+    raise UserError(f"{key}: no such folder {name!r}, and not a hub id of the form org/name")
+
+
+def _check_model_folder(name: str, key: str) -> None:
+    path = Path(name).expanduser()
+    if not path.is_dir() or not (path / "config.json").is_file():
+        raise UserError(f"{key}: {name!r} is not a model folder; it needs a config.json beside the weights")
+    if not any(path.glob("*.safetensors")):
+        if any(path.glob("*.bin")):
+            raise UserError(
+                f"{key}: {name!r} has *.bin weights, which can run code when loaded; convert them to safetensors "
+                "(from_pretrained(...).save_pretrained(...) of transformers)"
+            )
+        raise UserError(f"{key}: {name!r} has no weights; it needs *.safetensors")
+
+
+def model_hidden_size(model: ModelConfig) -> int | None:
+    """The width of a local model's text part; None for a hub model, which is not looked at."""
+    path = Path(model.model_path or "").expanduser() / "config.json"
+    if not model.model_path or not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    return content.get("hidden_size") or content.get("text_config", {}).get("hidden_size")
+
+
+# --- reward, format prompt ----------------------------------------------------------------------------------------
+
+
+def check_reward(reward: RewardConfig) -> None:
+    """The reward is built in, or a function that its file defines and that takes the list of responses.
+
+    Reads the file, does not run it. Raises: UserError.
+    """
+    if reward.reward_function in BUILT_IN:
+        return
+    key = "worker.reward.reward_function"
+    file, function = split_reference(reward.reward_function)
+    try:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise UserError(f"{key}: {file}, line {error.lineno}: not Python: {error.msg}") from None
+    names = dict(_top_level_names(tree))
+    if function not in names:
+        known = ", ".join(name for name, node in names.items() if node is not None) or "none"
+        raise UserError(f"{key}: {file} has no function {function!r}; its functions are: {known}")
+    node = names[function]
+    if node is not None:
+        _check_signature(node, reward, f"{key}: {file}:{function}")
+
+
+def _top_level_names(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | None]]:
+    """What the module defines: functions with their node, anything else that may be callable with None."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield node.name, None
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((alias.asname or alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            yield from ((target.id, None) for target in node.targets if isinstance(target, ast.Name))
+
+
+def _check_signature(node: ast.FunctionDef, reward: RewardConfig, where: str) -> None:
+    """One argument, the list of responses; the others have defaults or are in reward_function_kwargs."""
+    arguments = node.args
+    positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    required = positional[: len(positional) - len(arguments.defaults)]
+    keyword_only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    given = reward.reward_function_kwargs
+    missing = [name for name in required[1:] if name not in given]
+    missing += [argument.arg for argument, default in keyword_only if default is None and argument.arg not in given]
+    if missing:
+        raise UserError(
+            f"{where} needs {', '.join(missing)}; a reward takes one list of dictionaries (response, response_length, "
+            "ground_truth), further arguments come from worker.reward.reward_function_kwargs"
+        )
+    if not positional and arguments.vararg is None:
+        raise UserError(f"{where} takes no argument; a reward takes one list of dictionaries")
+
+
+def check_format_prompt(data: DataConfig) -> None:
+    """Raises: UserError when data.format_prompt is a missing file or no template."""
+    load_format_prompt(data.format_prompt)

@@ -1,0 +1,183 @@
+"""The plan of a run in words: what a dry run prints and a real one logs before it loads anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmr1_ds.config import RunConfig
+from mmr1_ds.config_checks import BatchPlan
+from mmr1_ds.input_files import DataSummary, FileSummary
+
+
+def run_directory(config: RunConfig) -> Path:
+    """Where everything of the run lies: trainer.run_dir, or runs/<experiment_name>."""
+    trainer = config.trainer
+    return Path(trainer.run_dir) if trainer.run_dir else Path("runs") / trainer.experiment_name
+
+
+def checkpoint_directory(config: RunConfig) -> Path:
+    """Where the checkpoints lie: trainer.save_checkpoint_path, or checkpoints/ in the run directory."""
+    path = config.trainer.save_checkpoint_path
+    return Path(path) if path else run_directory(config) / "checkpoints"
+
+
+def describe_plan(
+    config: RunConfig, plan: BatchPlan, actor: Mapping[str, Any], reference: Mapping[str, Any], on_gpu: bool
+) -> str:
+    """Several lines, one a topic. Args: actor, reference: the resolved DeepSpeed configs."""
+    topics = {
+        "model": _model(config),
+        "ranks": _ranks(config, plan, on_gpu),
+        "train data": _data(plan.train_data),
+        "val data": "none" if plan.val_data is None else _data(plan.val_data),
+        "step": "" if config.trainer.val_only else _step(config, plan),
+        "update": "" if config.trainer.val_only else _update(config, plan),
+        "run": _run(config, plan),
+        "sampling": _sampling(config),
+        "refresh": _refresh(config, plan),
+        "rollout": _rollout(config),
+        "reward": _reward(config),
+        "deepspeed": _deepspeed(actor),
+        "reference": _reference(config, reference),
+        "output": _output(config),
+    }
+    lines = [f"  {topic:<11} {text}" for topic, text in topics.items() if text]
+    lines += [f"  {'note':<11} {note}" for note in plan.notes]
+    return "\n".join([f"plan of {config.trainer.experiment_name}", *lines])
+
+
+def _model(config: RunConfig) -> str:
+    model = config.worker.actor.model
+    where = "local" if Path(model.model_path or "").expanduser().exists() else "from the hub"
+    return f"{model.model_path} ({where})" + (", vision tower frozen" if model.freeze_vision_tower else "")
+
+
+def _ranks(config: RunConfig, plan: BatchPlan, on_gpu: bool) -> str:
+    trainer = config.trainer
+    device = "GPU, bf16" if on_gpu else "CPU, fp32 (no GPU here)"
+    return f"{plan.world_size} = {trainer.nnodes} node(s) x {trainer.n_gpus_per_node}, {device}"
+
+
+def _data(data: DataSummary) -> str:
+    parts = "; ".join(_file(file) for file in data.files)
+    total = f", {data.num_rows:,} prompts in all" if len(data.files) > 1 and data.num_rows is not None else ""
+    return parts + total
+
+
+def _file(file: FileSummary) -> str:
+    if not file.is_local:
+        return f"{file.name} (no such local path, so a hub data set: not looked at)"
+    count = "not counted" if file.num_rows is None else f"{file.num_rows:,} prompts"
+    images = {True: ", with images", False: ", text only", None: ""}[file.has_images]
+    return f"{file.name} ({count}{images})"
+
+
+def _step(config: RunConfig, plan: BatchPlan) -> str:
+    return (
+        f"{plan.prompts_per_step} prompts x {plan.responses_per_prompt} responses = {plan.responses_per_step:,}; "
+        f"{plan.optimizer_steps_per_step} optimiser step(s) of {config.worker.actor.global_batch_size} x "
+        f"{plan.responses_per_prompt} = {plan.responses_per_optimizer_step:,} responses"
+    )
+
+
+def _update(config: RunConfig, plan: BatchPlan) -> str:
+    optim = config.worker.actor.optim
+    experience = config.worker.actor.micro_batch_size_per_device_for_experience
+    return (
+        f"a rank's optimiser step: {plan.responses_per_optimizer_step // plan.world_size} responses = "
+        f"{plan.micro_batches_per_rank} micro-batches of {plan.micro_batch_size}; log-probabilities: "
+        f"{plan.experience_micro_batches_per_rank} of {experience} a step; "
+        f"AdamW, lr {optim.lr:g} {optim.lr_scheduler_type}"
+    )
+
+
+def _run(config: RunConfig, plan: BatchPlan) -> str:
+    trainer = config.trainer
+    if trainer.val_only:
+        return "validation only"
+    if trainer.max_steps is not None:
+        return f"{trainer.max_steps:,} steps (trainer.max_steps)"
+    if plan.total_steps is None:
+        return f"{trainer.total_episodes} episodes; steps are known once the data is read"
+    return f"{trainer.total_episodes} episodes = {plan.total_steps:,} steps (before over-long prompts are dropped)"
+
+
+def _sampling(config: RunConfig) -> str:
+    data = config.data
+    if config.trainer.val_only:
+        return ""
+    if data.sampling_strategy != "curriculum":
+        return data.sampling_strategy
+    by_score = int(data.curriculum_mixture_ratio * data.rollout_batch_size)
+    score = " + ".join(
+        f"{weight:g} {name}"
+        for name, weight in zip(data.curriculum_metrics, data.curriculum_metric_weights, strict=True)
+    )
+    return (
+        f"curriculum: {by_score} of {data.rollout_batch_size} prompts a step by score ({score}), the others in turn; "
+        f"momentum {data.curriculum_momentum:g}"
+    )
+
+
+def _refresh(config: RunConfig, plan: BatchPlan) -> str:
+    data = config.data
+    if data.sampling_strategy != "curriculum" or config.trainer.val_only:
+        return ""
+    size = plan.train_data.num_rows
+    every = f"every {data.curriculum_update_freq} steps" if data.curriculum_update_freq else "every epoch"
+    if size is None:
+        return f"{every}: each prompt of the data x {data.curriculum_rollout_n} responses"
+    steps = data.curriculum_update_freq or -(-size // data.rollout_batch_size)
+    extra, training = size * data.curriculum_rollout_n, steps * plan.responses_per_step
+    return (
+        f"{every}: {size:,} prompts x {data.curriculum_rollout_n} = {extra:,} responses, "
+        f"{extra / training:.0%} of the {training:,} that training takes meanwhile"
+    )
+
+
+def _rollout(config: RunConfig) -> str:
+    rollout, data = config.worker.rollout, config.data
+    return (
+        f"engine {rollout.engine}, temperature {rollout.temperature:g}, up to {data.max_prompt_length} + "
+        f"{data.max_response_length} tokens, tensor parallel {rollout.tensor_parallel_size}"
+    )
+
+
+def _reward(config: RunConfig) -> str:
+    reward = config.worker.reward
+    return f"{reward.reward_function}, {reward.num_workers} processes a rank, {reward.timeout_seconds:g} s a response"
+
+
+def _deepspeed(actor: Mapping[str, Any]) -> str:
+    zero = actor["zero_optimization"]
+    return (
+        f"ZeRO-{zero['stage']}, bf16 {'on' if actor['bf16']['enabled'] else 'off'}, {_offload(zero)}; "
+        f"train_batch_size {actor['train_batch_size']:,} = {actor['train_micro_batch_size_per_gpu']} x "
+        f"{actor['gradient_accumulation_steps']} x ranks"
+    )
+
+
+def _offload(zero: Mapping[str, Any]) -> str:
+    parts = [
+        f"{part} on {zero[key]['device']}"
+        for key, part in (("offload_param", "parameters"), ("offload_optimizer", "optimiser"))
+        if zero.get(key, {}).get("device", "none") != "none"
+    ]
+    return "offload: " + (" and ".join(parts) or "none")
+
+
+def _reference(config: RunConfig, reference: Mapping[str, Any]) -> str:
+    if config.algorithm.disable_kl:
+        return "none (algorithm.disable_kl)"
+    return f"ZeRO-3, {_offload(reference['zero_optimization'])}; KL {config.algorithm.kl_coef:g} in the loss"
+
+
+def _output(config: RunConfig) -> str:
+    trainer = config.trainer
+    if trainer.val_only:
+        return str(run_directory(config))
+    saves = f"every {trainer.save_freq} steps" if trainer.save_freq > 0 else "after the last step"
+    kept = "all kept" if trainer.save_limit == -1 else f"the last {trainer.save_limit} kept"
+    return f"{run_directory(config)}; checkpoints in {checkpoint_directory(config)} {saves}, {kept}"

@@ -1,0 +1,120 @@
+"""What must hold before a model is loaded: choices, ranges, batch arithmetic."""
+
+import pytest
+from dry_runs import valid_run
+
+from mmr1_ds.config_checks import check_config, total_training_steps
+from mmr1_ds.config_loading import load_config
+from mmr1_ds.errors import UserError
+
+
+@pytest.fixture
+def valid(tmp_path):
+    return valid_run(tmp_path)
+
+
+def load(*argv):
+    return load_config(argv).config
+
+
+def refused(valid, *argv, world_size=2):
+    with pytest.raises(UserError) as caught:
+        check_config(load(*valid, *argv), world_size)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_batch_arithmetic(valid):
+    plan = check_config(load(*valid, "trainer.total_episodes=3"), 2)
+    assert plan.responses_per_step == 60
+    assert plan.optimizer_steps_per_step == 2
+    assert plan.responses_per_optimizer_step == 30
+    assert plan.micro_batches_per_rank == 5  # 30 responses, 2 ranks, 3 at once
+    assert plan.experience_micro_batches_per_rank == 2  # 30 responses a rank, 16 at once
+    assert plan.train_data.num_rows == 7 and plan.total_steps == 3
+
+
+@pytest.mark.parametrize("num_prompts, steps", [(401, 33 * 15), (12, 15), (7, 15)])
+def test_number_of_steps(valid, num_prompts, steps):
+    assert total_training_steps(load(*valid), num_prompts) == steps
+    assert total_training_steps(load(*valid, "trainer.max_steps=9"), num_prompts) == 9
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("data.rollout_batch_size=13", "13 % 6 = 1; set data.rollout_batch_size to 12 or 18"),
+        (
+            "worker.actor.micro_batch_size_per_device_for_update=4",
+            "6 * 5 / 2 = 15, 15 % 4 = 3; set the micro-batch to 3",
+        ),
+        ("worker.rollout.n=1", "worker.rollout.n must be 2 or more, got 1"),
+        ("worker.rollout.temperature=0", "worker.rollout.temperature must be over 0, got 0.0"),
+        ("data.curriculum_mixture_ratio=1.5", "data.curriculum_mixture_ratio must be in [0, 1], got 1.5"),
+        ("worker.rollout.top_k=0", "worker.rollout.top_k must be 1 or more, or -1, got 0"),
+        ("worker.actor.optim.betas=[0.9,1.0]", "worker.actor.optim.betas must each be in [0, 1), got 1.0"),
+        ("data.sampling_strategy=curiculum", "did you mean curriculum?"),
+        ("trainer.logger=[console,mlflow]", "mlflow"),
+        ("trainer.n_gpus_per_node=8", "1 * 8 = 8, but 2 processes were started"),
+        ("worker.rollout.tensor_parallel_size=3", "2 % 3 = 2"),
+        ("worker.rollout.max_model_len=100", "512 + 512 = 1024"),
+        ("data.min_pixels=5000000", "over data.max_pixels=4194304"),
+        ("trainer.val_only=true", "needs data.val_files"),
+        ("trainer.experiment_name=''", "trainer.experiment_name is empty"),
+    ],
+)
+def test_refused_with_the_numbers(valid, argument, expected):
+    assert expected in refused(valid, argument)
+
+
+def test_ranks_that_do_not_divide_the_batch(valid):
+    message = refused(valid, "trainer.n_gpus_per_node=4", world_size=4)
+    assert "6 % 4 = 2; set it to 4 or 8" in message
+
+
+def test_whole_sequences_must_fit_without_chunked_prefill(valid):
+    chunked = ["worker.rollout.enable_chunked_prefill=false", "worker.rollout.max_num_batched_tokens=1000"]
+    assert "max_num_batched_tokens=1000 is under the longest sequence (1024 tokens)" in refused(valid, *chunked)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["data.curriculum_metrics=[learnabillity]"], "unknown metric 'learnabillity'; known: learnability, self-bleu"),
+        (["data.curriculum_metrics=[learnability,self-bleu]"], "one weight a metric"),
+        (["data.curriculum_metric_weights=[-1.0]"], "data.curriculum_metric_weights must be >= 0, got -1.0"),
+    ],
+)
+def test_metrics(valid, arguments, expected):
+    assert expected in refused(valid, *arguments)
+
+
+@pytest.mark.parametrize(
+    "names", ["learnability,self_bleu_123,distinct_3,edit_distance", "self-bleu,distinct-n,edit-distance,learnability"]
+)
+def test_both_spellings_of_metrics(valid, names):
+    check_config(load(*valid, f"data.curriculum_metrics=[{names}]", "data.curriculum_metric_weights=[1,1,1,1]"), 2)
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("algorithm.adv_estimator=rloo", "algorithm.adv_estimator must be grpo, got rloo; other estimators"),
+        ("algorithm.kl_penalty=mse", "algorithm.kl_penalty must be low_var_kl, got mse"),
+        ("algorithm.use_kl_loss=false", "algorithm.disable_kl=true"),
+        ("worker.actor.loss_avg_mode=seq", "worker.actor.loss_avg_mode must be token, got seq"),
+        ("worker.actor.optim.strategy=adamw_bf16", "worker.actor.optim.strategy must be adamw"),
+        ("worker.rollout.name=sglang", "worker.rollout.engine must be auto or vllm or hf, got sglang"),
+        ("data.curriculum_momentum=1.0", "data.curriculum_momentum must be in [0, 1), got 1.0"),
+    ],
+)
+def test_values_of_ours_that_are_not_implemented(valid, argument, expected):
+    assert expected in refused(valid, argument)
+
+
+def test_no_kl_at_all_is_fine(valid):
+    check_config(load(*valid, "algorithm.use_kl_loss=false", "algorithm.disable_kl=true"), 2)
+
+
+def test_shuffle_false_contradicts_shuffle(valid):
+    assert "contradicts" in refused(valid, "data.shuffle=false", "data.sampling_strategy=shuffle")

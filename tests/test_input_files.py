@@ -1,0 +1,156 @@
+"""The files a run names: data, model folder, reward file, format prompt, checkpoint."""
+
+import json
+
+import pytest
+from dry_runs import valid_run, write_rows
+
+from mmr1_ds.config_checks import check_config
+from mmr1_ds.config_loading import load_config
+from mmr1_ds.errors import UserError
+
+
+@pytest.fixture
+def valid(tmp_path):
+    return valid_run(tmp_path)
+
+
+def check(valid, *argv):
+    return check_config(load_config([*valid, *argv]).config, 2)
+
+
+def refused(valid, *argv):
+    with pytest.raises(UserError) as caught:
+        check(valid, *argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_data_file(valid):
+    assert "no such file or folder '/nowhere/x.parquet'" in refused(valid, "data.train_files=/nowhere/x.parquet")
+    assert "data.val_files: no such file" in refused(valid, "data.val_files=/nowhere/x.parquet")
+
+
+def test_missing_checkpoint(valid):
+    assert "no such folder '/nowhere'" in refused(valid, "trainer.load_checkpoint_path=/nowhere")
+
+
+def test_hub_names_are_let_through(valid):
+    plan = check(valid, "data.train_files=[hiyouga/geometry3k@train,gsm8k]")
+    assert [file.is_local for file in plan.train_data.files] == [False, False]
+    assert plan.train_data.num_rows is None and plan.total_steps is None
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "arrow", "csv", "folder", "saved"])
+def test_columns_and_counts_of_every_kind_of_file(valid, tmp_path, kind):
+    path = write_kind(tmp_path, kind)
+    plan = check(valid, f"data.train_files={path}", "data.prompt_key=q", "data.answer_key=a")
+    assert plan.train_data.num_rows == (None if kind == "csv" else 5)
+    message = refused(valid, f"data.train_files={path}", "data.answer_key=a")
+    assert "no column 'problem' (data.prompt_key); it has q, a" in message
+
+
+def write_kind(folder, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"q": f"question {k}", "a": k} for k in range(5)]
+    table = pa.Table.from_pylist(rows)
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind == "csv":
+        path.write_text("q,a\n" + "".join(f"{row['q']},{row['a']}\n" for row in rows))
+    elif kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "arrow":
+        write_arrow(table, path)
+    else:
+        path.mkdir()
+    if kind == "folder":
+        pq.write_table(table.slice(0, 3), path / "train-00000-of-00002.parquet")
+        pq.write_table(table.slice(3), path / "train-00001-of-00002.parquet")
+        pq.write_table(table, path / "test-00000-of-00001.parquet")
+    if kind == "saved":
+        write_arrow(table, path / "data-00000-of-00001.arrow")
+        (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    return path
+
+
+def write_arrow(table, path):
+    import pyarrow as pa
+
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_empty_and_unreadable_data(valid, tmp_path):
+    empty = write_rows(tmp_path, "empty.json", [])
+    assert "has no rows" in refused(valid, f"data.train_files={empty}")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 not really")
+    assert f"cannot read '{broken}'" in refused(valid, f"data.train_files={broken}")
+    (tmp_path / "none").mkdir()
+    assert "holds no data files" in refused(valid, f"data.train_files={tmp_path / 'none'}")
+
+
+def test_model_folder(valid, tmp_path):
+    def model(path):
+        return refused(valid, f"worker.actor.model.model_path={path}")
+
+    assert "no such folder '/nowhere/model'" in model("/nowhere/model")
+    assert "needs a config.json" in model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "has no weights" in model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert "convert them to safetensors" in model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    check(valid, f"worker.actor.model.model_path={tmp_path}")
+    assert "tokenizer_path: no such folder" in refused(valid, "worker.actor.model.tokenizer_path=./nowhere")
+    assert "model_path is not set" in refused(valid, "worker.actor.model.model_path=null")
+
+
+REWARDS = """
+import json
+from math import floor
+
+def good(items, scale=1.0):
+    return []
+
+def old_style(response, ground_truth):
+    return 0.0
+
+def nothing():
+    return 0.0
+
+def keyword(items, *, weight):
+    return []
+"""
+
+
+def test_reward_file(valid, tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text(REWARDS)
+
+    def reward(name, *more):
+        return refused(valid, f"worker.reward.reward_function={path}:{name}", *more)
+
+    check(valid, f"worker.reward.reward_function={path}:good")
+    check(valid, f"worker.reward.reward_function={path}:floor")
+    weight = "worker.reward.reward_function_kwargs={weight: 0.5}"
+    check(valid, f"worker.reward.reward_function={path}:keyword", weight)
+    assert "has no function 'goood'; its functions are: good, old_style, nothing, keyword" in reward("goood")
+    assert "old_style needs ground_truth" in reward("old_style")
+    assert "keyword needs weight" in reward("keyword")
+    assert "takes no argument" in reward("nothing")
+    path.write_text("def f(:\n")
+    assert f"{path}, line 1: not Python" in reward("f")
+    assert "no such file '/nowhere.py'" in refused(valid, "worker.reward.reward_function=/nowhere.py:f")
+    assert "is unknown; use math or" in refused(valid, "worker.reward.reward_function=maths")
+
+
+def test_format_prompt(valid):
+    assert "no such file 'nowhere.jinja'" in refused(valid, "data.format_prompt=nowhere.jinja")
+    check(valid, "data.format_prompt={{ content }} Answer in \\boxed{}.")

@@ -1,0 +1,107 @@
+"""The programs `python -m mmr1_ds.train` and `mmr1-ds`: exit codes, what is told and by whom, the plan."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+from dry_runs import valid_run, write_rows
+from launching import environment
+
+from mmr1_ds import cli
+from mmr1_ds.config_loading import load_config
+from mmr1_ds.train import gpu_is_here, main
+
+
+@pytest.fixture
+def valid(tmp_path):
+    return valid_run(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def package_logging():
+    """The program configures the package's logger; other tests want it as it was."""
+    package = logging.getLogger("mmr1_ds")
+    before = package.handlers[:], package.level, package.propagate
+    yield
+    package.handlers[:], package.propagate = before[0], before[2]
+    package.setLevel(before[1])
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(capfd):
+    assert main(["data.sede=3"]) == 2
+    captured = capfd.readouterr()
+    assert captured.err == "mmr1-ds: error: unknown key data.sede in the command line; did you mean data.seed?\n"
+    assert captured.out == ""
+
+
+def test_only_rank_0_tells_and_it_is_never_outrun(capfd, monkeypatch):
+    waits = []
+    monkeypatch.setattr("mmr1_ds.train.time.sleep", waits.append)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["data.sede=3"]) == 2
+    assert capfd.readouterr().err == ""
+    assert waits and waits[0] > 1  # the launcher kills rank 0 as soon as it sees this rank gone
+
+
+def test_a_dry_run_imports_nothing_heavy(valid):
+    program = (
+        "import sys; from mmr1_ds.cli import main; code = main(['train', *sys.argv[1:], 'trainer.dry_run=true']); "
+        "heavy = {'torch', 'transformers', 'deepspeed', 'vllm', 'datasets'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *valid], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "plan of default" in done.stderr
+
+
+def test_eval_is_training_with_validation_only(monkeypatch):
+    given = []
+    monkeypatch.setattr("mmr1_ds.train.main", lambda argv: given.append(list(argv)) or 0)
+    assert cli.main(["eval", "config=mmr1", "trainer.val_only=false"]) == 0
+    assert cli.main(["train", "config=mmr1"]) == 0
+    trainer = load_config(given[0]).config.trainer
+    assert trainer.val_only and trainer.save_freq == -1
+    assert given[1] == ["config=mmr1"]
+
+
+def test_eval_needs_something_to_validate_on(valid, tmp_path, capfd):
+    assert cli.main(["eval", *valid, "trainer.dry_run=true"]) == 2
+    assert "trainer.val_only=true needs data.val_files" in capfd.readouterr().err
+    val = write_rows(tmp_path, "val.json")
+    assert cli.main(["eval", *valid, f"data.val_files={val}", "trainer.dry_run=true"]) == 0
+    assert "run         validation only" in capfd.readouterr().err
+
+
+def plan(valid, capfd, *argv):
+    assert main([*valid, *argv, "trainer.dry_run=true"]) == 0
+    return capfd.readouterr().err
+
+
+def test_without_a_launcher_a_dry_run_plans_for_the_ranks_of_the_config(valid, capfd):
+    text = plan(valid, capfd, "trainer.nnodes=3", "worker.actor.micro_batch_size_per_device_for_update=1")
+    assert "ranks       6 = 3 node(s) x 2" in text
+    assert "a rank's optimiser step: 5 responses = 5 micro-batches of 1" in text
+
+
+def test_what_a_refresh_costs(valid, capfd):
+    curriculum = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=2"]
+    assert "every 2 steps: 7 prompts x 8 = 56 responses, 47% of the 120" in plan(valid, capfd, *curriculum)
+    epoch = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=0", "data.curriculum_rollout_n=30"]
+    assert "every epoch: 7 prompts x 30 = 210 responses, 350% of the 60" in plan(valid, capfd, *epoch)
+
+
+def test_what_is_ignored_is_said_once(valid, capfd):
+    text = plan(valid, capfd, "worker.actor.padding_free=true", "worker.rollout.disable_tqdm=true")
+    assert text.count("ignored keys: worker.actor.padding_free, worker.rollout.disable_tqdm") == 1
+
+
+def test_a_launch_of_another_size_than_the_config_s_is_refused(valid, capfd):
+    assert main(valid) == 2  # one process, two ranks asked for
+    assert "1 * 2 = 2, but 1 process was started" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("environ", [{"DS_ACCELERATOR": "cpu"}, {"CUDA_VISIBLE_DEVICES": ""}])
+def test_a_gpu_can_be_hidden(environ):
+    assert not gpu_is_here(environ)
