@@ -1,0 +1,1 @@
+"""Data sets, chat templates, images: from the user's files to `records.Prompt`."""

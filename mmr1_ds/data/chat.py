@@ -1,0 +1,155 @@
+"""From the prompt column's cell to chat messages: system prompt, format prompt, image markers.
+
+The conventions are EasyR1's: `<image>` in the text marks where an image goes, and `data.format_prompt` is a
+jinja template over `content`, the user's text.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmr1_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+IMAGE_MARKER = "<image>"
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
+Message = dict[str, Any]  # {"role": str, "content": str | list of parts}, what apply_chat_template takes
+
+
+@dataclass(frozen=True)
+class FormatPrompt:
+    """A jinja template over `content`; its text alone, because compiled templates cannot go to other processes."""
+
+    source: str
+
+    def render(self, content: str) -> str:
+        return _compile(self.source).render(content=content)
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How the user's text becomes messages."""
+
+    system_prompt: str | None
+    format_prompt: FormatPrompt | None
+    is_multimodal: bool  # whether <image> means an image; for a text model it is only text
+
+    def messages(self, cell: object, num_images: int, where: str) -> list[Message]:
+        """Chat messages of one row, ready for the chat template.
+
+        Args: cell: a string or a list of {role, content}; where: names the row in errors.
+        Returns: messages; the content is a list of parts when the row has images, a string otherwise.
+        Raises: UserError when the cell is no prompt, or its markers do not fit `num_images`.
+        """
+        turns = _turns(cell, where)
+        if self.system_prompt and all(role != "system" for role, _ in turns):
+            turns.insert(0, ("system", self.system_prompt))
+        user_turns = [position for position, (role, _) in enumerate(turns) if role == "user"]
+        if not user_turns:
+            raise UserError(f"{where}: the prompt has no message with role 'user'; add one")
+        if self.format_prompt is not None:
+            last = user_turns[-1]
+            turns[last] = ("user", self.format_prompt.render(turns[last][1]))
+        if not self.is_multimodal:
+            return [{"role": role, "content": text} for role, text in turns]
+        return _place_images(turns, user_turns[0], num_images, where)
+
+
+def load_format_prompt(value: str | None) -> FormatPrompt | None:
+    """`data.format_prompt`: the path of a jinja file, or the template itself.
+
+    Raises: UserError when the file is missing, the template does not compile, or it drops the question.
+    """
+    if not value:
+        return None
+    from jinja2 import TemplateError
+
+    prompt = FormatPrompt(_read_template(value))
+    try:
+        _compile(prompt.source)
+    except TemplateError as error:
+        raise UserError(f"data.format_prompt {value!r} is not a jinja template: {error}") from error
+    if "content" not in _variables(prompt.source):
+        # Without `content` every row would ask the same empty question and training would go on for hours.
+        raise UserError(f"data.format_prompt {value!r} is neither a file nor a template that uses {{{{ content }}}}")
+    return prompt
+
+
+def _read_template(value: str) -> str:
+    path = os.path.expanduser(value)
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    if value.strip().endswith(TEMPLATE_SUFFIXES):
+        raise UserError(f"data.format_prompt: no such file {value!r}; give the path of a jinja template")
+    return value
+
+
+@functools.lru_cache(maxsize=4)
+def _compile(source: str) -> Template:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment().from_string(source.strip())
+
+
+def _variables(source: str) -> set[str]:
+    from jinja2 import Environment, meta
+
+    return meta.find_undeclared_variables(Environment().parse(source))
+
+
+def _turns(cell: object, where: str) -> list[tuple[str, str]]:
+    """(role, text) pairs; image parts of a structured content become markers."""
+    if isinstance(cell, str) and cell.strip():
+        return [("user", cell)]
+    if isinstance(cell, list) and cell and all(isinstance(turn, dict) and turn.get("role") for turn in cell):
+        return [(turn["role"], _content_text(turn.get("content"), where)) for turn in cell]
+    shown = "nothing" if cell is None or cell == "" or cell == [] else repr(cell)[:80]
+    raise UserError(f"{where}: the prompt is {shown}; give a string or a list of {{role, content}}")
+
+
+def _content_text(content: object, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(_part_text(part, where) for part in content)
+    raise UserError(f"{where}: a message's content is {content!r:.80}; give a string or a list of parts")
+
+
+def _part_text(part: object, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "image":
+        return IMAGE_MARKER
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return part["text"]
+    raise UserError(f"{where}: a message holds the part {part!r:.80}; only text and image parts are known")
+
+
+def _place_images(turns: list[tuple[str, str]], first_user: int, num_images: int, where: str) -> list[Message]:
+    num_markers = sum(text.count(IMAGE_MARKER) for _, text in turns)
+    if num_markers == 0 and num_images > 0:  # unmarked images come first
+        role, text = turns[first_user]
+        turns[first_user] = (role, IMAGE_MARKER * num_images + text)
+    elif num_markers != num_images:
+        raise UserError(
+            f"{where}: the prompt has {num_markers} {IMAGE_MARKER} markers and the row {num_images} images; "
+            "make them equal, or leave all markers out"
+        )
+    if num_images == 0:
+        return [{"role": role, "content": text} for role, text in turns]
+    return [{"role": role, "content": _parts(text)} for role, text in turns]
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for position, piece in enumerate(text.split(IMAGE_MARKER)):
+        if position > 0:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts

@@ -1,0 +1,131 @@
+"""The prompts of a run: rows of the user's files, scanned once for ids and lengths, encoded when drawn."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmr1_ds.config import DataConfig
+from mmr1_ds.data.chat import load_format_prompt
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.data.rows import RowReader, open_readers
+from mmr1_ds.data.scan import Scan, scan_rows
+from mmr1_ds.data.sources import open_sources
+from mmr1_ds.errors import UserError
+from mmr1_ds.records import Prompt
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+
+class TextColumn(Sequence[str]):
+    """A list of strings held in Arrow memory: ten million ids take hundreds of megabytes less than a list."""
+
+    def __init__(self, values: pa.Array) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        return self._values[int(index)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), 65536):
+            yield from self._values.slice(start, 65536).to_pylist()
+
+
+class PromptDataset:
+    """P prompts, in the order of the files. Rows are read, their images decoded and sized, on access.
+
+    `prompt_ids` and `categories` are sequences of P strings.
+    """
+
+    def __init__(self, readers: list[RowReader], scan: Scan, data: DataConfig, prompt_encoder: PromptEncoder) -> None:
+        self._readers = readers
+        self._starts = list(itertools.accumulate((len(reader) for reader in readers), initial=0))
+        self._encoder = prompt_encoder
+        self._max_length = data.max_prompt_length
+        self._lengths = scan.lengths
+        self._rows = _kept_rows(scan.lengths, data)
+        self.num_filtered = len(scan.lengths) - len(self._rows)
+        self.prompt_ids = TextColumn(scan.prompt_ids.take(self._rows))
+        self.categories = TextColumn(scan.categories.take(self._rows))
+        self.fingerprint = _fingerprint(self.prompt_ids, data)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Prompt:
+        """The prompt at `index` in [0, P). Raises: UserError naming the row when it cannot be used."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        row = int(self._rows[index])
+        source = bisect.bisect_right(self._starts, row) - 1
+        reader, local = self._readers[source], row - self._starts[source]
+        if self._lengths[row] > self._max_length:
+            raise UserError(
+                f"{reader.where(local)}: the prompt has {self._lengths[row]} tokens, over data.max_prompt_length="
+                f"{self._max_length}; raise it, or set data.filter_overlong_prompts=true"
+            )
+        content = reader.read(local)
+        token_ids, images = self._encoder.encode(content.prompt, content.images, reader.where(local))
+        return Prompt(
+            index=int(index),
+            prompt_id=self.prompt_ids[index],
+            token_ids=token_ids,
+            images=images,
+            ground_truth=content.ground_truth,
+            category=self.categories[index],
+        )
+
+
+def load_dataset(
+    files: Any, data: DataConfig, prompt_encoder: PromptEncoder, key: str = "data.train_files"
+) -> PromptDataset:
+    """Open `files` and scan every row once: prompt, answer, image headers, length.
+
+    Args: files: as `data.train_files`; key: the config key they came from, for errors.
+    Raises: UserError naming the file, and the row where one is at fault.
+    """
+    readers = open_readers(open_sources(files, key), data)
+    scan = scan_rows(readers, data, prompt_encoder)
+    dataset = PromptDataset(readers, scan, data, prompt_encoder)
+    if dataset.num_filtered:
+        logger.warning(
+            "%s: dropped %d of %d prompts longer than data.max_prompt_length=%d tokens",
+            key, dataset.num_filtered, len(scan.lengths), data.max_prompt_length,
+        )  # fmt: skip
+    if len(dataset) == 0:
+        raise UserError(
+            f"{key}: all {len(scan.lengths)} prompts are longer than data.max_prompt_length={data.max_prompt_length} "
+            f"tokens (the shortest has {int(scan.lengths.min())}); raise it"
+        )
+    return dataset
+
+
+def _kept_rows(lengths: np.ndarray, data: DataConfig) -> np.ndarray:
+    if not data.filter_overlong_prompts:
+        return np.arange(len(lengths))
+    return np.flatnonzero(lengths <= data.max_prompt_length)
+
+
+def _fingerprint(prompt_ids: TextColumn, data: DataConfig) -> str:
+    """Digest of what the run trains on: the ids in order, and the settings that shape a prompt."""
+    digest = hashlib.blake2b(digest_size=16)
+    settings = (data.prompt_key, data.answer_key, data.image_key, data.system_prompt)
+    template = load_format_prompt(data.format_prompt)  # its text: the file may change under the same name
+    digest.update(repr((settings, template, data.min_pixels, data.max_pixels)).encode())
+    for prompt_id in prompt_ids:
+        digest.update(prompt_id.encode() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,251 @@
+"""The prompt encoder: owner of the tokenizer and processor, between rows and what the models take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmr1_ds.config import DataConfig, ModelConfig
+from mmr1_ds.data.chat import ChatFormat, load_format_prompt
+from mmr1_ds.data.images import PixelLimits
+from mmr1_ds.errors import UserError
+from mmr1_ds.records import Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PreTrainedConfig
+
+# A policy must be able to write these, and a reward to read them, even where a tokenizer calls them special.
+REASONING_TAGS = frozenset(("<think>", "</think>", "<answer>", "</answer>"))
+VISION_ID_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+IMAGE_TYPE = 1  # in mm_token_type_ids, as transformers' ProcessorMixin gives them
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One prompt as the transformers model takes it; the batch axis is the caller's."""
+
+    input_ids: torch.Tensor  # (T,) int64, every image expanded to its tokens
+    pixel_values: torch.Tensor | None  # (patches, channels * patch volume) float32; None without images
+    image_grid_thw: torch.Tensor | None  # (images, 3) int64: patches in time, height, width
+    mm_token_type_ids: torch.Tensor | None  # (T,) int64: 0 text, 1 image; None for a text model
+
+
+class PromptEncoder:
+    """Applies the chat template, sizes images, expands image tokens, decodes responses.
+
+    `token_ids` of a prompt hold ONE placeholder an image, as vLLM takes them. `expand` computes from those and the
+    sized images what transformers takes, so both see the same number of tokens.
+    """
+
+    def __init__(self, model: ModelConfig, data: DataConfig) -> None:
+        """Raises: UserError when the model folder, its tokenizer or its processor cannot be loaded."""
+        config = _load_config(model)
+        self.is_multimodal: bool = "vision_config" in config.to_dict()
+        self.processor: Any = None
+        source = str(model.tokenizer_path or model.model_path)
+        if self.is_multimodal:
+            self.processor = _load_pretrained("AutoProcessor", source, model.trust_remote_code)
+            self.tokenizer: Any = self.processor.tokenizer
+            self.pixel_limits = _pixel_limits(self.processor, data, source)
+            self.image_token_id = int(self.processor.image_token_id)
+        else:
+            self.tokenizer = _load_pretrained("AutoTokenizer", source, model.trust_remote_code)
+        self._template_owner = self._chat_template_owner(source)
+        self._format = ChatFormat(data.system_prompt, load_format_prompt(data.format_prompt), self.is_multimodal)
+        self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
+        special = _special_ids(self.tokenizer, config)
+        self.forbidden_token_ids = tuple(
+            sorted((special | _unused_ids(self.tokenizer, config)) - {*self.eos_token_ids})
+        )
+        self._hidden_ids = frozenset(special | {*self.eos_token_ids})
+        self._vision_ids = frozenset(_vision_ids(config))
+        self._video_token_id = config.to_dict().get("video_token_id")
+
+    def encode(
+        self, cell: object, images: Sequence[Image], where: str = "the prompt"
+    ) -> tuple[tuple[int, ...], tuple[Image, ...]]:
+        """Token ids with one placeholder an image, and the images at their final size.
+
+        Args: cell: what the prompt column holds; images: RGB, any size; where: names the row in errors.
+        Raises: UserError naming the row.
+        """
+        (token_ids,) = self.tokenize([self.prompt_text(cell, len(images), where)])
+        self.check_placeholders(token_ids, len(images), where)
+        return tuple(token_ids), tuple(self._sized(image, where) for image in images)
+
+    def prompt_text(self, cell: object, num_images: int, where: str) -> str:
+        """The prompt after the chat template, generation prompt included.
+
+        Raises: UserError naming the row when it is no prompt, or has images for a text model.
+        """
+        from jinja2 import TemplateError
+
+        if num_images and not self.is_multimodal:
+            raise UserError(f"{where}: the row has {num_images} images but the model takes text only")
+        messages = self._format.messages(cell, num_images, where)
+        try:
+            return self._template_owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts that already carry their special tokens."""
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def check_placeholders(self, token_ids: Sequence[int], num_images: int, where: str) -> None:
+        """Raises: UserError when the text itself spells vision tokens: models fail on those far from here."""
+        if not self.is_multimodal:
+            return
+        counts = Counter(token for token in token_ids if token in self._vision_ids)
+        if counts[self.image_token_id] != num_images:
+            raise UserError(
+                f"{where}: {counts[self.image_token_id]} image placeholders for {num_images} images after the chat "
+                f"template; remove {self.processor.image_token} from the text and mark images by <image>"
+            )
+        for token, count in counts.items():
+            # The template's own start and end tokens come once an image, video tokens never.
+            if count != (0 if token == self._video_token_id else num_images):
+                spelled = self.tokenizer.convert_ids_to_tokens(token)
+                raise UserError(f"{where}: the text spells the vision token {spelled}; remove it")
+
+    def num_image_tokens(self, width: int, height: int, where: str = "the prompt") -> int:
+        """Tokens an image of this size becomes, by the processor's arithmetic and without its pixels."""
+        target_width, target_height = self.pixel_limits.target(width, height, where)
+        return (target_width // self.pixel_limits.factor) * (target_height // self.pixel_limits.factor)
+
+    def expand(self, prompt: Prompt) -> ModelInputs:
+        """What transformers takes for the prompt: equals calling the processor on its text and images."""
+        import torch
+
+        if not self.is_multimodal:
+            return ModelInputs(torch.tensor(prompt.token_ids, dtype=torch.int64), None, None, None)
+        pixel_values, grid = None, None
+        if prompt.images:
+            pixels = self.processor.image_processor(images=list(prompt.images), return_tensors="pt")
+            pixel_values, grid = pixels["pixel_values"], pixels["image_grid_thw"]
+        input_ids = self._expand_ids(prompt, grid)
+        types = torch.zeros_like(input_ids)
+        types[input_ids == self.image_token_id] = IMAGE_TYPE
+        return ModelInputs(input_ids, pixel_values, grid, types)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The response as text: end, padding and other special tokens dropped; <think> and the like kept."""
+        shown = [int(token) for token in token_ids if int(token) not in self._hidden_ids]
+        return self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def fingerprint(self) -> str:
+        """Digest of what decides a prompt's tokens: vocabulary, chat template and format, pixel limits."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        digest.update(repr((self._template_owner.chat_template, self._format)).encode())
+        digest.update(repr(self.pixel_limits if self.is_multimodal else None).encode())
+        return digest.hexdigest()
+
+    def _expand_ids(self, prompt: Prompt, grid: torch.Tensor | None) -> torch.Tensor:
+        import torch
+
+        tokens = torch.tensor(prompt.token_ids, dtype=torch.int64)
+        repeats = torch.ones_like(tokens)
+        placeholders = tokens == self.image_token_id
+        assert int(placeholders.sum()) == len(prompt.images), f"prompt {prompt.prompt_id}: placeholders != images"
+        if grid is not None:
+            repeats[placeholders] = grid.prod(dim=1) // self.processor.image_processor.merge_size**2
+        return torch.repeat_interleave(tokens, repeats)
+
+    def _sized(self, image: Image, where: str) -> Image:
+        from PIL.Image import Resampling
+
+        size = self.pixel_limits.target(image.width, image.height, where)
+        return image if image.size == size else image.resize(size, Resampling.BICUBIC)
+
+    def _chat_template_owner(self, source: str) -> Any:
+        if self.processor is not None and self.processor.chat_template:
+            return self.processor
+        if self.tokenizer.chat_template:
+            return self.tokenizer
+        raise UserError(f"the tokenizer of {source!r} has no chat template; use an instruction-tuned model's tokenizer")
+
+
+def _load_config(model: ModelConfig) -> PreTrainedConfig:
+    if not model.model_path:
+        raise UserError("worker.actor.model.model_path is not set; give a model folder or hub name")
+    _check_local(model.model_path, "worker.actor.model.model_path")
+    if model.tokenizer_path:
+        _check_local(model.tokenizer_path, "worker.actor.model.tokenizer_path")
+    return _load_pretrained("AutoConfig", model.model_path, model.trust_remote_code)
+
+
+def _check_local(path: str, key: str) -> None:
+    """A path that is clearly local must exist: the hub's answer for it would only mislead."""
+    if path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
+        raise UserError(f"{key}: no such folder {path!r}")
+
+
+def _load_pretrained(kind: str, source: str, trust_remote_code: bool) -> Any:
+    import transformers
+
+    loaders: dict[str, Any] = {
+        "AutoConfig": transformers.AutoConfig,
+        "AutoTokenizer": transformers.AutoTokenizer,
+        "AutoProcessor": transformers.AutoProcessor,
+    }
+    try:
+        return loaders[kind].from_pretrained(os.path.expanduser(source), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load {kind[4:].lower()} of {source!r}: {reason}") from error
+
+
+def _pixel_limits(processor: Any, data: DataConfig, source: str) -> PixelLimits:
+    images = processor.image_processor
+    if not hasattr(images, "merge_size") or not hasattr(images, "patch_size"):
+        raise UserError(f"{source!r}: {type(images).__name__} is not supported; use Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
+    return PixelLimits.of(
+        factor=images.patch_size * images.merge_size,
+        processor_min=images.size["shortest_edge"],
+        processor_max=images.size["longest_edge"],
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+    )
+
+
+def _eos_token_ids(model: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a response: the generation config's, then the tokenizer's."""
+    from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(os.path.expanduser(str(model.model_path))).eos_token_id
+    except OSError:  # the file is optional
+        eos = None
+    ids = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    ids.append(tokenizer.eos_token_id)
+    known = tuple(dict.fromkeys(int(token) for token in ids if token is not None))
+    if not known:
+        raise UserError(
+            f"{model.model_path!r} has no end-of-sequence token; set eos_token_id in generation_config.json"
+        )
+    return known
+
+
+def _vision_ids(config: PreTrainedConfig) -> set[int]:
+    values = config.to_dict()
+    return {int(values[key]) for key in VISION_ID_KEYS if isinstance(values.get(key), int)}
+
+
+def _special_ids(tokenizer: Any, config: PreTrainedConfig) -> set[int]:
+    """Special by any account: the tokenizer's list, its added tokens flagged so, the model's vision tokens."""
+    flagged = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    kept = {token for token, added in tokenizer.added_tokens_decoder.items() if added.content in REASONING_TAGS}
+    return ({*tokenizer.all_special_ids} | flagged | _vision_ids(config)) - kept
+
+
+def _unused_ids(tokenizer: Any, config: PreTrainedConfig) -> set[int]:
+    """Rows of the embedding that are no token (models pad their vocabulary); a policy does sample them."""
+    return set(range(config.get_text_config().vocab_size)) - set(tokenizer.get_vocab().values())

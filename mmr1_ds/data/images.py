@@ -1,0 +1,140 @@
+"""Images of a row: opening them, and the size they are brought to."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from mmr1_ds.errors import UserError
+
+# What Pillow raises for a file that is missing, truncated, or no image at all.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+MAX_RESIZE_ROUNDS = 8  # the processor's rule settles in one or two; a cycle means limits no size can meet
+
+ImageReference = Any  # bytes, a path, {"bytes", "path"} or a PIL image
+
+
+def image_references(cell: object) -> list[ImageReference]:
+    """The images of a row's cell: none, one, or a list of them."""
+    if cell is None or cell == "":
+        return []
+    return list(cell) if isinstance(cell, (list, tuple)) else [cell]
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Opens image references of one data file; relative paths start at `folder`."""
+
+    folder: str | None
+
+    def size(self, reference: ImageReference, where: str) -> tuple[int, int]:
+        """(width, height) from the header alone. Raises: UserError naming the row when it is unreadable."""
+        with self._open(reference, where) as image:
+            return image.size
+
+    def load(self, reference: ImageReference, where: str) -> Image.Image:
+        """The whole image as RGB. Raises: UserError naming the row when it is unreadable."""
+        with self._open(reference, where) as image:
+            try:
+                return image.convert("RGB")
+            except UNREADABLE as error:
+                raise _unreadable(reference, where, error) from error
+
+    def _open(self, reference: ImageReference, where: str) -> Image.Image:
+        if isinstance(reference, Image.Image):
+            return reference.copy()  # the caller closes what it gets; the row's own stays usable
+        content = _content(reference)
+        try:
+            return Image.open(io.BytesIO(content) if content is not None else self._path(reference))
+        except UNREADABLE as error:
+            raise _unreadable(reference, where, error) from error
+
+    def _path(self, reference: ImageReference) -> str:
+        path = reference.get("path") if isinstance(reference, dict) else reference
+        if not isinstance(path, str) or not path:
+            raise ValueError("neither bytes nor a path")
+        return os.path.join(self.folder, path) if self.folder else path
+
+
+def update_digest(digest: hashlib.blake2b, reference: ImageReference) -> None:
+    """Feed an image's identity to a digest: its bytes, or its path as the data set writes it."""
+    content = _content(reference)
+    if content is not None:
+        digest.update(b"bytes:%d:" % len(content))
+        digest.update(content)
+    elif isinstance(reference, Image.Image):
+        digest.update(f"pixels:{reference.mode}:{reference.size}:".encode())
+        digest.update(reference.tobytes())
+    else:
+        path = reference.get("path") if isinstance(reference, dict) else reference
+        digest.update(f"path:{path}:".encode())
+
+
+def _content(reference: ImageReference) -> bytes | None:
+    content = reference.get("bytes") if isinstance(reference, dict) else reference
+    return bytes(content) if isinstance(content, (bytes, bytearray, memoryview)) else None
+
+
+def _unreadable(reference: ImageReference, where: str, error: BaseException) -> UserError:
+    path = reference.get("path") if isinstance(reference, dict) else reference
+    name = f"{path!r}" if isinstance(path, str) and path else "the image"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{where}: {name} cannot be read as an image ({reason}); replace it or remove the row")
+
+
+@dataclass(frozen=True)
+class PixelLimits:
+    """The sizes images are brought to, so that no processor resizes them again.
+
+    The rule is that of the Qwen-VL processors (`smart_resize` in transformers, which vLLM uses too): both sides
+    a multiple of `factor`, the area inside the limits, the aspect ratio kept as well as those allow. The run's
+    limits apply inside the processor's own, which are the tighter bound.
+    """
+
+    factor: int  # pixels: patch size times merge size
+    min_pixels: int
+    max_pixels: int
+    processor_min_pixels: int
+    processor_max_pixels: int
+
+    @staticmethod
+    def of(
+        factor: int, processor_min: int, processor_max: int, min_pixels: int | None, max_pixels: int | None
+    ) -> PixelLimits:
+        """Limits of a run; None leaves a bound to the processor."""
+
+        def inside(pixels: int) -> int:
+            return min(max(pixels, processor_min), processor_max)
+
+        low = processor_min if min_pixels is None else inside(min_pixels)
+        high = processor_max if max_pixels is None else inside(max_pixels)
+        return PixelLimits(factor, min(low, high), high, processor_min, processor_max)
+
+    def target(self, width: int, height: int, where: str) -> tuple[int, int]:
+        """(width, height) in pixels for an image: a size both processors leave alone.
+
+        Raises: UserError naming the row when the image is too narrow for the model (one side over 200 times
+        the other) or no size satisfies the limits.
+        """
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        try:
+            high, wide = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+            for _ in range(MAX_RESIZE_ROUNDS):
+                settled = smart_resize(high, wide, self.factor, self.processor_min_pixels, self.processor_max_pixels)
+                if settled == (high, wide):
+                    return wide, high
+                high, wide = settled
+        except ValueError as error:
+            raise UserError(f"{where}: an image of {width} x {height} pixels is refused: {error}") from error
+        raise UserError(
+            f"{where}: no size for an image of {width} x {height} pixels is a multiple of {self.factor} and within "
+            f"{self.processor_min_pixels}..{self.processor_max_pixels} pixels; widen the processor's limits"
+        )

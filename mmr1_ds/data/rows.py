@@ -1,0 +1,156 @@
+"""Reading rows by the run's keys: prompt, answer, images, id, category."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmr1_ds.config import DataConfig
+from mmr1_ds.data.images import ImageReference, ImageSource, image_references, update_digest
+from mmr1_ds.data.sources import Source
+from mmr1_ds.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, Features
+    from PIL.Image import Image
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RowContent:
+    """A row, ready to be encoded."""
+
+    prompt: object  # the prompt column's cell: a string or a chat
+    images: list[Image]  # RGB, as large as they came
+    ground_truth: str
+
+
+class RowReader:
+    """One source seen through the run's keys."""
+
+    def __init__(self, source: Source, data: DataConfig) -> None:
+        """Raises: UserError naming a key that is no column, and the columns there are."""
+        self._source = source
+        self._data = data
+        self._has_images = _check_columns(source, data)
+        columns = _needed_columns(data, self._has_images)
+        # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
+        self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
+        self._features = _undecoded_features(source.rows, columns)
+        self.image_source = ImageSource(_image_folder(source, data))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def name(self) -> str:
+        """The source as the user wrote it."""
+        return self._source.name
+
+    def where(self, row: int) -> str:
+        """Names a row in errors."""
+        return self._source.where(row)
+
+    def read(self, index: int) -> RowContent:
+        """One row with its images decoded. Raises: UserError naming the row."""
+        (row,) = self.decode(self.rows[index : index + 1])
+        where = self.where(index)
+        images = [self.image_source.load(reference, where) for reference in self.references(row)]
+        return RowContent(row[self._data.prompt_key], images, self.ground_truth(row, where))
+
+    def decode(self, table: pa.Table) -> list[Row]:
+        """Rows of a table as Python values, images still encoded."""
+        return [self._features.decode_example(row) for row in table.to_pylist()]
+
+    def prompt(self, row: Row) -> object:
+        return row[self._data.prompt_key]
+
+    def references(self, row: Row) -> list[ImageReference]:
+        return image_references(row[self._data.image_key]) if self._has_images else []
+
+    def ground_truth(self, row: Row, where: str) -> str:
+        """The answer as a string. Raises: UserError when there is none."""
+        answer = row[self._data.answer_key]
+        missing = answer is None or (isinstance(answer, float) and math.isnan(answer))
+        if missing or (isinstance(answer, str) and not answer.strip()):
+            raise UserError(f"{where}: no answer in column {self._data.answer_key!r}; fill it in or remove the row")
+        if not isinstance(answer, (str, int, float)):
+            raise UserError(f"{where}: the answer is {answer!r:.80}; give a string or a number")
+        return str(answer)
+
+    def prompt_id(self, row: Row, where: str) -> str:
+        """The row's own id, or a digest of prompt, answer and images: the same on every machine."""
+        key = self._data.id_key
+        if key is None:
+            return self._digest(row, where)
+        if row[key] is None or str(row[key]) == "":
+            raise UserError(f"{where}: no id in column {key!r} (data.id_key); fill it in or leave data.id_key out")
+        return str(row[key])
+
+    def category(self, row: Row) -> str:
+        key = self._data.category_key
+        return "" if key is None or row[key] is None else str(row[key])
+
+    def _digest(self, row: Row, where: str) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        text = json.dumps([self.prompt(row), self.ground_truth(row, where)], sort_keys=True, ensure_ascii=False)
+        digest.update(text.encode())
+        for reference in self.references(row):
+            update_digest(digest, reference)
+        return digest.hexdigest()
+
+
+def open_readers(sources: list[Source], data: DataConfig) -> list[RowReader]:
+    """A reader a source. Raises: UserError naming a missing column."""
+    return [RowReader(source, data) for source in sources]
+
+
+def _check_columns(source: Source, data: DataConfig) -> bool:
+    """Whether the source has images. A text source may lack the default image column, not one asked for by name."""
+    columns = source.rows.column_names
+    wanted = {"prompt_key": data.prompt_key, "answer_key": data.answer_key}
+    wanted |= {"id_key": data.id_key} if data.id_key is not None else {}
+    wanted |= {"category_key": data.category_key} if data.category_key is not None else {}
+    wanted |= {"image_key": data.image_key} if data.image_key != DataConfig.image_key else {}
+    for key, column in wanted.items():
+        if column not in columns:
+            raise UserError(f"{source.name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
+    return data.image_key in columns
+
+
+def _needed_columns(data: DataConfig, has_images: bool) -> list[str]:
+    keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key]
+    keys.append(data.image_key if has_images else None)
+    return list(dict.fromkeys(key for key in keys if key is not None))
+
+
+def _undecoded_features(rows: Dataset, columns: list[str]) -> Features:
+    from datasets import Features
+
+    return Features({column: _undecoded(rows.features[column]) for column in columns})
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with images left as bytes and path, wherever the column holds them."""
+    from datasets import Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, (List, LargeList)) and isinstance(feature.feature, Image):
+        return type(feature)(Image(decode=False))
+    return feature
+
+
+def _image_folder(source: Source, data: DataConfig) -> str | None:
+    if data.image_dir is None:
+        return source.folder
+    if not os.path.isdir(data.image_dir):
+        raise UserError(f"data.image_dir: no such folder {data.image_dir!r}")
+    return data.image_dir

@@ -1,0 +1,166 @@
+"""One pass over the rows before training: ids, lengths, categories, and every mistake a row can show early."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmr1_ds.config import DataConfig
+from mmr1_ds.data.rows import Row, RowReader
+from mmr1_ds.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from mmr1_ds.data.encoding import PromptEncoder
+
+logger = logging.getLogger(__name__)
+
+BATCH_ROWS = 256
+CACHE_FOLDER = "mmr1_ds_scans"  # inside the cache of `datasets`
+ROWS_A_PROCESS = 20_000  # below this, starting processes costs more than it saves
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What is known of every row, over-long ones included, in the order of the files (R rows)."""
+
+    prompt_ids: pa.Array  # (R,) strings, all different
+    lengths: np.ndarray  # (R,) int32 tokens, images included
+    categories: pa.Array  # (R,) strings
+
+
+def scan_rows(readers: list[RowReader], data: DataConfig, prompt_encoder: PromptEncoder) -> Scan:
+    """Scan all sources. The result is the same on every rank. Raises: UserError naming the first bad row found."""
+    import pyarrow as pa
+
+    tables = [_scan_reader(reader, data, prompt_encoder) for reader in readers]
+    table = pa.concat_tables(tables).combine_chunks()
+    return Scan(
+        prompt_ids=_distinct(_flat(table["prompt_id"]), data),
+        lengths=table["length"].to_numpy().astype(np.int32),
+        categories=_flat(table["category"]),
+    )
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    import pyarrow as pa
+
+    return column.cast(pa.large_string()).combine_chunks()  # 64-bit offsets: ten million ids pass 2 GiB
+
+
+class _BatchScan:
+    """Scans a batch of rows; a class, so that worker processes can be handed it."""
+
+    def __init__(self, reader: RowReader, prompt_encoder: PromptEncoder) -> None:
+        self._reader = reader
+        self._encoder = prompt_encoder
+
+    def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
+        import pyarrow as pa
+
+        rows = self._reader.decode(table)
+        places = [self._reader.where(index) for index in indices]
+        columns = {
+            "prompt_id": [self._reader.prompt_id(row, where) for row, where in zip(rows, places, strict=True)],
+            "length": self._lengths(rows, places),
+            "category": [self._reader.category(row) for row in rows],
+        }
+        kinds = [("prompt_id", pa.string()), ("length", pa.int32()), ("category", pa.string())]
+        return pa.table(columns, schema=pa.schema(kinds))
+
+    def _lengths(self, rows: list[Row], places: list[str]) -> list[int]:
+        references = [self._reader.references(row) for row in rows]
+        texts = []
+        for row, images, where in zip(rows, references, places, strict=True):
+            self._reader.ground_truth(row, where)  # raises for a missing answer
+            texts.append(self._encoder.prompt_text(self._reader.prompt(row), len(images), where))
+        lengths = []
+        for token_ids, images, where in zip(self._encoder.tokenize(texts), references, places, strict=True):
+            self._encoder.check_placeholders(token_ids, len(images), where)
+            sizes = [self._reader.image_source.size(reference, where) for reference in images]
+            image_tokens = sum(self._encoder.num_image_tokens(*size, where) for size in sizes)
+            lengths.append(len(token_ids) - len(images) + image_tokens)
+        return lengths
+
+
+def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder) -> pa.Table:
+    import pyarrow as pa
+
+    scan = _BatchScan(reader, prompt_encoder)
+    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, len(reader) // ROWS_A_PROCESS)
+    if processes > 1:
+        return _scan_in_processes(reader, scan, processes, data, prompt_encoder)
+    parts = []
+    for start in range(0, len(reader), BATCH_ROWS):
+        stop = min(start + BATCH_ROWS, len(reader))
+        parts.append(scan(reader.rows[start:stop], range(start, stop)))
+    return pa.concat_tables(parts)
+
+
+def _scan_in_processes(
+    reader: RowReader, scan: _BatchScan, processes: int, data: DataConfig, prompt_encoder: PromptEncoder
+) -> pa.Table:
+    """Scan a large source in parallel, once a machine: the ranks beside this one wait, then read the result."""
+    import datasets
+    from filelock import FileLock
+    from pyarrow import feather
+
+    key = hashlib.blake2b(digest_size=16)
+    settings = (data.prompt_key, data.answer_key, data.image_key, data.id_key, data.category_key, data.image_dir)
+    rows = (reader.name, reader.rows._fingerprint, len(reader))
+    key.update(repr((rows, settings, prompt_encoder.fingerprint())).encode())
+    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, CACHE_FOLDER)
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, key.hexdigest() + ".arrow")
+    logger.info("scanning %d rows in %d processes (or waiting for a neighbour to)", len(reader), processes)
+    with FileLock(path + ".lock"):
+        if not os.path.exists(path):
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                scanned = reader.rows.map(
+                    scan,
+                    batched=True,
+                    batch_size=BATCH_ROWS,
+                    with_indices=True,
+                    num_proc=processes,
+                    desc="scanning prompts",
+                    remove_columns=reader.rows.column_names,
+                    new_fingerprint=key.hexdigest(),
+                    cache_file_name=os.path.join(scratch, "part.arrow"),
+                )
+                whole = os.path.join(scratch, "whole.arrow")
+                feather.write_feather(scanned.data.table, whole, compression="zstd")
+                os.replace(whole, path)
+        return feather.read_table(path)
+
+
+def _distinct(prompt_ids: pa.Array, data: DataConfig) -> pa.Array:
+    """Ids made different: later rows with the same id get `#1`, `#2`, in the order of the files."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    counts = pc.value_counts(prompt_ids)
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated) == 0:
+        return prompt_ids
+    logger.warning("%d prompts occur more than once (first: id %s)", len(repeated), repeated[0].as_py())
+    positions = np.flatnonzero(pc.is_in(prompt_ids, repeated).to_numpy(zero_copy_only=False))
+    seen: Counter[str] = Counter()
+    renamed = []
+    for prompt_id in prompt_ids.take(positions).to_pylist():
+        renamed.append(prompt_id if seen[prompt_id] == 0 else f"{prompt_id}#{seen[prompt_id]}")
+        seen[prompt_id] += 1
+    mask = np.zeros(len(prompt_ids), dtype=bool)
+    mask[positions] = True
+    distinct = pc.replace_with_mask(prompt_ids, mask, pa.array(renamed, pa.large_string()))
+    if pc.count_distinct(distinct).as_py() != len(distinct):
+        raise UserError(f"data.id_key {data.id_key!r}: ids repeat even after numbering; give every row its own id")
+    return distinct

@@ -1,0 +1,124 @@
+"""Opening the user's data: files, folders, saved data sets and hub names, as memory-mapped `datasets`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmr1_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+DEFAULT_SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the user's data sets, its rows read when asked for."""
+
+    name: str  # as the user wrote it: names the rows in errors
+    rows: Dataset
+    folder: str | None  # where relative image paths start; None for a hub data set
+
+    def where(self, row: int) -> str:
+        return f"{self.name} row {row} (counted from 0)"
+
+
+def list_names(files: Any, key: str = "data.train_files") -> list[str]:
+    """The names in `data.train_files`: a string, comma separated, or a list.
+
+    Raises: UserError when there is none, or a local one is missing. Imports nothing heavy: a dry run calls this.
+    """
+    parts = files.split(",") if isinstance(files, str) else list(files or [])
+    names = [str(part).strip() for part in parts if str(part).strip()]
+    if not names:
+        raise UserError(f"{key} is empty; give a file, a folder, a hub name, or a list of them")
+    for name in names:
+        path, _ = split_name(name)
+        if not os.path.exists(path) and _looks_local(path):
+            raise UserError(f"{key}: no such file or folder {path!r}")
+    return names
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`name@split` -> (name, split); a path that holds an @ itself is taken whole when it exists."""
+    name = os.path.expanduser(name)
+    if "@" not in name or os.path.exists(name):
+        return name, DEFAULT_SPLIT
+    path, split = name.rsplit("@", 1)
+    return path, split or DEFAULT_SPLIT
+
+
+def open_sources(files: Any, key: str = "data.train_files") -> list[Source]:
+    """Open everything in `files`, in order.
+
+    Raises: UserError naming the file when it cannot be read, is empty, or has no such split.
+    """
+    return [_open_source(name, key) for name in list_names(files, key)]
+
+
+def _looks_local(path: str) -> bool:
+    """Hub names are `name` or `owner/name`, without a data suffix."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.splitext(path)[1] in BUILDERS
+
+
+def _open_source(name: str, key: str) -> Source:
+    from datasets import disable_progress_bars, enable_progress_bars
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.utils import are_progress_bars_disabled
+
+    path, split = split_name(name)
+    bars_were_on = not are_progress_bars_disabled()
+    disable_progress_bars()  # every rank would draw its own
+    try:
+        rows = _read(path, split)
+    except DatasetGenerationError as error:
+        raise _cannot_read(name, key, error.__cause__ or error) from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise _cannot_read(name, key, error) from error
+    finally:
+        if bars_were_on:
+            enable_progress_bars()
+    if len(rows) == 0:
+        raise UserError(f"{key}: {name!r} has no rows")
+    return Source(name, rows, _folder(path))
+
+
+def _read(path: str, split: str) -> Dataset:
+    import datasets
+
+    if os.path.isfile(path):
+        suffix = os.path.splitext(path)[1]
+        if os.path.getsize(path) == 0:
+            raise ValueError("the file is empty")
+        if suffix not in BUILDERS:
+            raise ValueError(f"unknown kind of file {suffix!r}; known: {', '.join(BUILDERS)}")
+        return datasets.load_dataset(BUILDERS[suffix], data_files=path, split=split)
+    if os.path.isdir(path) and _is_saved(path):
+        saved = datasets.load_from_disk(path)
+        if isinstance(saved, datasets.Dataset):
+            if split != DEFAULT_SPLIT:
+                raise ValueError(f"it is one saved data set and has no split {split!r}; leave @{split} out")
+            return saved
+        if split not in saved:
+            raise ValueError(f"no split {split!r}; there are {', '.join(saved)}")
+        return saved[split]
+    return datasets.load_dataset(path, split=split)
+
+
+def _is_saved(folder: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, mark)) for mark in ("state.json", "dataset_dict.json"))
+
+
+def _folder(path: str) -> str | None:
+    if os.path.isdir(path):
+        return path
+    return (os.path.dirname(path) or ".") if os.path.isfile(path) else None
+
+
+def _cannot_read(name: str, key: str, error: BaseException) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"{key}: cannot read {name!r}: {reason}")

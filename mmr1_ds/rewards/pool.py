@@ -1,0 +1,247 @@
+"""The pool of reward processes: whatever a reward does, every response has a result in bounded time."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import time
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from mmr1_ds.config import RewardConfig
+from mmr1_ds.errors import UserError
+from mmr1_ds.rewards.loading import check_reward_function
+from mmr1_ds.rewards.process import Closed, WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+STARTUP_SECONDS = 120.0  # a worker may import much before it is ready
+MAX_RESTART_FAILURES = 3  # in a row; then the reward is broken for good and the run must say so
+LOGGED_FAILURES = 3  # of each kind, with their reasons; later ones are only counted
+MAX_REWARD = 1.0e30  # larger ones would not be finite as float32 sums
+FAILURE_KINDS = ("timeout", "crash", "invalid", "error")
+
+
+@dataclass(frozen=True)
+class RewardItem:
+    """One response to be scored."""
+
+    response: str
+    response_length: int  # tokens
+    ground_truth: str
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """What the reward said. A failed response has overall and accuracy 0 and no parts."""
+
+    overall: float  # finite
+    accuracy: float  # [0, 1]
+    parts: Mapping[str, float]  # every further number the reward returned, finite
+    failure: str | None = None  # one of FAILURE_KINDS
+    reason: str = ""  # of the failure, one line
+
+
+@dataclass
+class _Worker:
+    """A process and what it is doing."""
+
+    process: WorkerProcess
+    deadline: float  # monotonic seconds; of the start while not ready, of the item while busy
+    is_ready: bool = False
+    item: int | None = None  # position of the item being scored
+
+
+@dataclass
+class _Round:
+    """One call of `score`."""
+
+    items: list[RewardItem]
+    waiting: deque[int]
+    results: dict[int, RewardResult] = field(default_factory=dict)
+
+
+class RewardPool:
+    """`num_workers` processes, each scoring one response at a time; a context manager.
+
+    A response whose reward hangs past `timeout_seconds`, ends its process, raises, or returns no finite number is
+    a failed result with the kind named; its process is replaced where needed, and the others go on. Create and
+    use the pool on one thread: the kernel ends the workers when the thread that started them ends.
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        """Start the workers and wait until all have imported the reward.
+
+        Raises: UserError with the reward's own message when it cannot be imported.
+        """
+        assert config.num_workers >= 1, config.num_workers
+        check_reward_function(config.reward_function)
+        self._config = config
+        self._selector = selectors.DefaultSelector()
+        self._workers: list[_Worker] = []
+        self._num_failures: Counter[str] = Counter()
+        self._num_restart_failures = 0
+        self._warned_accuracy = False
+        self._is_closed = False
+        try:
+            for _ in range(config.num_workers):
+                self._workers.append(self._start())
+            while not all(worker.is_ready for worker in self._workers):
+                self._step(_Round([], deque()), is_startup=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def score(self, items: list[RewardItem]) -> list[RewardResult]:
+        """Score responses; results in the order of the items, failures included. Never raises for a bad response.
+
+        Raises: UserError when the workers can no longer be started.
+        """
+        assert not self._is_closed, "the reward pool is closed"
+        current = _Round(items, deque(range(len(items))))
+        try:
+            while len(current.results) < len(items):
+                self._hand_out(current)
+                self._step(current)
+        except BaseException:
+            self.close()  # an interrupted round must not answer the next one
+            raise
+        return [current.results[position] for position in range(len(items))]
+
+    def close(self) -> None:
+        """Kill all workers. Idempotent; nothing is left running."""
+        self._is_closed = True
+        for worker in self._workers:
+            worker.process.close()
+        self._workers.clear()
+        self._selector.close()
+
+    def _start(self) -> _Worker:
+        process = WorkerProcess(self._selector)
+        config = self._config
+        process.send({"reward_function": config.reward_function, "kwargs": dict(config.reward_function_kwargs)})
+        return _Worker(process, time.monotonic() + STARTUP_SECONDS)
+
+    def _hand_out(self, current: _Round) -> None:
+        for index, worker in enumerate(self._workers):
+            if not current.waiting or not worker.is_ready or worker.item is not None:
+                continue
+            if worker.process.has_ended():  # died between two responses: no response is to blame
+                worker.process.close()
+                self._workers[index] = self._start()
+                continue
+            worker.item = current.waiting.popleft()
+            worker.deadline = time.monotonic() + self._config.timeout_seconds
+            item = current.items[worker.item]
+            worker.process.send(
+                {"response": item.response, "response_length": item.response_length, "ground_truth": item.ground_truth}
+            )
+
+    def _step(self, current: _Round, is_startup: bool = False) -> None:
+        """Wait for the next reply or deadline and act on it."""
+        deadlines = [worker.deadline for worker in self._workers if not worker.is_ready or worker.item is not None]
+        wait_seconds = max(0.0, min(deadlines) - time.monotonic()) if deadlines else 0.0
+        for key, _ in self._selector.select(wait_seconds):
+            if key.fd not in self._selector.get_map():
+                continue  # closed by an event before it
+            reply = key.data.handle(key.fd)
+            if reply is not None:
+                self._take(self._index_of(key.data), reply, current, is_startup)
+        for index, worker in enumerate(self._workers):
+            if (not worker.is_ready or worker.item is not None) and time.monotonic() >= worker.deadline:
+                self._expire(index, current, is_startup)
+
+    def _index_of(self, process: WorkerProcess) -> int:
+        return next(index for index, worker in enumerate(self._workers) if worker.process is process)
+
+    def _take(self, index: int, reply: dict[str, Any] | Closed, current: _Round, is_startup: bool) -> None:
+        worker = self._workers[index]
+        if not worker.is_ready:
+            self._take_start(index, reply, is_startup)
+        elif isinstance(reply, Closed):
+            self._workers[index] = self._start()
+            if worker.item is not None:
+                self._fail(current, worker.item, reply.kind, reply.reason)
+        else:
+            assert worker.item is not None, "a reply without a request"
+            position, worker.item = worker.item, None
+            if "score" in reply:
+                self._accept(current, position, reply["score"])
+            else:
+                self._fail(current, position, reply["kind"], reply["reason"])
+
+    def _take_start(self, index: int, reply: dict[str, Any] | Closed, is_startup: bool) -> None:
+        if not isinstance(reply, Closed) and "ready" in reply:
+            self._workers[index].is_ready = True
+            self._num_restart_failures = 0
+            return
+        if isinstance(reply, Closed):
+            self._start_failed(index, reply.reason, is_startup)
+        else:
+            self._workers[index].process.close()
+            self._start_failed(index, reply["failed"], is_startup)
+
+    def _start_failed(self, index: int, reason: str, is_startup: bool) -> None:
+        """The process at `index` is closed already; put another in its place, or give up."""
+        self._num_restart_failures += 1
+        if is_startup or self._num_restart_failures >= MAX_RESTART_FAILURES:
+            del self._workers[index]
+            raise UserError(f"worker.reward.reward_function {self._config.reward_function!r} does not start: {reason}")
+        logger.warning("a reward worker did not start again (%s); trying once more", reason)
+        self._workers[index] = self._start()
+
+    def _expire(self, index: int, current: _Round, is_startup: bool) -> None:
+        worker = self._workers[index]
+        worker.process.close()
+        if not worker.is_ready:
+            self._start_failed(index, f"it took over {STARTUP_SECONDS:g} seconds to import", is_startup)
+            return
+        self._workers[index] = self._start()
+        assert worker.item is not None
+        self._fail(current, worker.item, "timeout", f"no result within {self._config.timeout_seconds:g} seconds")
+
+    def _accept(self, current: _Round, position: int, score: dict[str, float]) -> None:
+        reason = _why_invalid(score)
+        if reason:
+            self._fail(current, position, "invalid", reason)
+            return
+        if "accuracy" not in score and not self._warned_accuracy:
+            self._warned_accuracy = True
+            logger.warning(
+                "the reward returns no 'accuracy'; the curriculum uses 'overall', clipped to [0, 1], in its place"
+            )
+        overall = score["overall"]
+        accuracy = score.get("accuracy", min(max(overall, 0.0), 1.0))
+        parts = {key: value for key, value in score.items() if key not in ("overall", "accuracy")}
+        current.results[position] = RewardResult(overall, accuracy, parts)
+
+    def _fail(self, current: _Round, position: int, kind: str, reason: str) -> None:
+        assert kind in FAILURE_KINDS, kind
+        self._num_failures[kind] += 1
+        if self._num_failures[kind] <= LOGGED_FAILURES:
+            shown = current.items[position].response[:200]
+            logger.warning("reward %s: %s; the response counts 0: %r", kind, reason, shown)
+        current.results[position] = RewardResult(0.0, 0.0, {}, failure=kind, reason=reason)
+
+
+def _why_invalid(score: dict[str, float]) -> str:
+    """Why a score cannot be used; empty when it can."""
+    if "overall" not in score:
+        return f"no number 'overall' in the result; it has {', '.join(score) or 'nothing'}"
+    for key, value in score.items():
+        if not abs(value) <= MAX_REWARD:  # NaN too
+            return f"{key!r} is {value}"
+    if not 0.0 <= score.get("accuracy", 0.0) <= 1.0:
+        return f"'accuracy' is {score['accuracy']}; it must be in [0, 1]"
+    return ""

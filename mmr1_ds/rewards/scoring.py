@@ -1,0 +1,71 @@
+"""Rewards of rollout groups."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmr1_ds.records import GroupRewards, RolloutGroup, ScoredGroup
+from mmr1_ds.rewards.pool import RewardItem, RewardPool, RewardResult
+
+
+@dataclass(frozen=True)
+class RewardCounts:
+    """Responses of one call whose reward failed, by kind. Sums, so that ranks can add them."""
+
+    num_responses: int
+    num_timeouts: int  # no result within the time limit
+    num_crashes: int  # the reward ended its process
+    num_invalid: int  # no finite 'overall', or not the form a reward returns
+    num_errors: int  # the reward raised
+
+    @property
+    def num_failed(self) -> int:
+        return self.num_timeouts + self.num_crashes + self.num_invalid + self.num_errors
+
+
+def score_groups(
+    pool: RewardPool, groups: Sequence[RolloutGroup], decode: Callable[[Sequence[int]], str]
+) -> tuple[list[ScoredGroup], RewardCounts]:
+    """Score every response of this rank's groups in one round of the pool.
+
+    Args: groups: G groups of N responses, N may differ; decode: token ids to the text the reward reads.
+    Returns: the groups in order with their rewards, and how many responses failed.
+    """
+    items = [
+        RewardItem(decode(response.token_ids), len(response.token_ids), group.prompt.ground_truth)
+        for group in groups
+        for response in group.responses
+    ]
+    results = pool.score(items)
+    scored, start = [], 0
+    for group in groups:
+        stop = start + len(group.responses)
+        scored.append(ScoredGroup(group, _group_rewards(results[start:stop])))
+        start = stop
+    return scored, _count(results)
+
+
+def _group_rewards(results: list[RewardResult]) -> GroupRewards:
+    """A part that some responses lack (failed ones lack all) counts 0 there."""
+    names = sorted({name for result in results for name in result.parts})
+    return GroupRewards(
+        overall=np.array([result.overall for result in results], dtype=np.float32),
+        accuracy=np.array([result.accuracy for result in results], dtype=np.float32),
+        failed=np.array([result.failure is not None for result in results], dtype=bool),
+        parts={name: np.array([result.parts.get(name, 0.0) for result in results], dtype=np.float32) for name in names},
+    )
+
+
+def _count(results: list[RewardResult]) -> RewardCounts:
+    kinds = Counter(result.failure for result in results)
+    return RewardCounts(
+        num_responses=len(results),
+        num_timeouts=kinds["timeout"],
+        num_crashes=kinds["crash"],
+        num_invalid=kinds["invalid"],
+        num_errors=kinds["error"],
+    )

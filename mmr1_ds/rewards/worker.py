@@ -1,0 +1,87 @@
+"""A reward worker process: `python -m mmr1_ds.rewards.worker REPLY_FD PARENT_PID`.
+
+It reads JSON lines from its standard input, answers on REPLY_FD, and ends when the input does. The first line is
+{"reward_function", "kwargs"}, answered by {"ready": true} or {"failed": reason}; every further line is one item,
+answered by {"score": {key: number}} or {"kind": "error" | "invalid", "reason": text}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from mmr1_ds.rewards.loading import RewardFunction, load_reward_function
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(reply_fd: int, parent_pid: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it kills us when it is done
+    _die_with(parent_pid)
+    requests, replies = _take_channel(reply_fd)
+    setup = json.loads(requests.readline() or "null")
+    if setup is None:
+        return
+    try:
+        reward = load_reward_function(setup["reward_function"], setup["kwargs"])
+    except (Exception, SystemExit) as error:  # a user's module may raise anything; the parent reports it
+        _reply(replies, {"failed": _describe(error)})
+        return
+    _reply(replies, {"ready": True})
+    reward.warm_up()
+    for line in requests:
+        _reply(replies, _answer(reward.score, json.loads(line)))
+
+
+def _die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies: a hung reward would never notice the closed pipe."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the call above
+        os._exit(0)
+
+
+def _take_channel(reply_fd: int) -> tuple[TextIO, TextIO]:
+    """The request and reply streams, moved out of the user's way: prints go to stderr, input() finds nothing."""
+    requests = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    os.set_inheritable(reply_fd, False)  # a child of the user's code must not hold the pipe open
+    replies = os.fdopen(reply_fd, "w", encoding="utf-8")
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def _answer(function: RewardFunction, item: dict[str, Any]) -> dict[str, Any]:
+    try:
+        scores = function([item])
+        score = scores[0] if isinstance(scores, (list, tuple)) and len(scores) == 1 else None
+        if not isinstance(score, Mapping):
+            return {"kind": "invalid", "reason": f"returned {scores!r:.200}; want a list with one dictionary"}
+        return {"score": {str(key): float(value) for key, value in score.items() if _is_number(value)}}
+    except (Exception, SystemExit) as error:  # so may the function: it costs this response alone
+        return {"kind": "error", "reason": _describe(error)}
+
+
+def _is_number(value: object) -> bool:
+    """Numbers and what converts to one (numpy scalars, 0-d tensors); text a reward returns beside them is dropped."""
+    return hasattr(value, "__float__")
+
+
+def _describe(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
+
+
+def _reply(replies: TextIO, message: dict[str, Any]) -> None:
+    replies.write(json.dumps(message) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,360 @@
+"""The reward pool with real processes and rewards that misbehave in every way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from mmr1_ds.config import RewardConfig
+from mmr1_ds.errors import UserError
+from mmr1_ds.records import Prompt, Response, RolloutGroup
+from mmr1_ds.rewards import pool as pool_module
+from mmr1_ds.rewards.pool import RewardItem, RewardPool
+from mmr1_ds.rewards.scoring import RewardCounts, score_groups
+
+GONE_SECONDS = 10  # more than a killed process takes to disappear on any machine
+
+REWARD = """
+    import os, sys, threading
+
+    def score(items, bonus=0.0):
+        (item,) = items
+        word, _, rest = item["response"].partition(" ")
+        if word == "hang":
+            sys.stderr.write("hanging\\n")
+            threading.Event().wait()
+        if word == "exit":
+            os._exit(3)
+        if word == "sys.exit":
+            sys.exit("bye")
+        if word == "segfault":
+            os.kill(os.getpid(), 11)
+        if word == "raise":
+            raise RuntimeError("no such unit:\\n" + rest)
+        if word == "print":
+            print('{"score": {"overall": 5}}', flush=True)
+            os.write(1, b'{"score": {"overall": 6}}\\n')
+            os.system("echo '{\\"score\\": {\\"overall\\": 7}}'")
+        if word == "input":
+            input()
+        if word == "pid":
+            return [{"overall": os.getpid(), "accuracy": 0}]
+        if word == "long":
+            return [{"overall": len(item["response"])}]
+        if word == "huge":
+            return [{"overall": 1.0, **{f"key{i}": 1.0 for i in range(200_000)}}]
+        if word == "return":
+            return eval(rest)
+        value = float(rest or 0) + bonus
+        return [{"overall": value, "accuracy": 1.0, "length": item["response_length"], "truth": item["ground_truth"]}]
+"""
+
+
+@pytest.fixture(scope="module")
+def reward_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reward") / "my_reward.py"
+    path.write_text(textwrap.dedent(REWARD))
+    return str(path)
+
+
+@pytest.fixture
+def make_pool(reward_file):
+    pools = []
+
+    def make(workers=1, timeout=30.0, function="score", path=None, **kwargs):
+        config = RewardConfig(f"{path or reward_file}:{function}", kwargs, workers, timeout)
+        pools.append(RewardPool(config))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def items(*responses):
+    return [RewardItem(response, len(response), "7") for response in responses]
+
+
+def pids(pool):
+    return [worker.process.pid for worker in pool._workers]
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_results_in_order_and_as_returned(make_pool):
+    pool = make_pool(workers=3, bonus=0.5)
+    results = pool.score(items(*(f"ok {i}" for i in range(23))))
+    assert [result.overall for result in results] == [i + 0.5 for i in range(23)]
+    assert {result.accuracy for result in results} == {1.0}
+    assert [result.parts for result in results] == [{"length": float(len(f"ok {i}"))} for i in range(23)]
+    assert {result.failure for result in results} == {None}
+    assert pool.score([]) == []
+
+
+def test_order_holds_when_the_first_is_the_slowest(make_pool):
+    results = make_pool(workers=2, timeout=1.0).score(items("hang", *(f"ok {i}" for i in range(9))))
+    assert [result.failure for result in results] == ["timeout"] + [None] * 9
+    assert [result.overall for result in results[1:]] == [float(i) for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("response", "kind", "reason"),
+    [
+        ("exit", "crash", "exit status 3"),
+        ("segfault", "crash", "signal SIGSEGV"),
+        ("sys.exit", "error", "SystemExit: bye"),
+        ("raise 7", "error", "RuntimeError: no such unit: 7"),
+        ("input", "error", "EOFError"),
+        ("return [{'overall': float('nan')}]", "invalid", "'overall' is nan"),
+        ("return [{'overall': float('inf'), 'accuracy': 1}]", "invalid", "'overall' is inf"),
+        ("return [{'overall': 1e39}]", "invalid", "'overall' is 1e+39"),
+        ("return [{'overall': 1, 'accuracy': float('nan')}]", "invalid", "'accuracy' is nan"),
+        ("return [{'overall': 1, 'accuracy': 1.5}]", "invalid", "'accuracy' is 1.5; it must be in [0, 1]"),
+        ("return [{'overall': 1, 'format': float('nan')}]", "invalid", "'format' is nan"),
+        ("return [{'accuracy': 1}]", "invalid", "no number 'overall'"),
+        ("return [{'overall': 'high'}]", "invalid", "no number 'overall'"),
+        ("return [{'overall': None}]", "invalid", "no number 'overall'"),
+        ("return [{'overall': 1}, {'overall': 1}]", "invalid", "want a list with one dictionary"),
+        ("return []", "invalid", "want a list with one dictionary"),
+        ("return None", "invalid", "want a list with one dictionary"),
+        ("return 1.0", "invalid", "want a list with one dictionary"),
+        ("huge", "invalid", "answered over 1048576 bytes"),
+    ],
+)
+def test_a_failure_costs_one_response(make_pool, response, kind, reason):
+    before, failed, after = make_pool().score(items("ok 1", response, "ok 2"))
+    assert (failed.failure, failed.overall, failed.accuracy, failed.parts) == (kind, 0.0, 0.0, {})
+    assert reason in failed.reason and "\n" not in failed.reason
+    assert (before.overall, after.overall) == (1.0, 2.0)
+
+
+def test_a_hang_costs_its_time_limit_and_its_process(make_pool):
+    pool = make_pool(timeout=1.0)
+    (old,) = pids(pool)
+    first, second = pool.score(items("hang", "ok 2"))
+    assert first.failure == "timeout" and "1 seconds" in first.reason
+    assert second.overall == 2.0
+    assert not is_running(old) and pids(pool) != [old]
+
+
+def test_prints_do_not_corrupt_the_channel(make_pool, capfd):
+    results = make_pool().score(items("print 1", "print 2"))
+    assert [result.overall for result in results] == [1.0, 2.0]
+    out, err = capfd.readouterr()
+    assert out == "" and '"overall": 5' in err and '"overall": 6' in err and '"overall": 7' in err
+
+
+def test_responses_longer_than_a_pipe(make_pool):
+    text = "long " + "ä\n\u2028\"'" * 100_000
+    (result,) = make_pool().score(items(text))
+    assert result.overall == len(text)
+
+
+def test_a_long_response_to_a_stopped_worker_does_not_stall(make_pool):
+    pool = make_pool(timeout=1.0)
+    os.kill(pids(pool)[0], signal.SIGSTOP)
+    first, second = pool.score(items("long " + "x" * 1_000_000, "ok 2"))
+    assert (first.failure, second.overall) == ("timeout", 2.0)
+
+
+def test_a_worker_that_died_while_idle_costs_no_response(make_pool):
+    pool = make_pool()
+    (old,) = pids(pool)
+    handle = os.pidfd_open(old)
+    os.kill(old, signal.SIGKILL)
+    select.select([handle], [], [], GONE_SECONDS)
+    os.close(handle)
+    assert [result.overall for result in pool.score(items("ok 1", "ok 2"))] == [1.0, 2.0]
+
+
+def test_failures_are_logged_with_their_reason_a_few_times(make_pool, caplog):
+    with caplog.at_level(logging.WARNING):
+        make_pool().score(items(*["raise 7"] * 9))
+    assert caplog.text.count("RuntimeError: no such unit: 7") == pool_module.LOGGED_FAILURES
+
+
+def test_without_accuracy_the_clipped_reward_stands_in(make_pool, caplog):
+    with caplog.at_level(logging.WARNING):
+        results = make_pool().score(items(*(f"return [{{'overall': {value}}}]" for value in (-1, 0.25, 3))))
+    assert [result.accuracy for result in results] == [0.0, 0.25, 1.0]
+    assert [result.overall for result in results] == [-1.0, 0.25, 3.0]
+    assert caplog.text.count("returns no 'accuracy'") == 1
+
+
+def test_easyr1s_sequential_rewards(make_pool, tmp_path):
+    path = tmp_path / "sequential.py"
+    path.write_text(
+        'REWARD_TYPE = "sequential"\n'
+        "def compute_score(reward_input, weight=1):\n"
+        '    return {"overall": weight * float(reward_input["ground_truth"]), "accuracy": 1}\n'
+    )
+    (result,) = make_pool(path=path, function="compute_score", weight=3).score(items("x"))
+    assert result.overall == 21.0
+
+
+def test_a_reward_may_import_its_neighbours_and_numpy(make_pool, tmp_path):
+    (tmp_path / "neighbour.py").write_text("import numpy as np\nVALUE = np.float32(0.5)\n")
+    (tmp_path / "reward.py").write_text("from neighbour import VALUE\ndef f(items): return [{'overall': VALUE}]\n")
+    (result,) = make_pool(path=tmp_path / "reward.py", function="f").score(items("x"))
+    assert result.overall == 0.5
+
+
+def test_the_built_in_math(make_pool):
+    with RewardPool(RewardConfig("math", {"format_weight": 0.2}, 1)) as pool:
+        right, wrong, formula = pool.score(
+            [
+                RewardItem("<think>a</think><answer>\\boxed{7}</answer>", 9, "7"),
+                RewardItem("\\boxed{8}", 9, "7"),
+                RewardItem("\\boxed{\\frac{\\sqrt{2}}{2}}", 9, "\\frac{1}{\\sqrt{2}}"),
+            ]
+        )
+    assert (right.overall, right.accuracy, right.parts) == (1.0, 1.0, {"format": 1.0})
+    assert (wrong.overall, formula.overall) == (0.0, 0.8)
+
+
+# --- starting -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("raise SystemExit(4)", "does not start: SystemExit: 4"),
+        ("import os; os._exit(5)", "does not start: its process ended .exit status 5"),
+        ("def other(items): pass", "has no function 'score'"),
+        ("score = 5", "has no function 'score'"),
+        ("def score(items, weight): pass", "missing a required argument: 'weight'"),
+        ("def score(): pass", "too many positional arguments"),
+        ("def score(:", "SyntaxError"),
+    ],
+)
+def test_a_reward_that_cannot_start_is_an_error_at_once(make_pool, tmp_path, source, message):
+    path = tmp_path / "broken.py"
+    path.write_text(source)
+    with pytest.raises(UserError, match=message) as raised:
+        make_pool(workers=2, path=path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_reward_that_never_ends_its_import(make_pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_module, "STARTUP_SECONDS", 0.3)
+    path = tmp_path / "slow.py"
+    path.write_text("import threading; threading.Event().wait()")
+    with pytest.raises(UserError, match=r"over 0.3 seconds to import"):
+        make_pool(path=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("maths", "'maths' is unknown; use math or path/file.py:function"),
+        ("reward.py", "'reward.py' is unknown"),
+        ("/nowhere/reward.py:score", "no such file '/nowhere/reward.py'"),
+    ],
+)
+def test_unknown_rewards_are_named(name, message):
+    with pytest.raises(UserError, match=message):
+        RewardPool(RewardConfig(name))
+
+
+def test_a_reward_that_stops_starting_ends_the_run(make_pool, tmp_path):
+    path = tmp_path / "vanishing.py"
+    path.write_text(textwrap.dedent(REWARD))
+    pool = make_pool(path=path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"does not start: UserError: .*no such file"):
+        pool.score(items("exit", "ok 1"))
+    assert pids(pool) == []
+
+
+# --- ending -------------------------------------------------------------------------------------------------------
+
+
+def test_close_leaves_no_process(make_pool):
+    pool = make_pool(workers=3)
+    running = pids(pool)
+    assert all(is_running(pid) for pid in running)
+    pool.close()
+    pool.close()
+    assert not any(is_running(pid) for pid in running)
+
+
+PARENT = """
+    import json, sys
+    from mmr1_ds.config import RewardConfig
+    from mmr1_ds.rewards.pool import RewardItem, RewardPool
+
+    with RewardPool(RewardConfig(sys.argv[1], {}, 2)) as pool:
+        print(json.dumps([worker.process.pid for worker in pool._workers]), flush=True)
+        pool.score([RewardItem("hang", 1, "7")])
+"""
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, -signal.SIGINT)])
+def test_a_parent_that_dies_leaves_no_worker(reward_file, sent, status):
+    """One worker hangs in the reward, the other waits: neither outlives its parent, whatever ends that."""
+    command = [sys.executable, "-c", textwrap.dedent(PARENT), f"{reward_file}:score"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        workers = [os.pidfd_open(pid) for pid in json.loads(parent.stdout.readline())]
+        assert parent.stderr.readline() == "hanging\n"
+        parent.send_signal(sent)
+        assert parent.wait(GONE_SECONDS) == status
+    for worker in workers:
+        readable, _, _ = select.select([worker], [], [], GONE_SECONDS)
+        os.close(worker)
+        assert readable, "a worker outlived its parent"
+
+
+def test_a_worker_ignores_ctrl_c(make_pool):
+    pool = make_pool()
+    os.kill(pids(pool)[0], signal.SIGINT)
+    before = pids(pool)
+    assert pool.score(items("ok 1"))[0].overall == 1.0
+    assert pids(pool) == before
+
+
+# --- groups -------------------------------------------------------------------------------------------------------
+
+
+def group(index, responses):
+    prompt = Prompt(index, str(index), (1, 2), (), ground_truth=str(index))
+    return RolloutGroup(prompt, tuple(Response(tuple(map(ord, text)), (0.0,), True) for text in responses), 0)
+
+
+def test_groups_get_their_own_rewards(make_pool):
+    groups = [
+        group(0, ["ok 1", "raise", "ok 3"]),
+        group(1, ["return [{'overall': 1, 'accuracy': 0, 'extra': 2}]"]),
+        group(2, ["exit", "return 5", "hang"]),
+    ]
+    scored, counts = score_groups(make_pool(workers=2, timeout=1.0), groups, lambda ids: "".join(map(chr, ids)))
+    assert [item.group for item in scored] == groups
+    first, second, third = (item.rewards for item in scored)
+    assert first.overall.dtype == first.accuracy.dtype == np.float32 and first.failed.dtype == bool
+    assert first.overall.tolist() == [1.0, 0.0, 3.0]
+    assert first.accuracy.tolist() == [1.0, 0.0, 1.0]
+    assert first.failed.tolist() == [False, True, False]
+    assert {key: value.tolist() for key, value in first.parts.items()} == {"length": [4.0, 0.0, 4.0]}
+    assert {key: value.tolist() for key, value in second.parts.items()} == {"extra": [2.0]}
+    assert third.failed.all() and third.parts == {}
+    assert counts == RewardCounts(num_responses=7, num_timeouts=1, num_crashes=1, num_invalid=1, num_errors=1)
+    assert counts.num_failed == 4
+
+
+def test_no_groups(make_pool):
+    assert score_groups(make_pool(), [], str) == ([], RewardCounts(0, 0, 0, 0, 0))
