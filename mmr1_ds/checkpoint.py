@@ -46,7 +46,9 @@ class Checkpoints:
         self._ranks.barrier("write the checkpoint")
         manifest = self._describe(temporary)
         if self._ranks.rank == 0:
-            _write_synced(temporary / MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
+            _write_synced(
+                temporary / MANIFEST, json.dumps({"step": step, "ranks": self._ranks.size, "files": manifest}, indent=1)
+            )
             _sync_folder(temporary)
             if final.exists():
                 shutil.rmtree(final)
@@ -82,11 +84,20 @@ class Checkpoints:
             raise UserError(f"trainer.load_checkpoint_path={folder} is damaged ({damage}); name an earlier one")
         return int(match[1])
 
+    def check_ranks(self, folder: Path) -> None:
+        """Raises: UserError when the sharded state is of another number of ranks. Not a collective."""
+        written_by = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["ranks"]
+        if written_by != self._ranks.size:
+            raise UserError(
+                f"checkpoint {folder} was written by {written_by} ranks and this run has {self._ranks.size}; "
+                f"start it on {written_by} ranks, or elsewhere with trainer.resume=false"
+            )
+
     def damage(self, folder: Path) -> str:
         """What is wrong with a checkpoint, empty when nothing is. Ranks share the reading. Collective."""
         found = ""
         try:
-            expected = json.loads((folder / MANIFEST).read_text())["files"]
+            expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         except (OSError, ValueError, KeyError) as error:
             expected, found = {}, f"{MANIFEST}: {error}"
         for name in sorted(expected)[self._ranks.rank :: self._ranks.size]:

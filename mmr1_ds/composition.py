@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 from collections.abc import Mapping
@@ -9,11 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from mmr1_ds.checkpoint import Checkpoints
 from mmr1_ds.collect import Collector
 from mmr1_ds.config import RunConfig
+from mmr1_ds.config_checks import total_training_steps
+from mmr1_ds.config_loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.dataset import load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
@@ -21,6 +22,7 @@ from mmr1_ds.distributed import LaunchEnvironment, Ranks
 from mmr1_ds.engine.actor import Actor, Reference
 from mmr1_ds.errors import UserError
 from mmr1_ds.logging import MetricsLogger
+from mmr1_ds.plan import checkpoint_directory, run_directory
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
 from mmr1_ds.rollout.colocated import VllmRollout
@@ -44,17 +46,26 @@ def run(
         rewards = stack.enter_context(RewardPool(config.worker.reward))  # starts before the models take the memory
         encoder = PromptEncoder(config.worker.actor.model, config.data)
         train_data = load_dataset(config.data.train_files, config.data, encoder)
-        val_data = load_dataset(config.data.val_files, config.data, encoder, "data.val_files") if config.data.val_files else None
-        num_steps = _num_steps(config, len(train_data))
-        run_dir = _run_dir(config)
+        val_data = (
+            load_dataset(config.data.val_files, config.data, encoder, "data.val_files")
+            if config.data.val_files
+            else None
+        )
+        num_steps = total_training_steps(config, len(train_data))
+        run_dir = run_directory(config)
 
         ranks = Ranks(launch, config.trainer.collective_timeout_seconds)
         stack.callback(ranks.close)
         if ranks.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+            (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         ranks.barrier("make the run directory")
-        checkpoints = Checkpoints(_checkpoint_root(config), config.trainer.save_limit, ranks)
+        if ranks.on_gpu != bool(deepspeed_config["bf16"]["enabled"]):
+            raise UserError(
+                f"torch.cuda.is_available() is {ranks.on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
+                "install a CUDA build of torch, or set DS_ACCELERATOR=cpu to train on the CPU"
+            )
+        checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
         start = _starting_point(config, checkpoints)
         coordinator = Coordinator(config.data, len(train_data), train_data.prompt_ids, train_data.fingerprint, ranks)
         metrics_logger = stack.enter_context(
@@ -63,7 +74,7 @@ def run(
                 run_dir,
                 num_steps,
                 start[0] if start else 0,
-                OmegaConf.to_container(OmegaConf.structured(config)),
+                dataclasses.asdict(config),
                 is_main=ranks.rank == 0,
             )
         )
@@ -96,27 +107,14 @@ def run(
         trainer.fit()
 
 
-def _run_dir(config: RunConfig) -> Path:
-    return Path(config.trainer.run_dir or f"runs/{config.trainer.experiment_name}")
-
-
-def _checkpoint_root(config: RunConfig) -> Path:
-    return Path(config.trainer.save_checkpoint_path or _run_dir(config) / "checkpoints")
-
-
-def _num_steps(config: RunConfig, num_prompts: int) -> int:
-    """Steps of the run. A data set smaller than a batch still makes one step an episode."""
-    if config.trainer.max_steps is not None:
-        return config.trainer.max_steps
-    return config.trainer.total_episodes * max(1, num_prompts // config.data.rollout_batch_size)
-
-
 def _starting_point(config: RunConfig, checkpoints: Checkpoints) -> tuple[int, Path] | None:
     """Step and folder to go on from: the run's own newest checkpoint, else the one that the user named."""
     found = checkpoints.newest() if config.trainer.resume else None
     if found is None and config.trainer.load_checkpoint_path:
         folder = Path(config.trainer.load_checkpoint_path)
         found = checkpoints.require(folder), folder
+    if found is not None:
+        checkpoints.check_ranks(found[1])
     return found
 
 
@@ -126,5 +124,7 @@ def _rollout(config: RunConfig, actor: Actor, ranks: Ranks, encoder: PromptEncod
     if settings.engine == "vllm" and not has_vllm:
         raise UserError("worker.rollout.engine=vllm but vllm is not installed; install it or set engine=hf")
     if settings.engine == "hf" or not has_vllm:
-        return TransformersRollout(actor, ranks, encoder, config.worker.actor.micro_batch_size_per_device_for_experience)
+        return TransformersRollout(
+            actor, ranks, encoder, config.worker.actor.micro_batch_size_per_device_for_experience
+        )
     return VllmRollout(settings, model, config.data, ranks, encoder)

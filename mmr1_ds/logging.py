@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -43,6 +44,26 @@ def configure_logging(is_main: bool, level: int = logging.INFO) -> None:
     package.handlers[:] = [handler]
     package.setLevel(level if is_main else logging.WARNING)
     package.propagate = False  # libraries configure the root logger, which would print every line twice
+
+
+# Libraries' own chatter, which would bury a run's one line a step. Anyone's own setting wins.
+_QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its CPU worker warns once an image
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TQDM_DISABLE": "1",  # checkpoint shards; our own bars say so when they want to be seen
+}
+
+
+def quiet_libraries() -> None:
+    """Ask the libraries for errors only. Call before they are imported."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in ("DeepSpeed", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|vllm|deepspeed|transformers")
 
 
 class Writer(Protocol):
@@ -121,7 +142,7 @@ class MetricsLogger:
 
             with (
                 logging_redirect_tqdm([logging.getLogger("mmr1_ds")]),
-                tqdm(total=total, desc=description, leave=False) as bar,
+                tqdm(total=total, desc=description, leave=False, disable=False) as bar,
             ):
                 yield lambda count: bar.update(count) and None
         else:

@@ -84,4 +84,8 @@ def step_metrics(
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, float]:
-    return {f"{name}/mean": float(values.mean()), f"{name}/max": float(values.max()), f"{name}/min": float(values.min())}
+    return {
+        f"{name}/mean": float(values.mean()),
+        f"{name}/max": float(values.max()),
+        f"{name}/min": float(values.min()),
+    }

@@ -65,15 +65,15 @@ class Trainer:
             self._log(self.validate())
         if config.val_only:
             return
-        self._refresh_if_due()
+        if refreshed := self._refresh_if_due():
+            self._log(refreshed)
         while self.step < self._num_steps:
             self._begin(self.step + 1)
             metrics = self.train_step()
             last = self.step == self._num_steps
             if config.val_freq > 0 and (last or self.step % config.val_freq == 0):
                 metrics |= self.validate()
-            if not last:
-                metrics |= self._refresh_if_due()
+            metrics |= self._refresh_if_due()
             self._log(metrics)
             # After the refresh, so that a resumed run draws by the same weights; after the log, so that a kill
             # in between leaves no step without its line.
@@ -120,7 +120,7 @@ class Trainer:
     def _refresh_if_due(self) -> dict[str, float]:
         """Before the next step: roll the whole data set out and renew the weights (the paper's Algorithm 1)."""
         clock, parts = StageClock(), self._parts
-        if not parts.coordinator.refresh_due(self.step + 1):
+        if self.step == self._num_steps or not parts.coordinator.refresh_due(self.step + 1):
             return {}
         settings = self._training_settings(self._config.data.curriculum_rollout_n)
         title = f"curriculum refresh after step {self.step}"
@@ -146,7 +146,10 @@ class Trainer:
         )
         chunk = self._config.data.val_batch_size if self._config.data.val_batch_size > 0 else len(data)
         groups: list[ScoredGroup] = []
-        with clock("testing"), parts.metrics_logger.progress(len(data), f"validation after step {self.step}") as advance:
+        with (
+            clock("testing"),
+            parts.metrics_logger.progress(len(data), f"validation after step {self.step}") as advance,
+        ):
             for start in range(0, len(data), chunk):
                 own = range(start, min(start + chunk, len(data)))[parts.ranks.rank :: parts.ranks.size]
                 prompts = [data[index] for index in own]

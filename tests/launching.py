@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,17 +58,24 @@ def run_ranks(program: str, *arguments: str | Path, num_ranks: int = 1, timeout_
         assert process.returncode == 0, f"rank {rank} exited with {process.returncode}:\n{output[-6000:]}"
 
 
-def processes_of_session(session: int) -> list[str]:
-    """Command lines of the live processes of a session (what one launch started)."""
+def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str) -> None:
+    """Poll until `condition` holds; fail, naming `what`, when it does not in time."""
+    end = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_seconds:g} s: {what}"
+        time.sleep(0.05)
+
+
+def processes_with(marker: str) -> list[str]:
+    """Command lines of the live processes whose environment has `marker`: what a launch and its children left."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and marker.encode() in (entry / "environ").read_bytes():
+                found.append(f"{entry.name}: {(entry / 'cmdline').read_bytes().replace(bytes(1), b' ').decode()}")
         except OSError:
             continue  # it has just ended
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(f"{entry.name}: {command}")
     return found

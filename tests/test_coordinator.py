@@ -385,7 +385,7 @@ def test_files_of_another_format_are_refused(tmp_path):
 
 
 def test_online_is_named():
-    with pytest.raises(UserError, match="data.curriculum_refresh must be full, got 'online'"):
+    with pytest.raises(UserError, match=r"data.curriculum_refresh must be full, got 'online'"):
         make(curriculum_refresh="online")
 
 

@@ -151,7 +151,8 @@ def test_console_line(tmp_path, messages):
             },
         )
     assert [record.getMessage() for record in messages.records] == [
-        "step 7/60 | reward 0.512 | accuracy 0.500 | effective 0.62 | length 11.2 | seconds gen 1.23 update_actor 0.50 | 1:46 left"
+        "step 7/60 | reward 0.512 | accuracy 0.500 | effective 0.62 | length 11.2 | "
+        "seconds gen 1.23 update_actor 0.50 | 1:46 left"
     ]
 
 

@@ -16,7 +16,7 @@ def save_vision_model(folder: Path, tied: bool = False, seed: int = 3) -> Path:
     return folder
 
 
-def save_text_model(folder: Path, tied: bool = False, seed: int = 3) -> Path:
+def save_text_model(folder: Path, tied: bool = False, seed: int = 3, num_heads: int = 3) -> Path:
     """A Qwen2 of two layers with the demo's tokenizer and random weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -24,10 +24,10 @@ def save_text_model(folder: Path, tied: bool = False, seed: int = 3) -> Path:
     tokenizer = build_tokenizer()
     config = Qwen2Config(
         vocab_size=len(VOCABULARY),
-        hidden_size=96,
+        hidden_size=32 * num_heads,
         intermediate_size=160,
         num_hidden_layers=2,
-        num_attention_heads=3,
+        num_attention_heads=num_heads,
         num_key_value_heads=1,
         max_position_embeddings=256,
         tie_word_embeddings=tied,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from mmr1_ds.config import ActorConfig, AlgorithmConfig, RunConfig
 from mmr1_ds.distributed import Ranks
@@ -53,7 +54,7 @@ class ZeroEngine:
         return outputs
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> PreTrainedModel:
         """The transformers model inside, partitioned."""
         return self.policy.model
 
@@ -140,7 +141,10 @@ class Actor(ZeroEngine):
             part = slice(start, start + micro)
             self.engine.set_gradient_accumulation_boundary(start + micro >= len(trajectories))
             token_sums, drift = self._micro_step(
-                trajectories[part], None if old is None else old[part], None if ref is None else ref[part], global_tokens
+                trajectories[part],
+                None if old is None else old[part],
+                None if ref is None else ref[part],
+                global_tokens,
             )
             largest_drift = max(largest_drift, drift)
             for name, value in token_sums.items():
@@ -188,7 +192,7 @@ class Actor(ZeroEngine):
         self.engine.backward(loss, scale_wrt_gas=False)
 
         rollout_T = torch.tensor(list(chain.from_iterable(item.rollout_logprobs for item in trajectories)))
-        drift_T = (logprobs_T.detach().cpu() - rollout_T).abs()
+        drift_T = (old_T.cpu() - rollout_T).abs()  # both of the policy that sampled, by the two implementations
         sums = {name: float(values_T.sum()) for name, values_T in figures.items()}
         sums["rollout_drift"] = float(drift_T.sum())
         return sums, float(drift_T.max()) if len(drift_T) else 0.0

@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmr1_ds.config import ModelConfig
 from mmr1_ds.engine.batching import ModelBatch
@@ -23,9 +24,9 @@ class PolicyModel(nn.Module):
     only: prompt positions would multiply the largest tensor of the step for nothing.
     """
 
-    def __init__(self, model: nn.Module, forbidden_token_ids: Sequence[int], temperature: float) -> None:
+    def __init__(self, model: PreTrainedModel, forbidden_token_ids: Sequence[int], temperature: float) -> None:
         super().__init__()
-        self.model = model
+        self.model: PreTrainedModel = model
         self.temperature = temperature
         self._forbidden = list(forbidden_token_ids)
 

@@ -28,7 +28,8 @@ def _buckets(model: nn.Module, bucket_bytes: int) -> Iterator[list[tuple[str, nn
     bucket: list[tuple[str, nn.Parameter]] = []
     filled = 0
     for name, parameter in model.named_parameters():
-        size = parameter.ds_numel * parameter.element_size()  # numel() is 0 for a partitioned parameter
+        # numel() is 0 for a partitioned parameter.
+        size = parameter.ds_numel * parameter.element_size()  # type: ignore[attr-defined]
         if bucket and filled + size > bucket_bytes:
             yield bucket
             bucket, filled = [], 0

@@ -1,0 +1,82 @@
+"""Launch environments, the split of a batch, and control traffic on real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from launching import PROGRAMS, environment, run_ranks
+
+from mmr1_ds.distributed import LaunchEnvironment, batch_slots, launch_environment
+from mmr1_ds.errors import UserError
+
+
+def test_each_launcher_is_recognised():
+    master = {"MASTER_ADDR": "10.0.0.1"}
+    assert launch_environment({}) == LaunchEnvironment(0, 1, 0, "none")
+    deepspeed = {"RANK": "3", "WORLD_SIZE": "7", "LOCAL_RANK": "1", **master}
+    assert launch_environment(deepspeed) == LaunchEnvironment(3, 7, 1, "environment")
+    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1", **master}
+    assert launch_environment(slurm) == LaunchEnvironment(5, 6, 1, "slurm")
+    mpi = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", **master}
+    assert launch_environment(mpi) == LaunchEnvironment(0, 2, 0, "mpi")
+    assert launch_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).launcher == "none"  # inside sbatch, no srun
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK not"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK='x'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, r"RANK=2 must be in \[0, WORLD_SIZE=2\)"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_a_partial_or_wrong_environment_is_explained(environ, message):
+    with pytest.raises(UserError, match=message):
+        launch_environment(environ)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_every_mini_batch_holds_the_same_prompts_on_any_number_of_ranks(size):
+    batch, mini_batch = 24, 6
+    slots = [batch_slots(batch, mini_batch, rank, size) for rank in range(size)]
+    assert sorted(np.concatenate(slots)) == list(range(batch))
+    share = mini_batch // size
+    for step in range(batch // mini_batch):
+        own = np.concatenate([part[step * share : (step + 1) * share] for part in slots])
+        assert sorted(own) == list(range(step * mini_batch, (step + 1) * mini_batch))
+
+
+def test_control_traffic_between_three_processes(tmp_path):
+    run_ranks("control_traffic.py", tmp_path, num_ranks=3, timeout_seconds=60)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    for result in results:
+        assert result["broadcast"] == [5, 7, 2**40]
+        assert result["gathered"] == [[], [[1.5, 0.0]], [[2.5, 0.0], [2.5, 1.0]]]
+        assert result["sum"] == {"a": 3.0, "b": 30.0}
+        assert result["max"] == {"a": 2.0}
+        assert result["any"] == [True, False]
+
+
+def test_a_rank_that_is_gone_is_an_error_with_rank_stage_and_step(tmp_path):
+    marker = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAMS / "lost_rank.py")],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **marker),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        output, _ = processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert "rank 0 of 2: wait for the others at step 17 failed (deadline 5 s)" in output
