@@ -52,7 +52,7 @@ def run(
             else None
         )
         num_steps = total_training_steps(config, len(train_data))
-        run_dir = run_directory(config)
+        run_dir = run_directory(config) / ("eval" if config.trainer.val_only else "")  # a run's own log stays as it is
 
         ranks = Ranks(launch, config.trainer.collective_timeout_seconds)
         stack.callback(ranks.close)

@@ -5,6 +5,7 @@ Rank 0 alone speaks; the other ranks hold a logger without writers.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -100,7 +101,8 @@ class MetricsLogger:
         Args:
             run_dir: exists.
             total_steps: of the whole run, for progress.
-            resumed_step: the checkpoint's step, 0 for a fresh run; what was logged after it is dropped.
+            resumed_step: the checkpoint's step; what was logged after it is dropped. 0 for a fresh run, which
+                renames what an earlier one logged to metrics.1.jsonl and so on.
             run_config: resolved; stored with wandb, values that look like secrets left out.
             is_main: False gives a logger that says nothing.
         Raises: UserError for an unknown name.
@@ -214,12 +216,16 @@ class JsonLinesWriter:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`; none at all for a fresh run (step 0). A torn last line goes too."""
+    """Keep the lines of steps up to `step`; a torn last line goes too. A fresh run sets the whole file aside."""
     if not path.exists():
+        return
+    if step == 0:
+        numbers = itertools.count(1)
+        path.rename(next(name for n in numbers if not (name := path.with_name(f"{path.stem}.{n}.jsonl")).exists()))
         return
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
-        if step == 0 or not line.endswith(b"\n") or json.loads(line)["step"] > step:
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
     partial = path.with_suffix(".partial")

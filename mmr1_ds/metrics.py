@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
-from mmr1_ds.config import DataConfig
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.records import ScoredGroup
 
@@ -46,13 +45,12 @@ def step_metrics(
     groups: Sequence[ScoredGroup],
     trajectories: Sequence[Trajectory],
     seconds: Mapping[str, float],
-    data: DataConfig,
     ranks: Ranks,
 ) -> dict[str, float]:
     """Score, advantage, length, time and throughput figures of a training step. Collective."""
     local = np.array(
         [
-            (reward, len(item.token_ids), not response.finished, len(item.prompt.token_ids))
+            (reward, len(item.token_ids), not response.finished, item.prompt.num_tokens)
             for item, (reward, response) in zip(
                 trajectories,
                 ((r, s) for g in groups for r, s in zip(g.rewards.overall, g.group.responses, strict=True)),
@@ -80,7 +78,16 @@ def step_metrics(
         "perf/time_per_step": slowest["step"],
         "perf/throughput": tokens / slowest["step"] / ranks.size,
     }
-    return metrics | ranks.sum({"perf/cpu_memory_used_gb": psutil.Process().memory_info().rss / 1e9}, "memory")
+    metrics |= ranks.sum({"perf/cpu_memory_used_gb": psutil.Process().memory_info().rss / 1e9}, "memory")
+    if ranks.on_gpu:
+        import torch
+
+        peaks = {
+            "perf/max_memory_allocated_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "perf/max_memory_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+        }
+        metrics |= ranks.max(peaks, "memory")
+    return metrics
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, float]:

@@ -25,6 +25,7 @@ class Prompt:
     images: tuple[Image, ...]  # RGB, already inside the pixel limits
     ground_truth: str
     category: str = ""
+    num_tokens: int = 0  # length with every image expanded, as the data set measured it
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mmr1_ds.config_loading import load_config
 from mmr1_ds.deepspeed_config import reference_deepspeed, resolve_deepspeed
 from mmr1_ds.distributed import LaunchEnvironment, launch_environment
 from mmr1_ds.errors import UserError
+from mmr1_ds.launch_guard import end_with_launcher
 from mmr1_ds.logging import configure_logging, quiet_libraries
 from mmr1_ds.plan import describe_plan
 
@@ -35,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
         launch = launch_environment()
     except UserError as error:
         return _tell(error)
+    if launch.launcher == "environment":
+        end_with_launcher()
     configure_logging(launch.rank == 0)
     try:
         prepared = _prepare(argv, launch)

@@ -99,7 +99,7 @@ class Trainer:
             parts.rollout.sync_weights(parts.actor)
         clock.seconds["step"] = time.perf_counter() - start
         metrics |= reward_metrics(groups, failures, parts.ranks)
-        metrics |= step_metrics(groups, trajectories, clock.seconds, self._config.data, parts.ranks)
+        metrics |= step_metrics(groups, trajectories, clock.seconds, parts.ranks)
         return metrics | parts.coordinator.metrics()
 
     def _update(self, trajectories: Sequence[Trajectory], clock: StageClock) -> dict[str, float]:
@@ -162,7 +162,7 @@ class Trainer:
             self._log_generations(groups)
         rewards = reward_metrics(groups, None, parts.ranks)
         metrics = {f"val/{name.removeprefix('reward/')}_reward": value for name, value in rewards.items()}
-        metrics["val/reward_score"] = metrics.pop("val/overall_reward")
+        metrics["val/reward_score"] = metrics["val/overall_reward"]
         return metrics | {"timing_s/testing": clock.seconds["testing"]}
 
     def _training_settings(self, num_responses: int | None = None) -> SamplingSettings:

@@ -32,7 +32,7 @@ def score(reward_inputs, top):
     ]
 """
 GUIDE_METRICS = ["mean_weight", "std_weight", "min_weight", "max_weight", "consumed_batches", "random_position"]
-NUM_STEPS = 8
+NUM_STEPS = 16
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def assets(tmp_path_factory):
             "sampling_strategy": "curriculum",
             "curriculum_metrics": ["learnability", "self-bleu"],
             "curriculum_metric_weights": [0.8, 0.2],
-            "curriculum_update_freq": 3,
+            "curriculum_update_freq": 6,
             "curriculum_rollout_n": 2,
             "curriculum_rollout_batch_size": 7,
         },
@@ -86,7 +86,7 @@ def assets(tmp_path_factory):
         "trainer": {
             "max_steps": NUM_STEPS,
             "n_gpus_per_node": 2,
-            "val_freq": 3,
+            "val_freq": 5,
             "save_freq": 2,
             "save_limit": 2,
             "val_generations_to_log": 3,
@@ -140,16 +140,16 @@ def test_a_run_leaves_all_of_itself_in_its_directory(finished_run):
         assert line["rollout/logprob_diff_max"] < 1e-4
         assert line["actor/grad_norm"] > 0
         assert line["reward/truth_length"] >= 1
-    assert {line["step"] for line in lines if "val/accuracy_reward" in line} == {0, 3, 6, 8}
+    assert {line["step"] for line in lines if "val/accuracy_reward" in line} == {0, 5, 10, 15, 16}
     refreshed = [line["step"] for line in lines if "timing_s/refresh" in line]
-    assert refreshed == [0, 3, 6]  # before steps 1, 4 and 7
+    assert refreshed == [0, 6, 12]  # before steps 1, 7 and 13
     resolved = yaml.safe_load((finished_run / "config.yaml").read_text())
     assert resolved["data"]["curriculum_metric_weights"] == [0.8, 0.2]
     assert resolved["data"]["curriculum_momentum"] == 0.0
-    assert len((finished_run / "generations.jsonl").read_text().splitlines()) == 4 * 3
+    assert len((finished_run / "generations.jsonl").read_text().splitlines()) == 5 * 3
     assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == [
-        "global_step_6",
-        "global_step_8",
+        "global_step_14",
+        "global_step_16",
         "latest",
     ]
     assert list((finished_run / "tensorboard").glob("events.*"))
@@ -158,7 +158,7 @@ def test_a_run_leaves_all_of_itself_in_its_directory(finished_run):
 
 def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_run):
     run_dir, marker = assets / "stopped", uuid.uuid4().hex
-    for step, stop in ((3, signal.SIGTERM), (5, signal.SIGINT)):
+    for step, stop in ((3, signal.SIGTERM), (8, signal.SIGINT)):
         process = launch(assets, run_dir, marker)
         wait_until(
             lambda step=step, process=process: (
@@ -173,9 +173,9 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_r
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
         assert process.wait(timeout=60) != 0
         wait_until(lambda: not processes_with(marker), 30, f"no process left, {processes_with(marker)}")
+        assert step <= metrics_of(run_dir)[-1]["step"] < NUM_STEPS  # stopped, not finished
     finish(launch(assets, run_dir, marker), run_dir, marker)
-    log = run_dir.with_suffix(".log").read_text()
-    assert "resumed from" in log
+    assert run_dir.with_suffix(".log").read_text().count("resumed from") == 2
 
     expected, actual = metrics_of(finished_run), metrics_of(run_dir)
     assert [line["step"] for line in actual] == [line["step"] for line in expected]
@@ -185,7 +185,7 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_r
             n: v for n, v in one.items() if n not in measured
         }
     for rank in (0, 1):
-        name = f"checkpoints/global_step_8/actor/zero3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        name = f"checkpoints/global_step_16/actor/zero3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         one, other = (torch.load(folder / name, weights_only=False) for folder in (finished_run, run_dir))
         key = "fp32_flat_groups"
         for a, b in zip(one["optimizer_state_dict"][key], other["optimizer_state_dict"][key], strict=True):

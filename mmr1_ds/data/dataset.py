@@ -87,6 +87,7 @@ class PromptDataset:
             images=images,
             ground_truth=content.ground_truth,
             category=self.categories[index],
+            num_tokens=int(self._lengths[row]),
         )
 
 

@@ -157,6 +157,8 @@ class Actor(ZeroEngine):
         metrics |= self._ranks.max({"rollout/logprob_diff_max": largest_drift}, "actor metrics")
         metrics["actor/grad_norm"] = self._gradient_norm()
         metrics["actor/lr"] = rate
+        if ref is not None:
+            metrics["actor/kl_coef"] = self._algorithm.kl_coef
         return metrics
 
     def _micro_step(
