@@ -1,0 +1,44 @@
+# make demo     train the demo: nothing to prepare, a few minutes on two cores (ARGS="key=value ..." overrides)
+# make check    lint, types and the fast tests
+# make test     every test, the end-to-end ones included
+# make setup    the virtual environment alone; the others call it
+# make clean    build leftovers and caches; distclean: .venv and the demo's assets too. Neither touches a run.
+
+SHELL := bash
+PYTHON := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= passive
+ARGS ?=
+
+.PHONY: demo check lint types fast test slow setup clean distclean
+
+demo: setup
+	@bash launch/demo.sh $(ARGS)
+
+setup:
+	@bash launch/setup.sh
+
+check: lint types fast
+
+lint: setup
+	$(PYTHON) -m ruff check .
+
+types: setup
+	$(PYTHON) -m mypy
+
+fast: setup
+	$(PYTHON) -m pytest -q -m "not slow"
+
+test: setup
+	$(PYTHON) -m pytest -q --durations=15
+
+slow: setup
+	$(PYTHON) -m pytest -q -m slow
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv runs/demo_assets
