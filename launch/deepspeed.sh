@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run the deepspeed launcher on this machine so that a signal ends all that it started: `deepspeed` alone, told to
-# stop by SIGTERM, leaves its ranks running.
+# Run the deepspeed launcher on this machine so that a signal ends all that it started before this script returns.
+# `deepspeed` alone, told to stop by SIGTERM, is gone at once; ours end soon after, others' ranks run on.
 #
 #   bash launch/deepspeed.sh NUM_RANKS MODULE ARGUMENT ...
 #

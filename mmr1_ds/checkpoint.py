@@ -35,7 +35,11 @@ class Checkpoints:
         self._root, self._save_limit, self._ranks = root, save_limit, ranks
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Call `write(folder)` on every rank, then make its files the checkpoint of `step`. Collective."""
+        """Call `write(folder)` on every rank, then make its files the checkpoint of `step`. Collective.
+
+        Checkpoints of later steps are of a run that this one has replaced: they are set aside, as `stale_...`, or
+        the next start would take them for the newest.
+        """
         final = self._root / f"global_step_{step}"
         temporary = self._root / f".global_step_{step}.tmp"
         if self._ranks.rank == 0:
@@ -49,14 +53,16 @@ class Checkpoints:
             _write_synced(
                 temporary / MANIFEST, json.dumps({"step": step, "ranks": self._ranks.size, "files": manifest}, indent=1)
             )
-            _sync_folder(temporary)
-            if final.exists():
-                shutil.rmtree(final)
+            for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+                _sync_folder(folder)
+            for old in self._steps():
+                if old >= step:
+                    _set_aside(self._root / f"global_step_{old}")
             temporary.rename(final)
             _sync_folder(self._root)
             _write_synced(self._root / "latest.tmp", f"{final.name}\n")
             (self._root / "latest.tmp").rename(self._root / "latest")
-            self._prune()
+            self._prune(step)
         self._ranks.barrier("publish the checkpoint")
         return final
 
@@ -107,7 +113,10 @@ class Checkpoints:
 
     def _describe(self, folder: Path) -> dict[str, dict[str, str | int]]:
         """Size and digest of every file, synced to disk. The ranks share the reading. Collective."""
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        names = []
+        if self._ranks.rank == 0:  # one listing for all: a network file system may show each rank another
+            names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        names = self._ranks.all_gather_objects(names, "list the checkpoint's files")[0]
         own = {}
         for name in names[self._ranks.rank :: self._ranks.size]:
             with open(folder / name, "rb") as file:
@@ -118,17 +127,30 @@ class Checkpoints:
 
     def _list(self) -> list[tuple[int, Path]]:
         """Checkpoints as rank 0 sees them. Collective."""
-        found = []
-        if self._ranks.rank == 0 and self._root.is_dir():
-            found = [int(match[1]) for path in self._root.iterdir() if (match := _FOLDER.fullmatch(path.name))]
-        steps = self._ranks.broadcast_array(np.array(sorted(found), dtype=np.int64), "list checkpoints")
+        found = self._steps() if self._ranks.rank == 0 else []
+        steps = self._ranks.broadcast_array(np.array(found, dtype=np.int64), "list checkpoints")
         return [(int(step), self._root / f"global_step_{step}") for step in steps]
 
-    def _prune(self) -> None:
-        steps = sorted(int(match[1]) for path in self._root.iterdir() if (match := _FOLDER.fullmatch(path.name)))
+    def _steps(self) -> list[int]:
+        if not self._root.is_dir():
+            return []
+        return sorted(int(match[1]) for path in self._root.iterdir() if (match := _FOLDER.fullmatch(path.name)))
+
+    def _prune(self, newest: int) -> None:
+        """Delete the oldest over the limit, never the one just written."""
         if self._save_limit > 0:
-            for step in steps[: -self._save_limit]:
+            others = [step for step in self._steps() if step != newest]
+            for step in others[: len(others) - (self._save_limit - 1)]:
                 shutil.rmtree(self._root / f"global_step_{step}")
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a checkpoint out of the way, without overwriting one that was renamed before."""
+    number = 1
+    while (aside := folder.with_name(f"stale_{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    logger.warning("checkpoint %s is of a run that this one replaces; it is kept as %s", folder, aside.name)
 
 
 def _difference(path: Path, expected: dict[str, str | int]) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mmr1_ds import train
+from mmr1_ds.config_loading import LOCAL_RANK
 
 _ARGUMENTS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
 _EVAL = ("trainer.val_only=true", "trainer.save_freq=-1")
@@ -14,7 +15,8 @@ _EVAL = ("trainer.val_only=true", "trainer.save_freq=-1")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: the exit code; 2 after a user's mistake."""
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = _parser().parse_args([word for word in given if not word.startswith(LOCAL_RANK)])
     settings = [*arguments.settings, *_EVAL] if arguments.command == "eval" else arguments.settings
     return train.main(settings)
 

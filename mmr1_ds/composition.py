@@ -45,35 +45,44 @@ def run(
     with ExitStack() as stack:
         rewards = stack.enter_context(RewardPool(config.worker.reward))  # starts before the models take the memory
         encoder = PromptEncoder(config.worker.actor.model, config.data)
-        train_data = load_dataset(config.data.train_files, config.data, encoder)
+        limit = config.worker.rollout.limit_images
+        train_data = load_dataset(config.data.train_files, config.data, encoder, limit_images=limit)
         val_data = (
-            load_dataset(config.data.val_files, config.data, encoder, "data.val_files")
+            load_dataset(config.data.val_files, config.data, encoder, "data.val_files", limit)
             if config.data.val_files
             else None
         )
         num_steps = total_training_steps(config, len(train_data))
-        run_dir = run_directory(config) / ("eval" if config.trainer.val_only else "")  # a run's own log stays as it is
 
         ranks = Ranks(launch, config.trainer.collective_timeout_seconds)
         stack.callback(ranks.close)
+        if ranks.on_gpu != bool(deepspeed_config["bf16"]["enabled"]):
+            raise UserError(
+                f"torch.cuda.is_available() is {ranks.on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
+                "install a CUDA build of torch, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+            )
+        checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
+        if len(set(ranks.all_gather_objects(train_data.fingerprint, "compare the data sets"))) > 1:
+            raise UserError(
+                f"data.train_files={config.data.train_files} differs between ranks; give all the same files"
+            )
+        start = _starting_point(config, checkpoints)
+        run_dir = run_directory(config)
+        if config.trainer.val_only:  # beside the run's own log, which stays as it is
+            run_dir = run_dir / "eval" / f"step_{start[0] if start else 0}"
+        coordinator = Coordinator(config.data, len(train_data), train_data.prompt_ids, train_data.fingerprint, ranks)
+        if start is not None and not config.trainer.val_only:
+            coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
         if ranks.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         ranks.barrier("make the run directory")
-        if ranks.on_gpu != bool(deepspeed_config["bf16"]["enabled"]):
-            raise UserError(
-                f"torch.cuda.is_available() is {ranks.on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
-                "install a CUDA build of torch, or set DS_ACCELERATOR=cpu to train on the CPU"
-            )
-        checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
-        start = _starting_point(config, checkpoints)
-        coordinator = Coordinator(config.data, len(train_data), train_data.prompt_ids, train_data.fingerprint, ranks)
         metrics_logger = stack.enter_context(
             MetricsLogger.open(
                 config.trainer,
                 run_dir,
                 num_steps,
-                start[0] if start else 0,
+                start[0] if start and not config.trainer.val_only else 0,
                 dataclasses.asdict(config),
                 is_main=ranks.rank == 0,
             )
@@ -81,11 +90,17 @@ def run(
 
         updates = num_steps * config.worker.actor.ppo_epochs
         updates *= config.data.rollout_batch_size // config.worker.actor.global_batch_size
-        if ranks.rank == 0:
-            logger.info("loading %s on %d ranks", config.worker.actor.model.model_path, ranks.size)
+        logger.info("loading %s on %d ranks", config.worker.actor.model.model_path, ranks.size)
+        if start is not None:
+            logger.info("going on from %s: %d of %d steps are done", start[1], start[0], num_steps)
+        elif config.trainer.val_only:
+            logger.info("no checkpoint in %s: validating the model as it is", checkpoint_directory(config))
         actor = Actor(config, deepspeed_config, ranks, encoder, updates)
-        reference = None if config.algorithm.disable_kl else Reference(config, reference_config, ranks, encoder)
-        rollout = _rollout(config, actor, ranks, encoder)
+        reference = None
+        if not config.algorithm.disable_kl and not config.trainer.val_only:
+            reference = Reference(config, reference_config, ranks, encoder)
+        most_images = max(data.max_images for data in (train_data, val_data) if data is not None)
+        rollout = _rollout(config, actor, ranks, encoder, most_images)
         stack.callback(rollout.close)
 
         parts = Parts(
@@ -103,28 +118,41 @@ def run(
         )
         trainer = Trainer(config, parts, num_steps)
         if start is not None:
-            trainer.resume(*start)
+            actor.load(start[1] / "actor")
+            trainer.begin(start[0])
         trainer.fit()
 
 
 def _starting_point(config: RunConfig, checkpoints: Checkpoints) -> tuple[int, Path] | None:
-    """Step and folder to go on from: the run's own newest checkpoint, else the one that the user named."""
-    found = checkpoints.newest() if config.trainer.resume else None
-    if found is None and config.trainer.load_checkpoint_path:
-        folder = Path(config.trainer.load_checkpoint_path)
-        found = checkpoints.require(folder), folder
+    """Step and folder to go on from.
+
+    Training: the run's own newest checkpoint, else the one that the user named. Validation: the other way round.
+    """
+    named = config.trainer.load_checkpoint_path
+    found = None
+    if config.trainer.resume and not (named and config.trainer.val_only):
+        found = checkpoints.newest()
+    if named and found is None:
+        found = checkpoints.require(Path(named)), Path(named)
+    elif named and found is not None and found[1].resolve() != Path(named).resolve():
+        logger.warning(
+            "the run goes on from its own %s, not from trainer.load_checkpoint_path=%s; for that, set "
+            "trainer.resume=false or another trainer.experiment_name", found[1], named,
+        )  # fmt: skip
     if found is not None:
         checkpoints.check_ranks(found[1])
     return found
 
 
-def _rollout(config: RunConfig, actor: Actor, ranks: Ranks, encoder: PromptEncoder) -> RolloutEngine:
+def _rollout(config: RunConfig, actor: Actor, ranks: Ranks, encoder: PromptEncoder, most_images: int) -> RolloutEngine:
     settings, model = config.worker.rollout, config.worker.actor.model
     has_vllm = importlib.util.find_spec("vllm") is not None
     if settings.engine == "vllm" and not has_vllm:
         raise UserError("worker.rollout.engine=vllm but vllm is not installed; install it or set engine=hf")
+    if settings.engine == "auto" and not has_vllm:
+        logger.warning("vllm is not installed: responses are sampled by transformers, which is far slower")
     if settings.engine == "hf" or not has_vllm:
         return TransformersRollout(
             actor, ranks, encoder, config.worker.actor.micro_batch_size_per_device_for_experience
         )
-    return VllmRollout(settings, model, config.data, ranks, encoder)
+    return VllmRollout(settings, model, config.data, ranks, encoder, most_images)

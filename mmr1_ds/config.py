@@ -138,10 +138,10 @@ class RolloutConfig:
     top_p: float = 1.0  # (0, 1]
     top_k: int = -1  # >= 1, or -1 = all
     seed: int = 1  # >= 0
-    limit_images: int = 0  # images a prompt at most, >= 0; 0 = as many as the data has
+    limit_images: int = 0  # images a prompt at most (more is an error), >= 0; 0 = as many as the data has
     dtype: str = "auto"  # auto (bf16 on GPU, fp32 on CPU) | bf16 | fp32
     gpu_memory_utilization: float = 0.6  # share of the GPU that vLLM may take, (0, 1]
-    kv_cache_gb: float | None = None  # GB of vLLM's key-value cache, > 0, CPU only
+    kv_cache_gb: int | None = None  # GB of vLLM's key-value cache, >= 1, CPU only; null = 4
     enforce_eager: bool = False  # true: no CUDA graphs; starts sooner, samples slower
     enable_chunked_prefill: bool = True  # false needs max_num_batched_tokens >= max_model_len
     tensor_parallel_size: int = 1  # ranks that share one vLLM engine, a divisor of the ranks

@@ -11,9 +11,16 @@ from typing import Any
 
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config_schema import nearest
-from mmr1_ds.curriculum.scores import check_metrics
+from mmr1_ds.curriculum.scores import canonical_metric, check_metrics
 from mmr1_ds.errors import UserError
-from mmr1_ds.input_files import DataSummary, check_data, check_format_prompt, check_model, check_reward
+from mmr1_ds.input_files import (
+    DataSummary,
+    check_data,
+    check_format_prompt,
+    check_model,
+    check_output_folder,
+    check_reward,
+)
 from mmr1_ds.logging import check_loggers
 
 # key -> the values implemented, and why there are no others
@@ -64,7 +71,7 @@ _RANGES = {
     "worker.rollout.seed": "[0, inf)",
     "worker.rollout.limit_images": "[0, inf)",
     "worker.rollout.gpu_memory_utilization": "(0, 1]",
-    "worker.rollout.kv_cache_gb": "(0, inf)",
+    "worker.rollout.kv_cache_gb": "[1, inf)",
     "worker.rollout.tensor_parallel_size": "[1, inf)",
     "worker.rollout.max_model_len": "[1, inf)",
     "worker.rollout.max_num_batched_tokens": "[1, inf)",
@@ -123,11 +130,14 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_algorithm(config)
     _check_curriculum(config)
     _check_lengths(config)
+    _check_validation(config)
     _check_ranks(config, world_size)
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
     check_reward(config.worker.reward)
     check_format_prompt(config.data)
+    check_output_folder(run_directory(config), "trainer.run_dir")
+    check_output_folder(checkpoint_directory(config), "trainer.save_checkpoint_path")
     checkpoint = config.trainer.load_checkpoint_path
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise UserError(f"trainer.load_checkpoint_path: no such folder {checkpoint!r}; give a global_step_N folder")
@@ -143,6 +153,18 @@ def total_training_steps(config: RunConfig, num_prompts: int) -> int:
     if config.trainer.max_steps is not None:
         return config.trainer.max_steps
     return config.trainer.total_episodes * max(1, num_prompts // config.data.rollout_batch_size)
+
+
+def run_directory(config: RunConfig) -> Path:
+    """Where everything of the run lies: trainer.run_dir, or runs/<experiment_name>."""
+    trainer = config.trainer
+    return Path(trainer.run_dir) if trainer.run_dir else Path("runs") / trainer.experiment_name
+
+
+def checkpoint_directory(config: RunConfig) -> Path:
+    """Where the checkpoints lie: trainer.save_checkpoint_path, or checkpoints/ in the run directory."""
+    path = config.trainer.save_checkpoint_path
+    return Path(path) if path else run_directory(config) / "checkpoints"
 
 
 def value_at(config: RunConfig, key: str) -> Any:
@@ -167,6 +189,8 @@ def _check_choice(key: str, value: str, choices: Sequence[str], reason: str) -> 
 def _check_ranges(config: RunConfig) -> None:
     for key, interval in _RANGES.items():
         value = value_at(config, key)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{key} must be finite, got {value}")
         if value is not None and not _inside(value, interval):
             raise UserError(f"{key} must be {_in_words(interval)}, got {value}")
     for key in _COUNT_OR_NONE:
@@ -208,12 +232,27 @@ def _check_algorithm(config: RunConfig) -> None:
 def _check_curriculum(config: RunConfig) -> None:
     data = config.data
     check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
+    names = [canonical_metric(name) for name in data.curriculum_metrics]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"data.curriculum_metrics lists {next(name for name in names if names.count(name) > 1)} twice, "
+            f"got {data.curriculum_metrics}; give each metric once, with one weight"
+        )
     for name, weight in zip(data.curriculum_metrics, data.curriculum_metric_weights, strict=True):
         if weight < 0:
             raise UserError(
                 f"data.curriculum_metric_weights must be >= 0, got {weight} for {name}: "
                 "every metric here is higher for prompts to sample more (self-bleu counts as 1 - self-BLEU)"
             )
+
+
+def _check_validation(config: RunConfig) -> None:
+    sampling = config.worker.rollout.val_override_config
+    if sampling.temperature == 0 and sampling.n > 1:
+        raise UserError(
+            f"worker.rollout.val_override_config: n={sampling.n} greedy answers (temperature=0) would all be the same; "
+            "set n=1 or a temperature over 0"
+        )
 
 
 def _check_lengths(config: RunConfig) -> None:
@@ -246,6 +285,10 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
             f"{trainer.n_gpus_per_node}), or set trainer.n_gpus_per_node={max(1, world_size // trainer.nnodes)}"
         )
     parallel = config.worker.rollout.tensor_parallel_size
+    if parallel > 1 and config.worker.rollout.engine == "hf":
+        raise UserError(
+            f"worker.rollout.tensor_parallel_size={parallel} is vLLM's, worker.rollout.engine=hf has none; set it to 1"
+        )
     if world_size % parallel:
         raise UserError(
             f"worker.rollout.tensor_parallel_size must divide the ranks: {world_size} % {parallel} = "

@@ -6,8 +6,11 @@ line. Files are looked up as given, then beside the file that names them, then a
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,8 +31,11 @@ from mmr1_ds.config_schema import (
 )
 from mmr1_ds.config_upstream import Translation, ours, replace_example_files, translate, upstream_keys
 from mmr1_ds.errors import UserError
+from mmr1_ds.logging import without_secrets
 
 COMMAND_LINE = "the command line"
+LOCAL_RANK = ("--local_rank=", "--local-rank=")  # the deepspeed launcher adds it; the rank comes from the environment
+USAGE = "usage: python -m mmr1_ds.train [config=FILE ...] [key=value ...] ['list=[a,b]' ...]\n"
 _PATH_KEYS = ("data.format_prompt", "worker.actor.deepspeed", "worker.reward.reward_function")
 
 
@@ -50,8 +56,12 @@ def config_folders() -> list[Path]:
 def load_config(argv: Sequence[str]) -> LoadedConfig:
     """Read `config=FILE key=value 'list=[a,b]'` and everything the file names.
 
+    A leading ~ in a path becomes the home folder. --help writes the usage and exits, as argparse does.
     Raises: UserError, one line, for an unknown key, a wrong type, a missing or unreadable file, a cycle.
     """
+    if "--help" in argv or "-h" in argv:
+        sys.stdout.write(USAGE)
+        sys.exit(0)
     files, overrides = _split_arguments(argv)
     merged: dict[str, Any] = {}
     translations = []
@@ -65,12 +75,48 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
         merged.setdefault("data.sampling_strategy", "sequential")  # EasyR1 has no other word for it
     notes = replace_example_files(merged, config_folders())
     config = _typed(merged)
+    _expand_home(config)
     return LoadedConfig(config, _warnings(translations, notes))
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The resolved configuration as YAML, which `load_config` reads back to an equal one, but for secrets.
+
+    Values under names that mean a secret (api_key, password, *_token ...) are written as `***`.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(without_secrets(asdict(config)))))
+
+
+def _escaped(value: Any) -> Any:
+    """The value with `${` in its texts written so that reading it back is no interpolation; tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(item) for item in value]
+    # Before an interpolation OmegaConf reads \\ as one backslash and \${ as ${.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _expand_home(config: RunConfig) -> None:
+    """A leading ~ is the shell's, which leaves it alone in key=~/path; vLLM and transformers do not know it."""
+    model, trainer = config.worker.actor.model, config.trainer
+    model.model_path, model.tokenizer_path = _at_home(model.model_path), _at_home(model.tokenizer_path)
+    config.data.image_dir, trainer.run_dir = _at_home(config.data.image_dir), _at_home(trainer.run_dir)
+    trainer.load_checkpoint_path = _at_home(trainer.load_checkpoint_path)
+    trainer.save_checkpoint_path = _at_home(trainer.save_checkpoint_path)
+    config.data.train_files, config.data.val_files = map(
+        _files_at_home, (config.data.train_files, config.data.val_files)
+    )
+
+
+def _at_home(path: str | None) -> str | None:
+    return None if path is None else os.path.expanduser(path)
+
+
+def _files_at_home(files: Any) -> Any:
+    if isinstance(files, str):  # names, comma separated
+        return ",".join(os.path.expanduser(name.strip()) for name in files.split(","))
+    return [os.path.expanduser(name) if isinstance(name, str) else name for name in files] if files else files
 
 
 def _warnings(translations: Sequence[Translation], notes: Sequence[str]) -> tuple[str, ...]:
@@ -87,8 +133,8 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     files: list[str] = []
     overrides: dict[str, Any] = {}
     for argument in argv:
-        if argument.startswith(("--local_rank=", "--local-rank=")):
-            continue  # the deepspeed launcher adds it; the rank comes from the environment
+        if argument.startswith(LOCAL_RANK):
+            continue
         key, equals, text = argument.partition("=")
         if not equals or not key or key.startswith("-"):
             raise UserError(f"argument {argument!r} is not of the form key=value; write data.seed=1 or config=FILE")
@@ -128,8 +174,8 @@ def find_config(name: str, beside: Path) -> Path:
     folders = [Path.cwd(), beside, *config_folders()]
     for folder in folders:
         for suffix in ("", ".yaml", ".yml"):
-            path = folder / Path(name + suffix).expanduser()
-            if path.is_file():
+            path = folder / os.path.expanduser(name + suffix)
+            if os.path.isfile(path):  # Path.is_file raises for a name over 255 characters
                 return path.resolve()
     known = sorted({path.stem for folder in config_folders() for path in folder.glob("*.yaml")})
     raise UserError(f"config file {name} not found in {_listed(folders)}; the project's own are: {', '.join(known)}")
@@ -223,11 +269,11 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
         if not isinstance(value, str) or "\n" in value or "${" in value:
             continue
         name, colon, function = value.rpartition(":") if key.endswith("reward_function") else (value, "", "")
-        path = Path(name).expanduser()
-        if not name or path.is_absolute() or path.is_file():
+        path = Path(os.path.expanduser(name))
+        if not name or path.is_absolute() or os.path.isfile(path):  # Path.is_file raises for a long inline template
             continue
         for parent in (folder, *config_folders()):
-            if (parent / path).is_file():
+            if os.path.isfile(parent / path):
                 values[key] = f"{(parent / path).resolve()}{colon}{function}"
                 break
 

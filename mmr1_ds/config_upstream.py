@@ -8,6 +8,7 @@ does not exist here, FSDP and Ray mostly (`IGNORED`): they are named in one warn
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmr1_ds.errors import UserError
 RENAMED = {
     "data.format_prompt_path": "data.format_prompt",
     "trainer.find_last_checkpoint": "trainer.resume",
+    "trainer.test_freq": "trainer.val_freq",
     "trainer.total_epochs": "trainer.total_episodes",
     "worker.actor.clip_high": "worker.actor.clip_ratio_high",
     "worker.actor.clip_low": "worker.actor.clip_ratio_low",
@@ -94,6 +96,7 @@ IGNORED = (
     "worker.ref.dynamic_batching",
     "worker.ref.fsdp.*",
     "worker.ref.micro_batch_size_per_device_for_experience",
+    "worker.ref.offload.optimizer_offload",  # it has no optimiser
     "worker.ref.padding_free",
     "worker.ref.strategy",
     "worker.ref.use_torch_compile",
@@ -122,12 +125,21 @@ _VALUES = {
     "algorithm.kl_penalty": {"k3": "low_var_kl"},
     "worker.actor.loss_avg_mode": {"token-mean": "token"},
 }
-_FSDP_OFFLOAD = {
-    "worker.actor.fsdp.enable_cpu_offload": (
-        "worker.actor.offload.offload_params",
-        "worker.actor.offload.offload_optimizer",
-    ),
-    "worker.ref.fsdp.enable_cpu_offload": ("worker.ref.offload.offload_params",),
+_ACTOR_PARAMS, _ACTOR_OPTIMIZER = "worker.actor.offload.offload_params", "worker.actor.offload.offload_optimizer"
+_REF_PARAMS = "worker.ref.offload.offload_params"
+# Every spelling of offload -> the keys it switches on. What one key of a source asks for, none of its others undoes.
+_OFFLOAD = {
+    _ACTOR_PARAMS: (_ACTOR_PARAMS,),
+    _ACTOR_OPTIMIZER: (_ACTOR_OPTIMIZER,),
+    _REF_PARAMS: (_REF_PARAMS,),
+    "worker.actor.fsdp.enable_cpu_offload": (_ACTOR_PARAMS, _ACTOR_OPTIMIZER),
+    "worker.actor.fsdp.optimizer_offload": (_ACTOR_OPTIMIZER,),
+    "worker.actor.fsdp.param_offload": (_ACTOR_PARAMS,),
+    "worker.actor.offload.optimizer_offload": (_ACTOR_OPTIMIZER,),
+    "worker.actor.offload.param_offload": (_ACTOR_PARAMS,),
+    "worker.ref.fsdp.enable_cpu_offload": (_REF_PARAMS,),
+    "worker.ref.fsdp.param_offload": (_REF_PARAMS,),
+    "worker.ref.offload.param_offload": (_REF_PARAMS,),
 }
 _MATH_FILES = ("examples/reward_function/math.py", "examples/score_function/math.py")
 _LENGTH_REWARD = "worker.reward.cos_len_reward_config."
@@ -144,7 +156,7 @@ class Translation:
 
 def upstream_keys() -> list[str]:
     """Every upstream key that is read, for the nearest match of a misspelt one."""
-    return [*RENAMED, *ONLY, *(key for key in IGNORED if not key.endswith("*"))]
+    return [*RENAMED, *ONLY, *_OFFLOAD, *(key for key in IGNORED if not key.endswith("*"))]
 
 
 def ours(key: str) -> str:
@@ -160,6 +172,8 @@ def translate(flat: Mapping[str, Any], where: str) -> Translation:
     """
     result = Translation()
     for key, value in flat.items():
+        if key == "algorithm.kl_coef" and value == 0 and "worker.actor.kl_loss_coef" in flat:
+            continue  # the KL in the reward, upstream, switched off; the one in the loss has the coefficient
         if _translate_special(key, value, result):
             continue
         if key in ONLY:
@@ -202,13 +216,9 @@ def _translate_special(key: str, value: Any, result: Translation) -> bool:
             result.values["worker.actor.clip_ratio_low"] = result.values["worker.actor.clip_ratio_high"] = value
         case "data.curriculum_metric":
             result.values["data.curriculum_metrics"] = [value]
-        case "worker.actor.fsdp.enable_cpu_offload" | "worker.ref.fsdp.enable_cpu_offload":
-            if value is True:
-                result.values |= dict.fromkeys(_FSDP_OFFLOAD[key], True)
-        case "worker.actor.offload.offload_params" | "worker.actor.offload.offload_optimizer":
-            result.values[key] = value or result.values.get(key, False)  # FSDP's offload in the same file stands
-        case "worker.ref.offload.offload_params":
-            result.values[key] = value or result.values.get(key, False)
+        case _ if key in _OFFLOAD:
+            for target in _OFFLOAD[key]:
+                result.values[target] = value or result.values.get(target, False)
         case "worker.actor.optim.min_lr_ratio" | "trainer.experiment_name" | "worker.rollout.val_override_config":
             if value is not None:  # an empty key upstream: the default
                 result.values[key] = value
@@ -244,14 +254,14 @@ def replace_example_files(values: dict[str, Any], configs: list[Path]) -> list[s
     reward = values.get("worker.reward.reward_function")
     if isinstance(reward, str):
         path = Path(reward.rpartition(":")[0] or reward)
-        if path.as_posix().endswith(_MATH_FILES) and not path.is_file():
+        if path.as_posix().endswith(_MATH_FILES) and not os.path.isfile(path):
             values["worker.reward.reward_function"] = "math"
             notes.append(f"worker.reward.reward_function={reward} is not here; the built-in math is used")
     template = values.get("data.format_prompt")
-    if isinstance(template, str) and "examples/format_prompt/" in template and not Path(template).is_file():
+    if isinstance(template, str) and "examples/format_prompt/" in template and not os.path.isfile(template):
         for folder in configs:
             candidate = folder / "format_prompt" / Path(template).name
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 values["data.format_prompt"] = str(candidate)
                 notes.append(f"data.format_prompt={template} is not here; {candidate} is used")
                 break

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,18 @@ logger = logging.getLogger(__name__)
 KEY = "worker.actor.deepspeed"
 _AUTO = "auto"
 _KNOWN_TO_DEEPSPEED = ("data_types.keep_in_fp32_modules",)  # "auto" is a value there
+_SECTIONS = (  # outer ones first
+    "zero_optimization", "zero_optimization.offload_param", "zero_optimization.offload_optimizer",
+    "bf16", "bfloat16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params",
+    "activation_checkpointing", "aio", "comms_logger", "data_types", "flops_profiler",
+)  # fmt: skip
+_NUMBERS = (  # or "auto", where that is filled in
+    "steps_per_print", "optimizer.params.eps",
+    "zero_optimization.allgather_bucket_size", "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_max_live_parameters", "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_param_persistence_threshold", "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.sub_group_size",
+)  # fmt: skip
 _ADAM_EPS = 1e-8  # torch's own; the run config has no key for it
 _SCHEDULE = "the learning rate follows worker.actor.optim (lr_scheduler_type, lr_warmup_steps, min_lr_ratio)"
 
@@ -42,6 +55,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
         an optimizer other than Adam and AdamW, and any number that contradicts the run config.
     """
     resolved, name = load_deepspeed(config, on_gpu)
+    _check_kinds(resolved, name)
     _check_stage(resolved, name)
     for section, setting in _batch_settings(config, world_size).items():
         _settle(resolved, section, setting, name)
@@ -99,21 +113,44 @@ def load_deepspeed(config: RunConfig, on_gpu: bool) -> tuple[dict[str, Any], str
 
 
 def _find(name: str) -> Path:
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     folders = [part for folder in config_folders() for part in (folder / "deepspeed", folder)]
     for path in (given, *(folder / given for folder in folders)):
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises for a name over 255 characters
             return path
     known = sorted(path.name for folder in folders[::2] for path in folder.glob("*.json"))
-    raise UserError(f"{KEY}: no such file {name!r}; the project's own are {', '.join(known)}")
+    raise UserError(f"{KEY}: no such file {name!r:.80}; the project's own are {', '.join(known)}")
 
 
 # --- what must be -------------------------------------------------------------------------------------------------
 
 
+def _check_kinds(resolved: dict[str, Any], name: str) -> None:
+    """Sections must be mappings, and sizes numbers. A section that is null is taken out: it counts as absent."""
+    for dotted in _SECTIONS:
+        parent, key = _parent(resolved, dotted)
+        if parent.get(key) is None:
+            parent.pop(key, None)
+        elif not isinstance(parent[key], Mapping):
+            raise UserError(f"{name}: {dotted} must be a mapping, got {json.dumps(parent[key])}")
+    for dotted in _NUMBERS:
+        parent, key = _parent(resolved, dotted)
+        value = parent.get(key, _AUTO)
+        if value != _AUTO and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{name}: {dotted} must be a number, got {json.dumps(value)}")
+
+
+def _parent(resolved: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """The mapping that holds the last part of a dotted key (empty when it is absent), and that part."""
+    *path, key = dotted.split(".")
+    section = resolved
+    for part in path:
+        section = section.get(part, {})
+    return section, key
+
+
 def _check_stage(resolved: Mapping[str, Any], name: str) -> None:
-    zero = resolved.get("zero_optimization")
-    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+    stage = resolved.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         raise UserError(
             f"{name}: zero_optimization.stage is {stage}, it must be 3: the model is loaded partitioned and "
@@ -162,6 +199,9 @@ def _settle_precision(resolved: dict[str, Any], on_gpu: bool, name: str) -> None
             'actor and rollout part; use bf16 ({"bf16": {"enabled": "auto"}})'
         )
     bf16 = resolved.setdefault("bf16", {})
+    for key, value in resolved.pop("bfloat16", {}).items():  # DeepSpeed's older name of the section
+        if bf16.setdefault(key, value) != value:
+            raise UserError(f"{name}: bfloat16.{key}={value} contradicts bf16.{key}={bf16[key]}; keep bf16")
     if bf16.get("enabled", _AUTO) == _AUTO:
         bf16["enabled"] = on_gpu
     elif on_gpu and bf16["enabled"] is not True:
@@ -174,7 +214,7 @@ def _settle_precision(resolved: dict[str, Any], on_gpu: bool, name: str) -> None
 def _settle_optimizer(resolved: dict[str, Any], config: RunConfig, on_gpu: bool, name: str) -> None:
     optim = config.worker.actor.optim
     optimizer = resolved.setdefault("optimizer", {"type": "AdamW", "params": {}})
-    kind = optimizer.get("type", "")
+    kind = str(optimizer.get("type", ""))
     if kind.lower() not in ("adam", "adamw"):
         raise UserError(f"{name}: optimizer.type={kind} is not supported, AdamW is; set it to AdamW")
     params = optimizer.setdefault("params", {})

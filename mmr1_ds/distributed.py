@@ -12,14 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mmr1_ds.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +60,10 @@ def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnviron
             raise UserError(f"launch environment is not made of numbers: {values}") from None
         if not 0 <= rank < world_size:
             raise UserError(f"{names[0]}={rank} must be in [0, {names[1]}={world_size})")
-        if world_size > 1 and "MASTER_ADDR" not in environ:
-            raise UserError(f"MASTER_ADDR is not set for {world_size} ranks; export it, and MASTER_PORT")
+        unset = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+        if world_size > 1 and unset:
+            # A port that each rank picked for itself would be a silent wait for the deadline.
+            raise UserError(f"{' and '.join(unset)} not set for {world_size} ranks; export the same on every rank")
         return LaunchEnvironment(rank, world_size, local_rank, launcher)
     return LaunchEnvironment(0, 1, 0, "none")
 
@@ -82,7 +81,7 @@ class Ranks:
 
         self.rank, self.size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
         self.timeout_seconds = timeout_seconds
-        self.on_gpu = torch.cuda.is_available()
+        self.on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         self.step = 0  # for messages only
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -101,7 +100,7 @@ class Ranks:
         except RuntimeError as error:
             raise CollectiveError(
                 f"rank {self.rank} of {self.size}: {stage} at step {self.step} failed "
-                f"(deadline {self.timeout_seconds:g} s): {str(error).splitlines()[0]}"
+                f"(deadline {self.timeout_seconds:g} s): {(str(error) or repr(error)).splitlines()[0]}"
             ) from error
 
     def broadcast_array(self, array: np.ndarray | None, stage: str) -> np.ndarray:
@@ -164,10 +163,6 @@ class Ranks:
     def barrier(self, stage: str) -> None:
         """Wait for every rank."""
         self.all_gather_array(np.zeros(0, dtype=np.int64), stage)
-
-    def control_group(self) -> torch.distributed.ProcessGroup:
-        """The CPU group itself, for libraries that want one. Not a collective."""
-        return self._control
 
     def close(self) -> None:
         """Take the groups down. Not a collective: also runs on the way out of an error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from mmr1_ds.rewards.loading import BUILT_IN, split_reference
 
 Result = TypeVar("Result")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TEXT = "utf-8-sig"  # passes over the byte order mark that spreadsheets write, as `datasets` does
 _MAX_COUNTED_BYTES = 256 * 2**20  # a larger JSON file is not counted: a dry run stays quick
 
 
@@ -63,9 +65,9 @@ def check_data(data: DataConfig, key: str) -> DataSummary:
 def _look_at(name: str, data: DataConfig, key: str) -> FileSummary:
     path_text, split = split_name(name)
     path = Path(path_text)
-    if not path.exists():
+    if not os.path.exists(path):
         return FileSummary(name, is_local=False, num_rows=None, has_images=None)
-    parts = _data_files(path, split) if path.is_dir() else [path]
+    parts = _data_files(path, split, key) if path.is_dir() else [path]
     if not parts:
         raise UserError(f"{key}: the folder {path} holds no data files ({', '.join(BUILDERS)})")
     counts = [_readable(_count_rows, part, key) for part in parts]
@@ -78,13 +80,16 @@ def _look_at(name: str, data: DataConfig, key: str) -> FileSummary:
     return FileSummary(name, True, num_rows, None if columns is None else data.image_key in columns)
 
 
-def _data_files(folder: Path, split: str) -> list[Path]:
+def _data_files(folder: Path, split: str, key: str) -> list[Path]:
     """The files of one split of a folder: a saved data set, or files that carry the split in their names or none."""
     if (folder / split / "state.json").is_file():
         folder = folder / split
     if (folder / "state.json").is_file():
-        state = json.loads((folder / "state.json").read_text())
-        return [folder / part["filename"] for part in state["_data_files"]]
+        state = _json_object(folder / "state.json", key)
+        try:
+            return [folder / part["filename"] for part in state["_data_files"]]
+        except (KeyError, TypeError):
+            raise UserError(f"{key}: {folder / 'state.json'} lists no _data_files; save the data set again") from None
     files = sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS and path.is_file())
     words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in files}
     named = [path for path in files if split.lower() in words[path]]
@@ -111,6 +116,17 @@ def _readable(read: Callable[[Path], Result], path: Path, key: str) -> Result:
         raise UserError(f"{key}: cannot read {str(path)!r}: {str(error).splitlines()[0]}") from None
 
 
+def _json_object(path: Path, key: str) -> dict[str, Any]:
+    """Raises: UserError naming the file when it is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: cannot read {str(path)!r} as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{key}: {str(path)!r} must hold a JSON object")
+    return content
+
+
 def _columns(path: Path) -> list[str] | None:
     """Column names of a data file, from its schema or first row; None when that takes reading it all."""
     if path.suffix == ".parquet":
@@ -120,7 +136,7 @@ def _columns(path: Path) -> list[str] | None:
     if path.suffix == ".arrow":
         return list(_open_arrow(path).schema.names)
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding=_TEXT) as file:
             return [name.strip().strip('"') for name in file.readline().split(",")]
     return _first_json_keys(path)
 
@@ -138,7 +154,7 @@ def _open_arrow(path: Path) -> Any:
 
 def _first_json_keys(path: Path) -> list[str] | None:
     """Keys of the first object of JSON lines or of a JSON list."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=_TEXT) as file:
         head = file.read(2**20).lstrip()
     if head.startswith("["):
         head = head[1:].lstrip()
@@ -162,7 +178,7 @@ def _count_rows(path: Path) -> int | None:
         return sum(_arrow_batches(path))
     if path.stat().st_size > _MAX_COUNTED_BYTES or path.suffix == ".csv":
         return None  # quoted line breaks: a CSV is counted by reading it
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=_TEXT) as file:
         if file.read(2**16).lstrip().startswith("["):
             file.seek(0)
             return len(json.load(file))
@@ -191,13 +207,13 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(f"{key} is not set; give a model folder, or a hub id like Qwen/Qwen2.5-VL-3B-Instruct")
     if _is_folder(model.model_path, key):
         _check_model_folder(model.model_path, key)
-    if model.tokenizer_path:
-        _is_folder(model.tokenizer_path, "worker.actor.model.tokenizer_path")
+    if model.tokenizer_path and _is_folder(model.tokenizer_path, "worker.actor.model.tokenizer_path"):
+        _check_json_files(Path(model.tokenizer_path), "worker.actor.model.tokenizer_path")
 
 
 def _is_folder(name: str, key: str) -> bool:
     """True for a path that exists, False for a hub id. Raises: UserError for neither."""
-    if Path(name).expanduser().exists():
+    if os.path.exists(name):
         return True
     if _HUB_ID.fullmatch(name):
         return False
@@ -205,9 +221,10 @@ def _is_folder(name: str, key: str) -> bool:
 
 
 def _check_model_folder(name: str, key: str) -> None:
-    path = Path(name).expanduser()
+    path = Path(name)
     if not path.is_dir() or not (path / "config.json").is_file():
         raise UserError(f"{key}: {name!r} is not a model folder; it needs a config.json beside the weights")
+    _check_json_files(path, key)
     if not any(path.glob("*.safetensors")):
         if any(path.glob("*.bin")):
             raise UserError(
@@ -217,13 +234,22 @@ def _check_model_folder(name: str, key: str) -> None:
         raise UserError(f"{key}: {name!r} has no weights; it needs *.safetensors")
 
 
+def _check_json_files(folder: Path, key: str) -> None:
+    """transformers fails on these somewhere inside when they hold anything but an object."""
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
+        content = _json_object(folder / name, key) if (folder / name).is_file() else {}
+        if not isinstance(content.get("text_config") or {}, dict):
+            raise UserError(f"{key}: text_config in {str(folder / name)!r} must be an object")
+
+
 def model_hidden_size(model: ModelConfig) -> int | None:
     """The width of a local model's text part; None for a hub model, which is not looked at."""
-    path = Path(model.model_path or "").expanduser() / "config.json"
-    if not model.model_path or not path.is_file():
+    path = Path(model.model_path or "") / "config.json"
+    if not model.model_path or not os.path.isfile(path):
         return None
-    content = json.loads(path.read_text())
-    return content.get("hidden_size") or content.get("text_config", {}).get("hidden_size")
+    content = _json_object(path, "worker.actor.model.model_path")
+    width = content.get("hidden_size") or (content.get("text_config") or {}).get("hidden_size")
+    return width if isinstance(width, int) else None
 
 
 # --- reward, format prompt ----------------------------------------------------------------------------------------
@@ -232,17 +258,22 @@ def model_hidden_size(model: ModelConfig) -> int | None:
 def check_reward(reward: RewardConfig) -> None:
     """The reward is built in, or a function that its file defines and that takes the list of responses.
 
-    Reads the file, does not run it. Raises: UserError.
+    Reads the file, does not run it: a function that it may define in other ways is left to the reward processes.
+    Raises: UserError.
     """
     if reward.reward_function in BUILT_IN:
         return
     key = "worker.reward.reward_function"
     file, function = split_reference(reward.reward_function)
     try:
-        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(file).read_bytes())  # bytes: the file may name its encoding
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {file}: cannot be read: {error}") from None
     except SyntaxError as error:
         raise UserError(f"{key}: {file}, line {error.lineno}: not Python: {error.msg}") from None
     names = dict(_top_level_names(tree))
+    if function not in names and _binds(tree, function):
+        return
     if function not in names:
         known = ", ".join(name for name, node in names.items() if node is not None) or "none"
         raise UserError(f"{key}: {file} has no function {function!r}; its functions are: {known}")
@@ -252,16 +283,28 @@ def check_reward(reward: RewardConfig) -> None:
 
 
 def _top_level_names(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | None]]:
-    """What the module defines: functions with their node, anything else that may be callable with None."""
+    """What the module defines: functions with their node; decorated ones, and what else may be callable, with None."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
-            yield node.name, node
+            yield node.name, None if node.decorator_list else node
         elif isinstance(node, ast.ClassDef):
             yield node.name, None
         elif isinstance(node, ast.Import | ast.ImportFrom):
             yield from ((alias.asname or alias.name, None) for alias in node.names)
         elif isinstance(node, ast.Assign):
             yield from ((target.id, None) for target in node.targets if isinstance(target, ast.Name))
+
+
+def _binds(tree: ast.Module, name: str) -> bool:
+    """Whether anything in the module may bind the name: a definition inside if or try, any assignment, import *."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return True
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name:
+            return True
+        if isinstance(node, ast.alias) and (node.name == "*" or name == (node.asname or node.name)):
+            return True
+    return False
 
 
 def _check_signature(node: ast.FunctionDef, reward: RewardConfig, where: str) -> None:
@@ -285,3 +328,15 @@ def _check_signature(node: ast.FunctionDef, reward: RewardConfig, where: str) ->
 def check_format_prompt(data: DataConfig) -> None:
     """Raises: UserError when data.format_prompt is a missing file or no template."""
     load_format_prompt(data.format_prompt)
+
+
+# --- output -------------------------------------------------------------------------------------------------------
+
+
+def check_output_folder(path: Path, key: str) -> None:
+    """The folder is there or can be made. Raises: UserError naming what is in the way."""
+    nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if not nearest.is_dir():
+        raise UserError(f"{key}: {str(path)!r} cannot be made, {str(nearest)!r} is not a folder; name another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {str(path)!r} cannot be written, {str(nearest)!r} is not writable; name another")

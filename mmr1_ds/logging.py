@@ -196,14 +196,14 @@ class JsonLinesWriter:
         last_step = self._last.get("step", -1)
         assert step >= last_step, f"step {step} logged after step {last_step}"
         with self._metrics_path.open("r+b" if self._metrics_path.exists() else "wb") as file:
-            if step == last_step:
-                file.seek(self._last_offset)
-                file.truncate()
-            else:
+            if step > last_step:
                 self._last = {"step": step}
                 self._last_offset = file.seek(0, os.SEEK_END)
             self._last |= {name: _json_number(value) for name, value in metrics.items()}
+            # Over the old line, then cut: cut first, a kill in between would lose the step.
+            file.seek(self._last_offset)
             file.write(json.dumps(self._last).encode() + b"\n")
+            file.truncate()
 
     def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         with self._generations_path.open("a", encoding="utf-8") as file:
@@ -380,6 +380,6 @@ class WandbWriter:
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy in which values under names that mean a secret (api_key, password, *_token ...) read `***`."""
     return {
-        name: "***" if _SECRET.search(name) else without_secrets(value) if isinstance(value, Mapping) else value
+        name: "***" if _SECRET.search(str(name)) else without_secrets(value) if isinstance(value, Mapping) else value
         for name, value in config.items()
     }

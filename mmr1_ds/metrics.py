@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mmr1_ds.rewards.scoring import RewardCounts
 
 
-def reward_metrics(groups: Sequence[ScoredGroup], failures: RewardCounts | None, ranks: Ranks) -> dict[str, float]:
+def reward_metrics(groups: Sequence[ScoredGroup], failures: Sequence[RewardCounts], ranks: Ranks) -> dict[str, float]:
     """`reward/<key>`: the mean of each figure the reward returned, over all responses; failures counted.
 
     A key that only some responses have is averaged over those. Collective.
@@ -35,10 +35,15 @@ def reward_metrics(groups: Sequence[ScoredGroup], failures: RewardCounts | None,
         total, count = (sum(part.get(name, (0.0, 0))[i] for part in everyone) for i in (0, 1))
         if count:
             metrics[f"reward/{name}"] = total / count
-    if failures is not None:
-        counts = {f"reward/{name}": float(value) for name, value in vars(failures).items()}
-        metrics |= ranks.sum(counts, "reward failures")
-    return metrics
+    counts = {
+        "reward/num_responses": sum(part.num_responses for part in failures),
+        "reward/num_timeouts": sum(part.num_timeouts for part in failures),
+        "reward/num_crashes": sum(part.num_crashes for part in failures),
+        "reward/num_invalid": sum(part.num_invalid for part in failures),
+        "reward/num_errors": sum(part.num_errors for part in failures),
+        "reward/num_failed": sum(part.num_failed for part in failures),
+    }
+    return metrics | ranks.sum(counts, "reward failures")
 
 
 def step_metrics(

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config_checks import BatchPlan
+from mmr1_ds.config_checks import BatchPlan, checkpoint_directory, run_directory
+from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.input_files import DataSummary, FileSummary
 
-
-def run_directory(config: RunConfig) -> Path:
-    """Where everything of the run lies: trainer.run_dir, or runs/<experiment_name>."""
-    trainer = config.trainer
-    return Path(trainer.run_dir) if trainer.run_dir else Path("runs") / trainer.experiment_name
-
-
-def checkpoint_directory(config: RunConfig) -> Path:
-    """Where the checkpoints lie: trainer.save_checkpoint_path, or checkpoints/ in the run directory."""
-    path = config.trainer.save_checkpoint_path
-    return Path(path) if path else run_directory(config) / "checkpoints"
+__all__ = ["checkpoint_directory", "describe_plan", "run_directory"]
 
 
 def describe_plan(
@@ -50,7 +41,7 @@ def describe_plan(
 
 def _model(config: RunConfig) -> str:
     model = config.worker.actor.model
-    where = "local" if Path(model.model_path or "").expanduser().exists() else "from the hub"
+    where = "local" if os.path.exists(model.model_path or "") else "from the hub"
     return f"{model.model_path} ({where})" + (", vision tower frozen" if model.freeze_vision_tower else "")
 
 
@@ -110,14 +101,14 @@ def _sampling(config: RunConfig) -> str:
         return ""
     if data.sampling_strategy != "curriculum":
         return data.sampling_strategy
-    by_score = int(data.curriculum_mixture_ratio * data.rollout_batch_size)
+    sampler = PromptSampler(1, data.rollout_batch_size, data.seed, "curriculum", data.curriculum_mixture_ratio)
     score = " + ".join(
         f"{weight:g} {name}"
         for name, weight in zip(data.curriculum_metrics, data.curriculum_metric_weights, strict=True)
     )
     return (
-        f"curriculum: {by_score} of {data.rollout_batch_size} prompts a step by score ({score}), the others in turn; "
-        f"momentum {data.curriculum_momentum:g}"
+        f"curriculum: {sampler.num_weighted} of {data.rollout_batch_size} prompts a step by score ({score}), "
+        f"the others in turn; momentum {data.curriculum_momentum:g}"
     )
 
 
@@ -177,7 +168,8 @@ def _reference(config: RunConfig, reference: Mapping[str, Any]) -> str:
 def _output(config: RunConfig) -> str:
     trainer = config.trainer
     if trainer.val_only:
-        return str(run_directory(config))
+        newest = f"N steps done by the newest checkpoint in {checkpoint_directory(config)}, 0 without one"
+        return f"{run_directory(config) / 'eval' / 'step_N'}, {newest}"
     saves = f"every {trainer.save_freq} steps" if trainer.save_freq > 0 else "after the last step"
     kept = "all kept" if trainer.save_limit == -1 else f"the last {trainer.save_limit} kept"
     return f"{run_directory(config)}; checkpoints in {checkpoint_directory(config)} {saves}, {kept}"

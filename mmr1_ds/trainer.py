@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,15 +21,15 @@ from mmr1_ds.distributed import Ranks, batch_slots
 from mmr1_ds.engine.actor import Actor, Reference
 from mmr1_ds.engine.advantages import group_advantages
 from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.errors import UserError
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.metrics import reward_metrics, step_metrics
 from mmr1_ds.records import SamplingSettings, ScoredGroup
+from mmr1_ds.rewards.scoring import RewardCounts
 from mmr1_ds.rollout.base import RolloutEngine
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Trainer:
     def __init__(self, config: RunConfig, parts: Parts, num_steps: int) -> None:
         self._config, self._parts, self._num_steps = config, parts, num_steps
         self.step = 0  # steps done; within a step, its number
+        self._rewards_work = False  # whether any reward has come back yet
 
     def fit(self) -> None:
         """Train from the current step to the last."""
@@ -68,7 +68,7 @@ class Trainer:
         if refreshed := self._refresh_if_due():
             self._log(refreshed)
         while self.step < self._num_steps:
-            self._begin(self.step + 1)
+            self.begin(self.step + 1)
             metrics = self.train_step()
             last = self.step == self._num_steps
             if config.val_freq > 0 and (last or self.step % config.val_freq == 0):
@@ -91,16 +91,27 @@ class Trainer:
             prompts = [parts.train_data[int(index)] for index in indices[slots]]
         seeds = response_seeds(self._config.worker.rollout.seed, TRAINING, self.step, slots)
         groups, failures = parts.collector.collect(prompts, seeds, self._training_settings(), clock)
+        metrics = self._checked_rewards(groups, failures)
         with clock("curriculum"):
             parts.coordinator.observe(self.step, self._statistics(groups))
         trajectories = _trajectories(groups)
-        metrics = self._update(trajectories, clock)
+        metrics |= self._update(trajectories, clock)
         with clock("sync"):
             parts.rollout.sync_weights(parts.actor)
         clock.seconds["step"] = time.perf_counter() - start
-        metrics |= reward_metrics(groups, failures, parts.ranks)
         metrics |= step_metrics(groups, trajectories, clock.seconds, parts.ranks)
         return metrics | parts.coordinator.metrics()
+
+    def _checked_rewards(self, groups: Sequence[ScoredGroup], failures: RewardCounts) -> dict[str, float]:
+        """Reward metrics. Raises: UserError when no reward has worked yet: training on zeros would teach nothing."""
+        metrics = reward_metrics(groups, [failures], self._parts.ranks)
+        self._rewards_work |= metrics["reward/num_failed"] < metrics["reward/num_responses"]
+        if not self._rewards_work:
+            raise UserError(
+                f"worker.reward.reward_function={self._config.worker.reward.reward_function} failed for all "
+                f"{metrics['reward/num_responses']:.0f} responses of its first call; the first reasons are logged above"
+            )
+        return metrics
 
     def _update(self, trajectories: Sequence[Trajectory], clock: StageClock) -> dict[str, float]:
         actor, reference = self._parts.actor, self._parts.reference
@@ -120,7 +131,7 @@ class Trainer:
     def _refresh_if_due(self) -> dict[str, float]:
         """Before the next step: roll the whole data set out and renew the weights (the paper's Algorithm 1)."""
         clock, parts = StageClock(), self._parts
-        if self.step == self._num_steps or not parts.coordinator.refresh_due(self.step + 1):
+        if self.step >= self._num_steps or not parts.coordinator.refresh_due(self.step + 1):
             return {}
         settings = self._training_settings(self._config.data.curriculum_rollout_n)
         title = f"curriculum refresh after step {self.step}"
@@ -129,7 +140,8 @@ class Trainer:
                 own = chunk[parts.ranks.rank :: parts.ranks.size]  # interleaved: long prompts often lie together
                 prompts = [parts.train_data[int(index)] for index in own]
                 seeds = response_seeds(self._config.worker.rollout.seed, REFRESH, self.step, own)
-                groups, _ = parts.collector.collect(prompts, seeds, settings, StageClock())
+                groups, failures = parts.collector.collect(prompts, seeds, settings, StageClock())
+                self._checked_rewards(groups, failures)
                 parts.coordinator.observe_refresh(self._statistics(groups))
                 advance(len(chunk))
             parts.coordinator.finish_refresh(self.step + 1)
@@ -146,6 +158,7 @@ class Trainer:
         )
         chunk = self._config.data.val_batch_size if self._config.data.val_batch_size > 0 else len(data)
         groups: list[ScoredGroup] = []
+        failures: list[RewardCounts] = []
         with (
             clock("testing"),
             parts.metrics_logger.progress(len(data), f"validation after step {self.step}") as advance,
@@ -155,15 +168,17 @@ class Trainer:
                 prompts = [data[index] for index in own]
                 # Step 0 for all: validation at different steps shares its seeds, so that runs compare.
                 seeds = response_seeds(self._config.worker.rollout.seed, VALIDATION, 0, own)
-                scored, _ = parts.collector.collect(prompts, seeds, settings, StageClock())
+                scored, chunk_failures = parts.collector.collect(prompts, seeds, settings, StageClock())
                 groups += scored
+                failures.append(chunk_failures)
                 advance(min(start + chunk, len(data)) - start)
         if self._config.trainer.val_generations_to_log > 0:
             self._log_generations(groups)
-        rewards = reward_metrics(groups, None, parts.ranks)
-        metrics = {f"val/{name.removeprefix('reward/')}_reward": value for name, value in rewards.items()}
-        metrics["val/reward_score"] = metrics["val/overall_reward"]
-        return metrics | {"timing_s/testing": clock.seconds["testing"]}
+        metrics = {"timing_s/testing": clock.seconds["testing"]}
+        for name, value in reward_metrics(groups, failures, parts.ranks).items():
+            part = name.removeprefix("reward/")
+            metrics[f"val/{part}" if part.startswith("num_") else f"val/{part}_reward"] = value
+        return metrics | {"val/reward_score": metrics["val/overall_reward"]}
 
     def _training_settings(self, num_responses: int | None = None) -> SamplingSettings:
         rollout = self._config.worker.rollout
@@ -178,7 +193,8 @@ class Trainer:
     def _statistics(self, groups: Sequence[ScoredGroup]) -> list:
         return prompt_statistics(groups, self._parts.encoder.eos_token_ids, self._config.data.curriculum_metrics)
 
-    def _begin(self, step: int) -> None:
+    def begin(self, step: int) -> None:
+        """Take up `step`: before its work, or after it when a checkpoint of it was loaded. Not a collective."""
         self.step = self._parts.ranks.step = step
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -210,14 +226,6 @@ class Trainer:
         if self._parts.ranks.rank == 0:
             (folder / "curriculum").mkdir()
         self._parts.coordinator.save(folder / "curriculum")
-
-    def resume(self, step: int, folder: Path) -> None:
-        """Go on after `step`, from its checkpoint."""
-        self._parts.actor.load(folder / "actor")
-        self._parts.coordinator.load(folder / "curriculum")
-        self._begin(step)
-        if self._parts.ranks.rank == 0:
-            logger.info("resumed from %s: %d of %d steps are done", folder, step, self._num_steps)
 
 
 def _trajectories(groups: Sequence[ScoredGroup]) -> list[Trajectory]:

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, damaged ones passed over, the limit kept."""
 
 import json
+import os
+from unittest import mock
 
 import pytest
 
@@ -11,9 +13,10 @@ from mmr1_ds.errors import UserError
 
 @pytest.fixture(scope="module")
 def ranks():
-    found = Ranks(LaunchEnvironment(0, 1, 0, "none"), timeout_seconds=20)
-    yield found
-    found.close()
+    with mock.patch.dict(os.environ):  # it exports its rank, as vLLM wants it; later tests must not inherit that
+        found = Ranks(LaunchEnvironment(0, 1, 0, "none"), timeout_seconds=20)
+        yield found
+        found.close()
 
 
 def write(folder):
@@ -71,6 +74,24 @@ def test_an_interrupted_save_leaves_the_last_one(tmp_path, ranks):
     checkpoints.save(4, write)  # over what the interrupted one left
     assert checkpoints.newest() == (4, tmp_path / "global_step_4")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_fresh_run_is_not_outlived_by_an_older_one(tmp_path, ranks):
+    older = Checkpoints(tmp_path, 2, ranks)
+    older.save(40, write)
+    older.save(60, write)
+    fresh = Checkpoints(tmp_path, 2, ranks)
+    fresh.save(20, write)
+    assert fresh.newest() == (20, tmp_path / "global_step_20")
+    assert sorted(path.name for path in tmp_path.glob("stale_*")) == [
+        "stale_global_step_40.1",
+        "stale_global_step_60.1",
+    ]
+    fresh.save(30, write)
+    fresh.save(40, write)
+    assert sorted(path.name for path in tmp_path.glob("global_step_*")) == ["global_step_30", "global_step_40"]
+    Checkpoints(tmp_path, 1, ranks).save(50, write)
+    assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_50"]
 
 
 def test_another_number_of_ranks_is_refused(tmp_path, ranks):

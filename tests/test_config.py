@@ -76,6 +76,40 @@ def test_what_is_written_reads_back(tmp_path):
     assert again.config == config and again.warnings == ()
 
 
+@pytest.mark.parametrize("text", ["${data.seed}", r"\${x}", r"a\\${", "\\boxed{}", "1e-3", "null", "a: b\n# c"])
+def test_any_text_reads_back(tmp_path, text):
+    config = RunConfig()
+    config.data.system_prompt = config.trainer.experiment_name = text
+    config.worker.reward.reward_function_kwargs = {"a": {"b": [text]}}
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load(f"config={tmp_path / 'config.yaml'}") == config
+
+
+def test_secrets_are_not_written():
+    config = load("worker.reward.reward_function_kwargs={judge: {api_key: abc123, name: x}}")
+    text = dump_config(config)
+    assert "abc123" not in text and "'***'" in text and "name: x" in text
+
+
+def test_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = ["worker.actor.model.model_path", "worker.actor.model.tokenizer_path", "trainer.load_checkpoint_path"]
+    config = load(*(f"{path}=~/x" for path in paths), "data.train_files=~/a@dev, ~/b", "data.val_files=['~/c',d~]")
+    assert config.worker.actor.model.model_path == config.worker.actor.model.tokenizer_path == "/home/someone/x"
+    assert config.trainer.load_checkpoint_path == "/home/someone/x"
+    assert config.data.train_files == "/home/someone/a@dev,/home/someone/b"
+    assert config.data.val_files == ["/home/someone/c", "d~"]
+
+
+def test_an_inline_template_longer_than_a_file_s_name(tmp_path):
+    template = "{{ content }}" + " Think." * 100
+    (tmp_path / "run.yaml").write_text(f"data: {{format_prompt: '{template}'}}\n")
+    assert load(f"config={tmp_path / 'run.yaml'}").data.format_prompt == template
+    (tmp_path / "run.yaml").write_text(f"worker: {{actor: {{deepspeed: '{'x' * 300}'}}}}\n")
+    assert load(f"config={tmp_path / 'run.yaml'}").worker.actor.deepspeed == "x" * 300
+    assert "not found" in mistake(f"config={'x' * 300}")
+
+
 # --- mistakes in keys and types -----------------------------------------------------------------------------------
 
 
@@ -253,6 +287,30 @@ def test_offload_in_one_file_keeps_what_fsdp_says():
     for argv in (both, both[::-1]):
         assert load(*argv).worker.actor.offload.offload_params
     assert not load("worker.actor.fsdp.enable_cpu_offload=false").worker.actor.offload.offload_params
+
+
+@pytest.mark.parametrize("section", ["offload", "fsdp"])
+def test_offload_by_its_other_names(section):
+    config = load(f"worker.actor.{section}.param_offload=true")
+    assert config.worker.actor.offload.offload_params and not config.worker.actor.offload.offload_optimizer
+    assert load(f"worker.actor.{section}.optimizer_offload=true").worker.actor.offload.offload_optimizer
+    reference = load_config(
+        [f"worker.ref.{section}.param_offload=true", f"worker.ref.{section}.optimizer_offload=true"]
+    )
+    assert reference.config.worker.ref.offload.offload_params
+    assert reference.warnings == (f"ignored keys: worker.ref.{section}.optimizer_offload",)
+
+
+def test_coefficient_of_the_kl_in_the_loss():
+    both = ["worker.actor.kl_loss_coef=0.02", "algorithm.kl_coef=0.0"]
+    for argv in (both, both[::-1]):
+        assert load(*argv).algorithm.kl_coef == 0.02
+    assert "twice under different names" in mistake("worker.actor.kl_loss_coef=0.02", "algorithm.kl_coef=0.1")
+    assert load("algorithm.kl_coef=0.0").algorithm.kl_coef == 0.0
+
+
+def test_steps_between_validations():
+    assert load("trainer.test_freq=7").trainer.val_freq == 7
 
 
 def test_one_key_under_two_names():

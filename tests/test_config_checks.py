@@ -61,6 +61,10 @@ def test_number_of_steps(valid, num_prompts, steps):
         ("data.min_pixels=5000000", "over data.max_pixels=4194304"),
         ("trainer.val_only=true", "needs data.val_files"),
         ("trainer.experiment_name=''", "trainer.experiment_name is empty"),
+        ("worker.rollout.val_override_config.n=2", "n=2 greedy answers"),
+        ("worker.actor.optim.lr=inf", "worker.actor.optim.lr must be finite, got inf"),
+        ("algorithm.kl_coef=.nan", "algorithm.kl_coef must be finite, got nan"),
+        ("worker.rollout.kv_cache_gb=0", "worker.rollout.kv_cache_gb must be 1 or more, got 0"),
     ],
 )
 def test_refused_with_the_numbers(valid, argument, expected):
@@ -82,6 +86,7 @@ def test_whole_sequences_must_fit_without_chunked_prefill(valid):
     [
         (["data.curriculum_metrics=[learnabillity]"], "unknown metric 'learnabillity'; known: learnability, self-bleu"),
         (["data.curriculum_metrics=[learnability,self-bleu]"], "one weight a metric"),
+        (["data.curriculum_metrics=[self-bleu,self_bleu_123]", "data.curriculum_metric_weights=[1,1]"], "lists self"),
         (["data.curriculum_metric_weights=[-1.0]"], "data.curriculum_metric_weights must be >= 0, got -1.0"),
     ],
 )
@@ -110,6 +115,11 @@ def test_both_spellings_of_metrics(valid, names):
 )
 def test_values_of_ours_that_are_not_implemented(valid, argument, expected):
     assert expected in refused(valid, argument)
+
+
+def test_transformers_has_no_tensor_parallelism(valid):
+    message = refused(valid, "worker.rollout.engine=hf", "worker.rollout.tensor_parallel_size=2")
+    assert "worker.rollout.tensor_parallel_size=2 is vLLM's, worker.rollout.engine=hf has none" in message
 
 
 def test_no_kl_at_all_is_fine(valid):

@@ -450,9 +450,41 @@ def test_scan_in_processes_equals_scan_in_place(tmp_path, vision_model, monkeypa
         assert list(dataset.prompt_ids) == list(expected.prompt_ids)
         assert dataset.fingerprint == expected.fingerprint
         assert np.array_equal(dataset._lengths, expected._lengths)
+        assert dataset.max_images == expected.max_images == 1
     bad = write_jsonl(tmp_path / "bad.jsonl", [*text_rows(40), {"prompt": "p", "answer": None}])
     with pytest.raises(UserError, match=r"bad.jsonl row 40"):
         load(bad, vision_model)
+
+
+def test_number_of_images(tmp_path, vision_model, text_model):
+    image = {"bytes": png(28, 28)}
+    rows = [
+        {"prompt": "p" * size, "answer": "1", "images": [image] * count} for size, count in [(1, 1), (2, 3), (99, 5)]
+    ]
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    settings = config(max_prompt_length=CHAT_TOKENS + 60)
+    encoder = PromptEncoder(ModelConfig(model_path=vision_model), settings)
+    dataset = load_dataset(str(path), settings, encoder)
+    assert dataset.num_filtered == 1 and dataset.max_images == 3  # of those kept
+    assert len(load_dataset(str(path), settings, encoder, limit_images=3)) == 2
+    with pytest.raises(UserError, match=r"row 1 .*the prompt has 3 images, over worker.rollout.limit_images=2"):
+        load_dataset(str(path), settings, encoder, limit_images=2)
+    assert load(write_jsonl(tmp_path / "text.jsonl", text_rows(2)), text_model).max_images == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"_data_files": [1]}'])
+def test_a_damaged_saved_data_set_is_named(tmp_path, content):
+    folder = write_kind("saved", tmp_path, text_rows(2))
+    (tmp_path / "saved" / "state.json").write_text(content)
+    with pytest.raises(UserError, match=f"cannot read '{folder}'"):
+        open_sources(folder)
+
+
+def test_a_format_prompt_that_fails_on_a_row_names_it(tmp_path, text_model):
+    path = write_jsonl(tmp_path / "a.jsonl", [*text_rows(2), {"prompt": "7", "answer": "7"}])
+    with pytest.raises(UserError, match=r"a.jsonl row 2 .*data.format_prompt cannot be rendered"):
+        load(path, text_model, format_prompt="{{ content if content|length > 1 else content / 2 }}")
 
 
 def test_index_out_of_range(tmp_path, text_model):

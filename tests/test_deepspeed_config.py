@@ -159,6 +159,45 @@ def test_refused(values, expected):
     assert expected in refused(changed(**values))
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        "fp16", "bf16", "bfloat16", "optimizer", "optimizer__params", "scheduler", "scheduler__params",
+        "zero_optimization__offload_param", "zero_optimization__offload_optimizer", "comms_logger",
+    ],
+)  # fmt: skip
+def test_sections_are_mappings_or_null(section):
+    for value, shown in ((True, "true"), ("auto", '"auto"'), ([1], "[1]")):
+        expected = f"{section.replace('__', '.')} must be a mapping, got {shown}"
+        assert expected in refused(changed(**{section: value}))
+    if not section.startswith("scheduler"):  # a scheduler without params is refused for its type
+        resolve(changed(**{section: None}))
+
+
+def test_a_stage_of_null_is_none():
+    assert "zero_optimization.stage is 0" in refused(changed(zero_optimization=None))
+    assert "zero_optimization must be a mapping, got 3" in refused(changed(zero_optimization=3))
+
+
+@pytest.mark.parametrize("key", ["zero_optimization__reduce_bucket_size", "steps_per_print", "optimizer__params__eps"])
+def test_numbers_are_numbers(key):
+    for value in ("big", True, None):
+        assert f"{key.replace('__', '.')} must be a number" in refused(changed(**{key: value}))
+    resolve(changed(**{key: 5e8}))
+
+
+def test_bfloat16_is_bf16():
+    content = {"zero_optimization": {"stage": 3}, "bfloat16": {"enabled": True}}
+    assert resolve(content)["bf16"] == {"enabled": True} and "bfloat16" not in resolve(content)
+    assert "bfloat16.enabled=False contradicts bf16.enabled=True" in refused(
+        content | {"bfloat16": {"enabled": False}, "bf16": {"enabled": True}}
+    )
+
+
+def test_a_long_name_of_a_file():
+    assert "no such file" in refused("x" * 300)
+
+
 def test_adam_is_adamw():
     assert resolve(changed(optimizer__type="Adam"))["optimizer"]["type"] == "AdamW"
 

@@ -15,7 +15,7 @@ from mmr1_ds.errors import UserError
 
 
 def test_each_launcher_is_recognised():
-    master = {"MASTER_ADDR": "10.0.0.1"}
+    master = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
     assert launch_environment({}) == LaunchEnvironment(0, 1, 0, "none")
     deepspeed = {"RANK": "3", "WORLD_SIZE": "7", "LOCAL_RANK": "1", **master}
     assert launch_environment(deepspeed) == LaunchEnvironment(3, 7, 1, "environment")
@@ -32,7 +32,11 @@ def test_each_launcher_is_recognised():
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK not"),
         ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK='x'"),
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, r"RANK=2 must be in \[0, WORLD_SIZE=2\)"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR and MASTER_PORT not set"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "MASTER_ADDR": "n1"},
+            "MASTER_PORT not set for 2 ranks",
+        ),
     ],
 )
 def test_a_partial_or_wrong_environment_is_explained(environ, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -193,6 +195,29 @@ def test_missing_models_are_named(model, message):
 def test_folder_without_a_config_is_named(tmp_path):
     with pytest.raises(UserError, match=f"cannot load config of '{tmp_path}'"):
         PromptEncoder(ModelConfig(model_path=str(tmp_path)), DataConfig())
+
+
+@pytest.mark.parametrize("write", [write_vision_model, write_text_model])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "generation_config.json"])
+def test_files_that_hold_a_list_are_damaged(tmp_path, write, name):
+    model = write(tmp_path)
+    (tmp_path / name).write_text("[1]")
+    with pytest.raises(UserError, match="damaged"):
+        encoder_of(model)
+
+
+def test_a_number_in_the_config_that_is_none(tmp_path):
+    model = write_text_model(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": "many"}))
+    with pytest.raises(UserError, match=r"cannot load config .*damaged: .*'vocab_size'"):
+        encoder_of(model)
+
+
+def test_a_text_model_s_tokenizer_for_a_vision_model(vision_model, text_model):
+    model = ModelConfig(model_path=vision_model, tokenizer_path=text_model)
+    with pytest.raises(UserError, match=r"no image processor, .*; leave worker.actor.model.tokenizer_path out"):
+        PromptEncoder(model, DataConfig())
 
 
 def test_tokenizer_without_a_chat_template_is_named(tmp_path):

@@ -1,9 +1,11 @@
 """The engine on real parts: DeepSpeed ZeRO-3, vLLM and transformers, on one and two ranks."""
 
 import json
+import shutil
 
 import pytest
 from launching import run_ranks
+from safetensors.torch import load_file, save_file
 from tiny_models import save_text_model, save_vision_model
 
 pytestmark = pytest.mark.slow
@@ -41,6 +43,24 @@ def test_transformers_engine_samples_on_two_ranks(tmp_path, kind):
     steps = json.loads((tmp_path / "out.json").read_text())
     assert all(step["rollout/logprob_diff_max"] < 1e-4 for step in steps)
     assert all(step["forbidden"] == 0 for step in steps)
+
+
+def test_bf16_spares_the_rotary_frequencies_and_a_damaged_model_is_refused(tmp_path):
+    model = save_vision_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    lost = next(name for name in weights if "down_proj" in name)
+    shutil.copytree(model, tmp_path / "damaged")
+    kept = {name: tensor for name, tensor in weights.items() if name != lost}
+    save_file(kept, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+
+    run_ranks("model_loading.py", model, tmp_path / "damaged", tmp_path / "out.json")
+
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["parameter_types"] == ["torch.bfloat16"]
+    # 10000^(-2i/32), in float32: bf16 has .5625 for the second of these.
+    assert result["inv_freq"][:3] == pytest.approx([1.0, 0.5623413, 0.3162278], abs=1e-6)
+    assert len(result["frequency_types"]) >= 2 and set(result["frequency_types"].values()) == {"torch.float32"}
+    assert "lacks 1 of the model's tensors" in result["error"]
 
 
 @pytest.mark.parametrize("kind", ["vision", "text"])

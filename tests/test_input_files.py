@@ -92,6 +92,10 @@ def test_empty_and_unreadable_data(valid, tmp_path):
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 not really")
     assert f"cannot read '{broken}'" in refused(valid, f"data.train_files={broken}")
+    state = write_kind(tmp_path, "saved") / "state.json"
+    for content in ("{", "[1]", "{}", '{"_data_files": [1]}'):
+        state.write_text(content)
+        assert str(state) in refused(valid, f"data.train_files={state.parent}", "data.prompt_key=q")
     (tmp_path / "none").mkdir()
     assert "holds no data files" in refused(valid, f"data.train_files={tmp_path / 'none'}")
 
@@ -112,6 +116,41 @@ def test_model_folder(valid, tmp_path):
     assert "model_path is not set" in refused(valid, "worker.actor.model.model_path=null")
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", '{"text_config": [1]}', b"\xff"])
+def test_damaged_config_of_a_model(valid, tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / "config.json").write_text('{"text_config": null}')
+        check(valid, f"worker.actor.model.model_path={tmp_path}")
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert str(tmp_path / name) in refused(valid, f"worker.actor.model.model_path={tmp_path}")
+        assert str(tmp_path / name) in refused(valid, f"worker.actor.model.tokenizer_path={tmp_path}")
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
+def test_a_byte_order_mark_is_passed_over(valid, tmp_path, kind):
+    path = write_kind(tmp_path, kind)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    check(valid, f"data.train_files={path}", "data.prompt_key=q", "data.answer_key=a")
+
+
+@pytest.mark.parametrize("key", ["trainer.run_dir", "trainer.save_checkpoint_path"])
+def test_output_below_a_file(valid, tmp_path, key):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        assert f"{key}: '{path}' cannot be made, '{tmp_path / 'file'}' is not a folder" in refused(
+            valid, f"{key}={path}"
+        )
+    check(valid, f"{key}={tmp_path / 'new' / 'folder'}")
+
+
+def test_output_that_is_not_writable(valid, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))  # root may write everywhere
+    message = refused(valid, f"trainer.run_dir={tmp_path / 'new'}")
+    assert f"'{tmp_path}' is not writable" in message
+
+
 REWARDS = """
 import json
 from math import floor
@@ -127,6 +166,20 @@ def nothing():
 
 def keyword(items, *, weight):
     return []
+
+try:
+    import numpy
+except ImportError:
+    numpy = None
+else:
+    def within(items):
+        return []
+
+annotated: object = lambda items: []
+
+@floor
+def decorated():
+    return []
 """
 
 
@@ -141,12 +194,20 @@ def test_reward_file(valid, tmp_path):
     check(valid, f"worker.reward.reward_function={path}:floor")
     weight = "worker.reward.reward_function_kwargs={weight: 0.5}"
     check(valid, f"worker.reward.reward_function={path}:keyword", weight)
+    for name in ("within", "annotated", "decorated"):
+        check(valid, f"worker.reward.reward_function={path}:{name}")
     assert "has no function 'goood'; its functions are: good, old_style, nothing, keyword" in reward("goood")
     assert "old_style needs ground_truth" in reward("old_style")
     assert "keyword needs weight" in reward("keyword")
     assert "takes no argument" in reward("nothing")
     path.write_text("def f(:\n")
     assert f"{path}, line 1: not Python" in reward("f")
+    path.write_bytes(b"x = 'caf\xe9'\ndef f(items):\n    return []\n")
+    assert f"{path}, line " in reward("f")
+    path.write_bytes(b"# -*- coding: latin-1 -*-\n" + path.read_bytes())
+    check(valid, f"worker.reward.reward_function={path}:f")
+    path.write_text("from math import *\n")
+    check(valid, f"worker.reward.reward_function={path}:f")
     assert "no such file '/nowhere.py'" in refused(valid, "worker.reward.reward_function=/nowhere.py:f")
     assert "is unknown; use math or" in refused(valid, "worker.reward.reward_function=maths")
 
@@ -154,3 +215,18 @@ def test_reward_file(valid, tmp_path):
 def test_format_prompt(valid):
     assert "no such file 'nowhere.jinja'" in refused(valid, "data.format_prompt=nowhere.jinja")
     check(valid, "data.format_prompt={{ content }} Answer in \\boxed{}.")
+    check(valid, "data.format_prompt={{ content }}" + " Think." * 100)  # longer than a file's name may be
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ content }}{{ foo.bar }}", "{{ content }}{{ foo }}", "{{ content / 2 }}", "{{ content.__class__.mro() }}"],
+)
+def test_format_prompt_that_cannot_be_rendered(valid, template):
+    assert "data.format_prompt cannot be rendered" in refused(valid, f"data.format_prompt={template}")
+
+
+def test_format_prompt_that_is_no_text(valid, tmp_path):
+    path = tmp_path / "prompt.jinja"
+    path.write_bytes(b"{{ content }} caf\xe9")
+    assert f"cannot read '{path}'" in refused(valid, f"data.format_prompt={path}")

@@ -2,14 +2,22 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
+import datasets
 import pytest
+from data_fixtures import image, write_vision_model
 from dry_runs import dry_run, linked_checkout, paragraphs
 from launching import ROOT
 
+from mmr1_ds.config import ModelConfig
+from mmr1_ds.config_loading import load_config
+from mmr1_ds.data.dataset import load_dataset
+from mmr1_ds.data.encoding import PromptEncoder
+
 README = (ROOT / "README.md").read_text()
-COMMAND = re.compile(r"(\w+=\S+ )*(python -m mmr1_ds\.train|mmr1-ds|bash launch/)")
+COMMAND = re.compile(r"(\w+=\S+ )*(python -m mmr1_ds\.train|bash launch/)")
 COMMANDS = [command for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for command in paragraphs(block)]
 RUNS = [command for command in COMMANDS if COMMAND.match(command)]
 
@@ -41,12 +49,33 @@ def test_all_runs_of_the_readme_are_found():
 @pytest.mark.parametrize("command", RUNS)
 def test_command(command, tmp_path):
     folder = reader_s_folder(tmp_path)
-    command = command.replace("mmr1-ds", "python -m mmr1_ds.cli")
     command = command.replace("/path/to/model", str(folder / "model"))
     command = re.sub(r"/path/to/(training/data|train.parquet|test.json)", str(folder / "train.json"), command)
     command = command.replace("data.sampling_strategy=", "data.prompt_key=question data.sampling_strategy=")
     output = dry_run(command, folder)
     assert "dry run: everything checked" in output
+
+
+def test_validation_is_of_the_run_above_it(tmp_path):
+    validation = next(command for command in RUNS if "trainer.val_only=true" in command)
+    training = validation.replace(" trainer.val_only=true", "")
+    assert training in RUNS
+    reader_s_folder(tmp_path)
+    folder = re.search(r"checkpoints in (\S+)", dry_run(training, tmp_path))[1]
+    (shown,) = re.findall(r"writes to `(\S+)`", README.replace("\n", " "))
+    assert f"output      {shown}, N steps done by the newest checkpoint in {folder}," in dry_run(validation, tmp_path)
+
+
+def test_the_data_shown_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model = ModelConfig(model_path=write_vision_model(tmp_path / "model"))
+    (tmp_path / "train.json").write_text(block("json"))
+    image(56, 28).save(tmp_path / "apples.png")
+    (command,) = (command for command in RUNS if "data.prompt_key" in command)
+    keys = [word for word in shlex.split(command) if re.match(r"data\.\w+_key=", word)]
+    data = load_config(keys).config.data
+    prompt = load_dataset(str(tmp_path / "train.json"), data, PromptEncoder(model, data))[0]
+    assert len(prompt.images) == 1 and prompt.ground_truth == "3"
 
 
 def test_links_lead_somewhere():

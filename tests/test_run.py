@@ -175,7 +175,7 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_r
         wait_until(lambda: not processes_with(marker), 30, f"no process left, {processes_with(marker)}")
         assert step <= metrics_of(run_dir)[-1]["step"] < NUM_STEPS  # stopped, not finished
     finish(launch(assets, run_dir, marker), run_dir, marker)
-    assert run_dir.with_suffix(".log").read_text().count("resumed from") == 2
+    assert run_dir.with_suffix(".log").read_text().count("going on from") == 2
 
     expected, actual = metrics_of(finished_run), metrics_of(run_dir)
     assert [line["step"] for line in actual] == [line["step"] for line in expected]

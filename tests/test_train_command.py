@@ -38,7 +38,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(capfd):
 def test_only_rank_0_tells_and_it_is_never_outrun(capfd, monkeypatch):
     waits = []
     monkeypatch.setattr("mmr1_ds.train.time.sleep", waits.append)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }.items():
         monkeypatch.setenv(name, value)
     assert main(["data.sede=3"]) == 2
     assert capfd.readouterr().err == ""
@@ -66,12 +72,35 @@ def test_eval_is_training_with_validation_only(monkeypatch):
     assert given[1] == ["config=mmr1"]
 
 
+@pytest.mark.parametrize("rank", ["--local_rank=1", "--local-rank=1"])
+def test_the_launcher_s_local_rank_is_passed_over(monkeypatch, rank):
+    given = []
+    monkeypatch.setattr("mmr1_ds.train.main", lambda argv: given.append(list(argv)) or 0)
+    monkeypatch.setattr(sys, "argv", ["mmr1-ds", rank, "train", "config=mmr1"])
+    assert cli.main() == 0
+    assert cli.main(["train", rank, "config=mmr1"]) == cli.main(["train", "config=mmr1", rank]) == 0
+    assert given == [["config=mmr1"]] * 3
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help(capfd, word):
+    with pytest.raises(SystemExit) as caught:
+        main([word])
+    assert caught.value.code == 0
+    assert capfd.readouterr().out.startswith("usage: python -m mmr1_ds.train [config=FILE")
+
+
 def test_eval_needs_something_to_validate_on(valid, tmp_path, capfd):
     assert cli.main(["eval", *valid, "trainer.dry_run=true"]) == 2
     assert "trainer.val_only=true needs data.val_files" in capfd.readouterr().err
     val = write_rows(tmp_path, "val.json")
     assert cli.main(["eval", *valid, f"data.val_files={val}", "trainer.dry_run=true"]) == 0
-    assert "run         validation only" in capfd.readouterr().err
+    text = capfd.readouterr().err
+    assert "run         validation only" in text
+    assert (
+        "output      runs/default/eval/step_N, N steps done by the newest checkpoint in runs/default/checkpoints"
+        in text
+    )
 
 
 def plan(valid, capfd, *argv):
@@ -90,6 +119,12 @@ def test_what_a_refresh_costs(valid, capfd):
     assert "every 2 steps: 7 prompts x 8 = 56 responses, 47% of the 120" in plan(valid, capfd, *curriculum)
     epoch = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=0", "data.curriculum_rollout_n=30"]
     assert "every epoch: 7 prompts x 30 = 210 responses, 350% of the 60" in plan(valid, capfd, *epoch)
+
+
+def test_prompts_by_score_are_counted_as_the_sampler_counts(valid, capfd):
+    batch = ["data.rollout_batch_size=100", "worker.actor.global_batch_size=100"]
+    mixture = ["data.sampling_strategy=curriculum", "data.curriculum_mixture_ratio=0.29"]  # 0.29 * 100 = 28.99...
+    assert "curriculum: 29 of 100 prompts" in plan(valid, capfd, *batch, *mixture, "worker.rollout.n=6")
 
 
 def test_what_is_ignored_is_said_once(valid, capfd):

@@ -6,7 +6,6 @@ The table lives on rank 0; every method marked "Collective" must be called by al
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,7 +64,7 @@ class Coordinator:
         check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
         self.data, self.control = data, control
         self.num_prompts = dataset_size
-        self.steps_per_epoch = math.ceil(dataset_size / data.rollout_batch_size)
+        self.steps_per_epoch = max(1, dataset_size // data.rollout_batch_size)  # as the run counts episodes
         self._is_curriculum = data.sampling_strategy == "curriculum"
         self._last_refresh_step = _NEVER
         self._refresh: Refresh | None = None
@@ -124,7 +123,7 @@ class Coordinator:
     # Refreshing
 
     def refresh_due(self, step: int) -> bool:
-        """Whether to refresh before `step`: before the first, then every T steps; T = 0: every epoch of ceil(P / B).
+        """Whether to refresh before `step`: before the first, then every T steps; T = 0: every epoch of P // B steps.
 
         The same on every rank, without communication.
         """

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 IMAGE_MARKER = "<image>"
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
+# What a template may raise on some text; jinja's own errors, its sandbox's among them, are TemplateErrors.
+_RENDER_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+
 Message = dict[str, Any]  # {"role": str, "content": str | list of parts}, what apply_chat_template takes
 
 
@@ -28,8 +31,14 @@ class FormatPrompt:
 
     source: str
 
-    def render(self, content: str) -> str:
-        return _compile(self.source).render(content=content)
+    def render(self, content: str, where: str) -> str:
+        """Args: where: names the row in errors. Raises: UserError when the template fails on this content."""
+        from jinja2 import TemplateError
+
+        try:
+            return _compile(self.source).render(content=content)
+        except (TemplateError, *_RENDER_ERRORS) as error:
+            raise UserError(f"{where}: data.format_prompt cannot be rendered: {error}; it is given content") from error
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class ChatFormat:
             raise UserError(f"{where}: the prompt has no message with role 'user'; add one")
         if self.format_prompt is not None:
             last = user_turns[-1]
-            turns[last] = ("user", self.format_prompt.render(turns[last][1]))
+            turns[last] = ("user", self.format_prompt.render(turns[last][1], where))
         if not self.is_multimodal:
             return [{"role": role, "content": text} for role, text in turns]
         return _place_images(turns, user_turns[0], num_images, where)
@@ -64,7 +73,8 @@ class ChatFormat:
 def load_format_prompt(value: str | None) -> FormatPrompt | None:
     """`data.format_prompt`: the path of a jinja file, or the template itself.
 
-    Raises: UserError when the file is missing, the template does not compile, or it drops the question.
+    Raises: UserError when the file is missing or no text, the template does not compile or render, or it drops the
+        question.
     """
     if not value:
         return None
@@ -74,18 +84,24 @@ def load_format_prompt(value: str | None) -> FormatPrompt | None:
     try:
         _compile(prompt.source)
     except TemplateError as error:
-        raise UserError(f"data.format_prompt {value!r} is not a jinja template: {error}") from error
+        raise UserError(f"data.format_prompt {value!r:.80} is not a jinja template: {error}") from error
     if "content" not in _variables(prompt.source):
         # Without `content` every row would ask the same empty question and training would go on for hours.
-        raise UserError(f"data.format_prompt {value!r} is neither a file nor a template that uses {{{{ content }}}}")
+        raise UserError(
+            f"data.format_prompt {value!r:.80} is neither a file nor a template that uses {{{{ content }}}}"
+        )
+    prompt.render("How many apples?", f"{value!r:.80}")
     return prompt
 
 
 def _read_template(value: str) -> str:
     path = os.path.expanduser(value)
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        try:
+            with open(path, encoding="utf-8") as file:
+                return file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.format_prompt: cannot read {value!r}: {error}") from error
     if value.strip().endswith(TEMPLATE_SUFFIXES):
         raise UserError(f"data.format_prompt: no such file {value!r}; give the path of a jinja template")
     return value
@@ -93,9 +109,11 @@ def _read_template(value: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _compile(source: str) -> Template:
+    from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return ImmutableSandboxedEnvironment().from_string(source.strip())
+    # Strict: a misspelt variable would otherwise read as nothing, in every prompt.
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(source.strip())
 
 
 def _variables(source: str) -> set[str]:

@@ -58,6 +58,7 @@ class PromptDataset:
         self._max_length = data.max_prompt_length
         self._lengths = scan.lengths
         self._rows = _kept_rows(scan.lengths, data)
+        self._num_images = scan.num_images
         self.num_filtered = len(scan.lengths) - len(self._rows)
         self.prompt_ids = TextColumn(scan.prompt_ids.take(self._rows))
         self.categories = TextColumn(scan.categories.take(self._rows))
@@ -71,8 +72,7 @@ class PromptDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         row = int(self._rows[index])
-        source = bisect.bisect_right(self._starts, row) - 1
-        reader, local = self._readers[source], row - self._starts[source]
+        reader, local = self._place(row)
         if self._lengths[row] > self._max_length:
             raise UserError(
                 f"{reader.where(local)}: the prompt has {self._lengths[row]} tokens, over data.max_prompt_length="
@@ -90,13 +90,38 @@ class PromptDataset:
             num_tokens=int(self._lengths[row]),
         )
 
+    @property
+    def max_images(self) -> int:
+        """Images of the prompt that has the most."""
+        return int(self._num_images[self._rows].max(initial=0))
+
+    def check_images(self, limit: int) -> None:
+        """Raises: UserError naming the first prompt with more than `limit` images."""
+        over = self._rows[self._num_images[self._rows] > limit]
+        if len(over):
+            reader, local = self._place(int(over[0]))
+            raise UserError(
+                f"{reader.where(local)}: the prompt has {self._num_images[over[0]]} images, over "
+                f"worker.rollout.limit_images={limit}; raise it, or set it to 0 for as many as the data has"
+            )
+
+    def _place(self, row: int) -> tuple[RowReader, int]:
+        """The reader of a row of the scan, and the row in it."""
+        source = bisect.bisect_right(self._starts, row) - 1
+        return self._readers[source], row - self._starts[source]
+
 
 def load_dataset(
-    files: Any, data: DataConfig, prompt_encoder: PromptEncoder, key: str = "data.train_files"
+    files: Any,
+    data: DataConfig,
+    prompt_encoder: PromptEncoder,
+    key: str = "data.train_files",
+    limit_images: int = 0,
 ) -> PromptDataset:
     """Open `files` and scan every row once: prompt, answer, image headers, length.
 
-    Args: files: as `data.train_files`; key: the config key they came from, for errors.
+    Args: files: as `data.train_files`; key: the config key they came from, for errors; limit_images: images a prompt
+        at most, 0 = any number.
     Raises: UserError naming the file, and the row where one is at fault.
     """
     readers = open_readers(open_sources(files, key), data)
@@ -112,6 +137,8 @@ def load_dataset(
             f"{key}: all {len(scan.lengths)} prompts are longer than data.max_prompt_length={data.max_prompt_length} "
             f"tokens (the shortest has {int(scan.lengths.min())}); raise it"
         )
+    if limit_images > 0:
+        dataset.check_images(limit_images)
     return dataset
 
 

@@ -52,6 +52,11 @@ class PromptEncoder:
         source = str(model.tokenizer_path or model.model_path)
         if self.is_multimodal:
             self.processor = _load_pretrained("AutoProcessor", source, model.trust_remote_code)
+            if not hasattr(self.processor, "image_processor"):  # transformers gives a text model's tokenizer instead
+                raise UserError(
+                    f"{source!r} has a tokenizer but no image processor, and {model.model_path!r} takes images; "
+                    "leave worker.actor.model.tokenizer_path out or name a folder with a processor"
+                )
             self.tokenizer: Any = self.processor.tokenizer
             self.pixel_limits = _pixel_limits(self.processor, data, source)
             self.image_token_id = int(self.processor.image_token_id)
@@ -190,6 +195,7 @@ def _check_local(path: str, key: str) -> None:
 
 def _load_pretrained(kind: str, source: str, trust_remote_code: bool) -> Any:
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     loaders: dict[str, Any] = {
         "AutoConfig": transformers.AutoConfig,
@@ -198,9 +204,15 @@ def _load_pretrained(kind: str, source: str, trust_remote_code: bool) -> Any:
     }
     try:
         return loaders[kind].from_pretrained(os.path.expanduser(source), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load {kind[4:].lower()} of {source!r}: {reason}") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"cannot load {kind[4:].lower()} of {source!r}: {_first_line(error)}") from error
+    except (AttributeError, TypeError, StrictDataclassError) as error:  # a file that holds another kind of value
+        name = kind[4:].lower()
+        raise UserError(f"cannot load {name} of {source!r}, a file of it is damaged: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _pixel_limits(processor: Any, data: DataConfig, source: str) -> PixelLimits:
@@ -224,6 +236,8 @@ def _eos_token_ids(model: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
         eos = GenerationConfig.from_pretrained(os.path.expanduser(str(model.model_path))).eos_token_id
     except OSError:  # the file is optional
         eos = None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"generation_config.json of {model.model_path!r} is damaged: {_first_line(error)}") from error
     ids = list(eos) if isinstance(eos, (list, tuple)) else [eos]
     ids.append(tokenizer.eos_token_id)
     known = tuple(dict.fromkeys(int(token) for token in ids if token is not None))

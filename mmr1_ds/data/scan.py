@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 256
-CACHE_FOLDER = "mmr1_ds_scans"  # inside the cache of `datasets`
+CACHE_FOLDER = "mmr1_ds_scans_2"  # inside the cache of `datasets`; counted up when the columns of a scan change
 ROWS_A_PROCESS = 20_000  # below this, starting processes costs more than it saves
 
 
@@ -36,6 +36,7 @@ class Scan:
     prompt_ids: pa.Array  # (R,) strings, all different
     lengths: np.ndarray  # (R,) int32 tokens, images included
     categories: pa.Array  # (R,) strings
+    num_images: np.ndarray  # (R,) int32
 
 
 def scan_rows(readers: list[RowReader], data: DataConfig, prompt_encoder: PromptEncoder) -> Scan:
@@ -48,6 +49,7 @@ def scan_rows(readers: list[RowReader], data: DataConfig, prompt_encoder: Prompt
         prompt_ids=_distinct(_flat(table["prompt_id"]), data),
         lengths=table["length"].to_numpy().astype(np.int32),
         categories=_flat(table["category"]),
+        num_images=table["num_images"].to_numpy().astype(np.int32),
     )
 
 
@@ -73,9 +75,10 @@ class _BatchScan:
             "prompt_id": [self._reader.prompt_id(row, where) for row, where in zip(rows, places, strict=True)],
             "length": self._lengths(rows, places),
             "category": [self._reader.category(row) for row in rows],
+            "num_images": [len(self._reader.references(row)) for row in rows],
         }
         kinds = [("prompt_id", pa.string()), ("length", pa.int32()), ("category", pa.string())]
-        return pa.table(columns, schema=pa.schema(kinds))
+        return pa.table(columns, schema=pa.schema([*kinds, ("num_images", pa.int32())]))
 
     def _lengths(self, rows: list[Row], places: list[str]) -> list[int]:
         references = [self._reader.references(row) for row in rows]

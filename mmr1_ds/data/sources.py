@@ -77,7 +77,7 @@ def _open_source(name: str, key: str) -> Source:
         rows = _read(path, split)
     except DatasetGenerationError as error:
         raise _cannot_read(name, key, error.__cause__ or error) from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _cannot_read(name, key, error) from error
     finally:
         if bars_were_on:

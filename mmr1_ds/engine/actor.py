@@ -17,7 +17,7 @@ from mmr1_ds.config import ActorConfig, AlgorithmConfig, RunConfig
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.batching import Trajectory, collate
 from mmr1_ds.engine.losses import clipped_policy_loss, low_var_kl
-from mmr1_ds.engine.policy import PolicyModel, load_policy
+from mmr1_ds.engine.policy import exact_types, load_policy
 from mmr1_ds.engine.schedule import learning_rate
 from mmr1_ds.engine.weights import whole_parameters
 from mmr1_ds.records import Prompt
@@ -31,12 +31,26 @@ Pair = tuple[Prompt, tuple[int, ...]]
 class ZeroEngine:
     """A ZeRO-3 partitioned policy that can say how likely given responses are."""
 
-    def __init__(self, model: PolicyModel, deepspeed_config: Mapping[str, Any], ranks: Ranks, encoder: PromptEncoder):
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.engine, *_ = deepspeed.initialize(
-            model=model, config=dict(deepspeed_config), model_parameters=trainable or None
+    def __init__(
+        self,
+        config: RunConfig,
+        deepspeed_config: Mapping[str, Any],
+        ranks: Ranks,
+        encoder: PromptEncoder,
+        trainable: bool,
+    ) -> None:
+        """Collective: load the model and wrap it."""
+        settings = exact_types(deepspeed_config)
+        self.policy = load_policy(
+            config.worker.actor.model,
+            settings,
+            encoder.forbidden_token_ids,
+            config.worker.rollout.temperature,
+            torch.bfloat16 if ranks.on_gpu else torch.float32,
+            trainable,
         )
-        self.policy = model
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.engine, *_ = deepspeed.initialize(model=self.policy, config=settings, model_parameters=parameters or None)
         self._ranks, self._encoder = ranks, encoder
 
     @torch.no_grad()
@@ -71,18 +85,9 @@ class Actor(ZeroEngine):
         num_updates: int,
     ) -> None:
         """Collective. num_updates: optimiser steps of the whole run, for the learning-rate schedule."""
-        actor, algorithm = config.worker.actor, config.algorithm
-        model = load_policy(
-            actor.model,
-            deepspeed_config,
-            encoder.forbidden_token_ids,
-            config.worker.rollout.temperature,
-            torch.bfloat16 if ranks.on_gpu else torch.float32,
-            trainable=True,
-        )
-        super().__init__(model, deepspeed_config, ranks, encoder)
-        self._config: ActorConfig = actor
-        self._algorithm: AlgorithmConfig = algorithm
+        super().__init__(config, deepspeed_config, ranks, encoder, trainable=True)
+        self._config: ActorConfig = config.worker.actor
+        self._algorithm: AlgorithmConfig = config.algorithm
         self._responses_per_prompt = config.worker.rollout.n
         self._num_updates = num_updates
         self.num_updates_done = 0
@@ -200,8 +205,14 @@ class Actor(ZeroEngine):
         return sums, float(drift_T.max()) if len(drift_T) else 0.0
 
     def _gradient_norm(self) -> float:
-        norm = self.engine.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
+        """Raises: RuntimeError when it is not finite: the weights are lost, the last checkpoint must not follow."""
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"the gradient norm of optimiser step {self.num_updates_done} is {norm}: the weights are spoilt; "
+                "start again from the last checkpoint with a lower worker.actor.optim.lr or max_grad_norm"
+            )
+        return norm
 
     def save(self, folder: Path) -> None:
         """Write the sharded state. Collective."""
@@ -224,12 +235,4 @@ class Reference(ZeroEngine):
         self, config: RunConfig, deepspeed_config: Mapping[str, Any], ranks: Ranks, encoder: PromptEncoder
     ) -> None:
         """Collective."""
-        model = load_policy(
-            config.worker.actor.model,
-            deepspeed_config,
-            encoder.forbidden_token_ids,
-            config.worker.rollout.temperature,
-            torch.bfloat16 if ranks.on_gpu else torch.float32,
-            trainable=False,
-        )
-        super().__init__(model, deepspeed_config, ranks, encoder)
+        super().__init__(config, deepspeed_config, ranks, encoder, trainable=False)

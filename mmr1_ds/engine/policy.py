@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from mmr1_ds.config import ModelConfig
 from mmr1_ds.engine.batching import ModelBatch
-
-logger = logging.getLogger(__name__)
+from mmr1_ds.errors import UserError
 
 
 class PolicyModel(nn.Module):
@@ -51,6 +49,18 @@ class PolicyModel(nn.Module):
         return logprobs.gather(-1, batch.targets[:, None]).squeeze(-1), entropies
 
 
+def exact_types(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with two float32 exceptions to bf16; entries of the user's own win.
+
+    Rotary frequencies: partitioned loading casts them to bf16, which turns angles by radians at long positions, so
+    that another model is trained than vLLM samples from. Accumulated gradients: a hundred small bf16 additions
+    lose a percent.
+    """
+    own = deepspeed_config.get("data_types", {})
+    exact = {"keep_in_fp32_modules": ["inv_freq"], "grad_accum_dtype": "fp32"}
+    return {**deepspeed_config, "data_types": {**exact, **own}}
+
+
 def load_policy(
     config: ModelConfig,
     deepspeed_config: Mapping[str, Any],
@@ -75,24 +85,35 @@ def load_policy(
     family = AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
     partitioned = HfDeepSpeedConfig(dict(deepspeed_config))  # transformers asks for it while it is alive
     try:
-        model = family.from_pretrained(
-            config.model_path, config=model_config, dtype=dtype, trust_remote_code=config.trust_remote_code
+        model, loaded = family.from_pretrained(
+            config.model_path,
+            config=model_config,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
         )
     finally:
         unset_hf_deepspeed_config()  # vLLM in this process must not load its model partitioned
         del partitioned
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"worker.actor.model.model_path={config.model_path} lacks {len(missing)} of the model's tensors, "
+            f"as {missing[0]}; they would start random: complete the download or the export"
+        )
+    model.generation_config = GenerationConfig()  # a published model's penalties are not the policy's distribution
     if not trainable:
         model.requires_grad_(False)
     else:
         if config.freeze_vision_tower:
-            _freeze_vision_tower(model)
+            _freeze_vision_tower(model, str(config.model_path))
         if config.enable_gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return PolicyModel(model, forbidden_token_ids, temperature)
 
 
-def _freeze_vision_tower(model: nn.Module) -> None:
+def _freeze_vision_tower(model: nn.Module, path: str) -> None:
     frozen = [parameter for name, parameter in model.named_parameters() if ".visual." in f".{name}"]
+    if not frozen:
+        raise UserError(f"worker.actor.model.freeze_vision_tower=true but {path} has no vision tower; set it to false")
     for parameter in frozen:
         parameter.requires_grad_(False)
-    logger.info("vision tower frozen: %d parameter tensors", len(frozen))

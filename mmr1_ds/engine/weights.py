@@ -10,14 +10,16 @@ from torch import Tensor, nn
 BUCKET_BYTES = 1 << 30  # memory for whole parameters at any moment, beside the shards
 
 
-def whole_parameters(model: nn.Module, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
+def whole_parameters(model: nn.Module, bucket_bytes: int | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter of a ZeRO-3 model once, whole, under its transformers name.
 
-    Tied parameters come once, under the first of their names. A tensor is valid until the next one of another
-    bucket is asked for: copy it, or load it, at once.
+    Tied parameters come once, under the first of their names. A bucket's memory is freed when the next is asked
+    for, except for tensors that the caller still holds, which stay as they were.
+
+    Args: bucket_bytes: BUCKET_BYTES without one.
     Collective: all ranks must exhaust it, in the same order.
     """
-    for bucket in _buckets(model, bucket_bytes):
+    for bucket in _buckets(model, bucket_bytes or BUCKET_BYTES):
         with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
             for name, parameter in bucket:
                 yield name, parameter.data

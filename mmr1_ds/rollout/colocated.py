@@ -27,14 +27,23 @@ class VllmRollout:
     """One vLLM engine on this rank, or on the ranks of its tensor-parallel group."""
 
     def __init__(
-        self, config: RolloutConfig, model: ModelConfig, data: DataConfig, ranks: Ranks, encoder: PromptEncoder
+        self,
+        config: RolloutConfig,
+        model: ModelConfig,
+        data: DataConfig,
+        ranks: Ranks,
+        encoder: PromptEncoder,
+        most_images: int,
     ) -> None:
-        """Collective: start the engine. Its weights are the model folder's until the first sync."""
+        """Collective: start the engine. Its weights are the model folder's until the first sync.
+
+        most_images: images of the prompt that has the most; the run config may allow more.
+        """
         self._ranks, self._encoder = ranks, encoder
         self._tensor_parallel_size = config.tensor_parallel_size
         self._version = 0
         self._forbidden = dict.fromkeys(encoder.forbidden_token_ids, _FORBID)
-        self._llm: LLM = _start_engine(config, model, data, ranks, encoder)
+        self._llm: LLM = _start_engine(config, model, data, ranks, encoder, most_images)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
 
     def generate(
@@ -116,7 +125,12 @@ class VllmRollout:
 
 
 def _start_engine(
-    config: RolloutConfig, model: ModelConfig, data: DataConfig, ranks: Ranks, encoder: PromptEncoder
+    config: RolloutConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    ranks: Ranks,
+    encoder: PromptEncoder,
+    most_images: int,
 ) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher runs the engine in this process
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -127,8 +141,13 @@ def _start_engine(
     from vllm import LLM
 
     options: dict[str, Any] = {}
+    max_model_len = config.max_model_len or data.max_prompt_length + data.max_response_length
+    max_num_batched_tokens, chunked_prefill = config.max_num_batched_tokens, config.enable_chunked_prefill
+    if not ranks.on_gpu:
+        # A prompt cut in two, sampled with a seed of its own, asks the CPU's generator for an offset it has not.
+        max_num_batched_tokens, chunked_prefill = max(max_num_batched_tokens, max_model_len), False
     if encoder.is_multimodal:
-        options["limit_mm_per_prompt"] = {"image": config.limit_images or 8, "video": 0}
+        options["limit_mm_per_prompt"] = {"image": config.limit_images or max(1, most_images), "video": 0}
     dtype = {"auto": "bfloat16" if ranks.on_gpu else "float32", "bf16": "bfloat16", "fp32": "float32"}[config.dtype]
     return LLM(
         model=model.model_path,
@@ -137,13 +156,14 @@ def _start_engine(
         dtype=dtype,
         tensor_parallel_size=config.tensor_parallel_size,
         distributed_executor_backend="external_launcher",
-        max_model_len=config.max_model_len or data.max_prompt_length + data.max_response_length,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,
-        enable_chunked_prefill=config.enable_chunked_prefill,
+        enable_chunked_prefill=chunked_prefill,
         logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and bans applied
+        hf_overrides=dict(model.override_config),
         generation_config="vllm",  # the run config alone says how to sample
         disable_log_stats=True,
         seed=config.seed,

@@ -12,11 +12,14 @@ from tiny_models import make_prompt
 
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.distributed import Ranks, launch_environment
+from mmr1_ds.engine import weights
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.batching import Trajectory
 from mmr1_ds.records import SamplingSettings
 from mmr1_ds.rollout.colocated import VllmRollout
 from mmr1_ds.rollout.transformers_engine import TransformersRollout
+
+weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 
 model, out, num_steps, engine, tensor_parallel = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 3
@@ -29,7 +32,7 @@ encoder = PromptEncoder(config.worker.actor.model, config.data)
 actor = Actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder, num_updates=100)
 rollout: VllmRollout | TransformersRollout
 if engine == "vllm":
-    rollout = VllmRollout(config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder)
+    rollout = VllmRollout(config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, 1)
 else:
     rollout = TransformersRollout(actor, ranks, encoder, log_prob_batch_size=4)
 

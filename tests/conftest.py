@@ -1,0 +1,22 @@
+"""What every test module starts from."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_environment():
+    """A module's changes to the environment end with it.
+
+    Process groups made in a test set RANK and the like. `datasets` even puts another mapping in os.environ's place
+    when it maps in several processes, and whoever holds the first one sees no change any more.
+    """
+    mapping, values = os.environ, dict(os.environ)
+    yield
+    for name in os.environ.keys() - values.keys():
+        del os.environ[name]
+    os.environ = mapping  # noqa: B003  the very object is what is restored
+    os.environ.update(values)
+    for name in mapping.keys() - values.keys():
+        del mapping[name]
