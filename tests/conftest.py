@@ -1,8 +1,13 @@
 """What every test module starts from."""
 
 import os
+import signal
 
 import pytest
+
+# A background job of a script starts with SIGINT ignored, and so would every process that the tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")
