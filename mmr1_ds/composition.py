@@ -16,7 +16,7 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.config_checks import total_training_steps
 from mmr1_ds.config_loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
-from mmr1_ds.data.dataset import load_dataset
+from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.distributed import LaunchEnvironment, Ranks
 from mmr1_ds.engine.actor import Actor, Reference
@@ -45,27 +45,13 @@ def run(
     with ExitStack() as stack:
         rewards = stack.enter_context(RewardPool(config.worker.reward))  # starts before the models take the memory
         encoder = PromptEncoder(config.worker.actor.model, config.data)
-        limit = config.worker.rollout.limit_images
-        train_data = load_dataset(config.data.train_files, config.data, encoder, limit_images=limit)
-        val_data = (
-            load_dataset(config.data.val_files, config.data, encoder, "data.val_files", limit)
-            if config.data.val_files
-            else None
-        )
+        train_data, val_data = _load_data(config, encoder)
         num_steps = total_training_steps(config, len(train_data))
 
         ranks = Ranks(launch, config.trainer.collective_timeout_seconds)
         stack.callback(ranks.close)
-        if ranks.on_gpu != bool(deepspeed_config["bf16"]["enabled"]):
-            raise UserError(
-                f"torch.cuda.is_available() is {ranks.on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
-                "install a CUDA build of torch, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
-            )
+        _check_ranks(config, deepspeed_config, train_data, ranks)
         checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
-        if len(set(ranks.all_gather_objects(train_data.fingerprint, "compare the data sets"))) > 1:
-            raise UserError(
-                f"data.train_files={config.data.train_files} differs between ranks; give all the same files"
-            )
         start = _starting_point(config, checkpoints)
         run_dir = run_directory(config)
         if config.trainer.val_only:  # beside the run's own log, which stays as it is
@@ -121,6 +107,27 @@ def run(
             actor.load(start[1] / "actor")
             trainer.begin(start[0])
         trainer.fit()
+
+
+def _load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset, PromptDataset | None]:
+    limit = config.worker.rollout.limit_images
+    train_data = load_dataset(config.data.train_files, config.data, encoder, limit_images=limit)
+    if not config.data.val_files:
+        return train_data, None
+    return train_data, load_dataset(config.data.val_files, config.data, encoder, "data.val_files", limit)
+
+
+def _check_ranks(
+    config: RunConfig, deepspeed_config: Mapping[str, Any], train_data: PromptDataset, ranks: Ranks
+) -> None:
+    """What only the started ranks can tell. Collective. Raises: UserError on every rank."""
+    if ranks.on_gpu != bool(deepspeed_config["bf16"]["enabled"]):
+        raise UserError(
+            f"torch.cuda.is_available() is {ranks.on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
+            "install a CUDA build of torch, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+        )
+    if len(set(ranks.all_gather_objects(train_data.fingerprint, "compare the data sets"))) > 1:
+        raise UserError(f"data.train_files={config.data.train_files} differs between ranks; give all the same files")
 
 
 def _starting_point(config: RunConfig, checkpoints: Checkpoints) -> tuple[int, Path] | None:
