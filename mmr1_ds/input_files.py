@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from mmr1_ds.config import DataConfig, ModelConfig, RewardConfig
 from mmr1_ds.data.chat import load_format_prompt
+from mmr1_ds.data.rows import check_columns
 from mmr1_ds.data.sources import BUILDERS, list_names, split_name
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.loading import BUILT_IN, split_reference
@@ -76,7 +77,7 @@ def _look_at(name: str, data: DataConfig, key: str) -> FileSummary:
         raise UserError(f"{key}: {name!r} has no rows")
     columns = _readable(_columns, parts[0], key)
     if columns is not None:
-        _check_columns(name, columns, data)
+        check_columns(name, columns, data)
     return FileSummary(name, True, num_rows, None if columns is None else data.image_key in columns)
 
 
@@ -94,16 +95,6 @@ def _data_files(folder: Path, split: str, key: str) -> list[Path]:
     words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in files}
     named = [path for path in files if split.lower() in words[path]]
     return named or [path for path in files if not words[path] & {"train", "test", "validation", "val", "dev"}]
-
-
-def _check_columns(name: str, columns: list[str], data: DataConfig) -> None:
-    wanted = {"prompt_key": data.prompt_key, "answer_key": data.answer_key}
-    wanted |= {"id_key": data.id_key} if data.id_key is not None else {}
-    wanted |= {"category_key": data.category_key} if data.category_key is not None else {}
-    wanted |= {"image_key": data.image_key} if data.image_key != DataConfig.image_key else {}
-    for key, column in wanted.items():
-        if column not in columns:
-            raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
 
 
 def _readable(read: Callable[[Path], Result], path: Path, key: str) -> Result:

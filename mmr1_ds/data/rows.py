@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ class RowReader:
         """Raises: UserError naming a key that is no column, and the columns there are."""
         self._source = source
         self._data = data
-        self._has_images = _check_columns(source, data)
+        check_columns(source.name, source.rows.column_names, data)
+        self._has_images = data.image_key in source.rows.column_names
         columns = _needed_columns(data, self._has_images)
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
@@ -112,17 +113,18 @@ def open_readers(sources: list[Source], data: DataConfig) -> list[RowReader]:
     return [RowReader(source, data) for source in sources]
 
 
-def _check_columns(source: Source, data: DataConfig) -> bool:
-    """Whether the source has images. A text source may lack the default image column, not one asked for by name."""
-    columns = source.rows.column_names
+def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
+    """Raises: UserError naming the first column that `data` asks for and `name` lacks.
+
+    A text source may lack the default image column, not one asked for by name.
+    """
     wanted = {"prompt_key": data.prompt_key, "answer_key": data.answer_key}
     wanted |= {"id_key": data.id_key} if data.id_key is not None else {}
     wanted |= {"category_key": data.category_key} if data.category_key is not None else {}
     wanted |= {"image_key": data.image_key} if data.image_key != DataConfig.image_key else {}
     for key, column in wanted.items():
         if column not in columns:
-            raise UserError(f"{source.name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
-    return data.image_key in columns
+            raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
 
 
 def _needed_columns(data: DataConfig, has_images: bool) -> list[str]:
