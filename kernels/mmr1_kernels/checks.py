@@ -5,37 +5,56 @@ from __future__ import annotations
 import numpy as np
 
 
-def check_packing(token_ids: np.ndarray, offsets: np.ndarray, group_size: int) -> int:
-    """Check packed responses: token_ids int32 (total,), offsets int64 (B + 1,), B a multiple of group_size.
+def check_tokens(token_ids: np.ndarray) -> None:
+    """Check packed tokens: int32 (total,), not negative."""
+    check_array("token_ids", token_ids, np.int32)
+    if len(token_ids):
+        check_smallest_token(int(token_ids.min()))
 
-    Returns: B, the number of responses.
+
+def check_smallest_token(smallest: int) -> None:
+    """Check the smallest of all tokens. -100 and -1 are customary padding, which must never be scored."""
+    if smallest < 0:
+        raise ValueError(f"token_ids must not be negative, got {smallest}")
+
+
+def check_packing(
+    num_tokens: int, offsets: np.ndarray, group_size: int | None, group_offsets: np.ndarray | None
+) -> np.ndarray:
+    """Check how tokens are split into responses, by offsets (B + 1,) int64, and responses into groups.
+
+    Returns: group_offsets, (G + 1,) int64, the first response of each group and B.
     Raises: TypeError for a wrong type, ValueError for a wrong shape or value; both name argument and value.
     """
-    _check_array("token_ids", token_ids, np.int32)
-    _check_array("offsets", offsets, np.int64)
+    check_array("offsets", offsets, np.int64)
+    _check_rising("offsets", offsets, num_tokens, "len(token_ids)")
+    num_responses = len(offsets) - 1
+    if group_offsets is None:
+        return _equal_groups(group_size, num_responses)
+    if group_size is not None:
+        raise ValueError(f"group_size must be None beside group_offsets, got {group_size}")
+    check_array("group_offsets", group_offsets, np.int64)
+    _check_rising("group_offsets", group_offsets, num_responses, "the number of responses")
+    empty = np.flatnonzero(np.diff(group_offsets) == 0)
+    if len(empty):
+        raise ValueError(f"group_offsets must rise: a group has a response at least, group {empty[0]} has none")
+    return group_offsets
+
+
+def _equal_groups(group_size: int | None, num_responses: int) -> np.ndarray:
     if isinstance(group_size, bool) or not isinstance(group_size, (int, np.integer)):
         raise TypeError(f"group_size must be an int, got {group_size!r}")
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
-    if len(offsets) == 0 or offsets[0] != 0:
-        raise ValueError(f"offsets must begin with 0, got {offsets[:1].tolist()}")
-    if offsets[-1] != len(token_ids):
-        raise ValueError(f"offsets must end with len(token_ids) = {len(token_ids)}, got {offsets[-1]}")
-    falls = np.flatnonzero(np.diff(offsets) < 0)
-    if len(falls):
-        raise ValueError(f"offsets must not fall, got {offsets[falls[0]]} then {offsets[falls[0] + 1]} at {falls[0]}")
-    if (len(offsets) - 1) % group_size:
-        raise ValueError(f"number of responses must be a multiple of group_size {group_size}, got {len(offsets) - 1}")
-    if len(token_ids) and token_ids.min() < 0:
-        # -100 and -1 are customary padding, which must never be scored.
-        raise ValueError(f"token_ids must not be negative, got {token_ids.min()} at {int(token_ids.argmin())}")
-    return len(offsets) - 1
+    if num_responses % group_size:
+        raise ValueError(f"number of responses must be a multiple of group_size {group_size}, got {num_responses}")
+    return np.arange(0, num_responses + 1, group_size, dtype=np.int64)
 
 
 def check_outcomes(rewards: np.ndarray, accuracies: np.ndarray, num_responses: int) -> None:
     """Check rewards (finite) and accuracies (in [0, 1] or NaN for unknown), both float32 (B,)."""
     for name, values in (("rewards", rewards), ("accuracies", accuracies)):
-        _check_array(name, values, np.float32)
+        check_array(name, values, np.float32)
         if len(values) != num_responses:
             raise ValueError(f"{name} must have one value a response, {num_responses}, got {len(values)}")
     bad = np.flatnonzero(~np.isfinite(rewards))
@@ -54,10 +73,20 @@ def check_max_order(max_order: int) -> None:
         raise ValueError(f"max_order must be at least 1, got {max_order}")
 
 
-def _check_array(name: str, values: np.ndarray, dtype: type) -> None:
+def check_array(name: str, values: np.ndarray, dtype: type) -> None:
     if not isinstance(values, np.ndarray):
-        raise TypeError(f"{name} must be a numpy array, got {type(values).__name__}")
+        raise TypeError(f"{name} must be a numpy array or a torch tensor, got {type(values).__name__}")
     if values.dtype != dtype:
         raise TypeError(f"{name} must be {np.dtype(dtype).name}, got {values.dtype}")
     if values.ndim != 1:
         raise ValueError(f"{name} must have one axis, got shape {values.shape}")
+
+
+def _check_rising(name: str, values: np.ndarray, last: int, what: str) -> None:
+    if len(values) == 0 or values[0] != 0:
+        raise ValueError(f"{name} must begin with 0, got {values[:1].tolist()}")
+    if values[-1] != last:
+        raise ValueError(f"{name} must end with {what} = {last}, got {values[-1]}")
+    falls = np.flatnonzero(np.diff(values) < 0)
+    if len(falls):
+        raise ValueError(f"{name} must not fall, got {values[falls[0]]} then {values[falls[0] + 1]} at {falls[0]}")

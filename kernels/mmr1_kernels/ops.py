@@ -1,23 +1,35 @@
-"""The public op: checks its input once, then hands it to the backend."""
+"""The public op: checks its input once, then hands it to a backend."""
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from mmr1_kernels import reference
-from mmr1_kernels.checks import check_max_order, check_outcomes, check_packing
-from mmr1_kernels.records import GroupStatistics
+from mmr1_kernels import cpu, reference
+from mmr1_kernels.checks import check_max_order, check_outcomes, check_packing, check_tokens
+from mmr1_kernels.records import Array, GroupStatistics
+from mmr1_kernels.scoring import score_groups
+
+if TYPE_CHECKING:
+    import torch
+
+BACKENDS = ("reference", "cpu", "triton")
 
 
 def group_statistics(
-    token_ids: np.ndarray,
-    offsets: np.ndarray,
-    rewards: np.ndarray,
-    accuracies: np.ndarray,
-    group_size: int,
+    token_ids: Array,
+    offsets: Array,
+    rewards: Array,
+    accuracies: Array,
+    group_size: int | None,
     max_order: int = 3,
+    *,
+    group_offsets: Array | None = None,
+    backend: str | None = None,
 ) -> GroupStatistics:
-    """Rewards, advantages and diversity of G groups of `group_size` consecutive responses, in one pass.
+    """Rewards, advantages and diversity of G groups of consecutive responses, in one pass.
 
     Self-BLEU equals NLTK's `sentence_bleu` with `method1` smoothing of each response against all others of its
     group, averaged; advantages equal verl's GRPO (unbiased standard deviation, 1e-6 added to it).
@@ -35,11 +47,66 @@ def group_statistics(
         offsets: (B + 1,) int64; response b is token_ids[offsets[b]:offsets[b + 1]].
         rewards: (B,) float32, finite.
         accuracies: (B,) float32 in [0, 1]; NaN = unknown, left out of the pass rate.
-        group_size: N, responses a group.
+        group_size: N, responses a group; None beside group_offsets.
         max_order: longest n-gram.
-    Raises: TypeError, ValueError naming the argument and the value.
+        group_offsets: (G + 1,) int64, for groups of unequal size: group g is responses
+            group_offsets[g]:group_offsets[g + 1], one at least.
+        backend: `reference` (plain numpy), `cpu` (C++) or `triton` (GPU). Default: `triton` for tensors on a GPU,
+            else `cpu` where the extension is built, else `reference`.
+    The arrays are numpy arrays, or torch tensors on one device.
+    Returns: a record of arrays of the same kind, on the same device.
+    Raises: TypeError, ValueError naming the argument and the value; RuntimeError for a backend asked for by name that
+        is not available here.
     """
-    num_responses = check_packing(token_ids, offsets, group_size)
-    check_outcomes(rewards, accuracies, num_responses)
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     check_max_order(max_order)
-    return reference.group_statistics(token_ids, offsets, rewards, accuracies, int(group_size), int(max_order))
+    arrays = {"token_ids": token_ids, "offsets": offsets, "rewards": rewards, "accuracies": accuracies}
+    if group_offsets is not None:
+        arrays["group_offsets"] = group_offsets
+    device = _device_of(arrays)
+    if backend == "triton" or (backend is None and device is not None and device.type != "cpu"):
+        if device is None:
+            raise RuntimeError("backend triton needs torch tensors on a GPU, got numpy arrays")
+        from mmr1_kernels import gpu  # imports triton
+
+        return gpu.group_statistics(arrays, group_size, max_order)
+    if device is not None:
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
+    statistics = _on_host(arrays, group_size, max_order, backend)
+    return statistics if device is None else _as_tensors(statistics, device)
+
+
+def _on_host(
+    arrays: dict[str, np.ndarray], group_size: int | None, max_order: int, backend: str | None
+) -> GroupStatistics:
+    check_tokens(arrays["token_ids"])
+    token_ids, offsets = arrays["token_ids"], arrays["offsets"]
+    group_offsets = check_packing(len(token_ids), offsets, group_size, arrays.get("group_offsets"))
+    check_outcomes(arrays["rewards"], arrays["accuracies"], len(offsets) - 1)
+    count_ngrams = reference.count_ngrams if backend == "reference" else cpu.count_ngrams
+    if backend is None and not cpu.is_available():
+        count_ngrams = reference.count_ngrams
+    counts = count_ngrams(token_ids, offsets, group_offsets, int(max_order))
+    return score_groups(counts, offsets, arrays["rewards"], arrays["accuracies"], group_offsets)
+
+
+def _device_of(arrays: dict[str, Array]) -> torch.device | None:
+    """The device of the tensors, None for numpy arrays. Raises: TypeError when they are mixed."""
+    torch = sys.modules.get("torch")  # whoever holds a tensor has imported it
+    first: torch.device | None = None
+    for position, (name, array) in enumerate(arrays.items()):
+        device = array.device if torch is not None and isinstance(array, torch.Tensor) else None
+        if position == 0:
+            first = device
+        elif device != first:
+            raise TypeError(f"{name} must lie where token_ids does, on {first or 'the host'}, got {device or 'numpy'}")
+    return first
+
+
+def _as_tensors(statistics: GroupStatistics, device: torch.device) -> GroupStatistics:
+    import torch
+
+    return GroupStatistics(
+        **{name: torch.from_numpy(array).to(device) for name, array in vars(statistics).items()},
+    )
