@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from mmr1_ds.batches import BatchMaker
 from mmr1_ds.checkpoint import Checkpoints
 from mmr1_ds.collect import Collector
 from mmr1_ds.config import RunConfig
@@ -56,7 +57,14 @@ def run(
         run_dir = run_directory(config)
         if config.trainer.val_only:  # beside the run's own log, which stays as it is
             run_dir = run_dir / "eval" / f"step_{start[0] if start else 0}"
-        coordinator = Coordinator(config.data, len(train_data), train_data.prompt_ids, train_data.fingerprint, ranks)
+        coordinator = Coordinator(
+            config.data,
+            train_data.prompt_ids,
+            train_data.categories,
+            train_data.fingerprint,
+            config.worker.rollout.n,
+            ranks,
+        )
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
         if ranks.rank == 0:
@@ -89,13 +97,15 @@ def run(
         rollout = _rollout(config, actor, ranks, encoder, most_images)
         stack.callback(rollout.close)
 
+        collector = Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks)
         parts = Parts(
             ranks=ranks,
             encoder=encoder,
             train_data=train_data,
             val_data=val_data,
             coordinator=coordinator,
-            collector=Collector(rollout, rewards, encoder),
+            batches=BatchMaker(config, ranks, encoder, train_data, coordinator, collector),
+            collector=collector,
             rollout=rollout,
             actor=actor,
             reference=reference,

@@ -38,11 +38,12 @@ class DataConfig:
     curriculum_metrics: list[str] = field(default_factory=lambda: ["learnability"])  # parts of the score, by name
     curriculum_metric_weights: list[float] = field(default_factory=lambda: [1.0])  # one a metric, >= 0
     curriculum_mixture_ratio: float = 0.5  # lambda: share of the batch drawn by score, [0, 1]; the rest in turn
-    curriculum_update_freq: int = 4  # T: steps between refreshes, >= 0; 0 = at each epoch's end
-    curriculum_rollout_n: int = 8  # responses a prompt in a refresh, >= 2
-    curriculum_rollout_batch_size: int = 8192  # prompts a chunk of a refresh, over all ranks, >= 1
-    curriculum_momentum: float = 0.0  # m: w <- m*w_old + (1-m)*w_new, [0, 1); 1 would freeze the weights
-    curriculum_refresh: str = "full"  # full: roll the whole data set, the paper's Algorithm 1
+    curriculum_update_freq: int = 4  # full: T: steps between refreshes, >= 0; 0 = at each epoch's end
+    curriculum_rollout_n: int = 8  # full: responses a prompt in a refresh, >= 2
+    curriculum_rollout_batch_size: int = 8192  # full: prompts a chunk of a refresh, over all ranks, >= 1
+    curriculum_momentum: float = 0.0  # full: m in w <- m*w_old + (1-m)*w_new, [0, 1); 1 would freeze the weights
+    curriculum_refresh: str = "full"  # full (roll the whole data, Algorithm 1) | online (learn as it goes)
+    curriculum_probe_fraction: float = 0.1  # online: rollouts on prompts long unseen, as a share of training's, [0, 1]
     curriculum_replacement: bool = True  # draw the scored part with replacement, as the paper does
     curriculum_weight_floor: float = 0.01  # added to the normalised weights, [0, 1]; > 0 keeps every prompt reachable
 
@@ -56,6 +57,10 @@ class AlgorithmConfig:
     use_kl_loss: bool = True  # KL in the loss; false only together with disable_kl
     kl_penalty: str = "low_var_kl"  # low_var_kl (k3)
     kl_coef: float = 1.0e-2  # weight of the KL term in the loss, >= 0
+    online_filtering: bool = False  # draw again until a batch of groups that teach has come together (DAPO)
+    filter_key: str = "overall"  # the reward's key that a kept group must differ in
+    filter_low: float | None = None  # keep only groups whose mean is above; null = no bound
+    filter_high: float | None = None  # and below
 
 
 @dataclass
@@ -177,6 +182,7 @@ class TrainerConfig:
 
     total_episodes: int = 15  # passes over the data set, >= 1
     max_steps: int | None = None  # steps, >= 1, instead of total_episodes
+    max_try_make_batch: int = 20  # draws a batch with online_filtering, >= 1, or -1 = until it is full
     project_name: str = "mmr1_ds"  # for wandb
     experiment_name: str = "default"  # names the run directory
     run_dir: str | None = None  # null = runs/<experiment_name>

@@ -26,7 +26,7 @@ from mmr1_ds.logging import check_loggers
 # key -> the values implemented, and why there are no others
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "data.sampling_strategy": (("shuffle", "sequential", "curriculum"), ""),
-    "data.curriculum_refresh": (("full",), ""),
+    "data.curriculum_refresh": (("full", "online"), ""),
     "algorithm.adv_estimator": (("grpo",), "other estimators are not implemented"),
     "algorithm.kl_penalty": (("low_var_kl",), "other estimates of the KL are not implemented"),
     "worker.actor.loss_avg_mode": (("token",), "other averages are not implemented"),
@@ -51,6 +51,7 @@ _RANGES = {
     "data.curriculum_rollout_batch_size": "[1, inf)",
     "data.curriculum_momentum": "[0, 1)",
     "data.curriculum_weight_floor": "[0, 1]",
+    "data.curriculum_probe_fraction": "[0, 1]",
     "algorithm.kl_coef": "[0, inf)",
     "worker.actor.global_batch_size": "[1, inf)",
     "worker.actor.micro_batch_size_per_device_for_update": "[1, inf)",
@@ -95,6 +96,7 @@ _COUNT_OR_NONE = (  # >= 1, or -1 for "no limit" or "never"
     "trainer.val_freq",
     "trainer.save_freq",
     "trainer.save_limit",
+    "trainer.max_try_make_batch",
 )
 
 
@@ -230,7 +232,10 @@ def _check_algorithm(config: RunConfig) -> None:
 
 
 def _check_curriculum(config: RunConfig) -> None:
-    data = config.data
+    data, algorithm = config.data, config.algorithm
+    low, high = algorithm.filter_low, algorithm.filter_high
+    if low is not None and high is not None and not low < high:
+        raise UserError(f"algorithm.filter_low={low} must be below algorithm.filter_high={high}")
     check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
     names = [canonical_metric(name) for name in data.curriculum_metrics]
     if len(set(names)) < len(names):

@@ -40,7 +40,6 @@ RENAMED = {
 # key -> (values that are what this trainer does, what to do instead of another)
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "algorithm.kl_type": (("fixed",), "the KL coefficient is fixed here; set algorithm.kl_coef"),
-    "algorithm.online_filtering": ((False,), "not implemented; use data.sampling_strategy=curriculum"),
     "data.override_chat_template": ((None,), "set the chat template in the tokenizer's own folder"),
     "worker.actor.entropy_coef": ((0,), "an entropy bonus is not implemented"),
     "worker.actor.entropy_coeff": ((0,), "an entropy bonus is not implemented"),
@@ -60,9 +59,6 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 
 # "x.*" is every key below x
 IGNORED = (
-    "algorithm.filter_high",
-    "algorithm.filter_key",
-    "algorithm.filter_low",
     "algorithm.gamma",  # gamma and lam belong to gae, the kl_ pair to the adaptive controller
     "algorithm.kl_horizon",
     "algorithm.kl_target",
@@ -76,7 +72,6 @@ IGNORED = (
     "ray_init.*",
     "ray_kwargs.*",
     "trainer.critic_warmup",
-    "trainer.max_try_make_batch",
     "trainer.ray_timeline",
     "trainer.remove_ckpt_after_load",
     "trainer.remove_previous_ckpt",

@@ -108,7 +108,8 @@ def _sampling(config: RunConfig) -> str:
     )
     return (
         f"curriculum: {sampler.num_weighted} of {data.rollout_batch_size} prompts a step by score ({score}), "
-        f"the others in turn; momentum {data.curriculum_momentum:g}"
+        f"the others in turn"
+        + (f"; momentum {data.curriculum_momentum:g}" if data.curriculum_refresh == "full" else "")
     )
 
 
@@ -116,6 +117,9 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
     data = config.data
     if data.sampling_strategy != "curriculum" or config.trainer.val_only:
         return ""
+    if data.curriculum_refresh == "online":
+        probes = int(data.curriculum_probe_fraction * plan.responses_per_step)
+        return f"online: from the training responses, and at most {probes:,} more a step on prompts long unseen"
     size = plan.train_data.num_rows
     every = f"every {data.curriculum_update_freq} steps" if data.curriculum_update_freq else "every epoch"
     if size is None:

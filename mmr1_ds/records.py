@@ -29,6 +29,15 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class RolloutRequest:
+    """A prompt to sample from."""
+
+    prompt: Prompt
+    num_responses: int
+    seed: int  # response k is sampled with seed + k
+
+
+@dataclass(frozen=True)
 class Response:
     """One sampled continuation of a prompt."""
 
@@ -66,9 +75,8 @@ class ScoredGroup:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How responses are sampled. Seeds: response k of prompt i uses seeds[i] + k."""
+    """How responses are sampled."""
 
-    num_responses: int
     temperature: float  # 0 = greedy
     top_p: float
     top_k: int  # -1 = all

@@ -8,20 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torch import Tensor
 
+from mmr1_ds.batches import BatchMaker, LearningGroup
 from mmr1_ds.checkpoint import Checkpoints
-from mmr1_ds.collect import REFRESH, TRAINING, VALIDATION, Collector, StageClock, response_seeds
+from mmr1_ds.collect import REFRESH, VALIDATION, Collector, RequestMaker, StageClock
 from mmr1_ds.config import RunConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
-from mmr1_ds.curriculum.statistics import prompt_statistics
+from mmr1_ds.curriculum.statistics import score_batch
 from mmr1_ds.data.dataset import PromptDataset
-from mmr1_ds.distributed import Ranks, batch_slots
+from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor, Reference
-from mmr1_ds.engine.advantages import group_advantages
 from mmr1_ds.engine.batching import Trajectory
-from mmr1_ds.errors import UserError
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.metrics import reward_metrics, step_metrics
 from mmr1_ds.records import SamplingSettings, ScoredGroup
@@ -41,6 +39,7 @@ class Parts:
     train_data: PromptDataset
     val_data: PromptDataset | None
     coordinator: Coordinator
+    batches: BatchMaker
     collector: Collector
     rollout: RolloutEngine
     actor: Actor
@@ -55,7 +54,7 @@ class Trainer:
     def __init__(self, config: RunConfig, parts: Parts, num_steps: int) -> None:
         self._config, self._parts, self._num_steps = config, parts, num_steps
         self.step = 0  # steps done; within a step, its number
-        self._rewards_work = False  # whether any reward has come back yet
+        self._requests = RequestMaker(config.worker.rollout.seed)
 
     def fit(self) -> None:
         """Train from the current step to the last."""
@@ -83,35 +82,14 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """Draw, roll out, score, observe, update, synchronise: one step of the algorithm."""
         clock, parts, start = StageClock(), self._parts, time.perf_counter()
-        with clock("draw"):
-            indices = parts.coordinator.next_batch(self.step)
-            slots = batch_slots(
-                len(indices), self._config.worker.actor.global_batch_size, parts.ranks.rank, parts.ranks.size
-            )
-            prompts = [parts.train_data[int(index)] for index in indices[slots]]
-        seeds = response_seeds(self._config.worker.rollout.seed, TRAINING, self.step, slots)
-        groups, failures = parts.collector.collect(prompts, seeds, self._training_settings(), clock)
-        metrics = self._checked_rewards(groups, failures)
-        with clock("curriculum"):
-            parts.coordinator.observe(self.step, self._statistics(groups))
-        trajectories = _trajectories(groups)
-        metrics |= self._update(trajectories, clock)
+        batch = parts.batches.make(self.step, self._training_settings(), clock)
+        trajectories = _trajectories(batch.groups)
+        metrics = batch.metrics | self._update(trajectories, clock)
         with clock("sync"):
             parts.rollout.sync_weights(parts.actor)
         clock.seconds["step"] = time.perf_counter() - start
-        metrics |= step_metrics(groups, trajectories, clock.seconds, parts.ranks)
+        metrics |= step_metrics([group.scored for group in batch.groups], trajectories, clock.seconds, parts.ranks)
         return metrics | parts.coordinator.metrics()
-
-    def _checked_rewards(self, groups: Sequence[ScoredGroup], failures: RewardCounts) -> dict[str, float]:
-        """Reward metrics. Raises: UserError when no reward has worked yet: training on zeros would teach nothing."""
-        metrics = reward_metrics(groups, [failures], self._parts.ranks)
-        self._rewards_work |= metrics["reward/num_failed"] < metrics["reward/num_responses"]
-        if not self._rewards_work:
-            raise UserError(
-                f"worker.reward.reward_function={self._config.worker.reward.reward_function} failed for all "
-                f"{metrics['reward/num_responses']:.0f} responses of its first call; the first reasons are logged above"
-            )
-        return metrics
 
     def _update(self, trajectories: Sequence[Trajectory], clock: StageClock) -> dict[str, float]:
         actor, reference = self._parts.actor, self._parts.reference
@@ -133,16 +111,15 @@ class Trainer:
         clock, parts = StageClock(), self._parts
         if self.step >= self._num_steps or not parts.coordinator.refresh_due(self.step + 1):
             return {}
-        settings = self._training_settings(self._config.data.curriculum_rollout_n)
+        settings, num_responses = self._training_settings(), self._config.data.curriculum_rollout_n
         title = f"curriculum refresh after step {self.step}"
         with clock("refresh"), parts.metrics_logger.progress(len(parts.train_data), title) as advance:
             for chunk in parts.coordinator.refresh_chunks():
                 own = chunk[parts.ranks.rank :: parts.ranks.size]  # interleaved: long prompts often lie together
-                prompts = [parts.train_data[int(index)] for index in own]
-                seeds = response_seeds(self._config.worker.rollout.seed, REFRESH, self.step, own)
-                groups, failures = parts.collector.collect(prompts, seeds, settings, StageClock())
-                self._checked_rewards(groups, failures)
-                parts.coordinator.observe_refresh(self._statistics(groups))
+                requests = self._requests(parts.train_data, own, num_responses, REFRESH, self.step, own)
+                groups, _ = parts.collector.collect(requests, settings, StageClock())
+                scores = score_batch(groups, parts.encoder.eos_token_ids, self._config.data.curriculum_metrics)
+                parts.coordinator.observe_refresh(scores.statistics)
                 advance(len(chunk))
             parts.coordinator.finish_refresh(self.step + 1)
         return {"timing_s/refresh": clock.seconds["refresh"]}
@@ -154,7 +131,7 @@ class Trainer:
             return {}
         clock, sampling = StageClock(), self._config.worker.rollout.val_override_config
         settings = SamplingSettings(
-            sampling.n, sampling.temperature, sampling.top_p, sampling.top_k, self._config.data.max_response_length
+            sampling.temperature, sampling.top_p, sampling.top_k, self._config.data.max_response_length
         )
         chunk = self._config.data.val_batch_size if self._config.data.val_batch_size > 0 else len(data)
         groups: list[ScoredGroup] = []
@@ -165,10 +142,9 @@ class Trainer:
         ):
             for start in range(0, len(data), chunk):
                 own = range(start, min(start + chunk, len(data)))[parts.ranks.rank :: parts.ranks.size]
-                prompts = [data[index] for index in own]
                 # Step 0 for all: validation at different steps shares its seeds, so that runs compare.
-                seeds = response_seeds(self._config.worker.rollout.seed, VALIDATION, 0, own)
-                scored, chunk_failures = parts.collector.collect(prompts, seeds, settings, StageClock())
+                requests = self._requests(data, own, sampling.n, VALIDATION, 0, own)
+                scored, chunk_failures = parts.collector.collect(requests, settings, StageClock())
                 groups += scored
                 failures.append(chunk_failures)
                 advance(min(start + chunk, len(data)) - start)
@@ -180,18 +156,11 @@ class Trainer:
             metrics[f"val/{part}" if part.startswith("num_") else f"val/{part}_reward"] = value
         return metrics | {"val/reward_score": metrics["val/overall_reward"]}
 
-    def _training_settings(self, num_responses: int | None = None) -> SamplingSettings:
+    def _training_settings(self) -> SamplingSettings:
         rollout = self._config.worker.rollout
         return SamplingSettings(
-            num_responses or rollout.n,
-            rollout.temperature,
-            rollout.top_p,
-            rollout.top_k,
-            self._config.data.max_response_length,
+            rollout.temperature, rollout.top_p, rollout.top_k, self._config.data.max_response_length
         )
-
-    def _statistics(self, groups: Sequence[ScoredGroup]) -> list:
-        return prompt_statistics(groups, self._parts.encoder.eos_token_ids, self._config.data.curriculum_metrics)
 
     def begin(self, step: int) -> None:
         """Take up `step`: before its work, or after it when a checkpoint of it was loaded. Not a collective."""
@@ -228,11 +197,10 @@ class Trainer:
         self._parts.coordinator.save(folder / "curriculum")
 
 
-def _trajectories(groups: Sequence[ScoredGroup]) -> list[Trajectory]:
+def _trajectories(groups: Sequence[LearningGroup]) -> list[Trajectory]:
     """Every response of every group, in order, with its advantage."""
-    advantages = group_advantages(np.stack([item.rewards.overall for item in groups]))
     return [
-        Trajectory(item.group.prompt, response.token_ids, response.logprobs, float(advantage))
-        for item, row in zip(groups, advantages, strict=True)
-        for response, advantage in zip(item.group.responses, row, strict=True)
+        Trajectory(item.scored.group.prompt, response.token_ids, response.logprobs, float(advantage))
+        for item in groups
+        for response, advantage in zip(item.scored.group.responses, item.advantages, strict=True)
     ]

@@ -264,7 +264,6 @@ def test_upstream_yaml_loads_unchanged(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "argument, expected",
     [
-        ("algorithm.online_filtering=true", "algorithm.online_filtering must be false, got true"),
         ("algorithm.kl_type=adaptive", "algorithm.kl_type must be fixed, got adaptive"),
         ("worker.actor.loss_type=gspo", "worker.actor.loss_type must be default, got gspo"),
         ("worker.actor.ulysses_size=2", "worker.actor.ulysses_size must be 1, got 2"),

@@ -15,7 +15,7 @@ from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
 
-P, B = 23, 6
+P, B, N = 23, 6, 8
 
 
 @dataclass
@@ -92,7 +92,7 @@ def make(control=None, num_prompts=P, fingerprint="abc", **changes):
     }
     data = DataConfig(**(settings | changes))
     ids = [f"p{i}" for i in range(num_prompts)]
-    return Coordinator(data, num_prompts, ids, fingerprint, control or SingleProcess())
+    return Coordinator(data, ids, [""] * num_prompts, fingerprint, N, control or SingleProcess())
 
 
 def answer(index, step, num_responses=8):
@@ -127,7 +127,9 @@ def train(coordinator, steps):
         if coordinator.refresh_due(step):
             refresh(coordinator, step)
         batch = coordinator.next_batch(step)
-        coordinator.observe(step, [answer(i, step) for i in share(batch, coordinator.control)])
+        wanted = np.concatenate([batch, coordinator.next_probes(step)])
+        coordinator.observe(step, [answer(i, step) for i in share(wanted, coordinator.control)])
+        coordinator.finish_step(step)
         history.append((batch.tolist(), coordinator.metrics()))
     return history
 
@@ -202,6 +204,7 @@ def test_training_does_not_change_the_weights():
     before = coordinator.table.sampling_weights
     batch = coordinator.next_batch(1)
     coordinator.observe(1, [answer(i, 99) for i in batch])
+    coordinator.finish_step(1)
     assert coordinator.table.sampling_weights is before
     assert set(np.flatnonzero(coordinator.table.column("last_seen_step") == 1)) == set(range(P))
 
@@ -209,9 +212,11 @@ def test_training_does_not_change_the_weights():
 def test_metrics_of_a_step():
     coordinator = make(rollout_batch_size=4, curriculum_mixture_ratio=0.5)
     refresh(coordinator, 1)
-    coordinator.next_batch(1)
-    observed = [answer(3, 1), answer(4, 1), answer(10, 2)]
+    batch = coordinator.next_batch(1)
+    observed = [answer(index, 2) for index in batch]
+    observed[0] = answer(batch[0], -6 * batch[0] % 9)  # none right
     coordinator.observe(1, observed)
+    coordinator.finish_step(1)
     metrics = coordinator.metrics()
     weights = coordinator.table.sampling_weights
     assert metrics["curriculum/mean_weight"] == pytest.approx(weights.mean())
@@ -220,7 +225,7 @@ def test_metrics_of_a_step():
     assert metrics["curriculum/max_weight"] == pytest.approx(1.0)
     assert metrics["curriculum/consumed_batches"] == 1
     assert metrics["curriculum/random_position"] == 2
-    assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(P * 8 / 24)
+    assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(P * 8 / (4 * 8))
     effective = [0 < a.pass_rate < 1 for a in observed]
     assert any(effective) and not all(effective)
     assert metrics["curriculum/effective_group_fraction"] == pytest.approx(np.mean(effective))
@@ -234,17 +239,19 @@ def test_metrics_of_a_step():
 
 def test_log_loss_is_absent_before_the_first_refresh():
     coordinator = make()
-    coordinator.next_batch(1)
-    coordinator.observe(1, [answer(3, 1)])
+    coordinator.observe(1, [answer(i, 1) for i in coordinator.next_batch(1)])
+    coordinator.finish_step(1)
     assert "curriculum/log_loss" not in coordinator.metrics()
     assert all(np.isfinite(value) for value in coordinator.metrics().values())
 
 
 def test_equal_rewards_are_not_effective_whatever_the_accuracy():
-    coordinator = make()
+    coordinator = make(rollout_batch_size=2)
+    first, second = coordinator.next_batch(1)
     coordinator.observe(
-        1, [PromptStatistics(0, 4, 0.5, 0.3, 0.0, 0.1, 0.5), PromptStatistics(1, 4, 1.0, 0.9, 1e-30, 0.1, 0.5)]
+        1, [PromptStatistics(first, 8, 0.5, 0.3, 0.0, 0.1, 0.5), PromptStatistics(second, 8, 1.0, 0.9, 1e-30, 0.1, 0.5)]
     )
+    coordinator.finish_step(1)
     assert coordinator.metrics()["curriculum/effective_group_fraction"] == 0.5
 
 
@@ -258,7 +265,8 @@ def test_unknown_accuracies_are_ignored():
     coordinator.finish_refresh(1)
     assert np.isfinite(coordinator.table.sampling_weights).all()
     batch = coordinator.next_batch(1)
-    coordinator.observe(1, [PromptStatistics(int(i), 4, nan, 0.1, 0.0, 0.1, 0.5) for i in batch])
+    coordinator.observe(1, [PromptStatistics(int(i), 8, nan, 0.1, 0.0, 0.1, 0.5) for i in batch])
+    coordinator.finish_step(1)
     metrics = coordinator.metrics()
     assert "curriculum/log_loss" not in metrics
     assert all(np.isfinite(value) for value in metrics.values())
@@ -382,11 +390,6 @@ def test_files_of_another_format_are_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(ValueError, match="has format 99"):
         make().load(tmp_path)
-
-
-def test_online_is_named():
-    with pytest.raises(UserError, match=r"data.curriculum_refresh must be full, got 'online'"):
-        make(curriculum_refresh="online")
 
 
 _RANK_PROGRAM = """

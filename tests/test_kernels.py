@@ -223,7 +223,7 @@ VALUES = np.zeros(2, dtype=np.float32)
     ("arguments", "error", "words"),
     [
         ((TOKENS.astype(np.int64), OFFSETS, VALUES, VALUES, 2), TypeError, "token_ids must be int32, got int64"),
-        ((TOKENS.tolist(), OFFSETS, VALUES, VALUES, 2), TypeError, "token_ids must be a numpy array or a torch tensor, got list"),
+        ((TOKENS.tolist(), OFFSETS, VALUES, VALUES, 2), TypeError, "a numpy array or a torch tensor, got list"),
         ((TOKENS - 2, OFFSETS, VALUES, VALUES, 2), ValueError, "token_ids must not be negative, got -1"),
         ((TOKENS, OFFSETS.astype(np.int32), VALUES, VALUES, 2), TypeError, "offsets must be int64, got int32"),
         ((TOKENS, OFFSETS + 1, VALUES, VALUES, 2), ValueError, r"offsets must begin with 0, got \[1\]"),

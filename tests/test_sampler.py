@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from mmr1_ds.curriculum.sampler import PromptSampler
+from mmr1_ds.curriculum import sampler as sampler_module
+from mmr1_ds.curriculum.sampler import PromptSampler, permute
 
 
 def uniform(num_prompts):
@@ -69,7 +70,7 @@ def test_draws_are_these_numbers():
     without = PromptSampler(13, 6, 42, "curriculum", 0.5, replacement=False)
     assert with_replacement.draw(1, weights).tolist() == [11, 5, 0, 12, 12, 8]
     assert with_replacement.draw(9, weights).tolist() == [5, 9, 8, 11, 6, 1]
-    assert without.draw(1, weights).tolist() == [8, 5, 0, 12, 10, 8]
+    assert without.draw(1, weights).tolist() == [10, 5, 0, 12, 11, 8]
 
 
 def test_sequential_goes_in_order_and_wraps():
@@ -182,6 +183,51 @@ def test_new_weights_are_noticed():
     assert sampler.draw(1, writeable).tolist() == [1, 1, 1]
 
 
-def test_steps_are_counted_from_one():
+def test_draws_are_counted_from_one():
     with pytest.raises(ValueError, match="counted from 1, got 0"):
         PromptSampler(4, 3, 1).draw(0, uniform(4))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 401, 4097])
+def test_permute_is_one_to_one(size):
+    keys = np.random.default_rng(size).integers(0, 2**64, size=6, dtype=np.uint64)
+    assert sorted(permute(np.arange(size), size, keys).tolist()) == list(range(size))
+
+
+def test_permute_spreads_neighbours_over_the_range():
+    size, parts = 3_000_017, 20
+    images = permute(np.arange(5000), size, np.random.default_rng(3).integers(0, 2**64, size=6, dtype=np.uint64))
+    for values in (images * parts // size, np.diff(images) % parts):
+        assert 1e-3 < chi_square_p(np.bincount(values, minlength=parts), np.full(parts, 1 / parts)) < 0.999
+
+
+@pytest.mark.parametrize("batch_size", [7, 401, 1000])
+def test_a_large_data_set_is_walked_in_epochs_too(monkeypatch, batch_size):
+    monkeypatch.setattr(sampler_module, "_MAX_SHUFFLED", 100)
+    sampler = PromptSampler(401, batch_size, seed=3)
+    drawn = draws(sampler, steps=4 * 401 // batch_size + 2)
+    epochs = [drawn[start : start + 401] for start in range(0, len(drawn) - 400, 401)]
+    assert all(sorted(epoch) == list(range(401)) for epoch in epochs)
+    assert (epochs[0] != epochs[1]).mean() > 0.9
+
+
+def test_drawing_from_ten_million_prompts_keeps_no_order_of_them():
+    sampler = PromptSampler(10_000_000, 1024, 1, "curriculum", 0.5)
+    weights = uniform(10_000_000)
+    weights.flags.writeable = False
+    batch = sampler.draw(20_001, weights)
+    assert len(set(batch.tolist())) > 1000 and sampler._permutation is None
+
+
+def test_concentrated_weights_without_replacement():
+    """A few prompts hold nearly all the weight: repeats are the rule, and the distribution still holds."""
+    weights = np.array([1000, 500, 3, 2, 1, 1], dtype=np.float32)
+    sampler = PromptSampler(6, 3, 4, "curriculum", 1.0, replacement=False)
+    third = np.zeros(6, dtype=int)
+    for number in range(1, 4001):
+        batch = sampler.draw(number, weights).tolist()
+        assert len(set(batch)) == 3
+        if {0, 1} <= set(batch):
+            third[sum(batch) - 1] += 1
+    p = chi_square_p(third[2:], np.array([3, 2, 1, 1]) / 7)
+    assert third.sum() > 3900 and 1e-3 < p < 0.999

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from mmr1_ds.curriculum.table import CurriculumTable, decode_prompt_ids, min_max_normalise
+from mmr1_ds.curriculum.prompt_ids import decode_prompt_ids
+from mmr1_ds.curriculum.statistics import PromptStatistics
+from mmr1_ds.curriculum.table import CurriculumTable, min_max_normalise
 from mmr1_ds.errors import UserError
 
 NAN = float("nan")
@@ -80,7 +82,7 @@ def test_predictions_are_smoothed_by_half_a_success_and_half_a_failure():
 def test_sampling_weights_are_a_new_read_only_array_only_when_they_change():
     table = make_table()
     before = table.sampling_weights
-    table.mark_seen(np.array([1, 3]), 9)
+    table.finish_step(9, [statistics(1), statistics(3)], np.array([1, 3]))
     assert table.sampling_weights is before
     assert table.column("last_seen_step").tolist() == [-1, 9, -1, 9, -1]
     replace(table, range(5))
@@ -91,11 +93,15 @@ def test_sampling_weights_are_a_new_read_only_array_only_when_they_change():
         table.column("weight")[0] = 1
 
 
+def statistics(index):
+    return PromptStatistics(index, 8, 0.5, 0.5, 0.25, 0.5, 0.5)
+
+
 def test_state_round_trip():
     table = make_table(floor=0.1, momentum=0.5)
     replace(table, [0.3, NAN, 0.1, 0.2, 0.25], step=4)
     again = make_table(floor=0.1, momentum=0.5)
-    positions = again.load_state_dict(table.state_dict(), "abc")
+    positions = again.load(table.arrays(), {}, "abc")
     assert positions.tolist() == [0, 1, 2, 3, 4]
     for name in ("raw_score", "weight", "pass_rate", "num_responses", "last_seen_step"):
         np.testing.assert_array_equal(again.column(name), table.column(name))
@@ -107,24 +113,24 @@ def test_values_follow_the_prompt_ids():
     ids = ["ä", "", "a\nb", "7"]
     table = CurriculumTable(ids, "abc")
     replace(table, [0, 1, 2, 3])
-    state = table.state_dict()
+    state = table.arrays()
     assert decode_prompt_ids(state) == ids
     reordered = CurriculumTable(ids[::-1], "abc")
-    assert reordered.load_state_dict(state, "abc").tolist() == [3, 2, 1, 0]
+    assert reordered.load(state, {}, "abc").tolist() == [3, 2, 1, 0]
     assert reordered.column("raw_score").tolist() == [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("num_prompts", [5, 6])
 def test_another_data_set_is_refused(num_prompts):
-    state = make_table().state_dict()
+    state = make_table().arrays()
     with pytest.raises(UserError, match=r"data set abc \(5 prompts\).*data set xyz"):
-        make_table(num_prompts, fingerprint="xyz").load_state_dict(state, "abc")
+        make_table(num_prompts, fingerprint="xyz").load(state, {}, "abc")
 
 
 def test_other_ids_under_one_fingerprint_are_refused():
-    state = CurriculumTable(["p0", "p1", "p9"], "abc").state_dict()
+    state = CurriculumTable(["p0", "p1", "p9"], "abc").arrays()
     with pytest.raises(UserError, match="no prompt 'p2'"):
-        make_table(3).load_state_dict(state, "abc")
+        make_table(3).load(state, {}, "abc")
 
 
 def test_min_max():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +11,6 @@ from mmr1_kernels import cpu, reference
 from mmr1_kernels.checks import check_max_order, check_outcomes, check_packing, check_tokens
 from mmr1_kernels.records import Array, GroupStatistics
 from mmr1_kernels.scoring import score_groups
-
-if TYPE_CHECKING:
-    import torch
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -91,10 +88,10 @@ def _on_host(
     return score_groups(counts, offsets, arrays["rewards"], arrays["accuracies"], group_offsets)
 
 
-def _device_of(arrays: dict[str, Array]) -> torch.device | None:
-    """The device of the tensors, None for numpy arrays. Raises: TypeError when they are mixed."""
+def _device_of(arrays: dict[str, Array]) -> Any:
+    """The torch.device of the tensors, None for numpy arrays. Raises: TypeError when they are mixed."""
     torch = sys.modules.get("torch")  # whoever holds a tensor has imported it
-    first: torch.device | None = None
+    first = None
     for position, (name, array) in enumerate(arrays.items()):
         device = array.device if torch is not None and isinstance(array, torch.Tensor) else None
         if position == 0:
@@ -104,7 +101,7 @@ def _device_of(arrays: dict[str, Array]) -> torch.device | None:
     return first
 
 
-def _as_tensors(statistics: GroupStatistics, device: torch.device) -> GroupStatistics:
+def _as_tensors(statistics: GroupStatistics, device: Any) -> GroupStatistics:
     import torch
 
     return GroupStatistics(

@@ -14,6 +14,7 @@ import numpy as np
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum import storage
+from mmr1_ds.curriculum.online import OnlineTable
 from mmr1_ds.curriculum.refresh import Refresh
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.curriculum.scores import check_metrics, variance_promotion_score
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _REFUSED = -2  # in the header of a load: rank 0 could not use the state
 _NEVER = -1
+_NUM_PROBE_RESPONSES = 2
 
 
 class Control(Protocol):
@@ -41,7 +43,7 @@ class Control(Protocol):
 
 
 class Coordinator:
-    """Variance-Aware Sampling with a full refresh (arXiv 2509.21268, Algorithm 1), or plain shuffling.
+    """Variance-Aware Sampling (arXiv 2509.21268), with a full or an online refresh, or plain shuffling.
 
     A step, counted from 1:
 
@@ -49,50 +51,72 @@ class Coordinator:
             for chunk in coordinator.refresh_chunks():
                 coordinator.observe_refresh(statistics of this rank's part of the chunk)
             coordinator.finish_refresh(step)
-        indices = coordinator.next_batch(step)
-        coordinator.observe(step, statistics of this rank's groups)
+        indices = coordinator.next_batch(step)           # again where online filtering needs more
+        probes = coordinator.next_probes(step)           # none with a full refresh
+        coordinator.observe(step, statistics of this rank's groups, probes included)
+        coordinator.finish_step(step)
         metrics = coordinator.metrics()
     """
 
     def __init__(
-        self, data: DataConfig, dataset_size: int, prompt_ids: Sequence[str], fingerprint: str, control: Control
+        self,
+        data: DataConfig,
+        prompt_ids: Sequence[str],
+        categories: Sequence[str],
+        fingerprint: str,
+        num_responses: int,
+        control: Control,
     ) -> None:
-        """Args: dataset_size: P; prompt_ids: (P,), stable across runs; fingerprint: of the data set."""
-        assert dataset_size == len(prompt_ids), (dataset_size, len(prompt_ids))
-        if data.curriculum_refresh != "full":
-            raise UserError(f"data.curriculum_refresh must be full, got {data.curriculum_refresh!r}")
+        """
+        Args:
+            prompt_ids, categories: (P,), stable across runs.
+            fingerprint: of the data set.
+            num_responses: N of a training group.
+        """
         check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
         self.data, self.control = data, control
-        self.num_prompts = dataset_size
-        self.steps_per_epoch = max(1, dataset_size // data.rollout_batch_size)  # as the run counts episodes
+        self.num_prompts = len(prompt_ids)
+        self.num_responses = num_responses
+        self.steps_per_epoch = max(1, self.num_prompts // data.rollout_batch_size)  # as the run counts episodes
         self._is_curriculum = data.sampling_strategy == "curriculum"
         self._last_refresh_step = _NEVER
         self._refresh: Refresh | None = None
         self._last_step = 0
+        self._num_draws = 0
         # The rest is rank 0's.
         self._sampler = PromptSampler(
-            dataset_size,
+            self.num_prompts,
             data.rollout_batch_size,
             data.seed,
             data.sampling_strategy,
             data.curriculum_mixture_ratio,
             data.curriculum_replacement,
         )
-        self._table: CurriculumTable | None = None
-        if self._is_rank_0:
+        self._table: CurriculumTable | OnlineTable | None = None
+        if self._is_rank_0 and self._is_online:
+            self._table = OnlineTable(prompt_ids, fingerprint, categories, data, num_responses)
+        elif self._is_rank_0:
             self._table = CurriculumTable(
                 prompt_ids, fingerprint, data.curriculum_weight_floor, data.curriculum_momentum
             )
-        self._num_training_rollouts = 0
-        self._num_refresh_rollouts = 0
+        self._num_training_rollouts = 0  # that were trained on
+        self._num_probe_rollouts = 0
+        self._num_extra_rollouts = 0  # refresh, probes, and what online filtering dropped
         self._batch_metrics: dict[str, float] = {}
+        # Of the step underway: what was drawn and what came back.
+        self._drawn: list[np.ndarray] = []
+        self._observed: list[PromptStatistics] = []
 
     @property
     def _is_rank_0(self) -> bool:
         return self.control.rank == 0
 
     @property
-    def table(self) -> CurriculumTable:
+    def _is_online(self) -> bool:
+        return self._is_curriculum and self.data.curriculum_refresh == "online"
+
+    @property
+    def table(self) -> CurriculumTable | OnlineTable:
         """The table; rank 0 only."""
         assert self._table is not None, f"the curriculum table lives on rank 0, asked on rank {self.control.rank}"
         return self._table
@@ -100,22 +124,55 @@ class Coordinator:
     # Drawing
 
     def next_batch(self, step: int) -> np.ndarray:
-        """The prompts of `step` (from 1), (B,) int64. Collective: rank 0 draws, all get the same."""
-        drawn = self._sampler.draw(step, self.table.sampling_weights) if self._is_rank_0 else None
+        """The next prompts of `step` (from 1), (B,) int64. Collective: rank 0 draws, all get the same.
+
+        The second batch of a step continues the walk and draws by the same weights as the first.
+        """
         self._last_step = step
-        return self.control.broadcast_array(drawn, f"curriculum/next_batch of step {step}")
+        self._num_draws += 1
+        drawn = self._sampler.draw(self._num_draws, self.table.sampling_weights) if self._is_rank_0 else None
+        drawn = self.control.broadcast_array(drawn, f"curriculum/next_batch of step {step}")
+        self._drawn.append(drawn)
+        return drawn
+
+    @property
+    def num_probe_responses(self) -> int:
+        """Responses a probe asks for."""
+        return _NUM_PROBE_RESPONSES
+
+    def next_probes(self, step: int) -> np.ndarray:
+        """Prompts to roll out beside the batch of `step`, for what they tell alone, (K,) int64. Collective.
+
+        At most `curriculum_probe_fraction` of the training rollouts so far; call it after `next_batch`.
+        """
+        if not self._is_online or self.data.curriculum_probe_fraction == 0.0:
+            return np.empty(0, dtype=np.int64)
+        probes = None
+        if self._is_rank_0:
+            allowed = self.data.curriculum_probe_fraction * step * self.data.rollout_batch_size * self.num_responses
+            num_probes = int(allowed - self._num_probe_rollouts) // _NUM_PROBE_RESPONSES
+            probes = self.table.probes(num_probes, exclude=np.concatenate(self._drawn))
+            self._num_probe_rollouts += len(probes) * _NUM_PROBE_RESPONSES
+        return self.control.broadcast_array(probes, f"curriculum/next_probes of step {step}")
 
     def observe(self, step: int, statistics: Sequence[PromptStatistics]) -> None:
-        """Take in this rank's training groups. Collective: all-gathers them to rank 0.
-
-        The weights stay: with a full refresh only a refresh changes them.
-        """
+        """Take in this rank's groups, probes included. Collective: all-gathers them to rank 0."""
         observed = self._gather(statistics, f"curriculum/observe of step {step}")
+        if self._is_rank_0:
+            self._observed += observed
+
+    def finish_step(self, step: int) -> None:
+        """Learn from what the step observed; the next step draws by it. Not a collective."""
+        drawn, self._drawn = np.concatenate(self._drawn), []
+        observed, self._observed = self._observed, []
         if not self._is_rank_0:
             return
-        self._num_training_rollouts += sum(prompt.num_responses for prompt in observed)
-        self._batch_metrics = _batch_metrics(self.table, observed)
-        self.table.mark_seen(np.array([prompt.index for prompt in observed], dtype=np.int64), step)
+        trained = self.data.rollout_batch_size * self.num_responses
+        self._num_training_rollouts += trained
+        self._num_extra_rollouts += sum(prompt.num_responses for prompt in observed) - trained
+        of_batch = set(drawn.tolist())
+        self._batch_metrics = _batch_metrics(self.table, [prompt for prompt in observed if prompt.index in of_batch])
+        self.table.finish_step(step, observed, drawn)
 
     def _gather(self, statistics: Sequence[PromptStatistics], stage: str) -> list[PromptStatistics]:
         return from_records(np.concatenate(self.control.all_gather_array(to_records(statistics), stage)))
@@ -127,7 +184,7 @@ class Coordinator:
 
         The same on every rank, without communication.
         """
-        if not self._is_curriculum:
+        if not self._is_curriculum or self._is_online:
             return False
         interval = self.data.curriculum_update_freq or self.steps_per_epoch
         return self._last_refresh_step == _NEVER or step - self._last_refresh_step >= interval
@@ -149,7 +206,7 @@ class Coordinator:
         refresh = self._refresh
         assert refresh is not None, "observe_refresh outside a refresh: call refresh_chunks first"
         for prompt in self._gather(statistics, "curriculum/observe_refresh"):
-            self._num_refresh_rollouts += prompt.num_responses
+            self._num_extra_rollouts += prompt.num_responses
             if refresh.done[prompt.index]:
                 continue
             refresh.done[prompt.index] = True
@@ -165,6 +222,7 @@ class Coordinator:
         assert refresh is not None, "finish_refresh outside a refresh: call refresh_chunks first"
         assert refresh.done.all(), f"refresh at step {step} has {np.count_nonzero(~refresh.done)} prompts left"
         if self._is_rank_0:
+            assert isinstance(self.table, CurriculumTable)
             self.table.replace_scores(refresh.scores, refresh.pass_rates, refresh.num_responses, step)
         self._last_refresh_step = step
         self._refresh = None
@@ -185,12 +243,12 @@ class Coordinator:
             "curriculum/std_weight": float(weights.std(dtype=np.float64)),
             "curriculum/min_weight": float(weights.min()),
             "curriculum/max_weight": float(weights.max()),
-            "curriculum/consumed_batches": float(self._last_step),
-            "curriculum/random_position": float(self._sampler.random_position(self._last_step)),
+            "curriculum/consumed_batches": float(self._num_draws),
+            "curriculum/random_position": float(self._sampler.random_position(self._num_draws)),
         }
         if self._num_training_rollouts:
-            metrics["curriculum/extra_rollout_fraction"] = self._num_refresh_rollouts / self._num_training_rollouts
-        return metrics | self._batch_metrics
+            metrics["curriculum/extra_rollout_fraction"] = self._num_extra_rollouts / self._num_training_rollouts
+        return metrics | self.table.metrics() | self._batch_metrics
 
     # Saving
 
@@ -204,9 +262,12 @@ class Coordinator:
             "settings": self._settings(),
             "last_step": self._last_step,
             "last_refresh_step": self._last_refresh_step,
+            "num_draws": self._num_draws,
             "num_training_rollouts": self._num_training_rollouts,
-            "num_refresh_rollouts": self._num_refresh_rollouts,
-            "table": self.table.state_dict(),
+            "num_extra_rollouts": self._num_extra_rollouts,
+            "num_probe_rollouts": self._num_probe_rollouts,
+            "numbers": self.table.numbers(),
+            "table": self.table.arrays(),
             "refresh": self._refresh.state_dict() if self._refresh is not None else {},
         }
 
@@ -227,7 +288,7 @@ class Coordinator:
         self._load(lambda: storage.read_state(folder))
 
     def _load(self, read: Callable[[], Mapping[str, Any] | None]) -> None:
-        header = np.array([_REFUSED, 0, 0], dtype=np.int64)
+        header = np.array([_REFUSED, 0, 0, 0], dtype=np.int64)
         try:
             if self._is_rank_0:
                 state = read()
@@ -238,8 +299,8 @@ class Coordinator:
             shared = self.control.broadcast_array(header if self._is_rank_0 else None, "curriculum/load")
         if shared[0] == _REFUSED:
             raise UserError("rank 0 could not use the checkpoint's curriculum; its message says why")
-        self._last_refresh_step, self._last_step = int(shared[0]), int(shared[1])
-        if not shared[2]:
+        self._last_refresh_step, self._last_step, self._num_draws = (int(number) for number in shared[:3])
+        if not shared[3]:
             self._refresh = None
             return
         done = np.flatnonzero(self._refresh.done) if self._is_rank_0 and self._refresh else None
@@ -250,7 +311,13 @@ class Coordinator:
 
     def _take_over(self, state: Mapping[str, Any]) -> np.ndarray:
         """Fill rank 0 from the state. Returns: what every rank needs of it, as int64."""
-        positions = self.table.load_state_dict(state["table"], state["fingerprint"])
+        saved, refresh = state["settings"]["curriculum_refresh"], self._settings()["curriculum_refresh"]
+        if saved != refresh:
+            raise UserError(
+                f"the checkpoint's curriculum was kept with a refresh of kind {saved}, the run asks for {refresh}: "
+                f"keep data.curriculum_refresh and data.sampling_strategy, or set trainer.resume=false"
+            )
+        positions = self.table.load(state["table"], state["numbers"], state["fingerprint"])
         changed = {name: (old, self._settings()[name]) for name, old in state["settings"].items()}
         changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
         if changed:
@@ -260,9 +327,11 @@ class Coordinator:
             self._refresh = Refresh(self.num_prompts)
             self._refresh.load_state_dict(state["refresh"], positions)
         self._num_training_rollouts = state["num_training_rollouts"]
-        self._num_refresh_rollouts = state["num_refresh_rollouts"]
+        self._num_extra_rollouts = state["num_extra_rollouts"]
+        self._num_probe_rollouts = state["num_probe_rollouts"]
         self._batch_metrics = {}
-        return np.array([state["last_refresh_step"], state["last_step"], bool(state["refresh"])], dtype=np.int64)
+        header = [state["last_refresh_step"], state["last_step"], state["num_draws"], bool(state["refresh"])]
+        return np.array(header, dtype=np.int64)
 
     def _settings(self) -> dict[str, Any]:
         """The settings that a draw depends on, besides the table."""
@@ -272,10 +341,11 @@ class Coordinator:
             "sampling_strategy": self.data.sampling_strategy,
             "curriculum_mixture_ratio": self.data.curriculum_mixture_ratio,
             "curriculum_replacement": self.data.curriculum_replacement,
+            "curriculum_refresh": "online" if self._is_online else "full",
         }
 
 
-def _batch_metrics(table: CurriculumTable, observed: Sequence[PromptStatistics]) -> dict[str, float]:
+def _batch_metrics(table: CurriculumTable | OnlineTable, observed: Sequence[PromptStatistics]) -> dict[str, float]:
     if not observed:
         return {}
     metrics = {"curriculum/effective_group_fraction": sum(p.is_effective for p in observed) / len(observed)}

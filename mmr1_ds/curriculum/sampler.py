@@ -1,7 +1,9 @@
-"""Which prompts a step draws: a pure function of (seed, step, weights). P = prompts in the data set, B = a batch.
+"""Which prompts a step draws: a pure function of (seed, number of the draw, weights).
 
-Every random number comes from a counter-based generator keyed by (seed, step or epoch, stream), so a resumed run,
-or one on another number of ranks, draws the same indices and nothing but the step need be saved.
+P = prompts in the data set, B = a batch.
+
+Every random number comes from a counter-based generator keyed by (seed, draw or epoch, stream), so a resumed run,
+or one on another number of ranks, draws the same indices and nothing but the number of the draw need be saved.
 """
 
 from __future__ import annotations
@@ -12,10 +14,14 @@ import numpy as np
 
 # What a generator is for; each stream is independent of the others.
 _WALK, _WEIGHTED, _MIX = range(3)
+# Up to here an epoch's order is a shuffled array, beyond it a permutation computed where it is needed.
+_MAX_SHUFFLED = 2**20
+_MAX_ROUNDS = 4  # of drawing without replacement by passing over repeats
+_NUM_ROUNDS = 6  # of the Feistel network; 4 make a pseudo-random permutation (Luby and Rackoff, 1988)
 
 
 class PromptSampler:
-    """Draws batches of prompt indices. Steps are counted from 1, the first step."""
+    """Draws batches of prompt indices. Draws are counted from 1: one a step, unless online filtering needs more."""
 
     def __init__(
         self,
@@ -42,32 +48,33 @@ class PromptSampler:
         self.num_weighted = int(share * batch_size)
         self.num_walked = batch_size - self.num_weighted
         self._permutation: tuple[int, np.ndarray] | None = None  # of one epoch: (epoch, (P,) int)
+        self._sums: np.ndarray | None = None
         self._cumulative: tuple[np.ndarray, np.ndarray] | None = None  # of one version: (weights, (P,) float64)
 
-    def draw(self, step: int, weights: np.ndarray) -> np.ndarray:
-        """The prompts of one step, (B,) int64.
+    def draw(self, number: int, weights: np.ndarray) -> np.ndarray:
+        """The prompts of one draw, (B,) int64.
 
         Weighted and walked prompts are shuffled together, so that every rank and mini-batch gets of both.
 
         Args:
-            step: from 1 on.
+            number: of the draw, from 1 on.
             weights: (P,) float, not negative; all zero means uniform. A read-only array is taken never to change,
                 and what is computed from it is kept.
         """
-        if step < 1:
-            raise ValueError(f"steps are counted from 1, got {step}")
-        walked = self._walk((step - 1) * self.num_walked, self.num_walked)
+        if number < 1:
+            raise ValueError(f"draws are counted from 1, got {number}")
+        walked = self._walk((number - 1) * self.num_walked, self.num_walked)
         if self.num_weighted == 0:
             return walked
         assert len(weights) == self.num_prompts, (len(weights), self.num_prompts)
-        random = self._generator(step, _WEIGHTED)
+        random = self._generator(number, _WEIGHTED)
         draw_weighted = self._draw_with_replacement if self.replacement else self._draw_without_replacement
         batch = np.concatenate([draw_weighted(weights, random), walked])
-        return self._generator(step, _MIX).permutation(batch)
+        return self._generator(number, _MIX).permutation(batch)
 
-    def random_position(self, step: int) -> int:
-        """Prompts of the current epoch of the walk that are used up after `step`, [0, P)."""
-        return step * self.num_walked % self.num_prompts
+    def random_position(self, number: int) -> int:
+        """Prompts of the current epoch of the walk that are used up after draw `number`, [0, P)."""
+        return number * self.num_walked % self.num_prompts
 
     def _walk(self, start: int, count: int) -> np.ndarray:
         """`count` prompts of the endless walk from position `start`: one whole epoch after the other."""
@@ -78,53 +85,105 @@ class PromptSampler:
         while start < end:
             epoch, offset = divmod(start, self.num_prompts)
             taken = min(end - start, self.num_prompts - offset)
-            parts.append(self._epoch_order(epoch)[offset : offset + taken])
+            parts.append(self._in_epoch(epoch, offset, taken))
             start += taken
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
+    def _in_epoch(self, epoch: int, offset: int, count: int) -> np.ndarray:
+        """Places `offset` to `offset + count` of an epoch's order, int64."""
+        if self.num_prompts > _MAX_SHUFFLED:
+            # Shuffling ten million prompts takes seconds and 40 MB at the start of each epoch.
+            keys = self._generator(epoch, _WALK).integers(0, 2**64, size=_NUM_ROUNDS, dtype=np.uint64)
+            return permute(np.arange(offset, offset + count), self.num_prompts, keys)
         if self._permutation is None or self._permutation[0] != epoch:
-            # int32 halves the memory of a large data set's permutation; more prompts than that do not fit anyway.
-            order = np.arange(self.num_prompts, dtype=np.int32 if self.num_prompts < 2**31 else np.int64)
+            order = np.arange(self.num_prompts, dtype=np.int32)
             self._generator(epoch, _WALK).shuffle(order)
             self._permutation = (epoch, order)
-        return self._permutation[1]
+        return self._permutation[1][offset : offset + count]
 
     def _draw_with_replacement(self, weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Inverse of the cumulative weights; a weight of 0 is never drawn."""
-        cumulative = self._cumulate(weights)
-        thresholds = random.random(self.num_weighted) * cumulative[-1]
-        drawn = np.searchsorted(cumulative, thresholds, side="right")
+        return self._pick(self._cumulate(weights), random.random(self.num_weighted))
+
+    @staticmethod
+    def _pick(cumulative: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """Inverse of the cumulative weights; a weight of 0 is never picked."""
+        picked = np.searchsorted(cumulative, uniforms * cumulative[-1], side="right")
         # Rounding may lift a threshold to the total itself: that belongs to the last prompt with any weight.
-        return np.minimum(drawn, np.searchsorted(cumulative, cumulative[-1], side="left"))
+        return np.minimum(picked, np.searchsorted(cumulative, cumulative[-1], side="left"))
 
     def _cumulate(self, weights: np.ndarray) -> np.ndarray:
         if self._cumulative is not None and self._cumulative[0] is weights:
             return self._cumulative[1]
-        cumulative: np.ndarray = np.cumsum(weights, dtype=np.float64)
+        if self._sums is None:
+            self._sums = np.empty(self.num_prompts)  # kept: fresh pages for 100 million prompts cost seconds
+        cumulative = np.cumsum(weights, dtype=np.float64, out=self._sums)
         assert np.isfinite(cumulative[-1]) and weights.min() >= 0, "weights must be finite and not negative"
         if cumulative[-1] == 0.0:
-            cumulative = np.arange(1.0, self.num_prompts + 1.0)
+            cumulative[:] = np.arange(1.0, self.num_prompts + 1.0)
         self._cumulative = None if weights.flags.writeable else (weights, cumulative)
         return cumulative
 
     def _draw_without_replacement(self, weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """The smallest of Exp(1) / weight: exact sampling without replacement (Efraimidis and Spirakis, 2006).
+        """One after the other, each by weight among those left.
 
-        Prompts of weight 0 come only after all others are drawn, uniformly. When more are asked than there are
-        prompts, every prompt is drawn once (or as often as it takes) and only the remainder is by weight.
+        That is drawing with replacement and passing over repeats, which costs no more while repeats are rare. After
+        a few rounds of them, the rest comes as the smallest of Exp(1) / weight (Efraimidis and Spirakis, 2006),
+        the same distribution for any pool. Prompts of weight 0 come only after all others are drawn, uniformly.
+        When more are asked than there are prompts, every prompt is drawn once (or as often as it takes) and only the
+        remainder is by weight.
         """
         rounds, remainder = divmod(self.num_weighted, self.num_prompts)
         everyone = np.tile(np.arange(self.num_prompts), rounds)
-        if remainder == 0:
-            return everyone
+        cumulative = self._cumulate(weights)
+        drawn = np.empty(0, dtype=np.int64)
+        for _ in range(_MAX_ROUNDS if remainder else 0):
+            both = np.concatenate([drawn, self._pick(cumulative, random.random(remainder))])
+            drawn = both[np.sort(np.unique(both, return_index=True)[1])][:remainder]
+            if len(drawn) == remainder:
+                return np.concatenate([everyone, drawn])
+        return np.concatenate([everyone, drawn, self._smallest_keys(weights, drawn, remainder - len(drawn), random)])
+
+    def _smallest_keys(
+        self, weights: np.ndarray, drawn: np.ndarray, count: int, random: np.random.Generator
+    ) -> np.ndarray:
+        if count == 0:
+            return np.empty(0, dtype=np.int64)
         exponentials = random.standard_exponential(self.num_prompts)
         positive = weights > 0
         keys = np.divide(exponentials, weights, out=np.full(self.num_prompts, np.inf), where=positive)
-        if np.count_nonzero(positive) < remainder:
-            keys[~positive] = 1e300 * exponentials[~positive]  # behind every key of a positive float32 weight
-        return np.concatenate([everyone, np.argpartition(keys, remainder - 1)[:remainder]])
+        keys[~positive] = 1e300 * exponentials[~positive]  # behind every key of a positive float32 weight
+        keys[drawn] = np.inf
+        return np.argpartition(keys, count - 1)[:count]
 
     def _generator(self, counter: int, stream: int) -> np.random.Generator:
         key = np.array([self.seed % 2**64, counter * 8 + stream], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key))
+
+
+def permute(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """What a pseudo-random permutation of [0, size) has at some places: a Feistel network over the next power of 4.
+
+    An image outside [0, size) is sent through again until it falls inside, which keeps it one to one.
+
+    Args: places: (K,) int64 in [0, size); keys: (rounds,) uint64, which choose the permutation.
+    Returns: (K,) int64, all different where the places are.
+    """
+    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+    result = places.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        value = result[outside]
+        left, right = value >> half, value & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        result[outside] = (left << half) | right
+        outside[outside] = result[outside] >= size
+    return result.astype(np.int64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of MurmurHash3: every bit of the input changes half the bits of the output."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))

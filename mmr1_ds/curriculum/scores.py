@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from mmr1_ds.curriculum.statistics import PromptStatistics
 
 LEARNABILITY = "learnability"
+LEARNABILITY_SQUARED = "learnability-squared"
+GRADIENT_PROBABILITY = "gradient-probability"
 SELF_BLEU = "self-bleu"
 DISTINCT = "distinct-n"
 EDIT_DISTANCE = "edit-distance"
-METRICS = (LEARNABILITY, SELF_BLEU, DISTINCT, EDIT_DISTANCE)
+OUTCOME_METRICS = (LEARNABILITY, LEARNABILITY_SQUARED, GRADIENT_PROBABILITY)  # of the pass rate alone
+METRICS = (*OUTCOME_METRICS, SELF_BLEU, DISTINCT, EDIT_DISTANCE)
 _ALIASES = {"self_bleu_123": SELF_BLEU, "distinct_3": DISTINCT, "edit_distance": EDIT_DISTANCE}  # upstream's spellings
 
 
@@ -57,11 +60,16 @@ def needs_edit_distance(metrics: Sequence[str]) -> bool:
 def metric_value(statistics: PromptStatistics, name: str) -> float:
     """One metric of one prompt. NaN where it is unknown: no known accuracy, or an edit distance never computed.
 
-    A group of one response has no diversity to speak of: every diversity metric is 0, not 1 - self-BLEU = 1.
+    For gradient-probability a group has as many responses as were rolled out. A group of one response has no
+    diversity to speak of: every diversity metric is 0, not 1 - self-BLEU = 1.
     """
     metric = canonical_metric(name)
-    if metric == LEARNABILITY:
-        return statistics.pass_rate * (1.0 - statistics.pass_rate)
+    if metric in OUTCOME_METRICS:
+        import numpy as np  # the names alone do without
+
+        from mmr1_ds.curriculum.utilities import utility_function
+
+        return float(utility_function(metric)(np.asarray(statistics.pass_rate), statistics.num_responses))
     if statistics.num_responses < 2:
         return 0.0
     if metric == SELF_BLEU:

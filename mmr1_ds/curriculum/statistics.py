@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import chain
 
 import mmr1_kernels
 import numpy as np
@@ -31,31 +32,40 @@ class PromptStatistics:
         return self.reward_variance != 0.0
 
 
-def prompt_statistics(
-    scored_groups: Sequence[ScoredGroup], eos_token_ids: Collection[int], metrics: Sequence[str]
-) -> list[PromptStatistics]:
-    """Statistics of each group, in order; the edit distance only if `metrics` asks for it.
+@dataclass(frozen=True)
+class ScoredBatch:
+    """What one call of the scoring kernel says of some groups, in their order."""
 
-    All groups have the same number of responses. A trailing end-of-sequence is not scored: what a response says
-    does not depend on whether it was cut off.
+    statistics: list[PromptStatistics]
+    advantages: list[np.ndarray]  # of each group, (N,) float64; exactly 0 where all rewards are equal
+
+
+def score_batch(
+    scored_groups: Sequence[ScoredGroup], eos_token_ids: Collection[int], metrics: Sequence[str]
+) -> ScoredBatch:
+    """Statistics and advantages of each group; the edit distance only if `metrics` asks for it.
+
+    Groups may differ in size. A trailing end-of-sequence is not scored: what a response says does not depend on
+    whether it was cut off.
     """
     if not scored_groups:
-        return []
-    sizes = {len(scored.group.responses) for scored in scored_groups}
-    assert len(sizes) == 1, f"groups of one call must have one size, got {sorted(sizes)}"
-    group_size = sizes.pop()
+        return ScoredBatch([], [])
+    sizes = [len(scored.group.responses) for scored in scored_groups]
+    group_offsets = np.cumsum([0, *sizes], dtype=np.int64)
     token_ids, offsets = _pack(scored_groups, frozenset(eos_token_ids))
     rewards = np.concatenate([scored.rewards.overall for scored in scored_groups]).astype(np.float32)
     accuracies = np.concatenate([scored.rewards.accuracy for scored in scored_groups]).astype(np.float32)
-    groups = mmr1_kernels.group_statistics(token_ids, offsets, rewards, accuracies, group_size)
+    groups = mmr1_kernels.group_statistics(
+        token_ids, offsets, rewards, accuracies, group_size=None, group_offsets=group_offsets
+    )
     if needs_edit_distance(metrics):
-        edit_distances = mmr1_kernels.mean_edit_distance(token_ids, offsets, group_size)
+        edit_distances = mmr1_kernels.mean_edit_distance(token_ids, offsets, None, group_offsets=group_offsets)
     else:
         edit_distances = np.full(len(scored_groups), np.nan)
-    return [
+    statistics = [
         PromptStatistics(
             index=scored.group.prompt.index,
-            num_responses=group_size,
+            num_responses=sizes[position],
             pass_rate=float(groups.pass_rate[position]),
             reward_mean=float(groups.reward_mean[position]),
             reward_variance=float(groups.reward_variance[position]),
@@ -65,6 +75,7 @@ def prompt_statistics(
         )
         for position, scored in enumerate(scored_groups)
     ]
+    return ScoredBatch(statistics, np.split(groups.advantages, group_offsets[1:-1]))
 
 
 def _pack(scored_groups: Sequence[ScoredGroup], eos_token_ids: frozenset[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +86,7 @@ def _pack(scored_groups: Sequence[ScoredGroup], eos_token_ids: frozenset[int]) -
         for response in scored.group.responses
     ]
     offsets = np.cumsum([0, *map(len, responses)], dtype=np.int64)
-    token_ids = np.fromiter((token for tokens in responses for token in tokens), np.int32, count=int(offsets[-1]))
+    token_ids = np.fromiter(chain.from_iterable(responses), np.int32, count=int(offsets[-1]))
     return token_ids, offsets
 
 

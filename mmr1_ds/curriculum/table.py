@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 
-from mmr1_ds.errors import UserError
+from mmr1_ds.curriculum.prompt_ids import encode_prompt_ids, saved_positions
+from mmr1_ds.curriculum.statistics import PromptStatistics
 
 _COLUMNS: dict[str, tuple[type[np.generic], float]] = {  # name -> type and the value of a prompt never seen
     "raw_score": (np.float32, np.nan),  # last VPS as scored
@@ -75,9 +75,17 @@ class CurriculumTable:
             self._columns[name] = np.where(known_rate, values, self._columns[name]).astype(_COLUMNS[name][0])
         self._sampling_weights = self._make_sampling_weights()
 
-    def mark_seen(self, indices: np.ndarray, step: int) -> None:
-        """Remember that these prompts were rolled out; their weights stay."""
-        self._columns["last_seen_step"][indices] = step
+    def finish_step(self, step: int, observed: Sequence[PromptStatistics], trained: np.ndarray) -> None:
+        """Remember which prompts were rolled out; the weights stay: only a refresh changes them."""
+        self._columns["last_seen_step"][[prompt.index for prompt in observed]] = step
+
+    def probes(self, num_probes: int, exclude: np.ndarray) -> np.ndarray:
+        """None: a full refresh rolls out every prompt anyway."""
+        return np.empty(0, dtype=np.int64)
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing beyond the weights."""
+        return {}
 
     def predicted_pass_rates(self, indices: np.ndarray) -> np.ndarray:
         """(p N + 1/2) / (N + 1) of the last refresh's pass rates, in (0, 1); NaN where there is none."""
@@ -92,44 +100,24 @@ class CurriculumTable:
         floored.flags.writeable = False
         return floored
 
-    def state_dict(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, np.ndarray]:
         """The columns and the prompt ids they belong to, as arrays that safetensors can hold."""
-        encoded = [prompt_id.encode() for prompt_id in self.prompt_ids]
-        ids: dict[str, np.ndarray] = {
-            "prompt_id_bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8).copy(),
-            "prompt_id_offsets": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-        }
-        return ids | {name: column.copy() for name, column in self._columns.items()}
+        return encode_prompt_ids(self.prompt_ids) | {name: column.copy() for name, column in self._columns.items()}
 
-    def load_state_dict(self, state: Mapping[str, np.ndarray], fingerprint: str) -> np.ndarray:
+    def numbers(self) -> dict[str, float]:
+        """Nothing: the columns are all."""
+        return {}
+
+    def load(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, float], fingerprint: str) -> np.ndarray:
         """Take over the columns of a saved table, each value with its prompt id.
 
         Returns: (P,) int64, the saved position of each of our prompts, to reorder whatever was saved beside it.
         Raises: UserError when the table is of another data set, by fingerprint or by ids.
         """
-        saved_ids = decode_prompt_ids(state)
-        if fingerprint != self.fingerprint or len(saved_ids) != len(self):
-            raise UserError(
-                f"the checkpoint's curriculum is of data set {fingerprint} ({len(saved_ids)} prompts), but "
-                f"data.train_files is data set {self.fingerprint} ({len(self)} prompts); "
-                "resume with the same data and settings, or set trainer.resume=false"
-            )
-        positions = self._positions_in(saved_ids)
-        self._columns = {name: state[name][positions].astype(_COLUMNS[name][0]) for name in _COLUMNS}
+        positions = saved_positions(arrays, fingerprint, self.prompt_ids, self.fingerprint)
+        self._columns = {name: arrays[name][positions].astype(_COLUMNS[name][0]) for name in _COLUMNS}
         self._sampling_weights = self._make_sampling_weights()
         return positions
-
-    def _positions_in(self, saved_ids: list[str]) -> np.ndarray:
-        if saved_ids == list(self.prompt_ids):
-            return np.arange(len(self))  # the usual case, and the only one where ids may repeat
-        position_of = {prompt_id: position for position, prompt_id in enumerate(saved_ids)}
-        missing = next((prompt_id for prompt_id in self.prompt_ids if prompt_id not in position_of), None)
-        if missing is not None:
-            raise UserError(
-                f"the checkpoint's curriculum has no prompt {missing!r} though both data sets are "
-                f"{self.fingerprint}; give the rows stable ids (data.id_key), or set trainer.resume=false"
-            )
-        return np.array([position_of[prompt_id] for prompt_id in self.prompt_ids], dtype=np.int64)
 
 
 def min_max_normalise(scores: np.ndarray) -> np.ndarray:
@@ -143,8 +131,3 @@ def min_max_normalise(scores: np.ndarray) -> np.ndarray:
         return np.where(np.isnan(scores), np.nan, 1.0)
     return (scores - low) / (high - low)
 
-
-def decode_prompt_ids(state: Mapping[str, np.ndarray]) -> list[str]:
-    """The prompt ids of a saved table, in its order."""
-    packed, offsets = state["prompt_id_bytes"].tobytes(), state["prompt_id_offsets"].tolist()
-    return [packed[begin:end].decode() for begin, end in pairwise(offsets)]

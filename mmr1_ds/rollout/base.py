@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.records import Prompt, RolloutGroup, SamplingSettings
+from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
 
 
 class RolloutEngine(Protocol):
     """Samples responses from the actor's current policy."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], settings: SamplingSettings
-    ) -> list[RolloutGroup]:
-        """N responses to each prompt; response k of prompt i is sampled with seeds[i] + k.
+    def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
+        """The responses that each request asks for, in the order of the requests.
 
-        Collective: all ranks, each with its own prompts (any number of them, also none).
+        Collective: all ranks, each with its own requests (any number of them, also none).
         """
         ...
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.records import Prompt, Response, RolloutGroup, SamplingSettings
+from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -46,32 +46,29 @@ class VllmRollout:
         self._llm: LLM = _start_engine(config, model, data, ranks, encoder, most_images)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
 
-    def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], settings: SamplingSettings
-    ) -> list[RolloutGroup]:
+    def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
         """See RolloutEngine."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        own = list(zip(prompts, seeds, strict=True))
-        requests, first = self._requests_of_group(own)
-        if not requests:
+        shared, first = self._requests_of_group(list(requests))
+        if not shared:
             return []
         inputs: list[Any] = []
         parameters = []
-        for prompt, seed in requests:
-            item: dict[str, Any] = {"prompt_token_ids": list(prompt.token_ids)}
-            if prompt.images:
-                item["multi_modal_data"] = {"image": list(prompt.images)}
+        for request in shared:
+            item: dict[str, Any] = {"prompt_token_ids": list(request.prompt.token_ids)}
+            if request.prompt.images:
+                item["multi_modal_data"] = {"image": list(request.prompt.images)}
             inputs.append(item)
             parameters.append(
                 SamplingParams(
-                    n=settings.num_responses,
+                    n=request.num_responses,
                     temperature=settings.temperature,
                     top_p=settings.top_p,
                     top_k=settings.top_k,
                     max_tokens=settings.max_tokens,
-                    seed=seed,
+                    seed=request.seed,
                     logprobs=0,  # the sampled token's only
                     logit_bias=self._forbidden,
                     stop_token_ids=list(self._encoder.eos_token_ids),
@@ -81,11 +78,11 @@ class VllmRollout:
             )
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
         return [
-            self._group(prompt, output)
-            for prompt, output in zip(prompts, outputs[first : first + len(own)], strict=True)
+            self._group(request.prompt, output)
+            for request, output in zip(requests, outputs[first : first + len(requests)], strict=True)
         ]
 
-    def _requests_of_group(self, own: list[tuple[Prompt, int]]) -> tuple[list[tuple[Prompt, int]], int]:
+    def _requests_of_group(self, own: list[RolloutRequest]) -> tuple[list[RolloutRequest], int]:
         """The requests of all ranks of the tensor-parallel group, in rank order, and where this rank's begin."""
         if self._tensor_parallel_size == 1:
             return own, 0

@@ -10,7 +10,7 @@ import torch
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.batching import blank_image_prompt, collate
-from mmr1_ds.records import Prompt, Response, RolloutGroup, SamplingSettings
+from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -25,26 +25,22 @@ class TransformersRollout:
         blank = Prompt(-1, "blank", (encoder.eos_token_ids[0],), (), "")
         self._filler = blank_image_prompt(encoder) if encoder.is_multimodal else blank
 
-    def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], settings: SamplingSettings
-    ) -> list[RolloutGroup]:
+    def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
         """See RolloutEngine. Ranks with fewer prompts keep in step on a filler, whose responses are dropped."""
-        most = int(self._ranks.max({"prompts": len(prompts)}, "count rollout prompts")["prompts"])
-        padded = list(prompts) + [self._filler] * (most - len(prompts))
-        groups = []
-        for prompt, seed in zip(padded, [*seeds, *[0] * (most - len(prompts))], strict=True):
-            groups.append(self._one_group(prompt, seed, settings))
-        return groups[: len(prompts)]
+        most = int(self._ranks.max({"requests": len(requests)}, "count rollout requests")["requests"])
+        filler = RolloutRequest(self._filler, num_responses=1, seed=0)
+        padded = [*requests, *[filler] * (most - len(requests))]
+        return [self._one_group(request, settings) for request in padded][: len(requests)]
 
     @torch.no_grad()
-    def _one_group(self, prompt: Prompt, seed: int, settings: SamplingSettings) -> RolloutGroup:
-        batch = collate([(prompt, ())] * settings.num_responses, self._encoder, self._ranks.device)
-        num_rows = settings.num_responses
+    def _one_group(self, request: RolloutRequest, settings: SamplingSettings) -> RolloutGroup:
+        prompt, num_rows = request.prompt, request.num_responses
+        batch = collate([(prompt, ())] * num_rows, self._encoder, self._ranks.device)
         greedy = settings.temperature == 0
         model = self._actor.model
         model.eval()
         with torch.random.fork_rng(devices=[self._ranks.device] if self._ranks.on_gpu else []):
-            torch.manual_seed(seed)
+            torch.manual_seed(request.seed)
             sequences = model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,

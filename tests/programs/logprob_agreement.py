@@ -15,7 +15,7 @@ from mmr1_ds.distributed import Ranks, launch_environment
 from mmr1_ds.engine import weights
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.batching import Trajectory
-from mmr1_ds.records import SamplingSettings
+from mmr1_ds.records import RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.colocated import VllmRollout
 from mmr1_ds.rollout.transformers_engine import TransformersRollout
 
@@ -43,9 +43,8 @@ for step in range(int(num_steps)):
     indices = range(step * PROMPTS + ranks.rank * share, step * PROMPTS + (ranks.rank + 1) * share)
     # Every third prompt is text only; in some micro-batches no prompt has an image at all.
     prompts = [make_prompt(encoder, i, with_image=encoder.is_multimodal and i % 3 != 0) for i in indices]
-    groups = rollout.generate(
-        prompts, [1000 * i for i in indices], SamplingSettings(RESPONSES, 0.8, 1.0, -1, 12 + step)
-    )
+    requests = [RolloutRequest(prompt, RESPONSES, 1000 * i) for prompt, i in zip(prompts, indices, strict=True)]
+    groups = rollout.generate(requests, SamplingSettings(0.8, 1.0, -1, 12 + step))
     trajectories = [
         Trajectory(group.prompt, response.token_ids, response.logprobs, float(random.normal()))
         for group in groups

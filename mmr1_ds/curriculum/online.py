@@ -1,0 +1,135 @@
+"""The curriculum table of the online refresh: beliefs that the training's own responses keep up to date.
+
+P = prompts in the data set. See `estimator` for the beliefs; this adds diversity, the score, and the bookkeeping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mmr1_ds.config import DataConfig
+from mmr1_ds.curriculum.estimator import FilterSettings, LogitFilter
+from mmr1_ds.curriculum.prompt_ids import encode_prompt_ids, saved_positions
+from mmr1_ds.curriculum.scores import OUTCOME_METRICS, canonical_metric, metric_value
+from mmr1_ds.curriculum.statistics import PromptStatistics
+from mmr1_ds.errors import UserError
+
+_MAX_CATEGORIES = 65_535
+
+
+class OnlineTable:
+    """Scores of all prompts, learned from every group that is rolled out."""
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[str],
+        fingerprint: str,
+        categories: Sequence[str],
+        data: DataConfig,
+        num_responses: int,
+    ) -> None:
+        """
+        Args:
+            prompt_ids, categories: (P,), stable across runs.
+            fingerprint: of the data set; a saved table of another one is refused.
+            num_responses: N of a training group.
+        Raises: UserError for more categories than the table tells apart.
+        """
+        self.prompt_ids, self.fingerprint = prompt_ids, fingerprint
+        self._num_responses = num_responses
+        metrics = [canonical_metric(name) for name in data.curriculum_metrics]
+        weighted = list(zip(metrics, data.curriculum_metric_weights, strict=True))
+        self._outcome_metrics = [(name, weight) for name, weight in weighted if name in OUTCOME_METRICS]
+        self._diversity_metrics = [(name, weight) for name, weight in weighted if name not in OUTCOME_METRICS]
+        settings = FilterSettings(score_floor=data.curriculum_weight_floor / 4.0)  # p (1 - p) is 1/4 at most
+        self._filter = LogitFilter(len(prompt_ids), _numbered(categories, data.category_key), num_responses, settings)
+        self._diversity = np.full(len(prompt_ids), np.nan, dtype=np.float32)  # of the last training group
+        self._num_rollouts = np.zeros(len(prompt_ids), dtype=np.int32)
+        self._weights: np.ndarray | None = None
+        self._floor = data.curriculum_weight_floor
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def sampling_weights(self) -> np.ndarray:
+        """(P,) float32 in (0, 1], read only; a new array whenever it changes."""
+        if self._weights is None:
+            self._weights = self._score()
+            self._weights.flags.writeable = False
+        return self._weights
+
+    def _score(self) -> np.ndarray:
+        """VPS by expectation: outcome metrics from the beliefs, diversity as last measured, else the mean of it."""
+        if not self._diversity_metrics and len(self._outcome_metrics) == 1:
+            return self._filter.weights(self._outcome_metrics[0][0])
+        score = np.zeros(len(self), dtype=np.float32)
+        for name, weight in self._outcome_metrics:
+            # Sharpened weights reach 1; back to the metric's own scale, or the metrics would not add up as asked.
+            score += np.float32(weight * self._filter.utility(name).max()) * self._filter.weights(name)
+        if self._diversity_metrics:
+            known = ~np.isnan(self._diversity)
+            mean = self._diversity[known].mean() if known.any() else 0.0
+            score += np.where(known, self._diversity, mean)
+        largest = score.max()
+        if largest <= 0.0:
+            return np.ones(len(self), dtype=np.float32)
+        return np.maximum(score / largest, np.float32(self._floor))
+
+    def probes(self, num_probes: int, exclude: np.ndarray) -> np.ndarray:
+        """The stalest prompts outside `exclude`, (K,) int64, K <= num_probes."""
+        return self._filter.probes(num_probes, exclude)
+
+    def predicted_pass_rates(self, indices: np.ndarray) -> np.ndarray:
+        """E[p] of the next response, (K,) in (0, 1)."""
+        return self._filter.predicted_pass_rates(indices)
+
+    def finish_step(self, step: int, observed: Sequence[PromptStatistics], trained: np.ndarray) -> None:
+        """Learn from all groups of a step, and move on by one. Args: trained: (K,) prompts of the training groups."""
+        indices = np.array([prompt.index for prompt in observed], dtype=np.int64)
+        num_responses = np.array([prompt.num_responses for prompt in observed], dtype=np.int64)
+        num_right = np.array([prompt.pass_rate for prompt in observed]) * num_responses
+        self._filter.observe(indices, num_right, num_responses)
+        self._filter.predict_step(trained)
+        np.add.at(self._num_rollouts, indices, num_responses)
+        for prompt in observed:
+            # Two responses to a probe resemble each other less than eight do: not to be compared.
+            if self._diversity_metrics and prompt.num_responses == self._num_responses:
+                value = sum(weight * metric_value(prompt, name) for name, weight in self._diversity_metrics)
+                self._diversity[prompt.index] = value
+        self._weights = None
+
+    def metrics(self) -> dict[str, float]:
+        """The estimator's learned parameters, as `curriculum/estimator_*`."""
+        return self._filter.metrics()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `load` needs, as arrays; the prompt ids among them."""
+        own = {"diversity": self._diversity.copy(), "num_rollouts": self._num_rollouts.copy()}
+        return encode_prompt_ids(self.prompt_ids) | own | self._filter.state_dict()["arrays"]
+
+    def numbers(self) -> dict[str, float]:
+        """What `load` needs, as numbers."""
+        return self._filter.state_dict()["numbers"]
+
+    def load(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, float], fingerprint: str) -> np.ndarray:
+        """Take over a saved table. Returns and raises: as `saved_positions`."""
+        positions = saved_positions(arrays, fingerprint, self.prompt_ids, self.fingerprint)
+        self._filter.load_state_dict({"arrays": arrays, "numbers": numbers}, positions)
+        self._diversity = arrays["diversity"][positions]
+        self._num_rollouts = arrays["num_rollouts"][positions]
+        self._weights = None
+        return positions
+
+
+def _numbered(categories: Sequence[str], category_key: str | None) -> np.ndarray:
+    """Each category's number in the sorted list of their names, (P,) uint16: the same in every run."""
+    numbers = {name: number for number, name in enumerate(sorted(set(categories)))}
+    if len(numbers) > _MAX_CATEGORIES:
+        raise UserError(
+            f"data.category_key={category_key} has {len(numbers)} values, more than {_MAX_CATEGORIES}; "
+            "name a column that groups prompts, or null"
+        )
+    return np.fromiter((numbers[name] for name in categories), dtype=np.uint16, count=len(categories))

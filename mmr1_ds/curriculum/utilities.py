@@ -1,0 +1,91 @@
+"""What a prompt is worth as a function of its pass rate p, its expectation under a belief, and weights from it.
+
+A belief is Gaussian in the logit of p: z ~ N(m, V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mmr1_ds.errors import UserError
+
+Utility = Callable[[np.ndarray, int], np.ndarray]  # (p, responses a group) -> utility, elementwise
+
+_UTILITIES: dict[str, Utility] = {
+    "learnability": lambda p, n: p * (1.0 - p),
+    # Peaks at 1/3: where a correct response is rare enough to be worth more than its share.
+    "learnability-squared": lambda p, n: p * (1.0 - p) ** 2,
+    # Chance that a group of n has both right and wrong responses, without which its gradient is zero.
+    "gradient-probability": lambda p, n: 1.0 - p**n - (1.0 - p) ** n,
+}
+UTILITIES = tuple(_UTILITIES)
+
+# Nine Gauss-Hermite nodes for N(0, 1): within 2 % of the expectation for V up to 4, see the tests.
+_nodes, _node_weights = np.polynomial.hermite_e.hermegauss(9)
+_NODES = _nodes.astype(np.float32)
+_NODE_WEIGHTS = (_node_weights / _node_weights.sum()).astype(np.float32)
+
+_BISECTIONS = 12
+
+
+def utility_function(name: str) -> Utility:
+    """Raises: UserError that lists the known names."""
+    if name not in _UTILITIES:
+        raise UserError(f"unknown utility {name!r}; known are {', '.join(UTILITIES)}")
+    return _UTILITIES[name]
+
+
+def logistic(z: np.ndarray) -> np.ndarray:
+    """1 / (1 + e^-z), in z's type; no overflow for any finite z."""
+    half = np.asarray(0.5, dtype=z.dtype)
+    result: np.ndarray = half * np.tanh(half * z) + half
+    return result
+
+
+def expected_utility(
+    mean: np.ndarray, variance: np.ndarray, utility: Utility, num_responses: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """E[u] and E[u^2] under z ~ N(mean, variance).
+
+    Args: mean, variance: (K,) float32.
+    Returns: two (K,) float32.
+    """
+    deviation = np.sqrt(variance)
+    first, second = np.zeros_like(mean), np.zeros_like(mean)
+    for node, weight in zip(_NODES, _NODE_WEIGHTS, strict=True):
+        value = utility(logistic(mean + deviation * node), num_responses)
+        first += weight * value
+        second += weight * value * value
+    return first, second
+
+
+def sharpening(first: np.ndarray, second: np.ndarray, cap: float) -> float:
+    """The exponent that makes draws by w = E[u]^gamma as good as draws by the unknown u itself, [1, cap].
+
+    An expectation is shrunk towards the mean, so weights proportional to it are too flat. Draws proportional to the
+    true u would collect sum u^2 / sum u on average; gamma solves sum(w E[u]) / sum(w) = sum E[u^2] / sum E[u].
+
+    Args: first, second: E[u] and E[u^2], (K,) float32, not negative.
+    """
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    total, largest = first.sum(), first.max()
+    if not total > 0.0:
+        return 1.0
+    target = second.sum() / total
+    logarithm = np.log(np.maximum(first / largest, 1e-30))
+
+    def collected(exponent: float) -> float:
+        weights = np.exp(exponent * logarithm)
+        return float((weights * first).sum() / weights.sum())
+
+    low, high = 1.0, cap
+    if collected(cap) <= target:
+        return cap
+    if collected(1.0) >= target:
+        return 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if collected(middle) < target else (low, middle)
+    return (low + high) / 2.0
