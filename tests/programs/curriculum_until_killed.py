@@ -1,0 +1,74 @@
+"""Draws and learns step by step with the real coordinator and checkpoints, until it is done or killed.
+
+    curriculum_until_killed.py FOLDER full|online NUM_STEPS SEED
+
+Each rank appends its draws to FOLDER/drawn.RANK.jsonl. Every third step is checkpointed, after its refresh, as the
+trainer does. Pass rates are made up from prompt and step, so that a repeated step observes the same.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mmr1_ds.checkpoint import Checkpoints
+from mmr1_ds.config import DataConfig
+from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.curriculum.statistics import PromptStatistics
+from mmr1_ds.distributed import Ranks, launch_environment
+
+folder, refresh, num_steps, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+P, B, N = 61, 12, 8
+ranks = Ranks(launch_environment(), timeout_seconds=60)
+data = DataConfig(
+    rollout_batch_size=B, seed=seed, sampling_strategy="curriculum", curriculum_refresh=refresh,
+    curriculum_update_freq=4, curriculum_rollout_batch_size=17, curriculum_metrics=["learnability", "self-bleu"],
+    curriculum_metric_weights=[0.8, 0.2],
+)  # fmt: skip
+coordinator = Coordinator(data, [f"p{i}" for i in range(P)], [f"c{i % 3}" for i in range(P)], "abc", N, ranks)
+checkpoints = Checkpoints(folder / "checkpoints", -1, ranks)
+
+
+def answers(indices: np.ndarray, step: int, num_responses: int) -> list[PromptStatistics]:
+    """This rank's part of what a made-up policy does."""
+    found = []
+    for index in indices[ranks.rank :: ranks.size]:
+        random = np.random.default_rng((seed, step, int(index), num_responses))
+        rate = random.binomial(num_responses, 0.9 * index / P) / num_responses
+        found.append(PromptStatistics(int(index), num_responses, rate, rate, rate * (1 - rate), random.random(), 0.5))
+    return found
+
+
+def refresh_if_due(step: int) -> None:
+    if coordinator.refresh_due(step):
+        for chunk in coordinator.refresh_chunks():
+            coordinator.observe_refresh(answers(chunk, 1000 + step, N))
+        coordinator.finish_refresh(step)
+
+
+def save(path: Path) -> None:
+    if ranks.rank == 0:
+        (path / "curriculum").mkdir()
+    coordinator.save(path / "curriculum")
+
+
+done = 0
+newest = checkpoints.newest()
+if newest is not None:
+    done = newest[0]
+    coordinator.load(newest[1] / "curriculum")
+refresh_if_due(done + 1)
+with open(folder / f"drawn.{ranks.rank}.jsonl", "a", encoding="utf-8") as log:
+    for step in range(done + 1, num_steps + 1):
+        batch = coordinator.next_batch(step)
+        probes = coordinator.next_probes(step)
+        log.write(json.dumps([step, batch.tolist(), probes.tolist()]) + "\n")
+        log.flush()
+        own = answers(batch, step, N) + answers(probes, step, coordinator.num_probe_responses)
+        coordinator.observe(step, own)
+        coordinator.finish_step(step)
+        refresh_if_due(step + 1)
+        if step % 3 == 0 or step == num_steps:
+            checkpoints.save(step, save)
+ranks.close()

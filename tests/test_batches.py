@@ -1,0 +1,187 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+from test_coordinator import SingleProcess, ThreadRank, on_ranks
+
+from mmr1_ds.batches import BatchMaker, teaches
+from mmr1_ds.collect import StageClock
+from mmr1_ds.config import AlgorithmConfig, DataConfig, RunConfig
+from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.errors import UserError
+from mmr1_ds.records import GroupRewards, Prompt, Response, RolloutGroup, SamplingSettings, ScoredGroup
+from mmr1_ds.rewards.scoring import RewardCounts
+
+P, B, N = 60, 12, 4
+SETTINGS = SamplingSettings(1.0, 1.0, -1, 16)
+
+
+def rewards(overall, accuracy=None, **parts):
+    overall = np.array(overall, dtype=np.float32)
+    accuracy = overall if accuracy is None else np.array(accuracy, dtype=np.float32)
+    parts = {name: np.array(values) for name, values in parts.items()}
+    return GroupRewards(overall, accuracy, np.zeros(len(overall), dtype=bool), parts)
+
+
+def scored(*arguments, **parts):
+    values = rewards(*arguments, **parts)
+    responses = tuple(Response((5, 6), (-0.1, -0.2), True) for _ in values.overall)
+    return ScoredGroup(RolloutGroup(Prompt(0, "p0", (1,), (), "42"), responses, 0), values)
+
+
+@pytest.mark.parametrize(
+    ("group", "algorithm", "expected"),
+    [
+        (scored([0, 1, 1]), {}, True),
+        (scored([1, 1, 1]), {}, False),
+        (scored([0.1, 0.1, 0.1]), {}, False),  # all wrong in good format: a mean above 0.01, and nothing to learn
+        (scored([0.1, 0.1, 0.1 + 1e-7]), {}, True),  # a difference is a difference, however small
+        (scored([-1, -1, 1]), {}, True),  # a negative mean says nothing either
+        (scored([0, 1, 1]), {"filter_high": 0.5}, False),
+        (scored([0, 1, 1]), {"filter_low": 0.5, "filter_high": 0.7}, True),
+        (scored([0, 0, 1]), {"filter_low": 0.5}, False),
+        (scored([0.9, 1.0], [1, 1]), {"filter_key": "accuracy"}, False),
+        (scored([0.9, 1.0], [1, 1]), {}, True),
+        (scored([0.5, 0.5], [0, 1]), {"filter_key": "accuracy"}, False),  # no gradient, whatever the accuracy
+        (scored([0.1, 1.0], [np.nan, 1]), {"filter_key": "accuracy"}, False),
+        (scored([0.1, 1.0, 0.1], [np.nan, 1, 0]), {"filter_key": "accuracy"}, True),
+        (scored([0.1, 1.0], [np.nan, np.nan]), {"filter_key": "accuracy"}, False),
+        (scored([0.1, 1.0], format=[0.0, 1.0]), {"filter_key": "format"}, True),
+    ],
+)
+def test_which_groups_teach(group, algorithm, expected):
+    assert teaches(group, AlgorithmConfig(**algorithm)) is expected
+
+
+def test_an_unknown_filter_key_names_those_there_are():
+    with pytest.raises(UserError, match=r"filter_key=acc is not among the reward's keys: accuracy, format, overall"):
+        teaches(scored([0, 1], format=[1, 1]), AlgorithmConfig(filter_key="acc"))
+
+
+class Ranks:
+    """The collectives that a batch needs, over threads or for one."""
+
+    def __init__(self, control):
+        self._control = control
+        self.rank, self.size = control.rank, control.size
+
+    def all_gather_objects(self, value, stage):
+        return self._control._exchange(value, stage) if isinstance(self._control, ThreadRank) else [value]
+
+    def sum(self, values, stage):
+        everyone = self.all_gather_objects(dict(values), stage)
+        return {name: sum(part[name] for part in everyone) for name in values}
+
+
+class Data:
+    """Prompts whose index says what happens to them."""
+
+    def __getitem__(self, index):
+        return Prompt(index, f"p{index}", (1, 2, index), ("image",), str(index))
+
+
+class FakeCollector:
+    """Groups of one in three prompts vary; whatever else, a group follows from its request alone."""
+
+    def __init__(self, teaching=3):
+        self.teaching, self.seeds = teaching, []
+
+    def collect(self, requests, settings, clock):
+        groups = []
+        for request in requests:
+            self.seeds.append(request.seed)
+            right = np.arange(request.num_responses) % 2 if request.prompt.index % self.teaching == 0 else 0
+            overall = np.zeros(request.num_responses, dtype=np.float32) + right
+            tokens = [(request.seed % 1000, 7, k) for k in range(request.num_responses)]
+            responses = tuple(Response(t, (-0.5,) * 3, True) for t in tokens)
+            groups.append(ScoredGroup(RolloutGroup(request.prompt, responses, 3), rewards(overall)))
+        return groups, RewardCounts(sum(len(g.group.responses) for g in groups), 0, 0, 0, 0)
+
+
+class Encoder:
+    eos_token_ids = (99,)
+
+
+def make(control, collector, online_filtering=True, max_tries=20, mini_batch=B, **data):
+    config = RunConfig()
+    config.data = DataConfig(rollout_batch_size=B, seed=3, **data)
+    config.worker.rollout.n, config.worker.actor.global_batch_size = N, mini_batch
+    config.algorithm.online_filtering, config.trainer.max_try_make_batch = online_filtering, max_tries
+    ids = [f"p{i}" for i in range(P)]
+    coordinator = Coordinator(config.data, ids, [""] * P, "abc", N, control)
+    return BatchMaker(config, Ranks(control), Encoder(), Data(), coordinator, collector), coordinator
+
+
+def content(batch):
+    return [
+        (group.scored.group.prompt, group.scored.group.responses, group.scored.rewards.overall.tolist())
+        for group in batch.groups
+    ]
+
+
+def test_filtering_draws_until_the_batch_teaches():
+    maker, coordinator = make(SingleProcess(), FakeCollector())
+    batch = maker.make(1, SETTINGS, StageClock())
+    assert len(batch.groups) == B
+    assert all(group.scored.group.prompt.index % 3 == 0 for group in batch.groups)
+    assert all(np.abs(group.advantages).min() > 0.5 for group in batch.groups)
+    tries = batch.metrics["online_filtering/num_tries"]
+    assert 2 <= tries <= 5  # a third of 60 prompts teach: 5 tries of 12 see them all
+    metrics = coordinator.metrics()
+    assert metrics["curriculum/consumed_batches"] == tries
+    assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(tries - 1)
+    assert batch.metrics["reward/num_responses"] == tries * B * N
+
+
+def test_too_few_that_teach_do_not_end_the_run(caplog):
+    maker, _ = make(SingleProcess(), FakeCollector(teaching=1000), max_tries=5)
+    batch = maker.make(1, SETTINGS, StageClock())
+    assert len(batch.groups) == B
+    assert "step 1: 1 of 12 groups teach after 5 tries (trainer.max_try_make_batch)" in caplog.text
+    assert (batch.groups[0].advantages != 0).any()  # what teaches comes first
+    assert all((group.advantages == 0).all() for group in batch.groups[1:])
+
+
+def test_without_filtering_one_draw_is_the_batch():
+    collector = FakeCollector(teaching=1000)
+    maker, coordinator = make(SingleProcess(), collector, online_filtering=False)
+    batch = maker.make(1, SETTINGS, StageClock())
+    assert len(batch.groups) == B and len(collector.seeds) == B
+    assert coordinator.metrics()["curriculum/extra_rollout_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("online_filtering", [True, False])
+@pytest.mark.parametrize(("size", "mini_batch"), [(2, 12), (3, 6), (3, 12)])
+def test_the_batch_is_the_same_on_any_number_of_ranks(size, mini_batch, online_filtering):
+    def two_steps(control):
+        strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online", "curriculum_probe_fraction": 0.5}
+        maker, coordinator = make(control, FakeCollector(), online_filtering, mini_batch=mini_batch, **strategy)
+        batches = [maker.make(step, SETTINGS, StageClock()) for step in (1, 2)]
+        return [content(batch) for batch in batches], [batch.metrics for batch in batches], coordinator.metrics()
+
+    alone = on_ranks(1, two_steps)[0]
+    ranks = on_ranks(size, two_steps)
+    for step in range(2):
+        together = [*chain.from_iterable(contents[step] for contents, _, _ in ranks)]
+        assert sorted(map(repr, together)) == sorted(map(repr, alone[0][step]))
+        share = mini_batch // size
+        for start in range(0, B, mini_batch):  # each mini-batch holds the same groups, split over the ranks
+            places = slice(start // mini_batch * share, (start // mini_batch + 1) * share)
+            parts = [*chain.from_iterable(contents[step][places] for contents, _, _ in ranks)]
+            assert sorted(map(repr, parts)) == sorted(map(repr, alone[0][step][start : start + mini_batch]))
+        assert ranks[0][1][step] == pytest.approx(alone[1][step])
+    assert ranks[0][2] == pytest.approx(alone[2])
+
+
+def test_probes_ride_along_but_do_not_train():
+    collector = FakeCollector()
+    strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online", "curriculum_probe_fraction": 0.25}
+    maker, coordinator = make(SingleProcess(), collector, online_filtering=False, **strategy)
+    batch = maker.make(1, SETTINGS, StageClock())
+    assert len(batch.groups) == B and all(len(g.scored.group.responses) == N for g in batch.groups)
+    assert len(collector.seeds) == B + 6 and len(set(collector.seeds)) == B + 6  # a quarter of 48, two at a time
+    metrics = coordinator.metrics()
+    assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(0.25)
+    assert batch.metrics["reward/num_responses"] == B * N + 12
+    effective = np.mean([g.scored.group.prompt.index % 3 == 0 for g in batch.groups])
+    assert metrics["curriculum/effective_group_fraction"] == pytest.approx(effective)  # of the batch alone
