@@ -79,7 +79,7 @@ def test_quick_experimentation_settings():
     )
 
 
-@pytest.mark.parametrize("name", ["mmr1", "mmr1_b200", "mmr1_h100"])
+@pytest.mark.parametrize("name", ["mmr1", "mmr1_b200", "mmr1_h100", "mmr1_online"])
 def test_project_configs_are_valid_on_eight_ranks(name):
     config = load_config([f"config={name}"]).config
     plan = check_config(config, world_size=8)
