@@ -81,7 +81,8 @@ class BatchMaker:
             num_tries += 1
             if self._config.algorithm.online_filtering:
                 num_teaching = self._count_teaching(groups)
-        self._coordinator.finish_step(step)
+        with clock("curriculum"):
+            self._coordinator.finish_step(step)
         metrics = reward_metrics([group.scored for group in groups], failures, self._ranks)
         if self._config.algorithm.online_filtering:
             if num_teaching < self._batch_size:
