@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmr1_ds import train
+from mmr1_ds import score, train
 from mmr1_ds.config_loading import LOCAL_RANK
 
 _ARGUMENTS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
@@ -17,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns: the exit code; 2 after a user's mistake."""
     given = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args([word for word in given if not word.startswith(LOCAL_RANK)])
+    if arguments.command == "score":
+        return score.main(arguments)
     settings = [*arguments.settings, *_EVAL] if arguments.command == "eval" else arguments.settings
     return train.main(settings)
 
@@ -34,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("settings", nargs="*", metavar="key=value", help=_ARGUMENTS)
+    score.add_arguments(commands.add_parser("score", help="score given responses, without a model or training"))
     return parser
 
 

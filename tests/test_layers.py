@@ -15,16 +15,19 @@ LAYERS = [
     ["mmr1_ds.distributed", "mmr1_ds.launch_guard", "mmr1_ds.config_schema", "mmr1_ds.logging"],
     ["mmr1_ds.data", "mmr1_ds.rewards", "mmr1_ds.curriculum", "mmr1_ds.checkpoint"],
     ["mmr1_ds.input_files", "mmr1_ds.config_upstream", "mmr1_ds.engine"],
+    ["mmr1_ds.response_files", "mmr1_ds.response_tokens"],
     ["mmr1_ds.config_loading", "mmr1_ds.rollout"],
     ["mmr1_ds.config_checks", "mmr1_ds.deepspeed_config", "mmr1_ds.collect", "mmr1_ds.metrics"],
     ["mmr1_ds.batches"],
     ["mmr1_ds.plan", "mmr1_ds.trainer", "mmr1_ds.demo"],
     ["mmr1_ds.composition"],
     ["mmr1_ds.train"],
+    ["mmr1_ds.score"],
     ["mmr1_ds.cli"],
 ]
 LIGHT = ["errors", "config", "records", "config_loading", "config_checks", "deepspeed_config", "plan", "distributed"]
 LIGHT += ["logging", "curriculum.coordinator", "curriculum.scores", "rewards.pool", "rewards.scoring", "train", "cli"]
+LIGHT += ["score"]
 
 
 def modules() -> dict[str, Path]:
