@@ -97,7 +97,7 @@ def _steps(arguments: argparse.Namespace, settings: dict, ranks: Ranks):
     data = DataConfig(rollout_batch_size=arguments.batch, curriculum_update_freq=10**6, **settings)
     ids = [f"prompt {index}" for index in range(arguments.prompts)]
     categories = [f"source {index % 9}" for index in range(arguments.prompts)]
-    coordinator = Coordinator(data, ids, categories, "fingerprint", arguments.responses, ranks)
+    coordinator = Coordinator(data, ids, categories, "fingerprint", arguments.responses, arguments.steps, ranks)
     if coordinator.refresh_due(1):
         _refresh(coordinator, arguments, ranks)
     for step in range(1, arguments.steps + 2):

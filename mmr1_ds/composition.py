@@ -63,6 +63,7 @@ def run(
             train_data.categories,
             train_data.fingerprint,
             config.worker.rollout.n,
+            num_steps,
             ranks,
         )
         if start is not None and not config.trainer.val_only:

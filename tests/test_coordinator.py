@@ -92,7 +92,7 @@ def make(control=None, num_prompts=P, fingerprint="abc", **changes):
     }
     data = DataConfig(**(settings | changes))
     ids = [f"p{i}" for i in range(num_prompts)]
-    return Coordinator(data, ids, [""] * num_prompts, fingerprint, N, control or SingleProcess())
+    return Coordinator(data, ids, [""] * num_prompts, fingerprint, N, 40, control or SingleProcess())
 
 
 def answer(index, step, num_responses=8):

@@ -81,9 +81,10 @@ def _on_host(
     token_ids, offsets = arrays["token_ids"], arrays["offsets"]
     group_offsets = check_packing(len(token_ids), offsets, group_size, arrays.get("group_offsets"))
     check_outcomes(arrays["rewards"], arrays["accuracies"], len(offsets) - 1)
-    count_ngrams = reference.count_ngrams if backend == "reference" else cpu.count_ngrams
     if backend is None and not cpu.is_available():
-        count_ngrams = reference.count_ngrams
+        cpu.warn_that_it_is_missing()
+        backend = "reference"
+    count_ngrams = reference.count_ngrams if backend == "reference" else cpu.count_ngrams
     counts = count_ngrams(token_ids, offsets, group_offsets, int(max_order))
     return score_groups(counts, offsets, arrays["rewards"], arrays["accuracies"], group_offsets)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum import storage
+from mmr1_ds.curriculum.estimator import PROBE_RESPONSES, probe_budget
 from mmr1_ds.curriculum.online import OnlineTable
 from mmr1_ds.curriculum.refresh import Refresh
 from mmr1_ds.curriculum.sampler import PromptSampler
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _REFUSED = -2  # in the header of a load: rank 0 could not use the state
 _NEVER = -1
-_NUM_PROBE_RESPONSES = 2
 
 
 class Control(Protocol):
@@ -65,6 +65,7 @@ class Coordinator:
         categories: Sequence[str],
         fingerprint: str,
         num_responses: int,
+        num_steps: int,
         control: Control,
     ) -> None:
         """
@@ -72,11 +73,12 @@ class Coordinator:
             prompt_ids, categories: (P,), stable across runs.
             fingerprint: of the data set.
             num_responses: N of a training group.
+            num_steps: of the whole run, over which probes are spread.
         """
         check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
         self.data, self.control = data, control
         self.num_prompts = len(prompt_ids)
-        self.num_responses = num_responses
+        self.num_responses, self.num_steps = num_responses, num_steps
         self.steps_per_epoch = max(1, self.num_prompts // data.rollout_batch_size)  # as the run counts episodes
         self._is_curriculum = data.sampling_strategy == "curriculum"
         self._last_refresh_step = _NEVER
@@ -138,21 +140,25 @@ class Coordinator:
     @property
     def num_probe_responses(self) -> int:
         """Responses a probe asks for."""
-        return _NUM_PROBE_RESPONSES
+        return PROBE_RESPONSES
 
     def next_probes(self, step: int) -> np.ndarray:
         """Prompts to roll out beside the batch of `step`, for what they tell alone, (K,) int64. Collective.
 
-        At most `curriculum_probe_fraction` of the training rollouts so far; call it after `next_batch`.
+        Over the run they take `curriculum_probe_fraction` of the training rollouts; see `probe_budget`. Call it after
+        `next_batch`.
         """
         if not self._is_online or self.data.curriculum_probe_fraction == 0.0:
             return np.empty(0, dtype=np.int64)
         probes = None
         if self._is_rank_0:
-            allowed = self.data.curriculum_probe_fraction * step * self.data.rollout_batch_size * self.num_responses
-            num_probes = int(allowed - self._num_probe_rollouts) // _NUM_PROBE_RESPONSES
+            allowed = probe_budget(
+                step, self.num_steps, self.num_prompts, self.data.rollout_batch_size, self.num_responses,
+                self.data.curriculum_probe_fraction,
+            )  # fmt: skip
+            num_probes = int(allowed - self._num_probe_rollouts) // PROBE_RESPONSES
             probes = self.table.probes(num_probes, exclude=np.concatenate(self._drawn))
-            self._num_probe_rollouts += len(probes) * _NUM_PROBE_RESPONSES
+            self._num_probe_rollouts += len(probes) * PROBE_RESPONSES
         return self.control.broadcast_array(probes, f"curriculum/next_probes of step {step}")
 
     def observe(self, step: int, statistics: Sequence[PromptStatistics]) -> None:

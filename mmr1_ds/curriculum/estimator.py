@@ -5,11 +5,11 @@ binomial likelihood. Between its visits a prompt moves with the policy:
 
     z <- z + d + delta_k + noise of variance q         every prompt, every step; k is its category
     z <- z + eta u, u = 4 p (1 - p) shrunk by V        a prompt that was trained on
+    z ~ the prior                                      with a small chance a step: prompts revive, or die, at once
 
-d, eta, delta_k, q, and the prior N(mu_k, v0) of prompts never seen, are all learned the same way: each observation
-gives the gradient g = (m' - m) / V of its log-likelihood in m and the information I = (V - V') / V^2 about it, and a
-parameter takes a step of (summed gradient) / (decayed sum of information). When a drift parameter changes, every
-prompt moves by the share of it that has reached the prompt since it was last seen; so prompts never visited move too.
+d, eta, delta_k, q, the rate of such jumps and the prior of prompts never seen are learned from the same observations
+(`drift_law`). When a drift parameter changes, every prompt moves by the share of it that has reached the prompt since
+it was last seen; so prompts never visited move too.
 
 Nothing is done to a prompt unless it is observed: it stores its belief relative to sums over steps (P prompts,
 B observed, C categories), so a step costs O(B + C), and `weights` O(P).
@@ -18,35 +18,38 @@ B observed, C categories), so a step costs O(B + C), and `weights` O(P).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mmr1_ds.curriculum.drift_law import DriftLaw, FilterSettings, Prior
+from mmr1_ds.curriculum.posterior import pooled, posterior
 from mmr1_ds.curriculum.utilities import expected_utility, logistic, sharpening, utility_function
 
+__all__ = ["PROBE_RESPONSES", "FilterSettings", "LogitFilter", "probe_budget"]
+
+PROBE_RESPONSES = 4  # to one prompt
+_EARLY_PROBING = 2.5  # times the mean rate, while little is known
+
 _NEVER = -1
-_BLOCK = 1 << 16  # prompts evaluated at a time, so that intermediate results stay in cache
+_BLOCK = 1 << 14  # prompts evaluated at a time, so that intermediate results stay in cache
 _SHARPENING_SAMPLE = 1 << 14  # prompts that the exponent is found from
+_TIED_SAMPLE = 64  # prompts equally stale that a probe is chosen from
 _MEAN_LIMIT = 15.0  # logits beyond are beyond any pass rate that a run could measure
 
 
-@dataclass(frozen=True)
-class FilterSettings:
-    """Constants of the filter; variances are of logits."""
+def probe_budget(
+    step: int, num_steps: int, num_prompts: int, batch_size: int, num_responses: int, fraction: float
+) -> float:
+    """Rollouts that probes may have taken by the end of `step` (from 1): early ones teach most.
 
-    prior_variance: float = 4.0  # v0 before the first observation
-    prior_category_strength: float = 20.0  # pulls mu_k to the mean of all categories
-    min_variance: float = 0.01
-    max_variance: float = 16.0
-    drift_deviation: float = 0.02  # prior standard deviation of d
-    gain_deviation: float = 0.1  # of eta
-    drift_memory: float = 0.97  # what information of earlier steps still counts, a step
-    category_deviation: float = 0.004  # of delta_k
-    noise: float = 0.003  # q before the first observation
-    noise_memory: float = 0.99
-    score_floor: float = 0.0025
-    max_sharpening: float = 1.4
+    By the end of the run they are `fraction` of the training rollouts. For a quarter of it, or until the batches could
+    have held every prompt twice if that is sooner, they come at 2.5 times that rate, then at what is left.
+    """
+    early_steps = min(num_steps / 4.0, 2.0 * num_prompts / batch_size)
+    late_rate = (num_steps - _EARLY_PROBING * early_steps) / (num_steps - early_steps)
+    spent = _EARLY_PROBING * min(step, early_steps) + late_rate * max(0.0, step - early_steps)
+    return fraction * spent * batch_size * num_responses
 
 
 class LogitFilter:
@@ -81,7 +84,7 @@ class LogitFilter:
         self._category = categories.astype(np.uint16)
         num_categories = int(categories.max()) + 1
 
-        # Of each prompt. The shares are as of its last observation.
+        # Of each prompt, 20 bytes with its category. The shares are as of its last observation.
         self._anchor = np.zeros(num_prompts, dtype=np.float32)  # m less what has moved it since step 0
         self._variance = np.zeros(num_prompts, dtype=np.float32)  # V less all process noise since step 0
         self._drift_share = np.zeros(num_prompts, dtype=np.float16)  # dm/dd, in steps
@@ -96,24 +99,12 @@ class LogitFilter:
         self._gained = 0.0
         self._noise_sum = 0.0
 
-        # The learned parameters and the information about them.
-        self._drift = np.zeros(2)  # d, eta
-        self._drift_information = self._drift_prior
-        self._category_drift = np.zeros(num_categories)
-        self._category_information = np.zeros(num_categories)
-        self._noise = self.settings.noise
-        self._noise_information = 0.0
-        self._prior_mean = 0.0
-        self._prior_mean_information = 0.0
-        self._prior_offset = np.zeros(num_categories)
-        self._prior_offset_information = np.zeros(num_categories)
-        self._prior_variance = self.settings.prior_variance
-        self._prior_variance_information = 0.0
+        self._law = DriftLaw(num_categories, self.settings)
+        self._prior = Prior(num_categories, self.settings)
         self._sharpening = 1.0
-
-    @property
-    def _drift_prior(self) -> np.ndarray:
-        return np.diag([1.0 / self.settings.drift_deviation**2, 1.0 / self.settings.gain_deviation**2])
+        # Of p(1 - p) of the prompts observed, decayed sums: as expected before, and as found.
+        self._expected_variance = 0.0
+        self._found_variance = 0.0
 
     @property
     def last_seen_step(self) -> np.ndarray:
@@ -129,14 +120,15 @@ class LogitFilter:
         category = self._category[indices]
         last_seen = self._last_seen[indices]
         mean = self._anchor[indices] + self._shift.astype(np.float32)[category]
-        mean += (self._drift_share[indices] - last_seen) * self._slope.astype(np.float32)[category]
-        mean += self._gain_share[indices] * np.float32(self._gained)
+        share = self._drift_share[indices].astype(np.float32) - last_seen.astype(np.float32)
+        mean += share * self._slope.astype(np.float32)[category]
+        mean += self._gain_share[indices].astype(np.float32) * np.float32(self._gained)
         variance = self._variance[indices] + np.float32(self._noise_sum)
         unseen = last_seen == _NEVER
         if unseen.any():
-            prior = (self._prior_mean + self._prior_offset).astype(np.float32)
+            prior = (self._prior.mean + self._prior.offset).astype(np.float32)
             mean = np.where(unseen, prior[category], mean)
-            variance = np.where(unseen, np.float32(self._prior_variance), variance)
+            variance = np.where(unseen, np.float32(self._prior.variance), variance)
         return mean, np.clip(variance, self.settings.min_variance, self.settings.max_variance)
 
     def predicted_pass_rates(self, indices: np.ndarray) -> np.ndarray:
@@ -146,28 +138,30 @@ class LogitFilter:
         return expected.astype(np.float64).clip(1e-7, 1.0 - 1e-7)
 
     def utility(self, name: str) -> np.ndarray:
-        """E[u] of each prompt, (P,) float32: neither sharpened nor floored."""
-        return self._utilities(name, slice(0, self.num_prompts))[0]
+        """E[u] of each prompt, (P,) float32: neither sharpened nor floored. Raises: UserError for an unknown name."""
+        return self._utilities(name)[0]
 
-    def _utilities(self, name: str, indices: slice) -> tuple[np.ndarray, np.ndarray]:
-        utility = utility_function(name)
-        if indices.step not in (None, 1):
-            return expected_utility(*self._belief(indices), utility, self.num_responses)
-        blocks = [
-            expected_utility(*self._belief(slice(start, start + _BLOCK)), utility, self.num_responses)
-            for start in range(0, self.num_prompts, _BLOCK)
-        ]
-        return np.concatenate([first for first, _ in blocks]), np.concatenate([second for _, second in blocks])
+    def _utilities(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        function = utility_function(name)
+        first, second = np.empty((2, self.num_prompts), dtype=np.float32)
+        for start in range(0, self.num_prompts, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            first[block], second[block] = expected_utility(*self._belief(block), function, self.num_responses)
+        return first, second
 
     def weights(self, utility: str = "learnability") -> np.ndarray:
-        """What to draw by: (E[u] + floor)^gamma over its largest, (P,) float32 in (0, 1], read only."""
-        first, second = self._utilities(utility, slice(0, self.num_prompts))
+        """What to draw by: (E[u] + floor)^gamma over its largest, (P,) float32 in (0, 1], read only.
+
+        Raises: UserError for an unknown utility.
+        """
+        first, second = self._utilities(utility)
         stride = max(1, self.num_prompts // _SHARPENING_SAMPLE)
-        exponent = sharpening(first[::stride], second[::stride], self.settings.max_sharpening)
-        self._sharpening = exponent
+        self._sharpening = sharpening(
+            first[::stride], second[::stride], self._calibration, self.settings.max_sharpening
+        )
         first += np.float32(self.settings.score_floor)
         first /= first.max()
-        weights: np.ndarray = np.power(first, np.float32(exponent), out=first)
+        weights: np.ndarray = np.power(first, np.float32(self._sharpening), out=first)
         weights.flags.writeable = False
         return weights
 
@@ -186,9 +180,11 @@ class LogitFilter:
         threshold = np.partition(last_seen, num_probes - 1)[num_probes - 1]
         staler = np.flatnonzero(last_seen < threshold)
         tied = np.flatnonzero(last_seen == threshold)
+        needed = num_probes - len(staler)
+        stride = max(1, len(tied) // (_TIED_SAMPLE * needed))  # of millions never seen, a part is enough to choose from
+        tied = tied[self.step % stride :: stride]
         # A multiplicative hash of the index: any fixed order unrelated to the data's would do.
         order = tied.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        needed = num_probes - len(staler)
         chosen = tied[np.argpartition(order, needed - 1)[:needed]]
         return np.concatenate([staler, np.sort(chosen)])
 
@@ -201,30 +197,64 @@ class LogitFilter:
             indices: (K,) prompts; num_right: (K,) successes, fractions allowed, NaN = unknown, skipped;
             num_responses: (K,) responses behind them, or one number for all.
         """
-        indices, right, total = _pool(np.asarray(indices), num_right, num_responses)
-        if len(indices) == 0:
-            self._decay()
-            return
+        indices, right, total = pooled(indices, num_right, num_responses)
+        category = self._category[indices]
         seen = self._last_seen[indices] != _NEVER
-        self._learn_prior(indices[~seen], right[~seen], total[~seen])
-        mean, variance = (array.astype(np.float64) for array in self._belief(indices))
-        new_mean, new_variance = posterior(mean, variance, right, total)
-        new_variance = np.maximum(new_variance, self.settings.min_variance)
-        kept = new_variance / variance
+        self._prior.learn(category[~seen], right[~seen], total[~seen])
 
-        elapsed = self.step - self._last_seen[indices].astype(np.float64)
+        self._calibrate(indices, right, total)
+        mean, variance = (array.astype(np.float64) for array in self._belief(indices))
+        new_mean, new_variance, evidence = posterior(mean, variance, right, total)
+        kept = new_variance / variance
+        gradient = (new_mean - mean) / variance
+        curvature = (variance - new_variance) / variance**2
+
+        # Or the prompt has jumped since: the belief is the mixture of both accounts, by how well each predicted.
+        elapsed = np.where(seen, self.step - self._last_seen[indices], 0).astype(np.float64)
+        fresh_mean = self._prior.mean + self._prior.offset[category]
+        fresh_variance = np.full(len(indices), self._prior.variance)
+        jumped_mean, jumped_variance, jumped_evidence = posterior(fresh_mean, fresh_variance, right, total)
+        chance = 1.0 - (1.0 - self._law.jump_rate) ** elapsed
+        odds = np.log(np.maximum(chance, 1e-300)) - np.log1p(-chance) + jumped_evidence - evidence
+        jumped = np.where(seen, logistic(odds), 0.0)
+        stayed = 1.0 - jumped
+
         drift_share = np.where(seen, self._drift_share[indices] + elapsed, 0.0)
         gain_share = np.where(seen, self._gain_share[indices], 0.0).astype(np.float64)
         noise_share = np.where(seen, self._noise_share[indices] + elapsed, 0.0)
-        gradient = (new_mean - mean) / variance
-        information = np.maximum(0.0, (variance - new_variance) / variance**2)
-        category = self._category[indices]
-        self._learn_noise(gradient, information, (variance - new_variance) / variance**2, noise_share)
-        drift_change, gain_change = self._learn_drift(category, drift_share, gain_share, gradient, information)
-        drift_share *= kept
-        gain_share *= kept
-        new_mean += drift_share * drift_change[category] + gain_share * gain_change
-        self._store(indices, new_mean, new_variance, drift_share, gain_share, noise_share * kept**2)
+        self._law.learn_jumps(jumped[seen], elapsed[seen])
+        self._law.learn_noise(gradient, curvature, noise_share, stayed)
+        drift_change, gain_change = self._law.learn_drift(
+            stayed * gradient, stayed * np.maximum(0.0, curvature), category, drift_share, gain_share
+        )
+        # m = anchor + shift + (share - last_seen) * slope: this moves every prompt by its present share of the change.
+        self._slope += drift_change
+        self._shift += self.step * drift_change
+        self._gained += gain_change
+
+        kept *= stayed
+        drift_share, gain_share, noise_share = kept * drift_share, kept * gain_share, kept**2 * noise_share
+        mixed_mean = stayed * new_mean + jumped * jumped_mean
+        mixed_variance = stayed * (new_variance + (new_mean - mixed_mean) ** 2)
+        mixed_variance += jumped * (jumped_variance + (jumped_mean - mixed_mean) ** 2)
+        mixed_mean += drift_share * drift_change[category] + gain_share * gain_change
+        self._store(indices, mixed_mean, mixed_variance, drift_share, gain_share, noise_share)
+
+    def _calibrate(self, indices: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray) -> None:
+        """Compare p(1 - p) with its unbiased estimate from the responses, right * wrong / (n (n - 1))."""
+        expected, _ = expected_utility(*self._belief(indices), utility_function("learnability"), self.num_responses)
+        pairs = np.maximum(num_responses - 1.0, 0.0)  # one response tells nothing
+        memory = self.settings.memory
+        self._expected_variance = float(memory * self._expected_variance + (pairs * expected).sum())
+        found = num_right * (num_responses - num_right) / num_responses
+        self._found_variance = float(memory * self._found_variance + found[pairs > 0.0].sum())
+
+    @property
+    def _calibration(self) -> float:
+        """How much of the expected p(1 - p) was found, [0.8, 1.25]."""
+        if self._expected_variance == 0.0:
+            return 1.0
+        return float(np.clip(self._found_variance / self._expected_variance, 0.8, 1.25))
 
     def _store(
         self,
@@ -235,132 +265,50 @@ class LogitFilter:
         gain_share: np.ndarray,
         noise_share: np.ndarray,
     ) -> None:
-        """The belief of observed prompts, now, relative to the sums."""
+        """The beliefs of observed prompts as of now."""
         category = self._category[indices]
         self._last_seen[indices] = self.step
         self._drift_share[indices] = drift_share
         self._gain_share[indices] = gain_share
         self._noise_share[indices] = noise_share
-        # As rounded, or the mean would be off by the rounding times the sums.
-        drift_share, gain_share = (a[indices].astype(np.float64) for a in (self._drift_share, self._gain_share))
-        self._variance[indices] = variance - self._noise_sum
+        self._variance[indices] = np.maximum(variance, self.settings.min_variance) - self._noise_sum
+        # The shares as they were rounded, or the mean would be off by the rounding times the sums.
+        drift_share, gain_share = (
+            array[indices].astype(np.float64) for array in (self._drift_share, self._gain_share)
+        )
         moved = self._shift[category] + (drift_share - self.step) * self._slope[category] + gain_share * self._gained
         self._anchor[indices] = mean.clip(-_MEAN_LIMIT, _MEAN_LIMIT) - moved
-
-    def _learn_prior(self, indices: np.ndarray, right: np.ndarray, total: np.ndarray) -> None:
-        """mu_k and v0 from first observations: prompts never seen are drawn alike within their category."""
-        settings = self.settings
-        self._prior_mean_information *= settings.drift_memory
-        self._prior_offset_information *= settings.drift_memory
-        self._prior_variance_information *= settings.drift_memory
-        if len(indices) == 0:
-            return
-        category = self._category[indices]
-        num_passes = 1 if self._prior_mean_information > 0.0 else 15
-        for this_pass in range(num_passes):
-            mean, variance = (array.astype(np.float64) for array in self._belief(indices))
-            new_mean, new_variance = posterior(mean, variance, right, total)
-            gradient = (new_mean - mean) / variance
-            curvature = (variance - new_variance) / variance**2
-            information = np.maximum(0.0, curvature)
-            by_category = np.bincount(category, information, minlength=len(self._prior_offset))
-            mean_information = self._prior_mean_information + information.sum() + 0.1
-            change = gradient.sum() / mean_information
-            self._prior_mean += change
-            offset_information = self._prior_offset_information + by_category
-            pull = settings.prior_category_strength / self._prior_variance
-            gradients = np.bincount(category, gradient - information * change, minlength=len(self._prior_offset))
-            self._prior_offset += (gradients - pull * self._prior_offset) / (offset_information + pull)
-            variance_information = self._prior_variance_information + (information**2).sum() / 2.0 + 0.1
-            change = ((gradient**2 - curvature) / 2.0).sum() / variance_information / self._prior_variance
-            self._prior_variance = float(
-                np.clip(self._prior_variance * np.exp(np.clip(change, -0.5, 0.5)), 0.1, settings.max_variance)
-            )
-            if this_pass == num_passes - 1:
-                self._prior_mean_information = mean_information
-                self._prior_offset_information = offset_information
-                self._prior_variance_information = variance_information
-
-    def _learn_drift(
-        self,
-        category: np.ndarray,
-        drift_share: np.ndarray,
-        gain_share: np.ndarray,
-        gradient: np.ndarray,
-        information: np.ndarray,
-    ) -> tuple[np.ndarray, float]:
-        """d, eta and delta_k, and with them every prompt seen before. Returns: the changes of d + delta_k and eta."""
-        settings = self.settings
-        shares = np.stack([drift_share, gain_share])
-        self._drift_information = (
-            settings.drift_memory * self._drift_information
-            + (1.0 - settings.drift_memory) * self._drift_prior
-            + (shares * information) @ shares.T
-        )
-        change = np.linalg.solve(self._drift_information, shares @ gradient)
-        self._drift += change
-        num_categories = len(self._category_drift)
-        self._category_information = settings.drift_memory * self._category_information + np.bincount(
-            category, information * drift_share**2, minlength=num_categories
-        )
-        left = drift_share * (gradient - information * (change @ shares))
-        pull = 1.0 / settings.category_deviation**2
-        decay = 1.0 - settings.drift_memory
-        gradients = np.bincount(category, left, minlength=num_categories) - decay * pull * self._category_drift
-        category_change = gradients / (self._category_information + pull)
-        self._category_drift += category_change
-        total = change[0] + category_change
-        self._slope += total
-        self._shift += self.step * total
-        self._gained += float(change[1])
-        return total, float(change[1])
-
-    def _learn_noise(
-        self, gradient: np.ndarray, information: np.ndarray, curvature: np.ndarray, noise_share: np.ndarray
-    ) -> None:
-        """q, on its logarithm; the beliefs keep the variance that they have."""
-        share = noise_share * self._noise
-        self._noise_information = (
-            self.settings.noise_memory * self._noise_information + 0.2 + ((information * share) ** 2).sum() / 2.0
-        )
-        change = ((gradient**2 - curvature) * share).sum() / 2.0 / self._noise_information
-        self._noise = float(np.clip(self._noise * np.exp(np.clip(change, -0.1, 0.1)), 1e-4, 0.05))
-
-    def _decay(self) -> None:
-        nothing = np.empty(0)
-        self._learn_prior(np.empty(0, dtype=np.int64), nothing, nothing)
-        self._learn_noise(nothing, nothing, nothing, nothing)
-        self._learn_drift(np.empty(0, dtype=np.int64), nothing, nothing, nothing, nothing)
 
     def predict_step(self, trained_indices: np.ndarray) -> None:
         """End the step: every prompt drifts, those trained on gain. Args: trained_indices: (B,), repeats count."""
         indices, counts = np.unique(np.asarray(trained_indices, dtype=np.int64), return_counts=True)
-        seen = self._last_seen[indices] != _NEVER  # a batch whose accuracies are all unknown leaves its prompts unseen
+        seen = self._last_seen[indices] != _NEVER  # a prompt whose accuracies are all unknown stays unseen
         indices, counts = indices[seen], counts[seen]
-        if len(indices):
-            mean, variance = (array.astype(np.float64) for array in self._belief(indices))
-            pass_rate = logistic(mean)
-            gain = counts * 4.0 * pass_rate * (1.0 - pass_rate) / np.sqrt(1.0 + 0.3 * variance)
-            before = self._gain_share[indices].astype(np.float64)
-            self._gain_share[indices] = before + gain
-            added = self._gain_share[indices] - before
-            # m must grow by gain * eta alone: what eta changed by in earlier steps has not moved this share.
-            self._anchor[indices] += (gain * np.clip(self._drift[1], -0.3, 0.4) - added * self._gained).astype(np.float32)
-        moved = self._drift[0] + self._category_drift
-        self._shift += moved
-        self._prior_offset += self._category_drift
-        self._prior_mean += self._drift[0]
-        self._noise_sum += self._noise
+        mean, variance = (array.astype(np.float64) for array in self._belief(indices))
+        pass_rate = logistic(mean)
+        gain = counts * 4.0 * pass_rate * (1.0 - pass_rate) / np.sqrt(1.0 + 0.3 * variance)
+        before = self._gain_share[indices].astype(np.float64)
+        self._gain_share[indices] = before + gain
+        added = self._gain_share[indices] - before
+        # m must grow by gain * eta alone: what eta changed by in earlier steps has not moved this share.
+        self._anchor[indices] += (gain * self._law.gain - added * self._gained).astype(np.float32)
+
+        drift, category_drift = float(self._law.drift[0]), self._law.category_drift
+        self._shift += drift + category_drift
+        self._prior.mean += drift
+        self._prior.offset = self._prior.offset + category_drift
+        self._noise_sum += self._law.noise
         self.step += 1
 
     def metrics(self) -> dict[str, float]:
         """The learned parameters, as `curriculum/estimator_*`."""
         return {
-            "curriculum/estimator_drift": float(self._drift[0]),
-            "curriculum/estimator_training_gain": float(self._drift[1]),
-            "curriculum/estimator_process_noise": self._noise,
-            "curriculum/estimator_prior_mean": self._prior_mean,
-            "curriculum/estimator_prior_variance": self._prior_variance,
+            "curriculum/estimator_drift": float(self._law.drift[0]),
+            "curriculum/estimator_training_gain": self._law.gain,
+            "curriculum/estimator_process_noise": self._law.noise,
+            "curriculum/estimator_jump_rate": self._law.jump_rate,
+            "curriculum/estimator_prior_mean": self._prior.mean,
+            "curriculum/estimator_prior_variance": self._prior.variance,
             "curriculum/estimator_sharpening": self._sharpening,
         }
 
@@ -369,8 +317,8 @@ class LogitFilter:
     def state_dict(self) -> dict[str, Any]:
         """`arrays`, of length P, C or 2, and `numbers`: all that a resume needs, exactly."""
         return {
-            "arrays": {name: getattr(self, f"_{name}").copy() for name in _PROMPT_ARRAYS + _SHARED_ARRAYS},
-            "numbers": {name: getattr(self, name if name == "step" else f"_{name}") for name in _NUMBERS},
+            "arrays": {key: getattr(owner, name).copy() for key, owner, name in self._saved(_ARRAYS)},
+            "numbers": {key: getattr(owner, name) for key, owner, name in self._saved(_NUMBERS)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], positions: np.ndarray | None = None) -> None:
@@ -379,85 +327,50 @@ class LogitFilter:
         Args: positions: (P,) the saved position of each of our prompts; None: the same order. A category's number
             must mean what it meant when saved.
         """
-        for name in _PROMPT_ARRAYS:
-            saved = state["arrays"][name]
-            taken = saved.copy() if positions is None else saved[positions]
-            assert taken.shape == (self.num_prompts,), (name, taken.shape, self.num_prompts)
-            setattr(self, f"_{name}", taken.astype(getattr(self, f"_{name}").dtype))
-        for name in _SHARED_ARRAYS:
-            assert state["arrays"][name].shape == getattr(self, f"_{name}").shape, name
-            setattr(self, f"_{name}", state["arrays"][name].copy())
-        for name in _NUMBERS:
-            setattr(self, name if name == "step" else f"_{name}", state["numbers"][name])
+        for key, owner, name in self._saved(_ARRAYS):
+            saved, present = state["arrays"][key], getattr(owner, name)
+            if key in _OF_PROMPTS and positions is not None:
+                saved = saved[positions]
+            assert saved.shape == present.shape, (key, saved.shape, present.shape)
+            setattr(owner, name, saved.astype(present.dtype))
+        for key, owner, name in self._saved(_NUMBERS):
+            setattr(owner, name, state["numbers"][key])
+
+    def _saved(self, keys: tuple[str, ...]) -> list[tuple[str, Any, str]]:
+        """Each key with the object and the attribute that it stands for."""
+        owners = {"law": self._law, "prior": self._prior}
+        found = []
+        for key in keys:
+            owner, _, name = key.rpartition(".")
+            found.append((key, owners[owner], name) if owner else (key, self, name if name == "step" else f"_{name}"))
+        return found
 
 
-_PROMPT_ARRAYS = ("anchor", "variance", "drift_share", "gain_share", "noise_share", "last_seen")
-_SHARED_ARRAYS = (
+_OF_PROMPTS = ("anchor", "variance", "drift_share", "gain_share", "noise_share", "last_seen")
+_ARRAYS = (
+    *_OF_PROMPTS,
     "shift",
     "slope",
-    "drift",
-    "drift_information",
-    "category_drift",
-    "category_information",
-    "prior_offset",
-    "prior_offset_information",
+    "law.drift",
+    "law.drift_information",
+    "law.category_drift",
+    "law.category_information",
+    "prior.offset",
+    "prior.offset_information",
 )
 _NUMBERS = (
     "step",
     "gained",
     "noise_sum",
-    "noise",
-    "noise_information",
-    "prior_mean",
-    "prior_mean_information",
-    "prior_variance",
-    "prior_variance_information",
     "sharpening",
+    "expected_variance",
+    "found_variance",
+    "law.noise",
+    "law.noise_information",
+    "law.jumps",
+    "law.jump_exposure",
+    "prior.mean",
+    "prior.mean_information",
+    "prior.variance",
+    "prior.variance_information",
 )
-
-
-def _pool(
-    indices: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct prompts with their sums; what is unknown or empty left out."""
-    right = np.asarray(num_right, dtype=np.float64)
-    total = np.broadcast_to(np.asarray(num_responses, dtype=np.float64), right.shape)
-    known = ~np.isnan(right) & (total > 0.0)
-    distinct, inverse = np.unique(indices[known].astype(np.int64), return_inverse=True)
-    size = len(distinct)
-    return distinct, np.bincount(inverse, right[known], size), np.bincount(inverse, total[known], size)
-
-
-_quadrature_nodes, _quadrature_weights = np.polynomial.hermite_e.hermegauss(15)
-_NEWTON_STEPS = 12
-
-
-def posterior(
-    mean: np.ndarray, variance: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of the logit z ~ N(mean, variance) after `num_right` of `num_responses` were right.
-
-    Gauss-Hermite quadrature around the posterior's mode, so it holds for any number of responses.
-
-    Args: (K,) float64 each. Returns: two (K,) float64.
-    """
-    mode = mean.copy()
-    for _ in range(_NEWTON_STEPS):  # the log posterior is concave
-        pass_rate = logistic(mode)
-        slope = num_right - num_responses * pass_rate - (mode - mean) / variance
-        curvature = num_responses * pass_rate * (1.0 - pass_rate) + 1.0 / variance
-        mode += np.clip(slope / curvature, -1.5, 1.5)
-    pass_rate = logistic(mode)
-    deviation = 1.0 / np.sqrt(num_responses * pass_rate * (1.0 - pass_rate) + 1.0 / variance)
-    z = mode[:, None] + deviation[:, None] * _quadrature_nodes
-    logarithm = (
-        num_right[:, None] * z
-        - num_responses[:, None] * np.logaddexp(0.0, z)
-        - (z - mean[:, None]) ** 2 / (2.0 * variance[:, None])
-        + _quadrature_nodes**2 / 2.0
-    )
-    omega = np.exp(logarithm - logarithm.max(axis=1, keepdims=True)) * _quadrature_weights
-    omega /= omega.sum(axis=1, keepdims=True)
-    new_mean = (omega * z).sum(axis=1)
-    new_variance = (omega * (z - new_mean[:, None]) ** 2).sum(axis=1)
-    return new_mean, new_variance

@@ -22,8 +22,7 @@ _UTILITIES: dict[str, Utility] = {
 }
 UTILITIES = tuple(_UTILITIES)
 
-# Nine Gauss-Hermite nodes for N(0, 1): within 2 % of the expectation for V up to 4, see the tests.
-_nodes, _node_weights = np.polynomial.hermite_e.hermegauss(9)
+_nodes, _node_weights = np.polynomial.hermite_e.hermegauss(15)
 _NODES = _nodes.astype(np.float32)
 _NODE_WEIGHTS = (_node_weights / _node_weights.sum()).astype(np.float32)
 
@@ -61,19 +60,22 @@ def expected_utility(
     return first, second
 
 
-def sharpening(first: np.ndarray, second: np.ndarray, cap: float) -> float:
+def sharpening(first: np.ndarray, second: np.ndarray, calibration: float, cap: float) -> float:
     """The exponent that makes draws by w = E[u]^gamma as good as draws by the unknown u itself, [1, cap].
 
     An expectation is shrunk towards the mean, so weights proportional to it are too flat. Draws proportional to the
-    true u would collect sum u^2 / sum u on average; gamma solves sum(w E[u]) / sum(w) = sum E[u^2] / sum E[u].
+    true u would collect sum u^2 / sum u on average; gamma solves
+    calibration * sum(w E[u]) / sum(w) = sum E[u^2] / sum E[u].
 
-    Args: first, second: E[u] and E[u^2], (K,) float32, not negative.
+    Args:
+        first, second: E[u] and E[u^2], (K,) float32, not negative.
+        calibration: what draws have collected over what they were expected to.
     """
     first, second = first.astype(np.float64), second.astype(np.float64)
     total, largest = first.sum(), first.max()
     if not total > 0.0:
         return 1.0
-    target = second.sum() / total
+    target = second.sum() / total / calibration
     logarithm = np.log(np.maximum(first / largest, 1e-30))
 
     def collected(exponent: float) -> float:

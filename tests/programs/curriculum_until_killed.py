@@ -26,7 +26,8 @@ data = DataConfig(
     curriculum_update_freq=4, curriculum_rollout_batch_size=17, curriculum_metrics=["learnability", "self-bleu"],
     curriculum_metric_weights=[0.8, 0.2],
 )  # fmt: skip
-coordinator = Coordinator(data, [f"p{i}" for i in range(P)], [f"c{i % 3}" for i in range(P)], "abc", N, ranks)
+ids, categories = [f"p{i}" for i in range(P)], [f"c{i % 3}" for i in range(P)]
+coordinator = Coordinator(data, ids, categories, "abc", N, num_steps, ranks)
 checkpoints = Checkpoints(folder / "checkpoints", -1, ranks)
 
 

@@ -29,7 +29,7 @@ for_actor, for_reference = deepspeed_configs(config, ranks.size)
 actor = Actor(config, for_actor, ranks, encoder, num_updates=STEPS * BATCH // MINI_BATCH)
 reference = Reference(config, for_reference, ranks, encoder)
 data = DataConfig(sampling_strategy="curriculum", rollout_batch_size=BATCH, seed=7)
-coordinator = Coordinator(data, [str(i) for i in range(29)], [""] * 29, "fingerprint", 8, ranks)
+coordinator = Coordinator(data, [str(i) for i in range(29)], [""] * 29, "fingerprint", 8, STEPS, ranks)
 
 
 def fixed_trajectory(index: int, sample: int) -> Trajectory:
