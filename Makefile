@@ -1,6 +1,7 @@
 # make demo     train the demo: nothing to prepare, a few minutes on two cores (ARGS="key=value ..." overrides)
 # make check    lint, types and the fast tests
 # make test     every test, the end-to-end ones included
+# make sanitize fuzz the C++ under the address and undefined-behaviour sanitizers (SMALL=, LARGE=, SEED= inputs)
 # make setup    the virtual environment alone; the others call it
 # make clean    build leftovers and caches; distclean: .venv and the demo's assets too. Neither touches a run.
 
@@ -11,7 +12,12 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 ARGS ?=
 
-.PHONY: demo check lint types fast test slow setup clean distclean
+SMALL ?= 100000
+LARGE ?= 150
+SEED ?= 7
+SANITIZED ?= build/fuzz_count_ngrams
+
+.PHONY: demo check lint types fast test slow sanitize setup clean distclean
 
 demo: setup
 	@bash launch/demo.sh $(ARGS)
@@ -35,6 +41,12 @@ test: setup
 
 slow: setup
 	$(PYTHON) -m pytest -q -m slow
+
+sanitize:
+	@mkdir -p $(dir $(SANITIZED))
+	$(CXX) -O1 -g -std=c++17 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	  kernels/csrc/fuzz_count_ngrams.cpp -o $(SANITIZED)
+	$(SANITIZED) $(SMALL) $(LARGE) $(SEED)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
-"""The parts of the build that pyproject.toml cannot say: where the packages lie in the repository."""
+"""The parts of the build that pyproject.toml cannot say: where the packages lie in the repository, and the C++."""
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 setup(
     # mmr1_kernels lies in kernels/, which itself must not be importable: a package of that name exists, and
@@ -12,4 +12,17 @@ setup(
     ],
     package_dir={"mmr1_ds": "mmr1_ds", "mmr1_ds.configs": "configs", "mmr1_kernels": "kernels/mmr1_kernels"},
     package_data={"mmr1_ds.configs": ["*.yaml", "*/*.json", "*/*.jinja"]},
+    ext_modules=[
+        Extension(
+            "mmr1_kernels._count_ngrams",
+            sources=["kernels/csrc/count_ngrams.cpp"],
+            depends=["kernels/csrc/ngram_counter.h", "kernels/csrc/occurrence_table.h"],
+            # No -march=native: a wheel must run on other machines than the one that built it. Counters stored as one
+            # vector and soon loaded one by one cost more than they save.
+            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-tree-slp-vectorize"],
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,  # without a compiler the scores are slower, not absent
+        )
+    ],
 )

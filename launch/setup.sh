@@ -21,8 +21,8 @@ if [[ ! -f "$lock" ]]; then
   exit 2
 fi
 
-# setup.py and pyproject.toml count too: the project itself is installed, with its commands.
-digest="$(cat "$lock" setup.py pyproject.toml "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16)"
+# setup.py, pyproject.toml and the C++ count too: the project itself is installed, with its commands and its extension.
+digest="$(cat "$lock" setup.py pyproject.toml kernels/csrc/* "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16)"
 stamp=".venv/installed-$set_name-$digest"
 if [[ -f "$stamp" && -x .venv/bin/python ]]; then exit 0; fi
 
