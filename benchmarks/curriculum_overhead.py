@@ -116,7 +116,7 @@ def _steps(arguments: argparse.Namespace, settings: dict, ranks: Ranks):
         coordinator.observe(step, batch.statistics)
         observed = time.perf_counter() - begin
         begin = time.perf_counter()
-        coordinator.finish_step(step)
+        coordinator.finish_step(step, indices)
         learned = time.perf_counter() - begin
         if step > 1:
             yield dict(zip(PARTS, (times[1] - times[0], scored, observed, learned), strict=True))

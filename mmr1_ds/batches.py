@@ -18,7 +18,7 @@ from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.distributed import Ranks, batch_slots
 from mmr1_ds.errors import UserError
 from mmr1_ds.metrics import reward_metrics
-from mmr1_ds.records import SamplingSettings, ScoredGroup
+from mmr1_ds.records import GroupRewards, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 
 if TYPE_CHECKING:
@@ -68,36 +68,39 @@ class BatchMaker:
         self._max_tries = 1 if not config.algorithm.online_filtering else tries if tries > 0 else None
 
     def make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
-        """The batch of `step`. Collective."""
-        groups: list[LearningGroup] = []
-        places: list[int] = []  # of each group among all that the step drew, over all ranks
-        failures: list[RewardCounts] = []
+        """The batch of `step`. Collective. Raises: UserError, on every rank, for an unknown `filter_key`."""
+        filtering = self._config.algorithm.online_filtering
+        drawn = _Drawn()
         num_tries = num_teaching = 0
         while num_tries == 0 or (num_teaching < self._batch_size and num_tries != self._max_tries):
-            places += (num_tries * self._batch_size + self._slots).tolist()
-            drawn, counts = self._roll(step, num_tries, settings, clock)
-            groups += drawn
-            failures.append(counts)
+            if num_tries > 0:
+                logger.info("step %d: %d of %d groups teach, drawing again", step, num_teaching, self._batch_size)
+            places = num_tries * self._batch_size + self._slots
+            groups, probes, failures = self._roll(step, num_tries, settings, clock)
+            if filtering and num_tries == 0:
+                self._check_filter_key(groups)
+            drawn.add(places.tolist(), groups, probes, failures, self._batch_size, self._config.algorithm)
             num_tries += 1
-            if self._config.algorithm.online_filtering:
-                num_teaching = self._count_teaching(groups)
+            if filtering:
+                own = {"teaching": len(drawn.teaching)}
+                num_teaching = int(self._ranks.sum(own, "count groups that teach")["teaching"])
+        chosen, trained = self._choose(drawn)
         with clock("curriculum"):
-            self._coordinator.finish_step(step)
-        metrics = reward_metrics([group.scored for group in groups], failures, self._ranks)
-        if self._config.algorithm.online_filtering:
+            self._coordinator.finish_step(step, trained)
+        metrics = reward_metrics(drawn.rewards, drawn.failures, self._ranks)
+        if filtering:
             if num_teaching < self._batch_size:
                 logger.warning(
                     "step %d: %d of %d groups teach after %d tries (trainer.max_try_make_batch); the batch is filled "
                     "with groups that do not", step, num_teaching, self._batch_size, num_tries,
                 )  # fmt: skip
             metrics["online_filtering/num_tries"] = num_tries
-            metrics["online_filtering/kept_fraction"] = num_teaching / (num_tries * self._batch_size)
-            groups = self._choose(groups, places)
-        return Batch(groups, metrics)
+            metrics["online_filtering/teaching_fraction"] = num_teaching / (num_tries * self._batch_size)
+        return Batch(chosen, metrics)
 
     def _roll(
         self, step: int, attempt: int, settings: SamplingSettings, clock: StageClock
-    ) -> tuple[list[LearningGroup], RewardCounts]:
+    ) -> tuple[list[LearningGroup], list[ScoredGroup], RewardCounts]:
         """Draw and roll out once; probes ride along with the first draw, so that they fill the engine's tail."""
         coordinator, ranks = self._coordinator, self._ranks
         num_responses = self._config.worker.rollout.n
@@ -108,44 +111,80 @@ class BatchMaker:
             slots = attempt * self._batch_size + self._slots
             requests = self._requests(self._data, indices[self._slots], num_responses, TRAINING, step, slots)
             requests += self._requests(self._data, probes, coordinator.num_probe_responses, PROBE, step, probes)
-        scored, counts = self._collector.collect(requests, settings, clock)
+        scored, failures = self._collector.collect(requests, settings, clock)
         with clock("curriculum"):
             batch = score_batch(scored, self._encoder.eos_token_ids, self._config.data.curriculum_metrics)
-            coordinator.observe(step, batch.statistics)
+            size = len(self._slots)
+            of_probes = [dataclasses.replace(found, is_probe=True) for found in batch.statistics[size:]]
+            coordinator.observe(step, batch.statistics[:size] + of_probes)
         learning = [LearningGroup(group, row) for group, row in zip(scored, batch.advantages, strict=True)]
-        return learning[: len(self._slots)], counts
+        return learning[:size], scored[size:], failures
 
-    def _count_teaching(self, groups: Sequence[LearningGroup]) -> int:
-        own = sum(teaches(group.scored, self._config.algorithm) for group in groups)
-        return int(self._ranks.sum({"teaching": own}, "count groups that teach")["teaching"])
+    def _check_filter_key(self, groups: Sequence[LearningGroup]) -> None:
+        """A response whose reward failed has no parts, so no rank's groups alone say which keys there are."""
+        key = self._config.algorithm.filter_key
+        own = {name for group in groups for name in _by_key(group.scored)}
+        known = set().union(*self._ranks.all_gather_objects(own, "keys of the rewards"))
+        if key not in known:
+            raise UserError(
+                f"algorithm.filter_key={key} is not among the reward's keys: {', '.join(sorted(known))}"
+            )
 
-    def _choose(self, groups: Sequence[LearningGroup], places: Sequence[int]) -> list[LearningGroup]:
+    def _choose(self, drawn: _Drawn) -> tuple[list[LearningGroup], np.ndarray]:
         """This rank's share of the first groups that teach, filled up with the first of the others. Collective.
 
         In the order they were drawn, whichever rank sampled them: the batch is the same on any number of ranks.
+        Returns: the groups, and the prompts of the whole batch, (B,) int64.
         """
+        own = drawn.teaching | drawn.others
         flags = [
-            (place, not teaches(group.scored, self._config.algorithm))
-            for place, group in zip(places, groups, strict=True)
+            (place not in drawn.teaching, place, group.scored.group.prompt.index) for place, group in own.items()
         ]
         everyone = [flag for part in self._ranks.all_gather_objects(flags, "choose groups") for flag in part]
-        chosen = [place for place, _ in sorted(everyone, key=lambda flag: (flag[1], flag[0]))[: self._batch_size]]
+        everyone.sort()
+        chosen = [place for _, place, _ in everyone[: self._batch_size]]
+        trained = np.array([index for _, _, index in everyone[: self._batch_size]], dtype=np.int64)
         wanted = [chosen[slot] for slot in self._slots]
-        own = dict(zip(places, groups, strict=True))
         # Prompts stay behind, for their images: the receiver has the same data set.
-        leaving = {
-            place: (own[place].scored.group.prompt.index, _without_prompt(own[place]))
-            for place in chosen
-            if place in own and place not in wanted
-        }
+        leaving = {place: _without_prompt(own[place]) for place in chosen if place in own and place not in wanted}
         arrived = {}
         for part in self._ranks.all_gather_objects(leaving, "exchange groups"):
             arrived.update(part)
-        return [own[place] if place in own else self._with_prompt(*arrived[place]) for place in wanted]
+        return [self._with_prompt(own.get(place) or arrived[place]) for place in wanted], trained
 
-    def _with_prompt(self, index: int, group: LearningGroup) -> LearningGroup:
-        rollout = dataclasses.replace(group.scored.group, prompt=self._data[index])
+    def _with_prompt(self, group: LearningGroup) -> LearningGroup:
+        rollout = group.scored.group
+        if rollout.prompt.token_ids:
+            return group
+        rollout = dataclasses.replace(rollout, prompt=self._data[rollout.prompt.index])
         return dataclasses.replace(group, scored=dataclasses.replace(group.scored, group=rollout))
+
+
+class _Drawn:
+    """What a step has drawn on this rank; groups by their place among all that the step drew, over all ranks."""
+
+    def __init__(self) -> None:
+        self.teaching: dict[int, LearningGroup] = {}
+        self.others: dict[int, LearningGroup] = {}  # the first few, without their prompts: many may come
+        self.rewards: list[GroupRewards] = []  # of all groups, probes included
+        self.failures: list[RewardCounts] = []
+
+    def add(
+        self,
+        places: Sequence[int],
+        groups: Sequence[LearningGroup],
+        probes: Sequence[ScoredGroup],
+        failures: RewardCounts,
+        most_others: int,
+        algorithm: AlgorithmConfig,
+    ) -> None:
+        for place, group in zip(places, groups, strict=True):
+            if not algorithm.online_filtering or teaches(group.scored, algorithm):
+                self.teaching[place] = group
+            elif len(self.others) < most_others:
+                self.others[place] = _without_prompt(group)
+        self.rewards += [group.scored.rewards for group in groups] + [probe.rewards for probe in probes]
+        self.failures.append(failures)
 
 
 def _without_prompt(group: LearningGroup) -> LearningGroup:
@@ -158,18 +197,18 @@ def teaches(scored: ScoredGroup, algorithm: AlgorithmConfig) -> bool:
     """Whether online filtering keeps a group: its rewards differ, and its mean lies inside the user's bounds.
 
     Rewards are compared, not their variance with a threshold: equal ones give exactly no gradient, others do. Both
-    the rewards that train and those under `filter_key` must differ; unknown ones (NaN) are left out.
-    Raises: UserError for a `filter_key` that the reward does not return.
+    the rewards that train and those under `filter_key` must differ; unknown ones (NaN, or no such key because every
+    reward of the group failed) are left out.
     """
-    rewards = {"overall": scored.rewards.overall, "accuracy": scored.rewards.accuracy, **scored.rewards.parts}
-    if algorithm.filter_key not in rewards:
-        raise UserError(
-            f"algorithm.filter_key={algorithm.filter_key} is not among the reward's keys: {', '.join(sorted(rewards))}"
-        )
-    values = rewards[algorithm.filter_key]
+    rewards = _by_key(scored)
+    values = rewards.get(algorithm.filter_key, np.empty(0))
     values = values[~np.isnan(values)]
     if len(values) == 0 or (values == values[0]).all() or (rewards["overall"] == rewards["overall"][0]).all():
         return False
     mean = float(values.mean(dtype=np.float64))
     low, high = algorithm.filter_low, algorithm.filter_high
     return (low is None or mean > low) and (high is None or mean < high)
+
+
+def _by_key(scored: ScoredGroup) -> dict[str, np.ndarray]:
+    return {"overall": scored.rewards.overall, "accuracy": scored.rewards.accuracy, **scored.rewards.parts}

@@ -182,7 +182,7 @@ class TrainerConfig:
 
     total_episodes: int = 15  # passes over the data set, >= 1
     max_steps: int | None = None  # steps, >= 1, instead of total_episodes
-    max_try_make_batch: int = 20  # draws a batch with online_filtering, >= 1, or -1 = until it is full
+    max_try_make_batch: int = 20  # draws a batch with online_filtering, >= 1, or -1 (also 0) = until it is full
     project_name: str = "mmr1_ds"  # for wandb
     experiment_name: str = "default"  # names the run directory
     run_dir: str | None = None  # null = runs/<experiment_name>

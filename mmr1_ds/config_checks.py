@@ -53,6 +53,9 @@ _RANGES = {
     "data.curriculum_weight_floor": "[0, 1]",
     "data.curriculum_probe_fraction": "[0, 1]",
     "algorithm.kl_coef": "[0, inf)",
+    "algorithm.filter_low": "(-inf, inf)",
+    "algorithm.filter_high": "(-inf, inf)",
+    "trainer.max_try_make_batch": "[-1, inf)",
     "worker.actor.global_batch_size": "[1, inf)",
     "worker.actor.micro_batch_size_per_device_for_update": "[1, inf)",
     "worker.actor.micro_batch_size_per_device_for_experience": "[1, inf)",
@@ -96,7 +99,6 @@ _COUNT_OR_NONE = (  # >= 1, or -1 for "no limit" or "never"
     "trainer.val_freq",
     "trainer.save_freq",
     "trainer.save_limit",
-    "trainer.max_try_make_batch",
 )
 
 

@@ -120,6 +120,7 @@ _VALUES = {
     "algorithm.kl_penalty": {"k3": "low_var_kl"},
     "worker.actor.loss_avg_mode": {"token-mean": "token"},
 }
+_FILTER_DEFAULTS = (("algorithm.filter_low", 0.01), ("algorithm.filter_high", 0.99))
 _ACTOR_PARAMS, _ACTOR_OPTIMIZER = "worker.actor.offload.offload_params", "worker.actor.offload.offload_optimizer"
 _REF_PARAMS = "worker.ref.offload.offload_params"
 # Every spelling of offload -> the keys it switches on. What one key of a source asks for, none of its others undoes.
@@ -209,6 +210,10 @@ def _translate_special(key: str, value: Any, result: Translation) -> bool:
     match key:
         case "worker.actor.clip_ratio":
             result.values["worker.actor.clip_ratio_low"] = result.values["worker.actor.clip_ratio_high"] = value
+        case "algorithm.filter_low" | "algorithm.filter_high":
+            # Upstream's defaults are its test for groups of equal rewards, which are told by comparison here; as
+            # bounds of the mean they would drop groups whose rewards are not in [0, 1].
+            result.values[key] = None if (key, value) in _FILTER_DEFAULTS else value
         case "data.curriculum_metric":
             result.values["data.curriculum_metrics"] = [value]
         case _ if key in _OFFLOAD:

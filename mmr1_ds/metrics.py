@@ -9,21 +9,21 @@ import numpy as np
 import psutil
 
 from mmr1_ds.distributed import Ranks
-from mmr1_ds.records import ScoredGroup
+from mmr1_ds.records import GroupRewards, ScoredGroup
 
 if TYPE_CHECKING:
     from mmr1_ds.engine.batching import Trajectory
     from mmr1_ds.rewards.scoring import RewardCounts
 
 
-def reward_metrics(groups: Sequence[ScoredGroup], failures: Sequence[RewardCounts], ranks: Ranks) -> dict[str, float]:
+def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCounts], ranks: Ranks) -> dict[str, float]:
     """`reward/<key>`: the mean of each figure the reward returned, over all responses; failures counted.
 
     A key that only some responses have is averaged over those. Collective.
     """
     sums: dict[str, tuple[float, int]] = {}
-    for item in groups:
-        figures = {"overall": item.rewards.overall, "accuracy": item.rewards.accuracy, **item.rewards.parts}
+    for group in rewards:
+        figures = {"overall": group.overall, "accuracy": group.accuracy, **group.parts}
         for name, values in figures.items():
             known = values[np.isfinite(values)]
             total, count = sums.get(name, (0.0, 0))

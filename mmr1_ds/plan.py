@@ -8,6 +8,7 @@ from typing import Any
 
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config_checks import BatchPlan, checkpoint_directory, run_directory
+from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.input_files import DataSummary, FileSummary
 
@@ -118,13 +119,15 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
     if data.sampling_strategy != "curriculum" or config.trainer.val_only:
         return ""
     if data.curriculum_refresh == "online":
-        probes = int(data.curriculum_probe_fraction * plan.responses_per_step)
-        return f"online: from the training responses, and at most {probes:,} more a step on prompts long unseen"
+        fraction = data.curriculum_probe_fraction
+        early = f"{EARLY_PROBING * fraction:.0%} early on"
+        probes = f", and {fraction:.0%} more over the run ({early}) on prompts long unseen"
+        return f"online: from the training responses{probes if fraction > 0 else ''}"
     size = plan.train_data.num_rows
     every = f"every {data.curriculum_update_freq} steps" if data.curriculum_update_freq else "every epoch"
     if size is None:
         return f"{every}: each prompt of the data x {data.curriculum_rollout_n} responses"
-    steps = data.curriculum_update_freq or -(-size // data.rollout_batch_size)
+    steps = data.curriculum_update_freq or max(1, size // data.rollout_batch_size)
     extra, training = size * data.curriculum_rollout_n, steps * plan.responses_per_step
     return (
         f"{every}: {size:,} prompts x {data.curriculum_rollout_n} = {extra:,} responses, "

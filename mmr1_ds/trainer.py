@@ -151,7 +151,7 @@ class Trainer:
         if self._config.trainer.val_generations_to_log > 0:
             self._log_generations(groups)
         metrics = {"timing_s/testing": clock.seconds["testing"]}
-        for name, value in reward_metrics(groups, failures, parts.ranks).items():
+        for name, value in reward_metrics([group.rewards for group in groups], failures, parts.ranks).items():
             part = name.removeprefix("reward/")
             metrics[f"val/{part}" if part.startswith("num_") else f"val/{part}_reward"] = value
         return metrics | {"val/reward_score": metrics["val/overall_reward"]}

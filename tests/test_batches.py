@@ -12,7 +12,7 @@ from mmr1_ds.errors import UserError
 from mmr1_ds.records import GroupRewards, Prompt, Response, RolloutGroup, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 
-P, B, N = 60, 12, 4
+P, B, N, STEPS = 60, 12, 4, 7
 SETTINGS = SamplingSettings(1.0, 1.0, -1, 16)
 
 
@@ -53,9 +53,18 @@ def test_which_groups_teach(group, algorithm, expected):
     assert teaches(group, AlgorithmConfig(**algorithm)) is expected
 
 
-def test_an_unknown_filter_key_names_those_there_are():
-    with pytest.raises(UserError, match=r"filter_key=acc is not among the reward's keys: accuracy, format, overall"):
-        teaches(scored([0, 1], format=[1, 1]), AlgorithmConfig(filter_key="acc"))
+def test_a_group_whose_rewards_all_failed_does_not_teach():
+    assert not teaches(scored([0, 0]), AlgorithmConfig(filter_key="format"))  # such a group has no parts
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_unknown_filter_key_is_told_on_every_rank(size):
+    def first_step(control):
+        maker, _ = make(control, FakeCollector(), filter_key="acc")
+        with pytest.raises(UserError, match=r"filter_key=acc is not among the reward's keys: accuracy, overall"):
+            maker.make(1, SETTINGS, StageClock())
+
+    on_ranks(size, first_step)
 
 
 class Ranks:
@@ -102,10 +111,11 @@ class Encoder:
     eos_token_ids = (99,)
 
 
-def make(control, collector, online_filtering=True, max_tries=20, mini_batch=B, **data):
+def make(control, collector, online_filtering=True, max_tries=20, mini_batch=B, filter_key="overall", **data):
     config = RunConfig()
     config.data = DataConfig(rollout_batch_size=B, seed=3, **data)
     config.worker.rollout.n, config.worker.actor.global_batch_size = N, mini_batch
+    config.algorithm.filter_key = filter_key
     config.algorithm.online_filtering, config.trainer.max_try_make_batch = online_filtering, max_tries
     ids = [f"p{i}" for i in range(P)]
     coordinator = Coordinator(config.data, ids, [""] * P, "abc", N, 8, control)
@@ -127,6 +137,8 @@ def test_filtering_draws_until_the_batch_teaches():
     assert all(np.abs(group.advantages).min() > 0.5 for group in batch.groups)
     tries = batch.metrics["online_filtering/num_tries"]
     assert 2 <= tries <= 5  # a third of 60 prompts teach: 5 tries of 12 see them all
+    assert len(set(maker._collector.seeds)) == tries * B  # no try repeats the seeds of another
+    assert batch.metrics["online_filtering/teaching_fraction"] == pytest.approx(1 / 3, abs=0.1)
     metrics = coordinator.metrics()
     assert metrics["curriculum/consumed_batches"] == tries
     assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(tries - 1)
@@ -155,13 +167,14 @@ def test_without_filtering_one_draw_is_the_batch():
 def test_the_batch_is_the_same_on_any_number_of_ranks(size, mini_batch, online_filtering):
     def two_steps(control):
         strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online", "curriculum_probe_fraction": 0.5}
+        strategy |= {"curriculum_metrics": ["learnability", "self-bleu"], "curriculum_metric_weights": [0.8, 0.2]}
         maker, coordinator = make(control, FakeCollector(), online_filtering, mini_batch=mini_batch, **strategy)
-        batches = [maker.make(step, SETTINGS, StageClock()) for step in (1, 2)]
+        batches = [maker.make(step, SETTINGS, StageClock()) for step in range(1, STEPS + 1)]
         return [content(batch) for batch in batches], [batch.metrics for batch in batches], coordinator.metrics()
 
     alone = on_ranks(1, two_steps)[0]
     ranks = on_ranks(size, two_steps)
-    for step in range(2):
+    for step in range(STEPS):
         together = [*chain.from_iterable(contents[step] for contents, _, _ in ranks)]
         assert sorted(map(repr, together)) == sorted(map(repr, alone[0][step]))
         share = mini_batch // size

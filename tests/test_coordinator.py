@@ -95,7 +95,7 @@ def make(control=None, num_prompts=P, fingerprint="abc", **changes):
     return Coordinator(data, ids, [""] * num_prompts, fingerprint, N, 40, control or SingleProcess())
 
 
-def answer(index, step, num_responses=8):
+def answer(index, step, num_responses=8, is_probe=False):
     """What a made-up policy does on a prompt: a pass rate that depends on prompt and step."""
     right = (3 * int(index) + 5 * step) % (num_responses + 1)
     pass_rate = right / num_responses
@@ -107,6 +107,7 @@ def answer(index, step, num_responses=8):
         reward_variance=pass_rate * (1 - pass_rate),
         self_bleu=0.1 * (int(index) % 7),
         distinct_3=0.5,
+        is_probe=is_probe,
     )
 
 
@@ -127,9 +128,11 @@ def train(coordinator, steps):
         if coordinator.refresh_due(step):
             refresh(coordinator, step)
         batch = coordinator.next_batch(step)
-        wanted = np.concatenate([batch, coordinator.next_probes(step)])
-        coordinator.observe(step, [answer(i, step) for i in share(wanted, coordinator.control)])
-        coordinator.finish_step(step)
+        own = [answer(i, step) for i in share(batch, coordinator.control)]
+        probes = share(coordinator.next_probes(step), coordinator.control)
+        own += [answer(i, step, coordinator.num_probe_responses, is_probe=True) for i in probes]
+        coordinator.observe(step, own)
+        coordinator.finish_step(step, batch)
         history.append((batch.tolist(), coordinator.metrics()))
     return history
 
@@ -204,7 +207,7 @@ def test_training_does_not_change_the_weights():
     before = coordinator.table.sampling_weights
     batch = coordinator.next_batch(1)
     coordinator.observe(1, [answer(i, 99) for i in batch])
-    coordinator.finish_step(1)
+    coordinator.finish_step(1, batch)
     assert coordinator.table.sampling_weights is before
     assert set(np.flatnonzero(coordinator.table.column("last_seen_step") == 1)) == set(range(P))
 
@@ -216,7 +219,7 @@ def test_metrics_of_a_step():
     observed = [answer(index, 2) for index in batch]
     observed[0] = answer(batch[0], -6 * batch[0] % 9)  # none right
     coordinator.observe(1, observed)
-    coordinator.finish_step(1)
+    coordinator.finish_step(1, batch)
     metrics = coordinator.metrics()
     weights = coordinator.table.sampling_weights
     assert metrics["curriculum/mean_weight"] == pytest.approx(weights.mean())
@@ -239,19 +242,20 @@ def test_metrics_of_a_step():
 
 def test_log_loss_is_absent_before_the_first_refresh():
     coordinator = make()
-    coordinator.observe(1, [answer(i, 1) for i in coordinator.next_batch(1)])
-    coordinator.finish_step(1)
+    batch = coordinator.next_batch(1)
+    coordinator.observe(1, [answer(i, 1) for i in batch])
+    coordinator.finish_step(1, batch)
     assert "curriculum/log_loss" not in coordinator.metrics()
     assert all(np.isfinite(value) for value in coordinator.metrics().values())
 
 
 def test_equal_rewards_are_not_effective_whatever_the_accuracy():
     coordinator = make(rollout_batch_size=2)
-    first, second = coordinator.next_batch(1)
+    first, second = batch = coordinator.next_batch(1)
     coordinator.observe(
         1, [PromptStatistics(first, 8, 0.5, 0.3, 0.0, 0.1, 0.5), PromptStatistics(second, 8, 1.0, 0.9, 1e-30, 0.1, 0.5)]
     )
-    coordinator.finish_step(1)
+    coordinator.finish_step(1, batch)
     assert coordinator.metrics()["curriculum/effective_group_fraction"] == 0.5
 
 
@@ -266,7 +270,7 @@ def test_unknown_accuracies_are_ignored():
     assert np.isfinite(coordinator.table.sampling_weights).all()
     batch = coordinator.next_batch(1)
     coordinator.observe(1, [PromptStatistics(int(i), 8, nan, 0.1, 0.0, 0.1, 0.5) for i in batch])
-    coordinator.finish_step(1)
+    coordinator.finish_step(1, batch)
     metrics = coordinator.metrics()
     assert "curriculum/log_loss" not in metrics
     assert all(np.isfinite(value) for value in metrics.values())
@@ -388,7 +392,7 @@ def test_files_of_another_format_are_refused(tmp_path):
     make().save(tmp_path)
     path = tmp_path / "curriculum.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ValueError, match="has format 99"):
+    with pytest.raises(UserError, match="has format 99"):
         make().load(tmp_path)
 
 

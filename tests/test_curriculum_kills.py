@@ -18,14 +18,16 @@ NUM_STEPS = 300
 NUM_KILLS = int(os.environ.get("MMR1_DS_KILLS", "4"))
 
 
-def drawn(folder: Path, rank: int) -> list[tuple[int, list[int], list[int]]]:
+def drawn(folder: Path, rank: int) -> list[tuple[tuple[int, int], list[int], list[int]]]:
+    """(step, draw of the step), batch, probes of each draw, in the order they were made."""
     lines = (folder / f"drawn.{rank}.jsonl").read_text().splitlines()
     found = []
     for line in lines:
         try:
-            found.append(tuple(json.loads(line)))
+            step, attempt, batch, probes = json.loads(line)
         except json.JSONDecodeError:
             continue  # the kill came in the middle of a line
+        found.append(((step, attempt), batch, probes))
     return found
 
 
@@ -72,13 +74,13 @@ def test_killed_runs_draw_what_an_unbroken_one_draws(tmp_path, refresh):
     broken.mkdir()
     run_ranks(PROGRAM, whole, refresh, str(NUM_STEPS), "7")
     expected = {step: (batch, probes) for step, batch, probes in drawn(whole, 0)}
-    assert len(expected) == NUM_STEPS
+    assert len(expected) == 2 * NUM_STEPS  # 1, 2, 3, 1, 2, 3, ... draws a step
     assert any(probes for _, probes in expected.values()) == (refresh == "online")
 
     chance = random.Random(5)
     kills = 0
     for _ in range(NUM_KILLS):
-        num_ranks, after_lines = chance.choice([1, 2, 3]), chance.randrange(1, 2 * NUM_STEPS // NUM_KILLS)
+        num_ranks, after_lines = chance.choice([1, 2, 3]), chance.randrange(1, 4 * NUM_STEPS // NUM_KILLS)
         kills += run_until_killed(broken, refresh, num_ranks, after_lines)
     assert kills >= NUM_KILLS / 2
     run_ranks(PROGRAM, broken, refresh, str(NUM_STEPS), "7", num_ranks=2)
@@ -86,5 +88,5 @@ def test_killed_runs_draw_what_an_unbroken_one_draws(tmp_path, refresh):
         if (broken / f"drawn.{rank}.jsonl").exists():
             for step, batch, probes in drawn(broken, rank):
                 assert (batch, probes) == expected[step], (rank, step)
-    assert drawn(broken, 0)[-1][0] == NUM_STEPS
-    assert len(drawn(broken, 0)) > NUM_STEPS  # steps were repeated: the kills did cost something
+    assert drawn(broken, 0)[-1][0][0] == NUM_STEPS
+    assert len(drawn(broken, 0)) > 2 * NUM_STEPS  # steps were repeated: the kills did cost something

@@ -6,6 +6,7 @@ The table lives on rank 0; every method marked "Collective" must be called by al
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum import storage
-from mmr1_ds.curriculum.estimator import PROBE_RESPONSES, probe_budget
+from mmr1_ds.curriculum.estimator import EARLY_PROBING, PROBE_RESPONSES, probe_budget
 from mmr1_ds.curriculum.online import OnlineTable
 from mmr1_ds.curriculum.refresh import Refresh
 from mmr1_ds.curriculum.sampler import PromptSampler
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _REFUSED = -2  # in the header of a load: rank 0 could not use the state
 _NEVER = -1
+_KIND = "data.curriculum_refresh"
 
 
 class Control(Protocol):
@@ -54,7 +56,7 @@ class Coordinator:
         indices = coordinator.next_batch(step)           # again where online filtering needs more
         probes = coordinator.next_probes(step)           # none with a full refresh
         coordinator.observe(step, statistics of this rank's groups, probes included)
-        coordinator.finish_step(step)
+        coordinator.finish_step(step, the prompts trained on)
         metrics = coordinator.metrics()
     """
 
@@ -148,6 +150,7 @@ class Coordinator:
         Over the run they take `curriculum_probe_fraction` of the training rollouts; see `probe_budget`. Call it after
         `next_batch`.
         """
+        training = self.data.rollout_batch_size * self.num_responses
         if not self._is_online or self.data.curriculum_probe_fraction == 0.0:
             return np.empty(0, dtype=np.int64)
         probes = None
@@ -156,7 +159,9 @@ class Coordinator:
                 step, self.num_steps, self.num_prompts, self.data.rollout_batch_size, self.num_responses,
                 self.data.curriculum_probe_fraction,
             )  # fmt: skip
-            num_probes = int(allowed - self._num_probe_rollouts) // PROBE_RESPONSES
+            # A run resumed with more steps or another fraction must not spend in one step what it saved before.
+            highest = math.ceil(EARLY_PROBING * self.data.curriculum_probe_fraction * training / PROBE_RESPONSES)
+            num_probes = min(int(allowed - self._num_probe_rollouts) // PROBE_RESPONSES, highest)
             probes = self.table.probes(num_probes, exclude=np.concatenate(self._drawn))
             self._num_probe_rollouts += len(probes) * PROBE_RESPONSES
         return self.control.broadcast_array(probes, f"curriculum/next_probes of step {step}")
@@ -167,18 +172,21 @@ class Coordinator:
         if self._is_rank_0:
             self._observed += observed
 
-    def finish_step(self, step: int) -> None:
-        """Learn from what the step observed; the next step draws by it. Not a collective."""
-        drawn, self._drawn = np.concatenate(self._drawn), []
+    def finish_step(self, step: int, trained: np.ndarray) -> None:
+        """Learn from what the step observed; the next step draws by it. Not a collective.
+
+        Args: trained: prompts of the groups that the step trains on, (B,), repeats counted.
+        """
+        self._drawn = []
         observed, self._observed = self._observed, []
         if not self._is_rank_0:
             return
-        trained = self.data.rollout_batch_size * self.num_responses
-        self._num_training_rollouts += trained
-        self._num_extra_rollouts += sum(prompt.num_responses for prompt in observed) - trained
-        of_batch = set(drawn.tolist())
-        self._batch_metrics = _batch_metrics(self.table, [prompt for prompt in observed if prompt.index in of_batch])
-        self.table.finish_step(step, observed, drawn)
+        num_training = self.data.rollout_batch_size * self.num_responses
+        self._num_training_rollouts += num_training
+        self._num_extra_rollouts += sum(prompt.num_responses for prompt in observed) - num_training
+        self._batch_metrics = _batch_metrics(self.table, [prompt for prompt in observed if not prompt.is_probe])
+        self.table.finish_step(step, observed, trained)
+        _ = self.table.sampling_weights  # computed here, in the time of this stage, and not with the metrics
 
     def _gather(self, statistics: Sequence[PromptStatistics], stage: str) -> list[PromptStatistics]:
         return from_records(np.concatenate(self.control.all_gather_array(to_records(statistics), stage)))
@@ -317,7 +325,7 @@ class Coordinator:
 
     def _take_over(self, state: Mapping[str, Any]) -> np.ndarray:
         """Fill rank 0 from the state. Returns: what every rank needs of it, as int64."""
-        saved, refresh = state["settings"]["curriculum_refresh"], self._settings()["curriculum_refresh"]
+        saved, refresh = state["settings"][_KIND], self._settings()[_KIND]
         if saved != refresh:
             raise UserError(
                 f"the checkpoint's curriculum was kept with a refresh of kind {saved}, the run asks for {refresh}: "
@@ -327,8 +335,8 @@ class Coordinator:
         changed = {name: (old, self._settings()[name]) for name, old in state["settings"].items()}
         changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
         if changed:
-            listed = ", ".join(f"data.{name} {old} -> {new}" for name, (old, new) in changed.items())
-            logger.warning("the checkpoint drew with other settings (%s): its walk through the data changes", listed)
+            listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+            logger.warning("the checkpoint drew with other settings (%s): draws differ from an unbroken run's", listed)
         if state["refresh"]:
             self._refresh = Refresh(self.num_prompts)
             self._refresh.load_state_dict(state["refresh"], positions)
@@ -342,12 +350,18 @@ class Coordinator:
     def _settings(self) -> dict[str, Any]:
         """The settings that a draw depends on, besides the table."""
         return {
-            "seed": self.data.seed,
-            "rollout_batch_size": self.data.rollout_batch_size,
-            "sampling_strategy": self.data.sampling_strategy,
-            "curriculum_mixture_ratio": self.data.curriculum_mixture_ratio,
-            "curriculum_replacement": self.data.curriculum_replacement,
-            "curriculum_refresh": "online" if self._is_online else "full",
+            _KIND: "online" if self._is_online else "full",
+            "data.seed": self.data.seed,
+            "data.rollout_batch_size": self.data.rollout_batch_size,
+            "data.sampling_strategy": self.data.sampling_strategy,
+            "data.curriculum_mixture_ratio": self.data.curriculum_mixture_ratio,
+            "data.curriculum_replacement": self.data.curriculum_replacement,
+            "data.curriculum_metrics": list(self.data.curriculum_metrics),
+            "data.curriculum_metric_weights": list(self.data.curriculum_metric_weights),
+            "data.curriculum_weight_floor": self.data.curriculum_weight_floor,
+            "data.curriculum_probe_fraction": self.data.curriculum_probe_fraction if self._is_online else 0.0,
+            "steps of the run": self.num_steps if self._is_online else 0,
+            "worker.rollout.n": self.num_responses,
         }
 
 

@@ -19,7 +19,7 @@ class FilterSettings:
     """Constants of the filter; variances and deviations are of logits, rates are a step."""
 
     prior_variance: float = 4.0  # v0 before the first observation
-    prior_category_strength: float = 20.0  # pulls mu_k to the mean of all categories
+    prior_category_variance: float = 0.2  # of mu_k around their mean, before the first observation
     min_variance: float = 0.01
     max_variance: float = 16.0
     drift_deviation: float = 0.02  # prior standard deviation of d
@@ -50,26 +50,29 @@ class Prior:
         self.mean_information = 0.0
         self.offset = np.zeros(num_categories)
         self.offset_information = np.zeros(num_categories)
+        self.offset_variance = settings.prior_category_variance
         self.variance = settings.prior_variance
         self.variance_information = 0.0
 
     def learn(self, category: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray) -> None:
         """Take in a step's first observations of prompts, (K,) each; call it also when there are none."""
         self.mean_information *= self.settings.memory
-        self.offset_information *= self.settings.memory
         self.variance_information *= self.settings.memory
         if len(category) == 0:
             return
-        num_passes = 1 if self.mean_information > 0.0 else _FIRST_PASSES
-        for _ in range(num_passes - 1):
-            self._improve(category, num_right, num_responses)
-        information, by_category, of_variance = self._improve(category, num_right, num_responses)
+        is_first = self.mean_information == 0.0
+        for _ in range(_FIRST_PASSES if is_first else 1):
+            information, by_category, of_variance = self._improve(category, num_right, num_responses, is_first)
+            # How far categories lie apart (expectation-maximisation), as if two more lay as far as assumed.
+            squares = self.offset**2 + 1.0 / (self.offset_information + by_category + 1.0 / self.offset_variance)
+            assumed = 2.0 * self.settings.prior_category_variance
+            self.offset_variance = float((squares.sum() + assumed) / (len(squares) + 2.0))
         self.mean_information += information
         self.offset_information += by_category
         self.variance_information += of_variance
 
     def _improve(
-        self, category: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray
+        self, category: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray, is_first: bool
     ) -> tuple[float, np.ndarray, float]:
         """One step of all parameters. Returns: the information on each."""
         settings, num_categories = self.settings, len(self.offset)
@@ -83,8 +86,10 @@ class Prior:
         change = gradient.sum() / (self.mean_information + information.sum() + 0.1)
         self.mean = float(self.mean + change)
         by_category = np.bincount(category, information, num_categories)
-        pull = settings.prior_category_strength / self.variance
-        left = np.bincount(category, gradient - information * change, num_categories) - pull * self.offset
+        pull = 1.0 / self.offset_variance
+        left = np.bincount(category, gradient - information * change, num_categories).astype(np.float64)
+        if is_first:  # later the offsets already have this in them, as they have the first observations
+            left -= pull * self.offset
         self.offset = self.offset + left / (self.offset_information + by_category + pull)
         of_variance = (information**2).sum() / 2.0
         change = (gradient**2 - curvature).sum() / 2.0 / (self.variance_information + of_variance + 0.1) / self.variance

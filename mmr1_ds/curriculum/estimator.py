@@ -26,10 +26,10 @@ from mmr1_ds.curriculum.drift_law import DriftLaw, FilterSettings, Prior
 from mmr1_ds.curriculum.posterior import pooled, posterior
 from mmr1_ds.curriculum.utilities import expected_utility, logistic, sharpening, utility_function
 
-__all__ = ["PROBE_RESPONSES", "FilterSettings", "LogitFilter", "probe_budget"]
+__all__ = ["EARLY_PROBING", "PROBE_RESPONSES", "FilterSettings", "LogitFilter", "probe_budget"]
 
 PROBE_RESPONSES = 4  # to one prompt
-_EARLY_PROBING = 2.5  # times the mean rate, while little is known
+EARLY_PROBING = 1.75  # times the mean rate, while little is known
 
 _NEVER = -1
 _BLOCK = 1 << 14  # prompts evaluated at a time, so that intermediate results stay in cache
@@ -44,11 +44,11 @@ def probe_budget(
     """Rollouts that probes may have taken by the end of `step` (from 1): early ones teach most.
 
     By the end of the run they are `fraction` of the training rollouts. For a quarter of it, or until the batches could
-    have held every prompt twice if that is sooner, they come at 2.5 times that rate, then at what is left.
+    have held every prompt twice if that is sooner, they come at 1.75 times that rate, then at what is left.
     """
     early_steps = min(num_steps / 4.0, 2.0 * num_prompts / batch_size)
-    late_rate = (num_steps - _EARLY_PROBING * early_steps) / (num_steps - early_steps)
-    spent = _EARLY_PROBING * min(step, early_steps) + late_rate * max(0.0, step - early_steps)
+    late_rate = (num_steps - EARLY_PROBING * early_steps) / (num_steps - early_steps)
+    spent = EARLY_PROBING * min(step, early_steps) + late_rate * max(0.0, step - early_steps)
     return fraction * spent * batch_size * num_responses
 
 
@@ -371,6 +371,7 @@ _NUMBERS = (
     "law.jump_exposure",
     "prior.mean",
     "prior.mean_information",
+    "prior.offset_variance",
     "prior.variance",
     "prior.variance_information",
 )

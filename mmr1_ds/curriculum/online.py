@@ -5,7 +5,12 @@ P = prompts in the data set. See `estimator` for the beliefs; this adds diversit
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,13 +43,15 @@ class OnlineTable:
         Raises: UserError for more categories than the table tells apart.
         """
         self.prompt_ids, self.fingerprint = prompt_ids, fingerprint
-        self._num_responses = num_responses
         metrics = [canonical_metric(name) for name in data.curriculum_metrics]
         weighted = list(zip(metrics, data.curriculum_metric_weights, strict=True))
         self._outcome_metrics = [(name, weight) for name, weight in weighted if name in OUTCOME_METRICS]
         self._diversity_metrics = [(name, weight) for name, weight in weighted if name not in OUTCOME_METRICS]
         settings = FilterSettings(score_floor=data.curriculum_weight_floor / 4.0)  # p (1 - p) is 1/4 at most
-        self._filter = LogitFilter(len(prompt_ids), _numbered(categories, data.category_key), num_responses, settings)
+        numbers, names = _numbered(categories, data.category_key)
+        self._category_key = data.category_key
+        self._category_digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        self._filter = LogitFilter(len(prompt_ids), numbers, num_responses, settings)
         self._diversity = np.full(len(prompt_ids), np.nan, dtype=np.float32)  # of the last training group
         self._num_rollouts = np.zeros(len(prompt_ids), dtype=np.int32)
         self._weights: np.ndarray | None = None
@@ -63,7 +70,7 @@ class OnlineTable:
 
     def _score(self) -> np.ndarray:
         """VPS by expectation: outcome metrics from the beliefs, diversity as last measured, else the mean of it."""
-        if not self._diversity_metrics and len(self._outcome_metrics) == 1:
+        if not self._diversity_metrics and len(self._outcome_metrics) == 1 and self._outcome_metrics[0][1] > 0.0:
             return self._filter.weights(self._outcome_metrics[0][0])
         score = np.zeros(len(self), dtype=np.float32)
         for name, weight in self._outcome_metrics:
@@ -73,10 +80,11 @@ class OnlineTable:
             known = ~np.isnan(self._diversity)
             mean = self._diversity[known].mean() if known.any() else 0.0
             score += np.where(known, self._diversity, mean)
-        largest = score.max()
-        if largest <= 0.0:
+        low, high = score.min(), score.max()
+        if low == high:
             return np.ones(len(self), dtype=np.float32)
-        return np.maximum(score / largest, np.float32(self._floor))
+        # As with a full refresh: what all prompts have in common must not flatten the weights.
+        return np.float32(self._floor) + np.float32(1.0 - self._floor) * (score - low) / (high - low)
 
     def probes(self, num_probes: int, exclude: np.ndarray) -> np.ndarray:
         """The stalest prompts outside `exclude`, (K,) int64, K <= num_probes."""
@@ -90,16 +98,24 @@ class OnlineTable:
         """Learn from all groups of a step, and move on by one. Args: trained: (K,) prompts of the training groups."""
         indices = np.array([prompt.index for prompt in observed], dtype=np.int64)
         num_responses = np.array([prompt.num_responses for prompt in observed], dtype=np.int64)
-        num_right = np.array([prompt.pass_rate for prompt in observed]) * num_responses
+        # Successes are whole numbers mostly; as such their sum does not depend on the order of the ranks.
+        num_right = np.round(np.array([prompt.pass_rate for prompt in observed]) * num_responses, 6)
         self._filter.observe(indices, num_right, num_responses)
         self._filter.predict_step(trained)
         np.add.at(self._num_rollouts, indices, num_responses)
-        for prompt in observed:
-            # Two responses to a probe resemble each other less than eight do: not to be compared.
-            if self._diversity_metrics and prompt.num_responses == self._num_responses:
-                value = sum(weight * metric_value(prompt, name) for name, weight in self._diversity_metrics)
-                self._diversity[prompt.index] = value
+        if self._diversity_metrics:
+            self._remember_diversity(observed)
         self._weights = None
+
+    def _remember_diversity(self, observed: Sequence[PromptStatistics]) -> None:
+        """Of training groups alone: the few responses of a probe resemble each other less than a whole group's."""
+        values = defaultdict(list)
+        for prompt in observed:
+            if not prompt.is_probe:
+                found = [weight * metric_value(prompt, name) for name, weight in self._diversity_metrics]
+                values[prompt.index].append(math.fsum(found))
+        for index, of_groups in values.items():  # a prompt drawn twice has two; fsum's result has no order
+            self._diversity[index] = math.fsum(of_groups) / len(of_groups)
 
     def metrics(self) -> dict[str, float]:
         """The estimator's learned parameters, as `curriculum/estimator_*`."""
@@ -110,26 +126,40 @@ class OnlineTable:
         own = {"diversity": self._diversity.copy(), "num_rollouts": self._num_rollouts.copy()}
         return encode_prompt_ids(self.prompt_ids) | own | self._filter.state_dict()["arrays"]
 
-    def numbers(self) -> dict[str, float]:
-        """What `load` needs, as numbers."""
-        return self._filter.state_dict()["numbers"]
+    def numbers(self) -> dict[str, Any]:
+        """What `load` needs besides, for JSON."""
+        return self._filter.state_dict()["numbers"] | {
+            "categories": self._category_digest,
+            "diversity_metrics": [list(pair) for pair in self._diversity_metrics],
+        }
 
-    def load(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, float], fingerprint: str) -> np.ndarray:
-        """Take over a saved table. Returns and raises: as `saved_positions`."""
+    def load(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any], fingerprint: str) -> np.ndarray:
+        """Take over a saved table. Returns and raises: as `saved_positions`; UserError for other categories too."""
         positions = saved_positions(arrays, fingerprint, self.prompt_ids, self.fingerprint)
+        if numbers["categories"] != self._category_digest:
+            raise UserError(
+                f"data.category_key={self._category_key} gives other categories than the checkpoint's curriculum has; "
+                "keep it, or set trainer.resume=false"
+            )
         self._filter.load_state_dict({"arrays": arrays, "numbers": numbers}, positions)
         self._diversity = arrays["diversity"][positions]
+        if numbers["diversity_metrics"] != [list(pair) for pair in self._diversity_metrics]:
+            self._diversity[:] = np.nan  # weighed otherwise: not comparable with what comes
         self._num_rollouts = arrays["num_rollouts"][positions]
         self._weights = None
         return positions
 
 
-def _numbered(categories: Sequence[str], category_key: str | None) -> np.ndarray:
-    """Each category's number in the sorted list of their names, (P,) uint16: the same in every run."""
-    numbers = {name: number for number, name in enumerate(sorted(set(categories)))}
-    if len(numbers) > _MAX_CATEGORIES:
-        raise UserError(
-            f"data.category_key={category_key} has {len(numbers)} values, more than {_MAX_CATEGORIES}; "
-            "name a column that groups prompts, or null"
-        )
-    return np.fromiter((numbers[name] for name in categories), dtype=np.uint16, count=len(categories))
+def _numbered(categories: Sequence[str], category_key: str | None) -> tuple[np.ndarray, list[str]]:
+    """Each category's number in the sorted list of their names, (P,) uint16: the same in every run; and that list."""
+    names: set[str] = set()
+    for name in categories:
+        names.add(name)
+        if len(names) > _MAX_CATEGORIES:
+            raise UserError(
+                f"data.category_key={category_key} has more than {_MAX_CATEGORIES} values; "
+                "name a column that groups prompts, or null"
+            )
+    ordered = sorted(names)
+    numbers = {name: number for number, name in enumerate(ordered)}
+    return np.fromiter((numbers[name] for name in categories), dtype=np.uint16, count=len(categories)), ordered

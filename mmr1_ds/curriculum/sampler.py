@@ -153,7 +153,7 @@ class PromptSampler:
         keys = np.divide(exponentials, weights, out=np.full(self.num_prompts, np.inf), where=positive)
         keys[~positive] = 1e300 * exponentials[~positive]  # behind every key of a positive float32 weight
         keys[drawn] = np.inf
-        return np.argpartition(keys, count - 1)[:count]
+        return np.sort(np.argpartition(keys, count - 1)[:count])  # its own order may depend on the machine
 
     def _generator(self, counter: int, stream: int) -> np.random.Generator:
         key = np.array([self.seed % 2**64, counter * 8 + stream], dtype=np.uint64)

@@ -25,6 +25,7 @@ class PromptStatistics:
     self_bleu: float  # [0, 1], 1 = all the same
     distinct_3: float  # [0, 1]
     edit_distance: float = float("nan")  # [0, 1], over the longer response; NaN when not asked for
+    is_probe: bool = False  # rolled out for what it tells alone, not trained on
 
     @property
     def is_effective(self) -> bool:
@@ -104,7 +105,9 @@ def to_records(statistics: Sequence[PromptStatistics]) -> np.ndarray:
 
 def from_records(records: np.ndarray) -> list[PromptStatistics]:
     """The inverse of `to_records`."""
-    return [PromptStatistics(int(row[0]), int(row[1]), *map(float, row[2:])) for row in records]
+    exact = {"index": int, "num_responses": int, "is_probe": bool}
+    convert = [exact.get(field.name, float) for field in fields(PromptStatistics)]
+    return [PromptStatistics(*(kind(value) for kind, value in zip(convert, row, strict=True))) for row in records]
 
 
 _NUM_FIELDS = len(fields(PromptStatistics))

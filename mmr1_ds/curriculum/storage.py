@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmr1_ds.errors import UserError
+
 _ARRAYS, _NUMBERS = "curriculum.safetensors", "curriculum.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def write_state(state: Mapping[str, Any], folder: Path) -> None:
@@ -25,13 +27,16 @@ def write_state(state: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state that `write_state` wrote. Raises: ValueError for another format, OSError for a missing file."""
+    """The state that `write_state` wrote. Raises: UserError for another format, OSError for a missing file."""
     from safetensors.numpy import load_file
 
     state: dict[str, Any] = json.loads((folder / _NUMBERS).read_text())
     found = state.pop("format")
     if found != _FORMAT:
-        raise ValueError(f"{folder / _NUMBERS} has format {found}, this version reads {_FORMAT}")
+        raise UserError(
+            f"{folder / _NUMBERS} has format {found}, this version reads {_FORMAT}; "
+            "set trainer.resume=false to begin anew"
+        )
     state |= {"table": {}, "refresh": {}}
     for key, array in load_file(folder / _ARRAYS).items():
         group, name = key.split(".", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -104,11 +105,11 @@ class CurriculumTable:
         """The columns and the prompt ids they belong to, as arrays that safetensors can hold."""
         return encode_prompt_ids(self.prompt_ids) | {name: column.copy() for name, column in self._columns.items()}
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, Any]:
         """Nothing: the columns are all."""
         return {}
 
-    def load(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, float], fingerprint: str) -> np.ndarray:
+    def load(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any], fingerprint: str) -> np.ndarray:
         """Take over the columns of a saved table, each value with its prompt id.
 
         Returns: (P,) int64, the saved position of each of our prompts, to reorder whatever was saved beside it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,13 +28,16 @@ class TransformersRollout:
 
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
         """See RolloutEngine. Ranks with fewer prompts keep in step on a filler, whose responses are dropped."""
-        most = int(self._ranks.max({"requests": len(requests)}, "count rollout requests")["requests"])
+        sizes = self._ranks.all_gather_objects([request.num_responses for request in requests], "rollout requests")
         filler = RolloutRequest(self._filler, num_responses=1, seed=0)
-        padded = [*requests, *[filler] * (most - len(requests))]
-        return [self._one_group(request, settings) for request in padded][: len(requests)]
+        groups = []
+        for request, at_once in itertools.zip_longest(requests, itertools.zip_longest(*sizes, fillvalue=1)):
+            groups.append(self._one_group(request or filler, settings, max(at_once)))
+        return groups[: len(requests)]
 
     @torch.no_grad()
-    def _one_group(self, request: RolloutRequest, settings: SamplingSettings) -> RolloutGroup:
+    def _one_group(self, request: RolloutRequest, settings: SamplingSettings, most_rows: int) -> RolloutGroup:
+        """most_rows: the most responses that any rank samples at this place."""
         prompt, num_rows = request.prompt, request.num_responses
         batch = collate([(prompt, ())] * num_rows, self._encoder, self._ranks.device)
         greedy = settings.temperature == 0
@@ -58,7 +62,10 @@ class TransformersRollout:
         new_tokens = sequences[:num_rows, batch.input_ids.shape[1] :].tolist()
         responses = [self._until_eos(tokens, settings.max_tokens) for tokens in new_tokens]
         # generate() does not return what it sampled with; one more forward does, at temperature and bans alike.
-        logprobs = self._actor.log_probs([(prompt, ids) for ids, _ in responses], self._log_prob_batch_size)
+        # Every forward gathers the model on all ranks, so all make as many, whatever their numbers of responses.
+        pairs = [(prompt, ids) for ids, _ in responses]
+        pairs += pairs[:1] * (most_rows - num_rows)
+        logprobs = self._actor.log_probs(pairs, self._log_prob_batch_size)[:num_rows]
         return RolloutGroup(
             prompt,
             tuple(

@@ -31,13 +31,16 @@ coordinator = Coordinator(data, ids, categories, "abc", N, num_steps, ranks)
 checkpoints = Checkpoints(folder / "checkpoints", -1, ranks)
 
 
-def answers(indices: np.ndarray, step: int, num_responses: int) -> list[PromptStatistics]:
-    """This rank's part of what a made-up policy does."""
+def answers(indices: np.ndarray, step: int, num_responses: int, is_probe: bool = False) -> list[PromptStatistics]:
+    """This rank's part of what a made-up policy does; the groups of a prompt drawn twice differ."""
     found = []
-    for index in indices[ranks.rank :: ranks.size]:
-        random = np.random.default_rng((seed, step, int(index), num_responses))
-        rate = random.binomial(num_responses, 0.9 * index / P) / num_responses
-        found.append(PromptStatistics(int(index), num_responses, rate, rate, rate * (1 - rate), random.random(), 0.5))
+    for slot in range(ranks.rank, len(indices), ranks.size):
+        random = np.random.default_rng((seed, step, slot, num_responses))
+        rate = random.binomial(num_responses, 0.9 * indices[slot] / P) / num_responses
+        bleu, variance = random.random(), rate * (1 - rate)
+        found.append(
+            PromptStatistics(int(indices[slot]), num_responses, rate, rate, variance, bleu, 0.5, is_probe=is_probe)
+        )
     return found
 
 
@@ -62,13 +65,17 @@ if newest is not None:
 refresh_if_due(done + 1)
 with open(folder / f"drawn.{ranks.rank}.jsonl", "a", encoding="utf-8") as log:
     for step in range(done + 1, num_steps + 1):
-        batch = coordinator.next_batch(step)
-        probes = coordinator.next_probes(step)
-        log.write(json.dumps([step, batch.tolist(), probes.tolist()]) + "\n")
-        log.flush()
-        own = answers(batch, step, N) + answers(probes, step, coordinator.num_probe_responses)
-        coordinator.observe(step, own)
-        coordinator.finish_step(step)
+        # Two or three draws in some steps, as online filtering makes them.
+        batches = []
+        for attempt in range(1 + step % 3):
+            batches.append(coordinator.next_batch(step))
+            own = answers(batches[-1], 10 * step + attempt, N)
+            probes = coordinator.next_probes(step) if attempt == 0 else np.empty(0, dtype=np.int64)
+            own += answers(probes, step, coordinator.num_probe_responses, is_probe=True)
+            log.write(json.dumps([step, attempt, batches[-1].tolist(), probes.tolist()]) + "\n")
+            log.flush()
+            coordinator.observe(step, own)
+        coordinator.finish_step(step, np.concatenate(batches)[::2][:B])
         refresh_if_due(step + 1)
         if step % 3 == 0 or step == num_steps:
             checkpoints.save(step, save)
