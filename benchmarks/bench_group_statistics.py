@@ -19,7 +19,8 @@ The JSON file holds
   exponents     name -> {responses, tokens}: b and c of seconds per group = a N^b T^c, least squares over all sizes
   memory        list of {contender, responses, tokens, groups, bytes_per_token}: peak resident memory over what lay
                 there before the call, a process each
-  verdicts      list of {bar, value, wanted, holds}; holds is null where the sizes were not run
+  verdicts      list of {bar, value, wanted, holds}; holds is null where the sizes were not run, and where nothing
+                was wanted (null too): the ratio core for core, one thread of ours against one process of NLTK's
 """
 
 from __future__ import annotations

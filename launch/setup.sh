@@ -47,6 +47,13 @@ done
 rm -f .venv/installed-*
 "$python" -m venv .venv
 .venv/bin/python -m pip install -qq --no-deps -r "$lock"
+# An older extension would lie there still if the new one could not be built, which pip does not tell.
+rm -f kernels/mmr1_kernels/_count_ngrams*.so
 .venv/bin/python -m pip install -qq --no-deps --no-build-isolation --editable .
+if ! .venv/bin/python -c "from mmr1_kernels import cpu; raise SystemExit(not cpu.is_available())"; then
+  echo "setup: the C++ extension was not built or does not load; see: .venv/bin/python -m pip install -v --no-deps" \
+    "--no-build-isolation --editable ." >&2
+  exit 1
+fi
 touch "$stamp"
 echo "setup: done"

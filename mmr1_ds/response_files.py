@@ -1,4 +1,7 @@
-"""Files of groups of responses, one JSON object a line, read one line at a time: a file may be larger than memory."""
+"""Files of groups of responses, one JSON object a line, read one line at a time: a file may be larger than memory.
+
+And where the scores of them go: a file that appears whole, a device or a pipe.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from pathlib import Path
+from typing import IO, Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -77,6 +81,8 @@ class ResponseFile:
 def open_responses(path: str) -> Iterator[ResponseFile]:
     """Open a file, plain or compressed with gzip; `-` is the standard input. Raises: UserError when it cannot."""
     name = "stdin" if path == "-" else path
+    if path == "-" and sys.stdin is None:  # as Python has it when the descriptor was closed before it started
+        raise UserError("stdin: is closed; give a file, or redirect one into it")
     with ExitStack() as stack:
         try:
             raw: BinaryIO = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
@@ -206,3 +212,98 @@ def _shown(value: Any) -> str:
     """As JSON, cut where it is long: a response may have a million characters."""
     text = json.dumps(value[:5] if isinstance(value, (list, str)) and len(value) > 60 else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@contextmanager
+def open_output(output: str | None, read_from: str, force: bool) -> Iterator[Callable[[str], Any]]:
+    """Yields what writes text to --output. A file appears when all is done, under its name, or not at all.
+
+    A device or a FIFO is written straight to, for no file may take its place; a link stays, and its target is written.
+
+    Args: output: a path, gzip if it ends in .gz, `-` for the standard output, None for nowhere. read_from: the file
+        that is read, which is never overwritten. force: overwrite an existing file.
+    Raises: UserError when it cannot be written; BrokenPipeError when its reader went away.
+    """
+    if output is None:
+        yield lambda text: None
+        return
+    if output == "-":
+        yield write_stdout
+        write_stdout("", flush=True)
+        return
+    named = Path(output)
+    compressed = named.suffix == ".gz"
+    try:
+        if _is_special(named):
+            _refuse_the_file_read(named, output, read_from)
+            with _open_text(named, compressed) as file:
+                yield file.write
+            return
+        path = named.resolve()
+        _refuse_overwriting(path, output, read_from, force)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            with _open_text(partial, compressed) as file:
+                yield file.write
+                file.flush()
+                os.fsync(file.fileno())
+            _refuse_overwriting(path, output, read_from, force)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from error
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it exists, at the end of its links, and is neither a regular file nor a folder."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _refuse_the_file_read(path: Path, output: str, read_from: str) -> None:
+    if read_from != "-" and path.samefile(read_from):
+        raise UserError(f"--output {output}: is the file that is read; give another")
+
+
+def _refuse_overwriting(path: Path, output: str, read_from: str, force: bool) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--output {output}: must be a file in a folder that exists")
+    if not path.exists():
+        return
+    _refuse_the_file_read(path, output, read_from)
+    if _is_special(path):
+        raise UserError(f"--output {output}: has become a device or a pipe meanwhile; give another")
+    if not force:
+        raise UserError(f"--output {output}: exists; add --force to overwrite it")
+
+
+def _open_text(path: Path, compressed: bool) -> IO[str]:
+    if compressed:
+        return gzip.open(path, "wt", encoding="utf-8")  # type: ignore[return-value]
+    return path.open("w", encoding="utf-8")
+
+
+def write_stdout(text: str, flush: bool = False) -> None:
+    """Raises: UserError where the standard output takes nothing more; BrokenPipeError when its reader went away."""
+    if sys.stdout is None:
+        raise UserError("stdout: is closed; give --output FILE, or redirect it")
+    try:
+        sys.stdout.write(text)
+        if flush:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget_stdout()
+        raise UserError(f"stdout: cannot be written: {error.strerror or error}") from error
+
+
+def forget_stdout() -> None:
+    """Send it nowhere: what it still holds would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

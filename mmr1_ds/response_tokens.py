@@ -9,6 +9,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ def open_tokenizer(name: str) -> Tokenize:
     """
     if name.startswith(SACREBLEU):
         return SacrebleuWords(name.removeprefix(SACREBLEU))
+    if not name.strip() or (name.startswith((".", "/")) and not Path(name).is_dir()):
+        what = f"{name!r} is no folder" if name.strip() else f"{name!r} is empty"
+        raise UserError(f"--tokenizer: {what}; give a model's folder, a hub name or sacrebleu:13a")
     return ModelTokens(name)
 
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import heapq
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import IO, Any
 
 import mmr1_kernels
 import numpy as np
@@ -31,7 +27,15 @@ from mmr1_ds.curriculum.scores import (
 )
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
-from mmr1_ds.response_files import ResponseFile, ResponseGroup, open_responses, read_groups
+from mmr1_ds.response_files import (
+    ResponseFile,
+    ResponseGroup,
+    forget_stdout,
+    open_output,
+    open_responses,
+    read_groups,
+    write_stdout,
+)
 from mmr1_ds.response_tokens import Tokenize, open_tokenizer
 from mmr1_ds.train import EXIT_INTERRUPTED, EXIT_USER_ERROR
 
@@ -92,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", help=f"as data.curriculum_metrics; default: {DEFAULT_METRICS}")
     parser.add_argument("--weights", help=f"one a metric; default: {DEFAULT_WEIGHTS}, or 1 each for --metrics")
     parser.add_argument("--output", metavar="FILE", help="JSON lines, gzip if it ends in .gz; - is the standard output")
-    parser.add_argument("--force", action="store_true", help="overwrite --output")
+    parser.add_argument("--force", action="store_true", help="overwrite the file that --output names")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="rows of the table; default: 20")
 
 
@@ -104,7 +108,7 @@ def main(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"mmr1-ds: error: {' '.join(str(error).split())}\n")
         return EXIT_USER_ERROR
     except BrokenPipeError:  # ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail again
+        forget_stdout()
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         sys.stderr.write("mmr1-ds: interrupted\n")
@@ -118,7 +122,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--top must be at least 1, got {arguments.top}")
     started = time.perf_counter()
     with open_responses(arguments.file) as file:
-        with _output(arguments) as write:
+        with open_output(arguments.output, arguments.file, arguments.force) as write:
             tokenize = None if arguments.tokenizer is None else open_tokenizer(arguments.tokenizer)
             summary = Summary(arguments.top)
             needs_accuracies = any(metric in OUTCOME_METRICS for metric in metrics)
@@ -130,20 +134,21 @@ def _run(arguments: argparse.Namespace) -> None:
                     scores = score_groups(batch, *packed, metrics, weights)
                     summary.kernel_seconds += time.perf_counter() - kernel_started
                     for score in scores:
-                        write(score)
+                        write(_json_line(score))
                         summary.add(score)
                     advance()
             if summary.num_prompts == 0:
                 raise UserError(f"{file.name}: holds no groups of responses")
-    if arguments.output is None:
-        sys.stdout.write(summary.table() + "\n")
-    told_on = sys.stderr if arguments.output == "-" else sys.stdout
-    told_on.write(summary.text(time.perf_counter() - started))
+    told = summary.text(time.perf_counter() - started)
+    if arguments.output == "-":
+        sys.stderr.write(told)
+    else:
+        write_stdout(told if arguments.output is not None else f"{summary.table()}\n{told}", flush=True)
 
 
 def _metrics(names: str | None, weights: str | None) -> tuple[list[str], list[float]]:
     """Names, in the guide's spelling, and weights. Raises: UserError."""
-    chosen = [name.strip() for name in (names or DEFAULT_METRICS).split(",")]
+    chosen = [name.strip() for name in (DEFAULT_METRICS if names is None else names).split(",")]
     if weights is None:
         weights = DEFAULT_WEIGHTS if names is None else ",".join("1" * len(chosen))
     numbers = []
@@ -328,51 +333,6 @@ def _progress(file: ResponseFile, writes_to_terminal: bool) -> Iterator[Callable
     # disable=False: our own quiet_libraries asks all others to be silent.
     with tqdm(total=file.num_bytes, unit="B", unit_scale=True, leave=False, disable=False) as bar:
         yield lambda: bar.update(file.bytes_read - bar.n) and None
-
-
-@contextmanager
-def _output(arguments: argparse.Namespace) -> Iterator[Callable[[PromptScore], Any]]:
-    """Yields what writes one score. The file appears when all is done, under its name, or not at all."""
-    if arguments.output is None:
-        yield lambda score: None
-        return
-    if arguments.output == "-":
-        yield lambda score: sys.stdout.write(_json_line(score))
-        sys.stdout.flush()
-        return
-    path = Path(arguments.output)
-    _refuse_overwriting(path, arguments)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with _open_text(partial, compressed=path.suffix == ".gz") as file:
-            yield lambda score: file.write(_json_line(score))
-            file.flush()
-            os.fsync(file.fileno())
-        _refuse_overwriting(path, arguments)
-        partial.replace(path)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise UserError(f"--output {arguments.output}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _refuse_overwriting(path: Path, arguments: argparse.Namespace) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--output {path}: must be a file in a folder that exists")
-    if not path.exists():
-        return
-    if arguments.file != "-" and path.samefile(arguments.file):
-        raise UserError(f"--output {path}: is the file that is read; give another")
-    if not arguments.force:
-        raise UserError(f"--output {path}: exists; add --force to overwrite it")
-
-
-def _open_text(path: Path, compressed: bool) -> IO[str]:
-    if compressed:
-        return gzip.open(path, "wt", encoding="utf-8")  # type: ignore[return-value]
-    return path.open("w", encoding="utf-8")
 
 
 def _json_line(score: PromptScore) -> str:

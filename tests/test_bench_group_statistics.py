@@ -82,6 +82,7 @@ def size(responses, tokens, **seconds):
             "seconds_per_group": value,
             "tokens_per_second": responses * tokens / value,
             "slower_than_ours": value / seconds["cpu_2"],
+            "rounds": [10 * value, value, 0.1 * value],
         }
         for name, value in seconds.items()
     }
@@ -110,10 +111,14 @@ def test_verdicts():
         "exponents": {"cpu_1": {"responses": 1.11, "tokens": 1.0}},
         "memory": [{"contender": "cpu_2", "bytes_per_token": 39.0}, {"contender": "torch", "bytes_per_token": 99.0}],
     }
+    rival = "against one NLTK process, as upstream calls it (a Ray task a prompt)"
+    core_for_core = "core for core: one thread against one NLTK process"
     told = {verdict["bar"]: (verdict["value"], verdict["holds"]) for verdict in verdicts(results)}
     assert told == {
-        "times faster than NLTK at N=8, T=2,048, 2 threads": (pytest.approx(1100), True),
-        "times faster than NLTK at N=32, T=2,048, 2 threads": (pytest.approx(2900), False),
+        f"times faster at N=8, T=2,048, two threads {rival}": (pytest.approx(1100), True),
+        f"times faster at N=8, T=2,048, {core_for_core}": (pytest.approx(1.1 / (8 * 2048 / 21e6)), None),
+        f"times faster at N=32, T=2,048, two threads {rival}": (pytest.approx(2900), False),
+        f"times faster at N=32, T=2,048, {core_for_core}": (pytest.approx(290), None),
         "tokens/s of one core at N=8, T=2,048": (pytest.approx(21e6), True),
         "exponent of N, cpu_1": (1.11, False),
         "exponent of N, cpu_2": (None, None),
@@ -121,6 +126,22 @@ def test_verdicts():
         "exponent of T, cpu_2": (None, None),
         "extra bytes a token, most": (39.0, True),
     }
+
+
+def test_core_for_core_is_a_row_without_a_bar():
+    from bench_group_statistics_report import closing, verdicts
+
+    results = {
+        "environment": {"threads": 2},
+        "ours": "cpu_2",
+        "sizes": [size(8, 2048, cpu_1=2e-3, cpu_2=1e-3, nltk=1.25)],
+        "exponents": {},
+        "memory": [],
+        "agreement": {},
+    }
+    told = closing(results | {"verdicts": verdicts(results)}).splitlines()
+    words = "times faster at N={}, T=2,048, core for core: one thread against one NLTK process: {}"
+    assert "no bar  " + words.format(8, 625) in told and "no bar  " + words.format(32, "-") in told
 
 
 def test_a_contender_that_is_wrong_is_not_timed():

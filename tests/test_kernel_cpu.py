@@ -1,13 +1,11 @@
 """Backend `cpu` of the kernels: the C++ equals the reference whatever the threads and divisions, and is optional."""
 
-import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import mmr1_kernels
 import numpy as np
@@ -17,7 +15,6 @@ from hypothesis import strategies as st
 from launching import PROGRAMS, ROOT, environment
 from mmr1_kernels import cpu, reference
 
-CASES = json.loads((Path(__file__).parent / "golden" / "diversity.json").read_text())["cases"]
 MANY = settings(max_examples=150, deadline=None)
 LARGEST_ID = 2**31 - 1
 
@@ -45,19 +42,6 @@ def zipf_batch(group_sizes, longest, alphabet, seed):
         own = [ids[random.zipf(1.3, n) % alphabet] for n in random.integers(0, longest + 1, size)]
         groups.append([np.where(random.random(len(r)) < 0.5, shared[: len(r)], r) for r in own])
     return pack(groups)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_golden_cases(case):
-    token_ids, offsets, _ = pack([case["responses"]])
-    zeros = np.zeros(len(case["responses"]), dtype=np.float32)
-    found = mmr1_kernels.group_statistics(token_ids, offsets, zeros, zeros, len(zeros), backend="cpu")
-    assert found.self_bleu[0] == pytest.approx(case["self_bleu_123"], abs=1e-9)
-    for order in (1, 2, 3):
-        assert found.self_bleu_by_order[0, order - 1] == pytest.approx(case[f"self_bleu_{order}"], abs=1e-9)
-        assert found.distinct[0, order - 1] == pytest.approx(case[f"distinct_{order}"], abs=1e-9)
-    four = mmr1_kernels.group_statistics(token_ids, offsets, zeros, zeros, len(zeros), 4, backend="cpu")
-    assert four.self_bleu[0] == pytest.approx(case["self_bleu_1234"], abs=1e-9)
 
 
 @st.composite
@@ -203,6 +187,28 @@ def test_a_fork_can_count():
         child.join()
 
 
+def test_a_fork_can_count_where_torch_has_threads():
+    """torch and this backend share one runtime of OpenMP: its threads count, though this backend never ran before."""
+    program = (
+        "import os, signal, warnings, numpy as np, torch\n"
+        "from mmr1_kernels import cpu\n"
+        "warnings.simplefilter('ignore')\n"  # of forking beside threads
+        "torch.set_num_threads(2)\n"
+        "torch.ones(2**20).add_(1)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(30)\n"  # ends it, were it to wait for ever
+        "    tokens, ends = np.arange(50_000, dtype=np.int32), np.array([0, 20_000, 50_000])\n"
+        "    for threads in (None, 2):\n"
+        "        found = cpu.count_ngrams(tokens, ends, np.array([0, 1, 2]), 2, num_threads=threads)\n"
+        "        if found.distinct.tolist() != [[20_000, 19_999], [30_000, 29_999]]:\n"
+        "            os._exit(1)\n"
+        "    os._exit(0)\n"
+        "raise SystemExit(os.waitpid(child, 0)[1])\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment(), timeout=60)
+
+
 @pytest.fixture
 def without_library(monkeypatch):
     monkeypatch.setattr(cpu, "LIBRARY", "_not_built")
@@ -232,8 +238,44 @@ def test_without_the_library_the_reference_serves_with_one_warning(without_libra
 
 def test_a_library_of_another_version_is_not_used(without_library, monkeypatch):
     monkeypatch.setattr(cpu, "LIBRARY", "_count_ngrams")
+    if not cpu.is_available():
+        pytest.skip("there is no library to refuse")
+    cpu._library.cache_clear()
     monkeypatch.setattr(cpu, "FUNCTION", "mmr1_count_ngrams_0")
     assert not cpu.is_available()
+
+
+@pytest.mark.parametrize("builds", [True, False])
+def test_setup_replaces_an_old_extension_and_needs_the_new_one(tmp_path, builds):
+    """The script itself, with an interpreter that only pretends."""
+    for folder in ("launch", "requirements", "kernels/csrc", "kernels/mmr1_kernels", "bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("requirements/cpu.lock", "setup.py", "pyproject.toml", "kernels/csrc/source.cpp"):
+        (tmp_path / file).touch()
+    shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
+    old = tmp_path / "kernels" / "mmr1_kernels" / "_count_ngrams.cpython-311-x86_64-linux-gnu.so"
+    old.touch()
+    pretended = tmp_path / "bin" / "python"
+    pretended.write_text(
+        "#!/bin/sh\n"
+        'if [ "$2" = venv ]; then mkdir -p .venv/bin && cp "$0" .venv/bin/python; fi\n'
+        f'case "$2" in *is_available*) test ! -e {old} && exit {int(not builds)};; esac\n'
+    )
+    (tmp_path / "bin" / "g++").write_text("#!/bin/sh\n")
+    for program in (tmp_path / "bin").iterdir():
+        program.chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", tmp_path / "launch" / "setup.sh", "cpu"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHON": str(pretended), "PATH": path}, capture_output=True, text=True, timeout=60
+    )
+    assert not old.exists()
+    assert len(list(tmp_path.glob(".venv/installed-cpu-*"))) == builds
+    if builds:
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 1 and done.stderr.startswith("setup: the C++ extension was not built")
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -101,6 +101,7 @@ ERRORS = [
     (tensors(offsets=torch.tensor([], dtype=torch.int64)), "ValueError: offsets must begin with 0, got []"),
     (tensors(offsets=torch.tensor([0, 2])), "offsets must end with len(token_ids) = 3, got 2"),
     (tensors(offsets=torch.tensor([0, 4, 3])), "offsets must not fall, got 4 then 3 at 1"),
+    (tensors(offsets=torch.tensor([0, 2**63 - 1, -2, 3]), group_size=1), "got 9223372036854775807 then -2 at 1"),
     (tensors(group_size=3), "number of responses must be a multiple of group_size 3, got 2"),
     (tensors(group_size=2.0), "TypeError: group_size must be an int, got 2.0"),
     (tensors(group_size=None), "TypeError: group_size must be an int, got None"),
@@ -112,6 +113,11 @@ ERRORS = [
     (tensors(rewards=torch.tensor([0.0, NAN])), "ValueError: rewards must be finite, got nan at 1"),
     (tensors(accuracies=torch.tensor([1.5, 0.0])), "ValueError: accuracies must be in [0, 1], got 1.5 at 0"),
     (tensors(max_order=0), "ValueError: max_order must be at least 1, got 0"),
+    (tensors(max_order=65), "ValueError: max_order must be at most 64, got 65"),
+    (tensors(group_size=None, group_offsets=torch.tensor([0, 1])), "end with the number of responses = 2, got 1"),
+    (tensors(group_size=None, group_offsets=torch.tensor([0, 1, 3])), "end with the number of responses = 2, got 3"),
+    (tensors(rewards=torch.zeros(2).bfloat16()), "TypeError: rewards must be float32, got torch.bfloat16"),
+    (tensors(rewards=torch.zeros(2).to_sparse()), "TypeError: rewards must be a dense tensor, got torch.sparse_coo"),
 ]
 
 

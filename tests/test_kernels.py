@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -7,13 +8,19 @@ from pathlib import Path
 import mmr1_kernels
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmr1_kernels import cpu, reference
 
 GOLDEN = Path(__file__).parent / "golden"
 DIVERSITY_CASES = json.loads((GOLDEN / "diversity.json").read_text())["cases"]
 ADVANTAGE_CASES = json.loads((GOLDEN / "group_advantages.json").read_text())["cases"]
 FEW = settings(max_examples=40, deadline=None)
+on_host_backends = pytest.mark.parametrize(
+    "backend",
+    ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not cpu.is_available(), reason="is not built here"))],
+)
 
 
 def pack(responses):
@@ -21,7 +28,7 @@ def pack(responses):
     return token_ids, np.cumsum([0, *map(len, responses)]).astype(np.int64)
 
 
-def statistics_of(responses, group_size=None, rewards=None, accuracies=None, max_order=3):
+def statistics_of(responses, group_size=None, rewards=None, accuracies=None, max_order=3, backend=None):
     zeros = np.zeros(len(responses), dtype=np.float32)
     return mmr1_kernels.group_statistics(
         *pack(responses),
@@ -29,6 +36,7 @@ def statistics_of(responses, group_size=None, rewards=None, accuracies=None, max
         zeros if accuracies is None else np.array(accuracies, dtype=np.float32),
         len(responses) if group_size is None else group_size,
         max_order,
+        backend=backend,
     )
 
 
@@ -60,21 +68,23 @@ def plain_edit_distance(left, right):
     return row[-1]
 
 
+@on_host_backends
 @pytest.mark.parametrize("case", DIVERSITY_CASES, ids=lambda case: case["name"])
-def test_diversity_equals_nltk(case):
-    found = statistics_of(case["responses"])
+def test_diversity_equals_nltk(case, backend):
+    found = statistics_of(case["responses"], backend=backend)
     assert found.self_bleu[0] == pytest.approx(case["self_bleu_123"], abs=1e-9)
     for order in (1, 2, 3):
         assert found.self_bleu_by_order[0, order - 1] == pytest.approx(case[f"self_bleu_{order}"], abs=1e-9)
         assert found.distinct[0, order - 1] == pytest.approx(case[f"distinct_{order}"], abs=1e-9)
-    up_to_four = statistics_of(case["responses"], max_order=4).self_bleu[0]
+    up_to_four = statistics_of(case["responses"], max_order=4, backend=backend).self_bleu[0]
     assert up_to_four == pytest.approx(case["self_bleu_1234"], abs=1e-9)
 
 
-def test_groups_packed_together_do_not_see_each_other():
+@on_host_backends
+def test_groups_packed_together_do_not_see_each_other(backend):
     cases = [case for case in DIVERSITY_CASES if len(case["responses"]) == 4]
     assert len(cases) > 3
-    packed = statistics_of([response for case in cases for response in case["responses"]], group_size=4)
+    packed = statistics_of([response for case in cases for response in case["responses"]], 4, backend=backend)
     np.testing.assert_allclose(packed.self_bleu, [case["self_bleu_123"] for case in cases], rtol=0, atol=1e-9)
     np.testing.assert_allclose(packed.distinct[:, 2], [case["distinct_3"] for case in cases], rtol=0, atol=1e-9)
 
@@ -91,13 +101,19 @@ def test_edit_distance_equals_the_definition(case):
     assert found[0] == pytest.approx(sum(normalised) / max(1, len(pairs)), abs=1e-9)
 
 
+def test_edit_distance_of_two_groups():
+    found = mmr1_kernels.mean_edit_distance(*pack([[1, 2], [1, 2], [5, 6], [7, 8]]), 2)
+    np.testing.assert_array_equal(found, [0.0, 1.0])
+
+
+@on_host_backends
 @pytest.mark.parametrize("case", ADVANTAGE_CASES, ids=lambda case: case["name"])
 @pytest.mark.parametrize(("library", "epsilon"), [("verl", 1e-6), ("trl", 1e-4)])
-def test_advantages_equal_verl_and_trl(case, library, epsilon):
+def test_advantages_equal_verl_and_trl(case, library, epsilon, backend):
     order = np.argsort(case["index"], kind="stable")
     rewards = np.array(case[f"{library}_rewards"])[order]
     expected = np.array([np.nan if a is None else a for a in case[f"{library}_advantages"]])[order]
-    found = statistics_of([[1]] * 8, group_size=4, rewards=rewards).advantages
+    found = statistics_of([[1]] * 8, group_size=4, rewards=rewards, backend=backend).advantages
     std = np.repeat(rewards.reshape(-1, 4).std(axis=1, ddof=1), 4)
     found = found * (std + 1e-6) / (std + epsilon)
     tested = ~np.isnan(expected)
@@ -229,6 +245,11 @@ VALUES = np.zeros(2, dtype=np.float32)
         ((TOKENS, OFFSETS + 1, VALUES, VALUES, 2), ValueError, r"offsets must begin with 0, got \[1\]"),
         ((TOKENS, OFFSETS[:2], VALUES, VALUES, 1), ValueError, r"must end with len\(token_ids\) = 3, got 2"),
         ((TOKENS, np.array([0, 4, 3]), VALUES, VALUES, 2), ValueError, "offsets must not fall, got 4 then 3 at 1"),
+        (
+            (TOKENS, np.array([0, 2**63 - 1, -2, 3]), VALUES, VALUES, 1),  # falls by more than 64 bits can say
+            ValueError,
+            "offsets must not fall, got 9223372036854775807 then -2 at 1",
+        ),
         ((TOKENS, OFFSETS, VALUES, VALUES, 3), ValueError, "multiple of group_size 3, got 2"),
         ((TOKENS, OFFSETS, VALUES, VALUES, 0), ValueError, "group_size must be at least 1, got 0"),
         ((TOKENS, OFFSETS, VALUES, VALUES, 2.0), TypeError, "group_size must be an int, got 2.0"),
@@ -237,9 +258,108 @@ VALUES = np.zeros(2, dtype=np.float32)
         ((TOKENS, OFFSETS, VALUES[None], VALUES, 2), ValueError, r"rewards must have one axis, got shape \(1, 2\)"),
         ((TOKENS, OFFSETS, VALUES, VALUES + 1.5, 2), ValueError, r"accuracies must be in \[0, 1\], got 1.5 at 0"),
         ((TOKENS, OFFSETS, VALUES, VALUES, 2, 0), ValueError, "max_order must be at least 1, got 0"),
+        ((TOKENS, OFFSETS, VALUES, VALUES, 2, 65), ValueError, "max_order must be at most 64, got 65"),
         ((TOKENS, OFFSETS, VALUES, VALUES, 2, 1.0), TypeError, "max_order must be an int, got 1.0"),
     ],
 )
 def test_wrong_input_is_named(arguments, error, words):
     with pytest.raises(error, match=words):
         mmr1_kernels.group_statistics(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("group_offsets", "words"),
+    [
+        ([0, 1], "group_offsets must end with the number of responses = 2, got 1"),
+        ([0, 1, 3], "group_offsets must end with the number of responses = 2, got 3"),
+        ([1, 2], r"group_offsets must begin with 0, got \[1\]"),
+        ([0, 0, 2], "a group has a response at least, group 0 has none"),
+        ([0, 2**63 - 1, -2, 2], "group_offsets must not fall, got 9223372036854775807 then -2 at 1"),
+    ],
+)
+def test_wrong_groups_are_named(group_offsets, words):
+    with pytest.raises(ValueError, match=words):
+        mmr1_kernels.group_statistics(TOKENS, OFFSETS, VALUES, VALUES, None, group_offsets=np.array(group_offsets))
+    with pytest.raises(ValueError, match=words):
+        mmr1_kernels.mean_edit_distance(TOKENS, OFFSETS, None, group_offsets=np.array(group_offsets))
+
+
+def tensors(**changed):
+    """Correct arguments for two responses, as tensors, but for the changed ones."""
+    rewards = torch.tensor([1.0, 0.0])
+    correct = {"token_ids": torch.from_numpy(TOKENS), "offsets": torch.from_numpy(OFFSETS), "rewards": rewards}
+    return correct | {"accuracies": rewards, "group_size": 2} | changed
+
+
+def test_tensors_give_what_arrays_give():
+    found = mmr1_kernels.group_statistics(**tensors(rewards=torch.tensor([1.0, 0.0], requires_grad=True)))
+    expected = statistics_of([[1, 2], [3]], rewards=[1, 0], accuracies=[1, 0])
+    for field, values in vars(expected).items():
+        tensor = getattr(found, field)
+        assert tensor.dtype == torch.float64 and tensor.device.type == "cpu" and not tensor.requires_grad
+        np.testing.assert_array_equal(tensor, values, err_msg=field)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"rewards": torch.zeros(2, dtype=torch.bfloat16)}, "rewards must be float32, got torch.bfloat16"),
+        ({"token_ids": torch.tensor([1, 2, 3])}, "token_ids must be int32, got torch.int64"),
+        ({"offsets": torch.tensor([0, 2, 3], dtype=torch.int32)}, "offsets must be int64, got torch.int32"),
+        ({"rewards": torch.zeros(2).to_sparse()}, "rewards must be a dense tensor, got torch.sparse_coo"),
+        ({"rewards": VALUES}, "rewards must be what token_ids is, a tensor on cpu, got a numpy array"),
+        ({"rewards": [0.0, 0.0]}, "rewards must be a numpy array or a torch tensor, got list"),
+        ({"token_ids": TOKENS}, "offsets must be what token_ids is, a numpy array, got a tensor on cpu"),
+    ],
+)
+def test_wrong_tensors_are_named(changed, words):
+    with pytest.raises(TypeError, match=words):
+        mmr1_kernels.group_statistics(**tensors(**changed))
+
+
+def test_tensors_of_two_axes_are_named():
+    with pytest.raises(ValueError, match=r"rewards must have one axis, got shape \(1, 2\)"):
+        mmr1_kernels.group_statistics(**tensors(rewards=torch.zeros(1, 2)))
+
+
+@pytest.mark.parametrize(("at", "name"), [(0, "token_ids"), (1, "offsets")])
+def test_edit_distance_takes_arrays_alone(at, name):
+    arrays = [TOKENS, OFFSETS]
+    arrays[at] = torch.from_numpy(arrays[at])
+    with pytest.raises(TypeError, match=f"{name} must be a numpy array, the only kind .*, got Tensor"):
+        mmr1_kernels.mean_edit_distance(*arrays, 2)
+
+
+def test_sizes_of_few_bits_are_enough():
+    """A thousand responses in groups of np.uint8(4): arithmetic on the size itself would overflow."""
+    responses = [[number % 7, number % 3] for number in range(1000)]
+    found = statistics_of(responses, np.uint8(4), max_order=np.uint8(2))
+    expected = statistics_of(responses, 4, max_order=2)
+    np.testing.assert_array_equal(found.self_bleu, expected.self_bleu)
+    assert found.self_bleu.shape == (250,)
+
+
+def test_the_default_is_the_cpu_backend(monkeypatch):
+    counted = []
+
+    def count_ngrams(*arguments):
+        counted.append(arguments)
+        return reference.count_ngrams(*arguments)
+
+    monkeypatch.setattr(cpu, "is_available", lambda: True)
+    monkeypatch.setattr(cpu, "count_ngrams", count_ngrams)
+    statistics_of([[1, 2], [3]])
+    mmr1_kernels.group_statistics(**tensors())
+    assert len(counted) == 2
+    statistics_of([[1, 2], [3]], backend="reference")
+    assert len(counted) == 2
+
+
+def test_a_missing_triton_is_told_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # what import takes for not installed
+    for name in ("gpu", "gpu_kernels"):
+        monkeypatch.delitem(sys.modules, f"mmr1_kernels.{name}", raising=False)
+        monkeypatch.delattr(mmr1_kernels, name, raising=False)
+    with pytest.raises(RuntimeError, match=r"backend triton does not import .*; install triton, or ask for") as raised:
+        mmr1_kernels.group_statistics(**tensors(), backend="triton")
+    assert "\n" not in str(raised.value)

@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import stat
 import subprocess
 import sys
 import termios
@@ -359,11 +360,16 @@ def test_bad_files(capsys, tmp_path):
     ("arguments", "told"),
     [
         (["--metrics", "learnabilty"], "--metrics: unknown metric 'learnabilty'; known: learnability, "),
+        (["--metrics", ""], "--metrics: unknown metric ''; known: "),
+        (["--metrics", "self-bleu,"], "--metrics: unknown metric ''; known: "),
         (["--metrics", "self-bleu", "--weights", "1,2"], "--weights must have one weight a metric, 1 for "),
         (["--weights", "1,nan"], "--weights must be finite numbers, got nan"),
         (["--weights", "1;2"], "--weights: '1;2' is no number"),
         (["--top", "0"], "--top must be at least 1, got 0"),
         (["--tokenizer", "sacrebleu:moses"], "--tokenizer: unknown 'sacrebleu:moses'; known: sacrebleu:13a, "),
+        (["--tokenizer", ""], "--tokenizer: '' is empty; give a model's folder, a hub name or sacrebleu:13a"),
+        (["--tokenizer", "./model"], "--tokenizer: './model' is no folder; give a model's folder, "),
+        (["--tokenizer", "/no/model"], "--tokenizer: '/no/model' is no folder; give a model's folder, "),
         (["--output", "no/such/folder"], "--output no/such/folder: must be a file in a folder that exists"),
     ],
 )
@@ -414,6 +420,64 @@ def test_an_interrupted_run_leaves_the_old_output(capsys, tmp_path, monkeypatch)
     code, out, err = run(capsys, file, "--output", output, "--force")
     assert (code, out, err) == (130, "", "mmr1-ds: interrupted\n")
     assert output.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
+def in_a_shell(command):
+    """Standard error, after a command that must end with 2 and one line there."""
+    done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.removeprefix("mmr1-ds: error: ").rstrip()
+
+
+def test_streams_that_are_closed_or_full(tmp_path):
+    file = write_lines(tmp_path / "groups.jsonl", *[GOOD] * 200)
+    command = f"{sys.executable} -m mmr1_ds.cli score"
+    assert in_a_shell(f"{command} - <&-") == "stdin: is closed; give a file, or redirect one into it"
+    assert in_a_shell(f"{command} {file} >&-") == "stdout: is closed; give --output FILE, or redirect it"
+    assert in_a_shell(f"{command} {file} > /dev/full") == "stdout: cannot be written: No space left on device"
+    told = in_a_shell(f"{command} {file} --output - > /dev/full")
+    assert told == "stdout: cannot be written: No space left on device"
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_device_or_fifo_is_written_straight_to(capsys, tmp_path, force):
+    file = write_lines(tmp_path / "groups.jsonl", GOOD, GOOD)
+    (tmp_path / "null").symlink_to(os.devnull)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run(capsys, file, "--output", fifo, *force)[0] == 0
+        lines = os.read(reader, 10_000).decode().splitlines()
+    finally:
+        os.close(reader)
+    assert [json.loads(line)["prompt_id"] for line in lines] == [1, 2]
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    assert run(capsys, file, "--output", tmp_path / "null", *force)[0] == 0
+    assert (tmp_path / "null").is_symlink() and stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    told = mistake(capsys, file, "--output", "/dev/full", *force)
+    assert told == "--output /dev/full: cannot be written: No space left on device"
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+    assert {path.name for path in tmp_path.iterdir()} == {"groups.jsonl", "null", "fifo"}
+
+
+def test_a_link_is_followed(capsys, tmp_path):
+    file = write_lines(tmp_path / "groups.jsonl", GOOD)
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "scores.jsonl", tmp_path / "link"
+    link.symlink_to(target)
+    assert run(capsys, file, "--output", link)[0] == 0  # it leads to nothing yet
+    assert mistake(capsys, file, "--output", link) == f"--output {link}: exists; add --force to overwrite it"
+    target.write_text("old")
+    assert run(capsys, file, "--output", link, "--force")[0] == 0
+    assert link.is_symlink() and json.loads(target.read_text())["num_tokens"] == 3
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["scores.jsonl"]
+    (tmp_path / "back").symlink_to(file)
+    told = mistake(capsys, file, "--output", tmp_path / "back", "--force")
+    assert told == f"--output {tmp_path}/back: is the file that is read; give another"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    told = mistake(capsys, file, "--output", tmp_path / "loop", "--force")
+    assert told == f"--output {tmp_path}/loop: cannot be written: Too many levels of symbolic links"
 
 
 # --- documentation -----------------------------------------------------------------------------------------------

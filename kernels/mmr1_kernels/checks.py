@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+LARGEST_ORDER = 64  # of n-grams; more says nothing of diversity, and every order costs time and memory
+TENSOR_DTYPES = {"token_ids": "int32", "rewards": "float32", "accuracies": "float32"}  # the others are int64
 
 
 def check_tokens(token_ids: np.ndarray) -> None:
@@ -44,6 +49,7 @@ def check_packing(
 def _equal_groups(group_size: int | None, num_responses: int) -> np.ndarray:
     if isinstance(group_size, bool) or not isinstance(group_size, (int, np.integer)):
         raise TypeError(f"group_size must be an int, got {group_size!r}")
+    group_size = int(group_size)  # np.uint8(4) would make the arithmetic below overflow
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     if num_responses % group_size:
@@ -66,11 +72,28 @@ def check_outcomes(rewards: np.ndarray, accuracies: np.ndarray, num_responses: i
 
 
 def check_max_order(max_order: int) -> None:
-    """Check the longest n-gram, an int of at least 1."""
+    """Check the longest n-gram, an int in 1..LARGEST_ORDER."""
     if isinstance(max_order, bool) or not isinstance(max_order, (int, np.integer)):
         raise TypeError(f"max_order must be an int, got {max_order!r}")
     if max_order < 1:
         raise ValueError(f"max_order must be at least 1, got {max_order}")
+    if max_order > LARGEST_ORDER:
+        raise ValueError(f"max_order must be at most {LARGEST_ORDER}, got {max_order}")
+
+
+def checked_tensor(name: str, tensor: Any) -> Any:
+    """A torch tensor without its gradient, after a check of its dtype, by the argument's name, layout and axes.
+
+    By the names that torch prints, so that this module needs no torch.
+    """
+    dtype = TENSOR_DTYPES.get(name, "int64")
+    if str(tensor.dtype) != f"torch.{dtype}":
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if str(tensor.layout) != "torch.strided":
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
+    if tensor.ndim != 1:
+        raise ValueError(f"{name} must have one axis, got shape {tuple(tensor.shape)}")
+    return tensor.detach()
 
 
 def check_array(name: str, values: np.ndarray, dtype: type) -> None:
@@ -87,6 +110,6 @@ def _check_rising(name: str, values: np.ndarray, last: int, what: str) -> None:
         raise ValueError(f"{name} must begin with 0, got {values[:1].tolist()}")
     if values[-1] != last:
         raise ValueError(f"{name} must end with {what} = {last}, got {values[-1]}")
-    falls = np.flatnonzero(np.diff(values) < 0)
+    falls = np.flatnonzero(values[1:] < values[:-1])  # not their difference, which wraps around in int64
     if len(falls):
         raise ValueError(f"{name} must not fall, got {values[falls[0]]} then {values[falls[0] + 1]} at {falls[0]}")

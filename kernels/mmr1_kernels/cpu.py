@@ -25,7 +25,17 @@ LARGEST_GROUP_TOKENS = 2**31 - 1
 # divided into parts whose tables fit the second-level cache of a core.
 MAX_UNDIVIDED = 131_072
 
-_process_with_threads: int | None = None
+_is_forked = False  # since this module was imported
+
+
+def _count_on_one_thread() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+# The runtime of OpenMP is one for the process: torch may have started its threads just as well as this module. None of
+# them survives a fork, and whoever asks for them in the child waits for ever.
+os.register_at_fork(after_in_child=_count_on_one_thread)
 
 
 def is_available() -> bool:
@@ -56,14 +66,15 @@ def count_ngrams(
     """As `reference.count_ngrams`, in O(total max_order) time.
 
     Extra memory: 16 bytes a token of the groups being divided at a time, and up to 6 MB a thread, kept for the next
-    call. After a fork a child counts on one thread: those of GNU OpenMP do not survive it.
+    call. A forked child counts on one thread, whatever it asks for: those of GNU OpenMP do not survive a fork. That
+    does not cover a child that imports this package only after the fork: there it may wait for ever, if the parent had
+    threads of OpenMP, torch's among them. Import it in the parent, or say num_threads=1.
 
     Args:
         num_threads: default OpenMP's, that is OMP_NUM_THREADS or one a core. The result does not depend on it.
         max_undivided: at least 2; small ones divide small groups, for tests.
     Raises: ValueError for a group of 2^31 tokens or more; MemoryError; RuntimeError where the extension was not built.
     """
-    global _process_with_threads
     count = _library()
     if count is None:
         raise RuntimeError("backend cpu is not built here; install with a C++ compiler, or use backend reference")
@@ -71,11 +82,8 @@ def count_ngrams(
     if len(num_tokens) and num_tokens.max() > LARGEST_GROUP_TOKENS:
         group = int(num_tokens.argmax())
         raise ValueError(f"a group must have fewer than 2^31 tokens, group {group} has {num_tokens[group]}")
-    if num_threads != 1:
-        if _process_with_threads is None:
-            _process_with_threads = os.getpid()
-        elif _process_with_threads != os.getpid():
-            num_threads = 1  # or it would wait for threads of the parent for ever
+    if _is_forked:
+        num_threads = 1
     token_ids, offsets, group_offsets = map(np.ascontiguousarray, (token_ids, offsets, group_offsets))
     matches = np.zeros((len(offsets) - 1, max_order), dtype=np.int64)
     distinct = np.zeros((len(group_offsets) - 1, max_order), dtype=np.int64)

@@ -20,6 +20,11 @@ def mean_edit_distance(
     Returns: (G,) float64 in [0, 1]; higher = more diverse.
     Raises: TypeError, ValueError naming the argument and the value; ImportError without rapidfuzz.
     """
+    arrays = {"token_ids": token_ids, "offsets": offsets, "group_offsets": group_offsets}
+    for name, array in arrays.items():
+        if array is not None and not isinstance(array, np.ndarray):
+            kind = type(array).__name__
+            raise TypeError(f"{name} must be a numpy array, the only kind mean_edit_distance takes, got {kind}")
     check_tokens(token_ids)
     group_offsets = check_packing(len(token_ids), offsets, group_size, group_offsets)
     from rapidfuzz.distance import Levenshtein  # only this metric needs it

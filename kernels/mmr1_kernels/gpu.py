@@ -16,7 +16,7 @@ import torch
 import triton
 
 from mmr1_kernels import gpu_kernels
-from mmr1_kernels.checks import check_outcomes, check_packing, check_smallest_token
+from mmr1_kernels.checks import check_outcomes, check_packing, check_smallest_token, checked_tensor
 from mmr1_kernels.records import GroupStatistics
 
 LOAD = gpu_kernels.LOAD.value
@@ -25,7 +25,6 @@ TABLE_BYTES = LOAD * (16 + 8)  # a token and order: a slot of an n-gram and one 
 WORKSPACE_BYTES = 1 << 29  # 3.7 million tokens at max_order 3, more than fill an H100 or a B200 ten times over
 MAX_GROUP_TOKENS = 1 << 29  # slots of a group are int32
 INTERPRETED: bool = triton.knobs.runtime.interpret  # as read by triton.jit when gpu_kernels was imported
-DTYPES = {"token_ids": torch.int32, "rewards": torch.float32, "accuracies": torch.float32}  # the others are int64
 
 
 class Launch(NamedTuple):
@@ -61,22 +60,13 @@ def group_statistics(arrays: dict[str, torch.Tensor], group_size: int | None, ma
     device = arrays["token_ids"].device
     if device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"backend triton needs tensors on a GPU, got {device}")
-    arrays = {name: _checked(name, tensor) for name, tensor in arrays.items()}
+    arrays = {name: checked_tensor(name, tensor).contiguous() for name, tensor in arrays.items()}
     with torch.cuda.device_of(arrays["token_ids"]):  # Triton launches on the current device
         offsets, group_offsets = _checked_on_host(arrays, group_size)
         if "group_offsets" not in arrays:  # groups of one size: no need to upload what the device can write
             assert group_size is not None
-            arrays["group_offsets"] = torch.arange(0, len(offsets), group_size, device=device)
+            arrays["group_offsets"] = torch.arange(0, len(offsets), int(group_size), device=device)
         return launch_all(arrays, offsets, group_offsets, max_order)
-
-
-def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    dtype = DTYPES.get(name, torch.int64)
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
-    if tensor.ndim != 1:
-        raise ValueError(f"{name} must have one axis, got shape {tuple(tensor.shape)}")
-    return tensor.detach().contiguous()
 
 
 def _checked_on_host(arrays: dict[str, torch.Tensor], group_size: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmr1_kernels import cpu, reference
-from mmr1_kernels.checks import check_max_order, check_outcomes, check_packing, check_tokens
+from mmr1_kernels.checks import check_max_order, check_outcomes, check_packing, check_tokens, checked_tensor
 from mmr1_kernels.records import Array, GroupStatistics
 from mmr1_kernels.scoring import score_groups
 
@@ -45,7 +45,7 @@ def group_statistics(
         rewards: (B,) float32, finite.
         accuracies: (B,) float32 in [0, 1]; NaN = unknown, left out of the pass rate.
         group_size: N, responses a group; None beside group_offsets.
-        max_order: longest n-gram.
+        max_order: longest n-gram, in 1..64.
         group_offsets: (G + 1,) int64, for groups of unequal size: group g is responses
             group_offsets[g]:group_offsets[g + 1], one at least.
         backend: `reference` (plain numpy), `cpu` (C++) or `triton` (GPU). Default: `triton` for tensors on a GPU,
@@ -58,6 +58,7 @@ def group_statistics(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     check_max_order(max_order)
+    max_order = int(max_order)
     arrays = {"token_ids": token_ids, "offsets": offsets, "rewards": rewards, "accuracies": accuracies}
     if group_offsets is not None:
         arrays["group_offsets"] = group_offsets
@@ -65,11 +66,15 @@ def group_statistics(
     if backend == "triton" or (backend is None and device is not None and device.type != "cpu"):
         if device is None:
             raise RuntimeError("backend triton needs torch tensors on a GPU, got numpy arrays")
-        from mmr1_kernels import gpu  # imports triton
-
+        try:
+            from mmr1_kernels import gpu  # imports triton
+        except ImportError as error:
+            raise RuntimeError(
+                f"backend triton does not import ({error}); install triton, or ask for backend='cpu'"
+            ) from error
         return gpu.group_statistics(arrays, group_size, max_order)
     if device is not None:
-        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
+        arrays = {name: checked_tensor(name, tensor).cpu().numpy() for name, tensor in arrays.items()}
     statistics = _on_host(arrays, group_size, max_order, backend)
     return statistics if device is None else _as_tensors(statistics, device)
 
@@ -85,20 +90,24 @@ def _on_host(
         cpu.warn_that_it_is_missing()
         backend = "reference"
     count_ngrams = reference.count_ngrams if backend == "reference" else cpu.count_ngrams
-    counts = count_ngrams(token_ids, offsets, group_offsets, int(max_order))
+    counts = count_ngrams(token_ids, offsets, group_offsets, max_order)
     return score_groups(counts, offsets, arrays["rewards"], arrays["accuracies"], group_offsets)
 
 
 def _device_of(arrays: dict[str, Array]) -> Any:
-    """The torch.device of the tensors, None for numpy arrays. Raises: TypeError when they are mixed."""
+    """The torch.device of the tensors, None for numpy arrays. Raises: TypeError when they are mixed, or neither."""
     torch = sys.modules.get("torch")  # whoever holds a tensor has imported it
     first = None
     for position, (name, array) in enumerate(arrays.items()):
-        device = array.device if torch is not None and isinstance(array, torch.Tensor) else None
+        is_tensor = torch is not None and isinstance(array, torch.Tensor)
+        if not is_tensor and not isinstance(array, np.ndarray):
+            raise TypeError(f"{name} must be a numpy array or a torch tensor, got {type(array).__name__}")
+        device = array.device if is_tensor else None
         if position == 0:
             first = device
         elif device != first:
-            raise TypeError(f"{name} must lie where token_ids does, on {first or 'the host'}, got {device or 'numpy'}")
+            first_kind, kind = ("a numpy array" if d is None else f"a tensor on {d}" for d in (first, device))
+            raise TypeError(f"{name} must be what token_ids is, {first_kind}, got {kind}")
     return first
 
 
