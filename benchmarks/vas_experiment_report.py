@@ -1,0 +1,275 @@
+"""The experiment's figures from the files of finished runs: curves, the rollouts to reach a target, tables, JSON.
+
+The headline of a pool: shuffle's final validation accuracy is the target; how many rollouts does another arm spend
+(training, refreshes, probes, dropped groups; validation not) until its smoothed curve first reaches it? The ratio is
+shuffle's whole run over that. Beside it stands shuffle's own first crossing of its final accuracy: were the run
+longer than shuffle needs, the ratio would flatter everybody, shuffle too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SMOOTHED = 3  # validations that a point of a smoothed curve is the mean of
+LENGTHS = (40, 80, 160)  # steps of the shuffled run that are compared with
+RESAMPLES = 2000
+SHUFFLE = "shuffle"
+
+
+@dataclass(frozen=True, order=True)
+class Pool:
+    """What runs have in common, besides the seed."""
+
+    dead: bool  # whether the rest teaches nothing at all
+    share: int  # learnable, %
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.share} % of {self.size:,}, rest {'dead' if self.dead else 'mixed'}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    trial: Mapping[str, Any]
+    steps: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def pool(self) -> Pool:
+        """Which pool it trained on."""
+        return Pool(self.trial["dead"], self.trial["share"], self.trial["size"])
+
+    def validations(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps, rollouts spent, accuracies; (V,) each."""
+        rows = [(s["step"], s["rollouts"], s["validation_accuracy"]) for s in self.steps if "validation_accuracy" in s]
+        steps, rollouts, accuracies = np.array(rows, dtype=np.float64).T
+        return steps, rollouts, accuracies
+
+
+def load_runs(folder: Path) -> list[Run]:
+    """The finished runs of an experiment, traced ones aside."""
+    runs = []
+    for path in sorted((folder / "runs").glob("*.jsonl")):
+        if path.stem.endswith("_traced"):
+            continue
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        assert lines[-1]["finished"], path
+        runs.append(Run(lines[0]["trial"], lines[1:-1], lines[-1]["seconds"]))
+    return runs
+
+
+Arms = dict[str, dict[int, Run]]  # label -> seed -> run
+
+
+def by_pool(runs: Sequence[Run]) -> dict[Pool, Arms]:
+    """Pool -> label -> seed -> run."""
+    pools: dict[Pool, Arms] = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        pools[run.pool][run.trial["label"]][run.trial["seed"]] = run
+    return {pool: dict(pools[pool]) for pool in sorted(pools)}
+
+
+def smooth(values: np.ndarray, width: int = SMOOTHED) -> np.ndarray:
+    """Centred moving mean along the last axis, over as many as there are at the end.
+
+    The beginning looks no further ahead than back: a curve starts where it starts.
+    """
+    length = values.shape[-1]
+    reach = [min(width // 2, i) for i in range(length)]
+    return np.stack([values[..., i - r : i + r + 1].mean(axis=-1) for i, r in enumerate(reach)], axis=-1)
+
+
+def first_crossing(positions: np.ndarray, curve: np.ndarray, target: float) -> float:
+    """Where a piecewise linear curve first reaches the target; NaN when it never does."""
+    reached = np.flatnonzero(curve >= target)
+    if len(reached) == 0:
+        return float("nan")
+    i = int(reached[0])
+    if i == 0:
+        return float(positions[0])
+    share = (target - curve[i - 1]) / (curve[i] - curve[i - 1])
+    return float(positions[i - 1] + share * (positions[i] - positions[i - 1]))
+
+
+def curves(runs: Sequence[Run], last_step: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Smoothed accuracies of several runs over the same rollouts: (R,) rollouts, (runs, R).
+
+    Runs that spend differently are interpolated, up to where the first of them ends. An arm's curve starts where its
+    first validation after the beginning lies at the earliest: what a refresh spends before step 1 comes first.
+    """
+    parts = [run.validations() for run in runs]
+    parts = [
+        tuple(column[: np.searchsorted(p[0], last_step, "right")] for column in p) if last_step else p for p in parts
+    ]
+    longest = max((rollouts for _, rollouts, _ in parts), key=len)
+    grid = longest[longest <= min(rollouts[-1] for _, rollouts, _ in parts)]
+    return grid, np.array([np.interp(grid, rollouts, smooth(values)) for _, rollouts, values in parts])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against shuffle on one pool, over the seeds that both have."""
+
+    target: float  # shuffle's final smoothed accuracy, mean over seeds
+    shuffle_rollouts: float  # of its whole run
+    shuffle_first_rollouts: float  # where its own mean curve first reaches the target
+    needed_rollouts: float  # NaN = never
+    ratio: float  # shuffle_rollouts / needed_rollouts; 0 = never
+    ratio_interval: tuple[float, float]  # 5 % to 95 %, seeds resampled in pairs
+    first_ratio: float  # shuffle_first_rollouts / needed_rollouts; 0 = never
+    paired_ratios: list[float]  # each seed with its own target; 0 = never
+    accuracy_gains: list[float]  # at shuffle's rollouts (or where the arm's run ended), a seed
+    extra_rollout_fraction: float  # at the end of the arm's run
+
+
+def compare(shuffled: Mapping[int, Run], others: Mapping[int, Run], length: int) -> Comparison | None:
+    """Compare on the seeds that both have; None without any."""
+    seeds = sorted(shuffled.keys() & others.keys())
+    if not seeds:
+        return None
+    base_rollouts, base = curves([shuffled[seed] for seed in seeds], length)
+    rollouts, other = curves([others[seed] for seed in seeds])
+    spent = float(base_rollouts[-1])
+
+    def ratio(picked: Sequence[int] | np.ndarray) -> float:
+        needed = first_crossing(rollouts, other[picked].mean(axis=0), float(base[picked, -1].mean()))
+        return 0.0 if np.isnan(needed) else spent / max(needed, 1.0)
+
+    everyone = np.arange(len(seeds))
+    target = float(base[:, -1].mean())
+    shuffle_first = first_crossing(base_rollouts, base.mean(axis=0), target)
+    generator = np.random.default_rng(0)
+    resampled = [ratio(generator.choice(everyone, len(seeds))) for _ in range(RESAMPLES)]
+    at_same = [float(np.interp(spent, rollouts, curve)) for curve in other]
+    last = [run.steps[-1].get("extra_rollout_fraction", 0.0) for run in (others[seed] for seed in seeds)]
+    return Comparison(
+        target=target,
+        shuffle_rollouts=spent,
+        shuffle_first_rollouts=shuffle_first,
+        needed_rollouts=first_crossing(rollouts, other.mean(axis=0), target),
+        ratio=ratio(everyone),
+        first_ratio=ratio(everyone) * shuffle_first / spent,
+        ratio_interval=(float(np.quantile(resampled, 0.05)), float(np.quantile(resampled, 0.95))),
+        paired_ratios=[ratio([i]) for i in everyone],
+        accuracy_gains=[same - float(final) for same, final in zip(at_same, base[:, -1], strict=True)],
+        extra_rollout_fraction=float(np.mean(last)),
+    )
+
+
+def comparisons(pools: Mapping[Pool, Arms]) -> list[dict[str, Any]]:
+    """A row for each pool, arm and length of the shuffled run."""
+    rows: list[dict[str, Any]] = []
+    for pool, arms in pools.items():
+        if SHUFFLE not in arms:
+            continue
+        longest = max(int(run.trial["steps"]) for run in arms[SHUFFLE].values())
+        for length in sorted({*(length for length in LENGTHS if length < longest), longest}):
+            for label in sorted(arms.keys() - {SHUFFLE}, key=arm_order):
+                found = compare(arms[SHUFFLE], arms[label], length)
+                if found is None:
+                    continue
+                row = {"pool": str(pool), **vars(pool), "steps": length, "arm": label} | vars(found)
+                row["seeds"] = sorted(arms[SHUFFLE].keys() & arms[label].keys())
+                rows.append(_without_nan(row))
+    return rows
+
+
+def arm_order(label: str) -> tuple[int, str]:
+    """Shuffle first, then the others as they are usually named."""
+    order = ("shuffle", "full", "online", "filtering")
+    return order.index(label.split(",")[0]), label
+
+
+def final_figures(pools: Mapping[Pool, Arms]) -> list[dict[str, Any]]:
+    """A row for each pool and arm: means over the run and the end, with the standard deviation over seeds."""
+    rows: list[dict[str, Any]] = []
+    for pool, arms in pools.items():
+        for label in sorted(arms, key=arm_order):
+            runs = list(arms[label].values())
+            row: dict[str, Any] = {"pool": str(pool), **vars(pool), "arm": label, "num_seeds": len(runs)}
+            row["code"] = sorted({str(run.trial.get("code")) for run in runs})
+            figures: dict[str, Callable[[Run], float]] = {
+                "start_accuracy": lambda run: float(run.validations()[2][0]),
+                "final_accuracy": lambda run: float(smooth(run.validations()[2])[-1]),
+                "rollouts": lambda run: float(run.steps[-1]["rollouts"]),
+                "effective_fraction": lambda run: mean_of(run, "effective_fraction"),
+                "drawn_effective_fraction": lambda run: mean_of(run, "drawn_effective_fraction"),
+                "learnable_fraction": lambda run: mean_of(run, "learnable_fraction"),
+                "gradient_norm": lambda run: mean_of(run, "gradient_norm"),
+                "clip_fraction": lambda run: mean_of(run, "clip_fraction"),
+                "seconds": lambda run: run.seconds,
+            }
+            for name, figure in figures.items():
+                values = [figure(run) for run in runs]
+                row[name] = float(np.mean(values))
+                row[f"{name}_deviation"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            rows.append(row)
+    return rows
+
+
+def mean_of(run: Run, name: str) -> float:
+    """Mean over the steps that have the figure."""
+    values = [step[name] for step in run.steps if name in step]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()}
+
+
+def tables(finals: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]) -> str:
+    """Both tables as Markdown."""
+    lines = [
+        "| pool | arm | seeds | accuracy, start -> end | rollouts | groups that teach | learnable groups |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in finals:
+        spread = "" if row["final_accuracy_deviation"] is None else f" +- {row['final_accuracy_deviation']:.3f}"
+        lines.append(
+            f"| {row['pool']} | {row['arm']} | {row['num_seeds']} "
+            f"| {row['start_accuracy']:.3f} -> {row['final_accuracy']:.3f}{spread} | {row['rollouts']:,.0f} "
+            f"| {row['effective_fraction']:.3f} | {row['learnable_fraction']:.3f} |"
+        )
+    lines += [
+        "",
+        "| pool | shuffle's steps | target | shuffle first there | arm | rollouts to it | fewer than shuffle's run "
+        "| 5 % to 95 % | by seed | fewer than shuffle first there | gain at equal rollouts |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in compared:
+        needed = "never" if row["needed_rollouts"] is None else f"{row['needed_rollouts']:,.0f}"
+        low, high = row["ratio_interval"]
+        gains = np.array(row["accuracy_gains"])
+        error = f" +- {gains.std(ddof=1) / np.sqrt(len(gains)):.3f}" if len(gains) > 1 else ""
+        lines.append(
+            f"| {row['pool']} | {row['steps']} | {row['target']:.3f} "
+            f"| {row['shuffle_first_rollouts']:,.0f} | {row['arm']} | {needed} "
+            f"| {row['ratio']:.2f} | {low:.2f} to {high:.2f} | {' '.join(f'{x:.2f}' for x in row['paired_ratios'])} "
+            f"| {row['first_ratio']:.2f} | {gains.mean():+.3f}{error} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_report(folder: Path, json_file: Path | None, plots: Path | None) -> str:
+    """Make everything that was asked for. Returns: the tables."""
+    runs = load_runs(folder)
+    pools = by_pool(runs)
+    finals, compared = final_figures(pools), comparisons(pools)
+    if json_file is not None:
+        content = {"runs": finals, "comparisons": compared, "smoothed_validations": SMOOTHED}
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if plots is not None:
+        from vas_experiment_plots import draw
+
+        plots.mkdir(parents=True, exist_ok=True)
+        draw(pools, plots)
+    return tables(finals, compared)

@@ -1,0 +1,184 @@
+"""Trainings one after the other in one process: the reward pool and the vLLM engine start once, the rest is new."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pyarrow.parquet as pq
+from vas_experiment_recording import (
+    CountingRollout,
+    RecordingBatches,
+    RecordingCoordinator,
+    RecordingTrainer,
+    StepFile,
+    TraceRecorder,
+)
+from vas_experiment_trials import (
+    BATCH,
+    RESPONSES,
+    Trial,
+    prepare_model,
+    prepare_pool,
+    trial_config,
+    trial_files,
+    trial_record,
+)
+
+import mmr1_ds
+from mmr1_ds.collect import Collector
+from mmr1_ds.config import RunConfig
+from mmr1_ds.data.dataset import PromptDataset, load_dataset
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.deepspeed_config import resolve_deepspeed
+from mmr1_ds.distributed import Ranks, launch_environment
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.logging import MetricsLogger
+from mmr1_ds.rewards.pool import RewardPool
+from mmr1_ds.rollout.colocated import VllmRollout
+from mmr1_ds.trainer import Parts
+
+logger = logging.getLogger("mmr1_ds.vas_experiment")
+
+FILTERING_LIMIT = 3.0  # online filtering ends when it has spent this many times the rollouts of the shuffled run
+
+
+def _digest_of_code() -> str:
+    """Of what decides a training, so that a reader can tell whether two runs are of the same program."""
+    package = Path(mmr1_ds.__file__).parent
+    digest = hashlib.blake2b(digest_size=6)
+    for folder in ("curriculum", "engine", "rollout", "."):
+        for path in sorted((package / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+CODE = _digest_of_code()
+
+
+class Session:
+    """A context manager that trains any number of trials."""
+
+    def __init__(self, folder: Path, validate_every: int) -> None:
+        """folder: of the models, the pools and the runs."""
+        self._folder, self._validate_every = folder, validate_every
+        self._stack = ExitStack()
+        self._data: dict[Path, PromptDataset] = {}
+        self._is_started = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _start(self, config: RunConfig) -> None:
+        """The parts that do not depend on the trial, once: all models have one architecture and one tokenizer."""
+        if self._is_started:
+            return
+        self._rewards = self._stack.enter_context(RewardPool(config.worker.reward))
+        self._encoder = PromptEncoder(config.worker.actor.model, config.data)
+        self._ranks = Ranks(launch_environment(), config.trainer.collective_timeout_seconds)
+        self._stack.callback(self._ranks.close)
+        worker = config.worker
+        self._rollout = VllmRollout(worker.rollout, worker.actor.model, config.data, self._ranks, self._encoder, 1)
+        self._stack.callback(self._rollout.close)
+        self._is_started = True
+
+    def train(self, trial: Trial, path: Path, trace: tuple[Path, int, int, int] | None = None) -> None:
+        """Train one trial and write its figures to `path`.
+
+        trace: file, prompts, responses a prompt, steps between measurements.
+        """
+        prepare_model(self._folder, trial)
+        prepare_pool(self._folder, trial)
+        files = trial_files(self._folder, trial)
+        # A step of online filtering spends several times the rollouts: without this its curve would have few points.
+        is_filtered = trial.arm == "filtering"
+        config = trial_config(trial, files, max(1, self._validate_every // 5) if is_filtered else self._validate_every)
+        self._start(config)
+        started = time.monotonic()
+        train_data, val_data = self._load(files.pool, config), self._load(files.validation, config)
+        kinds = np.array(pq.read_table(files.pool, columns=["category"])["category"].to_pylist())
+        assert len(kinds) == len(train_data)
+        steps = StepFile(path, trial_record(trial) | {"code": CODE})
+        actor = self._actor(config, trial.steps * trial.mini_batches)
+        try:
+            trainer = self._trainer(config, trial, train_data, val_data, kinds, actor, steps)
+            if trace is not None:
+                trainer.trace = TraceRecorder(train_data, kinds, *trace[1:])
+            trainer.fit()
+            if trace is not None and trainer.trace is not None:
+                trainer.trace.save(trace[0])
+            steps.finish()
+        finally:
+            free(actor)
+        logger.info("%s: %.0f s", trial.name, time.monotonic() - started)
+
+    def _actor(self, config: RunConfig, num_updates: int) -> Actor:
+        resolved = resolve_deepspeed(config, 1, on_gpu=self._ranks.on_gpu)
+        return Actor(config, resolved, self._ranks, self._encoder, num_updates)
+
+    def _load(self, file: Path, config: RunConfig) -> PromptDataset:
+        # The fingerprint and the ids follow from the file; categories depend on the trial, so the key does too.
+        key = file / str(config.data.category_key)
+        if key not in self._data:
+            if len(self._data) > 4:
+                self._data.clear()
+            self._data[key] = load_dataset(str(file), config.data, self._encoder)
+        return self._data[key]
+
+    def _trainer(
+        self,
+        config: RunConfig,
+        trial: Trial,
+        train_data: PromptDataset,
+        val_data: PromptDataset,
+        kinds: np.ndarray,
+        actor: Actor,
+        steps: StepFile,
+    ) -> RecordingTrainer:
+        coordinator = RecordingCoordinator(
+            config.data, train_data.prompt_ids, train_data.categories, train_data.fingerprint, RESPONSES,
+            config.trainer.max_steps, self._ranks,
+        )  # fmt: skip
+        counter = CountingRollout(self._rollout)
+        reward_name = config.worker.reward.reward_function
+        collector = Collector(counter, self._rewards, reward_name, self._encoder, self._ranks)
+        batches = RecordingBatches(config, self._ranks, self._encoder, train_data, coordinator, collector)
+        coordinator.steps = batches.steps = steps
+        coordinator.kinds = batches.kinds = kinds
+        parts = Parts(
+            ranks=self._ranks,
+            encoder=self._encoder,
+            train_data=train_data,
+            val_data=val_data,
+            coordinator=coordinator,
+            batches=batches,
+            collector=collector,
+            rollout=counter,
+            actor=actor,
+            reference=None,
+            checkpoints=None,  # type: ignore[arg-type]  # RecordingTrainer saves none
+            metrics_logger=MetricsLogger([steps]),
+        )
+        trainer = RecordingTrainer(config, parts, trial.steps)
+        trainer.steps, trainer.counter, trainer.trace = steps, counter, None
+        trainer.trace_collector = Collector(self._rollout, self._rewards, reward_name, self._encoder, self._ranks)
+        shuffled = trial.steps * BATCH * RESPONSES
+        trainer.rollout_limit = int(FILTERING_LIMIT * shuffled) if trial.arm == "filtering" else 10**12
+        return trainer
+
+
+def free(actor: Actor) -> None:
+    """Take an actor's ZeRO-3 engine down; without it hooks and buffers keep the model alive."""
+    actor.engine.destroy()
+    for name in ("engine", "policy"):
+        delattr(actor, name)
+    gc.collect()
