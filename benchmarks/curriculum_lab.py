@@ -187,7 +187,7 @@ def mean_over_settings(means: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(means: Sequence[dict[str, Any]]) -> str:
     """Plain text, one line a setting and policy."""
     lines = [
-        f"{'setting':<18}{'policy':<14}{'spearman':>9}{'  by quarter':<25}{'ovs':>6}{'  by quarter':<25}"
+        f"{'setting':<22}{'policy':<22}{'spearman':>9}{'  by quarter':<25}{'ovs':>6}{'  by quarter':<25}"
         f"{'effective':>9}{'extra':>7}{'sample':>8}{'oracle':>8}"
     ]
     for row in means:
@@ -196,7 +196,7 @@ def table(means: Sequence[dict[str, Any]]) -> str:
             for name in ("spearman", "ovs_share")
         ]
         lines.append(
-            f"{row['setting']:<18}{row['policy']:<14}{row['spearman']:>9.3f}{quarters[0]:<25}{row['ovs_share']:>6.3f}"
+            f"{row['setting']:<22}{row['policy']:<22}{row['spearman']:>9.3f}{quarters[0]:<25}{row['ovs_share']:>6.3f}"
             f"{quarters[1]:<25}{row['effective_group_fraction']:>9.3f}{row['extra_rollout_fraction']:>7.2f}"
             f"{row['effective_sample_size']:>8.3f}{row['oracle_sample_size']:>8.3f}"
         )

@@ -176,8 +176,10 @@ class LogitFilter:
         if num_probes <= 0:
             return np.empty(0, dtype=np.int64)
         last_seen = self._last_seen.copy()
-        last_seen[exclude] = np.iinfo(np.int32).max
-        threshold = np.partition(last_seen, num_probes - 1)[num_probes - 1]
+        last_seen[exclude] = self.step + 1
+        # By counting, a few milliseconds for a million prompts: a partition takes 100, nearly all being equal.
+        num_as_stale = np.cumsum(np.bincount(last_seen - _NEVER))
+        threshold = int(np.searchsorted(num_as_stale, num_probes)) + _NEVER
         staler = np.flatnonzero(last_seen < threshold)
         tied = np.flatnonzero(last_seen == threshold)
         needed = num_probes - len(staler)
