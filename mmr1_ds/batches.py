@@ -126,9 +126,7 @@ class BatchMaker:
         own = {name for group in groups for name in _by_key(group.scored)}
         known = set().union(*self._ranks.all_gather_objects(own, "keys of the rewards"))
         if key not in known:
-            raise UserError(
-                f"algorithm.filter_key={key} is not among the reward's keys: {', '.join(sorted(known))}"
-            )
+            raise UserError(f"algorithm.filter_key={key} is not among the reward's keys: {', '.join(sorted(known))}")
 
     def _choose(self, drawn: _Drawn) -> tuple[list[LearningGroup], np.ndarray]:
         """This rank's share of the first groups that teach, filled up with the first of the others. Collective.
@@ -137,9 +135,7 @@ class BatchMaker:
         Returns: the groups, and the prompts of the whole batch, (B,) int64.
         """
         own = drawn.teaching | drawn.others
-        flags = [
-            (place not in drawn.teaching, place, group.scored.group.prompt.index) for place, group in own.items()
-        ]
+        flags = [(place not in drawn.teaching, place, group.scored.group.prompt.index) for place, group in own.items()]
         everyone = [flag for part in self._ranks.all_gather_objects(flags, "choose groups") for flag in part]
         everyone.sort()
         chosen = [place for _, place, _ in everyone[: self._batch_size]]

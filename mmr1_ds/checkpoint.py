@@ -32,16 +32,18 @@ class Checkpoints:
 
     def __init__(self, root: Path, save_limit: int, ranks: Ranks) -> None:
         """save_limit: how many to keep, -1 for all."""
-        self._root, self._save_limit, self._ranks = root, save_limit, ranks
+        self.root, self._save_limit, self._ranks = root, save_limit, ranks
+        self._own: set[int] = set()  # steps that this run saved
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Call `write(folder)` on every rank, then make its files the checkpoint of `step`. Collective.
 
-        Checkpoints of later steps are of a run that this one has replaced: they are set aside, as `stale_...`, or
-        the next start would take them for the newest.
+        The step may be saved again, and the old one goes when the new one is there. Checkpoints of later steps are of
+        a run that this one has replaced: they are set aside, as `stale_...`, or the next start would take them for
+        the newest.
         """
-        final = self._root / f"global_step_{step}"
-        temporary = self._root / f".global_step_{step}.tmp"
+        final = self.root / f"global_step_{step}"
+        temporary, replaced = self.root / f".global_step_{step}.tmp", self.root / f".global_step_{step}.replaced"
         if self._ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted save
             temporary.mkdir(parents=True)
@@ -56,13 +58,17 @@ class Checkpoints:
             for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
                 _sync_folder(folder)
             for old in self._steps():
-                if old >= step:
-                    _set_aside(self._root / f"global_step_{old}")
+                if old > step or (old == step and step not in self._own):
+                    _set_aside(self.root / f"global_step_{old}")
+            if final.exists():
+                final.rename(replaced)
             temporary.rename(final)
-            _sync_folder(self._root)
-            _write_synced(self._root / "latest.tmp", f"{final.name}\n")
-            (self._root / "latest.tmp").rename(self._root / "latest")
+            shutil.rmtree(replaced, ignore_errors=True)
+            _sync_folder(self.root)
+            _write_synced(self.root / "latest.tmp", f"{final.name}\n")
+            (self.root / "latest.tmp").rename(self.root / "latest")
             self._prune(step)
+            self._own.add(step)
         self._ranks.barrier("publish the checkpoint")
         return final
 
@@ -71,6 +77,7 @@ class Checkpoints:
         for step, folder in sorted(self._list(), reverse=True):
             damage = self.damage(folder)
             if not damage:
+                self._own.add(step)
                 return step, folder
             if self._ranks.rank == 0:
                 logger.warning("checkpoint %s is damaged (%s); going back to the one before", folder, damage)
@@ -129,19 +136,23 @@ class Checkpoints:
         """Checkpoints as rank 0 sees them. Collective."""
         found = self._steps() if self._ranks.rank == 0 else []
         steps = self._ranks.broadcast_array(np.array(found, dtype=np.int64), "list checkpoints")
-        return [(int(step), self._root / f"global_step_{step}") for step in steps]
+        return [(int(step), self.root / f"global_step_{step}") for step in steps]
 
     def _steps(self) -> list[int]:
-        if not self._root.is_dir():
+        if not self.root.is_dir():
             return []
-        return sorted(int(match[1]) for path in self._root.iterdir() if (match := _FOLDER.fullmatch(path.name)))
+        for path in self.root.glob(".global_step_*.replaced"):  # a kill came between two renames
+            final = self.root / path.stem.removeprefix(".")
+            if not final.exists():
+                path.rename(final)
+        return sorted(int(match[1]) for path in self.root.iterdir() if (match := _FOLDER.fullmatch(path.name)))
 
     def _prune(self, newest: int) -> None:
         """Delete the oldest over the limit, never the one just written."""
         if self._save_limit > 0:
             others = [step for step in self._steps() if step != newest]
             for step in others[: len(others) - (self._save_limit - 1)]:
-                shutil.rmtree(self._root / f"global_step_{step}")
+                shutil.rmtree(self.root / f"global_step_{step}")
 
 
 def _set_aside(folder: Path) -> None:

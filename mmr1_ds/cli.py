@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mmr1_ds import score, train
 from mmr1_ds.config_loading import LOCAL_RANK
+from mmr1_ds.distributed import leave
 
 _ARGUMENTS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
 _EVAL = ("trainer.val_only=true", "trainer.save_freq=-1")
@@ -21,6 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return score.main(arguments)
     settings = [*arguments.settings, *_EVAL] if arguments.command == "eval" else arguments.settings
     return train.main(settings)
+
+
+def console() -> NoReturn:
+    """The installed command."""
+    leave(main())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,4 +48,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

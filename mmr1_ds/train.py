@@ -17,7 +17,7 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.config_checks import check_config
 from mmr1_ds.config_loading import load_config
 from mmr1_ds.deepspeed_config import reference_deepspeed, resolve_deepspeed
-from mmr1_ds.distributed import LaunchEnvironment, launch_environment
+from mmr1_ds.distributed import LaunchEnvironment, launch_environment, leave
 from mmr1_ds.errors import UserError
 from mmr1_ds.launch_guard import end_with_launcher
 from mmr1_ds.logging import configure_logging, quiet_libraries
@@ -101,4 +101,4 @@ def _tell(error: UserError, rank: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,16 +65,20 @@ class Trainer:
             self._log(self.validate())
         if config.val_only:
             return
-        if refreshed := self._refresh_if_due():
-            self._log(refreshed)
+        if self._refresh_due():
+            self._log(self._refresh())
         while self.step < self._num_steps:
             self.begin(self.step + 1)
             metrics = self.train_step()
             last = self.step == self._num_steps
             if config.val_freq > 0 and (last or self.step % config.val_freq == 0):
                 metrics |= self.validate()
-            metrics |= self._refresh_if_due()
             self._log(metrics)
+            if self._refresh_due():
+                # A refresh may take longer than a thousand steps: one that is cut off goes on from this checkpoint.
+                if config.save_freq > 0:
+                    self._log(self.save())
+                self._log(self._refresh())
             # After the refresh, so that a resumed run draws by the same weights; after the log, so that a kill
             # in between leaves no step without its line.
             if last or (config.save_freq > 0 and self.step % config.save_freq == 0):
@@ -106,23 +111,41 @@ class Trainer:
         with clock("update_actor"):
             return actor.update(trajectories, old, ref)
 
-    def _refresh_if_due(self) -> dict[str, float]:
-        """Before the next step: roll the whole data set out and renew the weights (the paper's Algorithm 1)."""
+    def _refresh_due(self) -> bool:
+        return self.step < self._num_steps and self._parts.coordinator.refresh_due(self.step + 1)
+
+    def _refresh(self) -> dict[str, float]:
+        """Before the next step: roll the whole data set out and renew the weights (the paper's Algorithm 1).
+
+        What is found is kept after every chunk; a run that was killed meanwhile goes on where it was.
+        """
         clock, parts = StageClock(), self._parts
-        if self.step >= self._num_steps or not parts.coordinator.refresh_due(self.step + 1):
-            return {}
         settings, num_responses = self._training_settings(), self._config.data.curriculum_rollout_n
         title = f"curriculum refresh after step {self.step}"
+        key = self._refresh_key()
         with clock("refresh"), parts.metrics_logger.progress(len(parts.train_data), title) as advance:
+            advance(parts.coordinator.resume_refresh(self._kept_refresh, key))
             for chunk in parts.coordinator.refresh_chunks():
                 own = chunk[parts.ranks.rank :: parts.ranks.size]  # interleaved: long prompts often lie together
                 requests = self._requests(parts.train_data, own, num_responses, REFRESH, self.step, own)
                 groups, _ = parts.collector.collect(requests, settings, StageClock())
                 scores = score_batch(groups, parts.encoder.eos_token_ids, self._config.data.curriculum_metrics)
                 parts.coordinator.observe_refresh(scores.statistics)
+                parts.coordinator.save_refresh(self._kept_refresh, key)
                 advance(len(chunk))
             parts.coordinator.finish_refresh(self.step + 1)
         return {"timing_s/refresh": clock.seconds["refresh"]}
+
+    @property
+    def _kept_refresh(self) -> Path:
+        return self._parts.checkpoints.root / "refresh.safetensors"
+
+    def _refresh_key(self) -> str:
+        """What a refresh depends on: another run, another model or other settings do not go on with its findings."""
+        rollout, parts = self._config.worker.rollout, self._parts
+        settings = (self._training_settings(), rollout.seed, self._config.data, self._config.worker.reward)
+        weights = parts.actor.weights_digest()
+        return hashlib.sha256(f"{self.step} {parts.train_data.fingerprint} {weights} {settings}".encode()).hexdigest()
 
     def validate(self) -> dict[str, float]:
         """Rewards on the validation data, as `val/*`."""
@@ -188,6 +211,8 @@ class Trainer:
         clock = StageClock()
         with clock("save_checkpoint"):
             self._parts.checkpoints.save(self.step, self._write)
+            if self._parts.ranks.rank == 0:
+                self._kept_refresh.unlink(missing_ok=True)  # a finished one is in the checkpoint
         return {"timing_s/save_checkpoint": clock.seconds["save_checkpoint"]}
 
     def _write(self, folder: Path) -> None:

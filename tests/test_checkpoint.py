@@ -94,6 +94,19 @@ def test_a_fresh_run_is_not_outlived_by_an_older_one(tmp_path, ranks):
     assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_50"]
 
 
+def test_a_step_is_saved_again(tmp_path, ranks):
+    checkpoints = Checkpoints(tmp_path, -1, ranks)
+    checkpoints.save(2, write)
+    resumed = Checkpoints(tmp_path, -1, ranks)
+    assert resumed.newest() == (2, tmp_path / "global_step_2")
+    (tmp_path / "global_step_2" / "old").touch()
+    resumed.save(2, write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_2", "latest"]
+    assert not (tmp_path / "global_step_2" / "old").exists()
+    (tmp_path / "global_step_2").rename(tmp_path / ".global_step_2.replaced")  # killed between the two renames
+    assert resumed.newest() == (2, tmp_path / "global_step_2")
+
+
 def test_another_number_of_ranks_is_refused(tmp_path, ranks):
     checkpoints = Checkpoints(tmp_path, -1, ranks)
     folder = checkpoints.save(2, write)

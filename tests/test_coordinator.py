@@ -331,6 +331,38 @@ def test_an_interrupted_refresh_goes_on(tmp_path, size, chunk_size):
     assert resumed.metrics()[fraction] == pytest.approx(whole.metrics()[fraction])
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_refresh_goes_on_from_its_own_file(tmp_path, size):
+    path = tmp_path / "checkpoints" / "refresh.safetensors"
+    whole = make()
+    refresh(whole, 1)
+
+    def begin(control):
+        coordinator = make(control)
+        assert coordinator.resume_refresh(path, "the key") == 0  # no file yet
+        chunks = coordinator.refresh_chunks()
+        for _ in range(2):
+            coordinator.observe_refresh([answer(i, 1) for i in share(next(chunks), control)])
+            coordinator.save_refresh(path, "the key")
+
+    def finish(control):
+        coordinator = make(control)
+        assert coordinator.resume_refresh(path, "the key") == 14
+        assert np.concatenate(list(coordinator.refresh_chunks())).tolist() == list(range(14, P))
+        refresh(coordinator, 1)
+        weights = coordinator.table.sampling_weights.copy() if control.rank == 0 else None
+        train(coordinator, [1])
+        return weights, coordinator.metrics()
+
+    on_ranks(2, begin)
+    assert make().resume_refresh(path, "another key") == 0
+    weights, metrics = on_ranks(size, finish)[0]
+    np.testing.assert_array_equal(weights, whole.table.sampling_weights)
+    train(whole, [1])
+    assert metrics == pytest.approx(whole.metrics())
+    assert [file.name for file in path.parent.iterdir()] == ["refresh.safetensors"]
+
+
 def test_state_dict_is_a_snapshot():
     coordinator = make()
     train(coordinator, range(1, 3))

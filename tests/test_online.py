@@ -174,7 +174,7 @@ def test_log_loss_is_of_the_prediction_made_before_the_step():
     coordinator = make(curriculum_probe_fraction=0.0, **ONLINE)
     train(coordinator, [1, 2, 3])
     predicted = coordinator.table.predicted_pass_rates(np.arange(P)).copy()
-    (batch, metrics), = train(coordinator, [4])
+    ((batch, metrics),) = train(coordinator, [4])
     observed = [answer(i, 4) for i in batch]
     rates, expected = np.array([o.pass_rate for o in observed]), predicted[batch]
     losses = -(rates * np.log(expected) + (1 - rates) * np.log1p(-expected))

@@ -158,11 +158,14 @@ def test_a_run_leaves_all_of_itself_in_its_directory(finished_run):
 
 def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_run):
     run_dir, marker = assets / "stopped", uuid.uuid4().hex
-    for step, stop in ((3, signal.SIGTERM), (8, signal.SIGINT)):
+    kept = run_dir / "checkpoints" / "refresh.safetensors"
+    # The second stop is in the middle of the refresh after step 6.
+    for step, stop, in_refresh in ((3, signal.SIGTERM, False), (6, signal.SIGTERM, True), (8, signal.SIGINT, False)):
         process = launch(assets, run_dir, marker)
         wait_until(
-            lambda step=step, process=process: (
-                process.poll() is not None or any(line["step"] >= step for line in metrics_of(run_dir))
+            lambda step=step, process=process, in_refresh=in_refresh: (
+                process.poll() is not None
+                or (any(line["step"] >= step for line in metrics_of(run_dir)) and (not in_refresh or kept.exists()))
             ),
             400,
             f"step {step} logged",
@@ -175,7 +178,9 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_r
         wait_until(lambda: not processes_with(marker), 30, f"no process left, {processes_with(marker)}")
         assert step <= metrics_of(run_dir)[-1]["step"] < NUM_STEPS  # stopped, not finished
     finish(launch(assets, run_dir, marker), run_dir, marker)
-    assert run_dir.with_suffix(".log").read_text().count("going on from") == 2
+    log = run_dir.with_suffix(".log").read_text()
+    assert log.count("going on from") == 3
+    assert "the refresh goes on: " in log
 
     expected, actual = metrics_of(finished_run), metrics_of(run_dir)
     assert [line["step"] for line in actual] == [line["step"] for line in expected]

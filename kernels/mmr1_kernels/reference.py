@@ -19,9 +19,7 @@ import numpy as np
 from mmr1_kernels.records import NgramCounts
 
 
-def count_ngrams(
-    token_ids: np.ndarray, offsets: np.ndarray, group_offsets: np.ndarray, max_order: int
-) -> NgramCounts:
+def count_ngrams(token_ids: np.ndarray, offsets: np.ndarray, group_offsets: np.ndarray, max_order: int) -> NgramCounts:
     """Matches of each response with its group, and different n-grams of each group. Expects checked input.
 
     Args: token_ids: (total,) int32; offsets: (B + 1,) int64, in tokens; group_offsets: (G + 1,) int64, in responses.

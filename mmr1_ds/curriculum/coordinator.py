@@ -50,7 +50,7 @@ class Coordinator:
     A step, counted from 1:
 
         if coordinator.refresh_due(step):
-            for chunk in coordinator.refresh_chunks():
+            for chunk in coordinator.refresh_chunks():   # after resume_refresh, those that are left
                 coordinator.observe_refresh(statistics of this rank's part of the chunk)
             coordinator.finish_refresh(step)
         indices = coordinator.next_batch(step)           # again where online filtering needs more
@@ -208,8 +208,7 @@ class Coordinator:
 
         The same on every rank. Call `observe_refresh` for each chunk, then `finish_refresh`.
         """
-        if self._refresh is None:
-            self._refresh = Refresh(self.num_prompts)
+        self._refresh = self._refresh or Refresh(self.num_prompts, self._is_rank_0)
         return self._refresh.chunks(self.data.curriculum_rollout_batch_size)
 
     def observe_refresh(self, statistics: Sequence[PromptStatistics]) -> None:
@@ -224,11 +223,40 @@ class Coordinator:
             if refresh.done[prompt.index]:
                 continue
             refresh.done[prompt.index] = True
+            if not self._is_rank_0:
+                continue
             refresh.scores[prompt.index] = variance_promotion_score(
                 prompt, self.data.curriculum_metrics, self.data.curriculum_metric_weights
             )
             refresh.pass_rates[prompt.index] = prompt.pass_rate
             refresh.num_responses[prompt.index] = prompt.num_responses
+
+    def save_refresh(self, path: Path, key: str) -> None:
+        """Keep what the refresh underway has found so far in a file of its own. Rank 0 writes, the others return."""
+        if self._is_rank_0 and self._refresh is not None:
+            self._refresh.save(path, key)
+
+    def resume_refresh(self, path: Path, key: str) -> int:
+        """Take up the refresh that `save_refresh` left under the same key, unless one is underway. Collective.
+
+        Rank 0 reads. Returns: number of prompts that are done.
+        """
+        if self._refresh is None:
+            self._refresh = Refresh(self.num_prompts, self._is_rank_0)
+            if self._is_rank_0 and self._refresh.resume(path, key):
+                self._num_extra_rollouts += int(self._refresh.num_responses.sum())
+            self._share_done("curriculum/resume_refresh")
+            if self._refresh.done.any():
+                logger.info(
+                    "the refresh goes on: %d of %d prompts are done", self._refresh.done.sum(), self.num_prompts
+                )
+        return int(np.count_nonzero(self._refresh.done))
+
+    def _share_done(self, stage: str) -> None:
+        """Tell every rank which prompts of the refresh are done, as rank 0 knows. Collective."""
+        assert self._refresh is not None
+        done = self.control.broadcast_array(np.flatnonzero(self._refresh.done) if self._is_rank_0 else None, stage)
+        self._refresh.done[done] = True
 
     def finish_refresh(self, step: int) -> None:
         """Replace the weights by what the refresh before `step` found, with momentum."""
@@ -317,11 +345,9 @@ class Coordinator:
         if not shared[3]:
             self._refresh = None
             return
-        done = np.flatnonzero(self._refresh.done) if self._is_rank_0 and self._refresh else None
-        done = self.control.broadcast_array(done, "curriculum/load of a refresh underway")
         if not self._is_rank_0:
-            self._refresh = Refresh(self.num_prompts)
-            self._refresh.done[done] = True
+            self._refresh = Refresh(self.num_prompts, keeps_scores=False)
+        self._share_done("curriculum/load of a refresh underway")
 
     def _take_over(self, state: Mapping[str, Any]) -> np.ndarray:
         """Fill rank 0 from the state. Returns: what every rank needs of it, as int64."""
@@ -338,7 +364,7 @@ class Coordinator:
             listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
             logger.warning("the checkpoint drew with other settings (%s): draws differ from an unbroken run's", listed)
         if state["refresh"]:
-            self._refresh = Refresh(self.num_prompts)
+            self._refresh = Refresh(self.num_prompts, self._is_rank_0)
             self._refresh.load_state_dict(state["refresh"], positions)
         self._num_training_rollouts = state["num_training_rollouts"]
         self._num_extra_rollouts = state["num_extra_rollouts"]

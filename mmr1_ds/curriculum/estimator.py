@@ -55,11 +55,11 @@ def probe_budget(
 class LogitFilter:
     """Beliefs about the pass rates of P prompts. The order of calls in a step:
 
-        batch = draw by weights(utility)
-        probes = probes(num_probes, exclude=batch)
-        predicted = predicted_pass_rates(indices)      if wanted, before the observation
-        observe(...)                                   once: training groups and probes together
-        predict_step(batch)                            not the probes: nothing was trained on them
+    batch = draw by weights(utility)
+    probes = probes(num_probes, exclude=batch)
+    predicted = predicted_pass_rates(indices)      if wanted, before the observation
+    observe(...)                                   once: training groups and probes together
+    predict_step(batch)                            not the probes: nothing was trained on them
     """
 
     def __init__(
@@ -275,9 +275,7 @@ class LogitFilter:
         self._noise_share[indices] = noise_share
         self._variance[indices] = np.maximum(variance, self.settings.min_variance) - self._noise_sum
         # The shares as they were rounded, or the mean would be off by the rounding times the sums.
-        drift_share, gain_share = (
-            array[indices].astype(np.float64) for array in (self._drift_share, self._gain_share)
-        )
+        drift_share, gain_share = (array[indices].astype(np.float64) for array in (self._drift_share, self._gain_share))
         moved = self._shift[category] + (drift_share - self.step) * self._slope[category] + gain_share * self._gained
         self._anchor[indices] = mean.clip(-_MEAN_LIMIT, _MEAN_LIMIT) - moved
 

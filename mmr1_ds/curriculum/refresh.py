@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -13,8 +15,10 @@ class Refresh:
     Every rank keeps `done`, to know the next chunk; rank 0 alone uses the scores.
     """
 
-    def __init__(self, num_prompts: int) -> None:
+    def __init__(self, num_prompts: int, keeps_scores: bool) -> None:
+        """keeps_scores: false on ranks other than 0, which are spared the memory."""
         self.done = np.zeros(num_prompts, dtype=bool)
+        num_prompts = num_prompts if keeps_scores else 0
         self.scores = np.full(num_prompts, np.nan, dtype=np.float32)
         self.pass_rates = np.full(num_prompts, np.nan, dtype=np.float32)
         self.num_responses = np.zeros(num_prompts, dtype=np.int32)
@@ -23,6 +27,29 @@ class Refresh:
         """The prompts still to do, in the data set's order, at most `chunk_size` at a time, int64."""
         left = np.flatnonzero(~self.done)
         return (left[start : start + chunk_size] for start in range(0, len(left), chunk_size))
+
+    def save(self, path: Path, key: str) -> None:
+        """Write the columns, whole or not at all, under a key that says what they are the refresh of."""
+        from safetensors.numpy import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file(self.state_dict(), temporary, metadata={"key": key})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+
+    def resume(self, path: Path, key: str) -> bool:
+        """Take over what `save` wrote under the same key. Returns: whether there was such a file."""
+        from safetensors import safe_open
+
+        if not path.is_file():
+            return False
+        with safe_open(path, framework="numpy") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return False
+            self.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, np.arange(len(self.done)))
+        return True
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The four columns, (P,) each."""

@@ -131,4 +131,3 @@ def min_max_normalise(scores: np.ndarray) -> np.ndarray:
     if low == high:
         return np.where(np.isnan(scores), np.nan, 1.0)
     return (scores - low) / (high - low)
-

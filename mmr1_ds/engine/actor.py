@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -28,6 +30,16 @@ if TYPE_CHECKING:
 Pair = tuple[Prompt, tuple[int, ...]]
 
 
+def _start_deepspeed(ranks: Ranks) -> None:
+    """Let DeepSpeed adopt the process group that is there."""
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    ranks.barrier("start of DeepSpeed")
+    # On CPU each rank makes 66 MB of shared memory that outlives it. Unlinked, once every rank has it open, it ends
+    # with the last of them, however they end.
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    Path(f"/dev/shm/{name}_{ranks.rank}").unlink(missing_ok=True)
+
+
 class ZeroEngine:
     """A ZeRO-3 partitioned policy that can say how likely given responses are."""
 
@@ -41,6 +53,7 @@ class ZeroEngine:
     ) -> None:
         """Collective: load the model and wrap it."""
         settings = exact_types(deepspeed_config)
+        _start_deepspeed(ranks)
         self.policy = load_policy(
             config.worker.actor.model,
             settings,
@@ -66,6 +79,14 @@ class ZeroEngine:
             logprobs, _ = self.engine(collate(part, self._encoder, self._ranks.device))
             outputs += logprobs.float().cpu().split([len(response) for _, response in part])
         return outputs
+
+    def weights_digest(self) -> str:
+        """Names these very weights, whatever the number of ranks. Collective: gathers them as a sync does."""
+        digest = hashlib.sha256()
+        for name, weight in whole_parameters(self.model):
+            bits = weight.contiguous().view({2: torch.int16, 4: torch.int32}[weight.element_size()])
+            digest.update(f"{name} {tuple(weight.shape)} {int(bits.sum(dtype=torch.int64))}\n".encode())
+        return digest.hexdigest()
 
     @property
     def model(self) -> PreTrainedModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -78,7 +77,6 @@ def load_policy(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     assert config.model_path is not None
-    deepspeed.init_distributed(auto_mpi_discovery=False)  # adopts the process group that is already there
     model_config = AutoConfig.from_pretrained(
         config.model_path, trust_remote_code=config.trust_remote_code, **config.override_config
     )

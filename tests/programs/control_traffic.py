@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmr1_ds.distributed import Ranks, launch_environment
+from mmr1_ds.distributed import Ranks, launch_environment, leave
 
 ranks = Ranks(launch_environment(), timeout_seconds=30)
 rank = ranks.rank
@@ -25,3 +25,4 @@ result = {
 (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(result))
 ranks.barrier("end")
 ranks.close()
+leave(0)

@@ -16,7 +16,7 @@ from mmr1_ds.checkpoint import Checkpoints
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics
-from mmr1_ds.distributed import Ranks, launch_environment
+from mmr1_ds.distributed import Ranks, launch_environment, leave
 
 folder, refresh, num_steps, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 P, B, N = 61, 12, 8
@@ -29,6 +29,7 @@ data = DataConfig(
 ids, categories = [f"p{i}" for i in range(P)], [f"c{i % 3}" for i in range(P)]
 coordinator = Coordinator(data, ids, categories, "abc", N, num_steps, ranks)
 checkpoints = Checkpoints(folder / "checkpoints", -1, ranks)
+kept = folder / "checkpoints" / "refresh.safetensors"
 
 
 def answers(indices: np.ndarray, step: int, num_responses: int, is_probe: bool = False) -> list[PromptStatistics]:
@@ -46,8 +47,10 @@ def answers(indices: np.ndarray, step: int, num_responses: int, is_probe: bool =
 
 def refresh_if_due(step: int) -> None:
     if coordinator.refresh_due(step):
+        coordinator.resume_refresh(kept, f"before step {step}")
         for chunk in coordinator.refresh_chunks():
             coordinator.observe_refresh(answers(chunk, 1000 + step, N))
+            coordinator.save_refresh(kept, f"before step {step}")
         coordinator.finish_refresh(step)
 
 
@@ -80,3 +83,4 @@ with open(folder / f"drawn.{ranks.rank}.jsonl", "a", encoding="utf-8") as log:
         if step % 3 == 0 or step == num_steps:
             checkpoints.save(step, save)
 ranks.close()
+leave(0)

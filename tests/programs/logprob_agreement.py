@@ -4,14 +4,16 @@ Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL
 """
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 from settings import deepspeed_configs, small_config
 from tiny_models import make_prompt
 
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, launch_environment
+from mmr1_ds.distributed import Ranks, launch_environment, leave
 from mmr1_ds.engine import weights
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.batching import Trajectory
@@ -56,8 +58,10 @@ for step in range(int(num_steps)):
     tokens = [list(item.token_ids) for item in trajectories]
     forbidden = sum(token in encoder.forbidden_token_ids for row in tokens for token in row)
     steps.append({**metrics, "lengths": lengths, "tokens": tokens, "forbidden": forbidden})
+shared_memory = [path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")]
 if ranks.rank == 0:
     with open(out, "w", encoding="utf-8") as file:
-        json.dump(steps, file)
+        json.dump({"steps": steps, "shared_memory": shared_memory}, file)
 rollout.close()
 ranks.close()
+leave(0)

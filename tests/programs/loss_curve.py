@@ -15,7 +15,7 @@ from tiny_models import make_prompt
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, batch_slots, launch_environment
+from mmr1_ds.distributed import Ranks, batch_slots, launch_environment, leave
 from mmr1_ds.engine.actor import Actor, Reference
 from mmr1_ds.engine.batching import Trajectory
 
@@ -58,3 +58,4 @@ if ranks.rank == 0:
     Path(out).write_text(json.dumps({"curve": curve, "drawn": drawn, "weights": weights}), encoding="utf-8")
 torch.distributed.barrier()
 ranks.close()
+leave(0)

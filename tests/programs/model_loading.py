@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from settings import deepspeed_configs, small_config
 
-from mmr1_ds.distributed import Ranks, launch_environment
+from mmr1_ds.distributed import Ranks, launch_environment, leave
 from mmr1_ds.engine.policy import exact_types, load_policy
 from mmr1_ds.errors import UserError
 
@@ -33,3 +33,4 @@ result = {
 }
 Path(out).write_text(json.dumps(result))
 ranks.close()
+leave(0)
