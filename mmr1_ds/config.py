@@ -45,7 +45,7 @@ class DataConfig:
     curriculum_refresh: str = "full"  # full (roll the whole data, Algorithm 1) | online (learn as it goes)
     curriculum_probe_fraction: float = 0.1  # online: rollouts on prompts long unseen, as a share of training's, [0, 1]
     curriculum_replacement: bool = True  # draw the scored part with replacement, as the paper does
-    curriculum_weight_floor: float = 0.01  # added to the normalised weights, [0, 1]; > 0 keeps every prompt reachable
+    curriculum_weight_floor: float = 0.01  # share of the largest weight, before sharpening, that all keep, [0, 1]
 
 
 @dataclass

@@ -9,6 +9,7 @@ from scipy.special import expit
 from mmr1_ds.curriculum.drift_law import DriftLaw, Prior
 from mmr1_ds.curriculum.estimator import PROBE_RESPONSES, FilterSettings, LogitFilter, probe_budget
 from mmr1_ds.curriculum.posterior import pooled, posterior
+from mmr1_ds.curriculum.utilities import utility_peak
 from mmr1_ds.errors import UserError
 
 # A world to learn from
@@ -381,14 +382,31 @@ def test_weights_are_read_only_and_a_new_array_each_time():
 
 
 def test_the_floor_keeps_every_prompt_reachable():
-    belief = LogitFilter(3, None, 8, FilterSettings(score_floor=0.01))
+    belief = LogitFilter(3, None, 8, FilterSettings(score_floor=0.04))
     for _ in range(100):
         belief.observe(np.arange(3), np.array([0.0, 4.0, 8.0]), 8)
         belief.predict_step(np.arange(3))
     weights = belief.weights()
     gamma = belief.metrics()["curriculum/estimator_sharpening"]
-    assert weights.min() > (0.01 / 0.26) ** gamma
+    assert weights.min() > 0.04**gamma
     assert weights.min() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("utility", "peak"),
+    [("learnability", 1 / 4), ("learnability-squared", 4 / 27), ("gradient-probability", 1 - 2**-7)],
+)
+def test_the_floor_is_a_share_of_the_utilitys_peak(utility, peak):
+    assert utility_peak(utility, 8) == pytest.approx(peak, rel=1e-12)
+    uniform, some = (LogitFilter(3, None, 8, FilterSettings(score_floor=floor)) for floor in (1.0, 0.04))
+    for belief in (uniform, some):
+        belief.observe(np.arange(3), np.array([0.0, 3.0, 8.0]), 8)
+        belief.predict_step(np.arange(3))
+    assert set(uniform.weights(utility)) == {1.0}
+    score = 0.04 + 0.96 * some.utility(utility) / peak
+    weights = some.weights(utility)
+    gamma = some.metrics()["curriculum/estimator_sharpening"]
+    np.testing.assert_allclose(weights, (score / score.max()) ** gamma, rtol=1e-5)
 
 
 # Probes

@@ -30,7 +30,7 @@ class FilterSettings:
     noise_memory: float = 0.99
     jump_rate: float = 0.001  # chance of a jump before the first observation
     jump_memory: float = 0.98
-    score_floor: float = 0.0025
+    score_floor: float = 0.01  # share of the utility's peak that every prompt keeps, before sharpening
     max_sharpening: float = 2.0
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from mmr1_ds.curriculum.drift_law import DriftLaw, FilterSettings, Prior
 from mmr1_ds.curriculum.posterior import pooled, posterior
-from mmr1_ds.curriculum.utilities import expected_utility, logistic, sharpening, utility_function
+from mmr1_ds.curriculum.utilities import expected_utility, logistic, sharpening, utility_function, utility_peak
 
 __all__ = ["EARLY_PROBING", "PROBE_RESPONSES", "FilterSettings", "LogitFilter", "probe_budget"]
 
@@ -150,7 +150,9 @@ class LogitFilter:
         return first, second
 
     def weights(self, utility: str = "learnability") -> np.ndarray:
-        """What to draw by: (E[u] + floor)^gamma over its largest, (P,) float32 in (0, 1], read only.
+        """What to draw by: (floor + (1 - floor) E[u] / peak)^gamma over its largest, (P,) float32 in (0, 1], read only.
+
+        peak is the largest u of any pass rate, so that a floor of 1 draws uniformly whatever the utility.
 
         Raises: UserError for an unknown utility.
         """
@@ -159,7 +161,9 @@ class LogitFilter:
         self._sharpening = sharpening(
             first[::stride], second[::stride], self._calibration, self.settings.max_sharpening
         )
-        first += np.float32(self.settings.score_floor)
+        floor = self.settings.score_floor
+        first *= np.float32((1.0 - floor) / utility_peak(utility, self.num_responses))
+        first += np.float32(floor)
         first /= first.max()
         weights: np.ndarray = np.power(first, np.float32(self._sharpening), out=first)
         weights.flags.writeable = False

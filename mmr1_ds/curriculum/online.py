@@ -47,7 +47,7 @@ class OnlineTable:
         weighted = list(zip(metrics, data.curriculum_metric_weights, strict=True))
         self._outcome_metrics = [(name, weight) for name, weight in weighted if name in OUTCOME_METRICS]
         self._diversity_metrics = [(name, weight) for name, weight in weighted if name not in OUTCOME_METRICS]
-        settings = FilterSettings(score_floor=data.curriculum_weight_floor / 4.0)  # p (1 - p) is 1/4 at most
+        settings = FilterSettings(score_floor=data.curriculum_weight_floor)
         numbers, names = _numbered(categories, data.category_key)
         self._category_key = data.category_key
         self._category_digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()

@@ -36,6 +36,11 @@ def utility_function(name: str) -> Utility:
     return _UTILITIES[name]
 
 
+def utility_peak(name: str, num_responses: int) -> float:
+    """Largest utility of any pass rate: 1/4, 4/27, and 1 - 2^(1 - N). Raises: as `utility_function`."""
+    return float(utility_function(name)(np.arange(1, 600) / 600, num_responses).max())  # 1/2 and 1/3 among them
+
+
 def logistic(z: np.ndarray) -> np.ndarray:
     """1 / (1 + e^-z), in z's type; no overflow for any finite z."""
     half = np.asarray(0.5, dtype=z.dtype)
