@@ -54,6 +54,20 @@ class Run:
         steps, rollouts, accuracies = np.array(rows, dtype=np.float64).T
         return steps, rollouts, accuracies
 
+    def curve(self, last_step: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Rollouts spent and smoothed accuracies, (2V,) each: every validation before and after the refresh on it.
+
+        A refresh spends without learning; a straight line over it to the next validation would have it learn.
+        """
+        steps, before, accuracies = self.validations()
+        kept = np.searchsorted(steps, last_step, "right") if last_step else len(steps)
+        after = before.copy()
+        for row, following in zip(self.steps, self.steps[1:], strict=False):
+            if "refresh_seconds" in row and row["step"] in steps:
+                own = self.trial["responses_per_step"]
+                after[np.searchsorted(steps, row["step"])] = following["rollouts"] - own
+        return np.stack([before, after], axis=1)[:kept].reshape(-1), smooth(accuracies[:kept]).repeat(2)
+
 
 def load_runs(folder: Path) -> list[Run]:
     """The finished runs of an experiment, traced ones aside."""
@@ -103,16 +117,12 @@ def first_crossing(positions: np.ndarray, curve: np.ndarray, target: float) -> f
 def curves(runs: Sequence[Run], last_step: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Smoothed accuracies of several runs over the same rollouts: (R,) rollouts, (runs, R).
 
-    Runs that spend differently are interpolated, up to where the first of them ends. An arm's curve starts where its
-    first validation after the beginning lies at the earliest: what a refresh spends before step 1 comes first.
+    Runs that spend differently are interpolated, up to where the first of them ends.
     """
-    parts = [run.validations() for run in runs]
-    parts = [
-        tuple(column[: np.searchsorted(p[0], last_step, "right")] for column in p) if last_step else p for p in parts
-    ]
-    longest = max((rollouts for _, rollouts, _ in parts), key=len)
-    grid = longest[longest <= min(rollouts[-1] for _, rollouts, _ in parts)]
-    return grid, np.array([np.interp(grid, rollouts, smooth(values)) for _, rollouts, values in parts])
+    parts = [run.curve(last_step) for run in runs]
+    longest = np.unique(max((rollouts for rollouts, _ in parts), key=len))
+    grid = longest[longest <= min(rollouts[-1] for rollouts, _ in parts)]
+    return grid, np.array([np.interp(grid, rollouts, values) for rollouts, values in parts])
 
 
 @dataclass(frozen=True)

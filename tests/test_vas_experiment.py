@@ -144,6 +144,23 @@ def test_an_arm_that_learns_three_times_faster_for_a_fifth_more_rollouts_needs_2
     assert never["ratio"] == 0.0 and never["needed_rollouts"] is None and never["paired_ratios"] == [0.0]
 
 
+def test_nothing_is_learned_while_a_refresh_spends():
+    from vas_experiment_report import Run, curves, first_crossing
+
+    # 64 a step, 1,000 by the refresh after step 0 and 500 by the one after step 10; .25 more every ten steps.
+    steps = [
+        {"step": 0, "rollouts": 0, "validation_accuracy": 0.25, "refresh_seconds": 1.0},
+        *({"step": step, "rollouts": 1000 + 64 * step} for step in range(1, 10)),
+        {"step": 10, "rollouts": 1640, "validation_accuracy": 0.5, "refresh_seconds": 1.0},
+        *({"step": step, "rollouts": 1500 + 64 * step} for step in range(11, 20)),
+        {"step": 20, "rollouts": 2780, "validation_accuracy": 0.75},
+    ]
+    rollouts, (accuracy,) = curves([Run({"responses_per_step": 64}, steps, 1.0)])
+    assert rollouts.tolist() == [0, 1000, 1640, 2140, 2780]
+    assert accuracy.tolist() == [0.25, 0.25, 0.5, 0.5, 0.75]  # smoothing does not bend a straight line
+    assert first_crossing(rollouts, accuracy, 0.375) == 1320
+
+
 def test_a_shuffled_run_longer_than_it_needs_is_seen_through(tmp_path):
     from vas_experiment_report import by_pool, comparisons, load_runs
 
