@@ -2,6 +2,7 @@
 # make check    lint, types and the fast tests
 # make test     every test, the end-to-end ones included
 # make sanitize fuzz the C++ under the address and undefined-behaviour sanitizers (SMALL=, LARGE=, SEED= inputs)
+# make docs     write docs/configuration.md anew
 # make setup    the virtual environment alone; the others call it
 # make clean    build leftovers and caches; distclean: .venv and the demo's assets too. Neither touches a run.
 
@@ -17,7 +18,7 @@ LARGE ?= 150
 SEED ?= 7
 SANITIZED ?= build/fuzz_count_ngrams
 
-.PHONY: demo check lint types fast test slow sanitize setup clean distclean
+.PHONY: demo check lint types fast test slow sanitize docs setup clean distclean
 
 demo: setup
 	@bash launch/demo.sh $(ARGS)
@@ -47,6 +48,9 @@ sanitize:
 	$(CXX) -O1 -g -std=c++17 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
 	  kernels/csrc/fuzz_count_ngrams.cpp -o $(SANITIZED)
 	$(SANITIZED) $(SMALL) $(LARGE) $(SEED)
+
+docs: setup
+	$(PYTHON) -c "from mmr1_ds.config_reference import markdown; open('docs/configuration.md', 'w').write(markdown())"
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

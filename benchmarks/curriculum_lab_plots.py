@@ -88,7 +88,7 @@ def _by_quarter(means: Sequence[dict[str, Any]], measure: str, label: str, path:
         panel.set_axis_off()
     figure.supxlabel("quarter of the run")
     figure.supylabel(label)
-    policies = _unique(means, "policy")
+    policies = [name for name in _unique(means, "policy") if measure != "spearman" or name not in _RANKING_NOTHING]
     handles = [plt.Line2D([], [], marker="o", ms=4, color=_COLOURS[policy]) for policy in policies]
     figure.legend(handles, policies, loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=130)

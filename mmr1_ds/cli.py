@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mmr1_ds import score, train
+from mmr1_ds import config_reference, score, train
 from mmr1_ds.config_loading import LOCAL_RANK
 from mmr1_ds.distributed import leave
 
@@ -21,8 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args([word for word in given if not word.startswith(LOCAL_RANK)])
     if arguments.command == "score":
         return score.main(arguments)
+    if arguments.command == "keys":
+        return _print_keys(arguments.part)
     settings = [*arguments.settings, *_EVAL] if arguments.command == "eval" else arguments.settings
     return train.main(settings)
+
+
+def _print_keys(part: str) -> int:
+    found = config_reference.plain(part)
+    if not found:
+        sys.stderr.write(f"mmr1-ds: error: no key has {part!r} in its name; `mmr1-ds keys` prints all\n")
+        return 2
+    sys.stdout.write(found)
+    return 0
 
 
 def console() -> NoReturn:
@@ -43,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("settings", nargs="*", metavar="key=value", help=_ARGUMENTS)
+    words = "every configuration key with its default and meaning"
+    keys = commands.add_parser("keys", help=words, description=words)
+    keys.add_argument("part", nargs="?", default="", help="only names that contain it, as curriculum or trainer.save")
     score.add_arguments(commands.add_parser("score", help="score given responses, without a model or training"))
     return parser
 
