@@ -12,7 +12,13 @@ from launching import ROOT, environment
 LAYERS = [
     ["mmr1_kernels", "mmr1_ds.errors"],
     ["mmr1_ds.config", "mmr1_ds.records"],
-    ["mmr1_ds.distributed", "mmr1_ds.launch_guard", "mmr1_ds.config_schema", "mmr1_ds.logging"],
+    [
+        "mmr1_ds.distributed",
+        "mmr1_ds.launch_guard",
+        "mmr1_ds.config_schema",
+        "mmr1_ds.logging",
+        "mmr1_ds.config_reference",
+    ],
     ["mmr1_ds.data", "mmr1_ds.rewards", "mmr1_ds.curriculum", "mmr1_ds.checkpoint"],
     ["mmr1_ds.input_files", "mmr1_ds.config_upstream", "mmr1_ds.engine"],
     ["mmr1_ds.response_files", "mmr1_ds.response_tokens"],
