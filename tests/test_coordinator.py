@@ -356,6 +356,9 @@ def test_a_refresh_goes_on_from_its_own_file(tmp_path, size):
 
     on_ranks(2, begin)
     assert make().resume_refresh(path, "another key") == 0
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(path.read_bytes()[:-9])
+    assert make().resume_refresh(damaged, "the key") == 0
     weights, metrics = on_ranks(size, finish)[0]
     np.testing.assert_array_equal(weights, whole.table.sampling_weights)
     train(whole, [1])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 
 class Refresh:
@@ -40,15 +43,20 @@ class Refresh:
         temporary.rename(path)
 
     def resume(self, path: Path, key: str) -> bool:
-        """Take over what `save` wrote under the same key. Returns: whether there was such a file."""
-        from safetensors import safe_open
+        """Take over what `save` wrote under the same key. Returns: whether there was such a file, undamaged."""
+        from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
             return False
-        with safe_open(path, framework="numpy") as file:
-            if (file.metadata() or {}).get("key") != key:
-                return False
-            self.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, np.arange(len(self.done)))
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if (file.metadata() or {}).get("key") != key:
+                    return False
+                columns = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            logger.warning("%s is damaged (%s); the refresh starts over", path, error)
+            return False
+        self.load_state_dict(columns, np.arange(len(self.done)))
         return True
 
     def state_dict(self) -> dict[str, np.ndarray]:
