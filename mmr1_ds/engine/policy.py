@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mmr1_ds.config import ModelConfig
 from mmr1_ds.engine.batching import ModelBatch
+from mmr1_ds.engine.log_probs import LogProbHead
 from mmr1_ds.errors import UserError
 
 
@@ -24,8 +25,7 @@ class PolicyModel(nn.Module):
     def __init__(self, model: PreTrainedModel, forbidden_token_ids: Sequence[int], temperature: float) -> None:
         super().__init__()
         self.model: PreTrainedModel = model
-        self.temperature = temperature
-        self._forbidden = list(forbidden_token_ids)
+        model.set_output_embeddings(LogProbHead(model.get_output_embeddings(), forbidden_token_ids, temperature))
 
     def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of the sampled distribution at each response token.
@@ -36,16 +36,9 @@ class PolicyModel(nn.Module):
         hidden = self.model.base_model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.vision
         ).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden[batch.rows, batch.columns]).float() / self.temperature
-        forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        forbidden[self._forbidden] = True
-        logits = logits.masked_fill(forbidden, float("-inf"))
-        logprobs = logits.log_softmax(dim=-1)
-        with torch.no_grad():
-            entropies = -(logprobs.exp() * logprobs.masked_fill(forbidden, 0.0)).sum(dim=-1)
-        # Without response tokens (a row of padding) the gather is empty but still in the graph, so the
+        # Without response tokens (a row of padding) both are empty but the former is still in the graph, so the
         # backward reaches every parameter and all ranks reduce the same gradients.
-        return logprobs.gather(-1, batch.targets[:, None]).squeeze(-1), entropies
+        return self.model.get_output_embeddings()(hidden[batch.rows, batch.columns], batch.targets)
 
 
 def exact_types(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
