@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from launching import run_ranks
@@ -28,12 +29,39 @@ def test_vllm_samples_from_the_actor_after_every_sync(tmp_path, kind, tied):
     assert len({tuple(step["lengths"]) for step in steps}) > 1
 
 
+@pytest.mark.parametrize(
+    ("save", "family", "tied"),
+    [
+        (save_vision_model, "qwen2_vl", False),
+        (save_vision_model, "qwen3_vl", True),
+        (save_text_model, "qwen3", True),
+        (save_text_model, "llama", False),
+    ],
+    ids=["qwen2_vl", "qwen3_vl", "qwen3", "llama"],
+)
+def test_every_other_family_is_trained_and_sampled_by_vllm(tmp_path, save, family, tied):
+    """The vision models on prompts of 0 to 4 images, which share micro-batches with each other."""
+    model = save(tmp_path / "model", tied=tied, family=family)
+    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 3, "vllm", 1)
+    steps = json.loads((tmp_path / "out.json").read_text())["steps"]
+    assert len(steps) == 3
+    for step in steps:
+        assert step["rollout/logprob_diff_max"] < 1e-4
+        assert step["forbidden"] == 0
+        assert step["actor/grad_norm"] > 0.01
+    if save is save_vision_model:
+        assert [step["images"] for step in steps] == [[0, 2, 3, 0], [3, 0, 1, 2], [1, 2, 0, 4]]
+
+
 def test_two_ranks_share_one_tensor_parallel_vllm(tmp_path):
     model = save_text_model(tmp_path / "model", num_heads=4)
+    left_by_another_run = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")  # vLLM's name for the memory of the first rank
+    left_by_another_run.touch()
     run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 4, "vllm", 2, num_ranks=2)
     steps = json.loads((tmp_path / "out.json").read_text())["steps"]
     assert all(step["rollout/logprob_diff_max"] < 1e-4 for step in steps)
     assert all(step["actor/grad_norm"] > 0.01 for step in steps)
+    assert not list(Path("/dev/shm").glob("*-[[]0-1[]]-cpushm_*"))
 
 
 @pytest.mark.parametrize("kind", ["vision", "text"])

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
@@ -43,7 +44,9 @@ class VllmRollout:
         self._tensor_parallel_size = config.tensor_parallel_size
         self._version = 0
         self._forbidden = dict.fromkeys(encoder.forbidden_token_ids, _FORBID)
+        _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
         self._llm: LLM = _start_engine(config, model, data, ranks, encoder, most_images)
+        _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
 
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
@@ -166,6 +169,21 @@ def _start_engine(
         seed=config.seed,
         **options,
     )
+
+
+def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:
+    """Remove the name of this rank's shared memory, if there is one: what is mapped ends with the processes.
+
+    vLLM's CPU build names it by the ranks alone when the launcher is not its own, and unlinks it only in Python's
+    shutdown. A name left behind stops the next tensor-parallel run on the machine (errno 17). Once the engine has
+    started, every rank of the group has the memory mapped.
+    """
+    if ranks.on_gpu or tensor_parallel_size == 1:
+        return
+    place = ranks.rank % tensor_parallel_size
+    group = "-".join(str(ranks.rank - place + i) for i in range(tensor_parallel_size))
+    for path in Path("/dev/shm").glob(f"*-[[]{group}[]]-cpushm_{place}"):
+        path.unlink(missing_ok=True)
 
 
 def _reload(worker: Any, weights: Any, head_is_tied: bool) -> None:

@@ -24,17 +24,18 @@ from mmr1_ds.rollout.transformers_engine import TransformersRollout
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 
 model, out, num_steps, engine, tensor_parallel = sys.argv[1:]
-PROMPTS, RESPONSES = 4, 3
+PROMPTS, RESPONSES, MOST_IMAGES = 4, 3, 4
 
 ranks = Ranks(launch_environment(), timeout_seconds=120)
-config = small_config(model, PROMPTS, RESPONSES, micro_batch=3)
+# On one rank micro-batches mix prompts of text, of one image and of several; on more each is one prompt's responses.
+config = small_config(model, PROMPTS, RESPONSES, micro_batch=4 if ranks.size == 1 else 3)
 config.worker.rollout.temperature = 0.8  # raw and processed log-probabilities then differ
 config.worker.rollout.tensor_parallel_size = int(tensor_parallel)
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 actor = Actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder, num_updates=100)
 rollout: VllmRollout | TransformersRollout
 if engine == "vllm":
-    rollout = VllmRollout(config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, 1)
+    rollout = VllmRollout(config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES)
 else:
     rollout = TransformersRollout(actor, ranks, encoder, log_prob_batch_size=4)
 
@@ -42,9 +43,11 @@ steps = []
 random = np.random.default_rng(5)
 for step in range(int(num_steps)):
     share = PROMPTS // ranks.size
-    indices = range(step * PROMPTS + ranks.rank * share, step * PROMPTS + (ranks.rank + 1) * share)
+    # Half of a step's prompts come again in the next: what vLLM caches of an image must not outlive the weights.
+    first = step * PROMPTS // 2 + ranks.rank * share
+    indices = range(first, first + share)
     # Every third prompt is text only; in some micro-batches no prompt has an image at all.
-    prompts = [make_prompt(encoder, i, with_image=encoder.is_multimodal and i % 3 != 0) for i in indices]
+    prompts = [make_prompt(encoder, i, encoder.is_multimodal and i % 3 != 0, MOST_IMAGES) for i in indices]
     requests = [RolloutRequest(prompt, RESPONSES, 1000 * i) for prompt, i in zip(prompts, indices, strict=True)]
     groups = rollout.generate(requests, SamplingSettings(0.8, 1.0, -1, 12 + step))
     trajectories = [
@@ -57,7 +60,8 @@ for step in range(int(num_steps)):
     lengths = [len(item.token_ids) for item in trajectories]
     tokens = [list(item.token_ids) for item in trajectories]
     forbidden = sum(token in encoder.forbidden_token_ids for row in tokens for token in row)
-    steps.append({**metrics, "lengths": lengths, "tokens": tokens, "forbidden": forbidden})
+    images = [len(prompt.images) for prompt in prompts]
+    steps.append({**metrics, "lengths": lengths, "tokens": tokens, "forbidden": forbidden, "images": images})
 shared_memory = [path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")]
 if ranks.rank == 0:
     with open(out, "w", encoding="utf-8") as file:
