@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmr1_ds.collect import PROBE, TRAINING, Collector, RequestMaker, StageClock
+from mmr1_ds.collect import BASELINE, PROBE, TRAINING, Collector, RequestMaker, StageClock
 from mmr1_ds.config import AlgorithmConfig, RunConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import score_batch
@@ -32,7 +32,8 @@ class LearningGroup:
     """A scored group with its advantages."""
 
     scored: ScoredGroup
-    advantages: np.ndarray  # (N,) float64
+    advantages: np.ndarray  # (N,) float64, of the reward function's rewards, standardised in the group (grpo)
+    baseline: float | None = None  # remax: the reward of the prompt's greedy response
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ class BatchMaker:
         with clock("curriculum"):
             self._coordinator.finish_step(step, trained)
         metrics = reward_metrics(drawn.rewards, drawn.failures, self._ranks)
+        if self._config.algorithm.adv_estimator == "remax":
+            chosen = self._with_baselines(step, chosen, settings, clock)
+            metrics |= self._mean_baseline(chosen)
         if filtering:
             if num_teaching < self._batch_size:
                 logger.warning(
@@ -119,6 +123,27 @@ class BatchMaker:
             coordinator.observe(step, batch.statistics[:size] + of_probes)
         learning = [LearningGroup(group, row) for group, row in zip(scored, batch.advantages, strict=True)]
         return learning[:size], scored[size:], failures
+
+    def _with_baselines(
+        self, step: int, groups: Sequence[LearningGroup], settings: SamplingSettings, clock: StageClock
+    ) -> list[LearningGroup]:
+        """The groups with the reward of one greedy response to each prompt. Collective."""
+        indices = [item.scored.group.prompt.index for item in groups]
+        requests = self._requests(self._data, indices, 1, BASELINE, step, indices)
+        greedy = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=-1)
+        scored, _ = self._collector.collect(requests, greedy, clock)
+        found = []
+        for item, answer in zip(groups, scored, strict=True):
+            # A reward that failed says nothing of the prompt: 0 would count all its responses as better than greedy.
+            unknown = bool(answer.rewards.failed[0])
+            rewards = item.scored.rewards.overall if unknown else answer.rewards.overall
+            found.append(dataclasses.replace(item, baseline=float(rewards.mean(dtype=np.float64))))
+        return found
+
+    def _mean_baseline(self, groups: Sequence[LearningGroup]) -> dict[str, float]:
+        own = {"baseline": sum(item.baseline or 0.0 for item in groups), "groups": float(len(groups))}
+        totals = self._ranks.sum(own, "mean of the baselines")
+        return {"reward/baseline": totals["baseline"] / totals["groups"]}
 
     def _check_filter_key(self, groups: Sequence[LearningGroup]) -> None:
         """A response whose reward failed has no parts, so no rank's groups alone say which keys there are."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mmr1_ds.rollout.base import RolloutEngine
 
 # What a seed is for; each purpose draws from a stream of its own.
-TRAINING, REFRESH, VALIDATION, PROBE = range(4)
+TRAINING, REFRESH, VALIDATION, PROBE, BASELINE = range(5)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def run(
     Raises: UserError for data, model or environment that cannot be used.
     """
     with ExitStack() as stack:
-        rewards = stack.enter_context(RewardPool(config.worker.reward))  # starts before the models take the memory
+        # Starts before the models take the memory.
+        rewards = stack.enter_context(RewardPool(config.worker.reward, config.data.max_response_length))
         encoder = PromptEncoder(config.worker.actor.model, config.data)
         train_data, val_data = _load_data(config, encoder)
         num_steps = total_training_steps(config, len(train_data))

@@ -52,11 +52,17 @@ class DataConfig:
 class AlgorithmConfig:
     """The estimator of advantages and the pull towards the reference."""
 
-    adv_estimator: str = "grpo"  # grpo
-    disable_kl: bool = False  # true: no reference model and no KL term
-    use_kl_loss: bool = True  # KL in the loss; false only together with disable_kl
-    kl_penalty: str = "low_var_kl"  # low_var_kl (k3)
-    kl_coef: float = 1.0e-2  # weight of the KL term in the loss, >= 0
+    adv_estimator: str = "grpo"  # grpo | dr_grpo | rloo | reinforce_plus_plus | reinforce_plus_plus_baseline | remax
+    gamma: float = 1.0  # reinforce_plus_plus: discount of a reward per token before it, [0, 1]
+    disable_kl: bool = False  # true: no reference model and no KL at all
+    use_kl_loss: bool = True  # true: the KL is a term of the loss; false: it is taken off the reward of each token
+    kl_penalty: str = "low_var_kl"  # estimate of the KL: kl (k1) | abs | mse (k2) | low_var_kl (k3)
+    kl_coef: float = 1.0e-2  # weight of the KL, >= 0; adaptive: where it starts
+    kl_type: str = "fixed"  # fixed | adaptive (kl_coef is steered towards kl_target)
+    kl_target: float = 0.1  # adaptive: the KL to hold, nats a token, > 0
+    kl_horizon: float = 10000.0  # adaptive: responses that a correction by its whole error takes, > 0
+    rollout_is: str = "token"  # truncated importance sampling, rollout engine to trainer: token | sequence | none
+    rollout_is_threshold: float = 2.0  # importance weights are cut to this, >= 1
     online_filtering: bool = False  # draw again until a batch of groups that teach has come together (DAPO)
     filter_key: str = "overall"  # the reward's key that a kept group must differ in
     filter_low: float | None = None  # keep only groups whose mean is above; null = no bound
@@ -105,10 +111,14 @@ class ActorConfig:
     micro_batch_size_per_device_for_update: int = 4  # responses a forward and backward, >= 1
     micro_batch_size_per_device_for_experience: int = 16  # responses a forward for log-probabilities, >= 1
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, > 0
-    clip_ratio_low: float = 0.2  # the ratio is clipped below at 1 - this, [0, 1)
-    clip_ratio_high: float = 0.3  # and above at 1 + this, >= 0
-    clip_ratio_dual: float = 3.0  # bound of the loss for negative advantages (dual clip), > 1
-    loss_avg_mode: str = "token"  # token: mean over all response tokens of the optimiser step
+    loss_type: str = "default"  # default (clipped PPO) | gspo | gspo_token | cispo | sapo
+    clip_ratio_low: float = 0.2  # all but sapo: the ratio is clipped below at 1 - this, [0, 1]
+    clip_ratio_high: float = 0.3  # all but sapo: and above at 1 + this, >= 0
+    clip_ratio_dual: float = 3.0  # default: bound of the loss for negative advantages (dual clip), > 1
+    tau_positive: float = 1.0  # sapo: temperature of the gate for positive advantages, > 0
+    tau_negative: float = 1.05  # sapo: and for negative ones, > 0; higher forgets off-policy tokens sooner
+    loss_avg_mode: str = "token"  # of an optimiser step: token (mean over tokens) | seq (over responses) | seq_sum
+    loss_scale_factor: float | None = None  # seq_sum: what a sum is divided by, > 0; null = data.max_response_length
     ppo_epochs: int = 1  # passes over each rollout batch, >= 1
     deepspeed: Any = None  # JSON DeepSpeed config: its path, or inline; null = configs/deepspeed/zero3_{h100,cpu}.json
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -157,13 +167,40 @@ class RolloutConfig:
 
 
 @dataclass
+class CosineLengthConfig:
+    """The openr1 rewards' part by length: along half a cosine from length 0 to max_length."""
+
+    min_value_wrong: float = -1.0  # of a wrong answer of length 0
+    max_value_wrong: float = -0.5  # of a wrong answer of max_length or more
+    min_value_correct: float = 0.0  # of a right answer of max_length or more
+    max_value_correct: float = 0.0  # of a right answer of length 0
+    max_length: int | None = None  # tokens, >= 1; null = data.max_response_length
+
+
+@dataclass
+class JudgeConfig:
+    """The language model that openr1 and openr1_vllm ask about answers which the rules refuse."""
+
+    base_urls: list[str] = field(default_factory=list)  # OpenAI-compatible servers, like [http://localhost:8000/v1]
+    model: str | None = None  # its name at the server
+    key_variable: str | None = None  # environment variable that holds the key; null = no key is sent
+    timeout_seconds: float = 60.0  # a response, retries included, > 0; past it the response is unscored
+    request_timeout_seconds: float = 30.0  # a request, > 0
+    max_retries: int = 3  # requests after the first, >= 0
+    max_tokens: int = 512  # tokens of the judge's reply, >= 1
+
+
+@dataclass
 class RewardConfig:
     """What scores a response."""
 
-    reward_function: str = "math"  # math (0.9 boxed answer + 0.1 format), or path/file.py:function
+    reward_function: str = "math"  # math | r1v | openr1 | openr1_wo_LMM | openr1_vllm, or path/file.py:function
     reward_function_kwargs: dict[str, Any] = field(default_factory=dict)  # passed to every call
-    num_workers: int = 4  # processes a rank, >= 1
-    timeout_seconds: float = 10.0  # a response, > 0; past it the response counts as failed
+    num_workers: int = 4  # processes a rank, >= 1; each asks a judge about one response at a time
+    timeout_seconds: float = 10.0  # a response, > 0; past it the response counts as failed; a judge has its own limit
+    reward_type: str | None = None  # how a file's function is called: batch | sequential; null = as the file says
+    cos_len_reward_config: CosineLengthConfig = field(default_factory=CosineLengthConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass

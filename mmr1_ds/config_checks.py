@@ -12,6 +12,7 @@ from typing import Any
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config_schema import nearest
 from mmr1_ds.curriculum.scores import canonical_metric, check_metrics
+from mmr1_ds.engine.kl_controller import MOST_ERROR
 from mmr1_ds.errors import UserError
 from mmr1_ds.input_files import (
     DataSummary,
@@ -22,14 +23,21 @@ from mmr1_ds.input_files import (
     check_reward,
 )
 from mmr1_ds.logging import check_loggers
+from mmr1_ds.rewards.loading import check_reward_config
 
 # key -> the values implemented, and why there are no others
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "data.sampling_strategy": (("shuffle", "sequential", "curriculum"), ""),
     "data.curriculum_refresh": (("full", "online"), ""),
-    "algorithm.adv_estimator": (("grpo",), "other estimators are not implemented"),
-    "algorithm.kl_penalty": (("low_var_kl",), "other estimates of the KL are not implemented"),
-    "worker.actor.loss_avg_mode": (("token",), "other averages are not implemented"),
+    "algorithm.adv_estimator": (
+        ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax"),
+        "",
+    ),
+    "algorithm.kl_penalty": (("kl", "abs", "mse", "low_var_kl"), ""),
+    "algorithm.kl_type": (("fixed", "adaptive"), ""),
+    "algorithm.rollout_is": (("token", "sequence", "none"), ""),
+    "worker.actor.loss_type": (("default", "gspo", "gspo_token", "cispo", "sapo"), ""),
+    "worker.actor.loss_avg_mode": (("token", "seq", "seq_sum"), ""),
     "worker.actor.optim.strategy": (("adamw",), "other optimisers are not implemented"),
     "worker.actor.optim.lr_scheduler_type": (("constant", "cosine", "linear"), ""),
     "worker.rollout.engine": (("auto", "vllm", "hf"), ""),
@@ -52,7 +60,11 @@ _RANGES = {
     "data.curriculum_momentum": "[0, 1)",
     "data.curriculum_weight_floor": "[0, 1]",
     "data.curriculum_probe_fraction": "[0, 1]",
+    "algorithm.gamma": "[0, 1]",
     "algorithm.kl_coef": "[0, inf)",
+    "algorithm.kl_target": "[0, inf)",  # upstream's files have 0 where the coefficient is fixed
+    "algorithm.kl_horizon": "[0, inf)",
+    "algorithm.rollout_is_threshold": "[1, inf)",
     "algorithm.filter_low": "(-inf, inf)",
     "algorithm.filter_high": "(-inf, inf)",
     "trainer.max_try_make_batch": "[-1, inf)",
@@ -60,9 +72,12 @@ _RANGES = {
     "worker.actor.micro_batch_size_per_device_for_update": "[1, inf)",
     "worker.actor.micro_batch_size_per_device_for_experience": "[1, inf)",
     "worker.actor.max_grad_norm": "(0, inf)",
-    "worker.actor.clip_ratio_low": "[0, 1)",
+    "worker.actor.clip_ratio_low": "[0, 1]",
     "worker.actor.clip_ratio_high": "[0, inf)",
     "worker.actor.clip_ratio_dual": "(1, inf)",
+    "worker.actor.tau_positive": "(0, inf)",
+    "worker.actor.tau_negative": "(0, inf)",
+    "worker.actor.loss_scale_factor": "(0, inf)",
     "worker.actor.ppo_epochs": "[1, inf)",
     "worker.actor.optim.lr": "(0, inf)",
     "worker.actor.optim.weight_decay": "[0, inf)",
@@ -85,6 +100,15 @@ _RANGES = {
     "worker.rollout.val_override_config.n": "[1, inf)",
     "worker.reward.num_workers": "[1, inf)",
     "worker.reward.timeout_seconds": "(0, inf)",
+    "worker.reward.cos_len_reward_config.min_value_wrong": "(-inf, inf)",
+    "worker.reward.cos_len_reward_config.max_value_wrong": "(-inf, inf)",
+    "worker.reward.cos_len_reward_config.min_value_correct": "(-inf, inf)",
+    "worker.reward.cos_len_reward_config.max_value_correct": "(-inf, inf)",
+    "worker.reward.cos_len_reward_config.max_length": "[1, inf)",
+    "worker.reward.judge.timeout_seconds": "(0, inf)",
+    "worker.reward.judge.request_timeout_seconds": "(0, inf)",
+    "worker.reward.judge.max_retries": "[0, inf)",
+    "worker.reward.judge.max_tokens": "[1, inf)",
     "trainer.total_episodes": "[1, inf)",
     "trainer.max_steps": "[1, inf)",
     "trainer.nnodes": "[1, inf)",
@@ -139,6 +163,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
     check_reward(config.worker.reward)
+    check_reward_config(config.worker.reward)
     check_format_prompt(config.data)
     check_output_folder(run_directory(config), "trainer.run_dir")
     check_output_folder(checkpoint_directory(config), "trainer.save_checkpoint_path")
@@ -177,6 +202,10 @@ def value_at(config: RunConfig, key: str) -> Any:
 
 
 def _check_choices(config: RunConfig) -> None:
+    if config.algorithm.adv_estimator == "gae":
+        raise UserError(
+            "algorithm.adv_estimator=gae needs a critic, which is not built yet; use reinforce_plus_plus, or grpo"
+        )
     for key, (choices, reason) in _CHOICES.items():
         _check_choice(key, value_at(config, key), choices, reason)
     check_loggers(config.trainer.logger)
@@ -220,10 +249,13 @@ def _in_words(interval: str) -> str:
 
 
 def _check_algorithm(config: RunConfig) -> None:
-    if not config.algorithm.use_kl_loss and not config.algorithm.disable_kl:
+    algorithm, actor = config.algorithm, config.worker.actor
+    if algorithm.kl_type == "adaptive" and not algorithm.disable_kl:
+        _check_adaptive_kl(config)
+    if actor.loss_scale_factor is not None and actor.loss_avg_mode != "seq_sum":
         raise UserError(
-            "algorithm.use_kl_loss=false puts the KL into the reward, which is not implemented; "
-            "set algorithm.use_kl_loss=true, or algorithm.disable_kl=true for no KL"
+            f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} is of worker.actor.loss_avg_mode=seq_sum, "
+            f"which is {actor.loss_avg_mode}; set the mode or leave the factor out"
         )
     if not config.data.shuffle and config.data.sampling_strategy == "shuffle":
         raise UserError(
@@ -231,6 +263,20 @@ def _check_algorithm(config: RunConfig) -> None:
         )
     if not config.trainer.experiment_name:
         raise UserError("trainer.experiment_name is empty; it names the run directory")
+
+
+def _check_adaptive_kl(config: RunConfig) -> None:
+    algorithm = config.algorithm
+    for key in ("kl_coef", "kl_target", "kl_horizon"):
+        if value_at(config, f"algorithm.{key}") == 0:
+            raise UserError(f"algorithm.{key} must be over 0 with algorithm.kl_type=adaptive, got 0; or set fixed")
+    responses = config.data.rollout_batch_size * config.worker.rollout.n
+    if algorithm.kl_horizon <= MOST_ERROR * responses:
+        raise UserError(
+            f"algorithm.kl_horizon={algorithm.kl_horizon:g} is too short for {responses} responses a step: one step "
+            f"may change kl_coef by {MOST_ERROR:g} * {responses} / {algorithm.kl_horizon:g}, its sign with it; "
+            f"set it to {10 * responses} or more"
+        )
 
 
 def _check_curriculum(config: RunConfig) -> None:
@@ -374,6 +420,12 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
         notes.append(
             f"worker.rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k} cut the sampled distribution; "
             "the actor's log-probabilities are of the whole one"
+        )
+    algorithm = config.algorithm
+    if algorithm.kl_penalty == "kl" and algorithm.use_kl_loss and not algorithm.disable_kl:
+        notes.append(
+            "algorithm.kl_penalty=kl in the loss: its gradient is zero on average, whatever the policy; "
+            "mse has the gradient of the KL (or set algorithm.use_kl_loss=false for the KL in the reward)"
         )
     if val_data is None and (trainer.val_freq > 0 or trainer.val_before_train):
         notes.append("data.val_files is empty: no validation")

@@ -34,35 +34,27 @@ RENAMED = {
     "worker.reward.num_cpus": "worker.reward.num_workers",
     "worker.reward.score_function": "worker.reward.reward_function",
     "worker.reward.score_function_kwargs": "worker.reward.reward_function_kwargs",
+    "worker.reward.model_name": "worker.reward.judge.model",
     "worker.rollout.name": "worker.rollout.engine",
 }
 
 # key -> (values that are what this trainer does, what to do instead of another)
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "algorithm.kl_type": (("fixed",), "the KL coefficient is fixed here; set algorithm.kl_coef"),
     "data.override_chat_template": ((None,), "set the chat template in the tokenizer's own folder"),
     "worker.actor.entropy_coef": ((0,), "an entropy bonus is not implemented"),
     "worker.actor.entropy_coeff": ((0,), "an entropy bonus is not implemented"),
-    "worker.actor.loss_type": (("default",), "the loss is the clipped one"),
     "worker.actor.model.lora.rank": ((0,), "LoRA is not implemented; all weights are trained"),
     "worker.actor.ulysses_sequence_parallel_size": ((1,), "sequence parallelism is not implemented"),
     "worker.actor.ulysses_size": ((1,), "sequence parallelism is not implemented"),
     "worker.ref.ulysses_sequence_parallel_size": ((1,), "sequence parallelism is not implemented"),
     "worker.ref.ulysses_size": ((1,), "sequence parallelism is not implemented"),
-    "worker.reward.reward_type": (
-        ("batch", "function"),
-        'for a function of one response, write REWARD_TYPE = "sequential" in the reward file',
-    ),
     "worker.reward.skip_special_tokens": ((True,), "special tokens are not part of a response's text"),
     "worker.rollout.ignore_eos": ((False,), "a response ends at its end-of-sequence token"),
 }
 
 # "x.*" is every key below x
 IGNORED = (
-    "algorithm.gamma",  # gamma and lam belong to gae, the kl_ pair to the adaptive controller
-    "algorithm.kl_horizon",
-    "algorithm.kl_target",
-    "algorithm.lam",
+    "algorithm.lam",  # of gae
     "data.mini_rollout_batch_size",
     "data.num_workers",
     "data.rollout_micro_batch_size",
@@ -83,8 +75,6 @@ IGNORED = (
     "worker.actor.optim.training_steps",
     "worker.actor.padding_free",
     "worker.actor.strategy",
-    "worker.actor.tau_negative",
-    "worker.actor.tau_positive",
     "worker.actor.use_torch_compile",
     "worker.critic.*",
     "worker.hybrid_engine",
@@ -95,13 +85,8 @@ IGNORED = (
     "worker.ref.padding_free",
     "worker.ref.strategy",
     "worker.ref.use_torch_compile",
-    "worker.reward.api_key",  # a language model as judge: compute_score says whether one is asked for
-    "worker.reward.base_url",
-    "worker.reward.base_urls",
     "worker.reward.batch_processing",
-    "worker.reward.cos_len_reward_config.*",
-    "worker.reward.model_name",
-    "worker.reward.provider",
+    "worker.reward.provider",  # azure or vllm: both are asked as OpenAI-compatible servers
     "worker.reward.workflow_id",
     "worker.rollout.disable_log_stats",
     "worker.rollout.disable_tqdm",
@@ -117,8 +102,9 @@ IGNORED = (
 
 _VALUES = {
     "worker.rollout.dtype": {"bfloat16": "bf16", "float32": "fp32"},
-    "algorithm.kl_penalty": {"k3": "low_var_kl"},
-    "worker.actor.loss_avg_mode": {"token-mean": "token"},
+    "algorithm.kl_penalty": {"k1": "kl", "k2": "mse", "k3": "low_var_kl"},
+    "worker.actor.loss_avg_mode": {"token-mean": "token", "seq-mean-token-mean": "seq"},
+    "worker.actor.loss_type": {"vanilla": "default"},
 }
 _FILTER_DEFAULTS = (("algorithm.filter_low", 0.01), ("algorithm.filter_high", 0.99))
 _ACTOR_PARAMS, _ACTOR_OPTIMIZER = "worker.actor.offload.offload_params", "worker.actor.offload.offload_optimizer"
@@ -137,8 +123,10 @@ _OFFLOAD = {
     "worker.ref.fsdp.param_offload": (_REF_PARAMS,),
     "worker.ref.offload.param_offload": (_REF_PARAMS,),
 }
-_MATH_FILES = ("examples/reward_function/math.py", "examples/score_function/math.py")
-_LENGTH_REWARD = "worker.reward.cos_len_reward_config."
+_KEY_VARIABLE = "worker.reward.judge.key_variable"
+_EXAMPLE_REWARDS = {
+    f"examples/{folder}_function/{name}.py": name for folder in ("reward", "score") for name in ("math", "r1v")
+}
 
 
 @dataclass
@@ -223,26 +211,18 @@ def _translate_special(key: str, value: Any, result: Translation) -> bool:
             if value is not None:  # an empty key upstream: the default
                 result.values[key] = value
         case "worker.reward.compute_score":
-            _translate_compute_score(value, result)
-        case _ if key.startswith(_LENGTH_REWARD):
-            if value:
-                raise UserError(f"{key} must be 0, got {value}: no reward by length is built in; write a reward file")
+            result.values["worker.reward.reward_function"] = value
+        case "worker.reward.reward_type" if value == "function":  # EasyR1's word before it knew two types
             result.ignored.append(key)
+        case "worker.reward.base_url" | "worker.reward.base_urls":
+            result.values["worker.reward.judge.base_urls"] = [value] if isinstance(value, str) else value or []
+        case "worker.reward.api_key":
+            result.ignored.append(key)
+            if value not in (None, "", "none", "EMPTY"):
+                result.notes.append(f"{key} is not read: export the key, name the variable in {_KEY_VARIABLE}")
         case _:
             return False
     return True
-
-
-def _translate_compute_score(value: Any, result: Translation) -> None:
-    """MMR1's built-in rewards: those that check the answer by rule become `math`."""
-    if value not in ("math", "openr1_wo_LMM"):
-        raise UserError(
-            f"worker.reward.compute_score={value} is not built in (math is); "
-            "give worker.reward.reward_function=path/file.py:function"
-        )
-    result.values["worker.reward.reward_function"] = "math"
-    if value != "math":
-        result.notes.append(f"worker.reward.compute_score={value} read as worker.reward.reward_function=math")
 
 
 def replace_example_files(values: dict[str, Any], configs: list[Path]) -> list[str]:
@@ -254,9 +234,10 @@ def replace_example_files(values: dict[str, Any], configs: list[Path]) -> list[s
     reward = values.get("worker.reward.reward_function")
     if isinstance(reward, str):
         path = Path(reward.rpartition(":")[0] or reward)
-        if path.as_posix().endswith(_MATH_FILES) and not os.path.isfile(path):
-            values["worker.reward.reward_function"] = "math"
-            notes.append(f"worker.reward.reward_function={reward} is not here; the built-in math is used")
+        for example, name in _EXAMPLE_REWARDS.items():
+            if path.as_posix().endswith(example) and not os.path.isfile(path):
+                values["worker.reward.reward_function"] = name
+                notes.append(f"worker.reward.reward_function={reward} is not here; the built-in {name} is used")
     template = values.get("data.format_prompt")
     if isinstance(template, str) and "examples/format_prompt/" in template and not os.path.isfile(template):
         for folder in configs:

@@ -174,6 +174,9 @@ class Ranks:
             dist.destroy_process_group()
 
 
+_UNFLUSHED = 120  # Python's own exit code when standard output could not be written
+
+
 def leave(code: int) -> NoReturn:
     """End this process: exit handlers, flush, gone.
 
@@ -183,8 +186,12 @@ def leave(code: int) -> NoReturn:
     """
     atexit._run_exitfuncs()
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by the shell
+            try:
+                stream.flush()
+            except OSError:
+                code = code or _UNFLUSHED
     os._exit(code)
 
 

@@ -16,6 +16,7 @@ from mmr1_ds.data.chat import load_format_prompt
 from mmr1_ds.data.rows import check_columns
 from mmr1_ds.data.sources import BUILDERS, list_names, split_name
 from mmr1_ds.errors import UserError
+from mmr1_ds.rewards.interfaces import call_style
 from mmr1_ds.rewards.loading import BUILT_IN, split_reference
 
 Result = TypeVar("Result")
@@ -299,13 +300,13 @@ def _binds(tree: ast.Module, name: str) -> bool:
 
 
 def _check_signature(node: ast.FunctionDef, reward: RewardConfig, where: str) -> None:
-    """One argument, the list of responses; the others have defaults or are in reward_function_kwargs."""
+    """One argument, or two texts; the others have defaults or are in reward_function_kwargs."""
     arguments = node.args
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
-    required = positional[: len(positional) - len(arguments.defaults)]
-    keyword_only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     given = reward.reward_function_kwargs
-    missing = [name for name in required[1:] if name not in given]
+    required = [name for name in positional[: len(positional) - len(arguments.defaults)] if name not in given]
+    keyword_only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    missing = required[call_style(required, reward.reward_type).num_arguments :]
     missing += [argument.arg for argument, default in keyword_only if default is None and argument.arg not in given]
     if missing:
         raise UserError(

@@ -41,6 +41,7 @@ def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCou
         "reward/num_crashes": sum(part.num_crashes for part in failures),
         "reward/num_invalid": sum(part.num_invalid for part in failures),
         "reward/num_errors": sum(part.num_errors for part in failures),
+        "reward/num_unscored": sum(part.num_unscored for part in failures),
         "reward/num_failed": sum(part.num_failed for part in failures),
     }
     return metrics | ranks.sum(counts, "reward failures")
@@ -49,10 +50,14 @@ def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCou
 def step_metrics(
     groups: Sequence[ScoredGroup],
     trajectories: Sequence[Trajectory],
+    rewards_B: np.ndarray,
     seconds: Mapping[str, float],
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Score, advantage, length, time and throughput figures of a training step. Collective."""
+    """Score, advantage, length, time and throughput figures of a training step. Collective.
+
+    Args: rewards_B: what the trajectories were rewarded with, the KL taken off where it is taken off the reward.
+    """
     local = np.array(
         [
             (reward, len(item.token_ids), not response.finished, item.prompt.num_tokens)
@@ -65,11 +70,12 @@ def step_metrics(
         dtype=np.float64,
     )
     advantages = np.array([item.advantage for item in trajectories])
-    table = np.concatenate(ranks.all_gather_array(np.column_stack([local, advantages]), "step metrics"))
-    score, length, clipped, prompt_length, advantage = table.T
+    own = np.column_stack([local, advantages, rewards_B])
+    table = np.concatenate(ranks.all_gather_array(own, "step metrics"))
+    score, length, clipped, prompt_length, advantage, reward = table.T
     metrics = {
         **_spread("critic/score", score),
-        **_spread("critic/rewards", score),
+        **_spread("critic/rewards", reward),
         **_spread("critic/advantages", advantage),
         **_spread("response_length", length),
         "response_length/clip_ratio": float(clipped.mean()),

@@ -57,10 +57,10 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class GroupRewards:
-    """What the reward said of one group. Responses whose reward failed count as 0."""
+    """What the reward said of one group. Failed responses count as 0, unscored ones as the mean of the others."""
 
     overall: np.ndarray  # (N,) float32, finite
-    accuracy: np.ndarray  # (N,) float32 in [0, 1]; 1 = correct
+    accuracy: np.ndarray  # (N,) float32 in [0, 1]; 1 = correct, NaN = unscored: its judge did not answer
     failed: np.ndarray  # (N,) bool: the reward hung, crashed or was not finite
     parts: Mapping[str, np.ndarray]  # every further key the reward returned, (N,) float32
 

@@ -20,7 +20,7 @@ from mmr1_ds.curriculum.statistics import score_batch
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor, Reference
-from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.experience import Experience, make_experience
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.metrics import reward_metrics, step_metrics
 from mmr1_ds.records import SamplingSettings, ScoredGroup
@@ -88,28 +88,33 @@ class Trainer:
         """Draw, roll out, score, observe, update, synchronise: one step of the algorithm."""
         clock, parts, start = StageClock(), self._parts, time.perf_counter()
         batch = parts.batches.make(self.step, self._training_settings(), clock)
-        trajectories = _trajectories(batch.groups)
-        metrics = batch.metrics | self._update(trajectories, clock)
+        experience, metrics = self._update(batch.groups, clock)
         with clock("sync"):
             parts.rollout.sync_weights(parts.actor)
         clock.seconds["step"] = time.perf_counter() - start
-        metrics |= step_metrics([group.scored for group in batch.groups], trajectories, clock.seconds, parts.ranks)
-        return metrics | parts.coordinator.metrics()
+        scored = [group.scored for group in batch.groups]
+        metrics |= step_metrics(scored, experience.trajectories, experience.rewards_B, clock.seconds, parts.ranks)
+        return batch.metrics | metrics | parts.coordinator.metrics()
 
-    def _update(self, trajectories: Sequence[Trajectory], clock: StageClock) -> dict[str, float]:
-        actor, reference = self._parts.actor, self._parts.reference
-        pairs = [(item.prompt, item.token_ids) for item in trajectories]
+    def _update(self, groups: Sequence[LearningGroup], clock: StageClock) -> tuple[Experience, dict[str, float]]:
+        actor, reference, algorithm = self._parts.actor, self._parts.reference, self._config.algorithm
+        pairs = [(g.scored.group.prompt, response.token_ids) for g in groups for response in g.scored.group.responses]
         micro = self._config.worker.actor.micro_batch_size_per_device_for_experience
+        penalise = reference is not None and not algorithm.use_kl_loss  # the KL is taken off the reward
         old: list[Tensor] | None = None
         ref: list[Tensor] | None = None
-        if actor.needs_old_log_probs(len(trajectories)):
+        if penalise or actor.needs_old_log_probs(len(pairs)):
             with clock("old"):
                 old = actor.log_probs(pairs, micro)
         if reference is not None:
             with clock("ref"):
                 ref = reference.log_probs(pairs, micro)
+        with clock("adv"):
+            both = (old, ref) if penalise and old is not None and ref is not None else None
+            experience = make_experience(groups, algorithm, both, actor.kl, self._parts.ranks)
         with clock("update_actor"):
-            return actor.update(trajectories, old, ref)
+            metrics = actor.update(experience.trajectories, old, None if penalise else ref)
+        return experience, experience.metrics | metrics
 
     def _refresh_due(self) -> bool:
         return self.step < self._num_steps and self._parts.coordinator.refresh_due(self.step + 1)
@@ -220,12 +225,3 @@ class Trainer:
         if self._parts.ranks.rank == 0:
             (folder / "curriculum").mkdir()
         self._parts.coordinator.save(folder / "curriculum")
-
-
-def _trajectories(groups: Sequence[LearningGroup]) -> list[Trajectory]:
-    """Every response of every group, in order, with its advantage."""
-    return [
-        Trajectory(item.scored.group.prompt, response.token_ids, response.logprobs, float(advantage))
-        for item in groups
-        for response, advantage in zip(item.scored.group.responses, item.advantages, strict=True)
-    ]

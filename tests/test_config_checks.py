@@ -104,10 +104,17 @@ def test_both_spellings_of_metrics(valid, names):
 @pytest.mark.parametrize(
     "argument, expected",
     [
-        ("algorithm.adv_estimator=rloo", "algorithm.adv_estimator must be grpo, got rloo; other estimators"),
-        ("algorithm.kl_penalty=mse", "algorithm.kl_penalty must be low_var_kl, got mse"),
-        ("algorithm.use_kl_loss=false", "algorithm.disable_kl=true"),
-        ("worker.actor.loss_avg_mode=seq", "worker.actor.loss_avg_mode must be token, got seq"),
+        ("algorithm.adv_estimator=gae", "algorithm.adv_estimator=gae needs a critic, which is not built yet; use"),
+        ("algorithm.adv_estimator=grpo_passk", "algorithm.adv_estimator must be grpo or dr_grpo or rloo or "),
+        ("algorithm.kl_penalty=full", "algorithm.kl_penalty must be kl or abs or mse or low_var_kl, got full"),
+        ("algorithm.kl_type=adaptiv", "algorithm.kl_type must be fixed or adaptive, got adaptiv; did you mean adap"),
+        ("algorithm.rollout_is=seq", "algorithm.rollout_is must be token or sequence or none, got seq"),
+        ("algorithm.rollout_is_threshold=0.5", "algorithm.rollout_is_threshold must be 1 or more, got 0.5"),
+        ("algorithm.gamma=1.01", "algorithm.gamma must be in [0, 1], got 1.01"),
+        ("worker.actor.loss_type=ppo2", "worker.actor.loss_type must be default or gspo or gspo_token or cispo or"),
+        ("worker.actor.loss_avg_mode=batch", "worker.actor.loss_avg_mode must be token or seq or seq_sum, got batch"),
+        ("worker.actor.loss_scale_factor=512", "loss_scale_factor=512 is of worker.actor.loss_avg_mode=seq_sum, whi"),
+        ("worker.actor.tau_negative=0", "worker.actor.tau_negative must be over 0, got 0.0"),
         ("worker.actor.optim.strategy=adamw_bf16", "worker.actor.optim.strategy must be adamw"),
         ("worker.rollout.name=sglang", "worker.rollout.engine must be auto or vllm or hf, got sglang"),
         ("data.curriculum_momentum=1.0", "data.curriculum_momentum must be in [0, 1), got 1.0"),
@@ -124,6 +131,42 @@ def test_transformers_has_no_tensor_parallelism(valid):
 
 def test_no_kl_at_all_is_fine(valid):
     check_config(load(*valid, "algorithm.use_kl_loss=false", "algorithm.disable_kl=true"), 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["algorithm.use_kl_loss=false"],  # KL in the reward
+        ["algorithm.adv_estimator=reinforce_plus_plus", "algorithm.gamma=0.99", "algorithm.kl_penalty=k1"],
+        ["worker.actor.loss_avg_mode=seq_sum", "worker.actor.loss_scale_factor=512"],
+        ["worker.actor.loss_type=cispo", "worker.actor.clip_ratio_low=1.0", "algorithm.rollout_is=sequence"],
+        ["algorithm.kl_type=adaptive", "algorithm.kl_horizon=13"],  # 60 responses a step
+        ["algorithm.kl_target=0.0", "algorithm.kl_horizon=0.0"],  # upstream's, of the fixed coefficient
+    ],
+)
+def test_ways_to_learn(valid, arguments):
+    check_config(load(*valid, *arguments), 2)
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("algorithm.kl_coef=0", "algorithm.kl_coef must be over 0 with algorithm.kl_type=adaptive, got 0"),
+        ("algorithm.kl_target=0", "algorithm.kl_target must be over 0 with algorithm.kl_type=adaptive, got 0"),
+        ("algorithm.kl_horizon=12", "kl_horizon=12 is too short for 60 responses a step: one step may change kl_coef"),
+    ],
+)
+def test_adaptive_kl(valid, argument, expected):
+    assert expected in refused(valid, "algorithm.kl_type=adaptive", argument)
+    check_config(load(*valid, "algorithm.kl_type=adaptive", "algorithm.disable_kl=true", argument), 2)
+
+
+def test_an_estimate_that_pulls_nowhere_is_noted(valid):
+    def notes(*argv):
+        return " ".join(check_config(load(*valid, "algorithm.kl_penalty=k1", *argv), 2).notes)
+
+    assert "its gradient is zero on average" in notes()
+    assert "its gradient" not in notes("algorithm.use_kl_loss=false") + notes("algorithm.disable_kl=true")
 
 
 def test_shuffle_false_contradicts_shuffle(valid):

@@ -197,7 +197,7 @@ def test_reward_file(valid, tmp_path):
     for name in ("within", "annotated", "decorated"):
         check(valid, f"worker.reward.reward_function={path}:{name}")
     assert "has no function 'goood'; its functions are: good, old_style, nothing, keyword" in reward("goood")
-    assert "old_style needs ground_truth" in reward("old_style")
+    check(valid, f"worker.reward.reward_function={path}:old_style")
     assert "keyword needs weight" in reward("keyword")
     assert "takes no argument" in reward("nothing")
     path.write_text("def f(:\n")
@@ -209,7 +209,7 @@ def test_reward_file(valid, tmp_path):
     path.write_text("from math import *\n")
     check(valid, f"worker.reward.reward_function={path}:f")
     assert "no such file '/nowhere.py'" in refused(valid, "worker.reward.reward_function=/nowhere.py:f")
-    assert "is unknown; use math or" in refused(valid, "worker.reward.reward_function=maths")
+    assert "is unknown; use math, r1v, openr1" in refused(valid, "worker.reward.reward_function=maths")
 
 
 def test_format_prompt(valid):

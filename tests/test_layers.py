@@ -25,6 +25,7 @@ LAYERS = [
     ["mmr1_ds.config_loading", "mmr1_ds.rollout"],
     ["mmr1_ds.config_checks", "mmr1_ds.deepspeed_config", "mmr1_ds.collect", "mmr1_ds.metrics"],
     ["mmr1_ds.batches"],
+    ["mmr1_ds.experience"],
     ["mmr1_ds.plan", "mmr1_ds.trainer", "mmr1_ds.demo"],
     ["mmr1_ds.composition"],
     ["mmr1_ds.train"],

@@ -125,6 +125,7 @@ def test_order_holds_when_the_first_is_the_slowest(make_pool):
         ("return [{'overall': 1e39}]", "invalid", "'overall' is 1e+39"),
         ("return [{'overall': 1, 'accuracy': float('nan')}]", "invalid", "'accuracy' is nan"),
         ("return [{'overall': 1, 'accuracy': 1.5}]", "invalid", "'accuracy' is 1.5; it must be in [0, 1]"),
+        ("return [{'overall': 1, 'accuracy': -1.5}]", "invalid", "'accuracy' is -1.5; it must be in [0, 1]"),
         ("return [{'overall': 1, 'format': float('nan')}]", "invalid", "'format' is nan"),
         ("return [{'accuracy': 1}]", "invalid", "no number 'overall'"),
         ("return [{'overall': 'high'}]", "invalid", "no number 'overall'"),
@@ -262,7 +263,7 @@ def test_a_reward_that_never_ends_its_import(make_pool, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("maths", "'maths' is unknown; use math or path/file.py:function"),
+        ("maths", "'maths' is unknown; use math, r1v, openr1, openr1_vllm, openr1_wo_LMM or path"),
         ("reward.py", "'reward.py' is unknown"),
         ("/nowhere/reward.py:score", "no such file '/nowhere/reward.py'"),
     ],

@@ -17,10 +17,15 @@ from transformers import PreTrainedModel
 
 from mmr1_ds.config import ActorConfig, AlgorithmConfig, RunConfig
 from mmr1_ds.distributed import Ranks
+from mmr1_ds.engine.aggregation import GlobalBatch, token_weights
 from mmr1_ds.engine.batching import Trajectory, collate
-from mmr1_ds.engine.losses import clipped_policy_loss, low_var_kl
+from mmr1_ds.engine.importance import ImportanceSampling
+from mmr1_ds.engine.kl import kl_penalty
+from mmr1_ds.engine.kl_controller import KLController
+from mmr1_ds.engine.losses import PolicyLoss
 from mmr1_ds.engine.policy import exact_types, load_policy
 from mmr1_ds.engine.schedule import learning_rate
+from mmr1_ds.engine.segments import Segments
 from mmr1_ds.engine.weights import whole_parameters
 from mmr1_ds.records import Prompt
 
@@ -109,6 +114,17 @@ class Actor(ZeroEngine):
         super().__init__(config, deepspeed_config, ranks, encoder, trainable=True)
         self._config: ActorConfig = config.worker.actor
         self._algorithm: AlgorithmConfig = config.algorithm
+        self._loss = PolicyLoss(
+            self._config.loss_type,
+            self._config.clip_ratio_low,
+            self._config.clip_ratio_high,
+            self._config.clip_ratio_dual,
+            self._config.tau_positive,
+            self._config.tau_negative,
+        )
+        self._importance = ImportanceSampling(self._algorithm.rollout_is, self._algorithm.rollout_is_threshold)
+        self._scale_factor = float(self._config.loss_scale_factor or config.data.max_response_length)
+        self.kl = KLController(self._algorithm)
         self._responses_per_prompt = config.worker.rollout.n
         self._num_updates = num_updates
         self.num_updates_done = 0
@@ -150,13 +166,16 @@ class Actor(ZeroEngine):
                         None if ref_log_probs is None else ref_log_probs[part],
                     )
                 )
-        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        if ref_log_probs is not None:
+            metrics["actor/kl_coef"] = self.kl.coefficient
+            self.kl.update(metrics["actor/ref_kl"], len(trajectories) * self._ranks.size)
+        return metrics
 
     def _optimiser_step(
         self, trajectories: Sequence[Trajectory], old: Sequence[Tensor] | None, ref: Sequence[Tensor] | None
     ) -> dict[str, float]:
-        num_tokens = sum(len(item.token_ids) for item in trajectories)
-        global_tokens = self._ranks.sum({"tokens": num_tokens}, "count response tokens")["tokens"]
+        batch = self._global_batch(trajectories)
         rate = learning_rate(self._config.optim, self.num_updates_done, self._num_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -166,64 +185,62 @@ class Actor(ZeroEngine):
         for start in range(0, len(trajectories), micro):
             part = slice(start, start + micro)
             self.engine.set_gradient_accumulation_boundary(start + micro >= len(trajectories))
-            token_sums, drift = self._micro_step(
+            shares, drift = self._micro_step(
                 trajectories[part],
                 None if old is None else old[part],
                 None if ref is None else ref[part],
-                global_tokens,
+                batch,
             )
             largest_drift = max(largest_drift, drift)
-            for name, value in token_sums.items():
+            for name, value in shares.items():
                 sums[name] = sums.get(name, 0.0) + value
             self.engine.step()
         self.num_updates_done += 1
-        totals = self._ranks.sum(sums, "actor metrics")
-        metrics = {f"actor/{name}": value / max(1.0, global_tokens) for name, value in totals.items()}
-        metrics["rollout/logprob_diff_mean"] = metrics.pop("actor/rollout_drift")
+        metrics = self._ranks.sum(sums, "actor metrics")
         metrics |= self._ranks.max({"rollout/logprob_diff_max": largest_drift}, "actor metrics")
         metrics["actor/grad_norm"] = self._gradient_norm()
         metrics["actor/lr"] = rate
-        if ref is not None:
-            metrics["actor/kl_coef"] = self._algorithm.kl_coef
         return metrics
+
+    def _global_batch(self, trajectories: Sequence[Trajectory]) -> GlobalBatch:
+        lengths = [len(item.token_ids) for item in trajectories]
+        own = {"tokens": float(sum(lengths)), "responses": float(sum(length > 0 for length in lengths))}
+        totals = self._ranks.sum(own, "count response tokens")
+        return GlobalBatch(totals["tokens"], totals["responses"])
 
     def _micro_step(
         self,
         trajectories: Sequence[Trajectory],
         old: Sequence[Tensor] | None,
         ref: Sequence[Tensor] | None,
-        global_tokens: float,
+        batch: GlobalBatch,
     ) -> tuple[dict[str, float], float]:
-        """Forward and backward. Returns sums of per-token figures, and the largest drift from the rollout."""
+        """Forward and backward. Returns its shares of the metrics, and the largest drift from the rollout."""
         device = self._ranks.device
         pairs = [(item.prompt, item.token_ids) for item in trajectories]
         logprobs_T, entropies_T = self.engine(collate(pairs, self._encoder, device))
-        lengths = torch.tensor([len(response) for _, response in pairs])
-        advantages_T = torch.tensor([item.advantage for item in trajectories]).repeat_interleave(lengths).to(device)
+        segments = Segments.of([len(response) for _, response in pairs], device)
         old_T = logprobs_T.detach() if old is None else torch.cat(list(old)).to(device)
-        loss_T, figures = clipped_policy_loss(
-            logprobs_T,
-            old_T,
-            advantages_T,
-            self._config.clip_ratio_low,
-            self._config.clip_ratio_high,
-            self._config.clip_ratio_dual,
-        )
-        figures |= {"pg_loss": loss_T.detach(), "entropy_loss": entropies_T}
+        rollout = list(chain.from_iterable(item.rollout_logprobs for item in trajectories))
+        importance_T, drift = self._importance(old_T, torch.tensor(rollout, device=device), segments)
+        loss_T, figures = self._loss(logprobs_T, old_T, _advantages(trajectories, device), segments)
+        loss_T = loss_T * importance_T
+        parts = {"actor/pg_loss": loss_T.detach()}
         if ref is not None:
-            kl_T = low_var_kl(logprobs_T, torch.cat(list(ref)).to(device))
-            loss_T = loss_T + self._algorithm.kl_coef * kl_T
-            figures["kl_loss"] = kl_T.detach()
-        # The mean over the tokens of the GLOBAL batch: DeepSpeed averages gradients over ranks, so each rank's
-        # share is scaled up by their number; neither ranks nor micro-batches change the gradient.
-        loss = loss_T.sum() * (self._ranks.size / max(1.0, global_tokens))
-        self.engine.backward(loss, scale_wrt_gas=False)
+            kl_T = kl_penalty(self._algorithm.kl_penalty, logprobs_T, torch.cat(list(ref)).to(device))
+            loss_T = loss_T + self.kl.coefficient * kl_T
+            figures["ref_kl"] = parts["actor/kl_loss"] = kl_T.detach()
+        weights_T = token_weights(self._config.loss_avg_mode, segments, batch, self._scale_factor).to(loss_T.dtype)
+        # Weights of the GLOBAL batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up by
+        # their number; neither ranks nor micro-batches change the gradient.
+        self.engine.backward((loss_T * weights_T).sum() * self._ranks.size, scale_wrt_gas=False)
 
-        rollout_T = torch.tensor(list(chain.from_iterable(item.rollout_logprobs for item in trajectories)))
-        drift_T = (old_T.cpu() - rollout_T).abs()  # both of the policy that sampled, by the two implementations
-        sums = {name: float(values_T.sum()) for name, values_T in figures.items()}
-        sums["rollout_drift"] = float(drift_T.sum())
-        return sums, float(drift_T.max()) if len(drift_T) else 0.0
+        shares = {name: float((values_T * weights_T).sum()) for name, values_T in parts.items()}
+        per_token = {f"actor/{name}": values_T for name, values_T in figures.items()}
+        per_token |= {"actor/entropy_loss": entropies_T, **{f"rollout/{name}": drift[name] for name in drift}}
+        num_tokens = max(1.0, batch.num_tokens)
+        shares |= {name: float(values_T.sum()) / num_tokens for name, values_T in per_token.items()}
+        return shares, float(drift["logprob_diff_mean"].max()) if rollout else 0.0
 
     def _gradient_norm(self) -> float:
         """Raises: RuntimeError when it is not finite: the weights are lost, the last checkpoint must not follow."""
@@ -237,9 +254,8 @@ class Actor(ZeroEngine):
 
     def save(self, folder: Path) -> None:
         """Write the sharded state. Collective."""
-        self.engine.save_checkpoint(
-            str(folder), tag="zero3", client_state={"num_updates_done": self.num_updates_done}, save_latest=False
-        )
+        state = {"num_updates_done": self.num_updates_done, "kl": self.kl.state_dict()}
+        self.engine.save_checkpoint(str(folder), tag="zero3", client_state=state, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, on the same number of ranks. Collective."""
@@ -247,6 +263,8 @@ class Actor(ZeroEngine):
         if path is None:
             raise RuntimeError(f"DeepSpeed could not load the actor from {folder}")
         self.num_updates_done = int(client_state["num_updates_done"])
+        if "kl" in client_state:  # checkpoints of earlier versions have a fixed coefficient
+            self.kl.load_state_dict(client_state["kl"])
 
 
 class Reference(ZeroEngine):
@@ -257,3 +275,9 @@ class Reference(ZeroEngine):
     ) -> None:
         """Collective."""
         super().__init__(config, deepspeed_config, ranks, encoder, trainable=False)
+
+
+def _advantages(trajectories: Sequence[Trajectory], device: torch.device) -> Tensor:
+    """At each response token, end to end, (T,) float32."""
+    by_token = (item.token_advantages or (item.advantage,) * len(item.token_ids) for item in trajectories)
+    return torch.tensor(list(chain.from_iterable(by_token)), dtype=torch.float32, device=device)

@@ -22,7 +22,8 @@ class Trajectory:
     prompt: Prompt
     token_ids: tuple[int, ...]  # (T,), the response
     rollout_logprobs: tuple[float, ...]  # (T,), as the rollout engine sampled them
-    advantage: float
+    advantage: float  # of the response
+    token_advantages: tuple[float, ...] | None = None  # (T,), where they differ within it; `advantage` is their mean
 
 
 @dataclass(frozen=True)

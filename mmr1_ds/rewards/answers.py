@@ -13,6 +13,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from mmr1_ds.rewards.choices import choice, choices
+from mmr1_ds.rewards.units import canonical_unit, split_bare_unit
+
 MAX_ANSWER_CHARS = 2000  # beyond this nothing is compared: no answer is that long
 MAX_FORMULA_CHARS = 300  # beyond this only equal strings are equal
 MAX_EXPONENT = 300  # of a power of ten; more would build gigabytes of digits
@@ -21,22 +24,41 @@ MINUS_SIGN = "\N{MINUS SIGN}"
 
 _BRACES = re.compile(r"(?P<box>\\?\\boxed\s*\{)|\\.|[{}]", re.DOTALL)  # an escaped brace is none
 _WRAPPERS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boxed)\s*\{([^{}]*)\}")
-_SPACES = re.compile(r"\\[ ,;:!>]|\\(?:quad|qquad)(?![a-zA-Z])|~|\s+")
+_SPACES = re.compile(r"(?P<row>\\\\)|\\[ ,;:!>]|\\(?:quad|qquad)(?![a-zA-Z])|~|\s+")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!|\\,)\d{3})+(?![\d,])")  # thousands: 1{,}000 1,\!000 1\,000
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _DECIMAL = re.compile(rf"([+-]?)({_DIGITS}?)(?:\.(\d*))?")
+_POWER_OF_TEN = re.compile(r"([+-]?)10\^\{?([+-]?\d+)\}?")
 _POWER = re.compile(r"(.+?)(?:\\times|\\cdot|\*)10\^\{?([+-]?\d+)\}?|(.+?)[eE]([+-]?\d+)")
 _FRACTION = re.compile(r"([+-]?)\\[dt]?frac(?:\{([^{}]+)\}|(\d))(?:\{([^{}]+)\}|(\d))|([^/]+)/([^/]+)")
 _MIXED = re.compile(r"([+-]?)(\d+)(\\[dt]?frac.+)")
 _UNIT = re.compile(
-    r"(?P<value>.*\d\.?[})]?)\s*(?:\\(?:text|mathrm|mbox)\s*\{(?P<unit>[^{}\d]*)\}(?P<power>\^\{?[23]\}?)?)"
+    r"(?P<value>.*\d\.?[})]?)(?:\s|\\[ ,;:!]|~)*"
+    r"(?:\\(?:text|mathrm|mbox)\s*\{(?P<unit>[^{}\d]*)\}(?P<power>\^\{?[23]\}?)?)"
 )
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?$|°$")
-_ASSIGNMENT = re.compile(r"^[a-zA-Z]\s*=\s*(?=[^=]+$)")
+_PLAIN_MIXED = re.compile(r"([+-]?)(\d+) (\d+)/(\d+)")
+_ASSIGNMENT = re.compile(r"^([a-zA-Z])\s*=\s*(?=[^=]+$)")
 _COMMAND_SPACE = re.compile(r"(\\times|\\cdot) (?=\d)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*")
 _WORD = re.compile(r"[a-zA-Z]{2,}")
 _CONJUNCTIONS = frozenset(("or", "and", "not", "to", "through"))
+_OR = re.compile(r"(?<=[\d)}]) ?(?:or|and) ?(?=[-+\d(\\])")
+_OPENING = re.compile(r"\\\{|[({\[]")
+_CLOSING = re.compile(r"(?:\\\}|[)}\]])$")
+_SYNONYMS = {
+    MINUS_SIGN: "-", "\N{MULTIPLICATION SIGN}": r"\times ", "\N{DIVISION SIGN}": r"\div ",
+    "\N{INFINITY}": r"\infty ", "\N{UNION}": r"\cup ", "\N{GREEK SMALL LETTER PI}": r"\pi ",
+    "\N{LESS-THAN OR EQUAL TO}": r"\le ", "\N{GREATER-THAN OR EQUAL TO}": r"\ge ", "\N{NOT EQUAL TO}": r"\ne ",
+    "\N{EMPTY SET}": r"\emptyset ", "\N{PLUS-MINUS SIGN}": r"\pm ",
+}  # fmt: skip
+_COMMAND_SYNONYMS = {
+    "dfrac": "frac", "tfrac": "frac", "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne",
+    "varnothing": "emptyset", "lbrace": "{", "rbrace": "}",
+}  # fmt: skip
+_RENAMED_COMMAND = re.compile(rf"\\({'|'.join(_COMMAND_SYNONYMS)})(?![a-zA-Z])")
+_ROOT = re.compile("\N{SQUARE ROOT}\\s*(?:\\(([^()]*)\\)|(\\w+))")
 _COUNTED = (",", ";", "=", "<", ">", r"\pm", r"\mp", r"\lor", r"\land", r"\cup", r"\ne", r"\le", r"\ge", "|")
 
 
@@ -64,10 +86,17 @@ def answers_equal(answer: str, truth: str) -> bool:
         return False
     if answer_text == truth_text or _same_words(answer_text, truth_text):
         return True
+    truth_choice, truth_choices = choice(truth_text), choices(truth_text)
+    if truth_choice or truth_choices:
+        return _commits_to(answer_text, truth_choice, truth_choices)
+    if _named(answer_text) and _named(truth_text) and _named(answer_text) != _named(truth_text):
+        return False  # x = 5 is not y = 5
     truth_number = parse_number(truth)
     if truth_number is not None:
         answer_number = parse_number(answer)
         return answer_number is not None and answer_number.equals(truth_number)
+    if "," in truth_text and "," not in answer_text:
+        answer_text = _OR.sub(",", answer_text)  # the values 2 or -2
     return _same_structure(answer_text, truth_text) and _formulas_equal(answer_text, truth_text)
 
 
@@ -76,14 +105,36 @@ def normalise(text: str) -> str:
     text = text.strip().strip("$").strip()
     text = text.replace(r"\(", "").replace(r"\)", "").replace(r"\[", "").replace(r"\]", "")
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])", "", text)
-    text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text).replace(MINUS_SIGN, "-").replace("{,}", ",")
+    for symbol, command in _SYNONYMS.items():
+        text = text.replace(symbol, command)
+    text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", text)
+    text = _RENAMED_COMMAND.sub(lambda command: "\\" + _COMMAND_SYNONYMS[command[1]], text)
+    text = _GROUPED.sub(lambda digits: re.sub(r"\D+", ",", digits[0]), text).replace("{,}", ",")
     previous = ""
     while previous != text:  # wrappers may be nested
         previous, text = text, _WRAPPERS.sub(r" \1 ", text)
-    text = _COMMAND_SPACE.sub(r"\1", _SPACES.sub(" ", text)).strip().removesuffix(".").strip()
+    text = (
+        _COMMAND_SPACE.sub(r"\1", _SPACES.sub(lambda space: space["row"] or " ", text))
+        .strip()
+        .removesuffix(".")
+        .strip()
+    )
     if re.fullmatch(r"\(\s*[a-zA-Z]\s*\)", text):  # a choice: (A)
         text = text.strip("() ")
     return re.sub(r"(?<![a-zA-Z0-9.]) | (?![a-zA-Z0-9.])", "", text)
+
+
+def _commits_to(answer: str, letter: str | None, letters: str | None) -> bool:
+    """A choice is right by its letter; a list by its letters in their order, with or without commas."""
+    if letter is not None:
+        return choice(answer) == letter
+    return (choices(answer) or answer) == letters
+
+
+def _named(text: str) -> str:
+    """x of `x = 5`; empty for anything else."""
+    assignment = _ASSIGNMENT.match(text)
+    return assignment[1] if assignment else ""
 
 
 def _same_words(answer: str, truth: str) -> bool:
@@ -119,6 +170,9 @@ def parse_number(text: str) -> Number | None:
     text, unit = _split_unit(text)
     text = _ASSIGNMENT.sub("", normalise(text))
     text = text.strip().removeprefix(r"\$").removeprefix("$")
+    mixed = _PLAIN_MIXED.fullmatch(text)
+    if mixed is not None and int(mixed[4]):
+        return Number(_sign(mixed[1]) * (int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))), unit)
     if " " in text or len(text) > MAX_FORMULA_CHARS:
         return None
     value = _literal(text)
@@ -132,9 +186,12 @@ def _split_unit(text: str) -> tuple[str, str]:
     if degrees is not None:
         return text[: degrees.start()], "degree"
     match = _UNIT.fullmatch(text)
-    if match is None or _CONJUNCTIONS & set(match["unit"].lower().split()):
+    if match is None:
+        return split_bare_unit(_SPACES.sub(" ", text)) or (text, "")
+    unit = re.sub(r"[.{}]", "", match["unit"]).strip()
+    if _CONJUNCTIONS & set(unit.lower().split()):
         return text, ""
-    return match["value"], re.sub(r"[\s.{}]", "", match["unit"] + (match["power"] or ""))
+    return match["value"], canonical_unit(unit + (match["power"] or "")) if unit else ""
 
 
 def _literal(text: str) -> Fraction | None:
@@ -148,6 +205,9 @@ def _literal(text: str) -> Fraction | None:
         above = _decimal(fraction[2] or fraction[3] or fraction[6])
         below = _decimal(fraction[4] or fraction[5] or fraction[7])
         return None if above is None or not below else _signed(fraction[1] or "", above / below)
+    of_ten = _POWER_OF_TEN.fullmatch(text)
+    if of_ten is not None:
+        return _sign(of_ten[1]) * Fraction(10) ** int(of_ten[2]) if abs(int(of_ten[2])) <= MAX_EXPONENT else None
     power = _POWER.fullmatch(text)
     if power is not None:
         base, exponent = _decimal(power[1] or power[3]), int(power[2] or power[4])
@@ -163,7 +223,11 @@ def _decimal(text: str) -> Fraction | None:
 
 
 def _signed(sign: str, value: Fraction | None) -> Fraction | None:
-    return -value if sign == "-" and value is not None else value
+    return _sign(sign) * value if value is not None else None
+
+
+def _sign(sign: str) -> int:
+    return -1 if sign == "-" else 1
 
 
 def _sum(first: Fraction | None, second: Fraction | None) -> Fraction | None:
@@ -175,10 +239,26 @@ def _same_structure(answer: str, truth: str) -> bool:
     if len(answer) > MAX_FORMULA_CHARS or len(truth) > MAX_FORMULA_CHARS or re.search(r"[\d)}] [\d({]", answer):
         return False
     answer, truth = _ASSIGNMENT.sub("", answer), _ASSIGNMENT.sub("", truth)
+    if _brackets(answer) and _brackets(truth) and _brackets(answer) != _brackets(truth):
+        return False  # (0, 1) is neither [0, 1] nor {0, 1}
+    if _other_case(answer, truth) or _other_case(truth, answer):
+        return False
     if any(_count(mark, answer) != _count(mark, truth) for mark in _COUNTED):
         return False
     words = set(_WORD.findall(_COMMAND.sub(" ", answer)))
     return words <= set(_WORD.findall(_COMMAND.sub(" ", truth))) and _is_formula(answer) and _is_formula(truth)
+
+
+def _brackets(text: str) -> tuple[str, str] | None:
+    """The first and the last bracket of a text that begins and ends with one; {1, 2} is written for a set."""
+    opening, closing = _OPENING.match(text), _CLOSING.search(text)
+    return (opening[0].strip("\\"), closing[0].strip("\\")) if opening and closing else None
+
+
+def _other_case(one: str, other: str) -> bool:
+    """Whether a variable of the one stands in the other only in the other case: x^2 is not X^2."""
+    letters, others = (set(re.findall(r"[a-zA-Z]", _COMMAND.sub(" ", text))) for text in (one, other))
+    return any(letter.swapcase() in others for letter in letters - others)
 
 
 def _count(mark: str, text: str) -> int:
@@ -199,6 +279,18 @@ def _formulas_equal(answer: str, truth: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     parsed_truth = parse(f"${truth}$", extraction_config=latex, parsing_timeout=None)
     parsed_answer = parse(f"${answer}$", extraction_config=latex, parsing_timeout=None)
-    if not parsed_truth or not parsed_answer:
+    if parsed_truth and parsed_answer and verify(parsed_truth, parsed_answer, timeout_seconds=None):
+        return True
+    return _same_spelling(answer, truth)
+
+
+def _same_spelling(answer: str, truth: str) -> bool:
+    """Equality under mathruler's rewriting of text, for what math-verify cannot read.
+
+    Not its `grade_answer`: that evaluates the response as Python, and takes 30 hours for 30 minutes.
+    """
+    try:
+        from mathruler.math_normalize import normalize_answer
+    except ImportError:
         return False
-    return bool(verify(parsed_truth, parsed_answer, timeout_seconds=None))
+    return bool(normalize_answer(answer) == normalize_answer(truth))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
+from mmr1_ds.config import RewardConfig
 from mmr1_ds.errors import UserError
+from mmr1_ds.rewards.interfaces import REWARD_TYPES, adapt
 
-BUILT_IN = ("math",)
+JUDGED = ("openr1", "openr1_vllm")  # upstream's names for two kinds of server; one client serves both
+BUILT_IN = ("math", "r1v", *JUDGED, "openr1_wo_LMM")
 
 RewardFunction = Callable[[list[dict[str, Any]]], Any]  # a list of items -> a list of scores
 
@@ -46,36 +48,90 @@ def split_reference(reward_function: str) -> tuple[str, str]:
     return path, name
 
 
-def check_reward_function(reward_function: str) -> None:
-    """Raises: UserError for an unknown name or a missing file; cheap, for checks before anything loads."""
-    if reward_function not in BUILT_IN:
-        split_reference(reward_function)
+def check_reward_config(config: RewardConfig) -> None:
+    """Raises: UserError for an unknown name, a missing file, or a judge that cannot be asked; cheap, runs no user code.
+
+    Reads the judge's key from the environment to see that it is there.
+    """
+    if config.reward_type is not None and config.reward_type not in REWARD_TYPES:
+        raise UserError(f"worker.reward.reward_type must be batch, sequential or null, got {config.reward_type!r}")
+    if config.reward_function not in BUILT_IN:
+        split_reference(config.reward_function)
+        return
+    if config.reward_function in JUDGED:
+        _check_judge(config)
 
 
-def load_reward_function(reward_function: str, kwargs: Mapping[str, Any]) -> LoadedReward:
+def _check_judge(config: RewardConfig) -> None:
+    from mmr1_ds.rewards.judge import read_key  # late: urllib takes longer than all the rest
+
+    judge, name = config.judge, config.reward_function
+    if not judge.base_urls:
+        raise UserError(
+            f"worker.reward.judge.base_urls is empty; {name} asks a language model, give the address of its server, "
+            "like ['http://localhost:8000/v1'], or use openr1_wo_LMM"
+        )
+    if not judge.model:
+        raise UserError(f"worker.reward.judge.model is not set; {name} needs the name that the server gives its model")
+    for url in judge.base_urls:
+        parts = urlsplit(url)
+        if parts.username or parts.password:
+            # Not shown: it holds a password.
+            raise UserError("worker.reward.judge.base_urls holds a password; use worker.reward.judge.key_variable")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"worker.reward.judge.base_urls: {url!r} is no address of the form http://host:port/v1")
+    read_key(judge.key_variable)
+
+
+def reward_setup(config: RewardConfig, max_response_length: int) -> dict[str, Any]:
+    """What a reward process needs to know, as JSON; names the key's variable, never the key."""
+    lengths = asdict(config.cos_len_reward_config)
+    max_length = lengths.pop("max_length") or max_response_length
+    return {
+        "reward_function": config.reward_function,
+        "kwargs": dict(config.reward_function_kwargs),
+        "reward_type": config.reward_type,
+        "cosine_values": lengths,
+        "max_length": max_length,
+        "judge": asdict(config.judge),
+    }
+
+
+def load_reward_function(setup: Mapping[str, Any]) -> LoadedReward:
     """Import the reward function and bind its keyword arguments. Runs the user's module: for worker processes.
 
-    EasyR1's `REWARD_TYPE = "sequential"` marks a function of one item; it is wrapped.
+    Args: setup: what `reward_setup` returns.
     Raises: UserError when the function is missing or does not take these arguments; what the module itself raises.
     """
+    reward_function, kwargs = setup["reward_function"], setup["kwargs"]
     if reward_function in BUILT_IN:
-        module = importlib.import_module(f"mmr1_ds.rewards.{reward_function}")
-        name = "compute_score"
-    else:
-        path, name = split_reference(reward_function)
-        module = _import_file(path)
+        return LoadedReward(adapt(_built_in(setup), kwargs, "batch", repr(reward_function)), _import_math_verify)
+    path, name = split_reference(reward_function)
+    module = _import_file(path)
     function = module.__dict__.get(name)
     if not callable(function):
         raise UserError(f"worker.reward.reward_function: {reward_function!r} has no function {name!r}")
-    try:
-        inspect.signature(function).bind([], **kwargs)
-    except TypeError as error:
-        # Without this every response of the run would fail with the same TypeError.
-        raise UserError(f"worker.reward.reward_function_kwargs do not fit {reward_function!r}: {error}") from error
-    bound = functools.partial(function, **kwargs)
-    if module.__dict__.get("REWARD_TYPE") == "sequential":
-        return LoadedReward(lambda items: [bound(item) for item in items])
-    return LoadedReward(bound, module.warm_up) if reward_function in BUILT_IN else LoadedReward(bound)
+    reward_type = setup["reward_type"] or module.__dict__.get("REWARD_TYPE")
+    if reward_type not in (None, *REWARD_TYPES):
+        raise UserError(f"worker.reward.reward_function: REWARD_TYPE is {reward_type!r}; use batch or sequential")
+    return LoadedReward(adapt(function, kwargs, reward_type, repr(reward_function)))
+
+
+def _built_in(setup: Mapping[str, Any]) -> Callable[..., Any]:
+    name = setup["reward_function"]
+    if name in ("math", "r1v"):
+        function: Callable[..., Any] = importlib.import_module(f"mmr1_ds.rewards.{name}").compute_score
+        return function
+    from mmr1_ds.rewards.judge import build_judge
+    from mmr1_ds.rewards.openr1 import OpenR1Reward
+
+    judge = build_judge(setup["judge"]) if name in JUDGED else None
+    return OpenR1Reward(setup["cosine_values"], setup["max_length"], judge).compute_score
+
+
+def _import_math_verify() -> None:
+    """What comparing formulas needs (half a second)."""
+    import math_verify  # noqa: F401
 
 
 def _import_file(path: str) -> Any:

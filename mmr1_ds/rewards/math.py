@@ -13,11 +13,6 @@ from mmr1_ds.rewards.answers import answers_equal, last_boxed
 _TAG = re.compile(r"<\s*(?:(/)\s*)?(think|answer)\s*>")  # some models write `< think >`
 
 
-def warm_up() -> None:
-    """Import what comparing formulas needs (half a second)."""
-    import math_verify  # noqa: F401
-
-
 def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.1) -> list[dict[str, float]]:
     """Score responses: accuracy and format are each 0 or 1.
 

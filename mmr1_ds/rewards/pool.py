@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import selectors
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 from mmr1_ds.config import RewardConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.rewards.loading import check_reward_function
+from mmr1_ds.rewards.loading import JUDGED, check_reward_config, reward_setup
 from mmr1_ds.rewards.process import Closed, WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ STARTUP_SECONDS = 120.0  # a worker may import much before it is ready
 MAX_RESTART_FAILURES = 3  # in a row; then the reward is broken for good and the run must say so
 LOGGED_FAILURES = 3  # of each kind, with their reasons; later ones are only counted
 MAX_REWARD = 1.0e30  # larger ones would not be finite as float32 sums
-FAILURE_KINDS = ("timeout", "crash", "invalid", "error")
+FAILURE_KINDS = ("timeout", "crash", "invalid", "error", "unscored")
+MAX_RESPONSE_LENGTH = 2048  # tokens, where nobody says
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,15 @@ class RewardItem:
     response: str
     response_length: int  # tokens
     ground_truth: str
+    prompt: str = ""  # the chat as text, for a judge
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What the reward said. A failed response has overall and accuracy 0 and no parts."""
+    """What the reward said. A failed response has overall 0, no parts, and accuracy 0, NaN where it is unscored."""
 
     overall: float  # finite
-    accuracy: float  # [0, 1]
+    accuracy: float  # [0, 1]; NaN = unknown
     parts: Mapping[str, float]  # every further number the reward returned, finite
     failure: str | None = None  # one of FAILURE_KINDS
     reason: str = ""  # of the failure, one line
@@ -68,18 +71,24 @@ class RewardPool:
     """`num_workers` processes, each scoring one response at a time; a context manager.
 
     A response whose reward hangs past `timeout_seconds`, ends its process, raises, or returns no finite number is
-    a failed result with the kind named; its process is replaced where needed, and the others go on. Create and
-    use the pool on one thread: the kernel ends the workers when the thread that started them ends.
+    a failed result with the kind named, and so is one that its judge could not judge ("unscored"); its process is
+    replaced where needed, and the others go on. Create and use the pool on one thread: the kernel ends the workers
+    when the thread that started them ends.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, max_response_length: int = MAX_RESPONSE_LENGTH) -> None:
         """Start the workers and wait until all have imported the reward.
 
+        Args: max_response_length: tokens, for rewards by length.
         Raises: UserError with the reward's own message when it cannot be imported.
         """
         assert config.num_workers >= 1, config.num_workers
-        check_reward_function(config.reward_function)
+        check_reward_config(config)
         self._config = config
+        self._setup = reward_setup(config, max_response_length)
+        # A judge gives up by itself, so that what overruns both limits is the response's own doing.
+        judge_seconds = config.judge.timeout_seconds if config.reward_function in JUDGED else 0.0
+        self._seconds_per_response = config.timeout_seconds + judge_seconds
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         self._num_failures: Counter[str] = Counter()
@@ -129,8 +138,7 @@ class RewardPool:
 
     def _start(self) -> _Worker:
         process = WorkerProcess(self._selector)
-        config = self._config
-        process.send({"reward_function": config.reward_function, "kwargs": dict(config.reward_function_kwargs)})
+        process.send(self._setup)
         return _Worker(process, time.monotonic() + STARTUP_SECONDS)
 
     def _hand_out(self, current: _Round) -> None:
@@ -142,11 +150,8 @@ class RewardPool:
                 self._workers[index] = self._start()
                 continue
             worker.item = current.waiting.popleft()
-            worker.deadline = time.monotonic() + self._config.timeout_seconds
-            item = current.items[worker.item]
-            worker.process.send(
-                {"response": item.response, "response_length": item.response_length, "ground_truth": item.ground_truth}
-            )
+            worker.deadline = time.monotonic() + self._seconds_per_response
+            worker.process.send(asdict(current.items[worker.item]))
 
     def _step(self, current: _Round, is_startup: bool = False) -> None:
         """Wait for the next reply or deadline and act on it."""
@@ -209,7 +214,7 @@ class RewardPool:
             return
         self._workers[index] = self._start()
         assert worker.item is not None
-        self._fail(current, worker.item, "timeout", f"no result within {self._config.timeout_seconds:g} seconds")
+        self._fail(current, worker.item, "timeout", f"no result within {self._seconds_per_response:g} seconds")
 
     def _accept(self, current: _Round, position: int, score: dict[str, float]) -> None:
         reason = _why_invalid(score)
@@ -222,7 +227,7 @@ class RewardPool:
                 "the reward returns no 'accuracy'; the curriculum uses 'overall', clipped to [0, 1], in its place"
             )
         overall = score["overall"]
-        accuracy = score.get("accuracy", min(max(overall, 0.0), 1.0))
+        accuracy = max(score.get("accuracy", min(overall, 1.0)), 0.0)
         parts = {key: value for key, value in score.items() if key not in ("overall", "accuracy")}
         current.results[position] = RewardResult(overall, accuracy, parts)
 
@@ -231,8 +236,10 @@ class RewardPool:
         self._num_failures[kind] += 1
         if self._num_failures[kind] <= LOGGED_FAILURES:
             shown = current.items[position].response[:200]
-            logger.warning("reward %s: %s; the response counts 0: %r", kind, reason, shown)
-        current.results[position] = RewardResult(0.0, 0.0, {}, failure=kind, reason=reason)
+            effect = "teaches nothing" if kind == "unscored" else "counts 0"
+            logger.warning("reward %s: %s; the response %s: %r", kind, reason, effect, shown)
+        accuracy = math.nan if kind == "unscored" else 0.0
+        current.results[position] = RewardResult(0.0, accuracy, {}, failure=kind, reason=reason)
 
 
 def _why_invalid(score: dict[str, float]) -> str:
@@ -242,6 +249,6 @@ def _why_invalid(score: dict[str, float]) -> str:
     for key, value in score.items():
         if not abs(value) <= MAX_REWARD:  # NaN too
             return f"{key!r} is {value}"
-    if not 0.0 <= score.get("accuracy", 0.0) <= 1.0:
-        return f"'accuracy' is {score['accuracy']}; it must be in [0, 1]"
+    if not -1.0 <= score.get("accuracy", 0.0) <= 1.0:
+        return f"'accuracy' is {score['accuracy']}; it must be in [0, 1], or negative down to -1 for wrong"
     return ""

@@ -21,10 +21,11 @@ class RewardCounts:
     num_crashes: int  # the reward ended its process
     num_invalid: int  # no finite 'overall', or not the form a reward returns
     num_errors: int  # the reward raised
+    num_unscored: int = 0  # its judge did not answer
 
     @property
     def num_failed(self) -> int:
-        return self.num_timeouts + self.num_crashes + self.num_invalid + self.num_errors
+        return self.num_timeouts + self.num_crashes + self.num_invalid + self.num_errors + self.num_unscored
 
 
 def score_groups(
@@ -33,13 +34,15 @@ def score_groups(
     """Score every response of this rank's groups in one round of the pool.
 
     Args: groups: G groups of N responses, N may differ; decode: token ids to the text the reward reads.
-    Returns: the groups in order with their rewards, and how many responses failed.
+    Returns: the groups in order with their rewards, and how many responses failed. Unscored ones have accuracy NaN.
     """
-    items = [
-        RewardItem(decode(response.token_ids), len(response.token_ids), group.prompt.ground_truth)
-        for group in groups
-        for response in group.responses
-    ]
+    items = []
+    for group in groups:
+        prompt = decode(group.prompt.token_ids)
+        items += [
+            RewardItem(decode(response.token_ids), len(response.token_ids), group.prompt.ground_truth, prompt)
+            for response in group.responses
+        ]
     results = pool.score(items)
     scored, start = [], 0
     for group in groups:
@@ -50,14 +53,26 @@ def score_groups(
 
 
 def _group_rewards(results: list[RewardResult]) -> GroupRewards:
-    """A part that some responses lack (failed ones lack all) counts 0 there."""
+    """A part that some responses lack (failed ones lack all) counts 0 there.
+
+    An unscored response takes the mean reward of the others: its advantage is 0, it teaches neither way.
+    """
     names = sorted({name for result in results for name in result.parts})
+    overall = np.array([result.overall for result in results], dtype=np.float32)
+    is_unscored = np.array([result.failure == "unscored" for result in results], dtype=bool)
+    if is_unscored.any() and not is_unscored.all():
+        overall[is_unscored] = _mean(overall[~is_unscored])
     return GroupRewards(
-        overall=np.array([result.overall for result in results], dtype=np.float32),
+        overall=overall,
         accuracy=np.array([result.accuracy for result in results], dtype=np.float32),
         failed=np.array([result.failure is not None for result in results], dtype=bool),
         parts={name: np.array([result.parts.get(name, 0.0) for result in results], dtype=np.float32) for name in names},
     )
+
+
+def _mean(values: np.ndarray) -> np.float32:
+    """Exactly their value where all are equal: a rounded mean would make a constant group vary."""
+    return np.float32(values[0] if (values == values[0]).all() else values.mean(dtype=np.float64))
 
 
 def _count(results: list[RewardResult]) -> RewardCounts:
@@ -68,4 +83,5 @@ def _count(results: list[RewardResult]) -> RewardCounts:
         num_crashes=kinds["crash"],
         num_invalid=kinds["invalid"],
         num_errors=kinds["error"],
+        num_unscored=kinds["unscored"],
     )

@@ -1,8 +1,8 @@
 """A reward worker process: `python -m mmr1_ds.rewards.worker REPLY_FD PARENT_PID`.
 
 It reads JSON lines from its standard input, answers on REPLY_FD, and ends when the input does. The first line is
-{"reward_function", "kwargs"}, answered by {"ready": true} or {"failed": reason}; every further line is one item,
-answered by {"score": {key: number}} or {"kind": "error" | "invalid", "reason": text}.
+what `loading.reward_setup` returns, answered by {"ready": true} or {"failed": reason}; every further line is one item,
+answered by {"score": {key: number}} or {"kind": "error" | "invalid" | "unscored", "reason": text}.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from mmr1_ds.rewards.loading import RewardFunction, load_reward_function
+from mmr1_ds.rewards.unscored import Unscored
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -28,7 +29,7 @@ def main(reply_fd: int, parent_pid: int) -> None:
     if setup is None:
         return
     try:
-        reward = load_reward_function(setup["reward_function"], setup["kwargs"])
+        reward = load_reward_function(setup)
     except (Exception, SystemExit) as error:  # a user's module may raise anything; the parent reports it
         _reply(replies, {"failed": _describe(error)})
         return
@@ -61,9 +62,13 @@ def _answer(function: RewardFunction, item: dict[str, Any]) -> dict[str, Any]:
     try:
         scores = function([item])
         score = scores[0] if isinstance(scores, (list, tuple)) and len(scores) == 1 else None
+        if _is_number(score):  # EasyR1's first rewards returned the sum alone
+            score = {"overall": score}
         if not isinstance(score, Mapping):
             return {"kind": "invalid", "reason": f"returned {scores!r:.200}; want a list with one dictionary"}
         return {"score": {str(key): float(value) for key, value in score.items() if _is_number(value)}}
+    except Unscored as error:
+        return {"kind": "unscored", "reason": " ".join(str(error).split())[:500]}
     except (Exception, SystemExit) as error:  # so may the function: it costs this response alone
         return {"kind": "error", "reason": _describe(error)}
 

@@ -1,0 +1,132 @@
+"""Estimators of the advantage, from rewards to a number for each token.
+
+Plain numpy in float64. Shape letters: G groups, N responses a group, B = G * N responses, T tokens of all of them,
+end to end, V critic's values. Where an estimator looks beyond its groups, at the whole batch, it asks `ranks` for the
+sums over all ranks, so that the number of ranks changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+_EPSILON = 1e-6  # added to a group's std, as in verl (TRL adds 1e-4)
+
+
+class Totals(Protocol):
+    """Sums and maxima over ranks, as `Ranks` has them. Collective."""
+
+    def sum(self, values: Mapping[str, float], stage: str) -> dict[str, float]: ...
+
+    def max(self, values: Mapping[str, float], stage: str) -> dict[str, float]: ...
+
+
+def grpo(rewards_GN: np.ndarray) -> np.ndarray:
+    """Standardise within each group (GRPO, arXiv 2402.03300, section 4.1.2), (G, N).
+
+    Equals what the scoring kernel says of the same rewards. Exactly 0 for constant groups, where rounding / epsilon
+    would leak a gradient.
+    """
+    std_G1 = rewards_GN.std(axis=1, ddof=1, keepdims=True)
+    return dr_grpo(rewards_GN) / (std_G1 + _EPSILON)
+
+
+def dr_grpo(rewards_GN: np.ndarray) -> np.ndarray:
+    """Subtract the group's mean, and leave the scale (Dr. GRPO, arXiv 2503.20783, section 3.2), (G, N)."""
+    differs_G1 = (rewards_GN != rewards_GN[:, :1]).any(axis=1, keepdims=True)
+    return np.where(differs_G1, rewards_GN - rewards_GN.mean(axis=1, keepdims=True), 0.0)
+
+
+def rloo(rewards_GN: np.ndarray) -> np.ndarray:
+    """Subtract the mean of the group's others (RLOO, arXiv 2402.14740, eq. 7), (G, N)."""
+    num_responses = rewards_GN.shape[1]
+    return dr_grpo(rewards_GN) * (num_responses / (num_responses - 1))
+
+
+def reinforce_plus_plus_baseline(rewards_GN: np.ndarray, lengths_B: np.ndarray, ranks: Totals) -> np.ndarray:
+    """Subtract the group's mean, then standardise over the tokens of the batch (arXiv 2501.03262v3, eq. 6), (T,)."""
+    return standardise(np.repeat(dr_grpo(rewards_GN).reshape(-1), lengths_B), ranks)
+
+
+def reinforce_plus_plus(
+    token_rewards_T: np.ndarray, lengths_B: np.ndarray, gamma: float, ranks: Totals
+) -> tuple[np.ndarray, np.ndarray]:
+    """Discounted rewards to come, standardised over the tokens of the batch (REINFORCE++, arXiv 2501.03262), (T,).
+
+    Returns: advantages and returns.
+    """
+    returns_T = discounted_sums(token_rewards_T, lengths_B, gamma)
+    return standardise(returns_T, ranks), returns_T
+
+
+def remax(token_rewards_T: np.ndarray, lengths_B: np.ndarray, baselines_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards to come, less the reward of the prompt's greedy response (ReMax, arXiv 2310.10505, eq. 6), (T,).
+
+    Returns: advantages and returns.
+    """
+    returns_T = discounted_sums(token_rewards_T, lengths_B, 1.0)
+    return returns_T - np.repeat(baselines_B, lengths_B), returns_T
+
+
+def gae(
+    token_rewards_T: np.ndarray,
+    values_T: np.ndarray,
+    lengths_B: np.ndarray,
+    gamma: float,
+    lam: float,
+    ranks: Totals,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), standardised over the tokens of the batch, (T,).
+
+    Args: values_T: the critic's, of the state before each token; after the last token the value is 0.
+    Returns: advantages, and returns (before standardising), the critic's targets.
+    """
+    is_last_T = _is_last(lengths_B)
+    next_values_T = np.where(is_last_T, 0.0, np.append(values_T[1:], 0.0))
+    errors_T = token_rewards_T + gamma * next_values_T - values_T
+    advantages_T = discounted_sums(errors_T, lengths_B, gamma * lam)
+    return standardise(advantages_T, ranks), advantages_T + values_T
+
+
+def token_rewards(rewards_B: np.ndarray, lengths_B: np.ndarray, penalties_T: np.ndarray) -> np.ndarray:
+    """Each response's reward at its last token, less the penalty at every token, (T,)."""
+    rewards_T = -penalties_T.astype(np.float64)
+    rewards_T[_is_last(lengths_B)] += rewards_B[lengths_B > 0]
+    return rewards_T
+
+
+def standardise(values_T: np.ndarray, ranks: Totals) -> np.ndarray:
+    """To mean 0 and variance 1 over the tokens of all ranks, as verl's masked_whiten. Collective.
+
+    Exactly 0 where all values are equal: their rounding would come out as large as any advantage.
+    """
+    values_T = values_T.astype(np.float64)
+    own = {"sum": float(values_T.sum()), "count": float(len(values_T))}
+    totals = ranks.sum(own, "mean of the returns")
+    bounds = {"most": float(values_T.max(initial=-np.inf)), "least": float((-values_T).max(initial=-np.inf))}
+    bounds = ranks.max(bounds, "range of the returns")
+    if totals["count"] < 2 or bounds["most"] == -bounds["least"]:
+        return np.zeros_like(values_T)
+    centred_T = values_T - totals["sum"] / totals["count"]
+    squares = ranks.sum({"squares": float((centred_T**2).sum())}, "variance of the returns")["squares"]
+    return centred_T / np.sqrt(squares / (totals["count"] - 1) + 1e-8)
+
+
+def discounted_sums(values_T: np.ndarray, lengths_B: np.ndarray, discount: float) -> np.ndarray:
+    """At each token, its value and those that follow in its response, each a `discount` less, (T,)."""
+    longest = int(lengths_B.max(initial=0))
+    inside_BL = np.arange(longest) < lengths_B[:, None]
+    table_BL = np.zeros((len(lengths_B), longest))
+    table_BL[inside_BL] = values_T
+    for column in range(longest - 2, -1, -1):  # past a response's end all is 0
+        table_BL[:, column] += discount * table_BL[:, column + 1]
+    return table_BL[inside_BL]
+
+
+def _is_last(lengths_B: np.ndarray) -> np.ndarray:
+    """(T,) bool."""
+    last_T = np.zeros(int(lengths_B.sum()), dtype=bool)
+    last_T[np.cumsum(lengths_B)[lengths_B > 0] - 1] = True
+    return last_T

@@ -1,0 +1,115 @@
+"""From the groups of a step to what the actor learns from: rewards less the KL, and advantages.
+
+Shape letters: G groups, N responses a group, B = G * N responses, T tokens of all of them, end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmr1_ds.batches import LearningGroup
+from mmr1_ds.config import AlgorithmConfig
+from mmr1_ds.distributed import Ranks
+from mmr1_ds.engine import advantages
+from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.engine.kl import kl_penalty
+from mmr1_ds.engine.kl_controller import KLController
+
+
+@dataclass(frozen=True)
+class Experience:
+    """This rank's part of what a step learns from."""
+
+    trajectories: list[Trajectory]
+    rewards_B: np.ndarray  # (B,) float64, of each trajectory, the KL taken off where it is taken off the reward
+    metrics: dict[str, float]
+
+
+def make_experience(
+    groups: Sequence[LearningGroup],
+    algorithm: AlgorithmConfig,
+    log_probs: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    controller: KLController,
+    ranks: Ranks,
+) -> Experience:
+    """Advantages of every response of every group, in order. Collective.
+
+    Args: log_probs: of the old policy and of the reference, one tensor (T,) a response each, where the KL is taken
+        off the reward; its controller then takes the step's KL in. None: rewards are the reward function's own.
+    """
+    responses = [response for item in groups for response in item.scored.group.responses]
+    lengths_B = np.array([len(response.token_ids) for response in responses])
+    cuts = np.cumsum(lengths_B)[:-1]
+    rewards_B = np.concatenate([item.scored.rewards.overall for item in groups]).astype(np.float64)
+    penalties_T = np.zeros(int(lengths_B.sum()))
+    metrics: dict[str, float] = {}
+    if log_probs is not None:
+        penalties_T, metrics = _penalties(algorithm.kl_penalty, *log_probs, controller, ranks)
+    token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, penalties_T)
+    if log_probs is not None:
+        rewards_B = np.array([part.sum() for part in np.split(token_rewards_T, cuts)])
+    if algorithm.adv_estimator == "grpo" and log_probs is None:
+        advantages_T = np.repeat(np.concatenate([item.advantages for item in groups]), lengths_B)  # the kernel's
+    else:
+        advantages_T = _estimate(groups, algorithm, rewards_B, token_rewards_T, lengths_B, ranks)
+    prompts = [item.scored.group.prompt for item in groups for _ in item.scored.group.responses]
+    trajectories = [
+        Trajectory(prompt, response.token_ids, response.logprobs, *_one_or_each(part))
+        for prompt, response, part in zip(prompts, responses, np.split(advantages_T, cuts), strict=True)
+    ]
+    return Experience(trajectories, rewards_B, metrics)
+
+
+def _penalties(
+    kind: str, old: Sequence[Tensor], ref: Sequence[Tensor], controller: KLController, ranks: Ranks
+) -> tuple[np.ndarray, dict[str, float]]:
+    """What is taken off each token's reward, (T,), and the metrics of it. Collective."""
+    kl_T = kl_penalty(kind, torch.cat(list(old)).double(), torch.cat(list(ref)).double()).numpy()
+    own = {"kl": float(kl_T.sum()), "tokens": float(len(kl_T)), "responses": float(len(old))}
+    totals = ranks.sum(own, "KL to the reference")
+    mean = totals["kl"] / max(1.0, totals["tokens"])
+    coefficient = controller.coefficient
+    controller.update(mean, int(totals["responses"]))
+    return coefficient * kl_T, {"actor/ref_kl": mean, "actor/kl_coef": coefficient}
+
+
+def _estimate(
+    groups: Sequence[LearningGroup],
+    algorithm: AlgorithmConfig,
+    rewards_B: np.ndarray,
+    token_rewards_T: np.ndarray,
+    lengths_B: np.ndarray,
+    ranks: Ranks,
+) -> np.ndarray:
+    """The advantage of each token, (T,) float64. Collective."""
+    rewards_GN = rewards_B.reshape(len(groups), -1)
+    match algorithm.adv_estimator:
+        case "grpo":
+            return np.repeat(advantages.grpo(rewards_GN), lengths_B)
+        case "dr_grpo":
+            return np.repeat(advantages.dr_grpo(rewards_GN), lengths_B)
+        case "rloo":
+            return np.repeat(advantages.rloo(rewards_GN), lengths_B)
+        case "reinforce_plus_plus_baseline":
+            return advantages.reinforce_plus_plus_baseline(rewards_GN, lengths_B, ranks)
+        case "reinforce_plus_plus":
+            return advantages.reinforce_plus_plus(token_rewards_T, lengths_B, algorithm.gamma, ranks)[0]
+        case _:
+            assert algorithm.adv_estimator == "remax", algorithm.adv_estimator
+            baselines_GN = np.empty(rewards_GN.shape)
+            baselines_GN[:] = np.array([[item.baseline] for item in groups], dtype=np.float64)
+            return advantages.remax(token_rewards_T, lengths_B, baselines_GN.reshape(-1))[0]
+
+
+def _one_or_each(advantages_T: np.ndarray) -> tuple[float, tuple[float, ...] | None]:
+    """A trajectory's advantage, and those of its tokens if they differ."""
+    if len(advantages_T) == 0:
+        return 0.0, None
+    if (advantages_T == advantages_T[0]).all():
+        return float(advantages_T[0]), None
+    return float(advantages_T.mean()), tuple(advantages_T.tolist())

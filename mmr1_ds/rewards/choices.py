@@ -1,0 +1,30 @@
+"""Letters of multiple choice: which one an answer commits to."""
+
+from __future__ import annotations
+
+import re
+
+# (A) | A) | A. | A: | A, and what the option says after a mark
+_LABELLED = re.compile(r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:])\s*(.*)", re.DOTALL)
+_SINGLE = re.compile(r"[A-Za-z]")
+_OTHER_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])")
+_OTHER_WORDS = re.compile(r"\b(?:or|and|not|nor|neither|either)\b", re.IGNORECASE)
+_LIST = re.compile(r"\(?[A-Z]\)?(?:(?:\s*[,;&]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-Z]\)?)+")
+
+
+def choice(text: str) -> str | None:
+    """The one letter, as a capital, of `A`, `(A)`, `A.`, `(A) 12` or `A: an apple`; None for anything else.
+
+    What follows the mark must name no other option: "(A) or (B)" and "A. B" commit to none.
+    """
+    if _SINGLE.fullmatch(text):
+        return text.upper()
+    match = _LABELLED.fullmatch(text)
+    if match is None or _OTHER_LETTER.search(match[4]) or _OTHER_WORDS.search(match[4]):
+        return None
+    return (match[1] or match[2] or match[3]).upper()
+
+
+def choices(text: str) -> str | None:
+    """The letters of a list like `A, C` or `(A) and (C)`, in its order: AC. None for anything else."""
+    return re.sub(r"and|[^A-Z]", "", text) if _LIST.fullmatch(text) else None

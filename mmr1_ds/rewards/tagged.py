@@ -1,0 +1,45 @@
+r"""Responses of the form `<think>...</think><answer>...</answer>`, which r1v and the openr1 rewards ask for."""
+
+from __future__ import annotations
+
+import re
+
+from mmr1_ds.rewards.answers import last_boxed
+
+_TAG = re.compile(r"<\s*(?:(/)\s*)?(think|answer)\s*>")  # some models write `< think >`
+
+
+def clean_tags(response: str) -> str:
+    """The tags without spaces inside."""
+    return _TAG.sub(lambda tag: f"<{tag[1] or ''}{tag[2]}>", response)
+
+
+def tag_format(response: str) -> float:
+    """1 for one think block and one answer block in this order, with nothing but space around them.
+
+    Upstream's pattern lets tags repeat inside a block; each must occur once here, because nested and repeated ones
+    are how a policy games the format.
+    """
+    tags = [(match.start(), match.end(), match[0]) for match in _TAG.finditer(response)]
+    if [re.sub(r"\s", "", tag) for _, _, tag in tags] != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return 0.0
+    outside = response[: tags[0][0]], response[tags[1][1] : tags[2][0]], response[tags[3][1] :]
+    return 0.0 if any(text.strip() for text in outside) else 1.0
+
+
+def tagged_answer(response: str) -> str | None:
+    r"""The committed answer: the last `\boxed{...}` of the answer block, or all of its text where nothing is boxed.
+
+    Returns: None without exactly one closed answer block after the reasoning: no answer was given.
+    """
+    _, closed, final = clean_tags(response).rpartition("</think>")
+    if not closed and "<think>" in final:
+        return None
+    if final.count("<answer>") != 1 or final.count("</answer>") != 1:
+        return None
+    _, _, rest = final.partition("<answer>")
+    block, closed, _ = rest.partition("</answer>")
+    if not closed:
+        return None
+    answer = last_boxed(block) if r"\boxed" in block else block
+    return answer.strip() or None if answer is not None else None

@@ -1,0 +1,83 @@
+"""Units that answers carry, under one spelling each."""
+
+from __future__ import annotations
+
+import re
+
+_SPELLINGS = {
+    "mm": "mm millimeter millimetre",
+    "cm": "cm centimeter centimetre",
+    "dm": "dm decimeter decimetre",
+    "m": "m meter metre",
+    "km": "km kilometer kilometre",
+    "inch": "inch inches in.",
+    "ft": "ft foot feet",
+    "yd": "yd yard",
+    "mile": "mile mi",
+    "mg": "mg milligram",
+    "g": "g gram",
+    "kg": "kg kilogram",
+    "lb": "lb pound",
+    "ml": "ml mL milliliter millilitre",
+    "l": "l L liter litre",
+    "ms": "ms millisecond",
+    "s": "s sec second",
+    "min": "min minute",
+    "h": "h hr hour",
+    "day": "day",
+    "week": "week",
+    "month": "month",
+    "year": "year",
+    "km/h": "km/h kph",
+    "m/s": "m/s",
+    "N": "N newton",
+    "J": "J joule",
+    "W": "W watt",
+    "V": "V volt",
+    "A": "A ampere amp",
+    "Hz": "Hz hertz",
+    "Pa": "Pa pascal",
+    "K": "K kelvin",
+    "degree": "degree deg \N{DEGREE SIGN}",
+    "dollar": "dollar",
+    "cent": "cent",
+    "euro": "euro",
+    "%": "% percent",
+    "unit": "unit",
+}
+_CANONICAL = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in spellings.split()}
+_POWER_WORDS = {"square": "^2", "sq": "^2", "cubic": "^3"}
+# The bare letters among them are variables as often as units: "5 m" is five metres only with the space.
+_SHORT = tuple(spelling for spelling in _CANONICAL if len(spelling) == 1 and spelling.isalpha())
+_BARE = re.compile(
+    r"(?P<value>.*[\d}])(?P<space>\s*)(?P<unit>(?:(?:square|sq|cubic)\s+)?[A-Za-z/]+)(?P<power>\s*\^\s*\{?[23]\}?)?",
+    re.DOTALL,
+)
+
+
+def canonical_unit(text: str) -> str:
+    """One spelling for each unit: `metres` is m, `square feet` is ft^2. An unknown one stays as it is written."""
+    words = text.split()
+    power = _POWER_WORDS.get(words[0].lower(), "") if len(words) > 1 else ""
+    name = " ".join(words[1:] if power else words)
+    base = re.sub(r"\^\s*\{?([23])\}?$", "", name).strip()
+    power = power or "".join(f"^{digit}" for digit in re.findall(r"\^\s*\{?([23])\}?$", name))
+    return (_known(base) or re.sub(r"\s", "", base)) + power
+
+
+def split_bare_unit(text: str) -> tuple[str, str] | None:
+    """`5 cm^2` -> (`5`, `cm^2`): a number and a unit in plain letters. None without a unit that is known."""
+    match = _BARE.fullmatch(text)
+    if match is None:
+        return None
+    last = match["unit"].split()[-1]
+    if _known(last) is None or (last in _SHORT and not match["space"]):
+        return None
+    return match["value"], canonical_unit(match["unit"] + (match["power"] or ""))
+
+
+def _known(name: str) -> str | None:
+    for spelling in (name, name.removesuffix("s"), name.lower(), name.lower().removesuffix("s")):
+        if spelling in _CANONICAL:
+            return _CANONICAL[spelling]
+    return None

@@ -1,0 +1,7 @@
+"""What a reward raises when it cannot tell right from wrong."""
+
+from __future__ import annotations
+
+
+class Unscored(Exception):
+    """The response could not be judged, through no fault of its own: it counts neither as right nor as wrong."""

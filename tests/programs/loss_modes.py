@@ -1,0 +1,99 @@
+"""The gradient of one optimiser step on fixed responses, for every loss and every average, the weights left alone.
+
+Usage: loss_modes.py MODEL OUT.npz MICRO_BATCH CHECKPOINT_FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_grad
+from settings import deepspeed_configs, small_config
+from tiny_models import make_prompt
+
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.engine.actor import Actor, Reference
+from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.engine.importance import ImportanceSampling
+from mmr1_ds.engine.losses import PolicyLoss
+
+model, out, micro_batch, folder = sys.argv[1:]
+PROMPTS, RESPONSES = 4, 2
+
+ranks = Ranks(launch_environment(), timeout_seconds=120)
+config = small_config(model, PROMPTS, RESPONSES, int(micro_batch))
+config.worker.actor.optim.lr = 0.0  # every mode starts from the same weights
+config.algorithm.kl_type, config.algorithm.kl_target, config.algorithm.kl_horizon = "adaptive", 0.1, 100.0
+encoder = PromptEncoder(config.worker.actor.model, config.data)
+for_actor, for_reference = deepspeed_configs(config, ranks.size)
+actor = Actor(config, for_actor, ranks, encoder, num_updates=100)
+reference = Reference(config, for_reference, ranks, encoder)
+
+
+def fixed_trajectory(index: int, sample: int) -> tuple[Trajectory, np.ndarray]:
+    """Tokens, advantages and log-probabilities of the rollout that follow from the two numbers; noise for the old."""
+    random = np.random.default_rng((index, sample))
+    length = int(random.integers(1, 15))
+    token_ids = tuple(int(token) for token in random.integers(0, 100, length))
+    prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
+    noise = random.normal(0, 0.4, (2, length))
+    advantage = float(random.normal())
+    by_token = tuple(random.normal(size=length).tolist()) if sample else None
+    return Trajectory(prompt, token_ids, tuple(noise[0]), advantage, by_token), noise[1]
+
+
+share = PROMPTS // ranks.size
+own = [
+    fixed_trajectory(index, sample)
+    for index in range(ranks.rank * share, (ranks.rank + 1) * share)
+    for sample in range(RESPONSES)
+]
+pairs = [(item.prompt, item.token_ids) for item, _ in own]
+current = actor.log_probs(pairs, 3)
+old = [logprobs + torch.tensor(noise, dtype=torch.float32) for logprobs, (_, noise) in zip(current, own, strict=True)]
+ref = [logprobs - 0.3 for logprobs in reference.log_probs(pairs, 5)]
+trajectories = [  # what the rollout engine says is near what the trainer does
+    Trajectory(
+        item.prompt,
+        item.token_ids,
+        tuple((logprobs.numpy() + item.rollout_logprobs).tolist()),
+        item.advantage,
+        item.token_advantages,
+    )
+    for logprobs, (item, _) in zip(old, own, strict=True)
+]
+
+gradients: list[torch.Tensor] = []
+step = actor.engine.step
+
+
+def step_and_keep_gradient() -> None:
+    """In the place of the engine's step, whose last act is to forget the gradient."""
+    if actor.engine.is_gradient_accumulation_boundary():
+        parts = [safe_get_full_grad(parameter).flatten() for parameter in actor.policy.parameters()]
+        gradients.append(torch.cat(parts).float().cpu())
+    step()
+
+
+actor.engine.step = step_and_keep_gradient
+results = {}
+for kind in ("default", "gspo", "gspo_token", "cispo", "sapo"):
+    for mode in ("token", "seq", "seq_sum"):
+        level = "sequence" if mode == "seq" else "token"
+        actor._loss = PolicyLoss(kind, 0.2, 0.3, 3.0)
+        actor._importance = ImportanceSampling(level, 2.0)
+        config.worker.actor.loss_avg_mode = mode
+        metrics = actor.update(trajectories, old, ref)
+        results[f"{kind}|{mode}"] = gradients.pop().numpy()
+        results[f"{kind}|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
+actor.save(Path(folder))
+saved, actor.kl.coefficient = actor.kl.coefficient, 0.0
+actor.load(Path(folder))
+assert actor.kl.coefficient == saved != config.algorithm.kl_coef
+if ranks.rank == 0:
+    np.savez(out, names=np.array(sorted(metrics)), **results)
+torch.distributed.barrier()
+ranks.close()
+leave(0)

@@ -1,0 +1,99 @@
+"""Answers that lenient matching gets wrong, in both directions, under every built-in reward that goes by rules."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from mmr1_ds.config import RewardConfig
+from mmr1_ds.rewards import math, r1v
+from mmr1_ds.rewards.openr1 import OpenR1Reward
+from mmr1_ds.rewards.pool import RewardItem, RewardPool
+
+RIGHT = [  # (answer, truth)
+    *[(letter, letter) for letter in "ABCDE"],
+    # numbers
+    ("\\frac{1}{2}", "0.5"), ("0.5", "\\frac{1}{2}"), ("1/2", "0.50"), ("\\frac{-1}{2}", "-\\frac12"),
+    ("1 1/2", "1.5"), ("1\\frac12", "\\frac{3}{2}"), ("1,000", "1000"), ("1000", "1,000"), ("1{,}000", "1000"),
+    ("1,\\!000", "1000"), ("1\\,000", "1000"), ("10^3", "1000"), ("-10^{3}", "-1000"), ("1.2 \\times 10^3", "1200"),
+    ("3.0", "3"), ("0", "-0"), ("\N{MINUS SIGN}5", "-5"), ("x = 5", "5"), ("5", "x=5"),
+    # percent and units
+    ("50\\%", "0.5"), ("50%", "50"), ("50", "50\\%"), ("5 cm", "5"), ("5", "5\\text{ cm}"), ("5cm", "5 centimeters"),
+    ("5\\,\\text{cm}", "5 cm"), ("5 \\text{ cm}^2", "5\\text{ cm}^{2}"), ("5 cm^2", "5 square centimetres"),
+    ("5 meters", "5 m"), ("90 degrees", "90^\\circ"), ("90\N{DEGREE SIGN}", "90"), ("\\$5", "5 dollars"),
+    # formulas
+    ("x^2+2x+1", "(x+1)^2"), ("\\sqrt{12}", "2\\sqrt3"), ("\N{SQUARE ROOT}2", "\\sqrt{2}"),
+    ("\N{GREEK SMALL LETTER PI}/2", "\\frac{\\pi}{2}"), ("y=2x+1", "y=1+2x"), ("3x+2y=6", "2y+3x=6"),
+    ("x \\ge 2", "x\\geq 2"), ("\\emptyset", "\\varnothing"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+    # sets, intervals, several values
+    ("\\{1,2,3\\}", "\\{3,2,1\\}"), ("{1,2}", "\\{2, 1\\}"), ("\\left[0,\\frac{1}{2}\\right)", "[0,0.5)"),
+    ("(-\\infty,2)\\cup(3,\\infty)", "(3,\\infty)\\cup(-\\infty,2)"), ("\\left(1,2\\right)", "(1, 2)"),
+    ("2 \\text{ or } -2", "-2, 2"), ("2,-2", "-2, 2"),
+    # choices and words
+    ("(A)", "A"), ("A", "(A)"), ("A.", "A"), ("A)", "A"), ("[A]", "A"), ("\\text{(A)}", "A"), ("\\textbf{A}", "A"),
+    ("a", "A"), ("(A) 12", "A"), ("A. an apple", "A"), ("A: 12", "A"), ("A", "A. 12"), ("A \\text{ and } C", "A, C"),
+    ("AC", "A, C"), ("\\text{Monday}", "monday"), ("North-East", "\\text{north-east}"),
+]  # fmt: skip
+
+WRONG = [
+    ("12", "1"), ("1", "12"), ("-5", "5"), ("5", "-5"), ("-1/2", "1/2"), ("0.5", "50"), ("1.0", "10"), ("100", "1000"),
+    ("1,000", "1"), ("1.000", "1000"), ("1,5", "15"), ("52", "5^2"), ("103", "10^3"), ("7 0.5", "7.5"), ("3 4", "7"),
+    *[(letter, truth) for truth in "AE" for letter in "ABCDE" if letter != truth],
+    ("0.33", "\\frac13"), ("3.14", "\\pi"), ("1.414", "\\sqrt{2}"), ("\\frac{2}{1}", "\\frac12"), ("7/0", "7"),
+    ("2^{10}", "1024"), ("5=5", "5"), ("\\approx 7", "7"), ("7?", "7"), ("about 7", "7"), ("7 or 8", "7"), ("", "5"),
+    ("5 million", "5"), ("5", "5 million"), ("nan", "5"), ("inf", "5"), ("1e400", "\\infty"),
+    ("\N{ARABIC-INDIC DIGIT ONE}", "2"), ("\N{SUPERSCRIPT TWO}", "2"),
+    # percent and units
+    ("50\\%", "5"), ("5 cm", "5 m"), ("5 cm^2", "5 cm^3"), ("5 cm", "5 cm^2"), ("30 minutes", "30 hours"),
+    ("5 kg", "5\\text{ g}"), ("5m", "5"), ("30^\\circ", "30 cm"),
+    # formulas
+    ("x^2", "x^3"), ("x^2", "X^2"), ("2x+1", "y=2x-1"), ("x=5", "y=5"), ("x", "y"), ("x<2", "x\\le 2"), ("x>2", "x<2"),
+    ("\\pm 2", "2"), ("2", "\\pm 2"),
+    # sets, intervals, several values
+    ("[0,1]", "(0,1)"), ("[0,1)", "(0,1]"), ("(0,1)", "\\{0,1\\}"), ("(1,2)", "(2,1)"), ("\\{1,2\\}", "\\{1,2,3\\}"),
+    ("1,2,3", "1,2"), ("1", "1, 2"), ("0.5", "[0,1]"),
+    # choices and words
+    ("AB", "A"), ("A or B", "A"), ("A, B", "A"), ("(A) or (B)", "A"), ("A. B", "A"), ("(A)(B)", "A"), ("not A", "A"),
+    ("A\\text{ or }B", "A"), ("\\text{A, B, C, D, E}", "A"), ("Area", "A"), ("apple", "A"), ("B", "A. 12"),
+    ("A) not this", "A"), ("A", "A, C"), ("C, A", "A, C"), ("ABC", "A, C"), ("yes or no", "yes"), ("no", "yes"),
+    ("not yes", "yes"), ("not enough", "no"), ("unknown", "no"), ("the answer", "answer the"),
+]  # fmt: skip
+
+OPENR1 = OpenR1Reward({f"{end}_value_{kind}": 0.0 for end in ("min", "max") for kind in ("wrong", "correct")}, 9, None)
+
+
+def accuracies(answer, truth):
+    """Under math, r1v and openr1_wo_LMM, by name."""
+    response = f"<think>so</think><answer>\\boxed{{{answer}}}</answer>"
+    items = [{"response": response, "response_length": 9, "ground_truth": truth}]
+    functions = {"math": math.compute_score, "r1v": r1v.compute_score, "openr1_wo_LMM": OPENR1.compute_score}
+    return {name: function(items)[0]["accuracy"] for name, function in functions.items()}
+
+
+@pytest.mark.parametrize(("answer", "truth"), RIGHT)
+def test_a_right_answer_counts_in_every_form(answer, truth):
+    assert set(accuracies(answer, truth).values()) == {1.0}
+
+
+@pytest.mark.parametrize(("answer", "truth"), WRONG)
+def test_a_wrong_answer_never_counts(answer, truth):
+    assert set(accuracies(answer, truth).values()) == {0.0}
+
+
+def test_formulas_are_compared_on_any_thread():
+    """math-verify's own time limits work by signals, on the main thread alone; ours are the pool's."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(accuracies("x^2+2x+1", "(x+1)^2")["math"]))
+    thread.start()
+    thread.join()
+    assert found == [1.0]
+
+
+def test_a_formula_without_end_costs_its_time_limit_and_no_more():
+    items = [RewardItem("\\boxed{(x+9)^{99999999}}", 9, "(9+y)^{99999999}"), RewardItem("\\boxed{7}", 9, "7")]
+    with RewardPool(RewardConfig("math", num_workers=1, timeout_seconds=4.0)) as pool:
+        first, second = pool.score(items)
+    assert (first.failure, first.accuracy) == ("timeout", 0.0)
+    assert second.accuracy == 1.0
