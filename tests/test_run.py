@@ -21,7 +21,16 @@ from tiny_models import save_vision_model
 pytestmark = pytest.mark.slow
 
 REWARD = """
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
 def score(reward_inputs, top):
+    # While the test says so, a refresh of the run "stopped" that has kept something waits to be stopped.
+    while (FOLDER / "hold").exists() and (FOLDER / "stopped" / "checkpoints" / "refresh.safetensors").exists():
+        time.sleep(0.05)
     return [
         {
             "overall": (item["response_length"] * 7 + len(item["response"])) % (top + 1) / top,
@@ -161,6 +170,8 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_r
     kept = run_dir / "checkpoints" / "refresh.safetensors"
     # The second stop is in the middle of the refresh after step 6.
     for step, stop, in_refresh in ((3, signal.SIGTERM, False), (6, signal.SIGTERM, True), (8, signal.SIGINT, False)):
+        if in_refresh:
+            (assets / "hold").touch()
         process = launch(assets, run_dir, marker)
         wait_until(
             lambda step=step, process=process, in_refresh=in_refresh: (
@@ -176,11 +187,12 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_r
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
         assert process.wait(timeout=60) != 0
         wait_until(lambda: not processes_with(marker), 30, f"no process left, {processes_with(marker)}")
+        (assets / "hold").unlink(missing_ok=True)
         assert step <= metrics_of(run_dir)[-1]["step"] < NUM_STEPS  # stopped, not finished
     finish(launch(assets, run_dir, marker), run_dir, marker)
     log = run_dir.with_suffix(".log").read_text()
     assert log.count("going on from") == 3
-    assert "the refresh goes on: " in log
+    assert "the refresh goes on: 7 of 17 prompts are done" in log
 
     expected, actual = metrics_of(finished_run), metrics_of(run_dir)
     assert [line["step"] for line in actual] == [line["step"] for line in expected]
