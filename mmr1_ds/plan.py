@@ -26,6 +26,7 @@ def describe_plan(
         "val data": "none" if plan.val_data is None else _data(plan.val_data),
         "step": "" if config.trainer.val_only else _step(config, plan),
         "update": "" if config.trainer.val_only else _update(config, plan),
+        "learning": "" if config.trainer.val_only else _learning(config),
         "run": _run(config, plan),
         "sampling": _sampling(config),
         "refresh": _refresh(config, plan),
@@ -83,6 +84,16 @@ def _update(config: RunConfig, plan: BatchPlan) -> str:
         f"{plan.experience_micro_batches_per_rank} of {experience} a step; "
         f"AdamW, lr {optim.lr:g} {optim.lr_scheduler_type}"
     )
+
+
+def _learning(config: RunConfig) -> str:
+    algorithm, actor = config.algorithm, config.worker.actor
+    loss = "clipped PPO" if actor.loss_type == "default" else actor.loss_type
+    mean = {"token": "mean over tokens", "seq": "mean over responses", "seq_sum": "sum over a constant"}
+    text = f"{algorithm.adv_estimator} advantages; {loss} loss, {mean[actor.loss_avg_mode]}"
+    if algorithm.rollout_is == "none":
+        return text
+    return f"{text}; importance weights by {algorithm.rollout_is}, up to {algorithm.rollout_is_threshold:g}"
 
 
 def _run(config: RunConfig, plan: BatchPlan) -> str:
@@ -169,7 +180,11 @@ def _offload(zero: Mapping[str, Any]) -> str:
 def _reference(config: RunConfig, reference: Mapping[str, Any]) -> str:
     if config.algorithm.disable_kl:
         return "none (algorithm.disable_kl)"
-    return f"ZeRO-3, {_offload(reference['zero_optimization'])}; KL {config.algorithm.kl_coef:g} in the loss"
+    algorithm = config.algorithm
+    place = "in the loss" if algorithm.use_kl_loss else "off the reward"
+    adaptive = f", adapted to hold {algorithm.kl_target:g}" if algorithm.kl_type == "adaptive" else ""
+    offload = _offload(reference["zero_optimization"])
+    return f"ZeRO-3, {offload}; KL ({algorithm.kl_penalty}) {algorithm.kl_coef:g} {place}{adaptive}"
 
 
 def _output(config: RunConfig) -> str:
