@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any
 
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config_schema import nearest
+from mmr1_ds.config_ranges import check_choices, check_ranges, value_at
 from mmr1_ds.curriculum.scores import canonical_metric, check_metrics
 from mmr1_ds.engine.kl_controller import MOST_ERROR
 from mmr1_ds.errors import UserError
@@ -22,108 +19,7 @@ from mmr1_ds.input_files import (
     check_output_folder,
     check_reward,
 )
-from mmr1_ds.logging import check_loggers
 from mmr1_ds.rewards.loading import check_reward_config
-
-# key -> the values implemented, and why there are no others
-_CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
-    "data.sampling_strategy": (("shuffle", "sequential", "curriculum"), ""),
-    "data.curriculum_refresh": (("full", "online"), ""),
-    "algorithm.adv_estimator": (
-        ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax"),
-        "",
-    ),
-    "algorithm.kl_penalty": (("kl", "abs", "mse", "low_var_kl"), ""),
-    "algorithm.kl_type": (("fixed", "adaptive"), ""),
-    "algorithm.rollout_is": (("token", "sequence", "none"), ""),
-    "worker.actor.loss_type": (("default", "gspo", "gspo_token", "cispo", "sapo"), ""),
-    "worker.actor.loss_avg_mode": (("token", "seq", "seq_sum"), ""),
-    "worker.actor.optim.strategy": (("adamw",), "other optimisers are not implemented"),
-    "worker.actor.optim.lr_scheduler_type": (("constant", "cosine", "linear"), ""),
-    "worker.rollout.engine": (("auto", "vllm", "hf"), ""),
-    "worker.rollout.dtype": (("auto", "bf16", "fp32"), ""),
-}
-
-# key -> range, "[" and "]" include the bound
-_RANGES = {
-    "data.max_prompt_length": "[1, inf)",
-    "data.max_response_length": "[1, inf)",
-    "data.rollout_batch_size": "[1, inf)",
-    "data.seed": "[0, inf)",
-    "data.min_pixels": "[1, inf)",
-    "data.max_pixels": "[1, inf)",
-    "data.filter_overlong_prompts_workers": "[1, inf)",
-    "data.curriculum_mixture_ratio": "[0, 1]",
-    "data.curriculum_update_freq": "[0, inf)",
-    "data.curriculum_rollout_n": "[2, inf)",
-    "data.curriculum_rollout_batch_size": "[1, inf)",
-    "data.curriculum_momentum": "[0, 1)",
-    "data.curriculum_weight_floor": "[0, 1]",
-    "data.curriculum_probe_fraction": "[0, 1]",
-    "algorithm.gamma": "[0, 1]",
-    "algorithm.kl_coef": "[0, inf)",
-    "algorithm.kl_target": "[0, inf)",  # upstream's files have 0 where the coefficient is fixed
-    "algorithm.kl_horizon": "[0, inf)",
-    "algorithm.rollout_is_threshold": "[1, inf)",
-    "algorithm.filter_low": "(-inf, inf)",
-    "algorithm.filter_high": "(-inf, inf)",
-    "trainer.max_try_make_batch": "[-1, inf)",
-    "worker.actor.global_batch_size": "[1, inf)",
-    "worker.actor.micro_batch_size_per_device_for_update": "[1, inf)",
-    "worker.actor.micro_batch_size_per_device_for_experience": "[1, inf)",
-    "worker.actor.max_grad_norm": "(0, inf)",
-    "worker.actor.clip_ratio_low": "[0, 1]",
-    "worker.actor.clip_ratio_high": "[0, inf)",
-    "worker.actor.clip_ratio_dual": "(1, inf)",
-    "worker.actor.tau_positive": "(0, inf)",
-    "worker.actor.tau_negative": "(0, inf)",
-    "worker.actor.loss_scale_factor": "(0, inf)",
-    "worker.actor.ppo_epochs": "[1, inf)",
-    "worker.actor.optim.lr": "(0, inf)",
-    "worker.actor.optim.weight_decay": "[0, inf)",
-    "worker.actor.optim.lr_warmup_ratio": "[0, 1]",
-    "worker.actor.optim.lr_warmup_steps": "[0, inf)",
-    "worker.actor.optim.min_lr_ratio": "[0, 1]",
-    "worker.rollout.n": "[2, inf)",  # a group of one has no advantage
-    "worker.rollout.temperature": "(0, inf)",
-    "worker.rollout.top_p": "(0, 1]",
-    "worker.rollout.seed": "[0, inf)",
-    "worker.rollout.limit_images": "[0, inf)",
-    "worker.rollout.gpu_memory_utilization": "(0, 1]",
-    "worker.rollout.kv_cache_gb": "[1, inf)",
-    "worker.rollout.tensor_parallel_size": "[1, inf)",
-    "worker.rollout.max_model_len": "[1, inf)",
-    "worker.rollout.max_num_batched_tokens": "[1, inf)",
-    "worker.rollout.max_num_seqs": "[1, inf)",
-    "worker.rollout.val_override_config.temperature": "[0, inf)",
-    "worker.rollout.val_override_config.top_p": "(0, 1]",
-    "worker.rollout.val_override_config.n": "[1, inf)",
-    "worker.reward.num_workers": "[1, inf)",
-    "worker.reward.timeout_seconds": "(0, inf)",
-    "worker.reward.cos_len_reward_config.min_value_wrong": "(-inf, inf)",
-    "worker.reward.cos_len_reward_config.max_value_wrong": "(-inf, inf)",
-    "worker.reward.cos_len_reward_config.min_value_correct": "(-inf, inf)",
-    "worker.reward.cos_len_reward_config.max_value_correct": "(-inf, inf)",
-    "worker.reward.cos_len_reward_config.max_length": "[1, inf)",
-    "worker.reward.judge.timeout_seconds": "(0, inf)",
-    "worker.reward.judge.request_timeout_seconds": "(0, inf)",
-    "worker.reward.judge.max_retries": "[0, inf)",
-    "worker.reward.judge.max_tokens": "[1, inf)",
-    "trainer.total_episodes": "[1, inf)",
-    "trainer.max_steps": "[1, inf)",
-    "trainer.nnodes": "[1, inf)",
-    "trainer.n_gpus_per_node": "[1, inf)",
-    "trainer.val_generations_to_log": "[0, inf)",
-    "trainer.collective_timeout_seconds": "(0, inf)",
-}
-_COUNT_OR_NONE = (  # >= 1, or -1 for "no limit" or "never"
-    "data.val_batch_size",
-    "worker.rollout.top_k",
-    "worker.rollout.val_override_config.top_k",
-    "trainer.val_freq",
-    "trainer.save_freq",
-    "trainer.save_limit",
-)
 
 
 @dataclass(frozen=True)
@@ -153,8 +49,8 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
 
     Raises: UserError, one line, for the first thing that is wrong.
     """
-    _check_choices(config)
-    _check_ranges(config)
+    check_choices(config)
+    check_ranges(config)
     _check_algorithm(config)
     _check_curriculum(config)
     _check_lengths(config)
@@ -194,58 +90,6 @@ def checkpoint_directory(config: RunConfig) -> Path:
     """Where the checkpoints lie: trainer.save_checkpoint_path, or checkpoints/ in the run directory."""
     path = config.trainer.save_checkpoint_path
     return Path(path) if path else run_directory(config) / "checkpoints"
-
-
-def value_at(config: RunConfig, key: str) -> Any:
-    """The value of a dotted key."""
-    return reduce(getattr, key.split("."), config)
-
-
-def _check_choices(config: RunConfig) -> None:
-    if config.algorithm.adv_estimator == "gae":
-        raise UserError(
-            "algorithm.adv_estimator=gae needs a critic, which is not built yet; use reinforce_plus_plus, or grpo"
-        )
-    for key, (choices, reason) in _CHOICES.items():
-        _check_choice(key, value_at(config, key), choices, reason)
-    check_loggers(config.trainer.logger)
-
-
-def _check_choice(key: str, value: str, choices: Sequence[str], reason: str) -> None:
-    if value in choices:
-        return
-    close = nearest(value, choices)
-    advice = reason or (f"did you mean {close}?" if close else "")
-    raise UserError(f"{key} must be {' or '.join(choices)}, got {value}" + (f"; {advice}" if advice else ""))
-
-
-def _check_ranges(config: RunConfig) -> None:
-    for key, interval in _RANGES.items():
-        value = value_at(config, key)
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"{key} must be finite, got {value}")
-        if value is not None and not _inside(value, interval):
-            raise UserError(f"{key} must be {_in_words(interval)}, got {value}")
-    for key in _COUNT_OR_NONE:
-        value = value_at(config, key)
-        if value != -1 and value < 1:
-            raise UserError(f"{key} must be 1 or more, or -1, got {value}")
-    for beta in config.worker.actor.optim.betas:
-        if not 0 <= beta < 1:
-            raise UserError(f"worker.actor.optim.betas must each be in [0, 1), got {beta}")
-
-
-def _inside(value: float, interval: str) -> bool:
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-def _in_words(interval: str) -> str:
-    low = interval[1:].partition(",")[0]
-    if interval.endswith("inf)"):
-        return f"{low} or more" if interval[0] == "[" else f"over {low}"
-    return f"in {interval}"
 
 
 def _check_algorithm(config: RunConfig) -> None:

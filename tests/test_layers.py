@@ -22,7 +22,7 @@ LAYERS = [
     ["mmr1_ds.data", "mmr1_ds.rewards", "mmr1_ds.curriculum", "mmr1_ds.checkpoint"],
     ["mmr1_ds.input_files", "mmr1_ds.config_upstream", "mmr1_ds.engine"],
     ["mmr1_ds.response_files", "mmr1_ds.response_tokens"],
-    ["mmr1_ds.config_loading", "mmr1_ds.rollout"],
+    ["mmr1_ds.config_loading", "mmr1_ds.config_ranges", "mmr1_ds.rollout"],
     ["mmr1_ds.config_checks", "mmr1_ds.deepspeed_config", "mmr1_ds.collect", "mmr1_ds.metrics"],
     ["mmr1_ds.batches"],
     ["mmr1_ds.experience"],
