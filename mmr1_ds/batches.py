@@ -16,6 +16,7 @@ from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import score_batch
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.distributed import Ranks, batch_slots
+from mmr1_ds.engine.micro_batches import balance
 from mmr1_ds.errors import UserError
 from mmr1_ds.metrics import reward_metrics
 from mmr1_ds.records import GroupRewards, SamplingSettings, ScoredGroup
@@ -41,7 +42,7 @@ class Batch:
     """This rank's part of what a step trains on."""
 
     groups: list[LearningGroup]
-    metrics: dict[str, float]  # reward/*, and online_filtering/* with it; of all ranks
+    metrics: dict[str, float]  # reward/*, global_seqlen/*, and online_filtering/* with it; of all ranks
 
 
 class BatchMaker:
@@ -64,7 +65,8 @@ class BatchMaker:
         self._coordinator, self._collector = coordinator, collector
         self._requests = RequestMaker(config.worker.rollout.seed)
         self._batch_size = config.data.rollout_batch_size
-        self._slots = batch_slots(self._batch_size, config.worker.actor.global_batch_size, ranks.rank, ranks.size)
+        self._mini_batch_size = config.worker.actor.global_batch_size
+        self._slots = batch_slots(self._batch_size, self._mini_batch_size, ranks.rank, ranks.size)
         tries = config.trainer.max_try_make_batch
         self._max_tries = 1 if not config.algorithm.online_filtering else tries if tries > 0 else None
 
@@ -85,10 +87,10 @@ class BatchMaker:
             if filtering:
                 own = {"teaching": len(drawn.teaching)}
                 num_teaching = int(self._ranks.sum(own, "count groups that teach")["teaching"])
-        chosen, trained = self._choose(drawn)
+        chosen, trained, seqlen = self._choose(drawn)
         with clock("curriculum"):
             self._coordinator.finish_step(step, trained)
-        metrics = reward_metrics(drawn.rewards, drawn.failures, self._ranks)
+        metrics = reward_metrics(drawn.rewards, drawn.failures, self._ranks) | seqlen
         if self._config.algorithm.adv_estimator == "remax":
             chosen = self._with_baselines(step, chosen, settings, clock)
             metrics |= self._mean_baseline(chosen)
@@ -153,25 +155,53 @@ class BatchMaker:
         if key not in known:
             raise UserError(f"algorithm.filter_key={key} is not among the reward's keys: {', '.join(sorted(known))}")
 
-    def _choose(self, drawn: _Drawn) -> tuple[list[LearningGroup], np.ndarray]:
+    def _choose(self, drawn: _Drawn) -> tuple[list[LearningGroup], np.ndarray, dict[str, float]]:
         """This rank's share of the first groups that teach, filled up with the first of the others. Collective.
 
         In the order they were drawn, whichever rank sampled them: the batch is the same on any number of ranks.
-        Returns: the groups, and the prompts of the whole batch, (B,) int64.
+        Returns: the groups, the prompts of the whole batch, (B,) int64, and metrics.
         """
         own = drawn.teaching | drawn.others
-        flags = [(place not in drawn.teaching, place, group.scored.group.prompt.index) for place, group in own.items()]
+        flags = [
+            (place not in drawn.teaching, place, group.scored.group.prompt.index, _num_tokens(group))
+            for place, group in own.items()
+        ]
         everyone = [flag for part in self._ranks.all_gather_objects(flags, "choose groups") for flag in part]
         everyone.sort()
-        chosen = [place for _, place, _ in everyone[: self._batch_size]]
-        trained = np.array([index for _, _, index in everyone[: self._batch_size]], dtype=np.int64)
-        wanted = [chosen[slot] for slot in self._slots]
+        chosen = everyone[: self._batch_size]
+        trained = np.array([index for _, _, index, _ in chosen], dtype=np.int64)
+        takers, metrics = self._balanced([tokens for *_, tokens in chosen])
         # Prompts stay behind, for their images: the receiver has the same data set.
-        leaving = {place: _without_prompt(own[place]) for place in chosen if place in own and place not in wanted}
+        leaving: list[dict[int, LearningGroup]] = [{} for _ in range(self._ranks.size)]
+        for (_, place, *_), taker in zip(chosen, takers, strict=True):
+            if place in own and taker != self._ranks.rank:
+                leaving[taker][place] = _without_prompt(own[place])
         arrived = {}
-        for part in self._ranks.all_gather_objects(leaving, "exchange groups"):
+        for part in self._ranks.exchange_objects(leaving, "exchange groups"):
             arrived.update(part)
-        return [self._with_prompt(own.get(place) or arrived[place]) for place in wanted], trained
+        wanted = [place for (_, place, *_), taker in zip(chosen, takers, strict=True) if taker == self._ranks.rank]
+        return [self._with_prompt(own.get(place) or arrived[place]) for place in wanted], trained, metrics
+
+    def _balanced(self, tokens: Sequence[int]) -> tuple[list[int], dict[str, float]]:
+        """The rank that trains on each group of the batch, by the groups' tokens, and how even that is.
+
+        Groups change places inside their optimiser step alone, so that every step learns from the same prompts.
+        """
+        size, share = self._ranks.size, self._mini_batch_size // self._ranks.size
+        takers = np.empty(len(tokens), dtype=np.int64)
+        for start in range(0, len(tokens), self._mini_batch_size):
+            order = balance(tokens[start : start + self._mini_batch_size], size)
+            takers[start + np.array(order)] = np.arange(self._mini_batch_size) // share
+        before = np.arange(len(tokens)) % self._mini_batch_size // share
+        totals, balanced = (np.bincount(ranks, tokens, minlength=size) for ranks in (before, takers))
+        return takers.tolist(), {
+            "global_seqlen/mean": float(totals.mean()),
+            "global_seqlen/min": float(totals.min()),
+            "global_seqlen/max": float(totals.max()),
+            "global_seqlen/minmax_diff": float(np.ptp(totals)),
+            "global_seqlen/balanced_min": float(balanced.min()),
+            "global_seqlen/balanced_max": float(balanced.max()),
+        }
 
     def _with_prompt(self, group: LearningGroup) -> LearningGroup:
         rollout = group.scored.group
@@ -206,6 +236,13 @@ class _Drawn:
                 self.others[place] = _without_prompt(group)
         self.rewards += [group.scored.rewards for group in groups] + [probe.rewards for probe in probes]
         self.failures.append(failures)
+
+
+def _num_tokens(group: LearningGroup) -> int:
+    """Of all its sequences, prompts included."""
+    rollout = group.scored.group
+    prompt = rollout.prompt.num_tokens or len(rollout.prompt.token_ids)
+    return sum(prompt + len(response.token_ids) for response in rollout.responses)
 
 
 def _without_prompt(group: LearningGroup) -> LearningGroup:

@@ -21,6 +21,9 @@ from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.distributed import LaunchEnvironment, Ranks
 from mmr1_ds.engine.actor import Actor, Reference
+from mmr1_ds.engine.critic import Critic
+from mmr1_ds.engine.lora import AdapterlessReference
+from mmr1_ds.engine.value_model import check_reads_alike
 from mmr1_ds.errors import UserError
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.plan import checkpoint_directory, run_directory
@@ -37,16 +40,20 @@ def run(
     config: RunConfig,
     deepspeed_config: Mapping[str, Any],
     reference_config: Mapping[str, Any],
+    critic_config: Mapping[str, Any] | None,
     launch: LaunchEnvironment,
 ) -> None:
     """Train, or validate only, as the config says. Every rank of the launch calls this.
 
+    Args: the DeepSpeed configs of the actor, the reference, and the critic, where there is one.
     Raises: UserError for data, model or environment that cannot be used.
     """
     with ExitStack() as stack:
         # Starts before the models take the memory.
         rewards = stack.enter_context(RewardPool(config.worker.reward, config.data.max_response_length))
         encoder = PromptEncoder(config.worker.actor.model, config.data)
+        if critic_config is not None and config.worker.critic.model.model_path is not None:
+            check_reads_alike(config.worker.critic.model, config.data, encoder)
         train_data, val_data = _load_data(config, encoder)
         num_steps = total_training_steps(config, len(train_data))
 
@@ -55,6 +62,11 @@ def run(
         _check_ranks(config, deepspeed_config, train_data, ranks)
         checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
         start = _starting_point(config, checkpoints)
+        if critic_config is not None and start is not None and not (start[1] / "critic").is_dir():
+            raise UserError(
+                f"{start[1]} has no critic, it is of a run without algorithm.adv_estimator=gae; start elsewhere with "
+                "another trainer.experiment_name, or take the estimator of that run"
+            )
         run_dir = run_directory(config)
         if config.trainer.val_only:  # beside the run's own log, which stays as it is
             run_dir = run_dir / "eval" / f"step_{start[0] if start else 0}"
@@ -84,7 +96,7 @@ def run(
             )
         )
 
-        updates = num_steps * config.worker.actor.ppo_epochs
+        updates = (num_steps - config.trainer.critic_warmup) * config.worker.actor.ppo_epochs
         updates *= config.data.rollout_batch_size // config.worker.actor.global_batch_size
         logger.info("loading %s on %d ranks", config.worker.actor.model.model_path, ranks.size)
         if start is not None:
@@ -92,9 +104,15 @@ def run(
         elif config.trainer.val_only:
             logger.info("no checkpoint in %s: validating the model as it is", checkpoint_directory(config))
         actor = Actor(config, deepspeed_config, ranks, encoder, updates)
-        reference = None
+        critic = None
+        if critic_config is not None:
+            critic = Critic(config, critic_config, ranks, encoder, num_steps)
+        reference: Reference | AdapterlessReference | None = None
         if not config.algorithm.disable_kl and not config.trainer.val_only:
-            reference = Reference(config, reference_config, ranks, encoder)
+            has_adapters = config.worker.actor.model.lora.rank > 0
+            reference = (
+                AdapterlessReference(actor) if has_adapters else Reference(config, reference_config, ranks, encoder)
+            )
         most_images = max(data.max_images for data in (train_data, val_data) if data is not None)
         rollout = _rollout(config, actor, ranks, encoder, most_images)
         stack.callback(rollout.close)
@@ -113,10 +131,13 @@ def run(
             reference=reference,
             checkpoints=checkpoints,
             metrics_logger=metrics_logger,
+            critic=critic,
         )
         trainer = Trainer(config, parts, num_steps)
         if start is not None:
             actor.load(start[1] / "actor")
+            if critic is not None:
+                critic.load(start[1] / "critic")
             trainer.begin(start[0])
         trainer.fit()
 
@@ -171,7 +192,8 @@ def _rollout(config: RunConfig, actor: Actor, ranks: Ranks, encoder: PromptEncod
     if settings.engine == "auto" and not has_vllm:
         logger.warning("vllm is not installed: responses are sampled by transformers, which is far slower")
     if settings.engine == "hf" or not has_vllm:
-        return TransformersRollout(
-            actor, ranks, encoder, config.worker.actor.micro_batch_size_per_device_for_experience
-        )
+        actor_settings = config.worker.actor
+        if actor_settings.offload_states or actor_settings.ulysses_size > 1:  # engine=auto came to this
+            raise UserError("worker.actor.offload_states and ulysses_size need vllm; it is not installed")
+        return TransformersRollout(actor, ranks, encoder, settings.max_num_seqs)
     return VllmRollout(settings, model, config.data, ranks, encoder, most_images)

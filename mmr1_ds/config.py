@@ -52,8 +52,9 @@ class DataConfig:
 class AlgorithmConfig:
     """The estimator of advantages and the pull towards the reference."""
 
-    adv_estimator: str = "grpo"  # grpo | dr_grpo | rloo | reinforce_plus_plus | reinforce_plus_plus_baseline | remax
-    gamma: float = 1.0  # reinforce_plus_plus: discount of a reward per token before it, [0, 1]
+    adv_estimator: str = "grpo"  # grpo | dr_grpo | rloo | reinforce_plus_plus[_baseline] | remax | gae (with a critic)
+    gamma: float = 1.0  # reinforce_plus_plus, gae: discount of a reward per token before it, [0, 1]
+    lam: float = 1.0  # gae: lambda, [0, 1]; 0 trusts the critic's next value, 1 the rewards that follow
     disable_kl: bool = False  # true: no reference model and no KL at all
     use_kl_loss: bool = True  # true: the KL is a term of the loss; false: it is taken off the reward of each token
     kl_penalty: str = "low_var_kl"  # estimate of the KL: kl (k1) | abs | mse (k2) | low_var_kl (k3)
@@ -70,6 +71,16 @@ class AlgorithmConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters beside frozen weights. Rollouts sample from the sum; without adapters it is the reference."""
+
+    rank: int = 0  # of the adapters, >= 0; 0 = none, every weight is trained
+    alpha: float = 16.0  # what an adapter computes is scaled by alpha / rank, > 0
+    target_modules: Any = "all-linear"  # all-linear (but the output layer), or a list of names like [q_proj,v_proj]
+    exclude_modules: Any = None  # layers to leave out: a regex of whole names like .*visual.*, or a list; null = none
+
+
+@dataclass
 class ModelConfig:
     """The model that is trained; the reference starts as a copy of it."""
 
@@ -78,7 +89,8 @@ class ModelConfig:
     override_config: dict[str, Any] = field(default_factory=dict)  # keys of the model's own config.json to replace
     enable_gradient_checkpointing: bool = True  # recompute activations in the backward: less memory, a third slower
     trust_remote_code: bool = False  # run code that comes with the model
-    freeze_vision_tower: bool = False  # train the language model only
+    freeze_vision_tower: bool = False  # train the language model only; it has no adapters then either
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
@@ -110,6 +122,9 @@ class ActorConfig:
     global_batch_size: int = 256  # prompts (worker.rollout.n responses each) an optimiser step, a multiple of the ranks
     micro_batch_size_per_device_for_update: int = 4  # responses a forward and backward, >= 1
     micro_batch_size_per_device_for_experience: int = 16  # responses a forward for log-probabilities, >= 1
+    padding_free: bool = True  # sequences end to end, without padding; families not tested so are padded
+    ulysses_size: int = 1  # ranks that compute each sequence together, a divisor of their number
+    dynamic_batching: bool = True  # as many responses a micro-batch as have the tokens of its size at full length
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, > 0
     loss_type: str = "default"  # default (clipped PPO) | gspo | gspo_token | cispo | sapo
     clip_ratio_low: float = 0.2  # all but sapo: the ratio is clipped below at 1 - this, [0, 1]
@@ -123,6 +138,36 @@ class ActorConfig:
     deepspeed: Any = None  # JSON DeepSpeed config: its path, or inline; null = configs/deepspeed/zero3_{h100,cpu}.json
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    offload_states: bool = False  # states wait in host memory while vLLM samples; not with other offload
+
+
+@dataclass
+class CriticModelConfig:
+    """The model under the critic's value head; its output layer is not loaded."""
+
+    model_path: str | None = None  # null = the actor's; another must read the same tokens and images
+    override_config: dict[str, Any] = field(default_factory=dict)  # keys of the model's own config.json to replace
+    enable_gradient_checkpointing: bool = True  # recompute activations in the backward: less memory, a third slower
+    trust_remote_code: bool = False  # run code that comes with the model
+    freeze_vision_tower: bool = False  # train the language model and the head only
+
+
+@dataclass
+class CriticConfig:
+    """The model of what a state is worth; it exists with algorithm.adv_estimator=gae only."""
+
+    global_batch_size: int | None = None  # prompts an optimiser step, a multiple of the actor's; null = the actor's
+    micro_batch_size_per_device_for_update: int | None = None  # responses a forward and backward; null = the actor's
+    micro_batch_size_per_device_for_experience: int | None = None  # responses a forward for values; null = the actor's
+    padding_free: bool | None = None  # as worker.actor.padding_free; null = the actor's
+    dynamic_batching: bool | None = None  # as worker.actor.dynamic_batching; null = the actor's
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm, > 0
+    cliprange_value: float = 0.5  # how far from its value at the rollout a value is rewarded for moving, > 0
+    loss_avg_mode: str = "token"  # of an optimiser step: token (mean over tokens) | seq (over responses)
+    ppo_epochs: int = 1  # passes over each rollout batch, >= 1
+    model: CriticModelConfig = field(default_factory=CriticModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)  # 1e-5 is a common lr of critics
     offload: OffloadConfig = field(default_factory=OffloadConfig)
 
 
@@ -208,6 +253,7 @@ class WorkerConfig:
     """The parts that do the work, each with its own section."""
 
     actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     ref: RefConfig = field(default_factory=RefConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -219,6 +265,7 @@ class TrainerConfig:
 
     total_episodes: int = 15  # passes over the data set, >= 1
     max_steps: int | None = None  # steps, >= 1, instead of total_episodes
+    critic_warmup: int = 0  # gae: steps at first in which only the critic learns, >= 0
     max_try_make_batch: int = 20  # draws a batch with online_filtering, >= 1, or -1 (also 0) = until it is full
     project_name: str = "mmr1_ds"  # for wandb
     experiment_name: str = "default"  # names the run directory
@@ -254,6 +301,8 @@ class RunConfig:
 __all__ = [
     "ActorConfig",
     "AlgorithmConfig",
+    "CriticConfig",
+    "CriticModelConfig",
     "DataConfig",
     "ModelConfig",
     "OffloadConfig",

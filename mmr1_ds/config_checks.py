@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mmr1_ds.config import RunConfig
+from mmr1_ds.config import CriticConfig, LoraConfig, RunConfig
+from mmr1_ds.config_critic import resolved_critic
 from mmr1_ds.config_ranges import check_choices, check_ranges, value_at
 from mmr1_ds.curriculum.scores import canonical_metric, check_metrics
 from mmr1_ds.engine.kl_controller import MOST_ERROR
@@ -16,6 +19,7 @@ from mmr1_ds.input_files import (
     check_data,
     check_format_prompt,
     check_model,
+    check_model_path,
     check_output_folder,
     check_reward,
 )
@@ -58,6 +62,8 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_ranks(config, world_size)
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
+    _check_lora(config.worker.actor.model.lora)
+    _check_critic(config, world_size)
     check_reward(config.worker.reward)
     check_reward_config(config.worker.reward)
     check_format_prompt(config.data)
@@ -70,7 +76,11 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     val_data = check_data(config.data, "val_files") if config.data.val_files else None
     if config.trainer.val_only and val_data is None:
         raise UserError("trainer.val_only=true needs data.val_files; it is empty")
-    return _plan(config, world_size, train_data, val_data)
+    plan = _plan(config, world_size, train_data, val_data)
+    warmup = config.trainer.critic_warmup
+    if plan.total_steps is not None and 0 < plan.total_steps <= warmup:
+        raise UserError(f"trainer.critic_warmup={warmup} leaves the actor none of the run's {plan.total_steps} steps")
+    return plan
 
 
 def total_training_steps(config: RunConfig, num_prompts: int) -> int:
@@ -143,6 +153,26 @@ def _check_curriculum(config: RunConfig) -> None:
             )
 
 
+def _check_lora(lora: LoraConfig) -> None:
+    """The kinds of its values; whether the model has the layers shows once it is loaded."""
+    if lora.rank == 0:
+        return
+    key, targets, exclude = "worker.actor.model.lora", lora.target_modules, lora.exclude_modules
+    if not targets or not _is_text_or_list(targets):
+        raise UserError(f"{key}.target_modules must be all-linear or a list like [q_proj,v_proj], got {targets}")
+    if exclude is not None and not _is_text_or_list(exclude):
+        raise UserError(f"{key}.exclude_modules must be a regex, a list like [gate_proj], or null, got {exclude}")
+    if isinstance(exclude, str):
+        try:
+            re.compile(exclude)
+        except re.error as error:
+            raise UserError(f"{key}.exclude_modules={exclude} is no regex: {error}; write it like .*visual.*") from None
+
+
+def _is_text_or_list(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
 def _check_validation(config: RunConfig) -> None:
     sampling = config.worker.rollout.val_override_config
     if sampling.temperature == 0 and sampling.n > 1:
@@ -181,6 +211,12 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
             f"but {_count(world_size, 'process was', 'processes were')} started; start {asked} (deepspeed --num_gpus "
             f"{trainer.n_gpus_per_node}), or set trainer.n_gpus_per_node={max(1, world_size // trainer.nnodes)}"
         )
+    _check_sequence_parallel(config, world_size)
+    if config.worker.actor.offload_states and config.worker.rollout.engine == "hf":
+        raise UserError(
+            "worker.actor.offload_states=true moves the weights away that worker.rollout.engine=hf samples from; "
+            "set it to false, or use vllm"
+        )
     parallel = config.worker.rollout.tensor_parallel_size
     if parallel > 1 and config.worker.rollout.engine == "hf":
         raise UserError(
@@ -191,6 +227,21 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
             f"worker.rollout.tensor_parallel_size must divide the ranks: {world_size} % {parallel} = "
             f"{world_size % parallel}; set it to 1"
         )
+
+
+def _check_sequence_parallel(config: RunConfig, world_size: int) -> None:
+    size = config.worker.actor.ulysses_size
+    if size == 1:
+        return
+    key = f"worker.actor.ulysses_size={size}"
+    if world_size % size:
+        raise UserError(f"{key} must divide the ranks: {world_size} % {size} = {world_size % size}; set it to 1")
+    if not config.worker.actor.padding_free:
+        raise UserError(f"{key} needs packed sequences; set worker.actor.padding_free=true")
+    if config.worker.rollout.engine == "hf":
+        raise UserError(f"{key}: transformers cannot generate with cut sequences; set worker.rollout.engine=vllm")
+    if config.algorithm.adv_estimator == "gae":
+        raise UserError(f"{key}: the critic of algorithm.adv_estimator=gae does not cut sequences; set it to 1")
 
 
 def _check_batches(config: RunConfig, world_size: int) -> None:
@@ -215,6 +266,35 @@ def _check_batches(config: RunConfig, world_size: int) -> None:
             f"{batch} * {n} / {world_size} = {responses}, {responses} % {micro} = {responses % micro}; "
             f"set the micro-batch to {_largest_divisor(responses, micro)}"
         )
+
+
+def _check_critic(config: RunConfig, world_size: int) -> None:
+    if config.algorithm.adv_estimator != "gae":
+        if config.trainer.critic_warmup:
+            raise UserError(
+                f"trainer.critic_warmup={config.trainer.critic_warmup} needs a critic, which "
+                f"algorithm.adv_estimator={config.algorithm.adv_estimator} has not; set it to 0 or the estimator to gae"
+            )
+        return
+    critic, n = resolved_critic(config), config.worker.rollout.n
+    batch, micro = critic.global_batch_size, critic.micro_batch_size_per_device_for_update
+    assert batch is not None and micro is not None
+    prompts, of_actor = config.data.rollout_batch_size, config.worker.actor.global_batch_size
+    if batch % of_actor or prompts % batch:
+        raise UserError(
+            f"worker.critic.global_batch_size={batch} must be a multiple of worker.actor.global_batch_size={of_actor} "
+            f"and divide data.rollout_batch_size={prompts}: ranks share the batch out by the actor's steps; "
+            "leave it out to take the actor's"
+        )
+    responses = batch * n // world_size
+    if responses % micro:
+        raise UserError(
+            "a rank's responses an optimiser step of the critic, worker.critic.global_batch_size * worker.rollout.n / "
+            "ranks, must be a multiple of worker.critic.micro_batch_size_per_device_for_update: "
+            f"{batch} * {n} / {world_size} = {responses}, {responses} % {micro} = {responses % micro}; "
+            f"set the micro-batch to {_largest_divisor(responses, micro)}"
+        )
+    check_model_path(critic.model.model_path, "worker.critic.model.model_path")
 
 
 def _multiples(value: int, of: int) -> str:
@@ -271,6 +351,10 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
             "algorithm.kl_penalty=kl in the loss: its gradient is zero on average, whatever the policy; "
             "mse has the gradient of the KL (or set algorithm.use_kl_loss=false for the KL in the reward)"
         )
+    if algorithm.adv_estimator != "gae" and config.worker.critic != CriticConfig():
+        notes.append(f"worker.critic is not used: algorithm.adv_estimator={algorithm.adv_estimator} has no critic")
+    if config.worker.actor.model.lora.rank > 0 and config.worker.ref.offload.offload_params:
+        notes.append("worker.ref.offload.offload_params: LoRA's reference is the actor, there is nothing to offload")
     if val_data is None and (trainer.val_freq > 0 or trainer.val_before_train):
         notes.append("data.val_files is empty: no validation")
     return notes

@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "data.sampling_strategy": (("shuffle", "sequential", "curriculum"), ""),
     "data.curriculum_refresh": (("full", "online"), ""),
     "algorithm.adv_estimator": (
-        ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax"),
+        ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae"),
         "",
     ),
     "algorithm.kl_penalty": (("kl", "abs", "mse", "low_var_kl"), ""),
@@ -27,6 +27,9 @@ _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "worker.actor.loss_avg_mode": (("token", "seq", "seq_sum"), ""),
     "worker.actor.optim.strategy": (("adamw",), "other optimisers are not implemented"),
     "worker.actor.optim.lr_scheduler_type": (("constant", "cosine", "linear"), ""),
+    "worker.critic.loss_avg_mode": (("token", "seq"), ""),
+    "worker.critic.optim.strategy": (("adamw",), "other optimisers are not implemented"),
+    "worker.critic.optim.lr_scheduler_type": (("constant", "cosine", "linear"), ""),
     "worker.rollout.engine": (("auto", "vllm", "hf"), ""),
     "worker.rollout.dtype": (("auto", "bf16", "fp32"), ""),
 }
@@ -48,16 +51,19 @@ _RANGES = {
     "data.curriculum_weight_floor": "[0, 1]",
     "data.curriculum_probe_fraction": "[0, 1]",
     "algorithm.gamma": "[0, 1]",
+    "algorithm.lam": "[0, 1]",
     "algorithm.kl_coef": "[0, inf)",
     "algorithm.kl_target": "[0, inf)",  # upstream's files have 0 where the coefficient is fixed
     "algorithm.kl_horizon": "[0, inf)",
     "algorithm.rollout_is_threshold": "[1, inf)",
     "algorithm.filter_low": "(-inf, inf)",
     "algorithm.filter_high": "(-inf, inf)",
+    "trainer.critic_warmup": "[0, inf)",
     "trainer.max_try_make_batch": "[-1, inf)",
     "worker.actor.global_batch_size": "[1, inf)",
     "worker.actor.micro_batch_size_per_device_for_update": "[1, inf)",
     "worker.actor.micro_batch_size_per_device_for_experience": "[1, inf)",
+    "worker.actor.ulysses_size": "[1, inf)",
     "worker.actor.max_grad_norm": "(0, inf)",
     "worker.actor.clip_ratio_low": "[0, 1]",
     "worker.actor.clip_ratio_high": "[0, inf)",
@@ -66,11 +72,24 @@ _RANGES = {
     "worker.actor.tau_negative": "(0, inf)",
     "worker.actor.loss_scale_factor": "(0, inf)",
     "worker.actor.ppo_epochs": "[1, inf)",
+    "worker.actor.model.lora.rank": "[0, inf)",
+    "worker.actor.model.lora.alpha": "(0, inf)",
     "worker.actor.optim.lr": "(0, inf)",
     "worker.actor.optim.weight_decay": "[0, inf)",
     "worker.actor.optim.lr_warmup_ratio": "[0, 1]",
     "worker.actor.optim.lr_warmup_steps": "[0, inf)",
     "worker.actor.optim.min_lr_ratio": "[0, 1]",
+    "worker.critic.global_batch_size": "[1, inf)",
+    "worker.critic.micro_batch_size_per_device_for_update": "[1, inf)",
+    "worker.critic.micro_batch_size_per_device_for_experience": "[1, inf)",
+    "worker.critic.max_grad_norm": "(0, inf)",
+    "worker.critic.cliprange_value": "(0, inf)",
+    "worker.critic.ppo_epochs": "[1, inf)",
+    "worker.critic.optim.lr": "(0, inf)",
+    "worker.critic.optim.weight_decay": "[0, inf)",
+    "worker.critic.optim.lr_warmup_ratio": "[0, 1]",
+    "worker.critic.optim.lr_warmup_steps": "[0, inf)",
+    "worker.critic.optim.min_lr_ratio": "[0, 1]",
     "worker.rollout.n": "[2, inf)",  # a group of one has no advantage
     "worker.rollout.temperature": "(0, inf)",
     "worker.rollout.top_p": "(0, 1]",
@@ -120,10 +139,6 @@ def value_at(config: RunConfig, key: str) -> Any:
 
 def check_choices(config: RunConfig) -> None:
     """Raises: UserError for a value that is none of its key's."""
-    if config.algorithm.adv_estimator == "gae":
-        raise UserError(
-            "algorithm.adv_estimator=gae needs a critic, which is not built yet; use reinforce_plus_plus, or grpo"
-        )
     for key, (choices, reason) in _CHOICES.items():
         _check_choice(key, value_at(config, key), choices, reason)
     check_loggers(config.trainer.logger)
@@ -149,9 +164,10 @@ def check_ranges(config: RunConfig) -> None:
         value = value_at(config, key)
         if value != -1 and value < 1:
             raise UserError(f"{key} must be 1 or more, or -1, got {value}")
-    for beta in config.worker.actor.optim.betas:
-        if not 0 <= beta < 1:
-            raise UserError(f"worker.actor.optim.betas must each be in [0, 1), got {beta}")
+    for key in ("worker.actor.optim.betas", "worker.critic.optim.betas"):
+        for beta in value_at(config, key):
+            if not 0 <= beta < 1:
+                raise UserError(f"{key} must each be in [0, 1), got {beta}")
 
 
 def _inside(value: float, interval: str) -> bool:

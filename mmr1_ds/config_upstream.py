@@ -31,6 +31,7 @@ RENAMED = {
     "worker.actor.kl_penalty": "algorithm.kl_penalty",
     "worker.actor.optim.warmup_style": "worker.actor.optim.lr_scheduler_type",
     "worker.actor.use_kl_loss": "algorithm.use_kl_loss",
+    "worker.critic.optim.warmup_style": "worker.critic.optim.lr_scheduler_type",
     "worker.reward.num_cpus": "worker.reward.num_workers",
     "worker.reward.score_function": "worker.reward.reward_function",
     "worker.reward.score_function_kwargs": "worker.reward.reward_function_kwargs",
@@ -43,18 +44,15 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.override_chat_template": ((None,), "set the chat template in the tokenizer's own folder"),
     "worker.actor.entropy_coef": ((0,), "an entropy bonus is not implemented"),
     "worker.actor.entropy_coeff": ((0,), "an entropy bonus is not implemented"),
-    "worker.actor.model.lora.rank": ((0,), "LoRA is not implemented; all weights are trained"),
-    "worker.actor.ulysses_sequence_parallel_size": ((1,), "sequence parallelism is not implemented"),
-    "worker.actor.ulysses_size": ((1,), "sequence parallelism is not implemented"),
-    "worker.ref.ulysses_sequence_parallel_size": ((1,), "sequence parallelism is not implemented"),
-    "worker.ref.ulysses_size": ((1,), "sequence parallelism is not implemented"),
+    "worker.actor.ulysses_sequence_parallel_size": ((1,), "set worker.actor.ulysses_size"),
+    "worker.critic.ulysses_sequence_parallel_size": ((1,), "sequence parallelism is not implemented"),
+    "worker.critic.ulysses_size": ((1,), "sequence parallelism is not implemented"),
     "worker.reward.skip_special_tokens": ((True,), "special tokens are not part of a response's text"),
     "worker.rollout.ignore_eos": ((False,), "a response ends at its end-of-sequence token"),
 }
 
 # "x.*" is every key below x
 IGNORED = (
-    "algorithm.lam",  # of gae
     "data.mini_rollout_batch_size",
     "data.num_workers",
     "data.rollout_micro_batch_size",
@@ -63,27 +61,30 @@ IGNORED = (
     "fault_tolerance.*",
     "ray_init.*",
     "ray_kwargs.*",
-    "trainer.critic_warmup",
     "trainer.ray_timeline",
     "trainer.remove_ckpt_after_load",
     "trainer.remove_previous_ckpt",
     "trainer.save_model_only",
-    "worker.actor.dynamic_batching",
     "worker.actor.fsdp.*",
     "worker.actor.global_batch_size_per_device",
-    "worker.actor.model.lora.*",
     "worker.actor.optim.training_steps",
-    "worker.actor.padding_free",
     "worker.actor.strategy",
     "worker.actor.use_torch_compile",
-    "worker.critic.*",
+    "worker.critic.fsdp.*",
+    "worker.critic.global_batch_size_per_device",
+    "worker.critic.model.tokenizer_path",  # it reads the actor's tokens
+    "worker.critic.optim.training_steps",
+    "worker.critic.strategy",
+    "worker.critic.use_torch_compile",
     "worker.hybrid_engine",
     "worker.ref.dynamic_batching",
     "worker.ref.fsdp.*",
     "worker.ref.micro_batch_size_per_device_for_experience",
     "worker.ref.offload.optimizer_offload",  # it has no optimiser
-    "worker.ref.padding_free",
+    "worker.ref.padding_free",  # as the actor's, and so its ulysses_size
     "worker.ref.strategy",
+    "worker.ref.ulysses_sequence_parallel_size",
+    "worker.ref.ulysses_size",
     "worker.ref.use_torch_compile",
     "worker.reward.batch_processing",
     "worker.reward.provider",  # azure or vllm: both are asked as OpenAI-compatible servers
@@ -105,9 +106,11 @@ _VALUES = {
     "algorithm.kl_penalty": {"k1": "kl", "k2": "mse", "k3": "low_var_kl"},
     "worker.actor.loss_avg_mode": {"token-mean": "token", "seq-mean-token-mean": "seq"},
     "worker.actor.loss_type": {"vanilla": "default"},
+    "worker.critic.loss_avg_mode": {"token-mean": "token", "seq-mean-token-mean": "seq"},
 }
 _FILTER_DEFAULTS = (("algorithm.filter_low", 0.01), ("algorithm.filter_high", 0.99))
 _ACTOR_PARAMS, _ACTOR_OPTIMIZER = "worker.actor.offload.offload_params", "worker.actor.offload.offload_optimizer"
+_CRITIC_PARAMS, _CRITIC_OPTIMIZER = "worker.critic.offload.offload_params", "worker.critic.offload.offload_optimizer"
 _REF_PARAMS = "worker.ref.offload.offload_params"
 # Every spelling of offload -> the keys it switches on. What one key of a source asks for, none of its others undoes.
 _OFFLOAD = {
@@ -119,6 +122,13 @@ _OFFLOAD = {
     "worker.actor.fsdp.param_offload": (_ACTOR_PARAMS,),
     "worker.actor.offload.optimizer_offload": (_ACTOR_OPTIMIZER,),
     "worker.actor.offload.param_offload": (_ACTOR_PARAMS,),
+    _CRITIC_PARAMS: (_CRITIC_PARAMS,),
+    _CRITIC_OPTIMIZER: (_CRITIC_OPTIMIZER,),
+    "worker.critic.fsdp.enable_cpu_offload": (_CRITIC_PARAMS, _CRITIC_OPTIMIZER),
+    "worker.critic.fsdp.optimizer_offload": (_CRITIC_OPTIMIZER,),
+    "worker.critic.fsdp.param_offload": (_CRITIC_PARAMS,),
+    "worker.critic.offload.optimizer_offload": (_CRITIC_OPTIMIZER,),
+    "worker.critic.offload.param_offload": (_CRITIC_PARAMS,),
     "worker.ref.fsdp.enable_cpu_offload": (_REF_PARAMS,),
     "worker.ref.fsdp.param_offload": (_REF_PARAMS,),
     "worker.ref.offload.param_offload": (_REF_PARAMS,),
@@ -207,7 +217,12 @@ def _translate_special(key: str, value: Any, result: Translation) -> bool:
         case _ if key in _OFFLOAD:
             for target in _OFFLOAD[key]:
                 result.values[target] = value or result.values.get(target, False)
-        case "worker.actor.optim.min_lr_ratio" | "trainer.experiment_name" | "worker.rollout.val_override_config":
+        case (
+            "worker.actor.optim.min_lr_ratio"
+            | "worker.critic.optim.min_lr_ratio"
+            | "trainer.experiment_name"
+            | "worker.rollout.val_override_config"
+        ):
             if value is not None:  # an empty key upstream: the default
                 result.values[key] = value
         case "worker.reward.compute_score":

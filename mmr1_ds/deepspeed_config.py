@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmr1_ds.config import RunConfig
+from mmr1_ds.config_critic import resolved_critic
 from mmr1_ds.config_loading import config_folders
 from mmr1_ds.errors import UserError
 from mmr1_ds.input_files import model_hidden_size
@@ -64,6 +65,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     _drop_scheduler(resolved, name)
     _settle_buckets(resolved["zero_optimization"], config)
     _settle_offload(resolved["zero_optimization"], config, on_gpu)
+    _check_offload_states(resolved["zero_optimization"], config)
     left = [key for key in _autos(resolved) if key not in _KNOWN_TO_DEEPSPEED]
     if left:
         raise UserError(f'{name}: {left[0]}="auto" is not a key this trainer fills in; give its value or remove it')
@@ -86,6 +88,33 @@ def reference_deepspeed(config: RunConfig, actor: Mapping[str, Any], on_gpu: boo
         "bf16": copy.deepcopy(actor["bf16"]),
         "steps_per_print": actor.get("steps_per_print", 2**31 - 1),
     }
+
+
+def critic_deepspeed(config: RunConfig, actor: Mapping[str, Any], world_size: int, on_gpu: bool) -> dict[str, Any]:
+    """The critic's DeepSpeed config: the actor's with the batch sizes, the clipping and the optimiser of its own.
+
+    Offloaded is what worker.critic.offload says, whatever the actor's config has.
+    """
+    critic, n = resolved_critic(config), config.worker.rollout.n
+    assert critic.global_batch_size is not None and critic.micro_batch_size_per_device_for_update is not None
+    responses, micro = critic.global_batch_size * n, critic.micro_batch_size_per_device_for_update
+    resolved = copy.deepcopy(dict(actor))
+    resolved |= {
+        "train_batch_size": responses,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": responses // (world_size * micro),
+        "gradient_clipping": critic.max_grad_norm,
+    }
+    optim = critic.optim
+    resolved["optimizer"]["params"] |= {
+        "lr": optim.lr, "betas": list(optim.betas), "weight_decay": optim.weight_decay
+    }  # fmt: skip
+    zero, offload = resolved["zero_optimization"], critic.offload
+    for key, asked in (("offload_param", offload.offload_params), ("offload_optimizer", offload.offload_optimizer)):
+        given = zero.pop(key, {})
+        if asked and on_gpu:
+            zero[key] = given if given.get("device", "none") != "none" else given | _host_memory()
+    return resolved
 
 
 def load_deepspeed(config: RunConfig, on_gpu: bool) -> tuple[dict[str, Any], str]:
@@ -273,6 +302,16 @@ def _settle_offload(zero: dict[str, Any], config: RunConfig, on_gpu: bool) -> No
             zero.pop(key, None)
         elif asked and device == "none" and on_gpu:
             zero[key] = zero.get(key, {}) | _host_memory()
+
+
+def _check_offload_states(zero: Mapping[str, Any], config: RunConfig) -> None:
+    for key in ("offload_param", "offload_optimizer"):
+        device = zero.get(key, {}).get("device", "none")
+        if config.worker.actor.offload_states and device != "none":
+            raise UserError(
+                f"worker.actor.offload_states=true: DeepSpeed moves no states of which zero_optimization.{key} keeps a "
+                f"part in {device} memory already; switch one of the two off"
+            )
 
 
 def _host_memory() -> dict[str, Any]:

@@ -9,18 +9,24 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import pickle
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
 from mmr1_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # launcher -> (rank, number of ranks, rank on the node)
 _LAUNCHER_VARIABLES = {
@@ -85,6 +91,7 @@ class Ranks:
         self.timeout_seconds = timeout_seconds
         self.on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         self.step = 0  # for messages only
+        self._neighbours: dict[int, Neighbours] = {}
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -144,6 +151,28 @@ class Ranks:
             dist.all_gather_object(values, value, group=self._control)
         return values
 
+    def exchange_objects(self, to_ranks: Sequence[Any], stage: str) -> list[Any]:
+        """Hand each rank its own picklable value: for messages between ranks of one run, never for state.
+
+        Args: to_ranks: one value a rank. Returns: what each rank sent to this one, by rank.
+        """
+        import torch
+        import torch.distributed as dist
+
+        parts = [np.frombuffer(pickle.dumps(value), dtype=np.uint8) for value in to_ranks]
+        sizes = np.stack(self.all_gather_array(np.array([len(part) for part in parts]), stage))  # (from, to)
+        received = torch.empty(int(sizes[:, self.rank].sum()), dtype=torch.uint8)
+        with self._deadline(stage):
+            dist.all_to_all_single(
+                received,
+                torch.from_numpy(np.concatenate(parts)),
+                sizes[:, self.rank].tolist(),
+                sizes[self.rank].tolist(),
+                group=self._control,
+            )
+        ends = sizes[:, self.rank].cumsum()[:-1]
+        return [pickle.loads(part.tobytes()) for part in np.split(received.numpy(), ends)]
+
     def sum(self, values: Mapping[str, float], stage: str) -> dict[str, float]:
         """Sum each named number over the ranks, in float64. All ranks pass the same names."""
         return self._reduce(values, stage, np.sum)
@@ -166,12 +195,49 @@ class Ranks:
         """Wait for every rank."""
         self.all_gather_array(np.zeros(0, dtype=np.int64), stage)
 
+    def neighbours(self, size: int) -> Neighbours:
+        """The group of `size` consecutive ranks that this one is in; the number of ranks is a multiple of it."""
+        import torch.distributed as dist
+
+        if size in self._neighbours:
+            return self._neighbours[size]
+        groups = [dist.new_group(range(first, first + size)) for first in range(0, self.size, size)]
+        controls = [dist.new_group(range(first, first + size), backend="gloo") for first in range(0, self.size, size)]
+        number = self.rank // size
+        self._neighbours[size] = Neighbours(groups[number], controls[number], self.rank % size, size)
+        return self._neighbours[size]
+
     def close(self) -> None:
         """Take the groups down. Not a collective: also runs on the way out of an error."""
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """A group of consecutive ranks. Its methods are collectives of the group alone."""
+
+    group: Any  # torch's process group on the device
+    control: Any  # and on the CPU
+    rank: int  # in the group
+    size: int
+
+    def gather_lists(self, values: Sequence[T]) -> list[T]:
+        """The picklable values of all ranks of the group, rank by rank: messages, never state."""
+        import torch.distributed as dist
+
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, list(values), group=self.control)
+        return [value for part in parts for value in part]
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the group, in place."""
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
 
 
 _UNFLUSHED = 120  # Python's own exit code when standard output could not be written

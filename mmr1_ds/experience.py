@@ -27,6 +27,7 @@ class Experience:
 
     trajectories: list[Trajectory]
     rewards_B: np.ndarray  # (B,) float64, of each trajectory, the KL taken off where it is taken off the reward
+    returns: list[Tensor] | None  # gae: what the critic learns, one float32 tensor (T,) a trajectory
     metrics: dict[str, float]
 
 
@@ -36,11 +37,13 @@ def make_experience(
     log_probs: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     controller: KLController,
     ranks: Ranks,
+    values: Sequence[Tensor] | None = None,
 ) -> Experience:
     """Advantages of every response of every group, in order. Collective.
 
     Args: log_probs: of the old policy and of the reference, one tensor (T,) a response each, where the KL is taken
         off the reward; its controller then takes the step's KL in. None: rewards are the reward function's own.
+        values: gae: the critic's, of the state before each token, one tensor (T,) a response.
     """
     responses = [response for item in groups for response in item.scored.group.responses]
     lengths_B = np.array([len(response.token_ids) for response in responses])
@@ -53,7 +56,15 @@ def make_experience(
     token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, penalties_T)
     if log_probs is not None:
         rewards_B = np.array([part.sum() for part in np.split(token_rewards_T, cuts)])
-    if algorithm.adv_estimator == "grpo" and log_probs is None:
+    returns: list[Tensor] | None = None
+    if algorithm.adv_estimator == "gae":
+        assert values is not None
+        values_T = torch.cat(list(values)).double().numpy()
+        gamma, lam = algorithm.gamma, algorithm.lam
+        advantages_T, returns_T = advantages.gae(token_rewards_T, values_T, lengths_B, gamma, lam, ranks)
+        returns = list(torch.from_numpy(returns_T).float().split(lengths_B.tolist()))
+        metrics |= _value_metrics(values_T, returns_T, ranks)
+    elif algorithm.adv_estimator == "grpo" and log_probs is None:
         advantages_T = np.repeat(np.concatenate([item.advantages for item in groups]), lengths_B)  # the kernel's
     else:
         advantages_T = _estimate(groups, algorithm, rewards_B, token_rewards_T, lengths_B, ranks)
@@ -62,7 +73,7 @@ def make_experience(
         Trajectory(prompt, response.token_ids, response.logprobs, *_one_or_each(part))
         for prompt, response, part in zip(prompts, responses, np.split(advantages_T, cuts), strict=True)
     ]
-    return Experience(trajectories, rewards_B, metrics)
+    return Experience(trajectories, rewards_B, returns, metrics)
 
 
 def _penalties(
@@ -76,6 +87,25 @@ def _penalties(
     coefficient = controller.coefficient
     controller.update(mean, int(totals["responses"]))
     return coefficient * kl_T, {"actor/ref_kl": mean, "actor/kl_coef": coefficient}
+
+
+def _value_metrics(values_T: np.ndarray, returns_T: np.ndarray, ranks: Ranks) -> dict[str, float]:
+    """Values and returns at the tokens of all ranks, and how much of the returns the values explain. Collective."""
+    own = {"count": float(len(values_T))}
+    columns = {"values": values_T, "returns": returns_T, "errors": returns_T - values_T}
+    totals = ranks.sum(own | {name: float(column_T.sum()) for name, column_T in columns.items()}, "values")
+    count = max(1.0, totals["count"])
+    means = {name: totals[name] / count for name in columns}
+    squares = {name: float(((column_T - means[name]) ** 2).sum()) for name, column_T in columns.items()}
+    variances = {name: total / max(1.0, count - 1) for name, total in ranks.sum(squares, "values").items()}
+    metrics = {"critic/vf_explained_var": 1 - variances["errors"] / (variances["returns"] + 1e-5)}  # as EasyR1
+    for name in ("values", "returns"):
+        column_T = columns[name]
+        bounds = {"most": float(column_T.max(initial=-np.inf)), "least": float((-column_T).max(initial=-np.inf))}
+        bounds = ranks.max(bounds, "values")
+        metrics |= {f"critic/{name}/mean": means[name], f"critic/{name}/max": bounds["most"]}
+        metrics[f"critic/{name}/min"] = -bounds["least"]
+    return metrics
 
 
 def _estimate(

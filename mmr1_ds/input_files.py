@@ -194,13 +194,17 @@ def check_model(model: ModelConfig) -> None:
 
     Raises: UserError that says what is missing and how to get it.
     """
-    key = "worker.actor.model.model_path"
-    if not model.model_path:
-        raise UserError(f"{key} is not set; give a model folder, or a hub id like Qwen/Qwen2.5-VL-3B-Instruct")
-    if _is_folder(model.model_path, key):
-        _check_model_folder(model.model_path, key)
+    check_model_path(model.model_path, "worker.actor.model.model_path")
     if model.tokenizer_path and _is_folder(model.tokenizer_path, "worker.actor.model.tokenizer_path"):
         _check_json_files(Path(model.tokenizer_path), "worker.actor.model.tokenizer_path")
+
+
+def check_model_path(path: str | None, key: str) -> None:
+    """The same of a path or id alone. Raises: UserError that names `key`."""
+    if not path:
+        raise UserError(f"{key} is not set; give a model folder, or a hub id like Qwen/Qwen2.5-VL-3B-Instruct")
+    if _is_folder(path, key):
+        _check_model_folder(path, key)
 
 
 def _is_folder(name: str, key: str) -> bool:

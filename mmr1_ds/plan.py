@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mmr1_ds.config import RunConfig
+from mmr1_ds.config import LoraConfig, RunConfig
 from mmr1_ds.config_checks import BatchPlan, checkpoint_directory, run_directory
+from mmr1_ds.config_critic import resolved_critic
 from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.input_files import DataSummary, FileSummary
@@ -16,9 +17,14 @@ __all__ = ["checkpoint_directory", "describe_plan", "run_directory"]
 
 
 def describe_plan(
-    config: RunConfig, plan: BatchPlan, actor: Mapping[str, Any], reference: Mapping[str, Any], on_gpu: bool
+    config: RunConfig,
+    plan: BatchPlan,
+    actor: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    critic: Mapping[str, Any] | None,
+    on_gpu: bool,
 ) -> str:
-    """Several lines, one a topic. Args: actor, reference: the resolved DeepSpeed configs."""
+    """Several lines, one a topic. Args: actor, reference, critic: the resolved DeepSpeed configs."""
     topics = {
         "model": _model(config),
         "ranks": _ranks(config, plan, on_gpu),
@@ -34,6 +40,7 @@ def describe_plan(
         "reward": _reward(config),
         "deepspeed": _deepspeed(actor),
         "reference": _reference(config, reference),
+        "critic": "" if critic is None else _critic(config, plan, critic),
         "output": _output(config),
     }
     lines = [f"  {topic:<11} {text}" for topic, text in topics.items() if text]
@@ -44,7 +51,15 @@ def describe_plan(
 def _model(config: RunConfig) -> str:
     model = config.worker.actor.model
     where = "local" if os.path.exists(model.model_path or "") else "from the hub"
-    return f"{model.model_path} ({where})" + (", vision tower frozen" if model.freeze_vision_tower else "")
+    tower = ", vision tower frozen" if model.freeze_vision_tower else ""
+    return f"{model.model_path} ({where}){tower}" + (f"; {_lora(model.lora)}" if model.lora.rank > 0 else "")
+
+
+def _lora(lora: LoraConfig) -> str:
+    targets = lora.target_modules
+    where = targets if isinstance(targets, str) else ", ".join(targets)
+    without = f" without {lora.exclude_modules}" if lora.exclude_modules else ""
+    return f"LoRA of rank {lora.rank} (alpha {lora.alpha:g}) on {where}{without}, all else frozen"
 
 
 def _ranks(config: RunConfig, plan: BatchPlan, on_gpu: bool) -> str:
@@ -76,12 +91,22 @@ def _step(config: RunConfig, plan: BatchPlan) -> str:
 
 
 def _update(config: RunConfig, plan: BatchPlan) -> str:
-    optim = config.worker.actor.optim
-    experience = config.worker.actor.micro_batch_size_per_device_for_experience
+    actor, optim = config.worker.actor, config.worker.actor.optim
+    experience = actor.micro_batch_size_per_device_for_experience
+    responses = plan.responses_per_optimizer_step // plan.world_size
+    layout = "packed" if actor.padding_free else "padded"
+    if actor.dynamic_batching:
+        longest = (config.data.max_prompt_length + config.data.max_response_length) * actor.ulysses_size
+        batches = f"{responses} responses in {layout} micro-batches of up to {plan.micro_batch_size * longest:,} tokens"
+        log_probs = f"up to {experience * longest:,}"
+    else:
+        number, size = plan.micro_batches_per_rank, plan.micro_batch_size
+        batches = f"{responses} responses = {number} {layout} micro-batches of {size}"
+        log_probs = f"{plan.experience_micro_batches_per_rank} of {experience} a step"
+    if actor.ulysses_size > 1:
+        batches += f", each computed by {actor.ulysses_size} ranks"
     return (
-        f"a rank's optimiser step: {plan.responses_per_optimizer_step // plan.world_size} responses = "
-        f"{plan.micro_batches_per_rank} micro-batches of {plan.micro_batch_size}; log-probabilities: "
-        f"{plan.experience_micro_batches_per_rank} of {experience} a step; "
+        f"a rank's optimiser step: {batches}; log-probabilities: {log_probs}; "
         f"AdamW, lr {optim.lr:g} {optim.lr_scheduler_type}"
     )
 
@@ -90,7 +115,10 @@ def _learning(config: RunConfig) -> str:
     algorithm, actor = config.algorithm, config.worker.actor
     loss = "clipped PPO" if actor.loss_type == "default" else actor.loss_type
     mean = {"token": "mean over tokens", "seq": "mean over responses", "seq_sum": "sum over a constant"}
-    text = f"{algorithm.adv_estimator} advantages; {loss} loss, {mean[actor.loss_avg_mode]}"
+    estimator = algorithm.adv_estimator
+    if estimator == "gae":
+        estimator += f" (gamma {algorithm.gamma:g}, lambda {algorithm.lam:g})"
+    text = f"{estimator} advantages; {loss} loss, {mean[actor.loss_avg_mode]}"
     if algorithm.rollout_is == "none":
         return text
     return f"{text}; importance weights by {algorithm.rollout_is}, up to {algorithm.rollout_is_threshold:g}"
@@ -183,8 +211,27 @@ def _reference(config: RunConfig, reference: Mapping[str, Any]) -> str:
     algorithm = config.algorithm
     place = "in the loss" if algorithm.use_kl_loss else "off the reward"
     adaptive = f", adapted to hold {algorithm.kl_target:g}" if algorithm.kl_type == "adaptive" else ""
-    offload = _offload(reference["zero_optimization"])
-    return f"ZeRO-3, {offload}; KL ({algorithm.kl_penalty}) {algorithm.kl_coef:g} {place}{adaptive}"
+    model = f"ZeRO-3, {_offload(reference['zero_optimization'])}"
+    if config.worker.actor.model.lora.rank > 0:
+        model = "the actor with its adapters off, no second model"
+    return f"{model}; KL ({algorithm.kl_penalty}) {algorithm.kl_coef:g} {place}{adaptive}"
+
+
+def _critic(config: RunConfig, plan: BatchPlan, deepspeed: Mapping[str, Any]) -> str:
+    critic, warmup = resolved_critic(config), config.trainer.critic_warmup
+    micro = critic.micro_batch_size_per_device_for_update
+    assert critic.global_batch_size is not None and micro is not None
+    at_once = f"{micro} at once a rank"
+    if critic.dynamic_batching:
+        longest = config.data.max_prompt_length + config.data.max_response_length
+        at_once = f"up to {micro * longest:,} tokens at once a rank"
+    steps = plan.prompts_per_step // critic.global_batch_size * critic.ppo_epochs
+    start = f"; alone for the first {warmup} step(s)" if warmup else ""
+    return (
+        f"{critic.model.model_path} with a value head; ZeRO-3, {_offload(deepspeed['zero_optimization'])}; "
+        f"{steps} optimiser step(s) of {deepspeed['train_batch_size']:,} responses, {at_once}; "
+        f"AdamW, lr {critic.optim.lr:g} {critic.optim.lr_scheduler_type}{start}"
+    )
 
 
 def _output(config: RunConfig) -> str:

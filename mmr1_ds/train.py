@@ -15,8 +15,9 @@ from typing import Any
 
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config_checks import check_config
+from mmr1_ds.config_critic import trains_critic
 from mmr1_ds.config_loading import load_config
-from mmr1_ds.deepspeed_config import reference_deepspeed, resolve_deepspeed
+from mmr1_ds.deepspeed_config import critic_deepspeed, reference_deepspeed, resolve_deepspeed
 from mmr1_ds.distributed import LaunchEnvironment, launch_environment, leave
 from mmr1_ds.errors import UserError
 from mmr1_ds.launch_guard import end_with_launcher
@@ -67,8 +68,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig, dict[str, Any], dict[str, Any]] | None:
-    """Check everything and log the plan. Returns: the config and both DeepSpeed configs; None after a dry run."""
+def _prepare(
+    argv: Sequence[str], launch: LaunchEnvironment
+) -> tuple[RunConfig, dict[str, Any], dict[str, Any], dict[str, Any] | None] | None:
+    """Check everything and log the plan. Returns: the config, and the DeepSpeed configs of the actor, the reference and
+    the critic, where there is one; None after a dry run."""
     loaded = load_config(argv)
     config = loaded.config
     if launch.rank == 0:
@@ -81,11 +85,12 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
     on_gpu = gpu_is_here()
     actor = resolve_deepspeed(config, world_size, on_gpu)
     reference = reference_deepspeed(config, actor, on_gpu)
-    logger.info("%s", describe_plan(config, plan, actor, reference, on_gpu))
+    critic = critic_deepspeed(config, actor, world_size, on_gpu) if trains_critic(config) else None
+    logger.info("%s", describe_plan(config, plan, actor, reference, critic, on_gpu))
     if config.trainer.dry_run:
         logger.info("dry run: everything checked, no model loaded")
         return None
-    return config, actor, reference
+    return config, actor, reference, critic
 
 
 def gpu_is_here(environ: Mapping[str, str] = os.environ) -> bool:

@@ -20,6 +20,8 @@ from mmr1_ds.curriculum.statistics import score_batch
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor, Reference
+from mmr1_ds.engine.critic import Critic
+from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.experience import Experience, make_experience
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.metrics import reward_metrics, step_metrics
@@ -44,9 +46,10 @@ class Parts:
     collector: Collector
     rollout: RolloutEngine
     actor: Actor
-    reference: Reference | None
+    reference: Reference | AdapterlessReference | None
     checkpoints: Checkpoints
     metrics_logger: MetricsLogger
+    critic: Critic | None = None  # gae only
 
 
 class Trainer:
@@ -87,7 +90,8 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """Draw, roll out, score, observe, update, synchronise: one step of the algorithm."""
         clock, parts, start = StageClock(), self._parts, time.perf_counter()
-        batch = parts.batches.make(self.step, self._training_settings(), clock)
+        with parts.actor.offloaded():
+            batch = parts.batches.make(self.step, self._training_settings(), clock)
         experience, metrics = self._update(batch.groups, clock)
         with clock("sync"):
             parts.rollout.sync_weights(parts.actor)
@@ -97,24 +101,34 @@ class Trainer:
         return batch.metrics | metrics | parts.coordinator.metrics()
 
     def _update(self, groups: Sequence[LearningGroup], clock: StageClock) -> tuple[Experience, dict[str, float]]:
-        actor, reference, algorithm = self._parts.actor, self._parts.reference, self._config.algorithm
+        actor, critic, reference = self._parts.actor, self._parts.critic, self._parts.reference
+        algorithm = self._config.algorithm
         pairs = [(g.scored.group.prompt, response.token_ids) for g in groups for response in g.scored.group.responses]
-        micro = self._config.worker.actor.micro_batch_size_per_device_for_experience
         penalise = reference is not None and not algorithm.use_kl_loss  # the KL is taken off the reward
         old: list[Tensor] | None = None
         ref: list[Tensor] | None = None
-        if penalise or actor.needs_old_log_probs(len(pairs)):
+        values: list[Tensor] | None = None
+        actor_learns = self.step > self._config.trainer.critic_warmup
+        if penalise or (actor_learns and actor.needs_old_log_probs(len(pairs))):
             with clock("old"):
-                old = actor.log_probs(pairs, micro)
-        if reference is not None:
+                old = actor.log_probs(pairs)
+        if reference is not None and (penalise or actor_learns):
             with clock("ref"):
-                ref = reference.log_probs(pairs, micro)
+                ref = reference.log_probs(pairs)
+        if critic is not None:
+            with clock("values"):
+                values = critic.values(pairs)
         with clock("adv"):
             both = (old, ref) if penalise and old is not None and ref is not None else None
-            experience = make_experience(groups, algorithm, both, actor.kl, self._parts.ranks)
-        with clock("update_actor"):
-            metrics = actor.update(experience.trajectories, old, None if penalise else ref)
-        return experience, experience.metrics | metrics
+            experience = make_experience(groups, algorithm, both, actor.kl, self._parts.ranks, values)
+        metrics = dict(experience.metrics)
+        if critic is not None and values is not None and experience.returns is not None:
+            with clock("update_critic"):
+                metrics |= critic.update(pairs, values, experience.returns)
+        if actor_learns:
+            with clock("update_actor"):
+                metrics |= actor.update(experience.trajectories, old, None if penalise else ref)
+        return experience, metrics
 
     def _refresh_due(self) -> bool:
         return self.step < self._num_steps and self._parts.coordinator.refresh_due(self.step + 1)
@@ -128,7 +142,11 @@ class Trainer:
         settings, num_responses = self._training_settings(), self._config.data.curriculum_rollout_n
         title = f"curriculum refresh after step {self.step}"
         key = self._refresh_key()
-        with clock("refresh"), parts.metrics_logger.progress(len(parts.train_data), title) as advance:
+        with (
+            clock("refresh"),
+            parts.actor.offloaded(),
+            parts.metrics_logger.progress(len(parts.train_data), title) as advance,
+        ):
             advance(parts.coordinator.resume_refresh(self._kept_refresh, key))
             for chunk in parts.coordinator.refresh_chunks():
                 own = chunk[parts.ranks.rank :: parts.ranks.size]  # interleaved: long prompts often lie together
@@ -166,6 +184,7 @@ class Trainer:
         failures: list[RewardCounts] = []
         with (
             clock("testing"),
+            parts.actor.offloaded(),
             parts.metrics_logger.progress(len(data), f"validation after step {self.step}") as advance,
         ):
             for start in range(0, len(data), chunk):
@@ -222,6 +241,8 @@ class Trainer:
 
     def _write(self, folder: Path) -> None:
         self._parts.actor.save(folder / "actor")
+        if self._parts.critic is not None:
+            self._parts.critic.save(folder / "critic")
         if self._parts.ranks.rank == 0:
             (folder / "curriculum").mkdir()
         self._parts.coordinator.save(folder / "curriculum")

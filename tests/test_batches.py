@@ -77,6 +77,9 @@ class Ranks:
     def all_gather_objects(self, value, stage):
         return self._control._exchange(value, stage) if isinstance(self._control, ThreadRank) else [value]
 
+    def exchange_objects(self, to_ranks, stage):
+        return [part[self.rank] for part in self.all_gather_objects(list(to_ranks), stage)]
+
     def sum(self, values, stage):
         everyone = self.all_gather_objects(dict(values), stage)
         return {name: sum(part[name] for part in everyone) for name in values}
@@ -101,8 +104,9 @@ class FakeCollector:
             self.seeds.append(request.seed)
             right = np.arange(request.num_responses) % 2 if request.prompt.index % self.teaching == 0 else 0
             overall = np.zeros(request.num_responses, dtype=np.float32) + right
-            tokens = [(request.seed % 1000, 7, k) for k in range(request.num_responses)]
-            responses = tuple(Response(t, (-0.5,) * 3, True) for t in tokens)
+            length = 1 + request.prompt.index % 11
+            tokens = [(request.seed % 1000, 7, *range(k, k + length)) for k in range(request.num_responses)]
+            responses = tuple(Response(t, (-0.5,) * len(t), True) for t in tokens)
             groups.append(ScoredGroup(RolloutGroup(request.prompt, responses, 3), rewards(overall)))
         return groups, RewardCounts(sum(len(g.group.responses) for g in groups), 0, 0, 0, 0)
 
@@ -162,6 +166,18 @@ def test_without_filtering_one_draw_is_the_batch():
     assert coordinator.metrics()["curriculum/extra_rollout_fraction"] == 0.0
 
 
+def split_off(metrics):
+    """The metrics, and those of the tokens a rank, which do depend on the ranks."""
+    prefix = "global_seqlen/"
+    tokens = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    return {name: value for name, value in metrics.items() if not name.startswith(prefix)}, tokens
+
+
+def num_tokens(group):
+    prompt, responses, _ = group
+    return sum(len(prompt.token_ids) + len(response.token_ids) for response in responses)
+
+
 @pytest.mark.parametrize("online_filtering", [True, False])
 @pytest.mark.parametrize(("size", "mini_batch"), [(2, 12), (3, 6), (3, 12)])
 def test_the_batch_is_the_same_on_any_number_of_ranks(size, mini_batch, online_filtering):
@@ -182,7 +198,15 @@ def test_the_batch_is_the_same_on_any_number_of_ranks(size, mini_batch, online_f
             places = slice(start // mini_batch * share, (start // mini_batch + 1) * share)
             parts = [*chain.from_iterable(contents[step][places] for contents, _, _ in ranks)]
             assert sorted(map(repr, parts)) == sorted(map(repr, alone[0][step][start : start + mini_batch]))
-        assert ranks[0][1][step] == pytest.approx(alone[1][step])
+        metrics, seqlen = split_off(ranks[0][1][step])
+        assert metrics == pytest.approx(split_off(alone[1][step])[0])
+        totals = [sum(map(num_tokens, contents[step])) for contents, _, _ in ranks]
+        assert (min(totals), max(totals)) == (seqlen["balanced_min"], seqlen["balanced_max"])
+        assert sum(totals) == pytest.approx(size * seqlen["mean"])
+        assert seqlen["min"] <= seqlen["mean"] <= seqlen["max"]
+        assert seqlen["minmax_diff"] == seqlen["max"] - seqlen["min"]
+        if mini_batch == B:
+            assert seqlen["balanced_max"] - seqlen["balanced_min"] <= 0.5 * seqlen["minmax_diff"]
     assert ranks[0][2] == pytest.approx(alone[2])
 
 

@@ -244,8 +244,10 @@ def test_upstream_yaml_loads_unchanged(tmp_path, monkeypatch):
     check_config(config, 8)
     actor = config.worker.actor
     assert (actor.clip_ratio_low, actor.clip_ratio_high) == (0.21, 0.29)
+    assert actor.padding_free
     assert actor.offload.offload_params and actor.offload.offload_optimizer  # fsdp.enable_cpu_offload
     assert config.worker.ref.offload.offload_params
+    assert config.worker.critic.cliprange_value == 0.5 and config.worker.critic.optim.lr == 1e-6
     assert actor.optim.lr_scheduler_type == "cosine" and actor.optim.min_lr_ratio == 0.0
     assert config.trainer.total_episodes == 12 and config.trainer.resume is False
     assert config.worker.rollout.engine == "vllm" and config.worker.rollout.dtype == "bf16"
@@ -255,7 +257,7 @@ def test_upstream_yaml_loads_unchanged(tmp_path, monkeypatch):
 
     ignored = [line for line in loaded.warnings if line.startswith("ignored keys: ")]
     assert len(ignored) == 1
-    for key in ("worker.actor.fsdp.fsdp_size", "worker.actor.padding_free", "fault_tolerance.max_restarts"):
+    for key in ("worker.actor.fsdp.fsdp_size", "worker.actor.use_torch_compile", "fault_tolerance.max_restarts"):
         assert key in ignored[0]
     assert "SECRET" not in " ".join(loaded.warnings)
     assert len(loaded.warnings) == 4  # and the two example files that ours replace, and the key that is not read
@@ -264,9 +266,9 @@ def test_upstream_yaml_loads_unchanged(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "argument, expected",
     [
-        ("worker.actor.ulysses_size=2", "worker.actor.ulysses_size must be 1, got 2"),
-        ("worker.actor.ulysses_sequence_parallel_size=4", "sequence parallelism is not implemented"),
-        ("worker.actor.model.lora.rank=8", "LoRA is not implemented"),
+        ("worker.actor.ulysses_sequence_parallel_size=2", "ulysses_sequence_parallel_size must be 1, got 2"),
+        ("worker.actor.ulysses_sequence_parallel_size=4", "set worker.actor.ulysses_size"),
+        ("worker.critic.ulysses_size=2", "worker.critic.ulysses_size must be 1, got 2"),
         ("worker.actor.entropy_coeff=0.01", "an entropy bonus is not implemented"),
         ("worker.rollout.ignore_eos=true", "worker.rollout.ignore_eos must be false, got true"),
         ("data.override_chat_template=x.jinja", "data.override_chat_template must be null, got x.jinja"),
@@ -285,14 +287,28 @@ def test_offload_in_one_file_keeps_what_fsdp_says():
 
 @pytest.mark.parametrize("section", ["offload", "fsdp"])
 def test_offload_by_its_other_names(section):
-    config = load(f"worker.actor.{section}.param_offload=true")
-    assert config.worker.actor.offload.offload_params and not config.worker.actor.offload.offload_optimizer
-    assert load(f"worker.actor.{section}.optimizer_offload=true").worker.actor.offload.offload_optimizer
+    for name in ("actor", "critic"):
+        offload = getattr(load(f"worker.{name}.{section}.param_offload=true").worker, name).offload
+        assert offload.offload_params and not offload.offload_optimizer
+        offload = getattr(load(f"worker.{name}.{section}.optimizer_offload=true").worker, name).offload
+        assert offload.offload_optimizer and not offload.offload_params
     reference = load_config(
         [f"worker.ref.{section}.param_offload=true", f"worker.ref.{section}.optimizer_offload=true"]
     )
     assert reference.config.worker.ref.offload.offload_params
     assert reference.warnings == (f"ignored keys: worker.ref.{section}.optimizer_offload",)
+
+
+def test_a_critic_by_its_other_names():
+    keys = ["strategy=fsdp", "fsdp.enable_full_shard=true", "use_torch_compile=true", "model.tokenizer_path=x"]
+    loaded = load_config(
+        [f"worker.critic.{key}" for key in (*keys, "loss_avg_mode=token-mean", "optim.warmup_style=cosine")]
+    )
+    critic = loaded.config.worker.critic
+    assert critic.loss_avg_mode == "token" and critic.optim.lr_scheduler_type == "cosine"
+    (warning,) = loaded.warnings
+    assert warning == "ignored keys: " + ", ".join(f"worker.critic.{key.partition('=')[0]}" for key in keys)
+    assert "worker.critic.cliprange_value" in mistake("worker.critic.cliprange=0.2")
 
 
 def test_coefficient_of_the_kl_in_the_loss():

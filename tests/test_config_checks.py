@@ -4,6 +4,7 @@ import pytest
 from dry_runs import valid_run
 
 from mmr1_ds.config_checks import check_config, total_training_steps
+from mmr1_ds.config_critic import resolved_critic
 from mmr1_ds.config_loading import load_config
 from mmr1_ds.errors import UserError
 
@@ -104,13 +105,16 @@ def test_both_spellings_of_metrics(valid, names):
 @pytest.mark.parametrize(
     "argument, expected",
     [
-        ("algorithm.adv_estimator=gae", "algorithm.adv_estimator=gae needs a critic, which is not built yet; use"),
         ("algorithm.adv_estimator=grpo_passk", "algorithm.adv_estimator must be grpo or dr_grpo or rloo or "),
         ("algorithm.kl_penalty=full", "algorithm.kl_penalty must be kl or abs or mse or low_var_kl, got full"),
         ("algorithm.kl_type=adaptiv", "algorithm.kl_type must be fixed or adaptive, got adaptiv; did you mean adap"),
         ("algorithm.rollout_is=seq", "algorithm.rollout_is must be token or sequence or none, got seq"),
         ("algorithm.rollout_is_threshold=0.5", "algorithm.rollout_is_threshold must be 1 or more, got 0.5"),
         ("algorithm.gamma=1.01", "algorithm.gamma must be in [0, 1], got 1.01"),
+        ("algorithm.lam=-0.1", "algorithm.lam must be in [0, 1], got -0.1"),
+        ("worker.critic.cliprange_value=0", "worker.critic.cliprange_value must be over 0, got 0.0"),
+        ("worker.critic.loss_avg_mode=seq_sum", "worker.critic.loss_avg_mode must be token or seq, got seq_sum"),
+        ("worker.critic.optim.betas=[0.9,1]", "worker.critic.optim.betas must each be in [0, 1), got 1.0"),
         ("worker.actor.loss_type=ppo2", "worker.actor.loss_type must be default or gspo or gspo_token or cispo or"),
         ("worker.actor.loss_avg_mode=batch", "worker.actor.loss_avg_mode must be token or seq or seq_sum, got batch"),
         ("worker.actor.loss_scale_factor=512", "loss_scale_factor=512 is of worker.actor.loss_avg_mode=seq_sum, whi"),
@@ -124,9 +128,70 @@ def test_values_of_ours_that_are_not_implemented(valid, argument, expected):
     assert expected in refused(valid, argument)
 
 
+GAE = "algorithm.adv_estimator=gae"
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["worker.critic.global_batch_size=3"], "=3 must be a multiple of worker.actor.global_batch_size=6 and divide"),
+        (["worker.critic.global_batch_size=24"], "divide data.rollout_batch_size=12: ranks share"),
+        (
+            ["worker.critic.global_batch_size=12", "worker.critic.micro_batch_size_per_device_for_update=4"],
+            "12 * 5 / 2 = 30, 30 % 4 = 2; set the micro-batch to 3",
+        ),
+        (["worker.critic.model.model_path=./none"], "worker.critic.model.model_path: no such folder './none'"),
+        (["trainer.critic_warmup=9", "trainer.max_steps=9"], "leaves the actor none of the run's 9 steps"),
+    ],
+)
+def test_a_critic_that_cannot_work(valid, arguments, expected):
+    assert expected in refused(valid, GAE, *arguments)
+
+
+def test_a_critic_takes_the_actor_s_batches_and_model_unless_told(valid):
+    config = load(*valid, GAE, "worker.actor.model.override_config={a: 1, b: 2}")
+    config.worker.critic.model.override_config = {"b": 3}
+    config.worker.actor.dynamic_batching = False
+    critic = resolved_critic(config)
+    assert (critic.global_batch_size, critic.micro_batch_size_per_device_for_update) == (6, 3)
+    assert critic.dynamic_batching is False and critic.padding_free is True
+    assert critic.model.model_path == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert critic.model.override_config == {"a": 1, "b": 3}
+    assert config.worker.critic.global_batch_size is None and config.worker.critic.model.model_path is None
+    config.worker.critic.model.model_path, config.worker.critic.global_batch_size = "org/other", 12
+    critic = resolved_critic(config)
+    assert critic.model.override_config == {"b": 3} and critic.global_batch_size == 12
+    check_config(config, 2)
+
+
+def test_without_gae_there_is_no_critic(valid):
+    assert "trainer.critic_warmup=2 needs a critic, which algorithm.adv_estimator=rloo has not" in refused(
+        valid, "algorithm.adv_estimator=rloo", "trainer.critic_warmup=2"
+    )
+    note = "worker.critic is not used: algorithm.adv_estimator=grpo has no critic"
+    assert note in check_config(load(*valid, "worker.critic.optim.lr=1e-5"), 2).notes
+    assert note not in check_config(load(*valid), 2).notes
+    assert note not in check_config(load(*valid, "worker.critic.optim.lr=1e-5", GAE), 2).notes
+
+
 def test_transformers_has_no_tensor_parallelism(valid):
     message = refused(valid, "worker.rollout.engine=hf", "worker.rollout.tensor_parallel_size=2")
     assert "worker.rollout.tensor_parallel_size=2 is vLLM's, worker.rollout.engine=hf has none" in message
+    message = refused(valid, "worker.rollout.engine=hf", "worker.actor.offload_states=true")
+    assert "worker.actor.offload_states=true moves the weights away that worker.rollout.engine=hf samples" in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("worker.actor.padding_free=false", "needs packed sequences; set worker.actor.padding_free=true"),
+        ("worker.rollout.engine=hf", "transformers cannot generate with cut sequences"),
+        ("algorithm.adv_estimator=gae", "the critic of algorithm.adv_estimator=gae does not cut sequences"),
+    ],
+)
+def test_what_sequence_parallel_does_not_go_with(valid, argument, expected):
+    message = refused(valid, argument, "worker.actor.ulysses_size=2")
+    assert "worker.actor.ulysses_size=2" in message and expected in message
 
 
 def test_no_kl_at_all_is_fine(valid):

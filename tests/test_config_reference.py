@@ -32,7 +32,7 @@ def test_the_page_is_the_reference():
 
 
 def test_keys_are_printed(capsys):
-    assert cli.main(["keys", "betas"]) == 0
+    assert cli.main(["keys", "actor.optim.betas"]) == 0
     assert capsys.readouterr().out == (
         "worker.actor.optim.betas=[0.9, 0.999]  # decay of the two moments, each in [0, 1)\n"
     )

@@ -7,7 +7,7 @@ import pytest
 from launching import ROOT
 
 from mmr1_ds.config_loading import load_config
-from mmr1_ds.deepspeed_config import reference_deepspeed, resolve_deepspeed
+from mmr1_ds.deepspeed_config import critic_deepspeed, reference_deepspeed, resolve_deepspeed
 from mmr1_ds.errors import UserError
 
 PRESETS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
@@ -267,6 +267,26 @@ def test_reference_has_no_optimizer_and_its_own_offload():
     assert "offload_optimizer" in actor["zero_optimization"]  # a copy was changed
 
 
+def test_the_critic_has_an_optimizer_and_offload_of_its_own():
+    own = ["worker.critic.global_batch_size=12", "worker.critic.micro_batch_size_per_device_for_update=5"]
+    own += ["worker.critic.max_grad_norm=0.25", "worker.critic.optim.lr=7e-6", "worker.critic.optim.betas=[0.7,0.9]"]
+    config = load_config([*BATCH, *own, "worker.critic.optim.weight_decay=0.03"]).config
+    actor = resolve(AUTO, *OFFLOAD)
+    critic = critic_deepspeed(config, actor, 2, on_gpu=True)
+    assert (critic["train_batch_size"], critic["train_micro_batch_size_per_gpu"]) == (60, 5)
+    assert critic["gradient_accumulation_steps"] == 6 and critic["gradient_clipping"] == 0.25
+    params = critic["optimizer"]["params"]
+    assert (params["lr"], params["betas"], params["weight_decay"]) == (7e-6, [0.7, 0.9], 0.03)
+    assert critic["zero_optimization"] == {"stage": 3}
+    assert actor["optimizer"]["params"]["lr"] == 3e-5 and "offload_optimizer" in actor["zero_optimization"]
+
+    config.worker.critic.offload.offload_optimizer = True
+    zero = critic_deepspeed(config, actor, 2, on_gpu=True)["zero_optimization"]
+    assert zero["offload_optimizer"]["device"] == "cpu" and "offload_param" not in zero
+    on_cpu = critic_deepspeed(config, resolve(AUTO, on_gpu=False), 2, on_gpu=False)
+    assert "offload_optimizer" not in on_cpu["zero_optimization"]
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("on_gpu", [True, False], ids=["gpu", "cpu"])
 def test_deepspeed_reads_every_preset(preset, on_gpu, monkeypatch):
@@ -280,5 +300,14 @@ def test_deepspeed_reads_every_preset(preset, on_gpu, monkeypatch):
     parsed = DeepSpeedConfig(actor)
     assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (30, 10)
     assert parsed.zero_config.stage == 3
+    parsed = DeepSpeedConfig(critic_deepspeed(config, actor, 1, on_gpu))
+    assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (30, 10)
     parsed = DeepSpeedConfig(reference_deepspeed(config, actor, on_gpu))
     assert parsed.train_micro_batch_size_per_gpu == 7 and parsed.zero_config.stage == 3
+
+
+def test_states_that_are_offloaded_already_cannot_be_moved():
+    offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}}
+    message = refused({**AUTO, "zero_optimization": offload}, "worker.actor.offload_states=true")
+    assert "DeepSpeed moves no states of which zero_optimization.offload_optimizer keeps a part in nvme" in message
+    resolve({**AUTO, "zero_optimization": {"stage": 3}}, "worker.actor.offload_states=true", on_gpu=True)

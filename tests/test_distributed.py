@@ -58,7 +58,8 @@ def test_every_mini_batch_holds_the_same_prompts_on_any_number_of_ranks(size):
 def test_control_traffic_between_three_processes(tmp_path):
     run_ranks("control_traffic.py", tmp_path, num_ranks=3, timeout_seconds=60)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
-    for result in results:
+    for rank, result in enumerate(results):
+        assert result["exchanged"] == ["", f"1 to {rank}", f"2 to {rank}" * 2]
         assert result["broadcast"] == [5, 7, 2**40]
         assert result["gathered"] == [[], [[1.5, 0.0]], [[2.5, 0.0], [2.5, 1.0]]]
         assert result["sum"] == {"a": 3.0, "b": 30.0}

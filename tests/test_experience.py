@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from golden_numbers import OneRank
+from test_advantages import Threads
 from test_batches import SETTINGS, FakeCollector, make, rewards
-from test_coordinator import SingleProcess
+from test_coordinator import SingleProcess, on_ranks
 
 from mmr1_ds.batches import LearningGroup
 from mmr1_ds.collect import StageClock
@@ -43,10 +44,10 @@ def log_probs():
     return tuple(list(row.split(LENGTHS.tolist())) for row in packed)
 
 
-def experience(groups=None, with_kl=False, **settings):
+def experience(groups=None, with_kl=False, values=None, **settings):
     algorithm = AlgorithmConfig(**settings)
     both = log_probs() if with_kl else None
-    return make_experience(groups or learning_groups(), algorithm, both, KLController(algorithm), RANK)
+    return make_experience(groups or learning_groups(), algorithm, both, KLController(algorithm), RANK, values)
 
 
 def by_token(found):
@@ -100,6 +101,71 @@ def test_the_kl_is_taken_off_the_reward(estimator):
         expected = np.repeat({"grpo": advantages.grpo, "rloo": advantages.rloo}[estimator](after), LENGTHS)
     np.testing.assert_allclose(by_token(found), expected, atol=1e-12)
     assert found.metrics == {"actor/ref_kl": pytest.approx((old - ref).mean()), "actor/kl_coef": 0.3}
+
+
+def critic_values():
+    """One tensor a response."""
+    packed = torch.tensor(np.random.default_rng(2).normal(0.3, 0.5, LENGTHS.sum()), dtype=torch.float32)
+    return list(packed.split(LENGTHS.tolist()))
+
+
+def advantages_by_definition(rewards, values, gamma, lam):
+    """The exponentially weighted average of the k-step advantages (arXiv 1506.02438, eq. 16), of one response."""
+    num_tokens = len(rewards)
+    after = np.append(values, 0.0)  # the end of a response is worth nothing
+    found = np.zeros(num_tokens)
+    for t in range(num_tokens):
+        steps = [
+            sum(gamma**i * rewards[t + i] for i in range(k)) + gamma**k * after[t + k] - values[t]
+            for k in range(1, num_tokens - t + 1)
+        ]
+        weights = [(1 - lam) * lam ** (k - 1) for k in range(1, num_tokens - t)] + [lam ** (num_tokens - t - 1)]
+        found[t] = np.dot(weights, steps)
+    return found
+
+
+@pytest.mark.parametrize("with_kl", [False, True])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.7), (1.0, 0.0)])
+def test_gae_for_many_responses_of_different_lengths(gamma, lam, with_kl):
+    old, ref = (torch.cat(part).numpy() for part in log_probs())
+    token_rewards = -0.3 * (old - ref) if with_kl else np.zeros(LENGTHS.sum())
+    cuts = np.cumsum(LENGTHS)
+    token_rewards[cuts - 1] += REWARDS.reshape(-1)
+    parts = [
+        advantages_by_definition(rewards, values.double().numpy(), gamma, lam)
+        for rewards, values in zip(np.split(token_rewards, cuts[:-1]), critic_values(), strict=True)
+    ]
+    raw, values = np.concatenate(parts), torch.cat(critic_values()).double().numpy()
+    settings = {"adv_estimator": "gae", "gamma": gamma, "lam": lam, "kl_penalty": "kl", "kl_coef": 0.3}
+    found = experience(with_kl=with_kl, values=critic_values(), use_kl_loss=not with_kl, **settings)
+    np.testing.assert_allclose(by_token(found), (raw - raw.mean()) / np.sqrt(raw.var(ddof=1) + 1e-8), atol=1e-9)
+    assert [len(part) for part in found.returns] == LENGTHS.tolist()
+    returns = torch.cat(found.returns).numpy()
+    np.testing.assert_allclose(returns, raw + values, atol=1e-6)
+    metrics = found.metrics
+    explained = 1 - (returns - values).var(ddof=1) / (returns.var(ddof=1) + 1e-5)
+    assert metrics["critic/vf_explained_var"] == pytest.approx(explained, abs=1e-5)
+    for name, column in (("values", values), ("returns", returns)):
+        for bound in ("mean", "max", "min"):
+            assert metrics[f"critic/{name}/{bound}"] == pytest.approx(getattr(column, bound)(), abs=1e-6)
+    assert ("actor/ref_kl" in metrics) == with_kl
+
+
+def test_gae_is_the_same_on_any_number_of_ranks():
+    algorithm = AlgorithmConfig(adv_estimator="gae", lam=0.9)
+    whole = experience(values=critic_values(), adv_estimator="gae", lam=0.9)
+
+    def share(control):
+        groups, values = learning_groups(), critic_values()
+        part = slice(control.rank, control.rank + 1)
+        controller, ranks = KLController(algorithm), Threads(control)
+        mine = values[3 * control.rank : 3 * control.rank + 3]
+        return make_experience(groups[part], algorithm, None, controller, ranks, mine)
+
+    parts = on_ranks(2, share)
+    np.testing.assert_allclose(np.concatenate([by_token(part) for part in parts]), by_token(whole), atol=1e-12)
+    for part in parts:
+        assert part.metrics == {name: pytest.approx(value, abs=1e-9) for name, value in whole.metrics.items()}
 
 
 def test_the_controller_learns_from_the_kl_off_the_reward():

@@ -16,6 +16,7 @@ LAYERS = [
         "mmr1_ds.distributed",
         "mmr1_ds.launch_guard",
         "mmr1_ds.config_schema",
+        "mmr1_ds.config_critic",
         "mmr1_ds.logging",
         "mmr1_ds.config_reference",
     ],
@@ -112,7 +113,10 @@ def test_no_circles_inside_a_package():
         visit(name, ())
 
 
-@pytest.mark.parametrize(("library", "package"), [("deepspeed", "mmr1_ds.engine"), ("vllm", "mmr1_ds.rollout")])
+@pytest.mark.parametrize(
+    ("library", "package"),
+    [("deepspeed", "mmr1_ds.engine"), ("peft", "mmr1_ds.engine"), ("vllm", "mmr1_ds.rollout")],
+)
 def test_each_engine_library_is_imported_in_one_place(library, package):
     users = [
         name

@@ -1,6 +1,7 @@
 """The whole program with other estimators, losses and places of the KL than the default, stopped and resumed."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -50,14 +51,18 @@ def arguments(tmp_path_factory):
     ]
 
 
-def run(arguments, run_dir, num_steps, *overrides):
-    """Returns: a line of metrics a step."""
+def start(arguments, run_dir, num_steps, *overrides):
     command = [sys.executable, "-m", "mmr1_ds.train", *arguments, f"trainer.run_dir={run_dir}"]
     command += [f"trainer.max_steps={num_steps}", *overrides]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def run(arguments, run_dir, num_steps, *overrides):
+    """Returns: a line of metrics a step."""
+    done = start(arguments, run_dir, num_steps, *overrides)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["step"] <= num_steps and "actor/lr" in line]
+    return [line for line in lines if line["step"] <= num_steps and "timing_s/step" in line]
 
 
 def test_the_coefficient_of_the_kl_goes_on_where_it_was(arguments, tmp_path):
@@ -97,3 +102,57 @@ def test_remax_and_sequences(arguments, tmp_path):
         assert line["actor/grad_norm"] > 0
         assert "rollout/is_weight_mean" not in line and line["rollout/logprob_diff_max"] < 1e-4
     assert lines[1]["actor/kl_loss"] > 0
+
+
+def test_the_critic_goes_on_where_it_was(arguments, tmp_path):
+    settings = ["algorithm.adv_estimator=gae", "algorithm.lam=0.9", "algorithm.gamma=0.99", *KL_OFF_THE_REWARD]
+    settings += ["worker.critic.global_batch_size=4", "worker.critic.ppo_epochs=2", "worker.critic.optim.lr=1e-4"]
+    settings += ["worker.critic.optim.lr_scheduler_type=linear", "trainer.critic_warmup=1"]
+    straight = run(arguments, tmp_path / "straight", 4, *settings, "trainer.save_freq=2")
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "global_step_4")
+    resumed = run(arguments, tmp_path / "resumed", 4, *settings, "trainer.save_freq=2")
+    assert [line["step"] for line in resumed] == [line["step"] for line in straight] == [1, 2, 3, 4]
+    assert [line["timing_s/step"] for line in resumed[:2]] == [line["timing_s/step"] for line in straight[:2]]
+    assert resumed[2]["timing_s/step"] != straight[2]["timing_s/step"]  # done anew
+    # Two passes over one batch a step, eight updates in all: the mean of two neighbours on the way from 1e-4 to 0.
+    rates = [1e-4 * (1 - (2 * step + 0.5) / 7) for step in range(4)]
+    assert [line["critic/lr"] for line in straight] == pytest.approx(rates)
+    assert straight[0]["critic/values/min"] == straight[0]["critic/values/max"] == 0.0  # of a head of zeros
+    assert all(line["critic/values/min"] < line["critic/values/max"] for line in straight[1:])
+    assert "actor/lr" not in straight[0] and all("actor/lr" in line for line in straight[1:])
+    names = "lr vf_loss vf_clipfrac vpred_mean grad_norm vf_explained_var returns/mean advantages/mean".split()
+    for expected, actual in zip(straight, resumed, strict=True):
+        for name in [f"critic/{name}" for name in names] + ["actor/pg_loss", "actor/grad_norm", "actor/ref_kl"]:
+            if name in expected:
+                assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-7), name
+        assert expected["critic/vf_loss"] > 0 and expected["critic/grad_norm"] > 0
+        assert expected["timing_s/values"] > 0 and expected["timing_s/update_critic"] > 0
+
+
+def test_a_run_without_a_critic_does_not_go_on_with_one(arguments, tmp_path):
+    run(arguments, tmp_path, 1, "algorithm.disable_kl=true")
+    done = start(arguments, tmp_path, 2, "algorithm.adv_estimator=gae")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{tmp_path / 'checkpoints' / 'global_step_1'} has no critic, it is of a run without" in done.stderr
+
+
+def test_adapters_go_on_where_they_were(arguments, tmp_path):
+    settings = ["worker.actor.model.lora.rank=3", "worker.actor.optim.lr=1e-2", "algorithm.kl_penalty=mse"]
+    straight = run(arguments, tmp_path / "straight", 4, *settings)
+    run(arguments, tmp_path / "resumed", 2, *settings)
+    resumed = run(arguments, tmp_path / "resumed", 4, *settings)
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4]
+    for expected, actual in zip(straight, resumed, strict=True):
+        for name in ("actor/ref_kl", "actor/pg_loss", "actor/grad_norm", "rollout/is_weight_mean"):
+            assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-7), name
+        assert expected["rollout/logprob_diff_max"] < 1e-4  # the engine samples from weights and adapters
+    assert all(line["actor/ref_kl"] > 1e-3 for line in straight[1:])
+
+
+def test_a_layer_that_the_model_has_not_ends_the_run_before_it_begins(arguments, tmp_path):
+    lora = ["worker.actor.model.lora.rank=3", "worker.actor.model.lora.target_modules=[q_projj]"]
+    done = start(arguments, tmp_path, 2, *lora)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "worker.actor.model.lora.target_modules: q_projj is no linear layer of" in done.stderr
+    assert not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text()

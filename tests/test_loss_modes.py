@@ -1,4 +1,4 @@
-"""Neither micro-batches nor ranks change a gradient, for every loss and every average; on real ZeRO-3 ranks."""
+"""Neither micro-batches, ranks nor padding change a gradient, for every loss and average; on real ZeRO-3 ranks."""
 
 import numpy as np
 import pytest
@@ -9,18 +9,21 @@ pytestmark = pytest.mark.slow
 
 LOSSES = ("default", "gspo", "gspo_token", "cispo", "sapo")
 MODES = ("token", "seq", "seq_sum")
+# Ranks, responses a micro-batch, how they are laid out: 1 rank x 8 micro-batches, 2 x 4, 2 x 1, and 2 ranks that
+# compute every sequence together, in 2 micro-batches of 4.
+LAYOUTS = ((1, 1, "padded"), (2, 1, "packed"), (2, 4, "by-tokens"), (2, 2, "ulysses"))
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Ranks x micro-batches a rank -> what the program wrote."""
+    """By layout, what the program wrote."""
     folder = tmp_path_factory.mktemp("loss_modes")
     model = save_vision_model(folder / "model")
     found = {}
-    for num_ranks, micro_batch in ((1, 1), (2, 1), (2, 4)):
-        out = folder / f"{num_ranks}-{micro_batch}.npz"
-        run_ranks("loss_modes.py", model, out, micro_batch, folder / f"{num_ranks}-{micro_batch}", num_ranks=num_ranks)
-        found[num_ranks, 8 // num_ranks // micro_batch] = dict(np.load(out))
+    for num_ranks, micro_batch, layout in LAYOUTS:
+        out, saved = folder / f"{layout}.npz", folder / layout
+        run_ranks("loss_modes.py", model, out, micro_batch, saved, layout, num_ranks=num_ranks)
+        found[layout] = dict(np.load(out))
     return found
 
 
@@ -28,17 +31,17 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_depend_on_neither_ranks_nor_micro_batches(results, loss, mode):
     key = f"{loss}|{mode}"
-    one = results[1, 8]
+    one = results["padded"]
     largest = np.abs(one[key]).max()
     assert largest > 1e-3
-    for other in (results[2, 4], results[2, 1]):
+    for other in (results["packed"], results["by-tokens"], results["ulysses"]):
         assert np.abs(other[key] - one[key]).max() < 1e-5 * largest
         for name, expected, actual in zip(one["names"], one[f"{key}|figures"], other[f"{key}|figures"], strict=True):
             assert actual == pytest.approx(expected, abs=1e-5, rel=1e-4), name
 
 
 def test_every_mode_has_a_gradient_of_its_own(results):
-    gradients = [results[1, 8][f"{loss}|{mode}"] for loss in LOSSES for mode in MODES]
+    gradients = [results["padded"][f"{loss}|{mode}"] for loss in LOSSES for mode in MODES]
     for at, first in enumerate(gradients):
         for second in gradients[:at]:
             assert np.abs(first - second).max() > 1e-4

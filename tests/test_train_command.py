@@ -111,7 +111,10 @@ def plan(valid, capfd, *argv):
 def test_without_a_launcher_a_dry_run_plans_for_the_ranks_of_the_config(valid, capfd):
     text = plan(valid, capfd, "trainer.nnodes=3", "worker.actor.micro_batch_size_per_device_for_update=1")
     assert "ranks       6 = 3 node(s) x 2" in text
-    assert "a rank's optimiser step: 5 responses = 5 micro-batches of 1" in text
+    assert "a rank's optimiser step: 5 responses in packed micro-batches of up to 1,024 tokens" in text
+    plain = ["worker.actor.dynamic_batching=false", "worker.actor.padding_free=false"]
+    text = plan(valid, capfd, *plain, "worker.actor.micro_batch_size_per_device_for_update=5")
+    assert "15 responses = 3 padded micro-batches of 5" in text
 
 
 def test_what_a_refresh_costs(valid, capfd):
@@ -127,9 +130,26 @@ def test_prompts_by_score_are_counted_as_the_sampler_counts(valid, capfd):
     assert "curriculum: 29 of 100 prompts" in plan(valid, capfd, *batch, *mixture, "worker.rollout.n=6")
 
 
+def test_the_plan_says_that_a_critic_is_trained(valid, capfd):
+    gae = [
+        "algorithm.adv_estimator=gae",
+        "algorithm.lam=0.95",
+        "worker.critic.optim.lr=1e-5",
+        "trainer.critic_warmup=2",
+    ]
+    text = plan(valid, capfd, *gae, "worker.critic.ppo_epochs=2")
+    assert "gae (gamma 1, lambda 0.95) advantages" in text
+    assert (
+        "critic      Qwen/Qwen2.5-VL-3B-Instruct with a value head; ZeRO-3, offload: none; 4 optimiser step(s) of "
+        "30 responses, up to 3,072 tokens at once a rank; AdamW, lr 1e-05 constant; alone for the first 2 step(s)"
+    ) in text
+    assert "30 responses, 3 at once a rank" in plan(valid, capfd, *gae, "worker.critic.dynamic_batching=false")
+    assert "value head" not in plan(valid, capfd)
+
+
 def test_what_is_ignored_is_said_once(valid, capfd):
-    text = plan(valid, capfd, "worker.actor.padding_free=true", "worker.rollout.disable_tqdm=true")
-    assert text.count("ignored keys: worker.actor.padding_free, worker.rollout.disable_tqdm") == 1
+    text = plan(valid, capfd, "worker.actor.use_torch_compile=true", "worker.rollout.disable_tqdm=true")
+    assert text.count("ignored keys: worker.actor.use_torch_compile, worker.rollout.disable_tqdm") == 1
 
 
 def test_a_launch_of_another_size_than_the_config_s_is_refused(valid, capfd):

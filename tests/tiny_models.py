@@ -16,12 +16,14 @@ SPREAD = 0.1  # of the initial weights: at the usual 0.02 positions and images w
 MROPE_SECTIONS = {"qwen2_vl": [4, 6, 6], "qwen3_vl": [6, 5, 5]}  # half a head: time, height, width
 
 
-def save_vision_model(folder: Path, tied: bool = False, seed: int = 3, family: str = "qwen2_5_vl") -> Path:
-    """A Qwen VL with random weights; qwen2_5_vl is the demo's, qwen2_vl and qwen3_vl are smaller."""
+def save_vision_model(
+    folder: Path, tied: bool = False, seed: int = 3, family: str = "qwen2_5_vl", num_heads: int = 3
+) -> Path:
+    """A Qwen VL with random weights; qwen2_5_vl is the demo's (4 heads), qwen2_vl and qwen3_vl are smaller."""
     if family == "qwen2_5_vl":
         save_model(folder, build_model(seed, tie_word_embeddings=tied))
     else:
-        _save_other_vision_model(folder, family, tied, seed)
+        _save_other_vision_model(folder, family, tied, seed, num_heads)
     return folder
 
 
@@ -53,17 +55,17 @@ def save_text_model(folder: Path, tied: bool = False, seed: int = 3, num_heads: 
     return folder
 
 
-def _save_other_vision_model(folder: Path, family: str, tied: bool, seed: int) -> None:
+def _save_other_vision_model(folder: Path, family: str, tied: bool, seed: int, num_heads: int) -> None:
     import transformers
 
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     name, patch_size = {"qwen2_vl": ("Qwen2VL", 14), "qwen3_vl": ("Qwen3VL", 16)}[family]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": MROPE_SECTIONS[family]}
-    text = {**_text_settings(num_heads=3), "hidden_size": 96, "rope_parameters": rope}
+    text = {**_text_settings(num_heads), "hidden_size": HEAD_SIZE * num_heads, "rope_parameters": rope}
     vision: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": patch_size, "initializer_range": SPREAD}
     if family == "qwen2_vl":
         text["bos_token_id"] = None
-        vision |= {"embed_dim": 64, "hidden_size": 96, "mlp_ratio": 2}
+        vision |= {"embed_dim": 64, "hidden_size": HEAD_SIZE * num_heads, "mlp_ratio": 2}
     else:
         rope["mrope_interleaved"] = True
         text |= {"hidden_size": 64, "head_dim": HEAD_SIZE}

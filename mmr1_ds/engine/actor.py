@@ -6,16 +6,18 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmr1_ds.config import ActorConfig, AlgorithmConfig, RunConfig
+from mmr1_ds.config import AlgorithmConfig, RunConfig
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.aggregation import GlobalBatch, token_weights
 from mmr1_ds.engine.batching import Trajectory, collate
@@ -23,6 +25,7 @@ from mmr1_ds.engine.importance import ImportanceSampling
 from mmr1_ds.engine.kl import kl_penalty
 from mmr1_ds.engine.kl_controller import KLController
 from mmr1_ds.engine.losses import PolicyLoss
+from mmr1_ds.engine.micro_batches import by_tokens, in_turn
 from mmr1_ds.engine.policy import exact_types, load_policy
 from mmr1_ds.engine.schedule import learning_rate
 from mmr1_ds.engine.segments import Segments
@@ -31,6 +34,12 @@ from mmr1_ds.records import Prompt
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
+
+_STATES_OF_ANY_OPTIMIZER = [
+    OffloadStateTypeEnum.lp_params,
+    OffloadStateTypeEnum.lp_grads,
+    OffloadStateTypeEnum.contiguous_grad_buffer,
+]
 
 Pair = tuple[Prompt, tuple[int, ...]]
 
@@ -66,24 +75,40 @@ class ZeroEngine:
             config.worker.rollout.temperature,
             torch.bfloat16 if ranks.on_gpu else torch.float32,
             trainable,
+            config.worker.actor.padding_free,
+            ranks.neighbours(size) if (size := config.worker.actor.ulysses_size) > 1 else None,
         )
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=self.policy, config=settings, model_parameters=parameters or None)
         self._ranks, self._encoder = ranks, encoder
+        self._settings = config.worker.actor
+        self._longest = config.data.max_prompt_length + config.data.max_response_length  # tokens of a sequence
 
     @torch.no_grad()
-    def log_probs(self, pairs: Sequence[Pair], micro_batch_size: int) -> list[Tensor]:
+    def log_probs(self, pairs: Sequence[Pair]) -> list[Tensor]:
         """Log-probability of every response token, one float32 tensor (T,) a pair, on the CPU.
 
         Collective: all ranks, with the same number of pairs.
         """
         self.engine.eval()
-        outputs: list[Tensor] = []
-        for start in range(0, len(pairs), micro_batch_size):
-            part = pairs[start : start + micro_batch_size]
-            logprobs, _ = self.engine(collate(part, self._encoder, self._ranks.device))
-            outputs += logprobs.float().cpu().split([len(response) for _, response in part])
-        return outputs
+        parallel = self.policy.parallel
+        pairs = pairs if parallel is None else parallel.gather(pairs)
+        outputs: dict[int, Tensor] = {}
+        for part in self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_experience):
+            chosen = [pairs[i] for i in part]
+            logprobs, _ = self.engine(collate(chosen, self._encoder, self._ranks.device))
+            cut = logprobs.float().cpu().split([len(response) for _, response in chosen])
+            outputs.update(zip(part, cut, strict=True))
+        found = [outputs[i] for i in range(len(pairs))]
+        return found if parallel is None else parallel.own(found)
+
+    def _micro_batches(self, pairs: Sequence[Pair], size: int) -> list[list[int]]:
+        """Which pairs are computed together, by position. Collective: all ranks, with the same number of pairs."""
+        size *= self._settings.ulysses_size  # a rank holds a cut of each sequence
+        if not self._settings.dynamic_batching:
+            return in_turn(len(pairs), size)
+        lengths = [(prompt.num_tokens or len(prompt.token_ids)) + len(response) for prompt, response in pairs]
+        return by_tokens(lengths, size * self._longest, self._ranks)
 
     def weights_digest(self) -> str:
         """Names these very weights, whatever the number of ranks. Collective: gathers them as a sync does."""
@@ -112,18 +137,17 @@ class Actor(ZeroEngine):
     ) -> None:
         """Collective. num_updates: optimiser steps of the whole run, for the learning-rate schedule."""
         super().__init__(config, deepspeed_config, ranks, encoder, trainable=True)
-        self._config: ActorConfig = config.worker.actor
         self._algorithm: AlgorithmConfig = config.algorithm
         self._loss = PolicyLoss(
-            self._config.loss_type,
-            self._config.clip_ratio_low,
-            self._config.clip_ratio_high,
-            self._config.clip_ratio_dual,
-            self._config.tau_positive,
-            self._config.tau_negative,
+            self._settings.loss_type,
+            self._settings.clip_ratio_low,
+            self._settings.clip_ratio_high,
+            self._settings.clip_ratio_dual,
+            self._settings.tau_positive,
+            self._settings.tau_negative,
         )
         self._importance = ImportanceSampling(self._algorithm.rollout_is, self._algorithm.rollout_is_threshold)
-        self._scale_factor = float(self._config.loss_scale_factor or config.data.max_response_length)
+        self._scale_factor = float(self._settings.loss_scale_factor or config.data.max_response_length)
         self.kl = KLController(self._algorithm)
         self._responses_per_prompt = config.worker.rollout.n
         self._num_updates = num_updates
@@ -133,13 +157,31 @@ class Actor(ZeroEngine):
         """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`."""
         return whole_parameters(self.model)
 
+    @contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """With worker.actor.offload_states: inside, the states are in host memory and the device is the rollout's.
+
+        Inside, the weights can be neither read nor trained.
+        """
+        if not self._settings.offload_states:
+            yield
+            return
+        # On CPU all is in host memory: what can be moved there is, so that the calls are tried without a GPU. DeepSpeed
+        # moves optimiser states of its fused Adam only, which runs on GPU.
+        states = None if self._ranks.on_gpu else _STATES_OF_ANY_OPTIMIZER
+        self.engine.offload_states(include=states, pin_memory=self._ranks.on_gpu)
+        try:
+            yield
+        finally:
+            self.engine.reload_states()
+
     def needs_old_log_probs(self, num_trajectories: int) -> bool:
         """False when the batch is one optimiser step: then the old policy is the policy itself."""
-        return self._config.ppo_epochs > 1 or num_trajectories > self._mini_batch_size()
+        return self._settings.ppo_epochs > 1 or num_trajectories > self._mini_batch_size()
 
     def _mini_batch_size(self) -> int:
         """Responses an optimiser step on this rank."""
-        return self._config.global_batch_size * self._responses_per_prompt // self._ranks.size
+        return self._settings.global_batch_size * self._responses_per_prompt // self._ranks.size
 
     def update(
         self,
@@ -156,7 +198,7 @@ class Actor(ZeroEngine):
         self.engine.train()
         size = self._mini_batch_size()
         steps: list[dict[str, float]] = []
-        for _ in range(self._config.ppo_epochs):
+        for _ in range(self._settings.ppo_epochs):
             for start in range(0, len(trajectories), size):
                 part = slice(start, start + size)
                 steps.append(
@@ -176,24 +218,29 @@ class Actor(ZeroEngine):
         self, trajectories: Sequence[Trajectory], old: Sequence[Tensor] | None, ref: Sequence[Tensor] | None
     ) -> dict[str, float]:
         batch = self._global_batch(trajectories)
-        rate = learning_rate(self._config.optim, self.num_updates_done, self._num_updates)
+        rate = learning_rate(self._settings.optim, self.num_updates_done, self._num_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         sums: dict[str, float] = {}
         largest_drift = 0.0
-        micro = self._config.micro_batch_size_per_device_for_update
-        for start in range(0, len(trajectories), micro):
-            part = slice(start, start + micro)
-            self.engine.set_gradient_accumulation_boundary(start + micro >= len(trajectories))
+        parallel = self.policy.parallel
+        if parallel is not None:
+            trajectories = parallel.gather(trajectories)
+            old, ref = (None if item is None else parallel.gather(item) for item in (old, ref))
+        pairs = [(item.prompt, item.token_ids) for item in trajectories]
+        micro_batches = self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_update)
+        for number, part in enumerate(micro_batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             shares, drift = self._micro_step(
-                trajectories[part],
-                None if old is None else old[part],
-                None if ref is None else ref[part],
+                [trajectories[i] for i in part],
+                None if old is None else [old[i] for i in part],
+                None if ref is None else [ref[i] for i in part],
                 batch,
             )
             largest_drift = max(largest_drift, drift)
             for name, value in shares.items():
-                sums[name] = sums.get(name, 0.0) + value
+                # Every rank of a group counts all of its sequences.
+                sums[name] = sums.get(name, 0.0) + value / self._settings.ulysses_size
             self.engine.step()
         self.num_updates_done += 1
         metrics = self._ranks.sum(sums, "actor metrics")
@@ -230,7 +277,7 @@ class Actor(ZeroEngine):
             kl_T = kl_penalty(self._algorithm.kl_penalty, logprobs_T, torch.cat(list(ref)).to(device))
             loss_T = loss_T + self.kl.coefficient * kl_T
             figures["ref_kl"] = parts["actor/kl_loss"] = kl_T.detach()
-        weights_T = token_weights(self._config.loss_avg_mode, segments, batch, self._scale_factor).to(loss_T.dtype)
+        weights_T = token_weights(self._settings.loss_avg_mode, segments, batch, self._scale_factor).to(loss_T.dtype)
         # Weights of the GLOBAL batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up by
         # their number; neither ranks nor micro-batches change the gradient.
         self.engine.backward((loss_T * weights_T).sum() * self._ranks.size, scale_wrt_gas=False)

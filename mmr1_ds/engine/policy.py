@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from mmr1_ds.config import ModelConfig
+from mmr1_ds.distributed import Neighbours
+from mmr1_ds.engine import sequence_parallel
 from mmr1_ds.engine.batching import ModelBatch
 from mmr1_ds.engine.log_probs import LogProbHead
+from mmr1_ds.engine.lora import add_adapters
+from mmr1_ds.engine.packing import attention_implementation, response_states
+from mmr1_ds.engine.sequence_parallel import SequenceParallel
 from mmr1_ds.errors import UserError
 
 
@@ -22,9 +27,19 @@ class PolicyModel(nn.Module):
     only: prompt positions would multiply the largest tensor of the step for nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, forbidden_token_ids: Sequence[int], temperature: float) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forbidden_token_ids: Sequence[int],
+        temperature: float,
+        parallel: SequenceParallel | None = None,
+    ) -> None:
+        """parallel: the ranks that compute every sequence together; None = each rank its own."""
         super().__init__()
         self.model: PreTrainedModel = model
+        self.parallel = parallel
+        if parallel is not None:
+            parallel.install(model)
         model.set_output_embeddings(LogProbHead(model.get_output_embeddings(), forbidden_token_ids, temperature))
 
     def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:
@@ -33,12 +48,11 @@ class PolicyModel(nn.Module):
         The distribution is that of the rollout: temperature applied, forbidden tokens left out.
         Returns: log-probabilities (T,) with gradient, entropies (T,) without; both float32.
         """
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.vision
-        ).last_hidden_state
+        if self.parallel is not None:
+            return self.parallel.log_probs(self.model, batch)
         # Without response tokens (a row of padding) both are empty but the former is still in the graph, so the
         # backward reaches every parameter and all ranks reduce the same gradients.
-        return self.model.get_output_embeddings()(hidden[batch.rows, batch.columns], batch.targets)
+        return self.model.get_output_embeddings()(response_states(self.model, batch), batch.targets)
 
 
 def exact_types(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,6 +74,8 @@ def load_policy(
     temperature: float,
     dtype: torch.dtype,
     trainable: bool,
+    padding_free: bool = True,
+    neighbours: Neighbours | None = None,
 ) -> PolicyModel:
     """Load a model folder or hub model, each parameter partitioned as it is made.
 
@@ -74,12 +90,20 @@ def load_policy(
         config.model_path, trust_remote_code=config.trust_remote_code, **config.override_config
     )
     family = AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
+    attention: Any = attention_implementation(padding_free, model_config.model_type, dtype)
+    parallel = None
+    if neighbours is not None:
+        parallel = SequenceParallel(neighbours, model_config, attention)
+        attention = {"text_config": sequence_parallel.NAME, "vision_config": attention}
+        if not hasattr(model_config, "vision_config"):
+            attention = sequence_parallel.NAME
     partitioned = HfDeepSpeedConfig(dict(deepspeed_config))  # transformers asks for it while it is alive
     try:
         model, loaded = family.from_pretrained(
             config.model_path,
             config=model_config,
             dtype=dtype,
+            attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
@@ -97,9 +121,14 @@ def load_policy(
     else:
         if config.freeze_vision_tower:
             _freeze_vision_tower(model, str(config.model_path))
+        if config.lora.rank > 0:
+            add_adapters(model, config, dtype)
         if config.enable_gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return PolicyModel(model, forbidden_token_ids, temperature)
+            # transformers lets what embeds tokens and patches ask for gradients, for adapters under the reentrant
+            # kind. Here a frozen vision tower would be computed twice and run backward for nothing.
+            model.disable_input_require_grads()
+    return PolicyModel(model, forbidden_token_ids, temperature, parallel)
 
 
 def _freeze_vision_tower(model: nn.Module, path: str) -> None:

@@ -1,89 +1,117 @@
-"""Rollouts by transformers on the actor's own ZeRO-3 module: the reference engine, and the fallback without vLLM."""
+"""Rollouts by transformers from the actor's own weights: the reference engine, and the fallback without vLLM."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.batching import blank_image_prompt, collate
-from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.decoding import ATTENTION, PromptBatch, sample_responses
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
 
 
 class TransformersRollout:
-    """Samples with `generate`, one prompt a call. Plain and slow: every token gathers the model once."""
+    """Samples from a plain copy of the model that has weights while it generates only.
 
-    def __init__(self, actor: Actor, ranks: Ranks, encoder: PromptEncoder, log_prob_batch_size: int) -> None:
+    The weights are gathered once a call, all of them: this engine is for models that fit a device whole, beside what
+    training holds there. After that no rank waits for another, whatever their numbers of requests.
+    """
+
+    def __init__(self, actor: Actor, ranks: Ranks, encoder: PromptEncoder, max_num_seqs: int) -> None:
+        """max_num_seqs: responses sampled at once; what more is asked for comes after."""
         self._actor, self._ranks, self._encoder = actor, ranks, encoder
-        self._log_prob_batch_size = log_prob_batch_size
-        blank = Prompt(-1, "blank", (encoder.eos_token_ids[0],), (), "")
-        self._filler = blank_image_prompt(encoder) if encoder.is_multimodal else blank
+        self._max_num_seqs = max_num_seqs
+        self._model = _without_weights(actor.model, ranks.device)
 
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
-        """See RolloutEngine. Ranks with fewer prompts keep in step on a filler, whose responses are dropped."""
-        sizes = self._ranks.all_gather_objects([request.num_responses for request in requests], "rollout requests")
-        filler = RolloutRequest(self._filler, num_responses=1, seed=0)
-        groups = []
-        for request, at_once in itertools.zip_longest(requests, itertools.zip_longest(*sizes, fillvalue=1)):
-            groups.append(self._one_group(request or filler, settings, max(at_once)))
-        return groups[: len(requests)]
+        """See RolloutEngine."""
+        wanted = [(i, request.seed + k) for i, request in enumerate(requests) for k in range(request.num_responses)]
+        responses: list[list[Response]] = [[] for _ in requests]
+        with self._weights():
+            for start in range(0, len(wanted), self._max_num_seqs):
+                part = wanted[start : start + self._max_num_seqs]
+                for (i, _), response in zip(part, self._sample(requests, part, settings), strict=True):
+                    responses[i].append(response)
+        version = self._actor.num_updates_done
+        return [
+            RolloutGroup(request.prompt, tuple(found), version)
+            for request, found in zip(requests, responses, strict=True)
+        ]
 
-    @torch.no_grad()
-    def _one_group(self, request: RolloutRequest, settings: SamplingSettings, most_rows: int) -> RolloutGroup:
-        """most_rows: the most responses that any rank samples at this place."""
-        prompt, num_rows = request.prompt, request.num_responses
-        batch = collate([(prompt, ())] * num_rows, self._encoder, self._ranks.device)
-        greedy = settings.temperature == 0
-        model = self._actor.model
-        model.eval()
-        with torch.random.fork_rng(devices=[self._ranks.device] if self._ranks.on_gpu else []):
-            torch.manual_seed(request.seed)
-            sequences = model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                **batch.vision,
-                max_new_tokens=settings.max_tokens,
-                do_sample=not greedy,
-                temperature=None if greedy else settings.temperature,
-                top_p=None if greedy else settings.top_p,
-                top_k=None if greedy or settings.top_k < 0 else settings.top_k,
-                suppress_tokens=list(self._encoder.forbidden_token_ids) or None,
-                eos_token_id=list(self._encoder.eos_token_ids),
-                pad_token_id=self._encoder.eos_token_ids[0],
-                synced_gpus=self._ranks.size > 1,
-            )
-        new_tokens = sequences[:num_rows, batch.input_ids.shape[1] :].tolist()
-        responses = [self._until_eos(tokens, settings.max_tokens) for tokens in new_tokens]
-        # generate() does not return what it sampled with; one more forward does, at temperature and bans alike.
-        # Every forward gathers the model on all ranks, so all make as many, whatever their numbers of responses.
-        pairs = [(prompt, ids) for ids, _ in responses]
-        pairs += pairs[:1] * (most_rows - num_rows)
-        logprobs = self._actor.log_probs(pairs, self._log_prob_batch_size)[:num_rows]
-        return RolloutGroup(
-            prompt,
-            tuple(
-                Response(ids, tuple(values.tolist()), finished)
-                for (ids, finished), values in zip(responses, logprobs, strict=True)
-            ),
-            self._actor.num_updates_done,
+    @contextmanager
+    def _weights(self) -> Iterator[None]:
+        """The actor's weights, whole, in the copy. Collective on entry."""
+        parameters = dict(self._model.named_parameters())
+        for name, weight in self._actor.weights():
+            parameters.pop(name).data = weight
+        assert not parameters, f"the actor has no weight named {next(iter(parameters))}"
+        try:
+            yield
+        finally:
+            for parameter in self._model.parameters():
+                parameter.data = parameter.data.new_empty(0)
+
+    def _sample(
+        self, requests: Sequence[RolloutRequest], wanted: Sequence[tuple[int, int]], settings: SamplingSettings
+    ) -> Iterator[Response]:
+        """One response for each (place of the request, seed); a prompt is read once for all of its responses."""
+        rows = {i: row for row, i in enumerate(dict.fromkeys(i for i, _ in wanted))}
+        inputs = [self._encoder.expand(requests[i].prompt) for i in rows]
+        found = sample_responses(
+            self._model,
+            PromptBatch.of(inputs, self._encoder.eos_token_ids[0], self._ranks.device),
+            [rows[i] for i, _ in wanted],
+            [seed for _, seed in wanted],
+            settings,
+            self._encoder.forbidden_token_ids,
+            self._encoder.eos_token_ids,
         )
-
-    def _until_eos(self, tokens: list[int], limit: int) -> tuple[tuple[int, ...], bool]:
-        for position, token in enumerate(tokens):
-            if token in self._encoder.eos_token_ids:
-                return tuple(tokens[: position + 1]), True
-        return tuple(tokens[:limit]), False
+        for token_ids, logprobs in found:
+            finished = token_ids[-1] in self._encoder.eos_token_ids
+            yield Response(tuple(token_ids), tuple(logprobs), finished)
 
     def sync_weights(self, actor: Actor) -> None:
-        """See RolloutEngine. Nothing to move: the weights are the actor's own."""
+        """See RolloutEngine. Nothing to move: each generation takes the actor's own weights."""
         assert actor is self._actor
 
     def close(self) -> None:
         """See RolloutEngine."""
+
+
+def _without_weights(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The same model without DeepSpeed's hooks and without memory for its parameters; buffers are the model's own."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = ATTENTION
+    with torch.device("meta"):
+        bare = type(model)(config).eval()
+    empty: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
+    for module in bare.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _PlainLinear
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                nothing = nn.Parameter(torch.empty(0, dtype=model.dtype, device=device), requires_grad=False)
+                module._parameters[name] = empty.setdefault(parameter, nothing)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        owner, _, own_name = name.rpartition(".")
+        bare.get_submodule(owner)._buffers[own_name] = buffer
+    assert not any(tensor.is_meta for tensor in (*bare.parameters(), *bare.buffers()))
+    return bare
+
+
+class _PlainLinear(nn.Linear):
+    """DeepSpeed replaces torch.nn.functional.linear in the whole process, by one that takes longer than the product
+    of a small model's layer."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.ops.aten.linear(states, self.weight, self.bias)

@@ -18,6 +18,7 @@ result = {
             np.array([[rank + 0.5, row] for row in range(rank)]).reshape(-1, 2), "gather"
         )
     ],
+    "exchanged": ranks.exchange_objects([f"{rank} to {other}" * rank for other in range(ranks.size)], "exchange"),
     "sum": ranks.sum({"a": rank, "b": 10.0}, "sum"),
     "max": ranks.max({"a": rank}, "max"),
     "any": [ranks.any(rank == 1, "any"), ranks.any(False, "any")],

@@ -1,6 +1,6 @@
 """Sample with vLLM, update, synchronise, several times; write how far vLLM's log-probabilities were from the actor's.
 
-Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL
+Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL [LORA_RANK]
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from settings import deepspeed_configs, small_config
 from tiny_models import make_prompt
 
@@ -17,13 +18,14 @@ from mmr1_ds.distributed import Ranks, launch_environment, leave
 from mmr1_ds.engine import weights
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.records import RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.colocated import VllmRollout
 from mmr1_ds.rollout.transformers_engine import TransformersRollout
 
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 
-model, out, num_steps, engine, tensor_parallel = sys.argv[1:]
+model, out, num_steps, engine, tensor_parallel, *lora_rank = sys.argv[1:]
 PROMPTS, RESPONSES, MOST_IMAGES = 4, 3, 4
 
 ranks = Ranks(launch_environment(), timeout_seconds=120)
@@ -31,13 +33,15 @@ ranks = Ranks(launch_environment(), timeout_seconds=120)
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=4 if ranks.size == 1 else 3)
 config.worker.rollout.temperature = 0.8  # raw and processed log-probabilities then differ
 config.worker.rollout.tensor_parallel_size = int(tensor_parallel)
+if lora_rank:
+    config.worker.actor.model.lora.rank, config.worker.actor.optim.lr = int(lora_rank[0]), 1e-2
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 actor = Actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder, num_updates=100)
 rollout: VllmRollout | TransformersRollout
 if engine == "vllm":
     rollout = VllmRollout(config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES)
 else:
-    rollout = TransformersRollout(actor, ranks, encoder, log_prob_batch_size=4)
+    rollout = TransformersRollout(actor, ranks, encoder, max_num_seqs=5)  # in the middle of a prompt's responses
 
 steps = []
 random = np.random.default_rng(5)
@@ -55,12 +59,17 @@ for step in range(int(num_steps)):
         for group in groups
         for response in group.responses
     ]
+    moved = 0.0  # by the adapters
+    if lora_rank:
+        off = torch.cat(AdapterlessReference(actor).log_probs([(item.prompt, item.token_ids) for item in trajectories]))
+        moved = float((off - torch.tensor([x for item in trajectories for x in item.rollout_logprobs])).abs().max())
     metrics = actor.update(trajectories, None, None)
     rollout.sync_weights(actor)
     lengths = [len(item.token_ids) for item in trajectories]
     tokens = [list(item.token_ids) for item in trajectories]
     forbidden = sum(token in encoder.forbidden_token_ids for row in tokens for token in row)
     images = [len(prompt.images) for prompt in prompts]
+    metrics["moved"] = moved
     steps.append({**metrics, "lengths": lengths, "tokens": tokens, "forbidden": forbidden, "images": images})
 shared_memory = [path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")]
 if ranks.rank == 0:

@@ -24,6 +24,7 @@ BATCH, MINI_BATCH, RESPONSES, STEPS = 8, 4, 3, 3
 
 ranks = Ranks(launch_environment(), timeout_seconds=120)
 config = small_config(model, MINI_BATCH, RESPONSES, int(micro_batch))
+config.worker.actor.offload_states = ranks.size > 1
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 for_actor, for_reference = deepspeed_configs(config, ranks.size)
 actor = Actor(config, for_actor, ranks, encoder, num_updates=STEPS * BATCH // MINI_BATCH)
@@ -47,9 +48,11 @@ for step in range(1, STEPS + 1):
     drawn.append(indices.tolist())
     slots = batch_slots(BATCH, MINI_BATCH, ranks.rank, ranks.size)
     trajectories = [fixed_trajectory(int(i), k) for i in indices[slots] for k in range(RESPONSES)]
+    with actor.offloaded():  # as while responses are sampled; on one rank the states stay
+        assert len(actor.engine.optimizer.offloaded_states) == (3 if ranks.size > 1 else 0)
     pairs = [(item.prompt, item.token_ids) for item in trajectories]
-    old = actor.log_probs(pairs, 5)
-    curve.append(actor.update(trajectories, old, reference.log_probs(pairs, 5)))
+    old = actor.log_probs(pairs)
+    curve.append(actor.update(trajectories, old, reference.log_probs(pairs)))
 if folder != "-":
     Path(folder).mkdir(exist_ok=True, parents=True)
     actor.save(Path(folder))

@@ -1,6 +1,6 @@
 """The gradient of one optimiser step on fixed responses, for every loss and every average, the weights left alone.
 
-Usage: loss_modes.py MODEL OUT.npz MICRO_BATCH CHECKPOINT_FOLDER
+Usage: loss_modes.py MODEL OUT.npz MICRO_BATCH CHECKPOINT_FOLDER padded|packed|by-tokens|ulysses
 """
 
 import sys
@@ -19,11 +19,13 @@ from mmr1_ds.engine.batching import Trajectory
 from mmr1_ds.engine.importance import ImportanceSampling
 from mmr1_ds.engine.losses import PolicyLoss
 
-model, out, micro_batch, folder = sys.argv[1:]
+model, out, micro_batch, folder, layout = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 2
 
 ranks = Ranks(launch_environment(), timeout_seconds=120)
 config = small_config(model, PROMPTS, RESPONSES, int(micro_batch))
+config.worker.actor.padding_free, config.worker.actor.dynamic_batching = layout != "padded", layout == "by-tokens"
+config.worker.actor.ulysses_size = ranks.size if layout == "ulysses" else 1
 config.worker.actor.optim.lr = 0.0  # every mode starts from the same weights
 config.algorithm.kl_type, config.algorithm.kl_target, config.algorithm.kl_horizon = "adaptive", 0.1, 100.0
 encoder = PromptEncoder(config.worker.actor.model, config.data)
@@ -51,9 +53,9 @@ own = [
     for sample in range(RESPONSES)
 ]
 pairs = [(item.prompt, item.token_ids) for item, _ in own]
-current = actor.log_probs(pairs, 3)
+current = actor.log_probs(pairs)
 old = [logprobs + torch.tensor(noise, dtype=torch.float32) for logprobs, (_, noise) in zip(current, own, strict=True)]
-ref = [logprobs - 0.3 for logprobs in reference.log_probs(pairs, 5)]
+ref = [logprobs - 0.3 for logprobs in reference.log_probs(pairs)]
 trajectories = [  # what the rollout engine says is near what the trainer does
     Trajectory(
         item.prompt,

@@ -1,0 +1,164 @@
+"""The critic: a ZeRO-3 engine around the value model, with an optimiser and a schedule of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from mmr1_ds.config import RunConfig
+from mmr1_ds.config_critic import resolved_critic
+from mmr1_ds.distributed import Ranks
+from mmr1_ds.engine.actor import Pair, _start_deepspeed
+from mmr1_ds.engine.aggregation import GlobalBatch, token_weights
+from mmr1_ds.engine.batching import collate
+from mmr1_ds.engine.losses import value_loss
+from mmr1_ds.engine.micro_batches import by_tokens, in_turn
+from mmr1_ds.engine.policy import exact_types
+from mmr1_ds.engine.schedule import learning_rate
+from mmr1_ds.engine.segments import Segments
+from mmr1_ds.engine.value_model import load_value_model
+
+if TYPE_CHECKING:
+    from mmr1_ds.data.encoding import PromptEncoder
+
+
+class Critic:
+    """Estimates what the states of a response are worth, and learns it from the returns."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        deepspeed_config: Mapping[str, Any],
+        ranks: Ranks,
+        encoder: PromptEncoder,
+        num_steps: int,
+    ) -> None:
+        """Collective: load the model and wrap it. num_steps: of the whole run, for the learning-rate schedule."""
+        self._settings = resolved_critic(config)
+        types = exact_types(deepspeed_config)
+        _start_deepspeed(ranks)
+        self.value_model = load_value_model(self._settings, types, torch.bfloat16 if ranks.on_gpu else torch.float32)
+        parameters = [parameter for parameter in self.value_model.parameters() if parameter.requires_grad]
+        self.engine, *_ = deepspeed.initialize(model=self.value_model, config=types, model_parameters=parameters)
+        self._ranks, self._encoder = ranks, encoder
+        self._longest = config.data.max_prompt_length + config.data.max_response_length  # tokens of a sequence
+        assert self._settings.global_batch_size is not None  # resolved
+        # Responses an optimiser step on this rank.
+        self._mini_batch_size = self._settings.global_batch_size * config.worker.rollout.n // ranks.size
+        optimiser_steps = config.data.rollout_batch_size // self._settings.global_batch_size * self._settings.ppo_epochs
+        self._num_updates = num_steps * optimiser_steps
+        self.num_updates_done = 0
+
+    @torch.no_grad()
+    def values(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        """The value of the state before every response token, one float32 tensor (T,) a pair, on the CPU.
+
+        Collective: all ranks, with the same number of pairs.
+        """
+        self.engine.eval()
+        outputs: dict[int, Tensor] = {}
+        for part in self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_experience):
+            chosen = [pairs[i] for i in part]
+            values_T = self.engine(collate(chosen, self._encoder, self._ranks.device))
+            outputs.update(zip(part, values_T.cpu().split([len(response) for _, response in chosen]), strict=True))
+        return [outputs[i] for i in range(len(pairs))]
+
+    def _micro_batches(self, pairs: Sequence[Pair], size: int | None) -> list[list[int]]:
+        """Which pairs are computed together, by position. Collective: all ranks, with the same number of pairs."""
+        assert size is not None  # resolved
+        if not self._settings.dynamic_batching:
+            return in_turn(len(pairs), size)
+        lengths = [(prompt.num_tokens or len(prompt.token_ids)) + len(response) for prompt, response in pairs]
+        return by_tokens(lengths, size * self._longest, self._ranks)
+
+    def update(
+        self, pairs: Sequence[Pair], old_values: Sequence[Tensor], returns: Sequence[Tensor]
+    ) -> dict[str, float]:
+        """Train on this rank's share of a batch: one optimiser step for each global_batch_size prompts.
+
+        Args: values at the rollout and returns, one tensor (T,) a pair.
+        Returns: metrics over all ranks, averaged over the optimiser steps.
+        Collective: all ranks, with the same number of pairs.
+        """
+        self.engine.train()
+        steps: list[dict[str, float]] = []
+        for _ in range(self._settings.ppo_epochs):
+            for start in range(0, len(pairs), self._mini_batch_size):
+                part = slice(start, start + self._mini_batch_size)
+                steps.append(self._optimiser_step(pairs[part], old_values[part], returns[part]))
+        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+
+    def _optimiser_step(
+        self, pairs: Sequence[Pair], old_values: Sequence[Tensor], returns: Sequence[Tensor]
+    ) -> dict[str, float]:
+        batch = self._global_batch(pairs)
+        rate = learning_rate(self._settings.optim, self.num_updates_done, self._num_updates)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        sums: dict[str, float] = {}
+        micro_batches = self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_update)
+        for number, part in enumerate(micro_batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            shares = self._micro_step(
+                [pairs[i] for i in part], [old_values[i] for i in part], [returns[i] for i in part], batch
+            )
+            for name, value in shares.items():
+                sums[name] = sums.get(name, 0.0) + value
+            self.engine.step()
+        self.num_updates_done += 1
+        metrics = self._ranks.sum(sums, "critic metrics")
+        return metrics | {"critic/grad_norm": self._gradient_norm(), "critic/lr": rate}
+
+    def _global_batch(self, pairs: Sequence[Pair]) -> GlobalBatch:
+        lengths = [len(response) for _, response in pairs]
+        own = {"tokens": float(sum(lengths)), "responses": float(sum(length > 0 for length in lengths))}
+        totals = self._ranks.sum(own, "count response tokens")
+        return GlobalBatch(totals["tokens"], totals["responses"])
+
+    def _micro_step(
+        self, pairs: Sequence[Pair], old_values: Sequence[Tensor], returns: Sequence[Tensor], batch: GlobalBatch
+    ) -> dict[str, float]:
+        """Forward and backward. Returns: its shares of the metrics."""
+        device = self._ranks.device
+        values_T = self.engine(collate(pairs, self._encoder, device))
+        old_T, returns_T = (torch.cat(list(item)).to(device) for item in (old_values, returns))
+        loss_T, clipped_T = value_loss(values_T, old_T, returns_T, self._settings.cliprange_value)
+        segments = Segments.of([len(response) for _, response in pairs], device)
+        weights_T = token_weights(self._settings.loss_avg_mode, segments, batch, 1.0).to(loss_T.dtype)
+        loss = (loss_T * weights_T).sum()
+        # Weights of the GLOBAL batch, as the actor's: times the ranks, over which DeepSpeed takes the mean.
+        self.engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
+        num_tokens = max(1.0, batch.num_tokens)
+        return {
+            "critic/vf_loss": float(loss.detach()),
+            "critic/vf_clipfrac": float(clipped_T.sum()) / num_tokens,
+            "critic/vpred_mean": float(values_T.detach().sum()) / num_tokens,
+        }
+
+    def _gradient_norm(self) -> float:
+        """Raises: RuntimeError when it is not finite: the weights are lost, the last checkpoint must not follow."""
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"the gradient norm of the critic's optimiser step {self.num_updates_done} is {norm}: its weights are "
+                "spoilt; start again from the last checkpoint with a lower worker.critic.optim.lr or max_grad_norm"
+            )
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """Write the sharded state. Collective."""
+        state = {"num_updates_done": self.num_updates_done}
+        self.engine.save_checkpoint(str(folder), tag="zero3", client_state=state, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on the same number of ranks. Collective."""
+        path, client_state = self.engine.load_checkpoint(str(folder), tag="zero3")
+        if path is None:
+            raise RuntimeError(f"DeepSpeed could not load the critic from {folder}")
+        self.num_updates_done = int(client_state["num_updates_done"])

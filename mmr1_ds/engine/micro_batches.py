@@ -1,0 +1,97 @@
+"""Which sequences are computed together: groups balanced over the ranks, micro-batches by number or by tokens.
+
+Under ZeRO-3 every forward is a collective: all ranks make as many, and wait for the slowest.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmr1_ds.distributed import Ranks
+
+_EVEN = 0.01  # of the mean: more balance than this is not worth moving groups for
+
+
+def in_turn(num_sequences: int, size: int) -> list[list[int]]:
+    """Micro-batches of `size` sequences, in their order; the last may be smaller."""
+    return [list(range(start, min(start + size, num_sequences))) for start in range(0, num_sequences, size)]
+
+
+def by_tokens(lengths: Sequence[int], budget: int, ranks: Ranks) -> list[list[int]]:
+    """Micro-batches of at most `budget` tokens, as few as the ranks need, all of nearly the same number of tokens.
+
+    Args: lengths: tokens of this rank's sequences; one over the budget gets a micro-batch of its own.
+    Returns: the positions in each, ascending; every position once, none empty.
+    Collective: all ranks, with the same number of sequences.
+    """
+    fewest = first_fit(lengths, budget)
+    number = int(ranks.max({"micro-batches": float(len(fewest))}, "plan micro-batches")["micro-batches"])
+    even = spread(lengths, number)
+    if max(sum(lengths[i] for i in part) for part in even) <= max(budget, *lengths):
+        return even
+    # Spread evenly they do not fit, which happens where sequences nearly fill the budget: cut the tight bins up.
+    while len(fewest) < number:
+        largest = max((part for part in fewest if len(part) > 1), key=lambda part: sum(lengths[i] for i in part))
+        fewest.remove(largest)
+        fewest += [largest[::2], largest[1::2]]
+    return [sorted(part) for part in fewest]
+
+
+def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Bins of at most `budget`, longest first into the first with room: 11/9 of the fewest possible at most, plus 1."""
+    bins: list[list[int]] = []
+    left: list[int] = []
+    for i in _longest_first(lengths):
+        place = next((place for place, room in enumerate(left) if lengths[i] <= room), None)
+        if place is None:
+            bins.append([i])
+            left.append(budget - lengths[i])
+        else:
+            bins[place].append(i)
+            left[place] -= lengths[i]
+    return bins
+
+
+def spread(lengths: Sequence[int], number: int) -> list[list[int]]:
+    """`number` parts of nearly the same sum: longest first, each to the smallest so far (none stays empty)."""
+    parts: list[list[int]] = [[] for _ in range(number)]
+    heap = [(0, place) for place in range(number)]
+    for i in _longest_first(lengths):
+        total, place = heapq.heappop(heap)
+        parts[place].append(i)
+        heapq.heappush(heap, (total + lengths[i], place))
+    return [sorted(part) for part in parts]
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def balance(tokens: Sequence[int], num_ranks: int) -> list[int]:
+    """Who gets which group of an optimiser step, so that all ranks have nearly as many tokens and equally many groups.
+
+    Starts from groups that lie rank by rank, and swaps one of the fullest rank with one of the emptiest for as long as
+    that evens the two out, so that few groups move. Every rank comes to the same result.
+
+    Args: tokens: of each group; their number is a multiple of num_ranks.
+    Returns: positions of the groups, rank by rank; a permutation.
+    """
+    weights = np.array(tokens, dtype=np.int64).reshape(num_ranks, -1)
+    places = np.arange(weights.size).reshape(weights.shape)
+    for _ in range(weights.size):
+        totals = weights.sum(axis=1)
+        full, empty = int(totals.argmax()), int(totals.argmin())
+        gap = int(totals[full] - totals[empty])
+        if gap <= 2 * _EVEN * totals.mean():
+            break
+        # A swap that moves d tokens leaves a gap of |gap - 2d|; one that moves half of the gap closes it.
+        moved = weights[full][:, None] - weights[empty][None, :]
+        mine, yours = np.unravel_index(np.abs(gap - 2 * moved).argmin(), moved.shape)
+        if abs(gap - 2 * int(moved[mine, yours])) >= gap:
+            break
+        for table in (weights, places):
+            table[full, mine], table[empty, yours] = table[empty, yours], table[full, mine]
+    return places.reshape(-1).tolist()

@@ -1,0 +1,265 @@
+"""Sampling from a transformers model: many responses in one batch, each by a seed of its own.
+
+What `generate` would do, with three things it cannot: the responses to one prompt share its prefill, each response is
+a function of the weights, its prompt and its seed alone, whatever else is in the batch, and the log-probability of
+each token is kept from the pass that sampled it. Greedily it writes the same tokens.
+
+Shape letters: P prompts, L longest of them, R responses, T tokens of a response at most, V vocabulary, K key-value
+heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mmr1_ds.records import SamplingSettings
+
+if TYPE_CHECKING:
+    from mmr1_ds.data.encoding import ModelInputs
+
+ATTENTION = "mmr1_ds_decoding"  # name of `_attention` among transformers' implementations
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts padded on the left, so that their last tokens stand side by side."""
+
+    input_ids: Tensor  # (P, L) int64
+    attention_mask: Tensor  # (P, L) int64
+    vision: dict[str, Tensor]  # pixel_values, image_grid_thw, mm_token_type_ids (P, L), as far as there are any
+
+    @staticmethod
+    def of(prompts: Sequence[ModelInputs], padding: int, device: torch.device) -> PromptBatch:
+        """padding: any token of the vocabulary; it is masked."""
+        shape = (len(prompts), max(len(prompt.input_ids) for prompt in prompts))
+        input_ids, types = torch.full(shape, padding), torch.zeros(shape, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        vision: dict[str, Tensor] = {}
+        for row, prompt in enumerate(prompts):
+            columns = slice(shape[1] - len(prompt.input_ids), None)
+            input_ids[row, columns], mask[row, columns] = prompt.input_ids, 1
+            if prompt.mm_token_type_ids is not None:
+                types[row, columns] = prompt.mm_token_type_ids
+                vision["mm_token_type_ids"] = types
+        if any(prompt.pixel_values is not None for prompt in prompts):
+            vision["pixel_values"] = torch.cat([p.pixel_values for p in prompts if p.pixel_values is not None])
+            vision["image_grid_thw"] = torch.cat([p.image_grid_thw for p in prompts if p.image_grid_thw is not None])
+        return PromptBatch(
+            input_ids.to(device), mask.to(device), {n: tensor.to(device) for n, tensor in vision.items()}
+        )
+
+
+class Sampler:
+    """The distribution that tokens are drawn from, and the draw."""
+
+    def __init__(self, settings: SamplingSettings, forbidden_token_ids: Sequence[int], device: torch.device) -> None:
+        self._temperature = settings.temperature
+        self._forbidden = torch.tensor(list(forbidden_token_ids), dtype=torch.int64, device=device)
+        self._filters: list[Any] = []
+        if settings.temperature > 0 and settings.top_k > 0:
+            self._filters.append(TopKLogitsWarper(settings.top_k))
+        if settings.temperature > 0 and settings.top_p < 1:
+            self._filters.append(TopPLogitsWarper(settings.top_p))
+
+    def log_probs(self, logits_RV: Tensor) -> Tensor:
+        """Temperature applied, forbidden tokens left out, then top-k and top-p; (R, V) float32. Greedy: as at 1."""
+        scores_RV = logits_RV.float() / (self._temperature or 1.0)
+        scores_RV.index_fill_(1, self._forbidden, float("-inf"))
+        for keep in self._filters:
+            scores_RV = keep(None, scores_RV)
+        return scores_RV.log_softmax(dim=-1)
+
+    def draw(self, logprobs_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+        """One token a row, (R,) int64: where a uniform number in [0, 1) falls among the summed probabilities.
+
+        One number a token, and not one for each token of the vocabulary, is what makes a seed a response cheap. Sums
+        in float64: in float32 they would end before the rare tokens of a large vocabulary.
+        """
+        if self._temperature == 0:
+            return logprobs_RV.argmax(dim=-1)
+        sums_RV = logprobs_RV.double().exp_().cumsum(dim=-1)
+        places_R1 = (uniforms_R * sums_RV[:, -1])[:, None]
+        # right=True: a token without probability, which adds nothing to the sum, is never where a number falls.
+        found_R1 = torch.searchsorted(sums_RV, places_R1, right=True)
+        return found_R1.clamp_(max=sums_RV.shape[1] - 1).squeeze(1)
+
+
+@torch.no_grad()
+def sample_responses(
+    model: PreTrainedModel,
+    prompts: PromptBatch,
+    prompt_of_response: Sequence[int],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    forbidden_token_ids: Sequence[int],
+    eos_token_ids: Sequence[int],
+) -> list[tuple[list[int], list[float]]]:
+    """Token ids, up to the end-of-sequence token or max_tokens, and log-probabilities of R responses.
+
+    Args: model: built with `ATTENTION`, in evaluation mode; prompt_of_response: row of `prompts`, one a response.
+    """
+    device, limit = prompts.input_ids.device, settings.max_tokens
+    sampler = Sampler(settings, forbidden_token_ids, device)
+    uniforms_RT = torch.stack([_uniforms(seed, limit) for seed in seeds]).to(device)
+    eos = torch.tensor(list(eos_token_ids), device=device)
+    tokens_RT = torch.zeros((len(seeds), limit), dtype=torch.int64, device=device)
+    chosen_RT = torch.zeros((len(seeds), limit), device=device)
+    lengths_R = torch.zeros(len(seeds), dtype=torch.int64, device=device)
+
+    decoder = _Decoder(model, prompts, torch.tensor(list(prompt_of_response), device=device), limit)
+    live = torch.arange(len(seeds), device=device)  # the responses in the batch
+    ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)  # of those
+    for step in range(limit):
+        logprobs_RV = sampler.log_probs(decoder.logits_RV)
+        tokens_R = sampler.draw(logprobs_RV, uniforms_RT[live, step])
+        tokens_RT[live, step] = tokens_R
+        chosen_RT[live, step] = logprobs_RV.gather(1, tokens_R[:, None]).squeeze(1)
+        lengths_R[live] += ~ended
+        ended = ended | torch.isin(tokens_R, eos)
+        num_left = len(ended) - int(ended.sum())
+        if num_left == 0 or step == limit - 1:
+            break
+        if num_left <= len(ended) // 2:  # each time the batch halves: copying the cache then costs less than it saves
+            rows = (~ended).nonzero().squeeze(1)
+            decoder.keep(rows)
+            live, ended, tokens_R = live[rows], ended[rows], tokens_R[rows]
+        decoder.advance(tokens_R)
+    lengths = lengths_R.tolist()
+    return [
+        (tokens[:length], values[:length])
+        for tokens, values, length in zip(tokens_RT.tolist(), chosen_RT.tolist(), lengths, strict=True)
+    ]
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    """Drawn on the CPU, so that a seed means the same everywhere."""
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class _Decoder:
+    """The model with the keys and values of what it has read; `logits_RV` are those of each response's next token."""
+
+    def __init__(self, model: PreTrainedModel, prompts: PromptBatch, prompt_of_response: Tensor, limit: int) -> None:
+        text = model.config.get_text_config()
+        self._model = model
+        # Where each layer sees all of the past, one mask serves all of them, made once and not for each token anew.
+        self._one_mask = all(kind == "full_attention" for kind in getattr(text, "layer_types", None) or [])
+        self._layers = [_Layer() for _ in range(text.num_hidden_layers)]
+        self._cache = Cache(layers=self._layers)
+        positions, next_P = _positions(model, prompts)
+        self.logits_RV = self._forward(prompts.input_ids, prompts.attention_mask, positions, **prompts.vision)
+        self.logits_RV = self.logits_RV[prompt_of_response]
+        self._next_R1 = next_P[prompt_of_response][:, None]
+        mask_RL = prompts.attention_mask[prompt_of_response]
+        self._mask_RL = torch.cat([mask_RL, mask_RL.new_ones(len(mask_RL), limit)], dim=1)
+        self._length = mask_RL.shape[1]
+        for layer in self._layers:
+            layer.take(prompt_of_response, room=limit)
+
+    def advance(self, tokens_R: Tensor) -> None:
+        """Read one token a response."""
+        self._length += 1
+        mask = self._mask_RL[:, : self._length]
+        if self._one_mask:
+            mask = mask.bool()[:, None, None]
+        self.logits_RV = self._forward(tokens_R[:, None], mask, self._next_R1)
+        self._next_R1 = self._next_R1 + 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these responses only."""
+        room = self._mask_RL.shape[1] - self._length
+        self._mask_RL, self._next_R1 = self._mask_RL[rows], self._next_R1[rows]
+        for layer in self._layers:
+            layer.take(rows, room)
+
+    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, **vision: Tensor) -> Tensor:
+        outputs = self._model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **vision,
+        )
+        return outputs.logits[:, -1]
+
+
+def _positions(model: PreTrainedModel, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+    """Positions of the prompts' tokens, (P, L), or (3, P, L) with images; and those of the tokens after, (P,)."""
+    positions = (prompts.attention_mask.cumsum(dim=1) - 1).clamp_(min=0)
+    next_P = positions[:, -1] + 1
+    if "image_grid_thw" not in prompts.vision:
+        return positions, next_P
+    places = {name: prompts.vision[name] for name in ("mm_token_type_ids", "image_grid_thw")}
+    base: Any = model.base_model
+    positions, shifts_P1 = base.get_rope_index(prompts.input_ids, attention_mask=prompts.attention_mask, **places)
+    return positions, next_P + shifts_P1.view(-1)
+
+
+class _Layer(DynamicLayer):
+    """Keys and values of a layer in a buffer with room for what is to come: `DynamicLayer` copies all at each token."""
+
+    _buffers: tuple[Tensor, Tensor] | None = None
+
+    def take(self, rows: Tensor, room: int) -> None:
+        """The cache of these rows, in this order, a row as often as it is named; with room for so many tokens more."""
+        self._buffers = self._with_room(self.keys, rows, room), self._with_room(self.values, rows, room)
+        self._show(self.keys.shape[2])
+
+    @staticmethod
+    def _with_room(states: Tensor, rows: Tensor, room: int) -> Tensor:
+        buffer = states.new_empty(len(rows), states.shape[1], states.shape[2] + room, states.shape[3])
+        torch.index_select(states, 0, rows, out=buffer[:, :, : states.shape[2]])
+        return buffer
+
+    def _show(self, length: int) -> None:
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """See DynamicLayer."""
+        if self._buffers is None:  # the prompts
+            return super().update(key_states, value_states, *arguments, **named)
+        start = self.keys.shape[2]
+        self._show(start + key_states.shape[2])
+        self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
+        return self.keys, self.values
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **named: Any,
+) -> tuple[Tensor, None]:
+    """transformers' own, except for one token with grouped heads, where that one copies all keys and values.
+
+    The query heads of a group then take the place of query positions: (R, K, heads a group, D) against (R, K, L, D).
+    """
+    num_rows, num_heads, num_queries, size = query.shape
+    num_groups = key.shape[1]
+    if num_queries > 1 or num_heads == num_groups:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **named)
+    grouped = query.reshape(num_rows, num_groups, num_heads // num_groups, size)
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return mixed.reshape(num_rows, 1, num_heads, size), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

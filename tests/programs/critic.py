@@ -1,0 +1,113 @@
+"""The critic on fixed responses: values, gradients of an optimiser step, a checkpoint, and whether it learns.
+
+Usage: critic.py MODEL OUT.npz MICRO_BATCH CHECKPOINT_FOLDER padded|packed|by-tokens
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_grad
+from settings import deepspeed_configs, small_config
+from tiny_models import make_prompt
+
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.engine import critic as module
+from mmr1_ds.engine.value_model import ValueModel
+
+model, out, micro_batch, folder, layout = sys.argv[1:]
+PROMPTS, RESPONSES = 4, 2
+
+ranks = Ranks(launch_environment(), timeout_seconds=120)
+config = small_config(model, PROMPTS, RESPONSES, int(micro_batch))
+config.data.rollout_batch_size = PROMPTS
+config.worker.actor.padding_free, config.worker.actor.dynamic_batching = layout != "padded", layout == "by-tokens"
+settings = config.worker.critic
+settings.micro_batch_size_per_device_for_experience = 3
+settings.optim.lr = 0.0  # both averages start from the same weights
+encoder = PromptEncoder(config.worker.actor.model, config.data)
+load_value_model = module.load_value_model
+starts_at_zero = []
+
+
+def with_a_head(*arguments: object) -> ValueModel:
+    """With a head of zeros the model under it would have no gradient to compare."""
+    loaded = load_value_model(*arguments)
+    starts_at_zero.append(not loaded.head.weight.any() and not loaded.head.bias.any())
+    with torch.no_grad():
+        size = loaded.head.in_features
+        loaded.head.weight.copy_(torch.tensor(np.random.default_rng(5).normal(0, size**-0.5, (1, size))))
+        loaded.head.bias.fill_(0.1)
+    return loaded
+
+
+module.load_value_model = with_a_head
+critic = module.Critic(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder, num_steps=100)
+assert starts_at_zero == [True]
+
+
+def fixed(index: int, sample: int) -> tuple[tuple[object, tuple[int, ...]], torch.Tensor, torch.Tensor]:
+    """A pair, how far its old values lie from those now, and its returns: all from the two numbers."""
+    random = np.random.default_rng((index, sample))
+    length = int(random.integers(1, 15))
+    token_ids = tuple(int(token) for token in random.integers(0, 100, length))
+    prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
+    drift, returns = random.normal(0, 0.6, length), random.normal(0.5, 1.0, length)
+    return (prompt, token_ids), torch.tensor(drift).float(), torch.tensor(returns).float()
+
+
+share = PROMPTS // ranks.size
+own = [
+    fixed(index, sample) for index in range(ranks.rank * share, (ranks.rank + 1) * share) for sample in range(RESPONSES)
+]
+pairs, returns = [pair for pair, _, _ in own], [item for _, _, item in own]
+values = critic.values(pairs)
+old = [value + drift for value, (_, drift, _) in zip(values, own, strict=True)]
+
+gradients: list[torch.Tensor] = []
+step = critic.engine.step
+
+
+def step_and_keep_gradient() -> None:
+    """In the place of the engine's step, whose last act is to forget the gradient."""
+    if critic.engine.is_gradient_accumulation_boundary():
+        parts = [safe_get_full_grad(parameter).flatten() for parameter in critic.value_model.parameters()]
+        gradients.append(torch.cat(parts).float().cpu())
+    step()
+
+
+critic.engine.step = step_and_keep_gradient
+results = {}
+for mode in ("token", "seq"):
+    critic._settings.loss_avg_mode = mode
+    metrics = critic.update(pairs, old, returns)
+    results[mode] = gradients.pop().numpy()
+    results[f"{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
+critic.engine.step = step
+everyone = ranks.all_gather_objects((pairs, values, old, returns), "what the test computes from")
+for name, column in (("values", 1), ("old", 2), ("returns", 3)):
+    results[name] = np.concatenate([item.numpy() for part in everyone for item in part[column]])
+responses = [token_ids for part in everyone for _, token_ids in part[0]]
+results["tokens"], results["lengths"] = np.concatenate(responses), np.array([len(item) for item in responses])
+
+critic._settings.optim.lr, critic._settings.loss_avg_mode = 3e-5, "token"
+critic.save(Path(folder))
+num_updates = 12 if layout == "by-tokens" else 3
+losses = [critic.update(pairs, critic.values(pairs), returns)["critic/vf_loss"] for _ in range(num_updates)]
+learnt = critic.values(pairs)
+assert critic.num_updates_done == 2 + num_updates
+critic.load(Path(folder))
+assert critic.num_updates_done == 2
+for at_save, again, later in zip(values, critic.values(pairs), learnt, strict=True):
+    torch.testing.assert_close(again, at_save, atol=1e-6, rtol=0)
+    assert (later - at_save).abs().max() > 1e-3
+again = [critic.update(pairs, critic.values(pairs), returns)["critic/vf_loss"] for _ in range(2)]
+np.testing.assert_allclose(again, losses[:2], rtol=1e-6)  # the optimiser's moments too are those of the save
+results["losses"] = np.array(losses)
+if ranks.rank == 0:
+    np.savez(out, names=np.array(sorted(metrics)), **results)
+torch.distributed.barrier()
+ranks.close()
+leave(0)

@@ -1,0 +1,118 @@
+"""Train adapters on fixed responses from one step to another; write what moved, and what both references say.
+
+Usage: lora_updates.py MODEL OUT CHECKPOINT_FOLDER FIRST_STEP LAST_STEP. Goes on from the checkpoint when the first step
+is not 1, and leaves one behind. Each rank writes OUT.rank.
+"""
+
+import sys
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+from settings import deepspeed_configs, small_config
+from tiny_models import make_prompt
+
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.engine import weights
+from mmr1_ds.engine.actor import Actor, Reference
+from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.engine.lora import AdapterlessReference, adapters
+from mmr1_ds.engine.weights import whole_parameters
+from mmr1_ds.errors import UserError
+
+weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
+
+model, out, folder, first, last = sys.argv[1:]
+PROMPTS, RESPONSES = 4, 2
+
+ranks = Ranks(launch_environment(), timeout_seconds=120)
+config = small_config(model, PROMPTS, RESPONSES, micro_batch=2)
+config.worker.actor.optim.lr = 1e-2
+lora = config.worker.actor.model.lora
+lora.rank, lora.alpha = 3, 6.0
+encoder = PromptEncoder(config.worker.actor.model, config.data)
+for_actor, for_reference = deepspeed_configs(config, ranks.size)
+random_state = torch.get_rng_state()
+actor = Actor(config, for_actor, ranks, encoder, num_updates=100)
+leaves_random_state = torch.equal(random_state, torch.get_rng_state())
+reference = AdapterlessReference(actor)
+separate = Reference(config, for_reference, ranks, encoder)
+
+
+def fixed_trajectory(index: int, sample: int) -> Trajectory:
+    """Response tokens, sampling log-probabilities and advantage that depend on the two numbers alone."""
+    random = np.random.default_rng((index, sample))
+    length = int(random.integers(1, 15))
+    token_ids = tuple(int(token) for token in random.integers(0, 100, length))
+    prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
+    return Trajectory(prompt, token_ids, tuple(random.normal(-3, 0.1, length)), float(random.normal()))
+
+
+def copies(with_adapters: bool) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in whole_parameters(actor.model, None, with_adapters)}
+
+
+def adapter_weights() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    found = {}
+    for name, (a, b, _) in adapters(actor.model).items():
+        with deepspeed.zero.GatheredParameters([a, b]):
+            found[name.replace(".base_layer", "")] = (a.data.clone(), b.data.clone())
+    return found
+
+
+def are_partitioned() -> bool:
+    return all(parameter.numel() == 0 for parameter in actor.model.parameters())
+
+
+def trained() -> list[str]:
+    return [name for name, parameter in actor.model.named_parameters() if parameter.requires_grad]
+
+
+result = {
+    "leaves_random_state": leaves_random_state,
+    "are_partitioned": are_partitioned(),
+    "trained": trained(),
+    "at_first": adapter_weights(),
+    "base_at_first": copies(False),
+    "merged_at_first": copies(True),
+    "names": [name for name, _ in whole_parameters(separate.model)],
+}
+if int(first) > 1:
+    actor.load(Path(folder))
+
+curve = []
+for step in range(int(first), int(last) + 1):
+    share = PROMPTS // ranks.size
+    begin = step * PROMPTS + ranks.rank * share
+    trajectories = [fixed_trajectory(i, k) for i in range(begin, begin + share) for k in range(RESPONSES)]
+    pairs = [(item.prompt, item.token_ids) for item in trajectories]
+    own, off, other = actor.log_probs(pairs), reference.log_probs(pairs), separate.log_probs(pairs)
+    metrics = actor.update(trajectories, own, off)
+    metrics["off_minus_separate"] = max(float((a - b).abs().max()) for a, b in zip(off, other, strict=True))
+    metrics["own_minus_off"] = max(float((a - b).abs().max()) for a, b in zip(own, off, strict=True))
+    curve.append(metrics)
+result |= {
+    "curve": curve,
+    "are_released": are_partitioned(),
+    "still_trained": trained(),
+    "adapters": adapter_weights(),
+    "base": copies(False),
+    "merged": copies(True),
+    "digest": actor.weights_digest(),
+}
+actor.save(Path(folder))
+ranks.barrier("saved")
+
+errors = {}
+if int(first) == 1:
+    lora.target_modules = ["q_projj"]
+    try:
+        Actor(config, for_actor, ranks, encoder, num_updates=100)
+    except UserError as error:
+        errors["name"] = str(error)
+torch.save({**result, "errors": errors}, f"{out}.{ranks.rank}")
+ranks.barrier("end")
+ranks.close()
+leave(0)

@@ -1,0 +1,121 @@
+"""Plans of micro-batches: budgets, balance, the same number on every rank."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmr1_ds.engine.micro_batches import balance, by_tokens, first_fit, in_turn, spread
+
+
+class SomeRanks:
+    """Other ranks need this many micro-batches at most."""
+
+    def __init__(self, needed=1):
+        self.needed = needed
+
+    def max(self, values, stage):
+        return {name: max(value, float(self.needed)) for name, value in values.items()}
+
+
+def total(lengths, part):
+    return sum(lengths[i] for i in part)
+
+
+def test_in_turn():
+    assert in_turn(7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert in_turn(2, 5) == [[0, 1]]
+
+
+LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40)
+
+
+@given(LENGTHS, st.integers(100, 300), st.integers(1, 40))
+def test_every_sequence_once_within_the_budget(lengths, budget, needed):
+    needed = min(needed, len(lengths))
+    parts = by_tokens(lengths, budget, SomeRanks(needed))
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    assert all(part and total(lengths, part) <= budget for part in parts)
+    assert len(parts) == max(needed, len(first_fit(lengths, budget)))
+    assert all(part == sorted(part) for part in parts)
+
+
+def fewest_bins(lengths, budget):
+    """By brute force: the smallest number of bins that take all."""
+    best = len(lengths)
+
+    def place(i, bins):
+        nonlocal best
+        if len(bins) >= best:
+            return
+        if i == len(lengths):
+            best = len(bins)
+            return
+        for k in range(len(bins)):
+            if bins[k] + lengths[i] <= budget:
+                place(i + 1, [*bins[:k], bins[k] + lengths[i], *bins[k + 1 :]])
+        place(i + 1, [*bins, lengths[i]])
+
+    place(0, [])
+    return best
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nearly_as_few_as_possible(seed):
+    lengths = np.random.default_rng(seed).integers(1, 60, 9).tolist()
+    fewest = fewest_bins(lengths, 70)
+    assert fewest <= len(first_fit(lengths, 70)) <= 11 * fewest / 9 + 6 / 9
+
+
+def test_a_sequence_over_the_budget_is_alone():
+    assert by_tokens([3, 50, 4], 10, SomeRanks()) in ([[0, 2], [1]], [[1], [0, 2]])
+
+
+@pytest.mark.parametrize(("count", "number"), [(64, 7), (401, 13), (5, 5)])
+def test_parts_cost_alike(count, number):
+    lengths = np.random.default_rng(1).lognormal(5, 0.6, count).astype(int).tolist()
+    sums = [total(lengths, part) for part in spread(lengths, number)]
+    # Longest first is never over the mean by more than the last sequence placed on top (Graham 1969: 4/3 - 1/3m).
+    assert max(sums) <= max(max(lengths), 4 / 3 * sum(lengths) / number)
+    assert min(sums) > 0
+    if count > 20:
+        assert max(sums) - min(sums) <= 0.1 * sum(lengths) / number
+
+
+def test_tight_bins_are_cut_when_the_others_need_more():
+    lengths = [60, 40, 60, 40, 55, 45]  # three bins of exactly 100; longest first would overfill one of three
+    parts = by_tokens(lengths, 100, SomeRanks(4))
+    assert len(parts) == 4 and all(total(lengths, part) <= 100 for part in parts)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_groups_are_balanced_nearly_as_well_as_can_be(seed):
+    random = np.random.default_rng(seed)
+    tokens = random.lognormal(6, 0.5, 8).astype(int).tolist()
+
+    def heaviest(order):
+        return max(sum(tokens[i] for i in order[:4]), sum(tokens[i] for i in order[4:]))
+
+    order = balance(tokens, 2)
+    assert sorted(order) == list(range(8))
+    assert heaviest(order) <= 1.03 * min(heaviest(found) for found in permutations(range(8)))
+
+
+@pytest.mark.parametrize(("groups", "ranks"), [(512, 64), (96, 3), (7, 7), (5, 1), (6, 2)])
+def test_ranks_have_equally_many_groups(groups, ranks):
+    random = np.random.default_rng(3)
+    tokens = (8 * random.lognormal(6, 0.6, groups)).astype(int).tolist()
+    order = np.array(balance(tokens, ranks)).reshape(ranks, -1)
+    assert sorted(order.reshape(-1)) == list(range(groups))
+    totals, before = np.array(tokens)[order].sum(axis=1), np.array(tokens).reshape(ranks, -1).sum(axis=1)
+    assert totals.max() <= before.max()
+    if groups > 50:
+        assert totals.max() < 1.05 * totals.mean() < before.max()
+
+
+def test_what_is_even_stays_in_place():
+    assert balance([5] * 12, 3) == list(range(12))
+    assert balance([100, 101, 101, 100], 2) == [0, 1, 2, 3]
+    assert sorted(balance([0, 0, 0, 0], 2)) == [0, 1, 2, 3]
