@@ -4,7 +4,9 @@
     python benchmarks/bench_step.py [--json FILE] [--setups ...] [--steps 10] [--warm-up 3] [--micro-batch 16]
 
 The work of a step: 8 prompts x 8 responses of 64 new tokens from a Qwen2 of 0.6 M parameters, a reward that looks at the
-letters, reference log-probabilities, and one optimiser step with the KL in the loss; float32 on the CPU. Setups:
+letters, reference log-probabilities, and one optimiser step with the KL in the loss; float32 on the CPU. A prompt is a
+question with an instruction, some 130 tokens; --short-prompts leaves the question alone, some 25. Ours computes a prompt
+once for its responses, so the longer it is the larger our lead. Setups:
 
   zero3_two_ranks_transformers  two ZeRO-3 ranks, transformers generates (ours: worker.rollout.engine=hf)
   one_rank_vllm                 one rank with colocated vLLM (ours: ZeRO-3 of one rank; TRL: without DeepSpeed)
@@ -40,7 +42,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_step_sides import NEW_TOKENS, PROMPTS, RESPONSES, prepare
+from bench_step_sides import INSTRUCTION, NEW_TOKENS, PROMPTS, RESPONSES, prepare
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -185,12 +187,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="measured, after the warm-up")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--micro-batch", type=int, default=16, help="responses a forward and backward, on both sides")
+    parser.add_argument("--short-prompts", action="store_true", help="the bare question, some 25 tokens")
     parser.add_argument("--keep", type=Path, help="folder for models, logs and figures; it must not exist")
     options = parser.parse_args()
     if importlib.util.find_spec("trl") is None:
         sys.exit(f"TRL, the other side of this benchmark, is not installed: {REMEDY}")
     folder = options.keep or Path(tempfile.mkdtemp(prefix="bench_step_"))
-    prepare(folder)
+    prepare(folder, "" if options.short_prompts else INSTRUCTION)
     rows: list[dict[str, Any]] = []
     for setup in options.setups:
         rows += measure(setup, folder, options.micro_batch, options.warm_up, options.steps)

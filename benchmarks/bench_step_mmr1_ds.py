@@ -8,13 +8,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bench_step_sides import KL_WEIGHT, LEARNING_RATE, NEW_TOKENS, PROMPTS, RESPONSES, TEMPERATURE, Turns
+from bench_step_sides import (
+    KL_WEIGHT, LEARNING_RATE, LONGEST_PROMPT, NEW_TOKENS, PROMPTS, RESPONSES, TEMPERATURE, Turns,
+)  # fmt: skip
 
 from mmr1_ds import composition, train
 from mmr1_ds.distributed import leave
 from mmr1_ds.trainer import Trainer
 
-folder, setup, micro_batch, num_steps = Path(sys.argv[1]), *sys.argv[2:]
+folder, setup, micro_batch, num_steps = Path(sys.argv[1]), *sys.argv[2:5]
 ENGINES = {"zero3_two_ranks_transformers": "hf", "one_rank_vllm": "vllm"}
 
 
@@ -48,7 +50,7 @@ composition.Trainer = TurnTakingTrainer
 arguments = {
     "data.train_files": folder / "prompts.jsonl",
     "data.prompt_key": "question",
-    "data.max_prompt_length": 128,
+    "data.max_prompt_length": LONGEST_PROMPT,
     "data.max_response_length": NEW_TOKENS,
     "data.rollout_batch_size": PROMPTS,
     "data.filter_overlong_prompts_workers": 1,

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS, RESPONSES, NEW_TOKENS = 8, 8, 64
+LONGEST_PROMPT = 192  # tokens
 LEARNING_RATE, KL_WEIGHT, TEMPERATURE = 1e-6, 0.04, 1.0
 NUM_ROWS = 256
+# What recipes for reasoning put after a question; with it a prompt has some 130 tokens.
+INSTRUCTION = " Think about it first, between <think> and </think>. Then give the answer, and nothing else, in \\boxed{}."
 OUR_REWARD_FILE = """from bench_step_sides import reward
 
 
@@ -23,16 +26,16 @@ _POLL_SECONDS = 0.002  # a side that waits costs the other one nothing that coul
 _OUT_OF_REACH = 10.0  # of the hidden state's first feature, which is near sqrt(hidden size) at every position
 
 
-def prepare(folder: Path) -> None:
-    """Write a Qwen2 of 0.6 M parameters that cannot end a response, and the prompts, unless they are there.
+def prepare(folder: Path, instruction: str) -> None:
+    """Write a Qwen2 of 0.6 M parameters that cannot end a response, and the prompts.
+
+    instruction: follows each question; a token a character, near enough.
 
     Every embedding's first feature is 1 and dwarfs the others, so the last hidden state's is close to its norm,
     sqrt(128), everywhere. The end-of-sequence token's row of the output layer is -10 there: its logit is near -110
     beside 0 for the others, and no sampler of either side ever draws it. All responses have NEW_TOKENS tokens without
     a setting or a logits processor that one side has and the other has not.
     """
-    if (folder / "prompts.jsonl").exists():
-        return
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -54,7 +57,9 @@ def prepare(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / "model")
     build_tokenizer().save_pretrained(folder / "model")
-    rows = [{"question": f"What is {7 * i} plus {i * i}?", "answer": str(i)} for i in range(NUM_ROWS)]
+    rows = [
+        {"question": f"What is {7 * i} plus {i * i}?{instruction}", "answer": str(7 * i + i * i)} for i in range(NUM_ROWS)
+    ]
     (folder / "reward.py").write_text(OUR_REWARD_FILE, encoding="utf-8")
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

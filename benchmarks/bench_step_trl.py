@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bench_step_sides import (
-    KL_WEIGHT, LEARNING_RATE, NEW_TOKENS, PROMPTS, RESPONSES, TEMPERATURE, StageTimer, Turns, reward,
+    KL_WEIGHT, LEARNING_RATE, LONGEST_PROMPT, NEW_TOKENS, PROMPTS, RESPONSES, TEMPERATURE, StageTimer, Turns, reward,
 )  # fmt: skip
 
 folder, setup, micro_batch, num_steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -98,7 +98,7 @@ trainer = GRPOTrainer(
         max_steps=num_steps,
         use_vllm=WITH_VLLM,
         vllm_mode="colocate",
-        vllm_max_model_length=128 + NEW_TOKENS,
+        vllm_max_model_length=LONGEST_PROMPT + NEW_TOKENS,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

@@ -81,7 +81,8 @@ def reference_deepspeed(config: RunConfig, actor: Mapping[str, Any], on_gpu: boo
     zero.pop("offload_optimizer", None)
     offload_param = zero.pop("offload_param", None)
     if config.worker.ref.offload.offload_params and on_gpu:
-        zero["offload_param"] = offload_param or _host_memory()
+        given = offload_param or {}
+        zero["offload_param"] = given if given.get("device", "none") != "none" else given | _host_memory()
     return {
         "train_micro_batch_size_per_gpu": config.worker.actor.micro_batch_size_per_device_for_experience,
         "zero_optimization": zero,
@@ -114,6 +115,7 @@ def critic_deepspeed(config: RunConfig, actor: Mapping[str, Any], world_size: in
         given = zero.pop(key, {})
         if asked and on_gpu:
             zero[key] = given if given.get("device", "none") != "none" else given | _host_memory()
+    _check_offload_states(zero, config)
     return resolved
 
 

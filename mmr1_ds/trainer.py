@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,7 +91,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """Draw, roll out, score, observe, update, synchronise: one step of the algorithm."""
         clock, parts, start = StageClock(), self._parts, time.perf_counter()
-        with parts.actor.offloaded():
+        with self._offloaded():
             batch = parts.batches.make(self.step, self._training_settings(), clock)
         experience, metrics = self._update(batch.groups, clock)
         with clock("sync"):
@@ -99,6 +100,13 @@ class Trainer:
         scored = [group.scored for group in batch.groups]
         metrics |= step_metrics(scored, experience.trajectories, experience.rewards_B, clock.seconds, parts.ranks)
         return batch.metrics | metrics | parts.coordinator.metrics()
+
+    @contextmanager
+    def _offloaded(self) -> Iterator[None]:
+        """While responses are sampled, where the run asks for it."""
+        critic = self._parts.critic
+        with self._parts.actor.offloaded(), nullcontext() if critic is None else critic.offloaded():
+            yield
 
     def _update(self, groups: Sequence[LearningGroup], clock: StageClock) -> tuple[Experience, dict[str, float]]:
         actor, critic, reference = self._parts.actor, self._parts.critic, self._parts.reference
@@ -144,7 +152,7 @@ class Trainer:
         key = self._refresh_key()
         with (
             clock("refresh"),
-            parts.actor.offloaded(),
+            self._offloaded(),
             parts.metrics_logger.progress(len(parts.train_data), title) as advance,
         ):
             advance(parts.coordinator.resume_refresh(self._kept_refresh, key))
@@ -184,7 +192,7 @@ class Trainer:
         failures: list[RewardCounts] = []
         with (
             clock("testing"),
-            parts.actor.offloaded(),
+            self._offloaded(),
             parts.metrics_logger.progress(len(data), f"validation after step {self.step}") as advance,
         ):
             for start in range(0, len(data), chunk):

@@ -65,13 +65,16 @@ def test_two_ranks_share_one_tensor_parallel_vllm(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["vision", "text"])
-def test_transformers_engine_samples_on_two_ranks(tmp_path, kind):
+def test_transformers_engine_samples_alike_on_one_and_two_ranks(tmp_path, kind):
     model = SAVE[kind](tmp_path / "model")
-    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 2, "hf", 1, num_ranks=2)
-    steps = json.loads((tmp_path / "out.json").read_text())["steps"]
-    assert all(step["rollout/logprob_diff_max"] < 1e-4 for step in steps)
-    assert all(step["forbidden"] == 0 for step in steps)
-    assert json.loads((tmp_path / "out.json").read_text())["shared_memory"] == []  # DeepSpeed leaves 66 MB a rank
+    run_ranks("logprob_agreement.py", model, tmp_path / "two.json", 2, "hf", 1, num_ranks=2)
+    run_ranks("logprob_agreement.py", model, tmp_path / "one.json", 1, "hf", 1)
+    two, one = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
+    assert two["steps"][0]["tokens"] == one["steps"][0]["tokens"][:6]  # rank 0 has the first two prompts
+    for step in two["steps"] + one["steps"]:
+        assert step["rollout/logprob_diff_max"] < 1e-4
+        assert step["forbidden"] == 0
+    assert two["shared_memory"] == []  # DeepSpeed leaves 66 MB a rank
 
 
 def test_bf16_spares_the_rotary_frequencies_and_a_damaged_model_is_refused(tmp_path):

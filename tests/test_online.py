@@ -1,5 +1,7 @@
 """The online refresh through the coordinator: what it draws, learns, saves; and the edges of both refreshes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from test_coordinator import B, N, P, SingleProcess, answer, make, on_ranks, refresh, share, train
@@ -311,3 +313,14 @@ def test_probes_are_shared_by_the_ranks():
         return share(coordinator.next_probes(1), control).tolist()
 
     assert sorted(sum(on_ranks(3, probes), [])) == sorted(on_ranks(1, probes)[0])  # noqa: RUF017
+
+
+def test_unscored_responses_say_nothing():
+    whole, part = table(), table()
+    whole.finish_step(1, [outcome(2, 0.4, num_responses=5)], np.array([2]))
+    unscored = dataclasses.replace(outcome(2, 0.4, num_responses=8), num_unscored=3)
+    part.finish_step(1, [unscored], np.array([2]))
+    np.testing.assert_array_equal(part.predicted_pass_rates(np.arange(P)), whole.predicted_pass_rates(np.arange(P)))
+    full = table()
+    full.finish_step(1, [outcome(2, 0.4, num_responses=8)], np.array([2]))
+    assert full.predicted_pass_rates(np.array([2])) != whole.predicted_pass_rates(np.array([2]))

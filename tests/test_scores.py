@@ -115,6 +115,13 @@ def test_statistics_of_groups():
     assert np.isnan(found[0].edit_distance)
 
 
+def test_accuracies_that_are_not_known_are_counted():
+    group = scored_group(3, [[1, 2], [3], [4, 5], [6]], [1, 0.5, 0, 0.5], [1, float("nan"), 0, float("nan")])
+    found = score_batch([group], (99,), ["learnability"]).statistics[0]
+    assert (found.num_responses, found.num_unscored, found.pass_rate) == (4, 2, 0.5)
+    assert from_records(to_records([found]))[0].num_unscored == 2
+
+
 def test_edit_distance_only_when_asked():
     group = scored_group(0, [[1, 2, 3, 4], [1, 2, 3, 5, 99]], [1, 0], [1, 0])
     found = score_batch([group], (99,), ["learnability", "edit_distance"]).statistics[0]

@@ -397,10 +397,10 @@ def _batch_metrics(table: CurriculumTable | OnlineTable, observed: Sequence[Prom
     metrics = {"curriculum/effective_group_fraction": sum(p.is_effective for p in observed) / len(observed)}
     predicted = table.predicted_pass_rates(np.array([prompt.index for prompt in observed], dtype=np.int64))
     pass_rates = np.array([prompt.pass_rate for prompt in observed])
-    num_rollouts = np.array([prompt.num_responses for prompt in observed], dtype=np.float64)
+    num_scored = np.array([prompt.num_responses - prompt.num_unscored for prompt in observed], dtype=np.float64)
     tested = ~np.isnan(predicted) & ~np.isnan(pass_rates)
     if tested.any():
         p, q = pass_rates[tested], predicted[tested]
         losses = -(p * np.log(q) + (1.0 - p) * np.log1p(-q))
-        metrics["curriculum/log_loss"] = float(np.average(losses, weights=num_rollouts[tested]))
+        metrics["curriculum/log_loss"] = float(np.average(losses, weights=num_scored[tested]))
     return metrics

@@ -98,9 +98,10 @@ class OnlineTable:
         """Learn from all groups of a step, and move on by one. Args: trained: (K,) prompts of the training groups."""
         indices = np.array([prompt.index for prompt in observed], dtype=np.int64)
         num_responses = np.array([prompt.num_responses for prompt in observed], dtype=np.int64)
+        num_scored = num_responses - np.array([prompt.num_unscored for prompt in observed], dtype=np.int64)
         # Successes are whole numbers mostly; as such their sum does not depend on the order of the ranks.
-        num_right = np.round(np.array([prompt.pass_rate for prompt in observed]) * num_responses, 6)
-        self._filter.observe(indices, num_right, num_responses)
+        num_right = np.round(np.array([prompt.pass_rate for prompt in observed]) * num_scored, 6)
+        self._filter.observe(indices, num_right, num_scored)
         self._filter.predict_step(trained)
         np.add.at(self._num_rollouts, indices, num_responses)
         if self._diversity_metrics:

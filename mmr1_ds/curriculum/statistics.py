@@ -19,12 +19,13 @@ class PromptStatistics:
 
     index: int  # of the prompt, position in the data set
     num_responses: int
-    pass_rate: float  # [0, 1]; NaN when no accuracy is known
+    pass_rate: float  # [0, 1], of the responses whose accuracy is known; NaN when none is
     reward_mean: float
     reward_variance: float  # population variance; exactly 0 if and only if all rewards are equal
     self_bleu: float  # [0, 1], 1 = all the same
     distinct_3: float  # [0, 1]
     edit_distance: float = float("nan")  # [0, 1], over the longer response; NaN when not asked for
+    num_unscored: int = 0  # responses whose accuracy is not known
     is_probe: bool = False  # rolled out for what it tells alone, not trained on
 
     @property
@@ -73,6 +74,7 @@ def score_batch(
             self_bleu=float(groups.self_bleu[position]),
             distinct_3=float(groups.distinct[position, 2]),
             edit_distance=float(edit_distances[position]),
+            num_unscored=int(np.isnan(scored.rewards.accuracy).sum()),
         )
         for position, scored in enumerate(scored_groups)
     ]
@@ -105,7 +107,7 @@ def to_records(statistics: Sequence[PromptStatistics]) -> np.ndarray:
 
 def from_records(records: np.ndarray) -> list[PromptStatistics]:
     """The inverse of `to_records`."""
-    exact = {"index": int, "num_responses": int, "is_probe": bool}
+    exact = {"index": int, "num_responses": int, "num_unscored": int, "is_probe": bool}
     convert = [exact.get(field.name, float) for field in fields(PromptStatistics)]
     return [PromptStatistics(*(kind(value) for kind, value in zip(convert, row, strict=True))) for row in records]
 

@@ -6,14 +6,13 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,6 +25,7 @@ from mmr1_ds.engine.kl import kl_penalty
 from mmr1_ds.engine.kl_controller import KLController
 from mmr1_ds.engine.losses import PolicyLoss
 from mmr1_ds.engine.micro_batches import by_tokens, in_turn
+from mmr1_ds.engine.offloading import states_offloaded
 from mmr1_ds.engine.policy import exact_types, load_policy
 from mmr1_ds.engine.schedule import learning_rate
 from mmr1_ds.engine.segments import Segments
@@ -35,16 +35,10 @@ from mmr1_ds.records import Prompt
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
 
-_STATES_OF_ANY_OPTIMIZER = [
-    OffloadStateTypeEnum.lp_params,
-    OffloadStateTypeEnum.lp_grads,
-    OffloadStateTypeEnum.contiguous_grad_buffer,
-]
-
 Pair = tuple[Prompt, tuple[int, ...]]
 
 
-def _start_deepspeed(ranks: Ranks) -> None:
+def start_deepspeed(ranks: Ranks) -> None:
     """Let DeepSpeed adopt the process group that is there."""
     deepspeed.init_distributed(auto_mpi_discovery=False)
     ranks.barrier("start of DeepSpeed")
@@ -67,7 +61,7 @@ class ZeroEngine:
     ) -> None:
         """Collective: load the model and wrap it."""
         settings = exact_types(deepspeed_config)
-        _start_deepspeed(ranks)
+        start_deepspeed(ranks)
         self.policy = load_policy(
             config.worker.actor.model,
             settings,
@@ -157,23 +151,9 @@ class Actor(ZeroEngine):
         """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`."""
         return whole_parameters(self.model)
 
-    @contextmanager
-    def offloaded(self) -> Iterator[None]:
-        """With worker.actor.offload_states: inside, the states are in host memory and the device is the rollout's.
-
-        Inside, the weights can be neither read nor trained.
-        """
-        if not self._settings.offload_states:
-            yield
-            return
-        # On CPU all is in host memory: what can be moved there is, so that the calls are tried without a GPU. DeepSpeed
-        # moves optimiser states of its fused Adam only, which runs on GPU.
-        states = None if self._ranks.on_gpu else _STATES_OF_ANY_OPTIMIZER
-        self.engine.offload_states(include=states, pin_memory=self._ranks.on_gpu)
-        try:
-            yield
-        finally:
-            self.engine.reload_states()
+    def offloaded(self) -> AbstractContextManager[None]:
+        """With worker.actor.offload_states: inside, the states are in host memory and the device is the rollout's."""
+        return states_offloaded(self.engine, self._ranks.on_gpu) if self._settings.offload_states else nullcontext()
 
     def needs_old_log_probs(self, num_trajectories: int) -> bool:
         """False when the batch is one optimiser step: then the old policy is the policy itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ from torch import Tensor
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config_critic import resolved_critic
 from mmr1_ds.distributed import Ranks
-from mmr1_ds.engine.actor import Pair, _start_deepspeed
+from mmr1_ds.engine.actor import Pair, start_deepspeed
 from mmr1_ds.engine.aggregation import GlobalBatch, token_weights
 from mmr1_ds.engine.batching import collate
 from mmr1_ds.engine.losses import value_loss
 from mmr1_ds.engine.micro_batches import by_tokens, in_turn
+from mmr1_ds.engine.offloading import states_offloaded
 from mmr1_ds.engine.policy import exact_types
 from mmr1_ds.engine.schedule import learning_rate
 from mmr1_ds.engine.segments import Segments
@@ -42,11 +44,12 @@ class Critic:
         """Collective: load the model and wrap it. num_steps: of the whole run, for the learning-rate schedule."""
         self._settings = resolved_critic(config)
         types = exact_types(deepspeed_config)
-        _start_deepspeed(ranks)
+        start_deepspeed(ranks)
         self.value_model = load_value_model(self._settings, types, torch.bfloat16 if ranks.on_gpu else torch.float32)
         parameters = [parameter for parameter in self.value_model.parameters() if parameter.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=self.value_model, config=types, model_parameters=parameters)
         self._ranks, self._encoder = ranks, encoder
+        self._offload_states = config.worker.actor.offload_states
         self._longest = config.data.max_prompt_length + config.data.max_response_length  # tokens of a sequence
         assert self._settings.global_batch_size is not None  # resolved
         # Responses an optimiser step on this rank.
@@ -54,6 +57,10 @@ class Critic:
         optimiser_steps = config.data.rollout_batch_size // self._settings.global_batch_size * self._settings.ppo_epochs
         self._num_updates = num_steps * optimiser_steps
         self.num_updates_done = 0
+
+    def offloaded(self) -> AbstractContextManager[None]:
+        """With worker.actor.offload_states: inside, the states are in host memory and the device is the rollout's."""
+        return states_offloaded(self.engine, self._ranks.on_gpu) if self._offload_states else nullcontext()
 
     @torch.no_grad()
     def values(self, pairs: Sequence[Pair]) -> list[Tensor]:

@@ -13,11 +13,13 @@ from mmr1_ds.config import ModelConfig
 from mmr1_ds.distributed import Neighbours
 from mmr1_ds.engine import sequence_parallel
 from mmr1_ds.engine.batching import ModelBatch
+from mmr1_ds.engine.loading import checkpoint_gradients, freeze_vision_tower, load_config, load_partitioned
 from mmr1_ds.engine.log_probs import LogProbHead
 from mmr1_ds.engine.lora import add_adapters
 from mmr1_ds.engine.packing import attention_implementation, response_states
 from mmr1_ds.engine.sequence_parallel import SequenceParallel
-from mmr1_ds.errors import UserError
+
+_SECTION = "worker.actor.model"
 
 
 class PolicyModel(nn.Module):
@@ -81,14 +83,9 @@ def load_policy(
 
     Collective: all ranks, same order. Rank 0's copy of the file is the one that counts.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    assert config.model_path is not None
-    model_config = AutoConfig.from_pretrained(
-        config.model_path, trust_remote_code=config.trust_remote_code, **config.override_config
-    )
+    model_config = load_config(config)
     family = AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
     attention: Any = attention_implementation(padding_free, model_config.model_type, dtype)
     parallel = None
@@ -97,43 +94,15 @@ def load_policy(
         attention = {"text_config": sequence_parallel.NAME, "vision_config": attention}
         if not hasattr(model_config, "vision_config"):
             attention = sequence_parallel.NAME
-    partitioned = HfDeepSpeedConfig(dict(deepspeed_config))  # transformers asks for it while it is alive
-    try:
-        model, loaded = family.from_pretrained(
-            config.model_path,
-            config=model_config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
-    finally:
-        unset_hf_deepspeed_config()  # vLLM in this process must not load its model partitioned
-        del partitioned
-    if missing := sorted(loaded["missing_keys"]):
-        raise UserError(
-            f"worker.actor.model.model_path={config.model_path} lacks {len(missing)} of the model's tensors, "
-            f"as {missing[0]}; they would start random: complete the download or the export"
-        )
+    model = load_partitioned(family, config, model_config, attention, deepspeed_config, dtype, _SECTION)
     model.generation_config = GenerationConfig()  # a published model's penalties are not the policy's distribution
     if not trainable:
         model.requires_grad_(False)
     else:
         if config.freeze_vision_tower:
-            _freeze_vision_tower(model, str(config.model_path))
+            freeze_vision_tower(model, config.model_path, _SECTION)
         if config.lora.rank > 0:
             add_adapters(model, config, dtype)
         if config.enable_gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # transformers lets what embeds tokens and patches ask for gradients, for adapters under the reentrant
-            # kind. Here a frozen vision tower would be computed twice and run backward for nothing.
-            model.disable_input_require_grads()
+            checkpoint_gradients(model)
     return PolicyModel(model, forbidden_token_ids, temperature, parallel)
-
-
-def _freeze_vision_tower(model: nn.Module, path: str) -> None:
-    frozen = [parameter for name, parameter in model.named_parameters() if ".visual." in f".{name}"]
-    if not frozen:
-        raise UserError(f"worker.actor.model.freeze_vision_tower=true but {path} has no vision tower; set it to false")
-    for parameter in frozen:
-        parameter.requires_grad_(False)

@@ -73,6 +73,7 @@ class VllmRollout:
                     max_tokens=settings.max_tokens,
                     seed=request.seed,
                     logprobs=0,  # the sampled token's only
+                    flat_logprobs=True,  # lists of numbers, in place of a dictionary and an object for each token
                     logit_bias=self._forbidden,
                     stop_token_ids=list(self._encoder.eos_token_ids),
                     detokenize=False,
@@ -99,10 +100,9 @@ class VllmRollout:
         responses = []
         for completion in output.outputs:
             token_ids = tuple(completion.token_ids)
-            assert completion.logprobs is not None
-            logprobs = tuple(
-                position[token].logprob for position, token in zip(completion.logprobs, token_ids, strict=True)
-            )
+            found: Any = completion.logprobs
+            assert tuple(found.token_ids) == token_ids  # one entry a position
+            logprobs = tuple(found.logprobs)
             responses.append(Response(token_ids, logprobs, finished=completion.finish_reason == "stop"))
         return RolloutGroup(prompt, tuple(responses), self._version)
 

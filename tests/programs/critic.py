@@ -24,6 +24,7 @@ ranks = Ranks(launch_environment(), timeout_seconds=120)
 config = small_config(model, PROMPTS, RESPONSES, int(micro_batch))
 config.data.rollout_batch_size = PROMPTS
 config.worker.actor.padding_free, config.worker.actor.dynamic_batching = layout != "padded", layout == "by-tokens"
+config.worker.actor.offload_states = ranks.size > 1
 settings = config.worker.critic
 settings.micro_batch_size_per_device_for_experience = 3
 settings.optim.lr = 0.0  # both averages start from the same weights
@@ -63,6 +64,8 @@ own = [
     fixed(index, sample) for index in range(ranks.rank * share, (ranks.rank + 1) * share) for sample in range(RESPONSES)
 ]
 pairs, returns = [pair for pair, _, _ in own], [item for _, _, item in own]
+with critic.offloaded():  # as while responses are sampled; on one rank the states stay
+    assert len(critic.engine.optimizer.offloaded_states) == (3 if ranks.size > 1 else 0)
 values = critic.values(pairs)
 old = [value + drift for value, (_, drift, _) in zip(values, own, strict=True)]
 
