@@ -3,15 +3,15 @@
     pip install --no-deps -r requirements/bench.txt
     python benchmarks/bench_step.py [--json FILE] [--setups ...] [--steps 10] [--warm-up 3] [--micro-batch 16]
 
-The work of a step: 8 prompts x 8 responses of 64 new tokens from a Qwen2 of 0.6 M parameters, a reward that looks at the
-letters, reference log-probabilities, and one optimiser step with the KL in the loss; float32 on the CPU. A prompt is a
-question with an instruction, some 130 tokens; --short-prompts leaves the question alone, some 25. Ours computes a prompt
-once for its responses, so the longer it is the larger our lead. Setups:
+The work of a step: 8 prompts x 8 responses of 64 new tokens from a Qwen2 of 0.6 M parameters, a reward that looks at
+the letters, reference log-probabilities, and one optimiser step with the KL in the loss; float32 on the CPU. A prompt
+is a question with an instruction (the number of its tokens is printed); --short-prompts leaves the question alone.
+Setups:
 
   zero3_two_ranks_transformers  two ZeRO-3 ranks, transformers generates (ours: worker.rollout.engine=hf)
   one_rank_vllm                 one rank with colocated vLLM (ours: ZeRO-3 of one rank; TRL: without DeepSpeed)
 
-No response can end early: the model gives its end-of-sequence token a logit of about -110 (see bench_step_sides.prepare),
+No response can end early: the model gives its end-of-sequence token a logit near -70 (bench_step_sides.prepare),
 and a run in which a response is shorter than 64 tokens fails.
 
 Both sides are started and then take turns, step by step: while one works the other one sleeps. The machine drifts, and
@@ -42,7 +42,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_step_sides import INSTRUCTION, NEW_TOKENS, PROMPTS, RESPONSES, prepare
+from bench_step_sides import INSTRUCTION, NEW_TOKENS, PROMPTS, RESPONSES, prepare, prompt_tokens
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -89,8 +89,9 @@ class Side:
         return slowest | {"tokens": tokens, "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines)}
 
     def _lines(self, number: int) -> list[dict[str, Any]]:
-        files = [path for path in self.folder.glob("rank*.jsonl")]
-        lines = [json.loads(line) for path in files for line in path.read_text().splitlines(keepends=True) if "\n" in line]
+        texts = [path.read_text() for path in self.folder.glob("rank*.jsonl")]
+        written = [line for text in texts for line in text.splitlines(keepends=True)]
+        lines = [json.loads(line) for line in written if line.endswith("\n")]  # the last may be half written
         return [line for line in lines if line["step"] == number]
 
     def wait(self) -> None:
@@ -113,6 +114,11 @@ def _environment(own: dict[str, str]) -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # What colocated vLLM needs on a CPU. Ours sets these itself, TRL does not.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
         **own,
     }
 
@@ -187,13 +193,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="measured, after the warm-up")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--micro-batch", type=int, default=16, help="responses a forward and backward, on both sides")
-    parser.add_argument("--short-prompts", action="store_true", help="the bare question, some 25 tokens")
+    parser.add_argument("--short-prompts", action="store_true", help="the bare question")
     parser.add_argument("--keep", type=Path, help="folder for models, logs and figures; it must not exist")
     options = parser.parse_args()
     if importlib.util.find_spec("trl") is None:
         sys.exit(f"TRL, the other side of this benchmark, is not installed: {REMEDY}")
     folder = options.keep or Path(tempfile.mkdtemp(prefix="bench_step_"))
     prepare(folder, "" if options.short_prompts else INSTRUCTION)
+    sys.stdout.write(f"prompts of {prompt_tokens(folder)} tokens, micro-batches of {options.micro_batch} responses\n")
     rows: list[dict[str, Any]] = []
     for setup in options.setups:
         rows += measure(setup, folder, options.micro_batch, options.warm_up, options.steps)

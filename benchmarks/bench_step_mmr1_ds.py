@@ -9,8 +9,15 @@ import sys
 from pathlib import Path
 
 from bench_step_sides import (
-    KL_WEIGHT, LEARNING_RATE, LONGEST_PROMPT, NEW_TOKENS, PROMPTS, RESPONSES, TEMPERATURE, Turns,
-)  # fmt: skip
+    KL_WEIGHT,
+    LEARNING_RATE,
+    LONGEST_PROMPT,
+    NEW_TOKENS,
+    PROMPTS,
+    RESPONSES,
+    TEMPERATURE,
+    Turns,
+)
 
 from mmr1_ds import composition, train
 from mmr1_ds.distributed import leave
@@ -65,6 +72,8 @@ arguments = {
     "worker.rollout.n": RESPONSES,
     "worker.rollout.temperature": TEMPERATURE,
     "worker.rollout.kv_cache_gb": 1,
+    "worker.rollout.max_num_seqs": PROMPTS * RESPONSES,  # TRL's limits of vLLM, this one and the next
+    "worker.rollout.max_num_batched_tokens": 4096,
     "worker.reward.reward_function": f"{folder / 'reward.py'}:score",
     "worker.reward.num_workers": 1,
     "trainer.max_steps": num_steps,

@@ -14,8 +14,10 @@ PROMPTS, RESPONSES, NEW_TOKENS = 8, 8, 64
 LONGEST_PROMPT = 192  # tokens
 LEARNING_RATE, KL_WEIGHT, TEMPERATURE = 1e-6, 0.04, 1.0
 NUM_ROWS = 256
-# What recipes for reasoning put after a question; with it a prompt has some 130 tokens.
-INSTRUCTION = " Think about it first, between <think> and </think>. Then give the answer, and nothing else, in \\boxed{}."
+# What recipes for reasoning put after a question.
+INSTRUCTION = (
+    " Think about it first, between <think> and </think>. Then give the answer, and nothing else, in \\boxed{}."
+)
 OUR_REWARD_FILE = """from bench_step_sides import reward
 
 
@@ -23,7 +25,7 @@ def score(reward_inputs):
     return [{"overall": reward(item["response"]), "accuracy": 0.0} for item in reward_inputs]
 """
 _POLL_SECONDS = 0.002  # a side that waits costs the other one nothing that could be measured
-_OUT_OF_REACH = 10.0  # of the hidden state's first feature, which is near sqrt(hidden size) at every position
+_OUT_OF_REACH = 10.0  # weight of the hidden state's first feature, which is near 7 at every position
 
 
 def prepare(folder: Path, instruction: str) -> None:
@@ -31,10 +33,10 @@ def prepare(folder: Path, instruction: str) -> None:
 
     instruction: follows each question; a token a character, near enough.
 
-    Every embedding's first feature is 1 and dwarfs the others, so the last hidden state's is close to its norm,
-    sqrt(128), everywhere. The end-of-sequence token's row of the output layer is -10 there: its logit is near -110
-    beside 0 for the others, and no sampler of either side ever draws it. All responses have NEW_TOKENS tokens without
-    a setting or a logits processor that one side has and the other has not.
+    Every embedding's first feature is 1 and dwarfs the others, so the last hidden state's is the largest part of its
+    norm, sqrt(128), everywhere. The end-of-sequence token's row of the output layer is -10 there: its logit is near
+    -70, the others are near 0, and no sampler of either side ever draws it. So all responses have NEW_TOKENS tokens
+    without a setting or a logits processor that one side has and the other has not.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -57,11 +59,21 @@ def prepare(folder: Path, instruction: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / "model")
     build_tokenizer().save_pretrained(folder / "model")
-    rows = [
-        {"question": f"What is {7 * i} plus {i * i}?{instruction}", "answer": str(7 * i + i * i)} for i in range(NUM_ROWS)
-    ]
+    sums = [(7 * i, i * i) for i in range(NUM_ROWS)]
+    rows = [{"question": f"What is {a} plus {b}?{instruction}", "answer": str(a + b)} for a, b in sums]
     (folder / "reward.py").write_text(OUR_REWARD_FILE, encoding="utf-8")
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def prompt_tokens(folder: Path) -> int:
+    """Of the middle prompt."""
+    from transformers import AutoTokenizer
+
+    rows = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    messages = [{"role": "user", "content": json.loads(rows[len(rows) // 2])["question"]}]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def reward(response: str) -> float:

@@ -1,4 +1,4 @@
-"""One rank of TRL's side of bench_step.py: GRPOTrainer with the same work, and what it needs on a machine without a GPU.
+"""One rank of TRL's side of bench_step.py: GRPOTrainer with the same work, and what it needs on a CPU.
 
 Usage: bench_step_trl.py FOLDER SETUP MICRO_BATCH NUM_STEPS, with RANK and the like in the environment.
 """
@@ -10,21 +10,25 @@ import os
 import sys
 from pathlib import Path
 
-from bench_step_sides import (
-    KL_WEIGHT, LEARNING_RATE, LONGEST_PROMPT, NEW_TOKENS, PROMPTS, RESPONSES, TEMPERATURE, StageTimer, Turns, reward,
-)  # fmt: skip
-
-folder, setup, micro_batch, num_steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-WITH_VLLM = setup == "one_rank_vllm"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-if WITH_VLLM:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                   "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # fmt: skip
-
 import torch
+from bench_step_sides import (
+    KL_WEIGHT,
+    LEARNING_RATE,
+    LONGEST_PROMPT,
+    NEW_TOKENS,
+    PROMPTS,
+    RESPONSES,
+    TEMPERATURE,
+    StageTimer,
+    Turns,
+    reward,
+)
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+
+folder, setup, micro_batch, num_steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+WITH_VLLM = setup == "one_rank_vllm"
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,13 +37,13 @@ def capitals(completions, **_):
     return [reward(completion[0]["content"]) for completion in completions]
 
 
-def fit_vllm_to_cpu(eager: bool) -> None:
+def fit_vllm_to_cpu() -> None:
     """TRL leaves vLLM's type at bf16, and loads weights into layers that vLLM's CPU build has packed, which fails."""
     from trl.generation import vllm_generation
 
     plain = vllm_generation.LLM
     vllm_generation.LLM = lambda **options: plain(
-        **options, dtype="float32", enforce_eager=eager, generation_config="vllm", disable_log_stats=True
+        **options, dtype="float32", enforce_eager=True, generation_config="vllm", disable_log_stats=True
     )
 
     def sync_weights(self) -> None:
@@ -65,7 +69,7 @@ turns = Turns(folder / setup / "trl", int(os.environ["RANK"]))
 stages = StageTimer()
 lengths: list[int] = []
 if WITH_VLLM:
-    fit_vllm_to_cpu(os.environ.get("TRL_EAGER", "1") == "1")
+    fit_vllm_to_cpu()
 rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
 data = Dataset.from_list([{"prompt": [{"role": "user", "content": row["question"]}]} for row in rows])
 num_ranks = int(os.environ["WORLD_SIZE"])

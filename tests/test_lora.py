@@ -1,6 +1,7 @@
 """Adapters beside partitioned weights: what is trained, what vLLM is given, and the reference that they leave."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -199,6 +200,23 @@ def test_mistakes_are_told_before_training(text):
     _, results = text
     errors = results[0]["errors"]
     assert "q_projj is no linear layer" in errors["name"] and "did you mean q_proj?" in errors["name"]
+    layers = len(results[0]["adapters"])
+    theirs = f"has adapters of rank 3 (scaled by 2) for {layers} layers, the run adapters of rank"
+    assert f"{theirs} 2 (scaled by 3) for {layers} layers" in errors["rank"]
+    assert f"{theirs} 3 (scaled by 2) for 2 layers" in errors["layers"]
+    assert "holds adapters alone" in errors["none"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_leaves_the_frozen_weights_out_and_is_of_their_model_alone(text, tmp_path):
+    model, results = text
+    num_frozen = sum(weight.numel() for weight in results[0]["base"].values())
+    files = list((model.parent / "checkpoint").rglob("*.pt"))
+    assert len(files) == 4 and sum(path.stat().st_size for path in files) < num_frozen * 4 / 2
+    other = save_text_model(tmp_path / "model", seed=4)
+    shutil.copytree(model.parent / "checkpoint", tmp_path / "checkpoint")
+    with pytest.raises(AssertionError, match="has adapters for other weights than"):
+        run_ranks("lora_updates.py", other, tmp_path / "out", tmp_path / "checkpoint", 5, 5, num_ranks=2)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from mmr1_ds.config import AlgorithmConfig, RunConfig
 from mmr1_ds.distributed import Ranks
+from mmr1_ds.engine.adapter_checkpoint import AdapterCheckpoint
 from mmr1_ds.engine.aggregation import GlobalBatch, token_weights
 from mmr1_ds.engine.batching import Trajectory, collate
 from mmr1_ds.engine.importance import ImportanceSampling
@@ -29,7 +29,7 @@ from mmr1_ds.engine.offloading import states_offloaded
 from mmr1_ds.engine.policy import exact_types, load_policy
 from mmr1_ds.engine.schedule import learning_rate
 from mmr1_ds.engine.segments import Segments
-from mmr1_ds.engine.weights import whole_parameters
+from mmr1_ds.engine.weights import weights_digest, whole_parameters
 from mmr1_ds.records import Prompt
 
 if TYPE_CHECKING:
@@ -106,11 +106,7 @@ class ZeroEngine:
 
     def weights_digest(self) -> str:
         """Names these very weights, whatever the number of ranks. Collective: gathers them as a sync does."""
-        digest = hashlib.sha256()
-        for name, weight in whole_parameters(self.model):
-            bits = weight.contiguous().view({2: torch.int16, 4: torch.int32}[weight.element_size()])
-            digest.update(f"{name} {tuple(weight.shape)} {int(bits.sum(dtype=torch.int64))}\n".encode())
-        return digest.hexdigest()
+        return weights_digest(whole_parameters(self.model))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -145,6 +141,7 @@ class Actor(ZeroEngine):
         self.kl = KLController(self._algorithm)
         self._responses_per_prompt = config.worker.rollout.n
         self._num_updates = num_updates
+        self._adapters = AdapterCheckpoint(self.model)
         self.num_updates_done = 0
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -282,11 +279,23 @@ class Actor(ZeroEngine):
     def save(self, folder: Path) -> None:
         """Write the sharded state. Collective."""
         state = {"num_updates_done": self.num_updates_done, "kl": self.kl.state_dict()}
-        self.engine.save_checkpoint(str(folder), tag="zero3", client_state=state, save_latest=False)
+        self.engine.save_checkpoint(
+            str(folder),
+            tag="zero3",
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=self._adapters.leaves_out_frozen,
+        )
+        self._adapters.write(folder, self._ranks.rank == 0)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on the same number of ranks. Collective."""
-        path, client_state = self.engine.load_checkpoint(str(folder), tag="zero3")
+        """Read what `save` wrote, on the same number of ranks. Collective.
+
+        Raises: UserError for a checkpoint of other adapters.
+        """
+        self._adapters.check(folder)
+        strict = not self._adapters.leaves_out_frozen
+        path, client_state = self.engine.load_checkpoint(str(folder), tag="zero3", load_module_strict=strict)
         if path is None:
             raise RuntimeError(f"DeepSpeed could not load the actor from {folder}")
         self.num_updates_done = int(client_state["num_updates_done"])

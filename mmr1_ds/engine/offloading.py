@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+from torch import nn
 
 _OF_ANY_OPTIMIZER = [
     OffloadStateTypeEnum.lp_params,
@@ -22,8 +23,20 @@ def states_offloaded(engine: Any, on_gpu: bool) -> Iterator[None]:
     On CPU all is in host memory; what can be moved there is, so that the calls are tried without a GPU. DeepSpeed moves
     optimiser states of its fused Adam only, which runs on GPU.
     """
-    engine.offload_states(include=None if on_gpu else _OF_ANY_OPTIMIZER, pin_memory=on_gpu)
+    optimizer, module = engine.optimizer, engine.optimizer.module
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    frozen = [parameter.ds_tensor for parameter in module.parameters() if not parameter.requires_grad]
+    # DeepSpeed lays the shards of all the module's parameters into a buffer with room for the trained ones, and fails.
+    optimizer.module = nn.ParameterList(trained)
+    try:
+        engine.offload_states(include=None if on_gpu else _OF_ANY_OPTIMIZER, pin_memory=on_gpu)
+    finally:
+        optimizer.module = module
+    for shard in frozen:
+        shard.data = shard.data.to("cpu")
     try:
         yield
     finally:
         engine.reload_states()
+        for shard in frozen:
+            shard.data = shard.data.to(engine.device)

@@ -30,6 +30,7 @@ PROMPTS, RESPONSES = 4, 2
 ranks = Ranks(launch_environment(), timeout_seconds=120)
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=2)
 config.worker.actor.optim.lr = 1e-2
+config.worker.actor.offload_states = int(first) > 1  # half of a run that is compared with a whole one
 lora = config.worker.actor.model.lora
 lora.rank, lora.alpha = 3, 6.0
 encoder = PromptEncoder(config.worker.actor.model, config.data)
@@ -88,6 +89,8 @@ for step in range(int(first), int(last) + 1):
     begin = step * PROMPTS + ranks.rank * share
     trajectories = [fixed_trajectory(i, k) for i in range(begin, begin + share) for k in range(RESPONSES)]
     pairs = [(item.prompt, item.token_ids) for item in trajectories]
+    with actor.offloaded():  # as while responses are sampled
+        pass
     own, off, other = actor.log_probs(pairs), reference.log_probs(pairs), separate.log_probs(pairs)
     metrics = actor.update(trajectories, own, off)
     metrics["off_minus_separate"] = max(float((a - b).abs().max()) for a, b in zip(off, other, strict=True))
@@ -107,6 +110,13 @@ ranks.barrier("saved")
 
 errors = {}
 if int(first) == 1:
+    for name, changes in {"rank": {"rank": 2}, "none": {"rank": 0}, "layers": {"target_modules": ["v_proj"]}}.items():
+        lora.rank, lora.target_modules = changes.get("rank", 3), changes.get("target_modules", "all-linear")
+        other_actor = Actor(config, for_actor, ranks, encoder, num_updates=100)
+        try:
+            other_actor.load(Path(folder))
+        except UserError as error:
+            errors[name] = str(error)
     lora.target_modules = ["q_projj"]
     try:
         Actor(config, for_actor, ranks, encoder, num_updates=100)
