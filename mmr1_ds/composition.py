@@ -48,6 +48,7 @@ def run(
     Args: the DeepSpeed configs of the actor, the reference, and the critic, where there is one.
     Raises: UserError for data, model or environment that cannot be used.
     """
+    _check_installed(config)
     with ExitStack() as stack:
         # Starts before the models take the memory.
         rewards = stack.enter_context(RewardPool(config.worker.reward, config.data.max_response_length))
@@ -142,6 +143,21 @@ def run(
         trainer.fit()
 
 
+def _check_installed(config: RunConfig) -> None:
+    """Before anything is loaded. Raises: UserError for a package that the run needs and has not."""
+    actor, engine = config.worker.actor, config.worker.rollout.engine
+    if actor.model.lora.rank > 0 and importlib.util.find_spec("peft") is None:
+        raise UserError(
+            f"worker.actor.model.lora.rank={actor.model.lora.rank} but peft is not installed; install it or set it to 0"
+        )
+    if importlib.util.find_spec("vllm") is not None:
+        return
+    if engine == "vllm":
+        raise UserError("worker.rollout.engine=vllm but vllm is not installed; install it or set engine=hf")
+    if actor.offload_states or actor.ulysses_size > 1:  # engine=auto comes to hf
+        raise UserError("worker.actor.offload_states and ulysses_size need vllm; it is not installed")
+
+
 def _load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset, PromptDataset | None]:
     limit = config.worker.rollout.limit_images
     train_data = load_dataset(config.data.train_files, config.data, encoder, limit_images=limit)
@@ -187,13 +203,8 @@ def _starting_point(config: RunConfig, checkpoints: Checkpoints) -> tuple[int, P
 def _rollout(config: RunConfig, actor: Actor, ranks: Ranks, encoder: PromptEncoder, most_images: int) -> RolloutEngine:
     settings, model = config.worker.rollout, config.worker.actor.model
     has_vllm = importlib.util.find_spec("vllm") is not None
-    if settings.engine == "vllm" and not has_vllm:
-        raise UserError("worker.rollout.engine=vllm but vllm is not installed; install it or set engine=hf")
     if settings.engine == "auto" and not has_vllm:
         logger.warning("vllm is not installed: responses are sampled by transformers, which is far slower")
     if settings.engine == "hf" or not has_vllm:
-        actor_settings = config.worker.actor
-        if actor_settings.offload_states or actor_settings.ulysses_size > 1:  # engine=auto came to this
-            raise UserError("worker.actor.offload_states and ulysses_size need vllm; it is not installed")
         return TransformersRollout(actor, ranks, encoder, settings.max_num_seqs)
     return VllmRollout(settings, model, config.data, ranks, encoder, most_images)

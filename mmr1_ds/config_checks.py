@@ -153,6 +153,27 @@ def _check_curriculum(config: RunConfig) -> None:
             )
 
 
+def _unused(config: RunConfig) -> list[str]:
+    """A note for each key that was set and that the run's algorithm does not read."""
+    algorithm, actor = config.algorithm, config.worker.actor
+    estimator, loss = algorithm.adv_estimator, actor.loss_type
+    read_by = {
+        "algorithm.gamma": (estimator in ("reinforce_plus_plus", "gae"), f"algorithm.adv_estimator={estimator}"),
+        "algorithm.lam": (estimator == "gae", f"algorithm.adv_estimator={estimator}"),
+        "algorithm.filter_low": (algorithm.online_filtering, "algorithm.online_filtering=false"),
+        "algorithm.filter_high": (algorithm.online_filtering, "algorithm.online_filtering=false"),
+        "worker.actor.tau_positive": (loss == "sapo", f"worker.actor.loss_type={loss}"),
+        "worker.actor.tau_negative": (loss == "sapo", f"worker.actor.loss_type={loss}"),
+        "worker.ref.offload.offload_optimizer": (False, "a reference, which has no optimiser"),
+    }
+    default = RunConfig()
+    return [
+        f"{key} is not used with {reason}"
+        for key, (is_read, reason) in read_by.items()
+        if not is_read and value_at(config, key) != value_at(default, key)
+    ]
+
+
 def _check_lora(lora: LoraConfig) -> None:
     """The kinds of its values; whether the model has the layers shows once it is loaded."""
     if lora.rank == 0:
@@ -353,6 +374,7 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
         )
     if algorithm.adv_estimator != "gae" and config.worker.critic != CriticConfig():
         notes.append(f"worker.critic is not used: algorithm.adv_estimator={algorithm.adv_estimator} has no critic")
+    notes += _unused(config)
     if config.worker.actor.model.lora.rank > 0 and config.worker.ref.offload.offload_params:
         notes.append("worker.ref.offload.offload_params: LoRA's reference is the actor, there is nothing to offload")
     if val_data is None and (trainer.val_freq > 0 or trainer.val_before_train):

@@ -87,6 +87,7 @@ def reference_deepspeed(config: RunConfig, actor: Mapping[str, Any], on_gpu: boo
         "train_micro_batch_size_per_gpu": config.worker.actor.micro_batch_size_per_device_for_experience,
         "zero_optimization": zero,
         "bf16": copy.deepcopy(actor["bf16"]),
+        "data_types": copy.deepcopy(actor.get("data_types", {})),  # or its buffers' precision differs
         "steps_per_print": actor.get("steps_per_print", 2**31 - 1),
     }
 

@@ -11,8 +11,8 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -98,9 +98,9 @@ class Ranks:
         self.device = torch.device("cuda", self.local_rank) if self.on_gpu else torch.device("cpu")
         if self.on_gpu:
             torch.cuda.set_device(self.device)
-        timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group("nccl" if self.on_gpu else "gloo", timeout=timeout)
-        self._control = dist.new_group(backend="gloo", timeout=timeout)
+        self._timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group("nccl" if self.on_gpu else "gloo", timeout=self._timeout)
+        self._control = dist.new_group(backend="gloo", timeout=self._timeout)
 
     @contextmanager
     def _deadline(self, stage: str) -> Iterator[None]:
@@ -201,10 +201,11 @@ class Ranks:
 
         if size in self._neighbours:
             return self._neighbours[size]
-        groups = [dist.new_group(range(first, first + size)) for first in range(0, self.size, size)]
-        controls = [dist.new_group(range(first, first + size), backend="gloo") for first in range(0, self.size, size)]
+        members = [range(first, first + size) for first in range(0, self.size, size)]
+        groups = [dist.new_group(part, timeout=self._timeout) for part in members]  # without one: NCCL's 10 minutes
+        controls = [dist.new_group(part, backend="gloo", timeout=self._timeout) for part in members]
         number = self.rank // size
-        self._neighbours[size] = Neighbours(groups[number], controls[number], self.rank % size, size)
+        self._neighbours[size] = Neighbours(groups[number], controls[number], self.rank % size, size, self._deadline)
         return self._neighbours[size]
 
     def close(self) -> None:
@@ -223,20 +224,23 @@ class Neighbours:
     control: Any  # and on the CPU
     rank: int  # in the group
     size: int
+    deadline: Callable[[str], AbstractContextManager[Any]] = nullcontext  # given the stage; for errors
 
     def gather_lists(self, values: Sequence[T]) -> list[T]:
         """The picklable values of all ranks of the group, rank by rank: messages, never state."""
         import torch.distributed as dist
 
         parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, list(values), group=self.control)
+        with self.deadline("gather sequences of a group"):
+            dist.all_gather_object(parts, list(values), group=self.control)
         return [value for part in parts for value in part]
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the group, in place."""
         import torch.distributed as dist
 
-        dist.all_reduce(tensor, group=self.group)
+        with self.deadline("gather log-probabilities of a group"):
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
 

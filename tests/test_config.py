@@ -266,8 +266,6 @@ def test_upstream_yaml_loads_unchanged(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "argument, expected",
     [
-        ("worker.actor.ulysses_sequence_parallel_size=2", "ulysses_sequence_parallel_size must be 1, got 2"),
-        ("worker.actor.ulysses_sequence_parallel_size=4", "set worker.actor.ulysses_size"),
         ("worker.critic.ulysses_size=2", "worker.critic.ulysses_size must be 1, got 2"),
         ("worker.actor.entropy_coeff=0.01", "an entropy bonus is not implemented"),
         ("worker.rollout.ignore_eos=true", "worker.rollout.ignore_eos must be false, got true"),

@@ -230,6 +230,16 @@ def test_an_estimate_that_pulls_nowhere_is_noted(valid):
     def notes(*argv):
         return " ".join(check_config(load(*valid, "algorithm.kl_penalty=k1", *argv), 2).notes)
 
+    for unused in (
+        "algorithm.gamma=0.9",
+        "algorithm.lam=0.9",
+        "algorithm.filter_low=0.1",
+        "worker.actor.tau_negative=2",
+        "worker.ref.offload.offload_optimizer=true",
+    ):
+        name = unused.partition("=")[0]
+        assert name in notes(unused) and name not in notes()
+
     assert "its gradient is zero on average" in notes()
     assert "its gradient" not in notes("algorithm.use_kl_loss=false") + notes("algorithm.disable_kl=true")
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmr1_ds.engine.micro_batches import balance, by_tokens, first_fit, in_turn, spread
+from mmr1_ds.engine.micro_batches import balance, by_prompts, by_tokens, first_fit, in_turn, spread
 
 
 class SomeRanks:
@@ -119,3 +119,19 @@ def test_what_is_even_stays_in_place():
     assert balance([5] * 12, 3) == list(range(12))
     assert balance([100, 101, 101, 100], 2) == [0, 1, 2, 3]
     assert sorted(balance([0, 0, 0, 0], 2)) == [0, 1, 2, 3]
+
+
+def test_responses_to_a_prompt_stay_together_and_count_it_once():
+    # Three prompts of 10 tokens with 4 responses of 5: 30 tokens each, two fit into 60 and three do not.
+    prompts, lengths = [7] * 4 + [8] * 4 + [9] * 4, [5] * 12
+    parts = by_prompts(prompts, [10] * 12, lengths, 60, SomeRanks())
+    assert sorted(sorted({prompts[i] for i in part}) for part in parts) in ([[7], [8, 9]], [[7, 8], [9]], [[7, 9], [8]])
+    assert sorted(i for part in parts for i in part) == list(range(12))
+    # A group over the budget is cut; every part counts the prompt again.
+    parts = by_prompts([1] * 9, [10] * 9, [8] * 9, 40, SomeRanks())
+    assert sorted(len(part) for part in parts) == [3, 3, 3]
+
+
+def test_a_rank_with_few_runs_makes_as_many_micro_batches_as_another_needs():
+    parts = by_prompts([1] * 6, [10] * 6, [1] * 6, 100, SomeRanks(4))
+    assert len(parts) == 4 and all(parts) and sorted(i for part in parts for i in part) == list(range(6))

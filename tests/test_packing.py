@@ -9,7 +9,14 @@ from tiny_models import make_prompt, save_text_model, save_vision_model
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.batching import collate
-from mmr1_ds.engine.packing import PACKABLE, attention_implementation, packed_states, padded_states, response_states
+from mmr1_ds.engine.packing import (
+    PACKABLE,
+    attention_implementation,
+    pack,
+    packed_states,
+    padded_states,
+    response_states,
+)
 
 CPU = torch.device("cpu")
 VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -128,8 +135,47 @@ def test_sliding_windows_are_kept_inside_a_sequence(tmp_path):
     assert (padded_states(without, batch) - states).abs().max() > 1e-3  # the window shows
 
 
+@torch.no_grad()
+def test_generation_with_sliding_windows_is_that_of_plain_attention(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = str(save_text_model(tmp_path / "model"))
+    window = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}
+    ids = torch.arange(30, 40).view(2, 5)
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=name, **window)
+        .eval()
+        .generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False, eos_token_id=None)
+        for name in ("packed_sdpa", "sdpa")
+    )
+    assert torch.equal(one, other)
+
+
 def test_families_not_tested_packed_are_padded(caplog):
     with caplog.at_level(logging.WARNING):
         assert attention_implementation(True, "mamba", torch.float32) == "sdpa"
     assert "mamba" in caplog.text
     assert attention_implementation(False, "qwen2", torch.float32) == "sdpa"
+
+
+def test_responses_that_share_a_prompt_equal_padded_forward_and_backward(family):
+    """Rows of one prompt apart from each other, with none, one or several images, and empty responses among them."""
+    load, encoder = family
+    model, plain = load("packed_sdpa"), load("sdpa")
+    prompts = {i: pairs_of(encoder, (i,))[0][0] for i in (1, 3, 7)}
+    rows = [(7, 5), (1, 4), (7, 0), (3, 1), (1, 9), (7, 11), (3, 6), (1, 1), (7, 2)]
+    pairs = [(prompts[i], tuple((31 * row + 7 * k) % 90 for k in range(n))) for row, (i, n) in enumerate(rows)]
+    batch = collate(pairs, encoder, CPU)
+    packed, packed_gradients = states_and_gradients(model, batch, packed_states)
+    padded, padded_gradients = states_and_gradients(plain, batch, padded_states)
+    assert len(packed) == sum(n for _, n in rows)
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=0)
+    assert packed_gradients.keys() == padded_gradients.keys()
+    largest = max(gradient.abs().max() for gradient in padded_gradients.values())
+    for name, gradient in padded_gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, atol=1e-5 * float(largest), rtol=0)
+    inputs, _ = pack(model, batch, prompts_once=True)
+    once = sum(len(encoder.expand(prompt).input_ids) for prompt in prompts.values())
+    assert inputs["input_ids"].shape == (1, once + sum(n for _, n in rows))
+    if encoder.is_multimodal:
+        assert len(inputs["image_grid_thw"]) == sum(len(prompt.images) for prompt in prompts.values())

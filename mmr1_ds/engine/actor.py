@@ -24,8 +24,9 @@ from mmr1_ds.engine.importance import ImportanceSampling
 from mmr1_ds.engine.kl import kl_penalty
 from mmr1_ds.engine.kl_controller import KLController
 from mmr1_ds.engine.losses import PolicyLoss
-from mmr1_ds.engine.micro_batches import by_tokens, in_turn
-from mmr1_ds.engine.offloading import states_offloaded
+from mmr1_ds.engine.micro_batches import by_prompts, by_tokens, in_turn
+from mmr1_ds.engine.offloading import drop_host_copies, states_offloaded
+from mmr1_ds.engine.packing import shares_prompts
 from mmr1_ds.engine.policy import exact_types, load_policy
 from mmr1_ds.engine.schedule import learning_rate
 from mmr1_ds.engine.segments import Segments
@@ -101,8 +102,13 @@ class ZeroEngine:
         size *= self._settings.ulysses_size  # a rank holds a cut of each sequence
         if not self._settings.dynamic_batching:
             return in_turn(len(pairs), size)
-        lengths = [(prompt.num_tokens or len(prompt.token_ids)) + len(response) for prompt, response in pairs]
-        return by_tokens(lengths, size * self._longest, self._ranks)
+        prompt_lengths = [prompt.num_tokens or len(prompt.token_ids) for prompt, _ in pairs]
+        lengths = [len(response) for _, response in pairs]
+        if shares_prompts(self.model):
+            names = [id(prompt) for prompt, _ in pairs]
+            return by_prompts(names, prompt_lengths, lengths, size * self._longest, self._ranks)
+        both = [prompt + response for prompt, response in zip(prompt_lengths, lengths, strict=True)]
+        return by_tokens(both, size * self._longest, self._ranks)
 
     def weights_digest(self) -> str:
         """Names these very weights, whatever the number of ranks. Collective: gathers them as a sync does."""
@@ -169,7 +175,7 @@ class Actor(ZeroEngine):
         """Train on this rank's share of a batch: one optimiser step for each global_batch_size prompts.
 
         Args: old and reference log-probabilities, one tensor (T,) a trajectory, or None for those not in use.
-        Returns: metrics over all ranks, averaged over the optimiser steps.
+        Returns: metrics over all ranks, averaged over the optimiser steps (of maxima, the largest).
         Collective: all ranks, with the same number of trajectories.
         """
         self.engine.train()
@@ -186,6 +192,7 @@ class Actor(ZeroEngine):
                     )
                 )
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        metrics["rollout/logprob_diff_max"] = max(step["rollout/logprob_diff_max"] for step in steps)
         if ref_log_probs is not None:
             metrics["actor/kl_coef"] = self.kl.coefficient
             self.kl.update(metrics["actor/ref_kl"], len(trajectories) * self._ranks.size)
@@ -279,6 +286,7 @@ class Actor(ZeroEngine):
     def save(self, folder: Path) -> None:
         """Write the sharded state. Collective."""
         state = {"num_updates_done": self.num_updates_done, "kl": self.kl.state_dict()}
+        drop_host_copies(self.engine.optimizer.optimizer)
         self.engine.save_checkpoint(
             str(folder),
             tag="zero3",

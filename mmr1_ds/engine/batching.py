@@ -36,6 +36,7 @@ class ModelBatch:
     rows: Tensor  # (T,) int64: row of each response token
     columns: Tensor  # (T,) int64: position whose hidden state predicts it
     targets: Tensor  # (T,) int64: the token itself
+    shares: Tensor | None = None  # (S,) int64: the first row with the same prompt; None = not known
 
 
 def blank_image_prompt(encoder: PromptEncoder) -> Prompt:
@@ -80,6 +81,9 @@ def collate(
             "pixel_values": torch.cat([item.pixel_values for item in inputs if item.pixel_values is not None]),
             "image_grid_thw": torch.cat([item.image_grid_thw for item in inputs if item.image_grid_thw is not None]),
         }
+    first: dict[int, int] = {}  # a group's rows have one Prompt between them: no need to compare images
+    shares = [first.setdefault(id(prompt), row) for row, (prompt, _) in enumerate(pairs)]
+    shares += range(len(pairs), len(inputs))
     lengths = torch.tensor([len(ids) for ids in responses])
     starts = torch.tensor([len(item.input_ids) for item in inputs])
     rows = torch.repeat_interleave(torch.arange(shape[0]), lengths)
@@ -92,4 +96,5 @@ def collate(
         rows.to(device),
         columns.to(device),
         torch.cat(responses).to(device),
+        torch.tensor(shares).to(device),
     )

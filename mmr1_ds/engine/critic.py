@@ -20,7 +20,7 @@ from mmr1_ds.engine.aggregation import GlobalBatch, token_weights
 from mmr1_ds.engine.batching import collate
 from mmr1_ds.engine.losses import value_loss
 from mmr1_ds.engine.micro_batches import by_tokens, in_turn
-from mmr1_ds.engine.offloading import states_offloaded
+from mmr1_ds.engine.offloading import drop_host_copies, states_offloaded
 from mmr1_ds.engine.policy import exact_types
 from mmr1_ds.engine.schedule import learning_rate
 from mmr1_ds.engine.segments import Segments
@@ -161,6 +161,7 @@ class Critic:
     def save(self, folder: Path) -> None:
         """Write the sharded state. Collective."""
         state = {"num_updates_done": self.num_updates_done}
+        drop_host_copies(self.engine.optimizer.optimizer)
         self.engine.save_checkpoint(str(folder), tag="zero3", client_state=state, save_latest=False)
 
     def load(self, folder: Path) -> None:

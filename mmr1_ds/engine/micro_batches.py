@@ -40,6 +40,30 @@ def by_tokens(lengths: Sequence[int], budget: int, ranks: Ranks) -> list[list[in
     return [sorted(part) for part in fewest]
 
 
+def by_prompts(
+    prompts: Sequence[int], prompt_lengths: Sequence[int], lengths: Sequence[int], budget: int, ranks: Ranks
+) -> list[list[int]]:
+    """As `by_tokens`, with the responses to a prompt together where they fit, and the prompt counted once for them.
+
+    Args: prompts: names the prompt of each response, equal ones side by side; lengths: of the responses alone.
+    """
+    runs: list[list[int]] = []
+    tokens = budget
+    for i, own in enumerate(lengths):
+        tokens += own
+        if not runs or prompts[i] != prompts[i - 1] or tokens > budget:
+            runs.append([])
+            tokens = prompt_lengths[i] + own
+        runs[-1].append(i)
+    # No rank may have fewer runs than another one needs micro-batches.
+    most = int(ranks.max({"runs": float(len(runs))}, "plan micro-batches")["runs"])
+    while len(runs) < most:
+        longest = max(range(len(runs)), key=lambda place: len(runs[place]))
+        runs[longest : longest + 1] = [runs[longest][::2], runs[longest][1::2]]
+    sizes = [prompt_lengths[run[0]] + sum(lengths[i] for i in run) for run in runs]
+    return [sorted(i for place in part for i in runs[place]) for part in by_tokens(sizes, budget, ranks)]
+
+
 def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Bins of at most `budget`, longest first into the first with room: 11/9 of the fewest possible at most, plus 1."""
     bins: list[list[int]] = []

@@ -40,3 +40,15 @@ def states_offloaded(engine: Any, on_gpu: bool) -> Iterator[None]:
         engine.reload_states()
         for shard in frozen:
             shard.data = shard.data.to(engine.device)
+
+
+def drop_host_copies(optimizer: Any) -> None:
+    """Before a checkpoint is written: forget the host buffers that DeepSpeed keeps in the optimiser's state.
+
+    They would double the moments in the file, and a resumed run would load them to the device and leave its moments
+    there: DeepSpeed moves them to whatever buffer it finds. Without one it makes a new one in host memory.
+    Args: optimizer: the fused Adam inside of DeepSpeed's optimiser.
+    """
+    for state in optimizer.state.values():
+        for name in [name for name in state if name.endswith("_offload_buffer")]:
+            del state[name]

@@ -2,7 +2,10 @@
 
 transformers tells packed sequences by positions that start again at 0. Its flash-attention reads them as they are; its
 other implementations build a mask over all pairs of tokens of the row, most of which belong to different sequences.
-Where flash-attention is not installed, `packed_attention` runs torch's own kernel on each sequence instead.
+Where flash-attention is not installed, `packed_attention` runs torch's own kernel on each sequence instead, and the
+responses to one prompt share it: the row holds the prompt once, then its responses one after the other, each at the
+positions that follow the prompt. A piece that starts at a position other than 0 sees the prompt before it and itself.
+Same states and gradients; for 8 responses as long as their prompt, 9/16 of the tokens, and each image once.
 
 Shape letters: S sequences, L longest, K tokens of all of them, T response tokens, H hidden size.
 """
@@ -19,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
+from mmr1_ds.data.encoding import IMAGE_TYPE
 from mmr1_ds.engine.batching import ModelBatch
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,9 @@ def attention_implementation(padding_free: bool, family: str, dtype: torch.dtype
     if not padding_free:
         return "sdpa"
     if dtype == torch.bfloat16 and is_flash_attn_2_available():  # it is installed, and there is a GPU
+        logger.info("attention of packed sequences: flash-attention")
         return FLASH
+    logger.info("attention of packed sequences: torch's, sequence by sequence (flash-attention is not installed)")
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, causal_by_itself)
     return PACKED
@@ -52,22 +58,35 @@ def response_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
     return packed_states(model, batch) if packs else padded_states(model, batch)
 
 
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether responses to one prompt are computed after one copy of it. Sequence parallelism has its own attention."""
+    return model.config.get_text_config()._attn_implementation == PACKED
+
+
 def packed_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
     """What `padded_states` gives, to rounding, computed without padding."""
-    inputs, places_T = pack(model, batch)
+    inputs, places_T = pack(model, batch, shares_prompts(model))
     return model.base_model(**inputs, use_cache=False).last_hidden_state[0, places_T]
 
 
-def pack(model: PreTrainedModel, batch: ModelBatch) -> tuple[dict[str, Tensor], Tensor]:
+def pack(model: PreTrainedModel, batch: ModelBatch, prompts_once: bool = False) -> tuple[dict[str, Tensor], Tensor]:
     """The inputs of the model, all sequences in one row of K tokens, and where in it each response token is predicted.
 
+    Args: prompts_once: each prompt once, its responses after it; only `packed_attention` reads that.
     Returns: input_ids (1, K), position_ids (1, K), or (4, 1, K) where images turn the rotary embedding in three
         dimensions and the first says where sequences begin, vision inputs; places (T,) int64.
     """
     real_SL = batch.attention_mask.bool()
-    lengths_S = batch.attention_mask.sum(dim=1)
-    starts_S = lengths_S.cumsum(0) - lengths_S
-    position_ids = (batch.attention_mask.cumsum(dim=1) - 1)[real_SL][None]
+    first_S = torch.arange(len(real_SL), device=real_SL.device)
+    if prompts_once and batch.shares is not None:
+        first_S = batch.shares
+    prompts_S = real_SL.sum(dim=1) - torch.bincount(batch.rows, minlength=len(real_SL))
+    in_prompt_SL = torch.arange(real_SL.shape[1], device=real_SL.device) < prompts_S[:, None]
+    is_first_S = first_S == torch.arange(len(first_S), device=first_S.device)
+    order_S = first_S.argsort(stable=True)  # a prompt's responses follow it
+    kept_SL = (real_SL & (is_first_S[:, None] | ~in_prompt_SL))[order_S]
+
+    position_ids = (batch.attention_mask.cumsum(dim=1) - 1)[order_S][kept_SL][None]
     inputs = dict(batch.vision)
     types_SL = inputs.pop("mm_token_type_ids", None)
     if types_SL is not None:
@@ -77,9 +96,26 @@ def pack(model: PreTrainedModel, batch: ModelBatch) -> tuple[dict[str, Tensor], 
             image_grid_thw=inputs["image_grid_thw"],
             attention_mask=batch.attention_mask,
         )
-        position_ids = torch.cat([position_ids[None], spatial_3SL[:, real_SL][:, None]])
-    inputs |= {"input_ids": batch.input_ids[real_SL][None], "position_ids": position_ids}
-    return inputs, starts_S[batch.rows] + batch.columns
+        position_ids = torch.cat([position_ids[None], spatial_3SL[:, order_S][:, kept_SL][:, None]])
+        inputs |= _images_of(model, inputs, types_SL, is_first_S)
+    inputs |= {"input_ids": batch.input_ids[order_S][kept_SL][None], "position_ids": position_ids}
+    places_SL = torch.empty_like(batch.input_ids)
+    places_SL[order_S] = (kept_SL.reshape(-1).cumsum(0) - 1).view(kept_SL.shape)
+    # The first token of a response is predicted at the end of the prompt, where the row that has it has it.
+    rows_T = torch.where(in_prompt_SL[batch.rows, batch.columns], first_S[batch.rows], batch.rows)
+    return inputs, places_SL[rows_T, batch.columns]
+
+
+def _images_of(
+    model: PreTrainedModel, vision: dict[str, Tensor], types_SL: Tensor, wanted_S: Tensor
+) -> dict[str, Tensor]:
+    """Pixels and grids of the images of the wanted rows alone."""
+    grid = vision["image_grid_thw"]
+    patches = grid.prod(dim=1)
+    ends = (patches // model.config.vision_config.spatial_merge_size**2).cumsum(0)  # of each image, in image tokens
+    rows = torch.arange(len(types_SL), device=grid.device).repeat_interleave((types_SL == IMAGE_TYPE).sum(dim=1))
+    kept = wanted_S[rows[ends - 1]]
+    return {"image_grid_thw": grid[kept], "pixel_values": vision["pixel_values"][kept.repeat_interleave(patches)]}
 
 
 def padded_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
@@ -111,11 +147,21 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # the window is in it
-    parts = (tensor.tensor_split(cuts, dim=2) for tensor in (query, key, value))
-    outputs = [
-        sdpa_attention_forward(module, *part, _window(part[0], sliding_window), **options)[0]
-        for part in zip(*parts, strict=True)
-    ]
+    # Uncut it is no packed row: a token generated with a cache, whose position is not where a piece begins.
+    firsts = position_ids[0, [0, *cuts]].tolist() if cuts and position_ids is not None else [0]
+    # Split, not sliced: the gradients of pieces then meet in one tensor and not in one as long as the row for each.
+    pieces = zip(*(tensor.tensor_split(cuts, dim=2) for tensor in (query, key, value)), firsts, strict=True)
+    outputs: list[Tensor] = []
+    of_prompt: tuple[Tensor, Tensor] | None = None
+    for queries, keys, values, first in pieces:
+        mask = _seen(queries.shape[2], first, sliding_window, query.device)
+        if first == 0:
+            of_prompt = keys, values
+        else:  # another response to the prompt before
+            assert of_prompt is not None
+            keys = torch.cat([of_prompt[0][:, :, :first], keys], dim=2)
+            values = torch.cat([of_prompt[1][:, :, :first], values], dim=2)
+        outputs.append(sdpa_attention_forward(module, queries, keys, values, mask, **options)[0])
     return torch.cat(outputs, dim=1), None
 
 
@@ -127,14 +173,12 @@ def _cuts(query: Tensor, key: Tensor, attention_mask: Tensor | None, position_id
     return ((positions_K[1:] - positions_K[:-1] != 1).nonzero().squeeze(1) + 1).tolist()
 
 
-def _window(query: Tensor, width: int | None) -> Tensor | None:
-    """Which tokens see which, (1, 1, length, length), where a sequence is longer than its sliding window."""
-    length = query.shape[2]
-    if width is None or length <= width:
+def _seen(length: int, first: int, width: int | None, device: torch.device) -> Tensor | None:
+    """Which tokens see which, (1, 1, length, first + length); None where each sees all before it in its own piece."""
+    if first == 0 and (width is None or length <= width):
         return None
-    distance = torch.arange(length, device=query.device)
-    distance = distance[:, None] - distance[None, :]
-    return ((distance >= 0) & (distance < width))[None, None]
+    distance = torch.arange(first, first + length, device=device)[:, None] - torch.arange(first + length, device=device)
+    return ((distance >= 0) & (distance < (width or first + length)))[None, None]
 
 
 def causal_by_itself(

@@ -8,7 +8,7 @@ Shape letters: K tokens of a packed row, T response tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +50,7 @@ class SequenceParallel:
                 "it must divide the former, and divide or be a multiple of the latter"
             )
         ulysses = UlyssesSPAttentionHF(
-            attn=ALL_ATTENTION_FUNCTIONS[core],
+            attn=under_its_name(core),
             batch_size=1,  # a packed row
             attn_head_count=heads,
             attn_head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
@@ -130,3 +130,20 @@ class SequenceParallel:
                 features[before : before + inside] for features in kwargs["deepstack_visual_embeds"]
             ]
         return args, kwargs
+
+
+def under_its_name(core: str) -> Callable[..., Any]:
+    """The attention `core`, for layers whose configuration names another.
+
+    transformers' flash-attention loads its kernels by the name in the layer's configuration; by `NAME` it finds none.
+    """
+    function = ALL_ATTENTION_FUNCTIONS[core]
+
+    def attention(module: Any, *inputs: Any, **options: Any) -> Any:
+        given, module.config._attn_implementation = module.config._attn_implementation, core
+        try:
+            return function(module, *inputs, **options)
+        finally:
+            module.config._attn_implementation = given
+
+    return attention

@@ -39,7 +39,10 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights:
         bits = weight.contiguous().view({2: torch.int16, 4: torch.int32}[weight.element_size()])
-        digest.update(f"{name} {tuple(weight.shape)} {int(bits.sum(dtype=torch.int64))}\n".encode())
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        table = bits.reshape(len(bits), -1) if bits.ndim else bits.reshape(1, 1)
+        for axis in (0, 1):  # of rows and of columns, so that their order counts too
+            digest.update(table.sum(dim=axis, dtype=torch.int64).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
