@@ -13,10 +13,13 @@ Shape letters: S sequences, L longest, K tokens of all of them, T response token
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -147,22 +150,76 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # the window is in it
-    # Uncut it is no packed row: a token generated with a cache, whose position is not where a piece begins.
-    firsts = position_ids[0, [0, *cuts]].tolist() if cuts and position_ids is not None else [0]
+    if not cuts:  # no packed row, but longer than the window, or a token generated with a cache
+        mask = _seen(query.shape[2], 0, sliding_window, query.device)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    assert position_ids is not None
+    firsts = position_ids[0, [0, *cuts]].tolist()
     # Split, not sliced: the gradients of pieces then meet in one tensor and not in one as long as the row for each.
-    pieces = zip(*(tensor.tensor_split(cuts, dim=2) for tensor in (query, key, value)), firsts, strict=True)
-    outputs: list[Tensor] = []
-    of_prompt: tuple[Tensor, Tensor] | None = None
-    for queries, keys, values, first in pieces:
-        mask = _seen(queries.shape[2], first, sliding_window, query.device)
+    # (`tensor_split` slices.)
+    lengths = [end - start for start, end in pairwise([0, *cuts, query.shape[2]])]
+    pieces = list(zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True))
+    outputs: dict[int, Tensor] = {}
+    for place, others in _responses_by_prompt(firsts).items():
+        first = firsts[others[0]] if others else 0
+        prompt = tuple(tensor[:, :, :first] for tensor in pieces[place][1:])
+        for part in _of_like_length(others, pieces):
+            queries, keys, values = (_side_by_side([pieces[i][k] for i in part]) for k in range(3))
+            keys, values = (
+                torch.cat([before.expand(len(part), -1, -1, -1), own], dim=2)
+                for before, own in zip(prompt, (keys, values), strict=True)
+            )
+            mask = _seen(queries.shape[2], first, sliding_window, query.device)
+            found = sdpa_attention_forward(module, queries, keys, values, mask, **options)[0]
+            outputs.update(_cut_apart(found, part, pieces))
+    for part in _of_like_length([i for i, first in enumerate(firsts) if first == 0], pieces):
+        queries, keys, values = (_side_by_side([pieces[i][k] for i in part]) for k in range(3))
+        mask = _seen(queries.shape[2], 0, sliding_window, query.device)
+        found = sdpa_attention_forward(module, queries, keys, values, mask, **options)[0]
+        outputs.update(_cut_apart(found, part, pieces))
+    return torch.cat([outputs[i] for i in range(len(pieces))], dim=1), None
+
+
+def _responses_by_prompt(firsts: Sequence[int]) -> dict[int, list[int]]:
+    """The pieces that begin at 0, each with the further responses to its prompt, which follow it."""
+    found: dict[int, list[int]] = {}
+    for i, first in enumerate(firsts):
         if first == 0:
-            of_prompt = keys, values
-        else:  # another response to the prompt before
-            assert of_prompt is not None
-            keys = torch.cat([of_prompt[0][:, :, :first], keys], dim=2)
-            values = torch.cat([of_prompt[1][:, :, :first], values], dim=2)
-        outputs.append(sdpa_attention_forward(module, queries, keys, values, mask, **options)[0])
-    return torch.cat(outputs, dim=1), None
+            prompt = i
+            found[prompt] = []
+        else:
+            found[prompt].append(i)
+    return found
+
+
+def _of_like_length(places: Sequence[int], pieces: Sequence[tuple[Tensor, ...]]) -> Iterator[list[int]]:
+    """Pieces that one call of the kernel takes side by side: one call for each, on CPU, leaves most threads idle.
+
+    The shortest has at least half of the longest's tokens, so that little is computed for nothing.
+    """
+    part: list[int] = []
+    for i in sorted(places, key=lambda i: -pieces[i][0].shape[2]):
+        if part and 2 * pieces[i][0].shape[2] < pieces[part[0]][0].shape[2]:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """(1, heads, length, size) each, to (pieces, heads, longest, size); what is added comes last, where none looks."""
+    longest = max(tensor.shape[2] for tensor in tensors)
+    return torch.cat([t if t.shape[2] == longest else pad(t, (0, 0, 0, longest - t.shape[2])) for t in tensors])
+
+
+def _cut_apart(
+    found: Tensor, part: Sequence[int], pieces: Sequence[tuple[Tensor, ...]]
+) -> Iterator[tuple[int, Tensor]]:
+    """Of each piece, its place and its own outputs, (1, length, heads, size)."""
+    for i, output in zip(part, found.split(1), strict=True):
+        length = pieces[i][0].shape[2]
+        yield i, output if output.shape[1] == length else output[:, :length]
 
 
 def _cuts(query: Tensor, key: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> list[int]:
