@@ -18,7 +18,7 @@ from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import RolloutEngine
+from mmr1_ds.rollout.base import InTurn, RolloutEngine
 from mmr1_ds.trainer import Trainer
 
 HISTOGRAM_EVERY = 20  # steps
@@ -26,7 +26,7 @@ HISTOGRAM_BINS = 20
 TRACE = 4  # a purpose of seeds that the trainer does not have
 
 
-class CountingRollout:
+class CountingRollout(InTurn):
     """The engine, with a count of the responses that were sampled for the training: validation is greedy."""
 
     def __init__(self, engine: RolloutEngine) -> None:

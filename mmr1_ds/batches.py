@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +20,9 @@ from mmr1_ds.distributed import Ranks, batch_slots
 from mmr1_ds.engine.micro_batches import balance
 from mmr1_ds.errors import UserError
 from mmr1_ds.metrics import reward_metrics
-from mmr1_ds.records import GroupRewards, SamplingSettings, ScoredGroup
+from mmr1_ds.records import GroupRewards, RolloutGroup, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
+from mmr1_ds.sampling import Sampling, read_samplings, write_samplings
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -67,13 +69,26 @@ class BatchMaker:
         self._batch_size = config.data.rollout_batch_size
         self._mini_batch_size = config.worker.actor.global_batch_size
         self._slots = batch_slots(self._batch_size, self._mini_batch_size, ranks.rank, ranks.size)
+        self._sampling: dict[int, Sampling] = {}  # first draws of this step and of those begun ahead, by step
         tries = config.trainer.max_try_make_batch
         self._max_tries = 1 if not config.algorithm.online_filtering else tries if tries > 0 else None
 
     def make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
         """The batch of `step`. Collective. Raises: UserError, on every rank, for an unknown `filter_key`."""
+        drawn, figures = self._fill(step, settings, clock)
+        chosen, trained, seqlen = self._choose(drawn)
+        with clock("curriculum"):
+            self._coordinator.finish_step(step, trained)
+        metrics = reward_metrics(drawn.rewards, drawn.failures, self._ranks) | seqlen | figures
+        if self._config.algorithm.adv_estimator == "remax":
+            chosen = self._with_baselines(step, chosen, settings, clock)
+            metrics |= self._mean_baseline(chosen)
+        return Batch(chosen, metrics)
+
+    def _fill(self, step: int, settings: SamplingSettings, clock: StageClock) -> tuple[Drawn, dict[str, float]]:
+        """Draw once, or until enough groups teach. Collective. Returns: what this rank has of it, and metrics."""
         filtering = self._config.algorithm.online_filtering
-        drawn = _Drawn()
+        drawn = Drawn()
         num_tries = num_teaching = 0
         while num_tries == 0 or (num_teaching < self._batch_size and num_tries != self._max_tries):
             if num_tries > 0:
@@ -87,44 +102,88 @@ class BatchMaker:
             if filtering:
                 own = {"teaching": len(drawn.teaching)}
                 num_teaching = int(self._ranks.sum(own, "count groups that teach")["teaching"])
-        chosen, trained, seqlen = self._choose(drawn)
-        with clock("curriculum"):
-            self._coordinator.finish_step(step, trained)
-        metrics = reward_metrics(drawn.rewards, drawn.failures, self._ranks) | seqlen
-        if self._config.algorithm.adv_estimator == "remax":
-            chosen = self._with_baselines(step, chosen, settings, clock)
-            metrics |= self._mean_baseline(chosen)
-        if filtering:
-            if num_teaching < self._batch_size:
-                logger.warning(
-                    "step %d: %d of %d groups teach after %d tries (trainer.max_try_make_batch); the batch is filled "
-                    "with groups that do not", step, num_teaching, self._batch_size, num_tries,
-                )  # fmt: skip
-            metrics["online_filtering/num_tries"] = num_tries
-            metrics["online_filtering/teaching_fraction"] = num_teaching / (num_tries * self._batch_size)
-        return Batch(chosen, metrics)
+        if not filtering:
+            return drawn, {}
+        if num_teaching < self._batch_size:
+            logger.warning(
+                "step %d: %d of %d groups teach after %d tries (trainer.max_try_make_batch); the batch is filled "
+                "with groups that do not", step, num_teaching, self._batch_size, num_tries,
+            )  # fmt: skip
+        return drawn, {
+            "online_filtering/num_tries": num_tries,
+            "online_filtering/teaching_fraction": num_teaching / (num_tries * self._batch_size),
+        }
+
+    def begin_ahead(self, step: int, settings: SamplingSettings) -> None:
+        """Begin the steps after `step` that `worker.rollout.max_staleness_steps` lets the servers sample by now.
+
+        Not those behind a refresh, whose draws follow from what it finds. Collective.
+        """
+        last = min(step + self._config.worker.rollout.max_staleness_steps, self._coordinator.num_steps)
+        for later in range(step + 1, last + 1):
+            if self._coordinator.refresh_due(later):
+                break
+            if later not in self._sampling:
+                self._sampling[later] = self._begin(later, 0, settings)
+
+    def finish_ahead(self) -> None:
+        """Wait for all that was begun, so that a checkpoint can keep it. Collective."""
+        for _, sampling in sorted(self._sampling.items()):
+            self._collector.wait(sampling)
+
+    def save(self, folder: Path) -> None:
+        """Keep what was begun in an existing folder. Not a collective."""
+        if self._sampling:
+            write_samplings(folder, self._ranks.rank, [item for _, item in sorted(self._sampling.items())])
+
+    def load(self, folder: Path, settings: SamplingSettings) -> None:
+        """Go on with what `save` kept, also on another number of ranks. Not a collective."""
+        ranks, own = self._ranks, set(self._slots.tolist())
+        for item in read_samplings(folder, self._data.__getitem__, own.__contains__, ranks.rank, ranks.size):
+            self._collector.begin(item, settings)
+            self._sampling[item.step] = item
+
+    def _begin(self, step: int, attempt: int, settings: SamplingSettings) -> Sampling:
+        """Draw, and ask for the responses; probes ride along with the first draw, to fill the engine's tail."""
+        coordinator, ranks = self._coordinator, self._ranks
+        num_responses = self._config.worker.rollout.n
+        indices = coordinator.next_batch(step)
+        probes = coordinator.next_probes(step) if attempt == 0 else indices[:0]
+        probes = probes[ranks.rank :: ranks.size]
+        places = attempt * self._batch_size + self._slots
+        requests = self._requests(self._data, indices[self._slots], num_responses, TRAINING, step, places)
+        requests += self._requests(self._data, probes, coordinator.num_probe_responses, PROBE, step, probes)
+        sampling = Sampling(step, requests, places.tolist())
+        self._collector.begin(sampling, settings)
+        return sampling
 
     def _roll(
         self, step: int, attempt: int, settings: SamplingSettings, clock: StageClock
     ) -> tuple[list[LearningGroup], list[ScoredGroup], RewardCounts]:
-        """Draw and roll out once; probes ride along with the first draw, so that they fill the engine's tail."""
-        coordinator, ranks = self._coordinator, self._ranks
-        num_responses = self._config.worker.rollout.n
+        """Draw and roll out once."""
         with clock("draw"):
-            indices = coordinator.next_batch(step)
-            probes = coordinator.next_probes(step) if attempt == 0 else indices[:0]
-            probes = probes[ranks.rank :: ranks.size]
-            slots = attempt * self._batch_size + self._slots
-            requests = self._requests(self._data, indices[self._slots], num_responses, TRAINING, step, slots)
-            requests += self._requests(self._data, probes, coordinator.num_probe_responses, PROBE, step, probes)
-        scored, failures = self._collector.collect(requests, settings, clock)
+            sampling = self._sampling.get(step) if attempt == 0 else None
+            sampling = sampling or self._begin(step, attempt, settings)
+            if attempt == 0:
+                self._sampling[step] = sampling  # a run that stops here goes on with it
+        with clock("gen"):
+            self._collector.wait(sampling)
+        groups = [group for _, group in sorted(sampling.groups.items()) if group is not None]
+        found = self._score(step, groups, len(self._slots), clock)
+        self._sampling.pop(step, None)
+        return found
+
+    def _score(
+        self, step: int, groups: Sequence[RolloutGroup], num_training: int, clock: StageClock
+    ) -> tuple[list[LearningGroup], list[ScoredGroup], RewardCounts]:
+        """Reward groups, and let the curriculum observe them; those after the first `num_training` are probes."""
+        scored, failures = self._collector.score(groups, clock)
         with clock("curriculum"):
             batch = score_batch(scored, self._encoder.eos_token_ids, self._config.data.curriculum_metrics)
-            size = len(self._slots)
-            of_probes = [dataclasses.replace(found, is_probe=True) for found in batch.statistics[size:]]
-            coordinator.observe(step, batch.statistics[:size] + of_probes)
+            of_probes = [dataclasses.replace(found, is_probe=True) for found in batch.statistics[num_training:]]
+            self._coordinator.observe(step, batch.statistics[:num_training] + of_probes)
         learning = [LearningGroup(group, row) for group, row in zip(scored, batch.advantages, strict=True)]
-        return learning[:size], scored[size:], failures
+        return learning[:num_training], scored[num_training:], failures
 
     def _with_baselines(
         self, step: int, groups: Sequence[LearningGroup], settings: SamplingSettings, clock: StageClock
@@ -155,7 +214,7 @@ class BatchMaker:
         if key not in known:
             raise UserError(f"algorithm.filter_key={key} is not among the reward's keys: {', '.join(sorted(known))}")
 
-    def _choose(self, drawn: _Drawn) -> tuple[list[LearningGroup], np.ndarray, dict[str, float]]:
+    def _choose(self, drawn: Drawn) -> tuple[list[LearningGroup], np.ndarray, dict[str, float]]:
         """This rank's share of the first groups that teach, filled up with the first of the others. Collective.
 
         In the order they were drawn, whichever rank sampled them: the batch is the same on any number of ranks.
@@ -211,7 +270,7 @@ class BatchMaker:
         return dataclasses.replace(group, scored=dataclasses.replace(group.scored, group=rollout))
 
 
-class _Drawn:
+class Drawn:
     """What a step has drawn on this rank; groups by their place among all that the step drew, over all ranks."""
 
     def __init__(self) -> None:

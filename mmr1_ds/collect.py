@@ -12,9 +12,10 @@ import numpy as np
 
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import RolloutRequest, SamplingSettings, ScoredGroup
+from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rewards.scoring import RewardCounts, score_groups
+from mmr1_ds.sampling import Sampling
 
 if TYPE_CHECKING:
     from mmr1_ds.data.dataset import PromptDataset
@@ -46,6 +47,7 @@ class RequestMaker:
                 data[int(index)],
                 num_responses,
                 int(np.random.SeedSequence((self.seed, purpose, step, int(slot))).generate_state(1)[0]),
+                can_wait=purpose == PROBE,
             )
             for index, slot in zip(indices, slots, strict=True)
         ]
@@ -87,6 +89,21 @@ class Collector:
         """
         with clock("gen"):
             groups = self._rollout.generate(requests, settings)
+        return self.score(groups, clock)
+
+    def begin(self, sampling: Sampling, settings: SamplingSettings) -> None:
+        """Ask for the groups of a batch that are not there. Not a collective."""
+        sampling.submit(self._rollout, settings)
+
+    def wait(self, sampling: Sampling) -> None:
+        """Until its groups are there, or given up where they can wait. Collective."""
+        sampling.collect(self._rollout)
+
+    def score(self, groups: Sequence[RolloutGroup], clock: StageClock) -> tuple[list[ScoredGroup], RewardCounts]:
+        """Groups with their rewards, in their order, and the count of rewards that failed. Collective.
+
+        Raises: as `collect`.
+        """
         with clock("reward"):
             scored, counts = score_groups(self._rewards, groups, self._encoder.decode)
         if not self._rewards_work:

@@ -26,6 +26,7 @@ from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.engine.value_model import check_reads_alike
 from mmr1_ds.errors import UserError
 from mmr1_ds.logging import MetricsLogger
+from mmr1_ds.partial_batches import PartialBatchMaker
 from mmr1_ds.plan import checkpoint_directory, run_directory
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
@@ -57,20 +58,15 @@ def run(
             check_reads_alike(config.worker.critic.model, config.data, encoder)
         train_data, val_data = _load_data(config, encoder)
         num_steps = total_training_steps(config, len(train_data))
+        most_images = max(data.max_images for data in (train_data, val_data) if data is not None)
 
         ranks = Ranks(launch, config.trainer.collective_timeout_seconds)
         stack.callback(ranks.close)
         _check_ranks(config, deepspeed_config, train_data, ranks)
         checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
         start = _starting_point(config, checkpoints)
-        if critic_config is not None and start is not None and not (start[1] / "critic").is_dir():
-            raise UserError(
-                f"{start[1]} has no critic, it is of a run without algorithm.adv_estimator=gae; start elsewhere with "
-                "another trainer.experiment_name, or take the estimator of that run"
-            )
-        run_dir = run_directory(config)
-        if config.trainer.val_only:  # beside the run's own log, which stays as it is
-            run_dir = run_dir / "eval" / f"step_{start[0] if start else 0}"
+        if start is not None and critic_config is not None:
+            _check_has_critic(start[1])
         coordinator = Coordinator(
             config.data,
             train_data.prompt_ids,
@@ -82,42 +78,27 @@ def run(
         )
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
-        if ranks.rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        ranks.barrier("make the run directory")
-        metrics_logger = stack.enter_context(
-            MetricsLogger.open(
-                config.trainer,
-                run_dir,
-                num_steps,
-                start[0] if start and not config.trainer.val_only else 0,
-                dataclasses.asdict(config),
-                is_main=ranks.rank == 0,
-            )
-        )
+        metrics_logger = stack.enter_context(_open_run(config, start, num_steps, ranks))
+        _tell_start(config, start, num_steps, ranks)
 
+        rollout: RolloutEngine | None = None
+        if config.worker.rollout.engine == "server":  # the servers load while the models here do
+            from mmr1_ds.rollout.server_engine import ServerRollout
+
+            rollout = ServerRollout(config, ranks, encoder, most_images, run_directory(config) / "servers")
+            stack.callback(rollout.close)
         updates = (num_steps - config.trainer.critic_warmup) * config.worker.actor.ppo_epochs
         updates *= config.data.rollout_batch_size // config.worker.actor.global_batch_size
-        logger.info("loading %s on %d ranks", config.worker.actor.model.model_path, ranks.size)
-        if start is not None:
-            logger.info("going on from %s: %d of %d steps are done", start[1], start[0], num_steps)
-        elif config.trainer.val_only:
-            logger.info("no checkpoint in %s: validating the model as it is", checkpoint_directory(config))
         actor = Actor(config, deepspeed_config, ranks, encoder, updates)
         critic = None
         if critic_config is not None:
             critic = Critic(config, critic_config, ranks, encoder, num_steps)
-        reference: Reference | AdapterlessReference | None = None
-        if not config.algorithm.disable_kl and not config.trainer.val_only:
-            has_adapters = config.worker.actor.model.lora.rank > 0
-            reference = (
-                AdapterlessReference(actor) if has_adapters else Reference(config, reference_config, ranks, encoder)
-            )
-        most_images = max(data.max_images for data in (train_data, val_data) if data is not None)
-        rollout = _rollout(config, actor, ranks, encoder, most_images)
-        stack.callback(rollout.close)
+        reference = _reference(config, reference_config, actor, ranks, encoder)
+        if rollout is None:
+            rollout = _rollout(config, actor, ranks, encoder, most_images)
+            stack.callback(rollout.close)
 
+        batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
         collector = Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks)
         parts = Parts(
             ranks=ranks,
@@ -125,7 +106,7 @@ def run(
             train_data=train_data,
             val_data=val_data,
             coordinator=coordinator,
-            batches=BatchMaker(config, ranks, encoder, train_data, coordinator, collector),
+            batches=batch_maker(config, ranks, encoder, train_data, coordinator, collector),
             collector=collector,
             rollout=rollout,
             actor=actor,
@@ -136,11 +117,47 @@ def run(
         )
         trainer = Trainer(config, parts, num_steps)
         if start is not None:
-            actor.load(start[1] / "actor")
-            if critic is not None:
-                critic.load(start[1] / "critic")
-            trainer.begin(start[0])
+            trainer.load(*start)
         trainer.fit()
+
+
+def _check_has_critic(folder: Path) -> None:
+    if not (folder / "critic").is_dir():
+        raise UserError(
+            f"{folder} has no critic, it is of a run without algorithm.adv_estimator=gae; start elsewhere with "
+            "another trainer.experiment_name, or take the estimator of that run"
+        )
+
+
+def _open_run(config: RunConfig, start: tuple[int, Path] | None, num_steps: int, ranks: Ranks) -> MetricsLogger:
+    """Make the run directory with the resolved config, and open its log. Collective."""
+    run_dir, step = run_directory(config), start[0] if start else 0
+    if config.trainer.val_only:  # beside the run's own log, which stays as it is
+        run_dir, step = run_dir / "eval" / f"step_{step}", 0
+    if ranks.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    ranks.barrier("make the run directory")
+    settings = dataclasses.asdict(config)
+    return MetricsLogger.open(config.trainer, run_dir, num_steps, step, settings, is_main=ranks.rank == 0)
+
+
+def _tell_start(config: RunConfig, start: tuple[int, Path] | None, num_steps: int, ranks: Ranks) -> None:
+    logger.info("loading %s on %d ranks", config.worker.actor.model.model_path, ranks.size)
+    if start is not None:
+        logger.info("going on from %s: %d of %d steps are done", start[1], start[0], num_steps)
+    elif config.trainer.val_only:
+        logger.info("no checkpoint in %s: validating the model as it is", checkpoint_directory(config))
+
+
+def _reference(
+    config: RunConfig, reference_config: Mapping[str, Any], actor: Actor, ranks: Ranks, encoder: PromptEncoder
+) -> Reference | AdapterlessReference | None:
+    if config.algorithm.disable_kl or config.trainer.val_only:
+        return None
+    if config.worker.actor.model.lora.rank > 0:
+        return AdapterlessReference(actor)
+    return Reference(config, reference_config, ranks, encoder)
 
 
 def _check_installed(config: RunConfig) -> None:
@@ -152,8 +169,8 @@ def _check_installed(config: RunConfig) -> None:
         )
     if importlib.util.find_spec("vllm") is not None:
         return
-    if engine == "vllm":
-        raise UserError("worker.rollout.engine=vllm but vllm is not installed; install it or set engine=hf")
+    if engine in ("vllm", "server"):
+        raise UserError(f"worker.rollout.engine={engine} but vllm is not installed; install it or set engine=hf")
     if actor.offload_states or actor.ulysses_size > 1:  # engine=auto comes to hf
         raise UserError("worker.actor.offload_states and ulysses_size need vllm; it is not installed")
 
@@ -175,6 +192,9 @@ def _check_ranks(
             f"torch.cuda.is_available() is {ranks.on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
             "install a CUDA build of torch, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
         )
+    transfer = config.worker.rollout.weight_transfer
+    if config.worker.rollout.engine == "server" and transfer in ("nccl", "ipc") and not ranks.on_gpu:
+        raise UserError(f"worker.rollout.weight_transfer={transfer} needs GPUs, there is none; set it to auto")
     if len(set(ranks.all_gather_objects(train_data.fingerprint, "compare the data sets"))) > 1:
         raise UserError(f"data.train_files={config.data.train_files} differs between ranks; give all the same files")
 

@@ -192,7 +192,7 @@ class ValidationSampling:
 class RolloutConfig:
     """How responses are sampled while training."""
 
-    engine: str = "auto"  # auto (vllm where it is installed) | vllm | hf (transformers)
+    engine: str = "auto"  # auto (vllm where installed) | vllm | server (vLLM beside the ranks) | hf (transformers)
     n: int = 8  # responses a prompt (the group), >= 2
     temperature: float = 1.0  # > 0
     top_p: float = 1.0  # (0, 1]
@@ -208,6 +208,21 @@ class RolloutConfig:
     max_model_len: int | None = None  # tokens; null = max_prompt_length + max_response_length, never less
     max_num_batched_tokens: int = 8192  # tokens vLLM schedules at once, >= 1
     max_num_seqs: int = 256  # responses vLLM samples at once, >= 1
+    sleep: bool = True  # vllm on GPU: its weights and cache leave the GPU while the actor trains
+    num_servers: int = 1  # server: vLLM servers that the run starts, >= 1, each on tensor_parallel_size GPUs
+    server_devices: list[int] = field(default_factory=list)  # server: GPUs of rank 0's node; [] = after the ranks'
+    server_urls: list[str] = field(default_factory=list)  # server: those of `mmr1-ds serve`; none is started then
+    server_host: str = "127.0.0.1"  # server: the interface that started servers listen on
+    server_key_variable: str = "MMR1_DS_SERVER_KEY"  # server: environment variable with their key; unset = a new one
+    server_start_seconds: float = 900.0  # server: time to load a model, > 0
+    server_timeout_seconds: float = 60.0  # server: without a sign of life for so long it is started anew, > 0
+    request_timeout_seconds: float = 3600.0  # server: the responses to a prompt, > 0; past it they are asked for again
+    servers_gone_seconds: float = 1800.0  # server: with none left for so long the run saves and stops, > 0
+    max_in_flight: int | None = None  # server: responses asked of one at once, >= n; null = twice max_num_seqs
+    weight_transfer: str = "auto"  # server: nccl | ipc | shared_memory; auto = nccl on GPU, shared_memory on CPU
+    partial: int | None = None  # tokens a response grows by in a step, longer ones go on in the next; null = no bound
+    max_staleness_steps: int = 0  # server: steps that sampling may run ahead of training, >= 0; 0 = in turn
+    weight_swap: str = "boundary"  # server: new weights come between requests (boundary) | in the middle (in_flight)
     val_override_config: ValidationSampling = field(default_factory=ValidationSampling)
 
 

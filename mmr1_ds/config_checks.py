@@ -11,6 +11,7 @@ from typing import Any
 from mmr1_ds.config import CriticConfig, LoraConfig, RunConfig
 from mmr1_ds.config_critic import resolved_critic
 from mmr1_ds.config_ranges import check_choices, check_ranges, value_at
+from mmr1_ds.config_servers import check_servers
 from mmr1_ds.curriculum.scores import canonical_metric, check_metrics
 from mmr1_ds.engine.kl_controller import MOST_ERROR
 from mmr1_ds.errors import UserError
@@ -60,6 +61,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_lengths(config)
     _check_validation(config)
     _check_ranks(config, world_size)
+    check_servers(config)
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
     _check_lora(config.worker.actor.model.lora)
@@ -243,7 +245,7 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
         raise UserError(
             f"worker.rollout.tensor_parallel_size={parallel} is vLLM's, worker.rollout.engine=hf has none; set it to 1"
         )
-    if world_size % parallel:
+    if world_size % parallel and config.worker.rollout.engine != "server":
         raise UserError(
             f"worker.rollout.tensor_parallel_size must divide the ranks: {world_size} % {parallel} = "
             f"{world_size % parallel}; set it to 1"

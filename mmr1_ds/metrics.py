@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 
 from mmr1_ds.distributed import Ranks
-from mmr1_ds.records import GroupRewards, ScoredGroup
+from mmr1_ds.records import GroupRewards, RolloutGroup, ScoredGroup
 
 if TYPE_CHECKING:
     from mmr1_ds.engine.batching import Trajectory
@@ -99,6 +99,28 @@ def step_metrics(
         }
         metrics |= ranks.max(peaks, "memory")
     return metrics
+
+
+def policy_lag_metrics(groups: Sequence[RolloutGroup], version: int, ranks: Ranks) -> dict[str, float]:
+    """How far behind `version` the policies are that sampled a batch, in optimiser steps a token. Collective.
+
+    `rollout/mixed_fraction`: of responses that more than one policy sampled.
+    """
+    responses = [(response, group.policy_version) for group in groups for response in group.responses]
+    own = {"tokens": 0.0, "lag": 0.0, "responses": float(len(responses)), "mixed": 0.0}
+    most = 0.0
+    for response, oldest in responses:
+        spans = response.policy_versions or ((oldest, len(response.token_ids)),)
+        own["tokens"] += sum(count for _, count in spans)
+        own["lag"] += sum((version - sampled_by) * count for sampled_by, count in spans)
+        own["mixed"] += len(spans) > 1
+        most = max(most, *(float(version - sampled_by) for sampled_by, _ in spans))
+    totals = ranks.sum(own, "policy lag")
+    return {
+        "rollout/policy_lag_mean": totals["lag"] / max(1.0, totals["tokens"]),
+        "rollout/policy_lag_max": ranks.max({"most": most}, "policy lag")["most"],
+        "rollout/mixed_fraction": totals["mixed"] / max(1.0, totals["responses"]),
+    }
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, float]:

@@ -176,10 +176,18 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
 
 def _rollout(config: RunConfig) -> str:
     rollout, data = config.worker.rollout, config.data
-    return (
+    text = (
         f"engine {rollout.engine}, temperature {rollout.temperature:g}, up to {data.max_prompt_length} + "
         f"{data.max_response_length} tokens, tensor parallel {rollout.tensor_parallel_size}"
     )
+    if rollout.engine != "server":
+        return text
+    servers = f"{rollout.num_servers} started on {rollout.server_host}"
+    if rollout.server_urls:
+        servers = f"{len(rollout.server_urls)} that run already"
+    swap = "between requests" if rollout.weight_swap == "boundary" else "in the middle of responses"
+    ahead = f"up to {rollout.max_staleness_steps} step(s) ahead, new weights {swap}"
+    return f"{text}; servers: {servers}, {ahead if rollout.max_staleness_steps else 'in turn with training'}"
 
 
 def _reward(config: RunConfig) -> str:

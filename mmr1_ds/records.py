@@ -35,6 +35,8 @@ class RolloutRequest:
     prompt: Prompt
     num_responses: int
     seed: int  # response k is sampled with seed + k
+    max_tokens: int | None = None  # of a response, in place of the sampling settings'
+    can_wait: bool = False  # a probe: behind all others, and given up where sampling would hold up the training
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,16 @@ class Response:
     token_ids: tuple[int, ...]  # (T,), the end-of-sequence token included when it was sampled
     logprobs: tuple[float, ...]  # (T,), natural log, of the distribution that was sampled from
     finished: bool  # False when cut off at the length limit
+    policy_versions: tuple[tuple[int, int], ...] = ()  # (version, tokens sampled by it); () = the group's
 
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """N responses to one prompt, all sampled by one policy."""
+    """N responses to one prompt."""
 
     prompt: Prompt
     responses: tuple[Response, ...]
-    policy_version: int  # optimiser steps the sampling policy had seen
+    policy_version: int  # optimiser steps that the sampling policy had seen; of several policies, the oldest
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from mmr1_ds.engine.critic import Critic
 from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.experience import Experience, make_experience
 from mmr1_ds.logging import MetricsLogger
-from mmr1_ds.metrics import reward_metrics, step_metrics
+from mmr1_ds.metrics import policy_lag_metrics, reward_metrics, step_metrics
 from mmr1_ds.records import SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
-from mmr1_ds.rollout.base import RolloutEngine
+from mmr1_ds.rollout.base import RolloutEngine, ServersGone
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -59,10 +59,20 @@ class Trainer:
     def __init__(self, config: RunConfig, parts: Parts, num_steps: int) -> None:
         self._config, self._parts, self._num_steps = config, parts, num_steps
         self.step = 0  # steps done; within a step, its number
+        self._num_learned = 0  # steps whose update is done
         self._requests = RequestMaker(config.worker.rollout.seed)
 
     def fit(self) -> None:
-        """Train from the current step to the last."""
+        """Train from the current step to the last. Raises: ServersGone, what was learned saved."""
+        try:
+            self._fit()
+        except ServersGone:
+            if self._num_learned > 0:
+                self.step = self._num_learned
+                self._log(self.save(in_full=False))
+            raise
+
+    def _fit(self) -> None:
         config = self._config.trainer
         self._parts.rollout.sync_weights(self._parts.actor)
         if config.val_only or (config.val_before_train and self.step == 0):
@@ -91,14 +101,24 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """Draw, roll out, score, observe, update, synchronise: one step of the algorithm."""
         clock, parts, start = StageClock(), self._parts, time.perf_counter()
+        settings = self._training_settings()
         with self._offloaded():
-            batch = parts.batches.make(self.step, self._training_settings(), clock)
-        experience, metrics = self._update(batch.groups, clock)
+            batch = parts.batches.make(self.step, settings, clock)
+        with clock("draw"):
+            parts.batches.begin_ahead(self.step, settings)  # servers sample on while the actor learns
+        metrics = parts.rollout.metrics()
+        if self._config.worker.rollout.engine == "server":
+            groups = [group.scored.group for group in batch.groups]
+            metrics |= policy_lag_metrics(groups, parts.actor.num_updates_done, parts.ranks)
+        experience, learning = self._update(batch.groups, clock)
+        self._num_learned = self.step
         with clock("sync"):
             parts.rollout.sync_weights(parts.actor)
         clock.seconds["step"] = time.perf_counter() - start
         scored = [group.scored for group in batch.groups]
-        metrics |= step_metrics(scored, experience.trajectories, experience.rewards_B, clock.seconds, parts.ranks)
+        metrics |= learning | step_metrics(
+            scored, experience.trajectories, experience.rewards_B, clock.seconds, parts.ranks
+        )
         return batch.metrics | metrics | parts.coordinator.metrics()
 
     @contextmanager
@@ -238,10 +258,15 @@ class Trainer:
         ]
         self._parts.metrics_logger.generations(self.step, rows)
 
-    def save(self) -> dict[str, float]:
-        """Write the checkpoint of this step."""
+    def save(self, in_full: bool = True) -> dict[str, float]:
+        """Write the checkpoint of this step.
+
+        in_full: wait for responses begun ahead and keep them; else the resumed run samples them anew.
+        """
         clock = StageClock()
         with clock("save_checkpoint"):
+            if in_full:
+                self._parts.batches.finish_ahead()
             self._parts.checkpoints.save(self.step, self._write)
             if self._parts.ranks.rank == 0:
                 self._kept_refresh.unlink(missing_ok=True)  # a finished one is in the checkpoint
@@ -253,4 +278,17 @@ class Trainer:
             self._parts.critic.save(folder / "critic")
         if self._parts.ranks.rank == 0:
             (folder / "curriculum").mkdir()
+            (folder / "rollout").mkdir()
+        self._parts.ranks.barrier("make the checkpoint's folders")
         self._parts.coordinator.save(folder / "curriculum")
+        self._parts.batches.save(folder / "rollout")
+
+    def load(self, step: int, folder: Path) -> None:
+        """Go on from a checkpoint of `step`; the coordinator has read its part already. Collective."""
+        self._parts.actor.load(folder / "actor")
+        if self._parts.critic is not None:
+            self._parts.critic.load(folder / "critic")
+        if not self._config.trainer.val_only:
+            self._parts.batches.load(folder / "rollout", self._training_settings())
+        self.begin(step)
+        self._num_learned = step

@@ -120,7 +120,7 @@ def test_both_spellings_of_metrics(valid, names):
         ("worker.actor.loss_scale_factor=512", "loss_scale_factor=512 is of worker.actor.loss_avg_mode=seq_sum, whi"),
         ("worker.actor.tau_negative=0", "worker.actor.tau_negative must be over 0, got 0.0"),
         ("worker.actor.optim.strategy=adamw_bf16", "worker.actor.optim.strategy must be adamw"),
-        ("worker.rollout.name=sglang", "worker.rollout.engine must be auto or vllm or hf, got sglang"),
+        ("worker.rollout.name=sglang", "worker.rollout.engine must be auto or vllm or server or hf, got"),
         ("data.curriculum_momentum=1.0", "data.curriculum_momentum must be in [0, 1), got 1.0"),
     ],
 )

@@ -107,8 +107,8 @@ class Coordinator:
         self._num_probe_rollouts = 0
         self._num_extra_rollouts = 0  # refresh, probes, and what online filtering dropped
         self._batch_metrics: dict[str, float] = {}
-        # Of the step underway: what was drawn and what came back.
-        self._drawn: list[np.ndarray] = []
+        # What was drawn for the step underway, and for later ones begun ahead of it; and what came back.
+        self._drawn: dict[int, list[np.ndarray]] = {}
         self._observed: list[PromptStatistics] = []
 
     @property
@@ -136,7 +136,7 @@ class Coordinator:
         self._num_draws += 1
         drawn = self._sampler.draw(self._num_draws, self.table.sampling_weights) if self._is_rank_0 else None
         drawn = self.control.broadcast_array(drawn, f"curriculum/next_batch of step {step}")
-        self._drawn.append(drawn)
+        self._drawn.setdefault(step, []).append(drawn)
         return drawn
 
     @property
@@ -148,7 +148,7 @@ class Coordinator:
         """Prompts to roll out beside the batch of `step`, for what they tell alone, (K,) int64. Collective.
 
         Over the run they take `curriculum_probe_fraction` of the training rollouts; see `probe_budget`. Call it after
-        `next_batch`.
+        `next_batch`: prompts of steps underway are left out.
         """
         training = self.data.rollout_batch_size * self.num_responses
         if not self._is_online or self.data.curriculum_probe_fraction == 0.0:
@@ -162,7 +162,8 @@ class Coordinator:
             # A run resumed with more steps or another fraction must not spend in one step what it saved before.
             highest = math.ceil(EARLY_PROBING * self.data.curriculum_probe_fraction * training / PROBE_RESPONSES)
             num_probes = min(int(allowed - self._num_probe_rollouts) // PROBE_RESPONSES, highest)
-            probes = self.table.probes(num_probes, exclude=np.concatenate(self._drawn))
+            drawn = [indices for draws in self._drawn.values() for indices in draws]
+            probes = self.table.probes(num_probes, exclude=np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
             self._num_probe_rollouts += len(probes) * PROBE_RESPONSES
         return self.control.broadcast_array(probes, f"curriculum/next_probes of step {step}")
 
@@ -177,7 +178,7 @@ class Coordinator:
 
         Args: trained: prompts of the groups that the step trains on, (B,), repeats counted.
         """
-        self._drawn = []
+        self._drawn = {later: draws for later, draws in self._drawn.items() if later > step}
         observed, self._observed = self._observed, []
         if not self._is_rank_0:
             return

@@ -65,6 +65,7 @@ class PromptEncoder:
         self._template_owner = self._chat_template_owner(source)
         self._format = ChatFormat(data.system_prompt, load_format_prompt(data.format_prompt), self.is_multimodal)
         self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
+        self.vocabulary_size = int(config.get_text_config().vocab_size)  # rows of the embedding
         special = _special_ids(self.tokenizer, config)
         self.forbidden_token_ids = tuple(
             sorted((special | _unused_ids(self.tokenizer, config)) - {*self.eos_token_ids})

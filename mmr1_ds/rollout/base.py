@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from mmr1_ds.engine.actor import Actor
+from mmr1_ds.errors import UserError
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
+
+
+class ServersGone(UserError):
+    """No rollout server has answered for too long. Raised on every rank at the same call."""
 
 
 class RolloutEngine(Protocol):
@@ -19,10 +25,55 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def submit(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> Any:
+        """Ask for responses that `collect` will give. An engine beside the trainer starts now. Not a collective.
+
+        Returns: what `collect` takes.
+        """
+        ...
+
+    def collect(self, submitted: Any) -> list[RolloutGroup | None]:
+        """The groups of one `submit`, once, in the order of its requests; None for one that can wait and was given up.
+
+        Collective: all ranks, in the same order.
+        """
+        ...
+
     def sync_weights(self, actor: Actor) -> None:
         """Take over the actor's weights. Collective. On return the next generation samples from them."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to count since the last call, `rollout/*`. Collective."""
         ...
 
     def close(self) -> None:
         """Free the engine. Not a collective."""
         ...
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """Requests that wait for `collect`."""
+
+    requests: Sequence[RolloutRequest]
+    settings: SamplingSettings
+
+
+class InTurn:
+    """For engines that share the trainer's devices: they sample when `collect` is called."""
+
+    def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
+        raise NotImplementedError
+
+    def submit(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> Submitted:
+        """See RolloutEngine."""
+        return Submitted(requests, settings)
+
+    def collect(self, submitted: Submitted) -> list[RolloutGroup | None]:
+        """See RolloutEngine."""
+        return list(self.generate(submitted.requests, submitted.settings))
+
+    def metrics(self) -> dict[str, float]:
+        """See RolloutEngine."""
+        return {}

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.base import InTurn
 from mmr1_ds.rollout.decoding import ATTENTION, PromptBatch, sample_responses
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
 
 
-class TransformersRollout:
+class TransformersRollout(InTurn):
     """Samples from a plain copy of the model that has weights while it generates only.
 
     The weights are gathered once a call, all of them: this engine is for models that fit a device whole, beside what
