@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mmr1_ds import config_reference, score, train
+from mmr1_ds import config_reference, score, serve, train
 from mmr1_ds.config_loading import LOCAL_RANK
 from mmr1_ds.distributed import leave
 
@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args([word for word in given if not word.startswith(LOCAL_RANK)])
     if arguments.command == "score":
         return score.main(arguments)
+    if arguments.command == "serve":
+        return serve.main(arguments)
     if arguments.command == "keys":
         return _print_keys(arguments.part)
     settings = [*arguments.settings, *_EVAL] if arguments.command == "eval" else arguments.settings
@@ -54,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("settings", nargs="*", metavar="key=value", help=_ARGUMENTS)
+    serve.add_arguments(
+        commands.add_parser("serve", help="run a rollout server for a run that trains elsewhere"), _ARGUMENTS
+    )
     words = "every configuration key with its default and meaning"
     keys = commands.add_parser("keys", help=words, description=words)
     keys.add_argument("part", nargs="?", default="", help="only names that contain it, as curriculum or trainer.save")

@@ -22,6 +22,11 @@ def check_servers(config: RunConfig) -> None:
             "worker.actor.offload_states=true makes room for an engine on the ranks' own GPUs, "
             "worker.rollout.engine=server has others; set it to false"
         )
+    if rollout.n > rollout.max_num_seqs:
+        raise UserError(
+            f"worker.rollout.n={rollout.n} is over max_num_seqs={rollout.max_num_seqs}, and a server samples the "
+            "responses to one prompt at once; raise max_num_seqs"
+        )
     if rollout.max_in_flight is not None and rollout.max_in_flight < rollout.n:
         raise UserError(
             f"worker.rollout.max_in_flight={rollout.max_in_flight} is under the responses to one prompt, "

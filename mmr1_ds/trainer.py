@@ -74,7 +74,7 @@ class Trainer:
 
     def _fit(self) -> None:
         config = self._config.trainer
-        self._parts.rollout.sync_weights(self._parts.actor)
+        self._sync()
         if config.val_only or (config.val_before_train and self.step == 0):
             self._log(self.validate())
         if config.val_only:
@@ -102,7 +102,7 @@ class Trainer:
         """Draw, roll out, score, observe, update, synchronise: one step of the algorithm."""
         clock, parts, start = StageClock(), self._parts, time.perf_counter()
         settings = self._training_settings()
-        with self._offloaded():
+        with self._sampling(then_learns=True):
             batch = parts.batches.make(self.step, settings, clock)
         with clock("draw"):
             parts.batches.begin_ahead(self.step, settings)  # servers sample on while the actor learns
@@ -113,7 +113,7 @@ class Trainer:
         experience, learning = self._update(batch.groups, clock)
         self._num_learned = self.step
         with clock("sync"):
-            parts.rollout.sync_weights(parts.actor)
+            self._sync()
         clock.seconds["step"] = time.perf_counter() - start
         scored = [group.scored for group in batch.groups]
         metrics |= learning | step_metrics(
@@ -122,10 +122,24 @@ class Trainer:
         return batch.metrics | metrics | parts.coordinator.metrics()
 
     @contextmanager
-    def _offloaded(self) -> Iterator[None]:
-        """While responses are sampled, where the run asks for it."""
+    def _sampling(self, then_learns: bool = False) -> Iterator[None]:
+        """Inside, the devices are the rollout's, where the run asks for it; after, the actor's.
+
+        then_learns: the actor's weights change before anything more is sampled.
+        """
+        with self._offloaded():
+            yield
+            self._parts.rollout.sleep(keep_weights=not then_learns)  # before the actor's states come back
+
+    def _sync(self) -> None:
+        with self._offloaded(with_weights=False):  # room for the rollout's weights beside the actor's
+            self._parts.rollout.sync_weights(self._parts.actor)
+
+    @contextmanager
+    def _offloaded(self, with_weights: bool = True) -> Iterator[None]:
+        """The states of what learns in host memory. with_weights: False = the actor's weights stay, to be read."""
         critic = self._parts.critic
-        with self._parts.actor.offloaded(), nullcontext() if critic is None else critic.offloaded():
+        with self._parts.actor.offloaded(with_weights), nullcontext() if critic is None else critic.offloaded():
             yield
 
     def _update(self, groups: Sequence[LearningGroup], clock: StageClock) -> tuple[Experience, dict[str, float]]:
@@ -172,7 +186,7 @@ class Trainer:
         key = self._refresh_key()
         with (
             clock("refresh"),
-            self._offloaded(),
+            self._sampling(),
             parts.metrics_logger.progress(len(parts.train_data), title) as advance,
         ):
             advance(parts.coordinator.resume_refresh(self._kept_refresh, key))
@@ -212,7 +226,7 @@ class Trainer:
         failures: list[RewardCounts] = []
         with (
             clock("testing"),
-            self._offloaded(),
+            self._sampling(),
             parts.metrics_logger.progress(len(data), f"validation after step {self.step}") as advance,
         ):
             for start in range(0, len(data), chunk):

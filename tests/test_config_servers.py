@@ -15,6 +15,7 @@ AHEAD = "worker.rollout.max_staleness_steps=1"
         ([AHEAD], "engine=auto samples on the ranks themselves"),
         (["worker.rollout.server_urls=['http://a:1']"], "server_urls is for engine=server, the run has engine=auto"),
         ([SERVER, "worker.actor.offload_states=true"], "worker.actor.offload_states=true"),
+        ([SERVER, "worker.rollout.max_num_seqs=4"], "worker.rollout.n=5 is over max_num_seqs=4"),
         ([SERVER, "worker.rollout.max_in_flight=4"], "max_in_flight=4 is under the responses to one prompt"),
         ([SERVER, "worker.rollout.server_urls=['node7:8000']"], "is not an address like http://node7:8000"),
         ([SERVER, "worker.rollout.server_urls=['http://k3y@node7:80']"], "http://node7 is not an address"),

@@ -31,12 +31,12 @@ LAYERS = [
     ["mmr1_ds.plan", "mmr1_ds.trainer", "mmr1_ds.demo"],
     ["mmr1_ds.composition"],
     ["mmr1_ds.train"],
-    ["mmr1_ds.score"],
+    ["mmr1_ds.score", "mmr1_ds.serve"],
     ["mmr1_ds.cli"],
 ]
 LIGHT = ["errors", "config", "records", "config_loading", "config_checks", "deepspeed_config", "plan", "distributed"]
 LIGHT += ["logging", "curriculum.coordinator", "curriculum.scores", "rewards.pool", "rewards.scoring", "train", "cli"]
-LIGHT += ["score"]
+LIGHT += ["score", "serve"]
 
 
 def modules() -> dict[str, Path]:

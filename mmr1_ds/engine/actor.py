@@ -30,7 +30,7 @@ from mmr1_ds.engine.packing import shares_prompts
 from mmr1_ds.engine.policy import exact_types, load_policy
 from mmr1_ds.engine.schedule import learning_rate
 from mmr1_ds.engine.segments import Segments
-from mmr1_ds.engine.weights import weights_digest, whole_parameters
+from mmr1_ds.engine.weights import WeightInfo, weight_buckets, weights_digest, whole_parameters
 from mmr1_ds.records import Prompt
 
 if TYPE_CHECKING:
@@ -154,9 +154,18 @@ class Actor(ZeroEngine):
         """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`."""
         return whole_parameters(self.model)
 
-    def offloaded(self) -> AbstractContextManager[None]:
-        """With worker.actor.offload_states: inside, the states are in host memory and the device is the rollout's."""
-        return states_offloaded(self.engine, self._ranks.on_gpu) if self._settings.offload_states else nullcontext()
+    def weight_buckets(self) -> list[list[WeightInfo]]:
+        """What `weights` will yield, by the buckets that are gathered together. Not a collective."""
+        return weight_buckets(self.model)
+
+    def offloaded(self, with_weights: bool = True) -> AbstractContextManager[None]:
+        """With worker.actor.offload_states: inside, the states are in host memory and the device is the rollout's.
+
+        with_weights: False = only gradients and the optimiser's states, so that `weights` can be read.
+        """
+        if not self._settings.offload_states:
+            return nullcontext()
+        return states_offloaded(self.engine, self._ranks.on_gpu, with_weights)
 
     def needs_old_log_probs(self, num_trajectories: int) -> bool:
         """False when the batch is one optimiser step: then the old policy is the policy itself."""

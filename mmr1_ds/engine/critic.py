@@ -59,7 +59,7 @@ class Critic:
         self.num_updates_done = 0
 
     def offloaded(self) -> AbstractContextManager[None]:
-        """With worker.actor.offload_states: inside, the states are in host memory and the device is the rollout's."""
+        """With worker.actor.offload_states: inside, all states are in host memory; the device is the rollout's."""
         return states_offloaded(self.engine, self._ranks.on_gpu) if self._offload_states else nullcontext()
 
     @torch.no_grad()

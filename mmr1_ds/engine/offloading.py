@@ -9,27 +9,26 @@ from typing import Any
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from torch import nn
 
-_OF_ANY_OPTIMIZER = [
-    OffloadStateTypeEnum.lp_params,
-    OffloadStateTypeEnum.lp_grads,
-    OffloadStateTypeEnum.contiguous_grad_buffer,
-]
+_WEIGHTS = OffloadStateTypeEnum.lp_params
+_GRADIENTS = [OffloadStateTypeEnum.lp_grads, OffloadStateTypeEnum.contiguous_grad_buffer]
+_OF_THE_OPTIMIZER = [OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params]
 
 
 @contextmanager
-def states_offloaded(engine: Any, on_gpu: bool) -> Iterator[None]:
-    """Inside, the weights can be neither read nor trained.
+def states_offloaded(engine: Any, on_gpu: bool, with_weights: bool = True) -> Iterator[None]:
+    """Inside, the weights cannot be trained; nor read, unless they are left where they are (with_weights=False).
 
     On CPU all is in host memory; what can be moved there is, so that the calls are tried without a GPU. DeepSpeed moves
     optimiser states of its fused Adam only, which runs on GPU.
     """
     optimizer, module = engine.optimizer, engine.optimizer.module
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    frozen = [parameter.ds_tensor for parameter in module.parameters() if not parameter.requires_grad]
+    frozen = [parameter.ds_tensor for parameter in module.parameters() if not parameter.requires_grad and with_weights]
+    states = _GRADIENTS + [_WEIGHTS] * with_weights + _OF_THE_OPTIMIZER * on_gpu
     # DeepSpeed lays the shards of all the module's parameters into a buffer with room for the trained ones, and fails.
     optimizer.module = nn.ParameterList(trained)
     try:
-        engine.offload_states(include=None if on_gpu else _OF_ANY_OPTIMIZER, pin_memory=on_gpu)
+        engine.offload_states(include=states, pin_memory=on_gpu)
     finally:
         optimizer.module = module
     for shard in frozen:

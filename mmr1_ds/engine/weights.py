@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from mmr1_ds.engine.lora import Adapter, adapters, base_name, merged
 
-BUCKET_BYTES = 1 << 30  # memory for whole parameters at any moment, beside the shards
+# Memory for whole parameters at any moment, beside the shards. The parameters of a bucket take half of it: while one
+# collective brings them, what it received and the parameters made of that stand side by side.
+BUCKET_BYTES = 1 << 30
 
-Part = tuple[str, nn.Parameter, Adapter | None]
+WeightInfo = tuple[str, torch.dtype, tuple[int, ...]]  # name, type, whole shape
+T = TypeVar("T")
+
+
+class Part(NamedTuple):
+    """A parameter and what stands beside it."""
+
+    name: str
+    parameter: nn.Parameter
+    adapter: Adapter | None
+
+    def shards(self) -> list[nn.Parameter]:
+        """What has to be gathered for it."""
+        return [self.parameter] if self.adapter is None else [self.parameter, self.adapter.a, self.adapter.b]
+
+    def num_bytes(self) -> int:
+        """Of all its shards when whole."""
+        # numel() is 0 for a partitioned parameter.
+        return sum(shard.ds_numel * shard.element_size() for shard in self.shards())  # type: ignore[attr-defined]
 
 
 def whole_parameters(
@@ -26,12 +50,25 @@ def whole_parameters(
     A weight with an adapter comes as the sum of both, computed beside it: the model's own is not touched.
 
     Args: bucket_bytes: BUCKET_BYTES without one; with_adapters: False for the weights as if there were none.
-    Collective: all ranks must exhaust it, in the same order.
+    Collective: all ranks must exhaust it, in the same order. One all-gather a bucket and data type.
     """
-    for bucket in _buckets(model, bucket_bytes or BUCKET_BYTES, with_adapters):
-        with deepspeed.zero.GatheredParameters([shard for part in bucket for shard in _shards(part)]):
+    for bucket in _buckets(model, bucket_bytes, with_adapters):
+        with _gathered([shard for part in bucket for shard in part.shards()]):
             for name, parameter, adapter in bucket:
                 yield base_name(name), parameter.data if adapter is None else merged(parameter.data, adapter)
+
+
+def weight_buckets(model: nn.Module, bucket_bytes: int | None = None) -> list[list[WeightInfo]]:
+    """What `whole_parameters` will yield, bucket by bucket, without gathering anything. Not a collective."""
+    return [
+        [(base_name(part.name), part.parameter.dtype, tuple(part.parameter.ds_shape)) for part in bucket]  # type: ignore[attr-defined]
+        for bucket in _buckets(model, bucket_bytes, with_adapters=True)
+    ]
+
+
+def weights_metadata(model: nn.Module) -> list[WeightInfo]:
+    """What `whole_parameters` will yield, in its order, without gathering anything. Not a collective."""
+    return [info for bucket in weight_buckets(model) for info in bucket]
 
 
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -46,28 +83,62 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _buckets(model: nn.Module, bucket_bytes: int, with_adapters: bool) -> Iterator[list[Part]]:
-    """Consecutive parameters of at most bucket_bytes together, each with its adapter; a larger one stands alone."""
+def layer_groups(names: Sequence[str]) -> list[list[int]]:
+    """Positions of the parameters of one layer together: neighbours with the same name up to the first number.
+
+    A parameter outside the numbered layers, like an embedding, is a group of its own.
+    """
+    groups: list[list[int]] = []
+    last = None
+    for position, name in enumerate(names):
+        numbered = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+        layer = numbered.group() if numbered else None
+        if layer is None or layer != last:
+            groups.append([])
+        groups[-1].append(position)
+        last = layer
+    return groups
+
+
+def fill_buckets(groups: Iterable[Sequence[tuple[T, int]]], limit: int) -> list[list[T]]:
+    """Items of at most `limit` bytes together, in their order; each comes with its size.
+
+    A group is cut only when it is larger than the limit by itself; an item larger than that stands alone.
+    """
+    buckets: list[list[T]] = []
+    filled = limit + 1  # there is no bucket yet
+    for group in groups:
+        whole = sum(size for _, size in group)
+        if filled + whole > limit >= whole:
+            filled = limit + 1
+        for item, size in group:
+            if filled + size > limit:
+                buckets.append([])
+                filled = 0
+            buckets[-1].append(item)
+            filled += size
+    return buckets
+
+
+def _buckets(model: nn.Module, bucket_bytes: int | None, with_adapters: bool) -> list[list[Part]]:
     beside = adapters(model)
     of_adapters = {id(parameter) for adapter in beside.values() for parameter in (adapter.a, adapter.b)}
-    bucket: list[Part] = []
-    filled = 0
-    for name, parameter in model.named_parameters():
-        if id(parameter) in of_adapters:
-            continue
-        part = name, parameter, beside.get(name) if with_adapters else None
-        # numel() is 0 for a partitioned parameter.
-        size = sum(shard.ds_numel * shard.element_size() for shard in _shards(part))  # type: ignore[attr-defined]
-        if bucket and filled + size > bucket_bytes:
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(part)
-        filled += size
-    if bucket:
-        yield bucket
+    parts = [
+        Part(name, parameter, beside.get(name) if with_adapters else None)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in of_adapters
+    ]
+    groups = layer_groups([part.name for part in parts])
+    sized = [[(parts[i], parts[i].num_bytes()) for i in group] for group in groups]
+    return fill_buckets(sized, (bucket_bytes or BUCKET_BYTES) // 2)
 
 
-def _shards(part: Part) -> list[nn.Parameter]:
-    """What has to be gathered for it."""
-    _, parameter, adapter = part
-    return [parameter] if adapter is None else [parameter, adapter.a, adapter.b]
+@contextmanager
+def _gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The parameters whole inside, partitioned again after."""
+    waiting = [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]  # type: ignore[attr-defined]
+    if waiting:
+        # GatheredParameters would call a collective for each of them. It finds them here already, and sees to the rest.
+        waiting[0].all_gather_coalesced(waiting).wait()  # type: ignore[attr-defined]
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield

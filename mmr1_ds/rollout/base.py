@@ -43,6 +43,13 @@ class RolloutEngine(Protocol):
         """Take over the actor's weights. Collective. On return the next generation samples from them."""
         ...
 
+    def sleep(self, keep_weights: bool) -> None:
+        """Sampling is over for now: give memory back to the actor. Every rank calls it. Not a collective.
+
+        keep_weights: sampling goes on without a sync before it; else a sync comes first.
+        """
+        ...
+
     def metrics(self) -> dict[str, float]:
         """What there is to count since the last call, `rollout/*`. Collective."""
         ...
@@ -73,6 +80,9 @@ class InTurn:
     def collect(self, submitted: Submitted) -> list[RolloutGroup | None]:
         """See RolloutEngine."""
         return list(self.generate(submitted.requests, submitted.settings))
+
+    def sleep(self, keep_weights: bool) -> None:
+        """See RolloutEngine. For engines without memory of their own that could be given back."""
 
     def metrics(self) -> dict[str, float]:
         """See RolloutEngine."""

@@ -13,6 +13,9 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.base import InTurn
+from mmr1_ds.rollout.engine_options import engine_environment, engine_options
+from mmr1_ds.rollout.sleeping import SleepCycle
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -21,10 +24,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of the KV cache. Responses to one prompt share its whole blocks: at vLLM's own 128 a short prompt is computed once for
+# each response. 32 is the least that its attention kernel likes. (On GPU it is 16.)
+_CPU_BLOCK_TOKENS = 32
 _FORBID = -100.0  # vLLM clamps logit biases here; e^-100 is 0 beside any float32 probability
 
 
-class VllmRollout:
+class VllmRollout(InTurn):
     """One vLLM engine on this rank, or on the ranks of its tensor-parallel group."""
 
     def __init__(
@@ -48,6 +54,7 @@ class VllmRollout:
         self._llm: LLM = _start_engine(config, model, data, ranks, encoder, most_images)
         _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
+        self._cycle = SleepCycle(self._llm, enabled=config.sleep and ranks.on_gpu)
 
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
         """See RolloutEngine."""
@@ -70,7 +77,7 @@ class VllmRollout:
                     temperature=settings.temperature,
                     top_p=settings.top_p,
                     top_k=settings.top_k,
-                    max_tokens=settings.max_tokens,
+                    max_tokens=request.max_tokens or settings.max_tokens,
                     seed=request.seed,
                     logprobs=0,  # the sampled token's only
                     flat_logprobs=True,  # lists of numbers, in place of a dictionary and an object for each token
@@ -80,6 +87,10 @@ class VllmRollout:
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
             )
+        self._cycle.begin_sampling()
+        # What an earlier call left would save little, and a resumed run, which has not made that call, would differ
+        # from the straight one in rounding: a prompt's states depend on what they are computed together with.
+        self._llm.reset_prefix_cache()
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
         return [
             self._group(request.prompt, output)
@@ -108,13 +119,19 @@ class VllmRollout:
 
     def sync_weights(self, actor: Actor) -> None:
         """See RolloutEngine."""
+        self._cycle.begin_sync()
         self._llm.collective_rpc(_reload, args=(actor.weights(), self._head_is_tied))
         # Everything computed with the old weights: prefix KV, image embeddings, and the processor's cache, which
         # must forget together with the encoder's or the next generation misses what it believes cached.
         self._llm.reset_prefix_cache()
         self._llm.llm_engine.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
+        self._cycle.end_sync()
         self._version = actor.num_updates_done
+
+    def sleep(self, keep_weights: bool) -> None:
+        """See RolloutEngine. With worker.rollout.sleep on GPU."""
+        self._cycle.sleep(keep_weights)
 
     def close(self) -> None:
         """See RolloutEngine."""
@@ -133,42 +150,19 @@ def _start_engine(
     most_images: int,
 ) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher runs the engine in this process
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not ranks.on_gpu:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the launcher places the threads
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(int(config.kv_cache_gb or 4))
+    decided, defaults = engine_environment(config, on_gpu=ranks.on_gpu)
+    os.environ |= defaults | os.environ | decided
     from vllm import LLM
 
-    options: dict[str, Any] = {}
-    max_model_len = config.max_model_len or data.max_prompt_length + data.max_response_length
-    max_num_batched_tokens, chunked_prefill = config.max_num_batched_tokens, config.enable_chunked_prefill
-    if not ranks.on_gpu:
-        # A prompt cut in two, sampled with a seed of its own, asks the CPU's generator for an offset it has not.
-        max_num_batched_tokens, chunked_prefill = max(max_num_batched_tokens, max_model_len), False
-    if encoder.is_multimodal:
-        options["limit_mm_per_prompt"] = {"image": config.limit_images or max(1, most_images), "video": 0}
-    dtype = {"auto": "bfloat16" if ranks.on_gpu else "float32", "bf16": "bfloat16", "fp32": "float32"}[config.dtype]
-    return LLM(
-        model=model.model_path,
-        tokenizer=model.tokenizer_path or model.model_path,
-        trust_remote_code=model.trust_remote_code,
-        dtype=dtype,
-        tensor_parallel_size=config.tensor_parallel_size,
-        distributed_executor_backend="external_launcher",
-        max_model_len=max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=config.max_num_seqs,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        enforce_eager=config.enforce_eager,
-        enable_chunked_prefill=chunked_prefill,
-        logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and bans applied
-        hf_overrides=dict(model.override_config),
-        generation_config="vllm",  # the run config alone says how to sample
-        disable_log_stats=True,
-        seed=config.seed,
-        **options,
+    options = engine_options(
+        config, model, data, on_gpu=ranks.on_gpu, is_multimodal=encoder.is_multimodal, most_images=most_images
     )
+    if ranks.on_gpu:
+        options["enable_sleep_mode"] = config.sleep
+    else:
+        options["block_size"] = _CPU_BLOCK_TOKENS
+    return LLM(distributed_executor_backend="external_launcher", **options)
 
 
 def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:

@@ -21,6 +21,8 @@ from mmr1_ds.engine.batching import Trajectory
 from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.records import RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.colocated import VllmRollout
+from mmr1_ds.rollout.server_engine import ServerRollout
+from mmr1_ds.rollout.sleeping import SleepCycle
 from mmr1_ds.rollout.transformers_engine import TransformersRollout
 
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
@@ -37,9 +39,16 @@ if lora_rank:
     config.worker.actor.model.lora.rank, config.worker.actor.optim.lr = int(lora_rank[0]), 1e-2
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 actor = Actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder, num_updates=100)
-rollout: VllmRollout | TransformersRollout
+rollout: VllmRollout | ServerRollout | TransformersRollout
 if engine == "vllm":
     rollout = VllmRollout(config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES)
+    # On CPU vLLM's worker keeps its memory; its scheduler, its caches and its record of what sleeps are those on GPU.
+    rollout._llm.collective_rpc(lambda worker: setattr(worker, "discard", lambda tags: None))
+    rollout._cycle = SleepCycle(rollout._llm, enabled=True)
+elif engine == "server":
+    config.worker.rollout.engine, config.worker.rollout.server_timeout_seconds = "server", 120.0
+    rollout = ServerRollout(config, ranks, encoder, MOST_IMAGES, Path(out).with_suffix(".servers"))
+    rollout.sync_weights(actor)
 else:
     rollout = TransformersRollout(actor, ranks, encoder, max_num_seqs=5)  # in the middle of a prompt's responses
 
@@ -53,7 +62,14 @@ for step in range(int(num_steps)):
     # Every third prompt is text only; in some micro-batches no prompt has an image at all.
     prompts = [make_prompt(encoder, i, encoder.is_multimodal and i % 3 != 0, MOST_IMAGES) for i in indices]
     requests = [RolloutRequest(prompt, RESPONSES, 1000 * i) for prompt, i in zip(prompts, indices, strict=True)]
-    groups = rollout.generate(requests, SamplingSettings(0.8, 1.0, -1, 12 + step))
+    settings = SamplingSettings(0.8, 1.0, -1, 12 + step)
+    groups = rollout.generate(requests, settings)
+    if isinstance(rollout, VllmRollout):
+        rollout.sleep(keep_weights=True)
+        assert rollout._llm.llm_engine.is_sleeping()
+        again = rollout.generate(requests, settings)
+        assert [r.token_ids for g in again for r in g.responses] == [r.token_ids for g in groups for r in g.responses]
+        rollout.sleep(keep_weights=False)
     trajectories = [
         Trajectory(group.prompt, response.token_ids, response.logprobs, float(random.normal()))
         for group in groups

@@ -1,0 +1,58 @@
+"""How vLLM is set up for a run: the same for an engine inside a rank and for a server beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
+
+
+def engine_environment(config: RolloutConfig, *, on_gpu: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Environment variables of vLLM: those that the run decides, and those where the user's own value wins."""
+    defaults = {"VLLM_NO_USAGE_STATS": "1"}
+    if on_gpu:
+        return {}, defaults
+    defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the launcher places the threads
+    return {"VLLM_CPU_KVCACHE_SPACE": str(int(config.kv_cache_gb or 4))}, defaults
+
+
+def engine_options(
+    config: RolloutConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    *,
+    on_gpu: bool,
+    is_multimodal: bool,
+    most_images: int,
+) -> dict[str, Any]:
+    """Arguments of vLLM's engine, by the names of its Python interface.
+
+    most_images: images of the prompt that has the most; the run config may allow more.
+    """
+    options: dict[str, Any] = {}
+    max_model_len = config.max_model_len or data.max_prompt_length + data.max_response_length
+    max_num_batched_tokens, chunked_prefill = config.max_num_batched_tokens, config.enable_chunked_prefill
+    if not on_gpu:
+        # A prompt cut in two, sampled with a seed of its own, asks the CPU's generator for an offset it has not.
+        max_num_batched_tokens, chunked_prefill = max(max_num_batched_tokens, max_model_len), False
+    if is_multimodal:
+        options["limit_mm_per_prompt"] = {"image": config.limit_images or max(1, most_images), "video": 0}
+    return {
+        "model": model.model_path,
+        "tokenizer": model.tokenizer_path or model.model_path,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": {"auto": "bfloat16" if on_gpu else "float32", "bf16": "bfloat16", "fp32": "float32"}[config.dtype],
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": config.max_num_seqs,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enforce_eager": config.enforce_eager,
+        "enable_chunked_prefill": chunked_prefill,
+        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: temperature and bans applied
+        "hf_overrides": dict(model.override_config),
+        "generation_config": "vllm",  # the run config alone says how to sample
+        "disable_log_stats": True,
+        "seed": config.seed,
+        **options,
+    }

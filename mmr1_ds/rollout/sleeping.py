@@ -1,0 +1,71 @@
+"""When vLLM inside a rank has memory of the GPU, and when the actor has it.
+
+    sampling done        sleep: weights and KV cache are discarded
+    the actor learns
+    sync                 the actor's optimiser states go to host memory, vLLM's weights wake and are loaded, its caches
+                         forget
+    sampling begins      the actor's states go to host memory, vLLM's KV cache wakes
+
+vLLM's weights are not kept in host memory meanwhile (its level 2, not 1): the next sync brings them. What wakes is
+memory of unknown content, so nothing is sampled before a sync that ended well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+_WEIGHTS, _KV_CACHE = ["weights"], ["kv_cache"]  # vLLM's names for parts of its memory
+_PAUSED, _DISCARDED = 0, 2  # its levels of sleep: nothing runs, memory stays; memory is given back
+
+
+class SleepCycle:
+    """Puts an engine to sleep and wakes its parts, each when it is needed."""
+
+    def __init__(self, llm: LLM, enabled: bool) -> None:
+        """enabled: False where vLLM cannot sleep (on CPU) or shall not; then only weights half loaded are refused."""
+        self._llm, self._enabled = llm, enabled
+        self._weights_are_mapped = self._cache_is_mapped = True
+        self._weights_are_current = True
+
+    def sleep(self, keep_weights: bool) -> None:
+        """Give the memory back. keep_weights: that of the KV cache alone, as no sync comes before the next sampling."""
+        if not self._enabled:
+            return
+        if not keep_weights:
+            self._weights_are_current = self._weights_are_mapped = self._cache_is_mapped = False
+            self._llm.sleep(level=_DISCARDED)
+        elif self._cache_is_mapped:
+            self._cache_is_mapped = False
+            # Until its next step vLLM counts requests that have just ended as its own, and holds on to their cache.
+            self._llm.llm_engine.step()
+            self._llm.sleep(level=_PAUSED)
+            self._llm.release_kv_cache_memory()
+
+    def begin_sync(self) -> None:
+        """Wake the weights, which are then to be loaded whole."""
+        self._weights_are_current = False
+        if not self._weights_are_mapped:
+            self._wake(_WEIGHTS)
+            self._weights_are_mapped = True
+
+    def end_sync(self) -> None:
+        """All weights are loaded, and what was computed with others is forgotten."""
+        self._weights_are_current = True
+
+    def begin_sampling(self) -> None:
+        """Wake the KV cache. Raises: RuntimeError for weights that were discarded, or loaded in part."""
+        if not self._weights_are_current:
+            raise RuntimeError("vLLM was asked to sample before a sync brought the weights that it lacks")
+        if not self._cache_is_mapped:
+            self._wake(_KV_CACHE)
+            self._cache_is_mapped = True
+
+    def _wake(self, part: list[str]) -> None:
+        # What torch keeps of freed memory is not there for vLLM, which takes its own from the driver.
+        torch.cuda.empty_cache()
+        self._llm.wake_up(tags=part)

@@ -1,0 +1,14 @@
+"""Own a stand-in for a rollout server and wait: owned_server.py LOG. Prints the address and the group's number."""
+
+import sys
+import time
+from pathlib import Path
+
+from stand_in_server import stand_in
+
+server = stand_in(Path(sys.argv[1]))
+server.start()
+server.wait_until_ready(30)
+sys.stdout.write(f"{server.url} {server._minder.pid}\n")
+sys.stdout.flush()
+time.sleep(600)

@@ -1,0 +1,63 @@
+"""Change a server's weights in the middle of its responses; write how far each token is from the policy it names.
+
+Usage: server_swap.py MODEL OUT.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from settings import deepspeed_configs, small_config
+from tiny_models import make_prompt
+
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.engine.actor import Actor, Reference
+from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.records import RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.server_engine import ServerRollout
+
+model, out = sys.argv[1:]
+PROMPTS, RESPONSES, LONGEST = 3, 2, 400
+
+ranks = Ranks(launch_environment(), timeout_seconds=120)
+config = small_config(model, PROMPTS, RESPONSES, micro_batch=2)
+config.data.max_response_length = LONGEST
+config.worker.actor.optim.lr = 1e-2
+config.worker.rollout.engine, config.worker.rollout.weight_swap = "server", "in_flight"
+encoder = PromptEncoder(config.worker.actor.model, config.data)
+for_actor, for_reference = deepspeed_configs(config, ranks.size)
+rollout = ServerRollout(config, ranks, encoder, 2, Path(out).with_suffix(".servers"))
+actor = Actor(config, for_actor, ranks, encoder, num_updates=100)
+before = Reference(config, for_reference, ranks, encoder)
+rollout.sync_weights(actor)
+settings = SamplingSettings(1.0, 1.0, -1, 8)
+requests = [RolloutRequest(make_prompt(encoder, i, i > 0, 2), RESPONSES, 50 * i) for i in range(PROMPTS)]
+groups = rollout.generate(requests, settings)  # the first compiles
+trajectories = [
+    Trajectory(group.prompt, response.token_ids, response.logprobs, 1.0 - 2.0 * (k % 2))
+    for group in groups
+    for k, response in enumerate(group.responses)
+]
+submitted = rollout.submit(requests, SamplingSettings(1.0, 1.0, -1, LONGEST))
+actor.update(trajectories, None, None)
+rollout.sync_weights(actor)
+groups = [group for group in rollout.collect(submitted) if group is not None]
+pairs = [(group.prompt, response.token_ids) for group in groups for response in group.responses]
+own = {0: before.log_probs(pairs), 1: actor.log_probs(pairs)}
+rows = []
+for number, response in enumerate(response for group in groups for response in group.responses):
+    sampled, start = torch.tensor(response.logprobs), 0
+    row = {"length": len(response.token_ids), "spans": response.policy_versions, "far": {}, "other": {}}
+    for version, count in response.policy_versions:
+        part = slice(start, start + count)
+        row["far"][version] = float((sampled[part] - own[version][number][part]).abs().max())
+        row["other"][version] = float((sampled[part] - own[1 - version][number][part]).abs().max())
+        start += count
+    rows.append(row)
+with open(out, "w", encoding="utf-8") as file:
+    json.dump({"rows": rows, "oldest": [group.policy_version for group in groups]}, file)
+rollout.close()
+ranks.close()
+leave(0)
