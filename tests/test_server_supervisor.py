@@ -25,20 +25,23 @@ class Server:
 
     def __init__(self, number):
         self.url = f"http://127.0.0.1:{9000 + number}"
-        self.calls, self.lives, self.answers = [], True, False
+        self.calls, self.lives, self.answers, self.complains = [], True, False, ""
 
     def start(self):
         self.calls.append("start")
 
     def restart(self):
         self.calls.append("restart")
-        self.lives, self.answers = True, False
+        self.lives, self.answers, self.complains = True, False, ""
 
     def is_running(self):
         return self.lives
 
     def is_ready(self):
         return self.lives and self.answers
+
+    def complaint(self):
+        return self.complains
 
     def last_words(self):
         return "log: out of memory"
@@ -76,13 +79,16 @@ def test_servers_are_ready_when_they_answer(watched):
     assert supervisor.failed_start() == "" and supervisor.num_restarts == 0
 
 
-@pytest.mark.parametrize("fault", ["dead", "complaint"])
+@pytest.mark.parametrize("fault", ["dead", "complaint", "own complaint"])
 def test_a_server_that_fails_is_started_anew_once(watched, fault, caplog):
-    supervisor, servers, _, look = watched
+    supervisor, servers, clock, look = watched
     servers[0].answers = servers[1].answers = True
     look()
     if fault == "dead":
         servers[0].lives = False
+    elif fault == "own complaint":  # the front end of an engine that died
+        servers[0].complains = "it answers 503 to /health"
+        clock.now += 10
     else:
         supervisor.complain({0: (1, "no sign of life for 60 s")})
         assert addresses(supervisor) == [(1, 1)]  # at once, for all

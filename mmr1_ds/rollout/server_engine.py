@@ -140,7 +140,9 @@ class ServerRollout:
                 pass
             self._seconds_until_idle += time.perf_counter() - start
         ready = self._tell(True, may_send=False)[0].ready
-        control = ServerControl(ready, self._secret) if self._ranks.rank == 0 else None
+        control = None
+        if self._ranks.rank == 0:
+            control = ServerControl(ready, self._secret, self._config.server_timeout_seconds)
         if control is not None:
             self._complain(control.pause(keep=self._config.weight_swap == "in_flight"), ready)
         self._synced = {}

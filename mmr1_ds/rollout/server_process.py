@@ -167,6 +167,10 @@ class ServerProcess:
         """Whether it answers with the key; takes a few seconds at most."""
         return self.is_running() and _health(self.url, self._key) == ""
 
+    def complaint(self) -> str:
+        """What it says is wrong with it; empty when nothing is, and when it says nothing."""
+        return _complaint(self.url, self._key)
+
     def wait_until_ready(self, timeout_seconds: float) -> None:
         """Return when it answers. Raises: RolloutServerError when it ends before that, or takes too long."""
         began = time.monotonic()
@@ -241,6 +245,10 @@ class ExternalServer:
             self._answer = self._count_workers()
         return self._answer == ""
 
+    def complaint(self) -> str:
+        """What it says is wrong with it; empty when nothing is, and when it says nothing."""
+        return _complaint(self.url, self._key)
+
     def _count_workers(self) -> str:
         """Empty, or why they cannot be counted."""
         try:
@@ -287,6 +295,15 @@ def _device_names(devices: Sequence[int], visible: str) -> list[str]:
     """
     names = [name.strip() for name in visible.split(",") if name.strip()]
     return [names[device] if device < len(names) else str(device) for device in devices]
+
+
+def _complaint(url: str, key: str) -> str:
+    """The front end outlives an engine that died, and may never end by itself."""
+    try:
+        status, _ = _ask(url, "/health", key)
+    except (OSError, http.client.HTTPException):
+        return ""
+    return "" if status == http.client.OK else f"it answers {status} to /health"
 
 
 def _health(url: str, key: str) -> str:

@@ -14,6 +14,7 @@ from mmr1_ds.rollout.server_process import ServerAddress
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.5
+_HEALTH_SECONDS = 3.0  # between two questions after the health of a server
 _FIRST_PAUSE_SECONDS = 1.0  # between starts that fail, doubled each time
 _LONGEST_PAUSE_SECONDS = 60.0
 
@@ -36,6 +37,9 @@ class WatchedServer(Protocol):
     def is_ready(self) -> bool:
         """Whether it answers; takes a few seconds at most."""
 
+    def complaint(self) -> str:
+        """What it says is wrong with it; empty when nothing is, and when it says nothing."""
+
     def last_words(self) -> str:
         """Where its log is and how it ends, for messages."""
 
@@ -48,6 +52,7 @@ class _State:
     server: WatchedServer
     generation: int = 0  # starts so far
     started_at: float = 0.0
+    asked_at: float = 0.0
     ready: bool = False
     next_start: float = 0.0
     pause_seconds: float = _FIRST_PAUSE_SECONDS
@@ -123,6 +128,9 @@ class Supervisor:
         fault = state.complaint
         if fault is None and not state.server.is_running():
             fault = "its process has ended"
+        if fault is None and state.ready and now - state.asked_at >= _HEALTH_SECONDS:
+            state.asked_at = now
+            fault = state.server.complaint() or None
         if fault is None and not state.ready:
             if state.server.is_ready():
                 with self._lock:

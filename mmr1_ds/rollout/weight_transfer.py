@@ -94,7 +94,7 @@ class BuiltInTransfer:
 
         Raises: whatever ipc fails with on this rank. A failure of nccl on rank 0 is noted as one of all servers.
         """
-        self._client.control = control
+        self._client.control, self._client.outside = control, frozenset()
         members = [(server.number, server.generation) for server in control.servers]
         try:
             if self._engine is None or members != self._members:
@@ -124,6 +124,9 @@ class BuiltInTransfer:
         if self._rank == 0:
             # Those that were in a group leave it. One that does not answer is out before the others wait for it.
             control.shutdown_weight_transfer_engine()
+            if self._backend == "nccl" and not control.live:
+                raise RuntimeError("no server answers")
+            self._client.outside = frozenset(control.failed)
         info = self._init_info(control.live)
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._source)
         self._client.engine = self._engine
@@ -159,6 +162,7 @@ class SyncClient:
     def __init__(self, is_one_group: bool) -> None:
         self.control = ServerControl([], "")
         self.engine: Any = None
+        self.outside: frozenset[int] = frozenset()  # servers that failed before the group was made: it does without
         self._is_one_group = is_one_group
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -182,9 +186,11 @@ class SyncClient:
         self.control.finish_weight_update(weight_version)
 
     def _check(self) -> None:
-        if self._is_one_group and self.control.failed:
-            number, reason = next(iter(self.control.failed.items()))
-            raise RuntimeError(f"rollout server {number}: {reason}")
+        if not self._is_one_group:
+            return
+        for number, reason in self.control.failed.items():
+            if number not in self.outside:
+                raise RuntimeError(f"rollout server {number}: {reason}")
 
     def _abort(self) -> None:
         group = getattr(self.engine, "model_update_group", None)
