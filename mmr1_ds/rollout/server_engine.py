@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25  # how often the ranks agree on what is there and which servers to use
+_LONGEST_POLL_SECONDS = 5.0
 _TRAINING, _PROBE = 0, 1  # priorities, the lower first
 
 
@@ -65,7 +66,7 @@ class ServerRollout:
         self._supervisor: Supervisor | None = None
         self._synced: dict[int, int] = {}  # generation of each server that has the current weights
         self._has_started = False
-        self._since_usable = time.monotonic()
+        self._seconds_without, self._told_at = 0.0, time.monotonic()
         self._num_given_up = self._num_restarts_told = 0
         self._seconds_until_idle = 0.0  # of requests in flight, before the weights change
         shared: tuple[list[str], str] | None = None
@@ -146,7 +147,8 @@ class ServerRollout:
         if control is not None:
             self._complain(control.pause(keep=self._config.weight_swap == "in_flight"), ready)
         self._synced = {}
-        self._send(ready)
+        if ready:
+            self._send(ready)
         if control is not None:
             # All that was computed with the old weights: prefixes, image embeddings, and what the processor believes
             # cached. Requests in flight are computed again up to where they are.
@@ -207,16 +209,20 @@ class ServerRollout:
             self._send(without)
         usable = {a.number for a in ready if self._synced.get(a.number) == a.generation}
         self._group.set_usable(usable)
-        if usable or not may_send:
-            self._since_usable = time.monotonic()
+        # Time that was waited here, not what passed while the actor trained.
+        now = time.monotonic()
+        self._seconds_without = (
+            0.0 if usable else self._seconds_without + min(now - self._told_at, _LONGEST_POLL_SECONDS)
+        )
+        self._told_at = now
         return reports
 
     def _trouble(self) -> str:
         """Rank 0: why the run has to stop; empty while it has not."""
         assert self._supervisor is not None
-        if not self._has_started and (words := self._supervisor.failed_start()):
-            return words
-        seconds = time.monotonic() - self._since_usable
+        if not self._has_started:
+            return self._supervisor.failed_start()
+        seconds = self._seconds_without
         if seconds <= self._config.servers_gone_seconds:
             return ""
         return (
