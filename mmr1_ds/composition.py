@@ -31,7 +31,6 @@ from mmr1_ds.plan import checkpoint_directory, run_directory
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
 from mmr1_ds.rollout.colocated import VllmRollout
-from mmr1_ds.rollout.server_engine import ServerRollout
 from mmr1_ds.rollout.transformers_engine import TransformersRollout
 from mmr1_ds.trainer import Parts, Trainer
 
@@ -84,6 +83,8 @@ def run(
 
         rollout: RolloutEngine | None = None
         if config.worker.rollout.engine == "server":  # the servers load while the models here do
+            from mmr1_ds.rollout.server_engine import ServerRollout  # its HTTP client comes with vLLM
+
             rollout = ServerRollout(config, ranks, encoder, most_images, run_directory(config) / "servers")
             stack.callback(rollout.close)
         updates = (num_steps - config.trainer.critic_warmup) * config.worker.actor.ppo_epochs
