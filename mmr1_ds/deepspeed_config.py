@@ -65,7 +65,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     _drop_scheduler(resolved, name)
     _settle_buckets(resolved["zero_optimization"], config)
     _settle_offload(resolved["zero_optimization"], config, on_gpu)
-    _check_offload_states(resolved["zero_optimization"], config)
+    _check_offload_states(resolved, config, on_gpu)
     left = [key for key in _autos(resolved) if key not in _KNOWN_TO_DEEPSPEED]
     if left:
         raise UserError(f'{name}: {left[0]}="auto" is not a key this trainer fills in; give its value or remove it')
@@ -116,7 +116,7 @@ def critic_deepspeed(config: RunConfig, actor: Mapping[str, Any], world_size: in
         given = zero.pop(key, {})
         if asked and on_gpu:
             zero[key] = given if given.get("device", "none") != "none" else given | _host_memory()
-    _check_offload_states(zero, config)
+    _check_offload_states(resolved, config, on_gpu)
     return resolved
 
 
@@ -307,10 +307,17 @@ def _settle_offload(zero: dict[str, Any], config: RunConfig, on_gpu: bool) -> No
             zero[key] = zero.get(key, {}) | _host_memory()
 
 
-def _check_offload_states(zero: Mapping[str, Any], config: RunConfig) -> None:
+def _check_offload_states(resolved: Mapping[str, Any], config: RunConfig, on_gpu: bool) -> None:
+    if not config.worker.actor.offload_states:
+        return
+    if on_gpu and resolved["optimizer"]["params"].get("torch_adam", False):
+        raise UserError(
+            "worker.actor.offload_states=true: DeepSpeed moves the states of its own Adam only, not of torch's; "
+            "remove optimizer.params.torch_adam or switch offload_states off"
+        )
     for key in ("offload_param", "offload_optimizer"):
-        device = zero.get(key, {}).get("device", "none")
-        if config.worker.actor.offload_states and device != "none":
+        device = resolved["zero_optimization"].get(key, {}).get("device", "none")
+        if device != "none":
             raise UserError(
                 f"worker.actor.offload_states=true: DeepSpeed moves no states of which zero_optimization.{key} keeps a "
                 f"part in {device} memory already; switch one of the two off"

@@ -205,9 +205,11 @@ class ServerRollout:
             for number, (generation, _) in report.suspects.items():
                 ready = [address for address in ready if (address.number, address.generation) != (number, generation)]
         without = [address for address in ready if self._synced.get(address.number) != address.generation]
+        # First of all: one that was started anew while nobody looked must not be asked before it has the weights.
+        self._group.set_usable(self._with_weights(ready))
         if may_send and without:
             self._send(without)
-        usable = {a.number for a in ready if self._synced.get(a.number) == a.generation}
+        usable = self._with_weights(ready)
         self._group.set_usable(usable)
         # Time that was waited here, not what passed while the actor trained.
         now = time.monotonic()
@@ -216,6 +218,9 @@ class ServerRollout:
         )
         self._told_at = now
         return reports
+
+    def _with_weights(self, ready: Sequence[ServerAddress]) -> set[int]:
+        return {address.number for address in ready if self._synced.get(address.number) == address.generation}
 
     def _trouble(self) -> str:
         """Rank 0: why the run has to stop; empty while it has not."""
