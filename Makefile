@@ -12,6 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 ARGS ?=
+PYTEST_ARGS ?=
 
 SMALL ?= 100000
 LARGE ?= 150
@@ -35,13 +36,14 @@ types: setup
 	$(PYTHON) -m mypy
 
 fast: setup
-	$(PYTHON) -m pytest -q -m "not slow"
+	$(PYTHON) -m pytest -q -m "not slow" $(PYTEST_ARGS)
 
+# Side by side: the slow ones spend half of their time in one thread.
 test: setup
-	$(PYTHON) -m pytest -q --durations=15
+	@$(MAKE) --no-print-directory --output-sync=target --jobs=2 slow fast PYTEST_ARGS=--durations=15
 
 slow: setup
-	$(PYTHON) -m pytest -q -m slow
+	$(PYTHON) -m pytest -q -m slow $(PYTEST_ARGS)
 
 sanitize:
 	@mkdir -p $(dir $(SANITIZED))

@@ -72,7 +72,7 @@ def test_killed_runs_draw_what_an_unbroken_one_draws(tmp_path, refresh):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    run_ranks(PROGRAM, whole, refresh, str(NUM_STEPS), "7")
+    run_ranks(PROGRAM, whole, refresh, str(NUM_STEPS), "7", warm=False)
     expected = {step: (batch, probes) for step, batch, probes in drawn(whole, 0)}
     assert len(expected) == 2 * NUM_STEPS  # 1, 2, 3, 1, 2, 3, ... draws a step
     assert any(probes for _, probes in expected.values()) == (refresh == "online")
@@ -83,7 +83,7 @@ def test_killed_runs_draw_what_an_unbroken_one_draws(tmp_path, refresh):
         num_ranks, after_lines = chance.choice([1, 2, 3]), chance.randrange(1, 4 * NUM_STEPS // NUM_KILLS)
         kills += run_until_killed(broken, refresh, num_ranks, after_lines)
     assert kills >= NUM_KILLS / 2
-    run_ranks(PROGRAM, broken, refresh, str(NUM_STEPS), "7", num_ranks=2)
+    run_ranks(PROGRAM, broken, refresh, str(NUM_STEPS), "7", num_ranks=2, warm=False)
     for rank in range(3):
         if (broken / f"drawn.{rank}.jsonl").exists():
             for step, batch, probes in drawn(broken, rank):

@@ -18,6 +18,9 @@ from mmr1_ds.engine.lora import Adapter, adapters, base_name, merged
 # Memory for whole parameters at any moment, beside the shards. The parameters of a bucket take half of it: while one
 # collective brings them, what it received and the parameters made of that stand side by side.
 BUCKET_BYTES = 1 << 30
+# At most this on CPU, where what is gathered has no faster memory of its own and a smaller bucket overlaps more of the
+# gathering with the servers' loading. See benchmarks/bench_weight_sync.py.
+CPU_BUCKET_BYTES = 64 << 20
 
 WeightInfo = tuple[str, torch.dtype, tuple[int, ...]]  # name, type, whole shape
 T = TypeVar("T")
@@ -49,7 +52,8 @@ def whole_parameters(
     for, except for tensors that the caller still holds, which stay as they were.
     A weight with an adapter comes as the sum of both, computed beside it: the model's own is not touched.
 
-    Args: bucket_bytes: BUCKET_BYTES without one; with_adapters: False for the weights as if there were none.
+    Args: bucket_bytes: without one BUCKET_BYTES, on CPU at most CPU_BUCKET_BYTES;
+        with_adapters: False for the weights as if there were none.
     Collective: all ranks must exhaust it, in the same order. One all-gather a bucket and data type.
     """
     for bucket in _buckets(model, bucket_bytes, with_adapters):
@@ -130,7 +134,10 @@ def _buckets(model: nn.Module, bucket_bytes: int | None, with_adapters: bool) ->
     ]
     groups = layer_groups([part.name for part in parts])
     sized = [[(parts[i], parts[i].num_bytes()) for i in group] for group in groups]
-    return fill_buckets(sized, (bucket_bytes or BUCKET_BYTES) // 2)
+    if bucket_bytes is None:
+        on_cpu = all(part.parameter.device.type == "cpu" for part in parts)
+        bucket_bytes = min(BUCKET_BYTES, CPU_BUCKET_BYTES) if on_cpu else BUCKET_BYTES
+    return fill_buckets(sized, bucket_bytes // 2)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, Samp
 from mmr1_ds.rollout.base import InTurn
 from mmr1_ds.rollout.engine_options import engine_environment, engine_options
 from mmr1_ds.rollout.sleeping import SleepCycle
+from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Of the KV cache. Responses to one prompt share its whole blocks: at vLLM's own 128 a short prompt is computed once for
-# each response. 32 is the least that its attention kernel likes. (On GPU it is 16.)
-_CPU_BLOCK_TOKENS = 32
 _FORBID = -100.0  # vLLM clamps logit biases here; e^-100 is 0 beside any float32 probability
 
 
@@ -160,8 +158,6 @@ def _start_engine(
     )
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
-    else:
-        options["block_size"] = _CPU_BLOCK_TOKENS
     return LLM(distributed_executor_backend="external_launcher", **options)
 
 
@@ -180,25 +176,12 @@ def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _reload(worker: Any, weights: Any, head_is_tied: bool) -> None:
+def _reload(worker: Any, weights: Any, tied: bool) -> None:
     """Runs in vLLM's worker, which is this process."""
-    from vllm.platforms import current_platform
-
     worker.reload_weights(weights_iterator=weights)
-    if head_is_tied and current_platform.is_cpu():
-        # vLLM's CPU build packs lm_head into a layout of its own. A reload renews the embedding but not that
-        # copy when the two are tied: log-probabilities then drift, without an error.
-        head, embedding = _head_and_embedding(worker)
-        head.weight = embedding.weight
-        head.quant_method.process_weights_after_loading(head)
+    if tied:
+        pack_tied_head(worker.get_model())
 
 
 def _head_is_tied(worker: Any) -> bool:
-    head, embedding = _head_and_embedding(worker)
-    return head is embedding or head.weight is embedding.weight
-
-
-def _head_and_embedding(worker: Any) -> tuple[Any, Any]:
-    model = worker.get_model()
-    language_model = model.get_language_model() if hasattr(model, "get_language_model") else model
-    return language_model.lm_head, language_model.model.embed_tokens
+    return head_is_tied(worker.get_model())

@@ -9,24 +9,21 @@ import logging
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-
-import aiohttp
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.server_client import GENERATE, Exchange, Nonsense
+from mmr1_ds.rollout.server_client import Exchange, Fault, ServerClient
 
 logger = logging.getLogger(__name__)
 
-# Answered by the engine itself, between two of its steps: /health is the front end's, which does not notice a hang.
-_SIGN_OF_LIFE = "/weight_info"
 _LOOK_SECONDS = 2.0  # between two looks at a server that owes answers
 _FAULTS_TO_SUSPECT = 3  # answers in a row that are errors or nonsense
-_MOST_TRIES = 5  # of a request that servers answer so
+_MOST_TRIES = 5  # of a request that living servers answer so
+_MOST_LOSSES = 10  # of servers that died, hung or were given up with the same request, which may be what ends them
 _FIRST_PAUSE_SECONDS = 0.5  # before a server that failed is asked again, doubled each time
 _LONGEST_PAUSE_SECONDS = 15.0
-_REQUESTS_FAULT = (400, 404, 413, 422)
 _COUNTS = ("num_repeated_requests", "num_nonsense_responses", "num_request_timeouts")
 
 
@@ -49,6 +46,7 @@ class _Job:
     settings: SamplingSettings
     priority: int
     num_tries: int = 0
+    num_losses: int = 0
     task: asyncio.Task[None] | None = None
 
 
@@ -56,6 +54,7 @@ class _Job:
 class _Server:
     url: str
     usable: bool = False
+    num_returns: int = 0  # times that it became usable: news of a server before its last return are old
     jobs: set[_Job] = field(default_factory=set)
     num_faults: int = 0  # in a row
     pause_seconds: float = _FIRST_PAUSE_SECONDS
@@ -71,7 +70,8 @@ class ServerGroup:
     """Sends requests from a thread of its own. No method is a collective.
 
     A request whose server fails goes back to the front of the queue; its first attempt is cancelled before that, so no
-    late answer to it is ever read. Each request of a ticket gets one group, whatever happens to servers.
+    late answer to it is ever read. Each request of a ticket gets one group, whatever happens to servers. A server that
+    fails for good is a suspect: it is asked nothing more until `set_usable` names it again.
     """
 
     def __init__(
@@ -93,11 +93,10 @@ class ServerGroup:
             that is larger by itself; first_server: the one that goes first where loads are equal, so that ranks spread.
         """
         self._servers = [_Server(url.rstrip("/")) for url in urls]
-        self._headers = {"Authorization": f"Bearer {key}"}
-        self._exchange = Exchange(eos_token_ids, forbidden_token_ids, vocabulary_size)
+        exchange = Exchange(eos_token_ids, forbidden_token_ids, vocabulary_size)
+        self._client = ServerClient(exchange, key, server_timeout_seconds, request_timeout_seconds)
         self._max_in_flight, self._first_server = max_in_flight, first_server
-        self._server_timeout_seconds = server_timeout_seconds
-        self._request_timeout_seconds = request_timeout_seconds
+        self._look_seconds = min(_LOOK_SECONDS, server_timeout_seconds / 4)
         self._condition = threading.Condition()  # guards all that follows
         self._queue: list[tuple[int, int, _Job]] = []  # a heap: priority, order
         self._back, self._front = itertools.count(), itertools.count(-1, -1)
@@ -154,16 +153,18 @@ class ServerGroup:
         return len(missing)
 
     def set_usable(self, servers: Collection[int]) -> None:
-        """Ask these servers alone; what others still owe is asked again."""
+        """Ask these servers alone; what others still owe is asked again. Suspects not yet told of are not asked."""
         lost, has_more = set(), False
         with self._condition:
             for number, server in enumerate(self._servers):
-                if server.usable != (number in servers):
-                    server.usable, server.num_faults = number in servers, 0
-                    server.pause_seconds, server.not_before = _FIRST_PAUSE_SECONDS, 0.0
-                    has_more |= server.usable
-                    if not server.usable:
-                        lost.add(number)
+                usable = number in servers and number not in self._suspects
+                if usable and not server.usable:
+                    has_more = server.usable = True
+                    server.num_returns += 1
+                    server.num_faults, server.pause_seconds, server.not_before = 0, _FIRST_PAUSE_SECONDS, 0.0
+                elif server.usable and not usable:
+                    server.usable = False
+                    lost.add(number)
         if lost:
             self._call(lambda: self._cancel(lambda _, number: number in lost, repeat=True))
         if has_more:
@@ -213,15 +214,23 @@ class ServerGroup:
         self._call(self._wake.set)
 
     def _call(self, function: Callable[[], object]) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function)
+        def guarded() -> None:
+            try:
+                function()
+            except Exception as error:
+                self._fail(error)
+
+        try:
+            self._loop.call_soon_threadsafe(guarded)
+        except RuntimeError:  # the thread has ended; if not by `close`, `wait` says why
+            assert self._closing or self._error is not None
 
     # What runs in the thread
 
     def _run(self) -> None:
         try:
             self._loop.run_until_complete(self._work())
-        except Exception as error:
+        except BaseException as error:
             self._fail(error)
         finally:
             self._loop.close()
@@ -237,21 +246,30 @@ class ServerGroup:
             self._fail(error)
 
     async def _work(self) -> None:
-        connector = aiohttp.TCPConnector(limit=0)
-        timeout = aiohttp.ClientTimeout(self._request_timeout_seconds, sock_connect=self._server_timeout_seconds)
-        async with aiohttp.ClientSession(headers=self._headers, timeout=timeout, connector=connector) as session:
-            looking = self._loop.create_task(self._look_after(session))
-            looking.add_done_callback(self._fail_with)
-            while not self._closing:
-                self._wake.clear()
-                try:
-                    await asyncio.wait_for(self._wake.wait(), self._dispatch(session))
-                except TimeoutError:
-                    continue  # a pause is over
-            looking.cancel()
-            self._cancel(lambda *_: True, repeat=False)
+        async with self._client:
+            try:
+                for number in range(len(self._servers)):
+                    self._begin(self._look_after(number))
+                while not self._closing:
+                    self._wake.clear()
+                    seconds = self._dispatch()
+                    try:
+                        await asyncio.wait_for(self._wake.wait(), seconds)
+                    except TimeoutError:
+                        continue  # a pause is over
+            finally:
+                self._cancel(lambda *_: True, repeat=False)
+                others = asyncio.all_tasks() - {asyncio.current_task()}
+                for task in others:
+                    task.cancel()
+                await asyncio.gather(*others, return_exceptions=True)
 
-    def _dispatch(self, session: aiohttp.ClientSession) -> float | None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        task.add_done_callback(self._fail_with)
+        return task
+
+    def _dispatch(self) -> float | None:
         """Send what can be sent. Returns: seconds until it is worth another look; None when only an event can help."""
         now = self._loop.time()
         with self._condition:
@@ -262,7 +280,7 @@ class ServerGroup:
                     break
                 heapq.heappop(self._queue)
                 self._servers[number].jobs.add(job)
-                job.task = self._loop.create_task(self._ask(session, job, number))
+                job.task = self._begin(self._ask(job, number))
             pauses = [s.not_before - now for s in self._servers if s.usable and s.not_before > now]
             return max(0.01, min(pauses)) if self._queue and pauses and not self._held else None
 
@@ -281,74 +299,64 @@ class ServerGroup:
             default=None,
         )
 
-    async def _ask(self, session: aiohttp.ClientSession, job: _Job, number: int) -> None:
-        """One attempt."""
-        server, fault, is_dead = self._servers[number], "", False
-        group: RolloutGroup | None = None
+    async def _ask(self, job: _Job, number: int) -> None:
+        """One attempt. What is neither an answer nor a server's fault ends the task, and with it the run."""
+        server, num_returns = self._servers[number], self._servers[number].num_returns
+        request_id = f"{self._name}-{next(self._numbers)}"
+        group, fault = None, None
         try:
-            group = await self._generate(session, job, server)
-        except asyncio.CancelledError:
-            return  # whoever cancelled has seen to the job
-        except aiohttp.ConnectionTimeoutError:
-            fault, is_dead = "it takes no connection", True
-        except TimeoutError:
-            fault = f"no answer within {self._request_timeout_seconds:g} s"
-            self._counts["num_request_timeouts"] += 1
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
-            fault, is_dead = f"the connection is lost ({type(error).__name__})", True
-        except Nonsense as error:
-            fault = f"nonsense: {error}"
-            self._counts["num_nonsense_responses"] += 1
-        except _ServerError as error:
-            fault = str(error)
-        except Exception as error:  # the request's own fault, or ours
-            self._fail(error)
-            return
+            group = await self._client.group(server.url, job.request, job.settings, request_id, job.priority)
+        except Fault as error:
+            fault = error
         with self._condition:
+            if job not in server.jobs:  # given up at the last moment: whoever did has seen to it
+                return
             server.jobs.discard(job)
-            if fault:
-                self._note_fault(job, number, fault, is_dead)
-            else:
+            if fault is None:
                 server.num_faults, server.pause_seconds = 0, _FIRST_PAUSE_SECONDS
                 job.ticket.groups.setdefault(job.position, group)
+            else:
+                self._note_fault(job, number, fault, is_news=server.usable and server.num_returns == num_returns)
             self._condition.notify_all()
         self._wake.set()
 
-    async def _generate(self, session: aiohttp.ClientSession, job: _Job, server: _Server) -> RolloutGroup:
-        # In a thread: images are compressed meanwhile, which lets others run.
-        request_id = f"{self._name}-{next(self._numbers)}"
-        body = await asyncio.to_thread(self._exchange.body, job.request, job.settings, request_id, job.priority)
-        headers = {"Content-Type": "application/json"}
-        # A redirection would carry the key to wherever it points.
-        async with session.post(server.url + GENERATE, data=body, headers=headers, allow_redirects=False) as answer:
-            content = await answer.read()
-        if answer.status in _REQUESTS_FAULT:
-            raise RuntimeError(f"{_told(answer.status, content)} to prompt {job.request.prompt.prompt_id!r}")
-        if answer.status != 200:
-            raise _ServerError(_told(answer.status, content))
-        return self._exchange.group(job.request, job.settings, content)
-
-    def _note_fault(self, job: _Job, number: int, fault: str, is_dead: bool) -> None:
-        server = self._servers[number]
-        server.num_faults += 1
-        if is_dead or server.num_faults >= _FAULTS_TO_SUSPECT:
-            self._suspects[number] = fault
-        if not is_dead:
-            logger.warning("rollout server %d (%s): %s; asked again", number, server.url, fault)
+    def _note_fault(self, job: _Job, number: int, fault: Fault, is_news: bool) -> None:
+        server, now = self._servers[number], self._loop.time()
+        if fault.counted_as:
+            self._counts[fault.counted_as] += 1
+        if not fault.is_lost:
+            logger.warning("rollout server %d (%s): %s; asked again", number, server.url, str(fault).rstrip(","))
             job.num_tries += 1
-        if job.num_tries >= _MOST_TRIES:
-            prompt = job.request.prompt.prompt_id
-            self._fail(RuntimeError(f"{fault} to prompt {prompt!r}, the last of {_MOST_TRIES} times"))
-        server.not_before = self._loop.time() + server.pause_seconds
-        server.pause_seconds = min(_LONGEST_PAUSE_SECONDS, 2 * server.pause_seconds)
-        self._ask_again(job)
+            if job.num_tries >= _MOST_TRIES:
+                words = f"{fault} to prompt {job.request.prompt.prompt_id!r}, the last of {_MOST_TRIES} times"
+                self._fail(RuntimeError(words))
+        self._ask_again(job, was_lost=fault.is_lost)
+        if not is_news:
+            return
+        server.num_faults += 1
+        if server.not_before <= now:  # one pause for all requests that fail together
+            server.not_before = now + server.pause_seconds
+            server.pause_seconds = min(_LONGEST_PAUSE_SECONDS, 2 * server.pause_seconds)
+        if fault.is_lost or server.num_faults >= _FAULTS_TO_SUSPECT:
+            self._suspect(number, str(fault).rstrip(","))
 
-    def _ask_again(self, job: _Job) -> None:
+    def _suspect(self, number: int, reason: str) -> None:
+        """Ask others what it owes: the trainer may not look at its servers for minutes."""
+        self._suspects[number] = reason
+        self._servers[number].usable = False
+        self._cancel(lambda _, owing: owing == number, repeat=True)
+
+    def _ask_again(self, job: _Job, was_lost: bool) -> None:
         if job.position in job.ticket.groups:  # given up meanwhile
             return
         self._counts["num_repeated_requests"] += 1
-        again = _Job(job.ticket, job.position, job.request, job.settings, job.priority, job.num_tries)
+        again = replace(job, num_losses=job.num_losses + was_lost, task=None)
         heapq.heappush(self._queue, (job.priority, next(self._front), again))
+        if again.num_losses >= _MOST_LOSSES:
+            name = job.request.prompt.prompt_id
+            self._fail(
+                RuntimeError(f"{_MOST_LOSSES} times a rollout server was lost while it answered prompt {name!r}")
+            )
 
     def _cancel(self, which: Callable[[_Job, int], bool], repeat: bool) -> None:
         """End attempts: closing its connection aborts a request at the server."""
@@ -359,34 +367,19 @@ class ServerGroup:
                     job.task.cancel()
                     server.jobs.discard(job)
                     if repeat:
-                        self._ask_again(job)
+                        self._ask_again(job, was_lost=True)
             self._condition.notify_all()
         self._wake.set()
 
-    async def _look_after(self, session: aiohttp.ClientSession) -> None:
-        """Look for signs of life of the servers that owe answers."""
+    async def _look_after(self, number: int) -> None:
+        """Look for signs of life of a server whenever it owes answers."""
+        server = self._servers[number]
         while True:
-            await asyncio.sleep(min(_LOOK_SECONDS, self._server_timeout_seconds / 4))
-            owing = [number for number, server in enumerate(self._servers) if server.usable and server.jobs]
-            faults = await asyncio.gather(*(self._look(session, self._servers[number].url) for number in owing))
+            await asyncio.sleep(self._look_seconds)
+            num_returns = server.num_returns
+            if not (server.usable and server.jobs):
+                continue
+            fault = await self._client.sign_of_life(server.url)
             with self._condition:
-                self._suspects |= {number: fault for number, fault in zip(owing, faults, strict=True) if fault}
-
-    async def _look(self, session: aiohttp.ClientSession, url: str) -> str:
-        """What is wrong with a server; empty when nothing is."""
-        timeout = aiohttp.ClientTimeout(self._server_timeout_seconds)
-        try:
-            async with session.get(url + _SIGN_OF_LIFE, timeout=timeout, allow_redirects=False) as answer:
-                return "" if answer.status == 200 else f"it answers {answer.status} when asked for a sign of life"
-        except TimeoutError:
-            return f"no sign of life for {self._server_timeout_seconds:g} s"
-        except (aiohttp.ClientError, OSError) as error:
-            return f"it takes no connection ({type(error).__name__})"
-
-
-class _ServerError(Exception):
-    """The server has answered with an error of its own."""
-
-
-def _told(status: int, content: bytes) -> str:
-    return f"it answers {status}, {' '.join(content[:300].decode(errors='replace').split())!r},"
+                if fault and server.usable and server.num_returns == num_returns:
+                    self._suspect(number, fault)
