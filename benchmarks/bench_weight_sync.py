@@ -2,7 +2,7 @@
 
     python benchmarks/bench_weight_sync.py [--json FILE] [--quick] [--sizes NAME ...] [--rounds R] [--bucket-mib M]
 
-Two ranks hold the halves of a Qwen2 with random float32 weights on the CPU. Rank 0 puts whole weights into shared
+Two ranks hold the halves of a Qwen2 with random bfloat16 weights on the CPU. Rank 0 puts whole weights into shared
 memory and asks a consumer by HTTP to load them, as it asks a vLLM server; the consumer is a process of its own that
 maps the memory and copies every tensor into its own. Methods:
 
@@ -14,14 +14,21 @@ maps the memory and copies every tensor into its own. Methods:
 All hand over through the same code, which gathers the next part while the consumer loads the last.
 
 Time: rank 0's, from a barrier of the ranks until the consumer has all. The methods take turns in every round; the
-first round warms up and is the one in which memory is measured. Memory: what is resident (VmHWM, set back by writing 5
-to /proc/self/clear_refs) at the peak less what was before, shared memory included, of each rank; the method's shared
-memory is made in that round. The shards, which are there all the time, do not count. Linux only.
+first round warms up and is the one in which memory is measured, of all models before any is timed.
+
+Memory: what is resident (VmHWM, set back by writing 5 to /proc/self/clear_refs) at the peak less what was before,
+shared memory included, of each rank; the method's shared memory is made in that round. The shards, which are there all
+the time, do not count. Linux only. It is measured with glibc's MALLOC_MMAP_THRESHOLD_ at 256 KiB: else freed blocks of
+up to 32 MB stay in the heap, in holes that the next do not fit, and what is resident says little of what is in use.
+Time is measured with what glibc's own threshold grows to, 32 MB, so that nobody pays for fresh pages. Beside it, "in
+use": the bytes that the allocator has handed out (mallinfo2), sampled every millisecond: a lower bound of their peak,
+without the shared memory.
+
 Afterwards the consumer's weights are compared with the model's, by a digest.
 
 The JSON file holds a list of rows: method, model (1M ...), num_parameters, bytes, seconds (median), bytes_per_second,
 num_collectives (all-gathers of rank 0), num_requests (that carry weights), peak_extra_bytes (of the rank that takes
-more), peak_extra_bytes_by_rank, bucket_bytes, rounds (seconds of each).
+more), peak_extra_bytes_by_rank, peak_live_bytes_by_rank, bucket_bytes, rounds (seconds of each).
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ import ctypes
 import gc
 import json
 import os
-import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -40,11 +47,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+CONSUMER = Path(__file__).with_name("bench_weight_sync_consumer.py")
 METHODS = ("buckets", "per_parameter", "whole_model")
 # Qwen2: hidden size, layers, size of the MLP, vocabulary; heads of 64.
 SIZES = {
@@ -54,70 +62,9 @@ SIZES = {
     "500M": (1280, 22, 3456, 32768),
 }
 QUICK = ("1M", "10M")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PATIENCE_SECONDS = 1200
-
-
-class Consumer:
-    """Stands in for a vLLM server: the same routes, the same mapping of the memory, its own copy of every weight."""
-
-    def __init__(self) -> None:
-        from mmr1_ds.rollout.shared_memory import MappedBuffer
-
-        self.buffer: MappedBuffer | None = None
-        self.weights: dict[str, Any] = {}
-
-    def answer(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Do what a POST asks."""
-        import torch
-
-        from mmr1_ds.engine.weights import weights_digest
-        from mmr1_ds.rollout.shared_memory import BufferAddress, MappedBuffer, tensors
-
-        if route == "init_weight_transfer_engine":
-            self.buffer = MappedBuffer(BufferAddress(**body["init_info"]))
-        elif route == "update_weights":
-            assert self.buffer is not None
-            info = body["update_info"]
-            dtypes = [getattr(torch, name) for name in info["dtype_names"]]
-            entries = list(zip(info["names"], dtypes, map(tuple, info["shapes"]), strict=True))
-            for name, tensor in tensors(self.buffer.bytes(), entries, info["offsets"]):
-                if name not in self.weights:
-                    self.weights[name] = torch.empty_like(tensor)
-                self.weights[name].copy_(tensor)
-        elif route == "digest":
-            return {"digest": weights_digest(self.weights.items())}
-        elif route == "forget":
-            self.weights, self.buffer = {}, None
-        return {}
-
-
-def serve_consumers() -> None:
-    """One consumer a method, on ports that the first line of the output names; ends with its standard input."""
-    ports = []
-    for _ in METHODS:
-        consumer = Consumer()
-
-        class Handler(BaseHTTPRequestHandler):
-            own = consumer
-
-            def do_POST(self) -> None:
-                text = self.rfile.read(int(self.headers["Content-Length"] or 0))
-                answer = json.dumps(self.own.answer(self.path.strip("/"), json.loads(text or "{}") or {})).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *arguments: Any) -> None:
-                """Nothing."""
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        ports.append(server.server_port)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-    sys.stdout.write(json.dumps(ports) + "\n")
-    sys.stdout.flush()
-    sys.stdin.read()
 
 
 def count_collectives() -> list[str]:
@@ -153,11 +100,11 @@ def build_model(size: str) -> Any:
         num_attention_heads=hidden // 64,
         num_key_value_heads=max(1, hidden // 256),
         tie_word_embeddings=False,
-        dtype="float32",
+        dtype="bfloat16",
     )
     torch.manual_seed(5)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32):
+    settings = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
         return transformers.Qwen2ForCausalLM(config)
 
 
@@ -229,9 +176,43 @@ def post(url: str, route: str) -> dict[str, Any]:
     return found
 
 
+class Malloc(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+@contextmanager
+def live_peak() -> Iterator[list[int]]:
+    """Yields a list that holds, after it, the most bytes that were in use more than before."""
+    library = ctypes.CDLL(None)
+    library.mallinfo2.restype = Malloc
+
+    def live() -> int:
+        found = library.mallinfo2()
+        return int(found.uordblks + found.hblkhd)
+
+    before, peak, done = live(), [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], live() - before)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
 def resident_bytes(field: str) -> int:
     """VmRSS, or VmHWM: the peak since it was set back."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
+    return int(STATUS.read_text().split(f"{field}:")[1].split()[0]) * 1024
 
 
 def run_rank(options: argparse.Namespace) -> None:
@@ -246,8 +227,10 @@ def run_rank(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(launch_environment(), timeout_seconds=600)
     start_deepspeed(ranks)
-    weights.BUCKET_BYTES = int(options.bucket_mib * 2**20)
+    weights.BUCKET_BYTES = weights.CPU_BUCKET_BYTES = int(options.bucket_mib * 2**20)
     rows: list[dict[str, Any]] = []
+    measured: list[tuple[list[Method], dict[str, dict[str, Any]]]] = []
+    ports = iter(options.ports)  # a consumer a model and method
     for size in options.sizes:
         model = build_model(size)
         infos = weights.weights_metadata(model)
@@ -255,15 +238,16 @@ def run_rank(options: argparse.Namespace) -> None:
         num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in model.parameters())
         methods: list[Method] = []
         found: dict[str, dict[str, Any]] = {}
-        for name, port in zip(METHODS, options.ports, strict=True):  # the warm-up
+        for name in METHODS:  # the warm-up
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
             ranks.barrier("before")
             CLEAR.write_text("5")
             before = resident_bytes("VmRSS")
             calls.clear()
-            methods.append(Method(name, model, port, ranks.rank == 0))
-            methods[-1].sync()
+            methods.append(Method(name, model, next(ports), ranks.rank == 0))
+            with live_peak() as live:
+                methods[-1].sync()
             num_collectives = len(calls)
             peak = resident_bytes("VmHWM") - before
             found[name] = {
@@ -276,10 +260,16 @@ def run_rank(options: argparse.Namespace) -> None:
                 "num_collectives": num_collectives,
                 "num_requests": len(methods[-1].parts),
                 "peak_extra_bytes_by_rank": ranks.all_gather_objects(peak, "share the peaks"),
+                "peak_live_bytes_by_rank": ranks.all_gather_objects(live[0], "share the peaks in use"),
                 "bucket_bytes": weights.BUCKET_BYTES,
                 "rounds": [],
             }
         assert len(infos) == found["per_parameter"]["num_collectives"], "not every all-gather is counted"
+        measured.append((methods, found))
+    library = ctypes.CDLL(None)
+    for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20)):
+        assert library.mallopt(option, value) == 1
+    for methods, found in measured:
         for turn in range(options.rounds):
             for method in methods if turn % 2 else reversed(methods):
                 ranks.barrier("start")
@@ -287,15 +277,13 @@ def run_rank(options: argparse.Namespace) -> None:
                 method.sync()
                 found[method.name]["rounds"].append(time.perf_counter() - began)
         for method in methods:
-            assert method.agrees(), f"{size}, {method.name}: the consumer has other weights"
+            assert method.agrees(), f"{found[method.name]['model']}, {method.name}: the consumer has other weights"
             method.close()
         for row in found.values():
             row["seconds"] = statistics.median(row["rounds"])
-            row["bytes_per_second"] = num_bytes / row["seconds"]
+            row["bytes_per_second"] = row["bytes"] / row["seconds"]
             row["peak_extra_bytes"] = max(row["peak_extra_bytes_by_rank"])
             rows.append(row)
-        del model, methods, method
-        gc.collect()
     if ranks.rank == 0:
         Path(options.rows).write_text(json.dumps(rows))
     ranks.barrier("end")
@@ -309,7 +297,10 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     processes: list[subprocess.Popen[Any]] = []
     try:
         consumer = subprocess.Popen(
-            [*program, "--role", "consumer"], env=environment({}), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, CONSUMER, str(len(METHODS) * len(options.sizes))],
+            env=environment({}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         processes.append(consumer)
         assert consumer.stdout is not None
@@ -318,7 +309,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         shared += ["--ports", *map(str, ports), "--rows", str(folder / "rows.json")]
         master = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank in ("0", "1"):
-            own = environment(master | {"RANK": rank, "LOCAL_RANK": rank})
+            own = environment(master | {"MALLOC_MMAP_THRESHOLD_": "262144", "RANK": rank, "LOCAL_RANK": rank})
             with (folder / f"rank{rank}.log").open("wb") as log:
                 command = [*program, "--role", "rank", *shared]
                 processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
@@ -361,19 +352,20 @@ def free_port() -> int:
 def report(rows: list[dict[str, Any]]) -> str:
     """The table. The last two columns are of ours over that method, of the same model."""
     lines = [
-        f"two ranks, float32, buckets of {rows[0]['bucket_bytes'] / 2**20:g} MiB\n"
+        f"two ranks, bfloat16, buckets of {rows[0]['bucket_bytes'] / 2**20:g} MiB\n"
         f"{'model':>6}{'MB':>8}  {'method':14}{'seconds':>9}{'MB/s':>8}{'all-gathers':>13}{'requests':>10}"
-        f"{'peak MB, ranks 0 and 1':>25}{'ours: time':>12}{'memory':>9}"
+        f"{'peak MB, ranks 0 and 1':>25}{'in use':>16}{'ours: time':>12}{'memory':>9}"
     ]
     for row in rows:
         ours = next(r for r in rows if r["method"] == "buckets" and r["model"] == row["model"])
         peaks = " ".join(f"{peak / 1e6:9.1f}" for peak in row["peak_extra_bytes_by_rank"])
+        live = " ".join(f"{peak / 1e6:7.1f}" for peak in row["peak_live_bytes_by_rank"])
         time_ratio = statistics.median(a / b for a, b in zip(ours["rounds"], row["rounds"], strict=True))
         memory_ratio = ours["peak_extra_bytes"] / max(1, row["peak_extra_bytes"])
         lines.append(
             f"{row['model']:>6}{row['bytes'] / 1e6:8.1f}  {row['method']:14}{row['seconds']:9.4f}"
             f"{row['bytes_per_second'] / 1e6:8.0f}{row['num_collectives']:13}{row['num_requests']:10}{peaks:>25}"
-            f"{time_ratio:12.2f}{memory_ratio:9.2f}"
+            f"{live:>16}{time_ratio:12.2f}{memory_ratio:9.2f}"
         )
     return "\n".join(lines)
 
@@ -384,18 +376,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"models of {' and '.join(QUICK)} alone")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="models; all without it")
     parser.add_argument("--rounds", type=int, default=5, help="measured, after one that warms up")
-    parser.add_argument("--bucket-mib", type=float, default=1024, help="BUCKET_BYTES of a run")
-    parser.add_argument("--role", choices=["rank", "consumer"], help=argparse.SUPPRESS)
+    parser.add_argument("--bucket-mib", type=float, default=64, help="64 is what a run takes on CPU")
+    parser.add_argument("--role", choices=["rank"], help=argparse.SUPPRESS)
     parser.add_argument("--ports", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--rows", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.role == "consumer":
-        serve_consumers()
-        return
     options.sizes = options.sizes or list(QUICK if options.quick else SIZES)
     if options.role == "rank":
         run_rank(options)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the processes and the folder go then too
     with tempfile.TemporaryDirectory(prefix="bench_weight_sync_") as folder:
         rows = measure(options, Path(folder))
     sys.stdout.write(report(rows) + "\n")

@@ -79,8 +79,8 @@ def steps_of(folder: Path) -> list[dict]:
 
 
 def servers(marker: str) -> list[int]:
-    """The processes of the run's server, its engine and its workers."""
-    found = [line.partition(": ") for line in processes_with(marker)]
+    """The processes of the run's server and of its engine; not the one that watches over them."""
+    found = [line.partition(": ") for line in processes_with(marker) if "server_minder" not in line]
     return [int(pid) for pid, _, command in found if "vllm.entrypoints" in command or "VLLM" in command]
 
 
