@@ -313,4 +313,4 @@ def test_states_that_are_offloaded_already_cannot_be_moved():
     resolve({**AUTO, "zero_optimization": {"stage": 3}}, "worker.actor.offload_states=true", on_gpu=True)
     of_torch = {**AUTO, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
     assert "DeepSpeed moves the states of its own Adam only" in refused(of_torch, "worker.actor.offload_states=true")
-    resolve(of_torch, "worker.actor.offload_states=true", on_gpu=False)  # on the CPU, where nothing of the optimiser is moved
+    resolve(of_torch, "worker.actor.offload_states=true", on_gpu=False)  # nothing of it is moved there
