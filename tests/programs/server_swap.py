@@ -40,8 +40,9 @@ trajectories = [
     for group in groups
     for k, response in enumerate(group.responses)
 ]
-submitted = rollout.submit(requests, SamplingSettings(1.0, 1.0, -1, LONGEST))
 actor.update(trajectories, None, None)
+submitted = rollout.submit(requests, SamplingSettings(1.0, 1.0, -1, LONGEST))
+rollout.collect(rollout.submit(requests[:1], SamplingSettings(1.0, 1.0, -1, 5)))  # the others have begun by then
 rollout.sync_weights(actor)
 groups = [group for group in rollout.collect(submitted) if group is not None]
 pairs = [(group.prompt, response.token_ids) for group in groups for response in group.responses]
