@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PARTIAL_STATE = "partial.json"  # in a checkpoint whose begun responses go on by `partial_batches`
+
 
 @dataclass(frozen=True)
 class LearningGroup:
@@ -138,6 +140,9 @@ class BatchMaker:
 
     def load(self, folder: Path, settings: SamplingSettings) -> None:
         """Go on with what `save` kept, also on another number of ranks. Not a collective."""
+        if (folder / PARTIAL_STATE).is_file():
+            logger.warning("responses that worker.rollout.partial had cut are left: this run samples whole ones")
+            return
         ranks, own = self._ranks, set(self._slots.tolist())
         for item in read_samplings(folder, self._data.__getitem__, own.__contains__, ranks.rank, ranks.size):
             self._collector.begin(item, settings)

@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from mmr1_ds.batches import BatchMaker, Drawn
+from mmr1_ds.batches import PARTIAL_STATE, BatchMaker, Drawn
 from mmr1_ds.collect import PROBE, TRAINING, StageClock
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.sampling import Sampling, read_samplings, write_samplings
 
 _DECAY = 0.9  # of what earlier rounds say about how many groups finish
 _STEP = 1 << 32  # an id is step * _STEP + number of the prompt in its step: ids sort in the order of the draws
-_FILE = "partial.json"
 
 
 @dataclass
@@ -201,13 +200,13 @@ class PartialBatchMaker(BatchMaker):
         write_samplings(folder, self._ranks.rank, list(by_step.values()))
         if self._ranks.rank == 0:
             state = {"queue": self._queue, **dataclasses.asdict(self._rates)}
-            (folder / _FILE).write_text(json.dumps(state), encoding="utf-8")
+            (folder / PARTIAL_STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path, settings: SamplingSettings) -> None:
         """See BatchMaker."""
-        if not (folder / _FILE).is_file():  # of a run without a budget
+        if not (folder / PARTIAL_STATE).is_file():  # of a run without a budget
             return
-        state = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        state = json.loads((folder / PARTIAL_STATE).read_text(encoding="utf-8"))
         self._queue = state["queue"]
         self._rates = FinishRates(state["launched"], state["finished"])
         rank, size = self._ranks.rank, self._ranks.size

@@ -7,6 +7,8 @@ import sys
 import pytest
 from launching import ROOT, environment
 
+pytestmark = pytest.mark.servers
+
 BENCHMARK = ROOT / "benchmarks" / "bench_weight_sync.py"
 
 

@@ -131,6 +131,15 @@ def test_a_checkpoint_keeps_what_was_begun(tmp_path):
     assert [seen(second.make(step, SETTINGS, StageClock())) for step in range(5, 9)] == expected[4:]
 
 
+def test_a_run_without_a_budget_leaves_what_was_cut(tmp_path, caplog):
+    cut, _ = maker(SingleProcess())
+    cut.make(1, SETTINGS, StageClock())
+    cut.save(tmp_path)
+    whole, _ = make(SingleProcess(), FakeCollector(), online_filtering=False)
+    whole.load(tmp_path, SETTINGS)
+    assert whole._sampling == {} and "worker.rollout.partial" in caplog.text
+
+
 def test_rates_draw_what_a_round_needs():
     rates = FinishRates()
     assert rates.num_fresh(12, 0, 100) == 12  # nothing known: all are expected to finish, none to spare

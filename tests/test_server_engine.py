@@ -6,7 +6,7 @@ import pytest
 from launching import run_ranks
 from tiny_models import save_vision_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.servers]
 
 
 def run(folder, engine, num_ranks):

@@ -29,6 +29,8 @@ from mmr1_ds.rollout.server_guard import ServerGuard
 from mmr1_ds.rollout.server_port import ServerPort
 from mmr1_ds.rollout.server_process import ExternalServer, RolloutServerError, server_arguments
 
+pytestmark = pytest.mark.servers
+
 
 def group_members(group: int) -> list[int]:
     """Processes of a process group that are not over."""
