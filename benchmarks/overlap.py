@@ -96,7 +96,7 @@ def train(
     steps = [line for line in lines if "perf/time_per_step" in line][WARM_UP:]
 
     def median(key: str) -> float:
-        return statistics.median(line[key] for line in steps)
+        return statistics.median(line.get(key, 0.0) for line in steps)  # ref: none without a KL
 
     return {
         "seed": seed,
