@@ -220,9 +220,10 @@ def run_rank(options: argparse.Namespace) -> None:
     calls = count_collectives()
     import torch
 
-    from mmr1_ds.distributed import Ranks, launch_environment, leave
+    from mmr1_ds.distributed import Ranks, leave
     from mmr1_ds.engine import weights
     from mmr1_ds.engine.actor import start_deepspeed
+    from mmr1_ds.launch_environment import launch_environment
 
     torch.set_num_threads(1)
     ranks = Ranks(launch_environment(), timeout_seconds=600)

@@ -37,8 +37,9 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.deepspeed_config import resolve_deepspeed
-from mmr1_ds.distributed import Ranks, launch_environment
+from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
+from mmr1_ds.launch_environment import launch_environment
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.colocated import VllmRollout

@@ -19,12 +19,13 @@ from mmr1_ds.config_loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import LaunchEnvironment, Ranks
+from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor, Reference
 from mmr1_ds.engine.critic import Critic
 from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.engine.value_model import check_reads_alike
 from mmr1_ds.errors import UserError
+from mmr1_ds.launch_environment import LaunchEnvironment
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.partial_batches import PartialBatchMaker
 from mmr1_ds.plan import checkpoint_directory, run_directory

@@ -131,6 +131,9 @@ _RANGES = {
     "trainer.n_gpus_per_node": "[1, inf)",
     "trainer.val_generations_to_log": "[0, inf)",
     "trainer.collective_timeout_seconds": "(0, inf)",
+    "trainer.max_wall_seconds": "(0, inf)",
+    "trainer.preemption_seconds": "(0, inf)",
+    "trainer.max_bad_updates": "[1, inf)",
 }
 _COUNT_OR_NONE = (  # >= 1, or -1 for "no limit" or "never"
     "data.val_batch_size",

@@ -18,8 +18,9 @@ from mmr1_ds.config_checks import check_config
 from mmr1_ds.config_critic import trains_critic
 from mmr1_ds.config_loading import load_config
 from mmr1_ds.deepspeed_config import critic_deepspeed, reference_deepspeed, resolve_deepspeed
-from mmr1_ds.distributed import LaunchEnvironment, launch_environment, leave
+from mmr1_ds.distributed import leave
 from mmr1_ds.errors import UserError
+from mmr1_ds.launch_environment import LaunchEnvironment, launch_environment
 from mmr1_ds.launch_guard import end_with_launcher
 from mmr1_ds.logging import configure_logging, quiet_libraries
 from mmr1_ds.plan import describe_plan

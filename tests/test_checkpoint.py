@@ -7,8 +7,9 @@ from unittest import mock
 import pytest
 
 from mmr1_ds.checkpoint import MANIFEST, Checkpoints
-from mmr1_ds.distributed import LaunchEnvironment, Ranks
+from mmr1_ds.distributed import Ranks
 from mmr1_ds.errors import UserError
+from mmr1_ds.launch_environment import LaunchEnvironment
 
 
 @pytest.fixture(scope="module")

@@ -433,7 +433,8 @@ def test_files_of_another_format_are_refused(tmp_path):
 
 _RANK_PROGRAM = """
 import json, sys
-from mmr1_ds.distributed import Ranks, launch_environment
+from mmr1_ds.distributed import Ranks
+from mmr1_ds.launch_environment import launch_environment
 from tests_of_coordinator import make, train
 ranks = Ranks(launch_environment(), timeout_seconds=20)
 print(json.dumps([batch for batch, _ in train(make(ranks), range(1, 6))]))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from launching import PROGRAMS, environment, run_ranks
 
-from mmr1_ds.distributed import LaunchEnvironment, batch_slots, launch_environment
+from mmr1_ds.distributed import batch_slots
 from mmr1_ds.errors import UserError
+from mmr1_ds.launch_environment import LaunchEnvironment, launch_environment
 
 
 def test_each_launcher_is_recognised():

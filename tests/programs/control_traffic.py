@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.distributed import Ranks, leave
+from mmr1_ds.launch_environment import launch_environment
 
 ranks = Ranks(launch_environment(), timeout_seconds=30)
 rank = ranks.rank

@@ -13,9 +13,10 @@ from settings import deepspeed_configs, small_config
 from tiny_models import make_prompt
 
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine import critic as module
 from mmr1_ds.engine.value_model import ValueModel
+from mmr1_ds.launch_environment import launch_environment
 
 model, out, micro_batch, folder, layout = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 2

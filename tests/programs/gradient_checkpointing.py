@@ -14,11 +14,12 @@ from settings import deepspeed_configs, small_config
 from tiny_models import make_prompt
 
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine.batching import ModelBatch, collate
 from mmr1_ds.engine.lora import adapters
 from mmr1_ds.engine.policy import load_policy
 from mmr1_ds.engine.weights import whole_parameters
+from mmr1_ds.launch_environment import launch_environment
 
 model, out = sys.argv[1:]
 ranks = Ranks(launch_environment(), timeout_seconds=60)

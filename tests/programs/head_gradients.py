@@ -10,9 +10,10 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from settings import deepspeed_configs, small_config
 
-from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine.batching import ModelBatch
 from mmr1_ds.engine.policy import load_policy
+from mmr1_ds.launch_environment import launch_environment
 
 model, out = sys.argv[1:]
 FORBIDDEN, TEMPERATURE = (2, 5, 9), 0.7

@@ -14,13 +14,14 @@ from settings import deepspeed_configs, small_config
 from tiny_models import make_prompt
 
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine import weights
 from mmr1_ds.engine.actor import Actor, Reference
 from mmr1_ds.engine.batching import Trajectory
 from mmr1_ds.engine.lora import AdapterlessReference, adapters
 from mmr1_ds.engine.weights import whole_parameters
 from mmr1_ds.errors import UserError
+from mmr1_ds.launch_environment import launch_environment
 
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 

@@ -15,9 +15,10 @@ from tiny_models import make_prompt
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, batch_slots, launch_environment, leave
+from mmr1_ds.distributed import Ranks, batch_slots, leave
 from mmr1_ds.engine.actor import Actor, Reference
 from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.launch_environment import launch_environment
 
 model, out, micro_batch, folder = sys.argv[1:]
 BATCH, MINI_BATCH, RESPONSES, STEPS = 8, 4, 3, 3

@@ -3,7 +3,8 @@
 import os
 import sys
 
-from mmr1_ds.distributed import CollectiveError, Ranks, launch_environment
+from mmr1_ds.distributed import CollectiveError, Ranks
+from mmr1_ds.launch_environment import launch_environment
 
 ranks = Ranks(launch_environment(), timeout_seconds=5)
 ranks.step = 17

@@ -8,8 +8,9 @@ from settings import deepspeed_configs, small_config
 from tiny_models import make_prompt
 
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine.actor import Reference
+from mmr1_ds.launch_environment import launch_environment
 
 model, folder = sys.argv[1:]
 

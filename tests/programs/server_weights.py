@@ -17,9 +17,10 @@ from settings import deepspeed_configs, small_config
 from tiny_models import make_prompt
 
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, launch_environment, leave
+from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine import weights
 from mmr1_ds.engine.actor import Actor
+from mmr1_ds.launch_environment import launch_environment
 from mmr1_ds.records import Prompt
 from mmr1_ds.rollout.server_process import ServerAddress, ServerProcess
 from mmr1_ds.rollout.weight_transfer import ServerControl, WeightTransfer
