@@ -11,9 +11,8 @@ from launching import ROOT, environment
 # From the bottom up. A name covers the module or the package with everything in it.
 LAYERS = [
     ["mmr1_kernels", "mmr1_ds.errors"],
-    ["mmr1_ds.config", "mmr1_ds.records"],
+    ["mmr1_ds.config", "mmr1_ds.records", "mmr1_ds.launch_environment"],
     [
-        "mmr1_ds.launch_environment",
         "mmr1_ds.distributed",
         "mmr1_ds.launch_guard",
         "mmr1_ds.config_schema",
