@@ -41,6 +41,7 @@ from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.launch_environment import launch_environment
 from mmr1_ds.logging import MetricsLogger
+from mmr1_ds.preemption import Preemption
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.colocated import VllmRollout
 from mmr1_ds.trainer import Parts
@@ -88,7 +89,10 @@ class Session:
         self._ranks = Ranks(launch_environment(), config.trainer.collective_timeout_seconds)
         self._stack.callback(self._ranks.close)
         worker = config.worker
-        self._rollout = VllmRollout(worker.rollout, worker.actor.model, config.data, self._ranks, self._encoder, 1)
+        self._never_asked = Preemption(30.0, None)  # to end: its signals are not handled here
+        self._rollout = VllmRollout(
+            worker.rollout, worker.actor.model, config.data, self._ranks, self._encoder, 1, self._never_asked
+        )
         self._stack.callback(self._rollout.close)
         self._is_started = True
 
@@ -168,6 +172,7 @@ class Session:
             reference=None,
             checkpoints=None,  # type: ignore[arg-type]  # RecordingTrainer saves none
             metrics_logger=MetricsLogger([steps]),
+            preemption=self._never_asked,
         )
         trainer = RecordingTrainer(config, parts, trial.steps)
         trainer.steps, trainer.counter, trainer.trace = steps, counter, None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,8 +21,10 @@ from mmr1_ds.distributed import Ranks, batch_slots
 from mmr1_ds.engine.micro_batches import balance
 from mmr1_ds.errors import UserError
 from mmr1_ds.metrics import reward_metrics
+from mmr1_ds.preemption import SamplingAbandoned
 from mmr1_ds.records import GroupRewards, RolloutGroup, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
+from mmr1_ds.rollout.base import ServersGone
 from mmr1_ds.sampling import Sampling, read_samplings, write_samplings
 
 if TYPE_CHECKING:
@@ -76,7 +79,31 @@ class BatchMaker:
         self._max_tries = 1 if not config.algorithm.online_filtering else tries if tries > 0 else None
 
     def make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
-        """The batch of `step`. Collective. Raises: UserError, on every rank, for an unknown `filter_key`."""
+        """The batch of `step`. Collective.
+
+        Raises: UserError, on every rank, for an unknown `filter_key`; ServersGone and SamplingAbandoned, after which a
+        checkpoint has nothing of this step observed.
+        """
+        before, begun = self._copy_of_curriculum(), dict(self._sampling)
+        try:
+            return self._make(step, settings, clock)
+        except (ServersGone, SamplingAbandoned):
+            if self._samples_after_observing:
+                self._coordinator.load_state_dict(before)
+                self._sampling = begun
+            raise
+
+    @property
+    def _samples_after_observing(self) -> bool:
+        """Whether a step may be cut off when the curriculum has observed a part of it."""
+        return self._config.algorithm.online_filtering or self._config.algorithm.adv_estimator == "remax"
+
+    def _copy_of_curriculum(self) -> dict[str, Any] | None:
+        if not self._samples_after_observing or self._ranks.rank > 0:
+            return None
+        return copy.deepcopy(self._coordinator.state_dict())
+
+    def _make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
         drawn, figures = self._fill(step, settings, clock)
         chosen, trained, seqlen = self._choose(drawn)
         with clock("curriculum"):

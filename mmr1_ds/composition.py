@@ -29,6 +29,7 @@ from mmr1_ds.launch_environment import LaunchEnvironment
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.partial_batches import PartialBatchMaker
 from mmr1_ds.plan import checkpoint_directory, run_directory
+from mmr1_ds.preemption import Preemption
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
 from mmr1_ds.rollout.colocated import VllmRollout
@@ -44,11 +45,12 @@ def run(
     reference_config: Mapping[str, Any],
     critic_config: Mapping[str, Any] | None,
     launch: LaunchEnvironment,
+    preemption: Preemption,
 ) -> None:
     """Train, or validate only, as the config says. Every rank of the launch calls this.
 
     Args: the DeepSpeed configs of the actor, the reference, and the critic, where there is one.
-    Raises: UserError for data, model or environment that cannot be used.
+    Raises: UserError for data, model or environment that cannot be used; Preempted when it was told to end.
     """
     _check_installed(config)
     with ExitStack() as stack:
@@ -86,7 +88,7 @@ def run(
         if config.worker.rollout.engine == "server":  # the servers load while the models here do
             from mmr1_ds.rollout.server_engine import ServerRollout  # its HTTP client comes with vLLM
 
-            rollout = ServerRollout(config, ranks, encoder, most_images, run_directory(config) / "servers")
+            rollout = ServerRollout(config, ranks, encoder, most_images, run_directory(config) / "servers", preemption)
             stack.callback(rollout.close)
         updates = (num_steps - config.trainer.critic_warmup) * config.worker.actor.ppo_epochs
         updates *= config.data.rollout_batch_size // config.worker.actor.global_batch_size
@@ -96,7 +98,7 @@ def run(
             critic = Critic(config, critic_config, ranks, encoder, num_steps)
         reference = _reference(config, reference_config, actor, ranks, encoder)
         if rollout is None:
-            rollout = _rollout(config, actor, ranks, encoder, most_images)
+            rollout = _rollout(config, actor, ranks, encoder, most_images, preemption)
             stack.callback(rollout.close)
 
         batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
@@ -115,6 +117,7 @@ def run(
             checkpoints=checkpoints,
             metrics_logger=metrics_logger,
             critic=critic,
+            preemption=preemption,
         )
         trainer = Trainer(config, parts, num_steps)
         if start is not None:
@@ -221,11 +224,18 @@ def _starting_point(config: RunConfig, checkpoints: Checkpoints) -> tuple[int, P
     return found
 
 
-def _rollout(config: RunConfig, actor: Actor, ranks: Ranks, encoder: PromptEncoder, most_images: int) -> RolloutEngine:
+def _rollout(
+    config: RunConfig,
+    actor: Actor,
+    ranks: Ranks,
+    encoder: PromptEncoder,
+    most_images: int,
+    preemption: Preemption,
+) -> RolloutEngine:
     settings, model = config.worker.rollout, config.worker.actor.model
     has_vllm = importlib.util.find_spec("vllm") is not None
     if settings.engine == "auto" and not has_vllm:
         logger.warning("vllm is not installed: responses are sampled by transformers, which is far slower")
     if settings.engine == "hf" or not has_vllm:
         return TransformersRollout(actor, ranks, encoder, settings.max_num_seqs)
-    return VllmRollout(settings, model, config.data, ranks, encoder, most_images)
+    return VllmRollout(settings, model, config.data, ranks, encoder, most_images, preemption)

@@ -302,7 +302,7 @@ class TrainerConfig:
     dry_run: bool = False  # check everything, print the plan, load no model
     collective_timeout_seconds: float = 1800.0  # deadline of every collective, > 0
     max_wall_seconds: float | None = None  # after these save and end with exit code 75, > 0; null = never
-    preemption_seconds: float = 120.0  # from SIGTERM or SIGUSR1 until the job is killed, > 0
+    preemption_seconds: float = 30.0  # from SIGTERM or SIGUSR1 until the job is killed, > 0
     max_bad_updates: int = 3  # updates skipped in a row, their loss or gradient not finite, that end the run, >= 1
 
 

@@ -18,23 +18,30 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_SECONDS = 0.5
 
 
-def end_with_launcher() -> None:
-    """End this process by SIGTERM when its launcher, or the deepspeed runner above it, is gone. Linux only."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it went before the call above
+class LaunchGuard:
+    """Ends this process when its launcher, or the deepspeed runner above it, is gone. Linux only."""
+
+    def __init__(self) -> None:
+        """Begin to watch. The first word is SIGTERM, so that the run can save."""
+        self.patience_seconds = 30.0  # from SIGTERM to SIGKILL; nobody is left who would kill a run that hangs
+        if sys.platform != "linux":
+            return
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it went before the call above
+            os.kill(os.getpid(), signal.SIGTERM)
+        runner = _parent_of(parent)
+        if runner is not None and "deepspeed" not in _command_of(runner):
+            runner = None
+        threading.Thread(target=self._watch, args=(parent, runner), name="launch guard", daemon=True).start()
+
+    def _watch(self, parent: int, runner: int | None) -> None:
+        # An orphan is handed to another parent.
+        while os.getppid() == parent and (runner is None or _parent_of(parent) == runner):
+            time.sleep(POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
-    runner = _parent_of(parent)
-    if runner is not None and "deepspeed" in _command_of(runner):
-        threading.Thread(target=_watch, args=(parent, runner), name="launch guard", daemon=True).start()
-
-
-def _watch(parent: int, runner: int) -> None:
-    while _parent_of(parent) == runner:  # an orphan is handed to another parent
-        time.sleep(POLL_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(self.patience_seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _parent_of(pid: int) -> int | None:

@@ -73,9 +73,12 @@ class PartialBatchMaker(BatchMaker):
 
     def _fill(self, step: int, settings: SamplingSettings, clock: StageClock) -> tuple[Drawn, dict[str, float]]:
         """Rounds of at most the budget until a batch of groups is done."""
-        drawn, num_rounds, num_begun = Drawn(), 0, 0
+        drawn, num_rounds = Drawn(), 0
         probes: list[RolloutGroup] = []
         finished, unfinished = self._count()
+        everything = [*finished, *(id for part in unfinished for id in part)]
+        # Some are there when the step was cut off before and begins again.
+        num_begun = max((id % _STEP + 1 for id in everything if id // _STEP == step), default=0)
         while len(finished) < self._batch_size:
             most = self._most - len(finished) - sum(len(part) for part in unfinished)
             needed, num_carried = self._batch_size - len(finished), sum(len(part) for part in unfinished)

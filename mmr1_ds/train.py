@@ -21,13 +21,15 @@ from mmr1_ds.deepspeed_config import critic_deepspeed, reference_deepspeed, reso
 from mmr1_ds.distributed import leave
 from mmr1_ds.errors import UserError
 from mmr1_ds.launch_environment import LaunchEnvironment, launch_environment
-from mmr1_ds.launch_guard import end_with_launcher
+from mmr1_ds.launch_guard import LaunchGuard
 from mmr1_ds.logging import configure_logging, quiet_libraries
 from mmr1_ds.plan import describe_plan
+from mmr1_ds.preemption import Preempted, Preemption
 
 logger = logging.getLogger("mmr1_ds.train")  # run with -m, __name__ is __main__
 
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, the same command goes on; launch/slurm.sbatch requeues on it
 EXIT_INTERRUPTED = 130
 _HEAD_START_SECONDS = 3  # of rank 0; the deepspeed launcher looks for ended processes once a second
 
@@ -38,8 +40,7 @@ def main(argv: Sequence[str]) -> int:
         launch = launch_environment()
     except UserError as error:
         return _tell(error)
-    if launch.launcher == "environment":
-        end_with_launcher()
+    guard = LaunchGuard() if launch.launcher == "environment" else None
     configure_logging(launch.rank == 0)
     try:
         prepared = _prepare(argv, launch)
@@ -57,12 +58,20 @@ def main(argv: Sequence[str]) -> int:
     from mmr1_ds import composition  # imports torch and DeepSpeed
 
     try:
-        composition.run(*prepared, launch)
+        trainer = prepared[0].trainer
+        if guard is not None:
+            guard.patience_seconds = trainer.preemption_seconds
+        preemption = Preemption(trainer.preemption_seconds, trainer.max_wall_seconds)
+        with preemption.handled():
+            composition.run(*prepared, launch, preemption)
     except UserError as error:
         # A mistake in the data may show on one rank alone; when it shows on rank 0 too, the launcher ends the others.
         if launch.rank > 0:
             time.sleep(_HEAD_START_SECONDS)
         return _tell(error, f" (rank {launch.rank})" if launch.rank > 0 else "")
+    except Preempted as stop:
+        logger.warning("%s", stop)
+        return EXIT_PREEMPTED
     except KeyboardInterrupt:
         logger.warning("interrupted")
         return EXIT_INTERRUPTED

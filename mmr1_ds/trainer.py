@@ -26,6 +26,7 @@ from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.experience import Experience, make_experience
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.metrics import policy_lag_metrics, reward_metrics, step_metrics
+from mmr1_ds.preemption import Preempted, Preemption, SamplingAbandoned
 from mmr1_ds.records import SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 from mmr1_ds.rollout.base import RolloutEngine, ServersGone
@@ -50,6 +51,7 @@ class Parts:
     reference: Reference | AdapterlessReference | None
     checkpoints: Checkpoints
     metrics_logger: MetricsLogger
+    preemption: Preemption
     critic: Critic | None = None  # gae only
 
 
@@ -60,16 +62,20 @@ class Trainer:
         self._config, self._parts, self._num_steps = config, parts, num_steps
         self.step = 0  # steps done; within a step, its number
         self._num_learned = 0  # steps whose update is done
+        self._last_saved: int | None = None  # step of the newest checkpoint
         self._requests = RequestMaker(config.worker.rollout.seed)
 
     def fit(self) -> None:
-        """Train from the current step to the last. Raises: ServersGone, what was learned saved."""
+        """Train from the current step to the last. Raises: ServersGone and Preempted, what was learned saved."""
+        self._parts.preemption.begin_training()
         try:
             self._fit()
-        except ServersGone:
-            if self._num_learned > 0:
-                self.step = self._num_learned
+        except (ServersGone, SamplingAbandoned) as stop:
+            self.begin(self._num_learned)
+            if self.step > 0:
                 self._log(self.save(in_full=False))
+            if isinstance(stop, SamplingAbandoned):
+                raise self._preempted() from None
             raise
 
     def _fit(self) -> None:
@@ -82,12 +88,15 @@ class Trainer:
         if self._refresh_due():
             self._log(self._refresh())
         while self.step < self._num_steps:
+            self._end_if_asked()
             self.begin(self.step + 1)
             metrics = self.train_step()
             last = self.step == self._num_steps
-            if config.val_freq > 0 and (last or self.step % config.val_freq == 0):
-                metrics |= self.validate()
-            self._log(metrics)
+            try:
+                if config.val_freq > 0 and (last or self.step % config.val_freq == 0):
+                    metrics |= self.validate()
+            finally:
+                self._log(metrics)
             if self._refresh_due():
                 # A refresh may take longer than a thousand steps: one that is cut off goes on from this checkpoint.
                 if config.save_freq > 0:
@@ -97,6 +106,19 @@ class Trainer:
             # in between leaves no step without its line.
             if last or (config.save_freq > 0 and self.step % config.save_freq == 0):
                 self._log(self.save())
+
+    def _end_if_asked(self) -> None:
+        """Raises: Preempted, on every rank, when one was told to end; all is saved."""
+        if not self._parts.ranks.any(self._parts.preemption.is_asked, "ask whether to end"):
+            return
+        if self.step > 0 and self._last_saved != self.step:
+            self._log(self.save())
+        raise self._preempted()
+
+    def _preempted(self) -> Preempted:
+        reason = self._parts.preemption.reason or "another rank was told to end"
+        where = f"saved in {self._parts.checkpoints.root}" if self.step else "nothing was learned yet"
+        return Preempted(f"{reason}: {self.step} of {self._num_steps} steps are done, {where}; start again to go on")
 
     def train_step(self) -> dict[str, float]:
         """Draw, roll out, score, observe, update, synchronise: one step of the algorithm."""
@@ -115,6 +137,7 @@ class Trainer:
         with clock("sync"):
             self._sync()
         clock.seconds["step"] = time.perf_counter() - start
+        parts.preemption.took(after_sampling=clock.seconds["step"] - clock.seconds["gen"])
         scored = [group.scored for group in batch.groups]
         metrics |= learning | step_metrics(
             scored, experience.trajectories, experience.rewards_B, clock.seconds, parts.ranks
@@ -128,7 +151,11 @@ class Trainer:
         then_learns: the actor's weights change before anything more is sampled.
         """
         with self._offloaded():
-            yield
+            try:
+                yield
+            except (ServersGone, SamplingAbandoned):
+                self._parts.rollout.sleep(keep_weights=False)  # nothing more is sampled
+                raise
             self._parts.rollout.sleep(keep_weights=not then_learns)  # before the actor's states come back
 
     def _sync(self) -> None:
@@ -191,6 +218,8 @@ class Trainer:
         ):
             advance(parts.coordinator.resume_refresh(self._kept_refresh, key))
             for chunk in parts.coordinator.refresh_chunks():
+                if parts.ranks.any(parts.preemption.is_asked, "ask whether to end"):
+                    raise SamplingAbandoned
                 own = chunk[parts.ranks.rank :: parts.ranks.size]  # interleaved: long prompts often lie together
                 requests = self._requests(parts.train_data, own, num_responses, REFRESH, self.step, own)
                 groups, _ = parts.collector.collect(requests, settings, StageClock())
@@ -284,6 +313,8 @@ class Trainer:
             self._parts.checkpoints.save(self.step, self._write)
             if self._parts.ranks.rank == 0:
                 self._kept_refresh.unlink(missing_ok=True)  # a finished one is in the checkpoint
+        self._last_saved = self.step
+        self._parts.preemption.took(to_save=clock.seconds["save_checkpoint"])
         return {"timing_s/save_checkpoint": clock.seconds["save_checkpoint"]}
 
     def _write(self, folder: Path) -> None:
@@ -305,4 +336,4 @@ class Trainer:
         if not self._config.trainer.val_only:
             self._parts.batches.load(folder / "rollout", self._training_settings())
         self.begin(step)
-        self._num_learned = step
+        self._num_learned = self._last_saved = step

@@ -15,7 +15,7 @@ port, mode = int(sys.argv[1]), sys.argv[2]
 if mode == "dies":
     sys.exit("ValueError: no such model\\nRuntimeError: Engine core failed. See root cause above.")
 if mode == "deaf":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"])
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -15,6 +15,7 @@ LAYERS = [
     [
         "mmr1_ds.distributed",
         "mmr1_ds.launch_guard",
+        "mmr1_ds.preemption",
         "mmr1_ds.config_schema",
         "mmr1_ds.config_critic",
         "mmr1_ds.logging",

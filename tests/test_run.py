@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -95,6 +96,7 @@ def assets(tmp_path_factory):
         "trainer": {
             "max_steps": NUM_STEPS,
             "n_gpus_per_node": 2,
+            "preemption_seconds": 10,
             "val_freq": 5,
             "save_freq": 2,
             "save_limit": 2,
@@ -192,6 +194,9 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_r
     finish(launch(assets, run_dir, marker), run_dir, marker)
     log = run_dir.with_suffix(".log").read_text()
     assert log.count("going on from") == 3
+    assert (
+        len(re.findall(r"SIGTERM received: \d+ of 16 steps are done, saved in", log)) == 2
+    )  # each rank, the first time
     assert "the refresh goes on: 7 of 17 prompts are done" in log
 
     expected, actual = metrics_of(finished_run), metrics_of(run_dir)

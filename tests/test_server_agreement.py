@@ -10,6 +10,7 @@ from test_server_requests import SETTINGS, body_of, is_its_own, requests
 
 from mmr1_ds.config import RunConfig
 from mmr1_ds.errors import UserError
+from mmr1_ds.preemption import Preemption
 from mmr1_ds.rollout import server_engine, server_group, server_supervisor
 from mmr1_ds.rollout.base import ServersGone
 from mmr1_ds.rollout.server_engine import ServerRollout
@@ -124,7 +125,7 @@ def on_ranks(monkeypatch, servers, watched, work, **settings):
     encoder = SimpleNamespace(eos_token_ids=[EOS], forbidden_token_ids=FORBIDDEN, vocabulary_size=VOCABULARY)
 
     def run(rank):
-        engine = ServerRollout(config, Rank(rank, barrier, slots), encoder, 0, None)
+        engine = ServerRollout(config, Rank(rank, barrier, slots), encoder, 0, None, Preemption(60.0, None))
         try:
             return work(engine, rank)
         except UserError as error:

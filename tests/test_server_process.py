@@ -231,7 +231,7 @@ def test_a_server_that_is_stopped_frees_its_port(tmp_path):
         stranger.bind(("127.0.0.1", urlsplit(server.url).port))
 
 
-def test_a_server_deaf_to_sigterm_is_killed(tmp_path, monkeypatch):
+def test_a_server_deaf_to_sigint_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "STOP_SECONDS", 0.2)
     server = stand_in(tmp_path / "log", "deaf")
     server.start()
@@ -240,6 +240,23 @@ def test_a_server_deaf_to_sigterm_is_killed(tmp_path, monkeypatch):
     server.stop()
     assert group_members(group) == []
     assert "killing it" in (tmp_path / "log").read_text()
+
+
+def test_the_signals_of_a_job_manager_do_not_reach_a_server(tmp_path):
+    """The trainer has them too, and may need the server until it has saved."""
+    server = stand_in(tmp_path / "log")
+    server.start()
+    try:
+        server.wait_until_ready(30)
+        members = group_members(server._minder.pid)
+        assert len(members) == 3  # the minder, the server and its own child
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            for pid in members:
+                os.kill(pid, number)
+        server.wait_until_ready(30)  # an answer: what was sent before has been dealt with
+        assert group_members(server._minder.pid) == members
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("victim", ["server", "minder"])

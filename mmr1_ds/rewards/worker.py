@@ -22,7 +22,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(reply_fd: int, parent_pid: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it kills us when it is done
+    # The terminal's and the job manager's signals are the parent's business; it kills us when it is done.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     _die_with(parent_pid)
     requests, replies = _take_channel(reply_fd)
     setup = json.loads(requests.readline() or "null")

@@ -22,6 +22,7 @@ class RolloutEngine(Protocol):
         """The responses that each request asks for, in the order of the requests.
 
         Collective: all ranks, each with its own requests (any number of them, also none).
+        Raises: ServersGone, SamplingAbandoned, on every rank.
         """
         ...
 
@@ -35,7 +36,7 @@ class RolloutEngine(Protocol):
     def collect(self, submitted: Any) -> list[RolloutGroup | None]:
         """The groups of one `submit`, once, in the order of its requests; None for one that can wait and was given up.
 
-        Collective: all ranks, in the same order.
+        Collective: all ranks, in the same order. Raises: as `generate`.
         """
         ...
 

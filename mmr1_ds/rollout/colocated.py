@@ -6,12 +6,14 @@ import gc
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
+from mmr1_ds.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import InTurn
 from mmr1_ds.rollout.engine_options import engine_environment, engine_options
@@ -39,12 +41,13 @@ class VllmRollout(InTurn):
         ranks: Ranks,
         encoder: PromptEncoder,
         most_images: int,
+        preemption: Preemption,
     ) -> None:
         """Collective: start the engine. Its weights are the model folder's until the first sync.
 
         most_images: images of the prompt that has the most; the run config may allow more.
         """
-        self._ranks, self._encoder = ranks, encoder
+        self._ranks, self._encoder, self._preemption = ranks, encoder, preemption
         self._tensor_parallel_size = config.tensor_parallel_size
         self._version = 0
         self._forbidden = dict.fromkeys(encoder.forbidden_token_ids, _FORBID)
@@ -55,13 +58,11 @@ class VllmRollout(InTurn):
         self._cycle = SleepCycle(self._llm, enabled=config.sleep and ranks.on_gpu)
 
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
-        """See RolloutEngine."""
+        """See RolloutEngine. Raises: SamplingAbandoned."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         shared, first = self._requests_of_group(list(requests))
-        if not shared:
-            return []
         inputs: list[Any] = []
         parameters = []
         for request in shared:
@@ -85,15 +86,27 @@ class VllmRollout(InTurn):
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
             )
-        self._cycle.begin_sampling()
-        # What an earlier call left would save little, and a resumed run, which has not made that call, would differ
-        # from the straight one in rounding: a prompt's states depend on what they are computed together with.
-        self._llm.reset_prefix_cache()
-        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
+        outputs = self._sample(inputs, parameters) if shared else []
+        if self._ranks.any(outputs is None, "ask whether sampling is abandoned"):
+            raise SamplingAbandoned
+        assert outputs is not None
         return [
             self._group(request.prompt, output)
             for request, output in zip(requests, outputs[first : first + len(requests)], strict=True)
         ]
+
+    def _sample(self, inputs: list[Any], parameters: list[Any]) -> list[RequestOutput] | None:
+        """None when this rank was told to end and has no time for more."""
+        self._cycle.begin_sampling()
+        # What an earlier call left would save little, and a resumed run, which has not made that call, would differ
+        # from the straight one in rounding: a prompt's states depend on what they are computed together with.
+        self._llm.reset_prefix_cache()
+        try:
+            # The ranks of a tensor-parallel group wait for each other in every token.
+            with self._preemption.interrupting() if self._tensor_parallel_size == 1 else nullcontext():
+                return self._llm.generate(inputs, parameters, use_tqdm=False)
+        except SamplingAbandoned:
+            return None
 
     def _requests_of_group(self, own: list[RolloutRequest]) -> tuple[list[RolloutRequest], int]:
         """The requests of all ranks of the tensor-parallel group, in rank order, and where this rank's begin."""

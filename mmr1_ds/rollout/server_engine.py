@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import secrets
@@ -15,6 +16,7 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.errors import UserError
+from mmr1_ds.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import ServersGone
 from mmr1_ds.rollout.server_group import ServerGroup, Ticket
@@ -46,6 +48,7 @@ class _Report:
 
     is_done: bool
     suspects: Mapping[int, tuple[int, str]]  # by server: the generation that failed, and why
+    is_urgent: bool  # it was told to end and has no time to sample
     ready: Sequence[ServerAddress] = ()  # rank 0's, as all that follows
     trouble: str = ""  # why the run cannot go on
 
@@ -54,13 +57,19 @@ class ServerRollout:
     """A group of servers. Rank 0 starts and watches them; every rank sends its own requests."""
 
     def __init__(
-        self, config: RunConfig, ranks: Ranks, encoder: PromptEncoder, most_images: int, log_folder: Path
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        encoder: PromptEncoder,
+        most_images: int,
+        log_folder: Path,
+        preemption: Preemption,
     ) -> None:
         """Collective: start the servers, or find those of `server_urls`. They load while the actor is built.
 
         most_images: of the prompt that has the most; log_folder: where started servers write.
         """
-        self._config, self._ranks = config.worker.rollout, ranks
+        self._config, self._ranks, self._preemption = config.worker.rollout, ranks, preemption
         self._actor: Actor | None = None
         self._transfer: WeightTransfer | None = None
         self._supervisor: Supervisor | None = None
@@ -114,10 +123,14 @@ class ServerRollout:
         )
 
     def collect(self, submitted: _Submitted) -> list[RolloutGroup | None]:
-        """See RolloutEngine. Raises: ServersGone."""
+        """See RolloutEngine. Raises: ServersGone, SamplingAbandoned."""
         _, waited_for = submitted.training
-        while not self._agree(self._group.wait(waited_for, _POLL_SECONDS)):
-            pass
+        is_done = False
+        while not is_done:
+            reports = self._tell(self._group.wait(waited_for, _POLL_SECONDS), may_send=True)
+            if any(report.is_urgent for report in reports):
+                raise SamplingAbandoned
+            is_done = all(report.is_done for report in reports)
         # The training waits for nothing more: what probes have not said by now is not worth its time.
         self._num_given_up += self._group.cut_off(submitted.probes[1])
         found: dict[int, RolloutGroup | None] = {}
@@ -191,9 +204,9 @@ class ServerRollout:
     def _tell(self, is_done: bool, may_send: bool) -> list[_Report]:
         """Exchange reports, and act on them the same way everywhere. Collective. Raises: ServersGone, UserError."""
         suspects = {number: (self._generations[number], why) for number, why in self._group.suspects().items()}
-        own = _Report(is_done, suspects)
+        own = _Report(is_done, suspects, self._preemption.is_urgent)
         if self._supervisor is not None:
-            own = _Report(is_done, suspects, self._supervisor.ready(), self._trouble())
+            own = dataclasses.replace(own, ready=self._supervisor.ready(), trouble=self._trouble())
         reports: list[_Report] = self._ranks.all_gather_objects(own, "watch the rollout servers")
         ready = list(reports[0].ready)
         if reports[0].trouble:

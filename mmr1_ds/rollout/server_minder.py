@@ -3,7 +3,10 @@
 vLLM's server is several processes. When its first one is killed the others stay for ever, with their GPU; and all of
 them would outlive a killed trainer. This small process stands between: whatever ends first, the trainer (PARENT, its
 process id) or the server, the rest is ended too; what does not end within SECONDS is killed. The minder must lead a
-process group of its own.
+process group of its own. It is asked to end by SIGINT.
+
+A job manager that ends a job sends SIGTERM or SIGUSR1 to every process of it. The trainer may need the server to end
+well, so neither gets through to this process or the server's.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ KILL_SECONDS = 5.0  # that the kernel has to end what is killed
 
 _POLL_SECONDS = 0.5  # how often the trainer is looked for
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+_SIGNALS = (signal.SIGINT, signal.SIGCHLD)
+_OF_JOB_MANAGERS = (signal.SIGTERM, signal.SIGUSR1)
 _TRACKER = b"multiprocessing.resource_tracker"  # unlinks the shared memory of processes that were killed
 
 
@@ -30,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parent, stop_seconds, command = int(argv[0]), float(argv[1]), argv[2:]
     assert os.getpgrp() == os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they are waited for below
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_JOB_MANAGERS)  # and in all that starts from here, handlers or not
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the server come to this process
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_prepare_server)
     asked = False
@@ -43,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     if code is not None:
         _tell(f"the server has ended with exit code {code}: ending what is left of it")
     else:
-        server.terminate()
+        server.send_signal(signal.SIGINT)
         _wait(server, stop_seconds)
     _end_group()
     return 0 if code is None else code if code > 0 else 1

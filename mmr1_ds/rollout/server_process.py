@@ -187,7 +187,7 @@ class ServerProcess:
         return f"its log {self._log} ends with: {line}" if line else f"its log {self._log} is empty"
 
     def stop(self) -> None:
-        """End it: SIGTERM, then SIGKILL, for all of its processes. Returns when they are gone; the port is free."""
+        """End it: SIGINT, then SIGKILL, for all of its processes. Returns when they are gone; the port is free."""
         self._end()
         self._port.release()
 
@@ -201,7 +201,7 @@ class ServerProcess:
         if minder is None:
             return
         if _is_alive(minder.pid):
-            os.kill(minder.pid, signal.SIGTERM)
+            os.kill(minder.pid, signal.SIGINT)
         deadline = time.monotonic() + STOP_SECONDS + 2 * KILL_SECONDS + 1
         while _is_alive(minder.pid) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS / 2)

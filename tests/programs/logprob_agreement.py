@@ -20,6 +20,7 @@ from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.batching import Trajectory
 from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.preemption import Preemption
 from mmr1_ds.records import RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.colocated import VllmRollout
 from mmr1_ds.rollout.server_engine import ServerRollout
@@ -40,15 +41,18 @@ if lora_rank:
     config.worker.actor.model.lora.rank, config.worker.actor.optim.lr = int(lora_rank[0]), 1e-2
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 actor = Actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder, num_updates=100)
+unasked = Preemption(60.0, None)
 rollout: VllmRollout | ServerRollout | TransformersRollout
 if engine == "vllm":
-    rollout = VllmRollout(config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES)
+    rollout = VllmRollout(
+        config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES, unasked
+    )
     # On CPU vLLM's worker keeps its memory; its scheduler, its caches and its record of what sleeps are those on GPU.
     rollout._llm.collective_rpc(lambda worker: setattr(worker, "discard", lambda tags: None))
     rollout._cycle = SleepCycle(rollout._llm, enabled=True)
 elif engine == "server":
     config.worker.rollout.engine, config.worker.rollout.server_timeout_seconds = "server", 120.0
-    rollout = ServerRollout(config, ranks, encoder, MOST_IMAGES, Path(out).with_suffix(".servers"))
+    rollout = ServerRollout(config, ranks, encoder, MOST_IMAGES, Path(out).with_suffix(".servers"), unasked)
     rollout.sync_weights(actor)
 else:
     rollout = TransformersRollout(actor, ranks, encoder, max_num_seqs=5)  # in the middle of a prompt's responses

@@ -16,6 +16,7 @@ from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine.actor import Actor, Reference
 from mmr1_ds.engine.batching import Trajectory
 from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.preemption import Preemption
 from mmr1_ds.records import RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.server_engine import ServerRollout
 
@@ -29,7 +30,7 @@ config.worker.actor.optim.lr = 1e-2
 config.worker.rollout.engine, config.worker.rollout.weight_swap = "server", "in_flight"
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 for_actor, for_reference = deepspeed_configs(config, ranks.size)
-rollout = ServerRollout(config, ranks, encoder, 2, Path(out).with_suffix(".servers"))
+rollout = ServerRollout(config, ranks, encoder, 2, Path(out).with_suffix(".servers"), Preemption(60.0, None))
 actor = Actor(config, for_actor, ranks, encoder, num_updates=100)
 before = Reference(config, for_reference, ranks, encoder)
 rollout.sync_weights(actor)
