@@ -51,6 +51,11 @@ slow-others: setup
 slow-servers: setup
 	$(PYTHON) -m pytest -q -m "slow and servers" $(PYTEST_ARGS)
 
+# Ranks of short runs are killed at random moments, KILLS times; see tests/test_chaos.py.
+KILLS ?= 100
+chaos: setup
+	MMR1_DS_CHAOS_KILLS=$(KILLS) $(PYTHON) -m pytest tests/test_chaos.py -o log_cli=true -o log_cli_level=INFO
+
 sanitize:
 	@mkdir -p $(dir $(SANITIZED))
 	$(CXX) -O1 -g -std=c++17 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \

@@ -49,6 +49,7 @@ class Batch:
     """This rank's part of what a step trains on."""
 
     groups: list[LearningGroup]
+    prompts: np.ndarray  # (B,) int64, positions in the data set of the whole batch, every rank's, in the order drawn
     metrics: dict[str, float]  # reward/*, global_seqlen/*, and online_filtering/* with it; of all ranks
 
 
@@ -112,7 +113,7 @@ class BatchMaker:
         if self._config.algorithm.adv_estimator == "remax":
             chosen = self._with_baselines(step, chosen, settings, clock)
             metrics |= self._mean_baseline(chosen)
-        return Batch(chosen, metrics)
+        return Batch(chosen, trained, metrics)
 
     def _fill(self, step: int, settings: SamplingSettings, clock: StageClock) -> tuple[Drawn, dict[str, float]]:
         """Draw once, or until enough groups teach. Collective. Returns: what this rank has of it, and metrics."""

@@ -96,7 +96,8 @@ class MetricsLogger:
     ) -> MetricsLogger:
         """The loggers of a run.
 
-        `metrics.jsonl` and `generations.jsonl` are always written: the run directory holds all of a run.
+        `metrics.jsonl`, `generations.jsonl` and `draws.jsonl` are always written: the run directory holds all of a
+        run.
 
         Args:
             run_dir: exists.
@@ -129,6 +130,12 @@ class MetricsLogger:
         if rows:
             for writer in self._writers:
                 writer.generations(step, rows)
+
+    def drawn(self, step: int, prompts: Sequence[int]) -> None:
+        """Positions in the data set of the prompts that a step learned from: what a resumed run must not change."""
+        for writer in self._writers:
+            if isinstance(writer, JsonLinesWriter):
+                writer.drawn(step, prompts)
 
     @contextmanager
     def progress(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
@@ -184,11 +191,12 @@ class _LineProgress:
 
 
 class JsonLinesWriter:
-    """`metrics.jsonl`, one flat object a step, and `generations.jsonl`, one object a response."""
+    """`metrics.jsonl`, one flat object a step, `generations.jsonl`, one a response, `draws.jsonl`, one a step."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         self._metrics_path, self._generations_path = run_dir / "metrics.jsonl", run_dir / "generations.jsonl"
-        for path in (self._metrics_path, self._generations_path):
+        self._draws_path = run_dir / "draws.jsonl"
+        for path in (self._metrics_path, self._generations_path, self._draws_path):
             _drop_lines_after(path, resumed_step)
         self._last, self._last_offset = _last_line(self._metrics_path)
 
@@ -210,6 +218,10 @@ class JsonLinesWriter:
             for row in rows:
                 values = {name: _json_value(value) for name, value in row.items()}
                 file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+
+    def drawn(self, step: int, prompts: Sequence[int]) -> None:
+        with self._draws_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "prompts": [int(prompt) for prompt in prompts]}) + "\n")
 
     def close(self) -> None:
         pass  # nothing stays open between two steps

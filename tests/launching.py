@@ -57,6 +57,10 @@ class WarmProcess:
         code, self.pid = self._answer(), 0
         return code
 
+    def has_ended(self) -> bool:
+        """Whether the program has; its code waits for `wait`."""
+        return bool(select.select([self._process.stdout], [], [], 0)[0])
+
     def stop_program(self) -> None:
         """End the program and what it started, if it runs."""
         if self.pid:

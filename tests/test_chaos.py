@@ -1,0 +1,183 @@
+"""Whole runs whose ranks are killed at random moments end as a run that was never disturbed.
+
+`make chaos KILLS=100` for many kills; each costs a start of two ranks.
+"""
+
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from launching import ROOT, WarmProcess, environment, processes_with, wait_until
+from tiny_models import save_text_model
+
+pytestmark = pytest.mark.slow
+
+logger = logging.getLogger(__name__)
+
+NUM_KILLS = int(os.environ.get("MMR1_DS_CHAOS_KILLS", "4"))
+NUM_STEPS, NUM_PROMPTS = 7, 11
+REWARD = """
+def score(reward_inputs):
+    return [{"overall": len(item["response"]) % 3 / 2, "accuracy": float(item["response_length"] % 2)}
+            for item in reward_inputs]
+"""
+
+
+def write_run(folder: Path) -> None:
+    """A tiny text model, prompts, a reward, and the config: every step is a checkpoint."""
+    save_text_model(folder / "model")
+    (folder / "reward.py").write_text(REWARD)
+    rows = [{"prompt": f"what is {i}?", "answer": str(i)} for i in range(NUM_PROMPTS)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "data": {
+            "train_files": str(folder / "data.jsonl"),
+            "max_prompt_length": 64,
+            "max_response_length": 6,
+            "rollout_batch_size": 4,
+            "sampling_strategy": "curriculum",
+            "curriculum_refresh": "online",
+        },
+        "worker": {
+            "actor": {
+                "global_batch_size": 4,
+                "micro_batch_size_per_device_for_update": 8,
+                "micro_batch_size_per_device_for_experience": 8,
+                "model": {"model_path": str(folder / "model")},
+                "optim": {"lr": 1e-3},
+            },
+            "rollout": {"engine": "hf", "n": 4},
+            "reward": {"reward_function": f"{folder / 'reward.py'}:score", "num_workers": 1},
+        },
+        "trainer": {
+            "max_steps": NUM_STEPS,
+            "n_gpus_per_node": 2,
+            "save_freq": 1,
+            "save_limit": 2,
+            "collective_timeout_seconds": 60,
+            "logger": ["console"],
+        },
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+
+
+class Run:
+    """Two ranks on one run directory."""
+
+    def __init__(self, folder: Path, name: str, ranks: list[WarmProcess]) -> None:
+        self.run_dir, self._ranks = folder / name, ranks
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        self.marker = f"{name}-{port}-{time.time_ns()}"
+        self.logs = [folder / f"{name}.rank{rank}.log" for rank in range(len(ranks))]
+        arguments = [str(ROOT / "mmr1_ds" / "train.py"), f"config={folder / 'run.yaml'}"]
+        arguments.append(f"trainer.run_dir={self.run_dir}")
+        for rank, process in enumerate(ranks):
+            variables = environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(ranks)), MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port, MMR1_TEST_MARKER=self.marker,
+            )  # fmt: skip
+            process.start(arguments, variables, self.logs[rank])
+
+    def has_ended(self) -> bool:
+        return all(process.pid == 0 or process.has_ended() for process in self._ranks)
+
+    def finish(self) -> list[int]:
+        """The exit codes; nothing of the run is left."""
+        codes = [process.wait(120) for process in self._ranks]
+        wait_until(lambda: not processes_with(self.marker), 60, f"no process left, {processes_with(self.marker)}")
+        return codes
+
+    def is_saving(self) -> bool:
+        return any(self.run_dir.glob("checkpoints/.global_step_*.tmp"))
+
+    def kill(self, rank: int) -> None:
+        os.kill(self._ranks[rank].pid, signal.SIGKILL)
+
+    def said(self) -> str:
+        return "".join(log.read_text(errors="replace") for log in self.logs)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The prompts of every step, every figure that is no time, the curriculum and the weights."""
+    assert (one / "draws.jsonl").read_bytes() == (other / "draws.jsonl").read_bytes()
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
+    for line in lines[0] + lines[1]:
+        for name in [name for name in line if name.startswith(("timing_s/", "perf/"))]:
+            del line[name]
+    assert lines[0] == lines[1]
+    last = [run / "checkpoints" / f"global_step_{NUM_STEPS}" for run in (one, other)]
+    names = sorted(path.name for path in (last[0] / "curriculum").iterdir())
+    assert names
+    for name in names:
+        assert (last[0] / "curriculum" / name).read_bytes() == (last[1] / "curriculum" / name).read_bytes(), name
+    for path in sorted((last[0] / "actor").rglob("*optim_states.pt")):
+        states = [torch.load(folder / path.relative_to(last[0]), weights_only=False) for folder in last]
+        one_state, other_state = (state["optimizer_state_dict"] for state in states)
+        for a, b in zip(one_state["fp32_flat_groups"], other_state["fp32_flat_groups"], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
+    write_run(tmp_path)
+    ranks = [WarmProcess(), WarmProcess()]
+    chance, counts = random.Random(7), Counter()
+    try:
+        began = time.monotonic()
+        run = Run(tmp_path, "left_alone", ranks)
+        assert run.finish() == [0, 0], run.said()[-3000:]
+        seconds = time.monotonic() - began
+        number = 0
+        while counts["kills"] < NUM_KILLS:
+            number += 1
+            name = f"killed_{number}"
+            is_over = False
+            while not is_over:
+                run = Run(tmp_path, name, ranks)
+                if counts["kills"] < NUM_KILLS:
+                    kill_one(run, chance, seconds, counts)
+                codes = run.finish()
+                is_over = codes == [0, 0]
+                counts["starts"] += 1
+                counts["resumed"] += "going on from" in run.said()
+                counts["saves that were cut off"] += "is damaged" in run.said()
+            assert_same_run(tmp_path / "left_alone", run.run_dir)
+        logger.info("runs: %d, %s", number, ", ".join(f"{what}: {count}" for what, count in sorted(counts.items())))
+        assert counts["resumed"] > 0
+    finally:
+        for process in ranks:
+            process.close()
+
+
+def kill_one(run: Run, chance: random.Random, seconds: float, counts: Counter[str]) -> None:
+    """Kill a random rank at a random moment of what a whole run takes, or while a checkpoint is being written."""
+    rank, in_save = chance.randrange(2), chance.random() < 0.5
+    moment = time.monotonic() + chance.uniform(0.0, seconds)
+    saves_to_wait_for, was_saving = chance.randrange(1, 4), False
+    while not run.has_ended():
+        is_saving = run.is_saving()
+        if in_save and is_saving and not was_saving:
+            saves_to_wait_for -= 1
+            if saves_to_wait_for == 0:
+                time.sleep(chance.uniform(0.0, 0.03))  # somewhere in the save
+                break
+        if not in_save and time.monotonic() >= moment:
+            break
+        was_saving = is_saving
+        time.sleep(0.001)
+    if run.has_ended():
+        return
+    counts["kills while a checkpoint was written"] += run.is_saving()
+    run.kill(rank)
+    counts["kills"] += 1
+    counts[f"kills of rank {rank}"] += 1
