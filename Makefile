@@ -1,6 +1,7 @@
 # make demo     train the demo: nothing to prepare, a few minutes on two cores (ARGS="key=value ..." overrides)
 # make check    lint, types and the fast tests
 # make test     every test, the end-to-end ones included
+# make chaos    kill ranks of short runs, KILLS=100 times, and compare with a run that was left alone
 # make sanitize fuzz the C++ under the address and undefined-behaviour sanitizers (SMALL=, LARGE=, SEED= inputs)
 # make docs     write docs/configuration.md anew
 # make setup    the virtual environment alone; the others call it
@@ -19,7 +20,7 @@ LARGE ?= 150
 SEED ?= 7
 SANITIZED ?= build/fuzz_count_ngrams
 
-.PHONY: demo check lint types fast test slow slow-others slow-servers sanitize docs setup clean distclean
+.PHONY: demo check lint types fast test slow slow-others slow-servers chaos sanitize docs setup clean distclean
 
 demo: setup
 	@bash launch/demo.sh $(ARGS)

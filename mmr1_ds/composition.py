@@ -19,6 +19,7 @@ from mmr1_ds.config_loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.deepspeed_config import DeepspeedConfigs
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor, Reference
 from mmr1_ds.engine.critic import Critic
@@ -39,17 +40,9 @@ from mmr1_ds.trainer import Parts, Trainer
 logger = logging.getLogger(__name__)
 
 
-def run(
-    config: RunConfig,
-    deepspeed_config: Mapping[str, Any],
-    reference_config: Mapping[str, Any],
-    critic_config: Mapping[str, Any] | None,
-    launch: LaunchEnvironment,
-    preemption: Preemption,
-) -> None:
+def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironment, preemption: Preemption) -> None:
     """Train, or validate only, as the config says. Every rank of the launch calls this.
 
-    Args: the DeepSpeed configs of the actor, the reference, and the critic, where there is one.
     Raises: UserError for data, model or environment that cannot be used; Preempted when it was told to end.
     """
     _check_installed(config)
@@ -57,7 +50,7 @@ def run(
         # Starts before the models take the memory.
         rewards = stack.enter_context(RewardPool(config.worker.reward, config.data.max_response_length))
         encoder = PromptEncoder(config.worker.actor.model, config.data)
-        if critic_config is not None and config.worker.critic.model.model_path is not None:
+        if deepspeed.critic is not None and config.worker.critic.model.model_path is not None:
             check_reads_alike(config.worker.critic.model, config.data, encoder)
         train_data, val_data = _load_data(config, encoder)
         num_steps = total_training_steps(config, len(train_data))
@@ -65,20 +58,12 @@ def run(
 
         ranks = Ranks(launch, config.trainer.collective_timeout_seconds)
         stack.callback(ranks.close)
-        _check_ranks(config, deepspeed_config, train_data, ranks)
+        _check_ranks(config, deepspeed.actor, train_data, ranks)
         checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
         start = _starting_point(config, checkpoints)
-        if start is not None and critic_config is not None:
+        if start is not None and deepspeed.critic is not None:
             _check_has_critic(start[1])
-        coordinator = Coordinator(
-            config.data,
-            train_data.prompt_ids,
-            train_data.categories,
-            train_data.fingerprint,
-            config.worker.rollout.n,
-            num_steps,
-            ranks,
-        )
+        coordinator = _coordinator(config, train_data, num_steps, ranks)
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
         metrics_logger = stack.enter_context(_open_run(config, start, num_steps, ranks))
@@ -90,13 +75,9 @@ def run(
 
             rollout = ServerRollout(config, ranks, encoder, most_images, run_directory(config) / "servers", preemption)
             stack.callback(rollout.close)
-        updates = (num_steps - config.trainer.critic_warmup) * config.worker.actor.ppo_epochs
-        updates *= config.data.rollout_batch_size // config.worker.actor.global_batch_size
-        actor = Actor(config, deepspeed_config, ranks, encoder, updates)
-        critic = None
-        if critic_config is not None:
-            critic = Critic(config, critic_config, ranks, encoder, num_steps)
-        reference = _reference(config, reference_config, actor, ranks, encoder)
+        actor = _actor(config, deepspeed.actor, num_steps, ranks, encoder)
+        critic = None if deepspeed.critic is None else Critic(config, deepspeed.critic, ranks, encoder, num_steps)
+        reference = _reference(config, deepspeed.reference, actor, ranks, encoder)
         if rollout is None:
             rollout = _rollout(config, actor, ranks, encoder, most_images, preemption)
             stack.callback(rollout.close)
@@ -123,6 +104,20 @@ def run(
         if start is not None:
             trainer.load(*start)
         trainer.fit()
+
+
+def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
+    return Coordinator(
+        config.data, data.prompt_ids, data.categories, data.fingerprint, config.worker.rollout.n, num_steps, ranks
+    )
+
+
+def _actor(
+    config: RunConfig, deepspeed: Mapping[str, Any], num_steps: int, ranks: Ranks, encoder: PromptEncoder
+) -> Actor:
+    updates = (num_steps - config.trainer.critic_warmup) * config.worker.actor.ppo_epochs
+    updates *= config.data.rollout_batch_size // config.worker.actor.global_batch_size
+    return Actor(config, deepspeed, ranks, encoder, updates)
 
 
 def _check_has_critic(folder: Path) -> None:

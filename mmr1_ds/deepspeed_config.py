@@ -49,6 +49,15 @@ class _Setting:
     source: str
 
 
+@dataclass(frozen=True)
+class DeepspeedConfigs:
+    """What each engine of a run is started with, nothing left to guess."""
+
+    actor: Mapping[str, Any]
+    reference: Mapping[str, Any]
+    critic: Mapping[str, Any] | None  # with gae
+
+
 def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """The actor's DeepSpeed config, nothing left to guess: what `deepspeed.initialize(config=...)` takes.
 

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -36,11 +35,12 @@ class LaunchGuard:
         threading.Thread(target=self._watch, args=(parent, runner), name="launch guard", daemon=True).start()
 
     def _watch(self, parent: int, runner: int | None) -> None:
+        never = threading.Event()
         # An orphan is handed to another parent.
         while os.getppid() == parent and (runner is None or _parent_of(parent) == runner):
-            time.sleep(POLL_SECONDS)
+            never.wait(POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(self.patience_seconds)
+        never.wait(self.patience_seconds)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -221,7 +221,7 @@ class JsonLinesWriter:
 
     def drawn(self, step: int, prompts: Sequence[int]) -> None:
         with self._draws_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "prompts": [int(prompt) for prompt in prompts]}) + "\n")
+            file.write(json.dumps({"step": step, "prompts": list(prompts)}) + "\n")
 
     def close(self) -> None:
         pass  # nothing stays open between two steps

@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config_checks import check_config
 from mmr1_ds.config_critic import trains_critic
 from mmr1_ds.config_loading import load_config
-from mmr1_ds.deepspeed_config import critic_deepspeed, reference_deepspeed, resolve_deepspeed
+from mmr1_ds.deepspeed_config import DeepspeedConfigs, critic_deepspeed, reference_deepspeed, resolve_deepspeed
 from mmr1_ds.distributed import leave
 from mmr1_ds.errors import UserError
 from mmr1_ds.launch_environment import LaunchEnvironment, launch_environment
@@ -78,11 +77,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _prepare(
-    argv: Sequence[str], launch: LaunchEnvironment
-) -> tuple[RunConfig, dict[str, Any], dict[str, Any], dict[str, Any] | None] | None:
-    """Check everything and log the plan. Returns: the config, and the DeepSpeed configs of the actor, the reference and
-    the critic, where there is one; None after a dry run."""
+def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig, DeepspeedConfigs] | None:
+    """Check everything and log the plan. Returns: None after a dry run."""
     loaded = load_config(argv)
     config = loaded.config
     if launch.rank == 0:
@@ -100,7 +96,7 @@ def _prepare(
     if config.trainer.dry_run:
         logger.info("dry run: everything checked, no model loaded")
         return None
-    return config, actor, reference, critic
+    return config, DeepspeedConfigs(actor, reference, critic)
 
 
 def gpu_is_here(environ: Mapping[str, str] = os.environ) -> bool:

@@ -134,7 +134,7 @@ class Trainer:
             metrics |= policy_lag_metrics(groups, parts.actor.num_updates_done, parts.ranks)
         experience, learning = self._update(batch.groups, clock)
         self._num_learned = self.step
-        parts.metrics_logger.drawn(self.step, batch.prompts)
+        parts.metrics_logger.drawn(self.step, batch.prompts.tolist())
         with clock("sync"):
             self._sync()
         clock.seconds["step"] = time.perf_counter() - start
