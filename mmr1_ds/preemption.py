@@ -7,6 +7,7 @@ a step; sampling that would not leave the time to learn and save is abandoned, a
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -31,7 +32,10 @@ class Preemption:
     """Whether this process is asked to end, and by when. Of the main thread: signals are handled there."""
 
     def __init__(self, notice_seconds: float, max_wall_seconds: float | None) -> None:
-        """notice_seconds: from a signal until the kill; max_wall_seconds: from now until all must be saved."""
+        """notice_seconds: from a signal until the kill; max_wall_seconds: from now until all must be saved.
+
+        SIGUSR1 is `sbatch --signal=USR1@...`, a warning of the job's end, whose time SLURM_JOB_END_TIME gives.
+        """
         self._notice_seconds = notice_seconds
         self._seconds_after_sampling = notice_seconds / 2 / _SLACK  # until a step tells
         self._seconds_to_save = 0.0
@@ -96,7 +100,10 @@ class Preemption:
         if not self._training:
             self.reason = f"{name} before training began"
             raise Preempted(self.reason)
-        self._ask(f"{name} received", time.monotonic() + self._notice_seconds)
+        seconds = self._notice_seconds
+        if number == signal.SIGUSR1 and os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
+            seconds = int(os.environ["SLURM_JOB_END_TIME"]) - time.time()
+        self._ask(f"{name} received", time.monotonic() + seconds)
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         if not self.is_asked and self._wall_deadline is not None:

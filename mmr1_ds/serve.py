@@ -68,6 +68,9 @@ class _Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._event = threading.Event()
+        signal.signal(
+            signal.SIGUSR1, signal.SIG_IGN
+        )  # it warns the run, which may need the server yet
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 

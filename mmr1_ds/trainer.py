@@ -74,8 +74,8 @@ class Trainer:
             self.begin(self._num_learned)
             if self.step > 0:
                 self._log(self.save(in_full=False))
-            if isinstance(stop, SamplingAbandoned):
-                raise self._preempted() from None
+            if self._parts.ranks.any(self._parts.preemption.is_asked, "ask whether to end"):
+                raise self._preempted() from stop
             raise
 
     def _fit(self) -> None:

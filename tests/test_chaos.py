@@ -3,7 +3,6 @@
 `make chaos KILLS=100` for many kills; each costs a start of two ranks.
 """
 
-import json
 import logging
 import os
 import random
@@ -14,60 +13,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 from launching import ROOT, WarmProcess, environment, processes_with, wait_until
-from tiny_models import save_text_model
+from tiny_run import assert_same_run, write_run
 
 pytestmark = pytest.mark.slow
 
 logger = logging.getLogger(__name__)
 
 NUM_KILLS = int(os.environ.get("MMR1_DS_CHAOS_KILLS", "4"))
-NUM_STEPS, NUM_PROMPTS = 7, 11
-REWARD = """
-def score(reward_inputs):
-    return [{"overall": len(item["response"]) % 3 / 2, "accuracy": float(item["response_length"] % 2)}
-            for item in reward_inputs]
-"""
-
-
-def write_run(folder: Path) -> None:
-    """A tiny text model, prompts, a reward, and the config: every step is a checkpoint."""
-    save_text_model(folder / "model")
-    (folder / "reward.py").write_text(REWARD)
-    rows = [{"prompt": f"what is {i}?", "answer": str(i)} for i in range(NUM_PROMPTS)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "data": {
-            "train_files": str(folder / "data.jsonl"),
-            "max_prompt_length": 64,
-            "max_response_length": 6,
-            "rollout_batch_size": 4,
-            "sampling_strategy": "curriculum",
-            "curriculum_refresh": "online",
-        },
-        "worker": {
-            "actor": {
-                "global_batch_size": 4,
-                "micro_batch_size_per_device_for_update": 8,
-                "micro_batch_size_per_device_for_experience": 8,
-                "model": {"model_path": str(folder / "model")},
-                "optim": {"lr": 1e-3},
-            },
-            "rollout": {"engine": "hf", "n": 4},
-            "reward": {"reward_function": f"{folder / 'reward.py'}:score", "num_workers": 1},
-        },
-        "trainer": {
-            "max_steps": NUM_STEPS,
-            "n_gpus_per_node": 2,
-            "save_freq": 1,
-            "save_limit": 2,
-            "collective_timeout_seconds": 60,
-            "logger": ["console"],
-        },
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+NUM_STEPS = 7
 
 
 class Run:
@@ -108,28 +62,8 @@ class Run:
         return "".join(log.read_text(errors="replace") for log in self.logs)
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    """The prompts of every step, every figure that is no time, the curriculum and the weights."""
-    assert (one / "draws.jsonl").read_bytes() == (other / "draws.jsonl").read_bytes()
-    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
-    for line in lines[0] + lines[1]:
-        for name in [name for name in line if name.startswith(("timing_s/", "perf/"))]:
-            del line[name]
-    assert lines[0] == lines[1]
-    last = [run / "checkpoints" / f"global_step_{NUM_STEPS}" for run in (one, other)]
-    names = sorted(path.name for path in (last[0] / "curriculum").iterdir())
-    assert names
-    for name in names:
-        assert (last[0] / "curriculum" / name).read_bytes() == (last[1] / "curriculum" / name).read_bytes(), name
-    for path in sorted((last[0] / "actor").rglob("*optim_states.pt")):
-        states = [torch.load(folder / path.relative_to(last[0]), weights_only=False) for folder in last]
-        one_state, other_state = (state["optimizer_state_dict"] for state in states)
-        for a, b in zip(one_state["fp32_flat_groups"], other_state["fp32_flat_groups"], strict=True):
-            assert torch.equal(a, b)
-
-
 def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
-    write_run(tmp_path)
+    write_run(tmp_path, NUM_STEPS)
     ranks = [WarmProcess(), WarmProcess()]
     chance, counts = random.Random(7), Counter()
     try:

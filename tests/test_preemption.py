@@ -90,3 +90,17 @@ def test_a_signal_leaves_no_more_time_than_the_wall_limit(wall, urgent):
         preemption.took(after_sampling=36.0, to_save=0.0)  # 54 s
         send(signal.SIGTERM)
         assert preemption.is_urgent == urgent
+
+
+def test_sigusr1_leaves_the_time_until_the_end_of_the_job(monkeypatch):
+    """Which `sbatch --signal` chose; SIGTERM comes shortly before the kill whatever that was."""
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1000))
+    urgent = {}
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        preemption = Preemption(notice_seconds=30, max_wall_seconds=None)
+        with preemption.handled():
+            preemption.begin_training()
+            preemption.took(after_sampling=600.0)
+            send(number)
+            urgent[number] = preemption.is_urgent
+    assert urgent == {signal.SIGUSR1: False, signal.SIGTERM: True}

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25  # how often the ranks agree on what is there and which servers to use
 _LONGEST_POLL_SECONDS = 5.0
+_SECONDS_TO_LEAVE = 2.0  # without a server, for a run that was told to end
 _TRAINING, _PROBE = 0, 1  # priorities, the lower first
 
 
@@ -241,7 +242,9 @@ class ServerRollout:
         if not self._has_started:
             return self._supervisor.failed_start()
         seconds = self._seconds_without
-        if seconds <= self._config.servers_gone_seconds:
+        # A job manager that ends the run may have ended the servers as well: no time to wait for them.
+        patience = _SECONDS_TO_LEAVE if self._preemption.is_asked else self._config.servers_gone_seconds
+        if seconds <= patience:
             return ""
         return (
             f"no rollout server has answered for {seconds:.0f} s (worker.rollout.servers_gone_seconds): "
