@@ -1,21 +1,33 @@
 #!/usr/bin/env bash
-# Run the deepspeed launcher on this machine so that a signal ends all that it started before this script returns.
+# Run the deepspeed launcher so that a signal ends all that it started here before this script returns.
 # `deepspeed` alone, told to stop by SIGTERM, is gone at once; ours end soon after, others' ranks run on.
 #
 #   bash launch/deepspeed.sh NUM_RANKS MODULE ARGUMENT ...
 #
 # Exits with the status of the rank that failed first, 0 when none did, 130 after Ctrl-C, 143 after SIGTERM.
 # Environment: PYTHON (default: .venv/bin/python), STOP_SECONDS that ranks have to end after a signal (default: 60)
+#              HOSTFILE  hosts and slots, as the launcher reads them: it starts NUM_RANKS on each, by ssh. Without ssh,
+#                        call this on every host, with NODE_RANK (its place in the file, from 0), MASTER_ADDR and
+#                        MASTER_PORT; with one host in the file that is not needed.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
 num_ranks="$1" module="$2"
 shift 2
-port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+port="${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
+hosts=(--hostfile /dev/null/none)
+if [[ -n "${HOSTFILE:-}" ]]; then
+  hosts=(--hostfile "$HOSTFILE")
+  if [[ -n "${NODE_RANK:-}" ]]; then
+    hosts+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:?the address of the first host}")
+  elif (( $(grep -cE '^[^#[:space:]]' "$HOSTFILE") == 1 )); then
+    hosts+=(--no_ssh --node_rank 0 --master_addr "${MASTER_ADDR:-127.0.0.1}")
+  fi
+fi
 
 set -m  # the launcher gets a process group of its own: Ctrl-C reaches it once, through us
-"$python" -m deepspeed.launcher.runner --hostfile /dev/null/none --num_gpus "$num_ranks" --no_local_rank \
+"$python" -m deepspeed.launcher.runner "${hosts[@]}" --num_gpus "$num_ranks" --no_local_rank \
   --master_port "$port" --log_level error --module "$module" "$@" < /dev/null &
 runner=$!
 set +m

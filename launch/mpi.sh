@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Run a module on ranks that mpirun starts; they find each other through MPI (mpi4py).
+#
+#   bash launch/mpi.sh NUM_RANKS mmr1_ds.train config=FILE key=value ...
+#
+# SIGTERM and SIGUSR1 reach the ranks as SIGUSR1: mpirun passes that on, and would kill them on SIGTERM.
+# Environment: PYTHON    (default: .venv/bin/python)
+#              HOSTFILE  hosts and slots, as mpirun reads them (default: this machine)
+#              MPI_ARGS  further arguments of mpirun, as in "--map-by ppr:8:node -x NCCL_IB_HCA"
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-$root/.venv/bin/python}"
+num_ranks="$1" module="$2"
+shift 2
+export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
+
+arguments=(-n "$num_ranks")
+if mpirun --version 2> /dev/null | grep -q "Open MPI"; then
+  arguments+=(--bind-to none -x PYTHONPATH)
+  if [[ -n "${HOSTFILE:-}" ]]; then arguments+=(--hostfile "$HOSTFILE"); else arguments+=(--oversubscribe); fi
+  if (( EUID == 0 )); then arguments+=(--allow-run-as-root); fi
+elif [[ -n "${HOSTFILE:-}" ]]; then
+  arguments+=(-f "$HOSTFILE")
+fi
+read -r -a more <<< "${MPI_ARGS:-}"
+
+mpirun "${arguments[@]}" ${more[@]+"${more[@]}"} "$python" -m "$module" "$@" &
+mpirun=$!
+trap 'kill -USR1 "$mpirun" 2> /dev/null || true' TERM USR1
+trap 'kill -INT "$mpirun" 2> /dev/null || true' INT
+status=0
+wait "$mpirun" || status=$?
+while kill -0 "$mpirun" 2> /dev/null; do  # a trap ended the wait; mpirun's own status is still to come
+  status=0
+  wait "$mpirun" || status=$?
+done
+exit "$status"
