@@ -2,7 +2,8 @@
 
 `root/global_step_N/` is written under a temporary name, synced to disk, described by a manifest of sizes and
 digests, and only then renamed; `root/latest` follows last. A kill at any moment leaves the previous one loadable.
-The folder must be one that all ranks see.
+A save that fails for want of space, or of the disk itself, fails on all ranks together and leaves the run and what was
+saved before as they were. The folder must be one that all ranks see.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from safetensors import SafetensorError
 
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.errors import UserError
@@ -24,7 +27,37 @@ from mmr1_ds.errors import UserError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+CONVERTED = "universal"  # a part's folder for any number of ranks, made when one is loaded; not in the manifest
+_LATEST = "latest"
 _FOLDER = re.compile(r"global_step_(\d+)")
+
+T = TypeVar("T")
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written. Raised on every rank alike."""
+
+
+def in_step(ranks: Ranks, stage: str, action: Callable[[], T]) -> T:
+    """Do it on every rank; where the disk fails one, it has failed all. Collective.
+
+    Other ranks would go on to a collective that the failed one never reaches.
+    Args: action: without collectives of its own, but such as end in SaveFailed.
+    Raises: SaveFailed, the same on every rank, naming the path, the rank, the system's words and the space left.
+    """
+    failure, result = "", None
+    try:
+        result = action()
+    except OSError as error:
+        failure = f"rank {ranks.rank}: {_in_words(error)}"
+    except SafetensorError as error:
+        if "I/O error" not in str(error):  # its words for what others raise as OSError
+            raise
+        failure = f"rank {ranks.rank}: {error}"
+    first = next((text for text in ranks.all_gather_objects(failure, stage) if text), "")
+    if first:
+        raise SaveFailed(first)
+    return result  # type: ignore[return-value]
 
 
 class Checkpoints:
@@ -33,103 +66,130 @@ class Checkpoints:
     def __init__(self, root: Path, save_limit: int, ranks: Ranks) -> None:
         """save_limit: how many to keep, -1 for all."""
         self.root, self._save_limit, self._ranks = root, save_limit, ranks
-        self._own: set[int] = set()  # steps that this run saved
+        self._own: set[int] = set()  # steps that this run saved or goes on from
+        self._damaged: set[int] = set()  # steps that were found damaged
+        self.failure = ""  # why the last save failed; empty when it did not
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+    def save(self, step: int, write: Callable[[Path], None], folders: Sequence[str] = ()) -> Path | None:
         """Call `write(folder)` on every rank, then make its files the checkpoint of `step`. Collective.
 
         The step may be saved again, and the old one goes when the new one is there. Checkpoints of later steps are of
         a run that this one has replaced: they are set aside, as `stale_...`, or the next start would take them for
         the newest.
+
+        Args: write: where it has collectives, a rank that the disk fails must stay in step with the others, see
+            `in_step`; folders: names of those that it finds made.
+        Returns: None when the disk failed a rank. It is told, kept as `failure`, and what was saved before is there.
         """
-        final = self.root / f"global_step_{step}"
-        temporary, replaced = self.root / f".global_step_{step}.tmp", self.root / f".global_step_{step}.replaced"
+        final, temporary = self.root / f"global_step_{step}", self.root / f".global_step_{step}.tmp"
+        try:
+            self._on_main("make the checkpoint folder", lambda: _make_anew(temporary, folders))
+            in_step(self._ranks, "write the checkpoint", lambda: write(temporary))
+            files = self._describe(temporary)
+            content = {"step": step, "ranks": self._ranks.size, "files": files}
+            self._on_main("publish the checkpoint", lambda: self._publish(step, temporary, content))
+        except SaveFailed as failure:
+            self.failure = f"the checkpoint of step {step} was not saved in {self.root}: {failure}"
+            if self._ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                logger.error("%s; the run goes on, earlier checkpoints are as they were", self.failure)
+            return None
+        self.failure = ""
+        self._own.add(step)
+        self._damaged.discard(step)
         if self._ranks.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted save
-            temporary.mkdir(parents=True)
-        self._ranks.barrier("make the checkpoint folder")
-        write(temporary)
-        self._ranks.barrier("write the checkpoint")
-        manifest = self._describe(temporary)
-        if self._ranks.rank == 0:
-            _write_synced(
-                temporary / MANIFEST, json.dumps({"step": step, "ranks": self._ranks.size, "files": manifest}, indent=1)
-            )
-            for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-                _sync_folder(folder)
-            for old in self._steps():
-                if old > step or (old == step and step not in self._own):
-                    _set_aside(self.root / f"global_step_{old}")
-            if final.exists():
-                final.rename(replaced)
-            temporary.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            _sync_folder(self.root)
-            _write_synced(self.root / "latest.tmp", f"{final.name}\n")
-            (self.root / "latest.tmp").rename(self.root / "latest")
             self._prune(step)
-            self._own.add(step)
-        self._ranks.barrier("publish the checkpoint")
         return final
+
+    def _publish(self, step: int, temporary: Path, content: dict[str, Any]) -> None:
+        """Describe it, sync it and give it its name; `latest` follows."""
+        final, replaced = self.root / f"global_step_{step}", self.root / f".global_step_{step}.replaced"
+        _write_synced(temporary / MANIFEST, json.dumps(content | {"sha256": _seal(content)}, indent=1))
+        for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+            _sync_folder(folder)
+        for old in self._steps():
+            if old > step or (old == step and step not in self._own):
+                _set_aside(self.root / f"global_step_{old}")
+        if final.exists():
+            final.rename(replaced)
+        temporary.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        _sync_folder(self.root)
+        _write_synced(self.root / f"{_LATEST}.tmp", f"{final.name}\n")
+        (self.root / f"{_LATEST}.tmp").rename(self.root / _LATEST)
+
+    def _on_main(self, stage: str, action: Callable[[], None]) -> None:
+        """Do it on rank 0; see `in_step`."""
+        in_step(self._ranks, stage, action if self._ranks.rank == 0 else lambda: None)
 
     def newest(self) -> tuple[int, Path] | None:
         """Step and folder of the newest undamaged checkpoint; damaged ones are named and passed over. Collective."""
+        self._check_latest()
         for step, folder in sorted(self._list(), reverse=True):
             damage = self.damage(folder)
             if not damage:
                 self._own.add(step)
                 return step, folder
+            self._damaged.add(step)
             if self._ranks.rank == 0:
                 logger.warning("checkpoint %s is damaged (%s); going back to the one before", folder, damage)
         return None
 
-    def require(self, folder: Path) -> int:
+    def _check_latest(self) -> None:
+        """Tell when `latest` is not as it was written. Loading does not need it: it is there for people and scripts."""
+        if self._ranks.rank > 0 or not (steps := self._steps()):
+            return
+        try:
+            named = (self.root / _LATEST).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            named = str(error)
+        if named not in [f"global_step_{step}" for step in steps]:
+            logger.warning("%s is damaged (%r); the newest checkpoint is found without it", self.root / _LATEST, named)
+
+    def require(self, folder: Path, name: str = "trainer.load_checkpoint_path") -> int:
         """Step of the checkpoint that the user named. Collective.
 
-        Raises: UserError when it is not one, or is damaged.
+        Args: name: of the setting, for errors. Raises: UserError when it is not one, or is damaged.
         """
-        match = _FOLDER.fullmatch(folder.name)
+        match = _FOLDER.fullmatch(folder.resolve().name)
         if match is None or not (folder / MANIFEST).is_file():
-            raise UserError(
-                f"trainer.load_checkpoint_path={folder} is not a checkpoint; name a global_step_N folder of a run"
-            )
+            raise UserError(f"{name}={folder} is not a checkpoint; name a global_step_N folder of a run")
         if damage := self.damage(folder):
-            raise UserError(f"trainer.load_checkpoint_path={folder} is damaged ({damage}); name an earlier one")
+            raise UserError(f"{name}={folder} is damaged ({damage}); name an earlier one")
         return int(match[1])
 
     def check_ranks(self, folder: Path) -> None:
-        """Raises: UserError when the sharded state is of another number of ranks. Not a collective."""
-        written_by = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["ranks"]
-        if written_by != self._ranks.size:
-            raise UserError(
-                f"checkpoint {folder} was written by {written_by} ranks and this run has {self._ranks.size}; "
-                f"start it on {written_by} ranks, or elsewhere with trainer.resume=false"
-            )
+        """Tell when the sharded state is of another number of ranks: loading it converts it. Not a collective."""
+        written_by = _read_manifest(folder)["ranks"]
+        if written_by != self._ranks.size and self._ranks.rank == 0:
+            logger.info("checkpoint %s was written by %d ranks, this run has %d", folder, written_by, self._ranks.size)
 
     def damage(self, folder: Path) -> str:
         """What is wrong with a checkpoint, empty when nothing is. Ranks share the reading. Collective."""
         found = ""
         try:
-            expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        except (OSError, ValueError, KeyError) as error:
+            expected = _read_manifest(folder)["files"]
+        except (OSError, ValueError) as error:
             expected, found = {}, f"{MANIFEST}: {error}"
         for name in sorted(expected)[self._ranks.rank :: self._ranks.size]:
-            if found := _difference(folder / name, expected[name]):
+            if found := _difference(folder, name, expected[name]):
                 break
         return next((text for text in self._ranks.all_gather_objects(found, "verify the checkpoint") if text), "")
 
     def _describe(self, folder: Path) -> dict[str, dict[str, str | int]]:
         """Size and digest of every file, synced to disk. The ranks share the reading. Collective."""
-        names = []
-        if self._ranks.rank == 0:  # one listing for all: a network file system may show each rank another
-            names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        names = self._ranks.all_gather_objects(names, "list the checkpoint's files")[0]
-        own = {}
-        for name in names[self._ranks.rank :: self._ranks.size]:
-            with open(folder / name, "rb") as file:
-                os.fsync(file.fileno())
-                own[name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": _digest(folder / name)}
-        parts = self._ranks.all_gather_objects(own, "digest the checkpoint")
+        found: list[str] = []
+
+        def list_files() -> None:  # one listing for all: a network file system may show each rank another
+            found.extend(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
+
+        self._on_main("list the checkpoint's files", list_files)
+        names = self._ranks.all_gather_objects(found, "share the checkpoint's files")[0]
+        own = names[self._ranks.rank :: self._ranks.size]
+        described = in_step(
+            self._ranks, "digest the checkpoint", lambda: {name: _synced_entry(folder / name) for name in own}
+        )
+        parts = self._ranks.all_gather_objects(described, "share the checkpoint's digests")
         return {name: entry for part in parts for name, entry in sorted(part.items())}
 
     def _list(self) -> list[tuple[int, Path]]:
@@ -148,11 +208,55 @@ class Checkpoints:
         return sorted(int(match[1]) for path in self.root.iterdir() if (match := _FOLDER.fullmatch(path.name)))
 
     def _prune(self, newest: int) -> None:
-        """Delete the oldest over the limit, never the one just written."""
-        if self._save_limit > 0:
-            others = [step for step in self._steps() if step != newest]
-            for step in others[: len(others) - (self._save_limit - 1)]:
-                shutil.rmtree(self.root / f"global_step_{step}")
+        """Delete what is over the limit: damaged ones first, then the oldest, never the one just written.
+
+        What was converted for another number of ranks goes with it: the next start has this one.
+        """
+        try:
+            for converted in self.root.glob(f"global_step_*/*/{CONVERTED}"):
+                shutil.rmtree(converted)
+            if self._save_limit > 0:
+                others = [step for step in self._steps() if step != newest]
+                others.sort(key=lambda step: (not self._looks_damaged(step), step))
+                for step in others[: max(0, len(others) - (self._save_limit - 1))]:
+                    shutil.rmtree(self.root / f"global_step_{step}")
+        except OSError as error:
+            logger.warning("an old checkpoint could not be deleted: %s", _in_words(error))
+
+    def _looks_damaged(self, step: int) -> bool:
+        """Without reading more than the manifest."""
+        folder = self.root / f"global_step_{step}"
+        try:
+            files = _read_manifest(folder)["files"]
+            return step in self._damaged or any(
+                (folder / name).stat().st_size != files[name]["bytes"] for name in files
+            )
+        except (OSError, ValueError):
+            return True
+
+
+def _make_anew(folder: Path, inside: Sequence[str]) -> None:
+    if folder.exists():  # of an interrupted save
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    for name in inside:
+        (folder / name).mkdir()
+
+
+def _seal(content: dict[str, Any]) -> str:
+    """Digest of what a manifest says."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises: OSError, or ValueError when it is not as it was written."""
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    keys = ["files", "ranks", "step"]
+    if not isinstance(content, dict) or sorted(content) not in (keys, sorted([*keys, "sha256"])):
+        raise ValueError("has other keys than were written")
+    if content.pop("sha256", None) not in (None, _seal(content)):  # earlier versions wrote none
+        raise ValueError("has another content than was written")
+    return content
 
 
 def _set_aside(folder: Path) -> None:
@@ -164,12 +268,34 @@ def _set_aside(folder: Path) -> None:
     logger.warning("checkpoint %s is of a run that this one replaces; it is kept as %s", folder, aside.name)
 
 
-def _difference(path: Path, expected: dict[str, str | int]) -> str:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != expected["bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-    return "" if _digest(path) == expected["sha256"] else f"{path.name} has another content than was written"
+def _difference(folder: Path, name: str, expected: dict[str, str | int]) -> str:
+    path = folder / name
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+        return "" if _digest(path) == expected["sha256"] else f"{name} has another content than was written"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+
+
+def _synced_entry(path: Path) -> dict[str, str | int]:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _digest(path)}
+
+
+def _in_words(error: OSError) -> str:
+    """The system's own words, the path, and how much room there is on its file system."""
+    if not isinstance(error.filename, str | Path):
+        return str(error)
+    words = f"{error.strerror}: {error.filename}"
+    try:
+        usage = shutil.disk_usage(next(place for place in Path(error.filename).absolute().parents if place.exists()))
+    except (OSError, StopIteration):
+        return words
+    return f"{words} ({usage.free:,} of {usage.total:,} bytes are free there)"
 
 
 def _digest(path: Path) -> str:

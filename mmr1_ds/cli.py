@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mmr1_ds import config_reference, score, serve, train
+from mmr1_ds import config_reference, export, score, serve, submit, train
 from mmr1_ds.config_loading import LOCAL_RANK
 from mmr1_ds.distributed import leave
 
@@ -23,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return score.main(arguments)
     if arguments.command == "serve":
         return serve.main(arguments)
+    if arguments.command == "launch":
+        return submit.main(arguments)
+    if arguments.command == "export":
+        return export.main(arguments)
     if arguments.command == "keys":
         return _print_keys(arguments.part)
     settings = [*arguments.settings, *_EVAL] if arguments.command == "eval" else arguments.settings
@@ -59,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_arguments(
         commands.add_parser("serve", help="run a rollout server for a run that trains elsewhere"), _ARGUMENTS
     )
+    words = "print the sbatch command of a run, checked; with --submit call it"
+    submit.add_arguments(commands.add_parser("launch", help=words), _ARGUMENTS)
+    export.add_arguments(commands.add_parser("export", help="write a checkpoint as Hugging Face safetensors"))
     words = "every configuration key with its default and meaning"
     keys = commands.add_parser("keys", help=words, description=words)
     keys.add_argument("part", nargs="?", default="", help="only names that contain it, as curriculum or trainer.save")

@@ -56,8 +56,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         num_steps = total_training_steps(config, len(train_data))
         most_images = max(data.max_images for data in (train_data, val_data) if data is not None)
 
-        ranks = Ranks(launch, config.trainer.collective_timeout_seconds)
-        stack.callback(ranks.close)
+        ranks = stack.enter_context(Ranks(launch, config.trainer.collective_timeout_seconds))
         _check_ranks(config, deepspeed.actor, train_data, ranks)
         checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
         start = _starting_point(config, checkpoints)
@@ -67,6 +66,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
         metrics_logger = stack.enter_context(_open_run(config, start, num_steps, ranks))
+        ranks.write_stacks(run_directory(config) / "stacks")
         _tell_start(config, start, num_steps, ranks)
 
         rollout: RolloutEngine | None = None
@@ -76,7 +76,9 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             rollout = ServerRollout(config, ranks, encoder, most_images, run_directory(config) / "servers", preemption)
             stack.callback(rollout.close)
         actor = _actor(config, deepspeed.actor, num_steps, ranks, encoder)
-        critic = None if deepspeed.critic is None else Critic(config, deepspeed.critic, ranks, encoder, num_steps)
+        critic = None
+        if deepspeed.critic is not None:
+            critic = Critic(config, deepspeed.critic, ranks, encoder, num_steps, run_directory(config) / "bad_batches")
         reference = _reference(config, deepspeed.reference, actor, ranks, encoder)
         if rollout is None:
             rollout = _rollout(config, actor, ranks, encoder, most_images, preemption)
@@ -117,7 +119,7 @@ def _actor(
 ) -> Actor:
     updates = (num_steps - config.trainer.critic_warmup) * config.worker.actor.ppo_epochs
     updates *= config.data.rollout_batch_size // config.worker.actor.global_batch_size
-    return Actor(config, deepspeed, ranks, encoder, updates)
+    return Actor(config, deepspeed, ranks, encoder, updates, run_directory(config) / "bad_batches")
 
 
 def _check_has_critic(folder: Path) -> None:

@@ -11,6 +11,7 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.config_schema import nearest
 from mmr1_ds.errors import UserError
 from mmr1_ds.logging import check_loggers
+from mmr1_ds.redaction import check_variable
 
 # key -> the values implemented, and why there are no others
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -155,6 +156,8 @@ def check_choices(config: RunConfig) -> None:
     for key, (choices, reason) in _CHOICES.items():
         _check_choice(key, value_at(config, key), choices, reason)
     check_loggers(config.trainer.logger)
+    for key in ("worker.rollout.server_key_variable", "worker.reward.judge.key_variable"):
+        check_variable(key, value_at(config, key))
 
 
 def _check_choice(key: str, value: str, choices: Sequence[str], reason: str) -> None:

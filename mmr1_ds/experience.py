@@ -70,8 +70,10 @@ def make_experience(
         advantages_T = _estimate(groups, algorithm, rewards_B, token_rewards_T, lengths_B, ranks)
     prompts = [item.scored.group.prompt for item in groups for _ in item.scored.group.responses]
     trajectories = [
-        Trajectory(prompt, response.token_ids, response.logprobs, *_one_or_each(part))
-        for prompt, response, part in zip(prompts, responses, np.split(advantages_T, cuts), strict=True)
+        Trajectory(prompt, response.token_ids, response.logprobs, *_one_or_each(part), float(reward))
+        for prompt, response, part, reward in zip(
+            prompts, responses, np.split(advantages_T, cuts), rewards_B, strict=True
+        )
     ]
     return Experience(trajectories, rewards_B, returns, metrics)
 

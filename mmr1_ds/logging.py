@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -23,11 +22,11 @@ from typing import Any, Literal, Protocol, Self
 
 from mmr1_ds.config import TrainerConfig
 from mmr1_ds.errors import UserError
+from mmr1_ds.redaction import hide_in_tracebacks, redacted, without_secrets
 
 logger = logging.getLogger(__name__)
 
 LOGGERS = ("console", "jsonl", "file", "tensorboard", "wandb")  # file: EasyR1's name of jsonl
-_SECRET = re.compile(r"api_?key|secret|password|credential|(^|_)token$", re.IGNORECASE)
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -38,13 +37,22 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def configure_logging(is_main: bool, level: int = logging.INFO) -> None:
-    """Send the package's log lines to stderr with the time; warnings only from ranks other than 0."""
+    """Send the package's log lines to stderr with the time; warnings only from ranks other than 0.
+
+    They, and the traceback of an error that ends the process, are free of credentials.
+    """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    hide_in_tracebacks()
     package = logging.getLogger("mmr1_ds")
     package.handlers[:] = [handler]
     package.setLevel(level if is_main else logging.WARNING)
     package.propagate = False  # libraries configure the root logger, which would print every line twice
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 # Libraries' own chatter, which would bury a run's one line a step. Anyone's own setting wins.
@@ -387,11 +395,3 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which values under names that mean a secret (api_key, password, *_token ...) read `***`."""
-    return {
-        name: "***" if _SECRET.search(str(name)) else without_secrets(value) if isinstance(value, Mapping) else value
-        for name, value in config.items()
-    }

@@ -21,6 +21,7 @@ from mmr1_ds.config_ranges import check_choices, check_ranges
 from mmr1_ds.errors import UserError
 from mmr1_ds.input_files import check_data, check_format_prompt, check_model
 from mmr1_ds.logging import configure_logging, quiet_libraries
+from mmr1_ds.redaction import redacted
 from mmr1_ds.rollout.server_port import ServerPort
 from mmr1_ds.rollout.server_process import ServerProcess, check_key
 from mmr1_ds.rollout.server_supervisor import Supervisor
@@ -68,9 +69,7 @@ class _Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._event = threading.Event()
-        signal.signal(
-            signal.SIGUSR1, signal.SIG_IGN
-        )  # it warns the run, which may need the server yet
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it warns the run, which may need the server yet
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
@@ -185,5 +184,5 @@ def _run(server: ServerProcess, start_seconds: float, stopped: _Signals) -> int:
 
 
 def _tell(message: str, code: int) -> int:
-    sys.stderr.write(f"mmr1-ds: error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"mmr1-ds: error: {redacted(' '.join(message.split()))}\n")
     return code

@@ -10,12 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config_checks import check_config
 from mmr1_ds.config_critic import trains_critic
 from mmr1_ds.config_loading import load_config
+from mmr1_ds.deadlines import EXIT_FAULT, CollectiveError
 from mmr1_ds.deepspeed_config import DeepspeedConfigs, critic_deepspeed, reference_deepspeed, resolve_deepspeed
 from mmr1_ds.distributed import leave
 from mmr1_ds.errors import UserError
@@ -24,6 +26,7 @@ from mmr1_ds.launch_guard import LaunchGuard
 from mmr1_ds.logging import configure_logging, quiet_libraries
 from mmr1_ds.plan import describe_plan
 from mmr1_ds.preemption import Preempted, Preemption
+from mmr1_ds.redaction import redacted, remember
 
 logger = logging.getLogger("mmr1_ds.train")  # run with -m, __name__ is __main__
 
@@ -68,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
         if launch.rank > 0:
             time.sleep(_HEAD_START_SECONDS)
         return _tell(error, f" (rank {launch.rank})" if launch.rank > 0 else "")
+    except CollectiveError:  # told already, by every rank
+        return EXIT_FAULT
     except Preempted as stop:
         logger.warning("%s", stop)
         return EXIT_PREEMPTED
@@ -81,6 +86,7 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
     """Check everything and log the plan. Returns: None after a dry run."""
     loaded = load_config(argv)
     config = loaded.config
+    remember(asdict(config))
     if launch.rank == 0:
         for line in loaded.warnings:
             logger.warning("%s", line)
@@ -107,7 +113,7 @@ def gpu_is_here(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def _tell(error: UserError, rank: str = "") -> int:
-    sys.stderr.write(f"mmr1-ds: error{rank}: {' '.join(str(error).split())}\n")
+    sys.stderr.write(f"mmr1-ds: error{rank}: {redacted(' '.join(str(error).split()))}\n")
     return EXIT_USER_ERROR
 
 

@@ -122,7 +122,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """Draw, roll out, score, observe, update, synchronise: one step of the algorithm."""
-        clock, parts, start = StageClock(), self._parts, time.perf_counter()
+        clock, parts, start = StageClock(self._parts.ranks.stage), self._parts, time.perf_counter()
         settings = self._training_settings()
         with self._sampling(then_learns=True):
             batch = parts.batches.make(self.step, settings, clock)
@@ -208,7 +208,7 @@ class Trainer:
 
         What is found is kept after every chunk; a run that was killed meanwhile goes on where it was.
         """
-        clock, parts = StageClock(), self._parts
+        clock, parts = StageClock(self._parts.ranks.stage), self._parts
         settings, num_responses = self._training_settings(), self._config.data.curriculum_rollout_n
         title = f"curriculum refresh after step {self.step}"
         key = self._refresh_key()
@@ -223,7 +223,7 @@ class Trainer:
                     raise SamplingAbandoned
                 own = chunk[parts.ranks.rank :: parts.ranks.size]  # interleaved: long prompts often lie together
                 requests = self._requests(parts.train_data, own, num_responses, REFRESH, self.step, own)
-                groups, _ = parts.collector.collect(requests, settings, StageClock())
+                groups, _ = parts.collector.collect(requests, settings, StageClock(parts.ranks.stage))
                 scores = score_batch(groups, parts.encoder.eos_token_ids, self._config.data.curriculum_metrics)
                 parts.coordinator.observe_refresh(scores.statistics)
                 parts.coordinator.save_refresh(self._kept_refresh, key)
@@ -247,7 +247,7 @@ class Trainer:
         parts, data = self._parts, self._parts.val_data
         if data is None:
             return {}
-        clock, sampling = StageClock(), self._config.worker.rollout.val_override_config
+        clock, sampling = StageClock(parts.ranks.stage), self._config.worker.rollout.val_override_config
         settings = SamplingSettings(
             sampling.temperature, sampling.top_p, sampling.top_k, self._config.data.max_response_length
         )
@@ -263,7 +263,7 @@ class Trainer:
                 own = range(start, min(start + chunk, len(data)))[parts.ranks.rank :: parts.ranks.size]
                 # Step 0 for all: validation at different steps shares its seeds, so that runs compare.
                 requests = self._requests(data, own, sampling.n, VALIDATION, 0, own)
-                scored, chunk_failures = parts.collector.collect(requests, settings, StageClock())
+                scored, chunk_failures = parts.collector.collect(requests, settings, StageClock(parts.ranks.stage))
                 groups += scored
                 failures.append(chunk_failures)
                 advance(min(start + chunk, len(data)) - start)
@@ -307,7 +307,7 @@ class Trainer:
 
         in_full: wait for responses begun ahead and keep them; else the resumed run samples them anew.
         """
-        clock = StageClock()
+        clock = StageClock(self._parts.ranks.stage)
         with clock("save_checkpoint"):
             if in_full:
                 self._parts.batches.finish_ahead()

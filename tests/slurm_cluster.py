@@ -35,6 +35,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def write_config(folder: Path) -> None:
+    """Of SLURM. cred_expire is also what a requeued job waits, bf_interval what one of several components does."""
     host = socket.gethostname().partition(".")[0]
     control, *daemons = free_ports(1 + len(NODES))
     lines = f"""
@@ -43,7 +44,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={control}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
@@ -55,6 +56,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+SchedulerParameters=bf_interval=1
 MpiDefault=none
 JobRequeue=1
 KillWait=20

@@ -11,7 +11,8 @@ from launching import ROOT, environment
 # From the bottom up. A name covers the module or the package with everything in it.
 LAYERS = [
     ["mmr1_kernels", "mmr1_ds.errors"],
-    ["mmr1_ds.config", "mmr1_ds.records", "mmr1_ds.launch_environment"],
+    ["mmr1_ds.redaction"],
+    ["mmr1_ds.config", "mmr1_ds.records", "mmr1_ds.launch_environment", "mmr1_ds.deadlines"],
     [
         "mmr1_ds.distributed",
         "mmr1_ds.launch_guard",
@@ -32,12 +33,12 @@ LAYERS = [
     ["mmr1_ds.plan", "mmr1_ds.trainer", "mmr1_ds.demo"],
     ["mmr1_ds.composition"],
     ["mmr1_ds.train"],
-    ["mmr1_ds.score", "mmr1_ds.serve"],
+    ["mmr1_ds.score", "mmr1_ds.serve", "mmr1_ds.export", "mmr1_ds.submit"],
     ["mmr1_ds.cli"],
 ]
 LIGHT = ["errors", "config", "records", "config_loading", "config_checks", "deepspeed_config", "plan", "distributed"]
 LIGHT += ["logging", "curriculum.coordinator", "curriculum.scores", "rewards.pool", "rewards.scoring", "train", "cli"]
-LIGHT += ["score", "serve"]
+LIGHT += ["score", "serve", "submit"]
 
 
 def modules() -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mmr1_ds.checkpoint import in_step
 from mmr1_ds.config import AlgorithmConfig, RunConfig
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.adapter_checkpoint import AdapterCheckpoint
 from mmr1_ds.engine.aggregation import GlobalBatch, token_weights
+from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.batching import Trajectory, collate
 from mmr1_ds.engine.importance import ImportanceSampling
 from mmr1_ds.engine.kl import kl_penalty
@@ -31,6 +32,7 @@ from mmr1_ds.engine.policy import exact_types, load_policy
 from mmr1_ds.engine.schedule import learning_rate
 from mmr1_ds.engine.segments import Segments
 from mmr1_ds.engine.weights import WeightInfo, weight_buckets, weights_digest, whole_parameters
+from mmr1_ds.engine.zero_checkpoint import ZeroCheckpoint
 from mmr1_ds.records import Prompt
 
 if TYPE_CHECKING:
@@ -130,8 +132,13 @@ class Actor(ZeroEngine):
         ranks: Ranks,
         encoder: PromptEncoder,
         num_updates: int,
+        bad_batches: Path | None = None,
     ) -> None:
-        """Collective. num_updates: optimiser steps of the whole run, for the learning-rate schedule."""
+        """Collective.
+
+        Args: num_updates: optimiser steps of the whole run, for the learning-rate schedule; bad_batches: folder for
+            the batches of updates that were left out, None = they are not kept.
+        """
         super().__init__(config, deepspeed_config, ranks, encoder, trainable=True)
         self._algorithm: AlgorithmConfig = config.algorithm
         self._loss = PolicyLoss(
@@ -148,6 +155,8 @@ class Actor(ZeroEngine):
         self._responses_per_prompt = config.worker.rollout.n
         self._num_updates = num_updates
         self._adapters = AdapterCheckpoint(self.model)
+        self._checkpoint = ZeroCheckpoint(self.engine, ranks)
+        self.bad_updates = BadUpdates("actor", config.trainer.max_bad_updates, ranks, bad_batches)
         self.num_updates_done = 0
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -184,7 +193,9 @@ class Actor(ZeroEngine):
         """Train on this rank's share of a batch: one optimiser step for each global_batch_size prompts.
 
         Args: old and reference log-probabilities, one tensor (T,) a trajectory, or None for those not in use.
-        Returns: metrics over all ranks, averaged over the optimiser steps (of maxima, the largest).
+        Returns: metrics over all ranks, averaged over the optimiser steps (of maxima, the largest). An update whose
+            loss or gradient is not finite is left out, of them too.
+        Raises: UserError for too many of those in a row.
         Collective: all ranks, with the same number of trajectories.
         """
         self.engine.train()
@@ -193,14 +204,17 @@ class Actor(ZeroEngine):
         for _ in range(self._settings.ppo_epochs):
             for start in range(0, len(trajectories), size):
                 part = slice(start, start + size)
-                steps.append(
-                    self._optimiser_step(
-                        trajectories[part],
-                        None if old_log_probs is None else old_log_probs[part],
-                        None if ref_log_probs is None else ref_log_probs[part],
-                    )
+                taken = self._optimiser_step(
+                    trajectories[part],
+                    None if old_log_probs is None else old_log_probs[part],
+                    None if ref_log_probs is None else ref_log_probs[part],
                 )
-        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+                if taken is not None:
+                    steps.append(taken)
+        count = {"actor/num_bad_updates": float(self.bad_updates.num_bad)}
+        if not steps:
+            return count
+        metrics = count | {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         metrics["rollout/logprob_diff_max"] = max(step["rollout/logprob_diff_max"] for step in steps)
         if ref_log_probs is not None:
             metrics["actor/kl_coef"] = self.kl.coefficient
@@ -209,7 +223,8 @@ class Actor(ZeroEngine):
 
     def _optimiser_step(
         self, trajectories: Sequence[Trajectory], old: Sequence[Tensor] | None, ref: Sequence[Tensor] | None
-    ) -> dict[str, float]:
+    ) -> dict[str, float] | None:
+        """Returns: its metrics; None when it was left out."""
         batch = self._global_batch(trajectories)
         rate = learning_rate(self._settings.optim, self.num_updates_done, self._num_updates)
         for group in self.engine.optimizer.param_groups:
@@ -235,10 +250,21 @@ class Actor(ZeroEngine):
                 # Every rank of a group counts all of its sequences.
                 sums[name] = sums.get(name, 0.0) + value / self._settings.ulysses_size
             self.engine.step()
+        if not self.engine.was_step_applied():
+            columns = {
+                "rewards": [torch.tensor(item.reward) for item in trajectories],
+                "advantages": [_advantages([item], torch.device("cpu")) for item in trajectories],
+                "rollout_logprobs": [torch.tensor(item.rollout_logprobs) for item in trajectories],
+                "old_logprobs": old,
+                "ref_logprobs": ref,
+            }
+            self.bad_updates.was_bad(pairs, micro_batches, columns)
+            return None
+        self.bad_updates.was_good()
         self.num_updates_done += 1
         metrics = self._ranks.sum(sums, "actor metrics")
         metrics |= self._ranks.max({"rollout/logprob_diff_max": largest_drift}, "actor metrics")
-        metrics["actor/grad_norm"] = self._gradient_norm()
+        metrics["actor/grad_norm"] = float(self.engine.get_global_grad_norm())
         metrics["actor/lr"] = rate
         return metrics
 
@@ -273,7 +299,8 @@ class Actor(ZeroEngine):
         weights_T = token_weights(self._settings.loss_avg_mode, segments, batch, self._scale_factor).to(loss_T.dtype)
         # Weights of the GLOBAL batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up by
         # their number; neither ranks nor micro-batches change the gradient.
-        self.engine.backward((loss_T * weights_T).sum() * self._ranks.size, scale_wrt_gas=False)
+        loss = self.bad_updates.guard((loss_T * weights_T).sum(), logprobs_T)
+        self.engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
 
         shares = {name: float((values_T * weights_T).sum()) for name, values_T in parts.items()}
         per_token = {f"actor/{name}": values_T for name, values_T in figures.items()}
@@ -282,40 +309,23 @@ class Actor(ZeroEngine):
         shares |= {name: float(values_T.sum()) / num_tokens for name, values_T in per_token.items()}
         return shares, float(drift["logprob_diff_mean"].max()) if rollout else 0.0
 
-    def _gradient_norm(self) -> float:
-        """Raises: RuntimeError when it is not finite: the weights are lost, the last checkpoint must not follow."""
-        norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise RuntimeError(
-                f"the gradient norm of optimiser step {self.num_updates_done} is {norm}: the weights are spoilt; "
-                "start again from the last checkpoint with a lower worker.actor.optim.lr or max_grad_norm"
-            )
-        return norm
-
     def save(self, folder: Path) -> None:
-        """Write the sharded state. Collective."""
+        """Write the sharded state. Collective. Raises: SaveFailed, on every rank."""
         state = {"num_updates_done": self.num_updates_done, "kl": self.kl.state_dict()}
+        state["bad_updates"] = self.bad_updates.state_dict()
         drop_host_copies(self.engine.optimizer.optimizer)
-        self.engine.save_checkpoint(
-            str(folder),
-            tag="zero3",
-            client_state=state,
-            save_latest=False,
-            exclude_frozen_parameters=self._adapters.leaves_out_frozen,
-        )
-        self._adapters.write(folder, self._ranks.rank == 0)
+        self._checkpoint.save(folder, state, exclude_frozen=self._adapters.leaves_out_frozen)
+        in_step(self._ranks, "name the adapters", lambda: self._adapters.write(folder, self._ranks.rank == 0))
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on the same number of ranks. Collective.
+        """Read what `save` wrote, on any number of ranks. Collective.
 
-        Raises: UserError for a checkpoint of other adapters.
+        Raises: UserError for a checkpoint of other adapters, or one that cannot be converted to this number of ranks.
         """
         self._adapters.check(folder)
-        strict = not self._adapters.leaves_out_frozen
-        path, client_state = self.engine.load_checkpoint(str(folder), tag="zero3", load_module_strict=strict)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed could not load the actor from {folder}")
+        client_state = self._checkpoint.load(folder, strict=not self._adapters.leaves_out_frozen)
         self.num_updates_done = int(client_state["num_updates_done"])
+        self.bad_updates.load_state_dict(client_state.get("bad_updates", {}))
         if "kl" in client_state:  # checkpoints of earlier versions have a fixed coefficient
             self.kl.load_state_dict(client_state["kl"])
 

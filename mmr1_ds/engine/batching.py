@@ -24,6 +24,7 @@ class Trajectory:
     rollout_logprobs: tuple[float, ...]  # (T,), as the rollout engine sampled them
     advantage: float  # of the response
     token_advantages: tuple[float, ...] | None = None  # (T,), where they differ within it; `advantage` is their mean
+    reward: float = 0.0  # the KL taken off where it is taken off the reward; for inspection, the update needs it not
 
 
 @dataclass(frozen=True)

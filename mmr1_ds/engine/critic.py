@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,6 +16,7 @@ from mmr1_ds.config_critic import resolved_critic
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Pair, start_deepspeed
 from mmr1_ds.engine.aggregation import GlobalBatch, token_weights
+from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.batching import collate
 from mmr1_ds.engine.losses import value_loss
 from mmr1_ds.engine.micro_batches import by_tokens, in_turn
@@ -25,6 +25,7 @@ from mmr1_ds.engine.policy import exact_types
 from mmr1_ds.engine.schedule import learning_rate
 from mmr1_ds.engine.segments import Segments
 from mmr1_ds.engine.value_model import load_value_model
+from mmr1_ds.engine.zero_checkpoint import ZeroCheckpoint
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -40,14 +41,19 @@ class Critic:
         ranks: Ranks,
         encoder: PromptEncoder,
         num_steps: int,
+        bad_batches: Path | None = None,
     ) -> None:
-        """Collective: load the model and wrap it. num_steps: of the whole run, for the learning-rate schedule."""
+        """Collective: load the model and wrap it.
+
+        Args: num_steps: of the whole run, for the learning-rate schedule; bad_batches: as the actor's.
+        """
         self._settings = resolved_critic(config)
         types = exact_types(deepspeed_config)
         start_deepspeed(ranks)
         self.value_model = load_value_model(self._settings, types, torch.bfloat16 if ranks.on_gpu else torch.float32)
         parameters = [parameter for parameter in self.value_model.parameters() if parameter.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=self.value_model, config=types, model_parameters=parameters)
+        self._checkpoint = ZeroCheckpoint(self.engine, ranks)
         self._ranks, self._encoder = ranks, encoder
         self._offload_states = config.worker.actor.offload_states
         self._longest = config.data.max_prompt_length + config.data.max_response_length  # tokens of a sequence
@@ -56,6 +62,7 @@ class Critic:
         self._mini_batch_size = self._settings.global_batch_size * config.worker.rollout.n // ranks.size
         optimiser_steps = config.data.rollout_batch_size // self._settings.global_batch_size * self._settings.ppo_epochs
         self._num_updates = num_steps * optimiser_steps
+        self.bad_updates = BadUpdates("critic", config.trainer.max_bad_updates, ranks, bad_batches)
         self.num_updates_done = 0
 
     def offloaded(self) -> AbstractContextManager[None]:
@@ -90,7 +97,9 @@ class Critic:
         """Train on this rank's share of a batch: one optimiser step for each global_batch_size prompts.
 
         Args: values at the rollout and returns, one tensor (T,) a pair.
-        Returns: metrics over all ranks, averaged over the optimiser steps.
+        Returns: metrics over all ranks, averaged over the optimiser steps. An update whose loss or gradient is not
+            finite is left out, of them too.
+        Raises: UserError for too many of those in a row.
         Collective: all ranks, with the same number of pairs.
         """
         self.engine.train()
@@ -98,12 +107,18 @@ class Critic:
         for _ in range(self._settings.ppo_epochs):
             for start in range(0, len(pairs), self._mini_batch_size):
                 part = slice(start, start + self._mini_batch_size)
-                steps.append(self._optimiser_step(pairs[part], old_values[part], returns[part]))
-        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+                taken = self._optimiser_step(pairs[part], old_values[part], returns[part])
+                if taken is not None:
+                    steps.append(taken)
+        count = {"critic/num_bad_updates": float(self.bad_updates.num_bad)}
+        if not steps:
+            return count
+        return count | {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
     def _optimiser_step(
         self, pairs: Sequence[Pair], old_values: Sequence[Tensor], returns: Sequence[Tensor]
-    ) -> dict[str, float]:
+    ) -> dict[str, float] | None:
+        """Returns: its metrics; None when it was left out."""
         batch = self._global_batch(pairs)
         rate = learning_rate(self._settings.optim, self.num_updates_done, self._num_updates)
         for group in self.engine.optimizer.param_groups:
@@ -118,9 +133,13 @@ class Critic:
             for name, value in shares.items():
                 sums[name] = sums.get(name, 0.0) + value
             self.engine.step()
+        if not self.engine.was_step_applied():
+            self.bad_updates.was_bad(pairs, micro_batches, {"old_values": old_values, "returns": returns})
+            return None
+        self.bad_updates.was_good()
         self.num_updates_done += 1
         metrics = self._ranks.sum(sums, "critic metrics")
-        return metrics | {"critic/grad_norm": self._gradient_norm(), "critic/lr": rate}
+        return metrics | {"critic/grad_norm": float(self.engine.get_global_grad_norm()), "critic/lr": rate}
 
     def _global_batch(self, pairs: Sequence[Pair]) -> GlobalBatch:
         lengths = [len(response) for _, response in pairs]
@@ -138,7 +157,7 @@ class Critic:
         loss_T, clipped_T = value_loss(values_T, old_T, returns_T, self._settings.cliprange_value)
         segments = Segments.of([len(response) for _, response in pairs], device)
         weights_T = token_weights(self._settings.loss_avg_mode, segments, batch, 1.0).to(loss_T.dtype)
-        loss = (loss_T * weights_T).sum()
+        loss = self.bad_updates.guard((loss_T * weights_T).sum(), values_T)
         # Weights of the GLOBAL batch, as the actor's: times the ranks, over which DeepSpeed takes the mean.
         self.engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
         num_tokens = max(1.0, batch.num_tokens)
@@ -148,25 +167,14 @@ class Critic:
             "critic/vpred_mean": float(values_T.detach().sum()) / num_tokens,
         }
 
-    def _gradient_norm(self) -> float:
-        """Raises: RuntimeError when it is not finite: the weights are lost, the last checkpoint must not follow."""
-        norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise RuntimeError(
-                f"the gradient norm of the critic's optimiser step {self.num_updates_done} is {norm}: its weights are "
-                "spoilt; start again from the last checkpoint with a lower worker.critic.optim.lr or max_grad_norm"
-            )
-        return norm
-
     def save(self, folder: Path) -> None:
-        """Write the sharded state. Collective."""
-        state = {"num_updates_done": self.num_updates_done}
+        """Write the sharded state. Collective. Raises: SaveFailed, on every rank."""
         drop_host_copies(self.engine.optimizer.optimizer)
-        self.engine.save_checkpoint(str(folder), tag="zero3", client_state=state, save_latest=False)
+        state = {"num_updates_done": self.num_updates_done, "bad_updates": self.bad_updates.state_dict()}
+        self._checkpoint.save(folder, state)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on the same number of ranks. Collective."""
-        path, client_state = self.engine.load_checkpoint(str(folder), tag="zero3")
-        if path is None:
-            raise RuntimeError(f"DeepSpeed could not load the critic from {folder}")
+        """Read what `save` wrote, on any number of ranks. Collective. Raises: UserError if it cannot be converted."""
+        client_state = self._checkpoint.load(folder)
         self.num_updates_done = int(client_state["num_updates_done"])
+        self.bad_updates.load_state_dict(client_state.get("bad_updates", {}))

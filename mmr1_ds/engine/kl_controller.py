@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mmr1_ds.config import AlgorithmConfig
 
 MOST_ERROR = 0.2  # a relative error counts for this at most
@@ -15,8 +17,11 @@ class KLController:
         self.coefficient = config.kl_coef
 
     def update(self, kl: float, num_responses: int) -> None:
-        """After a step of `num_responses` (over all ranks) whose mean KL a token was `kl`, nats."""
-        if self._config.kl_type == "adaptive":
+        """After a step of `num_responses` (over all ranks) whose mean KL a token was `kl`, nats.
+
+        One that is not finite says nothing: its update is left out, the coefficient must outlive it.
+        """
+        if self._config.kl_type == "adaptive" and math.isfinite(kl):
             error = min(MOST_ERROR, max(-MOST_ERROR, kl / self._config.kl_target - 1))
             self.coefficient *= 1 + error * num_responses / self._config.kl_horizon
 

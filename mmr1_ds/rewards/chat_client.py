@@ -21,8 +21,10 @@ from typing import Any
 FIRST_BACKOFF_SECONDS = 0.5  # doubled by each retry, times a random number in [0.5, 1]
 MAX_BACKOFF_SECONDS = 16.0
 MAX_REPLY_BYTES = 1 << 20
+MAX_REASON_CHARS = 300
 FAILURES_TO_OPEN = 5  # in a row; then the server is left alone
 OPEN_SECONDS = 30.0  # then one request tries it again
+_READ_BYTES = 1 << 14  # of an error; far over what is told of it
 _RETRYABLE = frozenset((408, 409, 425, 429))  # and every 5xx
 _REQUESTS_FAULT = frozenset((400, 413, 422))  # the request is at fault; the server is well
 
@@ -144,8 +146,10 @@ class ChatClient:
             outcome = outcomes.get(timeout=max(seconds, 0.0))
         except queue.Empty:
             outcome = _Failure(f"no reply within {seconds:.3g} seconds")
-        if isinstance(outcome, _Failure) and self._key:
-            reason = outcome.reason.replace(self._key, "***")  # servers quote it in their errors
+        if isinstance(outcome, _Failure):
+            # Servers quote the key in their errors. Only then cut: a part of it would be left.
+            reason = outcome.reason.replace(self._key, "***") if self._key else outcome.reason
+            reason = reason[:MAX_REASON_CHARS]
             return _Failure(reason, outcome.is_retryable, outcome.is_servers_fault, outcome.retry_after_seconds)
         return outcome
 
@@ -165,7 +169,7 @@ class ChatClient:
         try:
             text = json.loads(content)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
-            return _Failure(f"no chat completion: {content[:200]!r}", is_retryable=False)
+            return _Failure(f"no chat completion: {content[:_READ_BYTES]!r}", is_retryable=False)
         return text if isinstance(text, str) else _Failure("an empty completion", False, is_servers_fault=False)
 
 
@@ -173,12 +177,12 @@ def _refusal(error: urllib.error.HTTPError) -> _Failure:
     """What a status other than 2xx means."""
     with error:
         try:
-            shown = " ".join(error.read(500).decode(errors="replace").split())
+            shown = " ".join(error.read(_READ_BYTES).decode(errors="replace").split())
         except (OSError, http.client.HTTPException):
             shown = ""
         wait = error.headers.get("Retry-After", "")
     return _Failure(
-        f"HTTP {error.code}: {shown}"[:300],
+        f"HTTP {error.code}: {shown}",
         is_retryable=error.code in _RETRYABLE or error.code >= 500,
         is_servers_fault=error.code not in _REQUESTS_FAULT,
         retry_after_seconds=float(wait) if wait.isdecimal() and wait.isascii() else 0.0,

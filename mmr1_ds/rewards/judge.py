@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmr1_ds.errors import UserError
+from mmr1_ds.redaction import check_variable
 from mmr1_ds.rewards.chat_client import ChatClient, ChatFailure
 from mmr1_ds.rewards.unscored import Unscored
 
@@ -89,6 +90,7 @@ def read_key(variable: str | None) -> str | None:
     """
     if not variable:
         return None
+    check_variable("worker.reward.judge.key_variable", variable)
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(f"worker.reward.judge.key_variable: the environment has no {variable!r}; export it")

@@ -74,10 +74,10 @@ def _check_judge(config: RewardConfig) -> None:
     if not judge.model:
         raise UserError(f"worker.reward.judge.model is not set; {name} needs the name that the server gives its model")
     for url in judge.base_urls:
-        parts = urlsplit(url)
-        if parts.username or parts.password:
-            # Not shown: it holds a password.
+        if "@" in url or "?" in url:
+            # Not shown: it holds a password, or a key among its parameters.
             raise UserError("worker.reward.judge.base_urls holds a password; use worker.reward.judge.key_variable")
+        parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"worker.reward.judge.base_urls: {url!r} is no address of the form http://host:port/v1")
     read_key(judge.key_variable)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from mmr1_ds.redaction import redacted, remember
 from mmr1_ds.rewards.loading import RewardFunction, load_reward_function
 from mmr1_ds.rewards.unscored import Unscored
 
@@ -30,6 +31,7 @@ def main(reply_fd: int, parent_pid: int) -> None:
     setup = json.loads(requests.readline() or "null")
     if setup is None:
         return
+    remember(setup["kwargs"])
     try:
         reward = load_reward_function(setup)
     except (Exception, SystemExit) as error:  # a user's module may raise anything; the parent reports it
@@ -67,10 +69,13 @@ def _answer(function: RewardFunction, item: dict[str, Any]) -> dict[str, Any]:
         if _is_number(score):  # EasyR1's first rewards returned the sum alone
             score = {"overall": score}
         if not isinstance(score, Mapping):
-            return {"kind": "invalid", "reason": f"returned {scores!r:.200}; want a list with one dictionary"}
+            return {
+                "kind": "invalid",
+                "reason": f"returned {redacted(repr(scores))[:200]}; want a list with one dictionary",
+            }
         return {"score": {str(key): float(value) for key, value in score.items() if _is_number(value)}}
     except Unscored as error:
-        return {"kind": "unscored", "reason": " ".join(str(error).split())[:500]}
+        return {"kind": "unscored", "reason": redacted(" ".join(str(error).split()))[:500]}
     except (Exception, SystemExit) as error:  # so may the function: it costs this response alone
         return {"kind": "error", "reason": _describe(error)}
 
@@ -81,7 +86,7 @@ def _is_number(value: object) -> bool:
 
 
 def _describe(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = redacted(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
 
 

@@ -1,18 +1,67 @@
-"""Rank 1 leaves; rank 0 waits for it and prints the error."""
+"""One rank is lost, by the fault that is named; the others wait for it. Usage: lost_rank.py FOLDER LIMIT FAULT LOST
 
+Writes FOLDER/N.torch once rank N has imported torch, and N.ready when all have met; after FOLDER/go the fault comes.
+"""
+
+import ctypes
 import os
+import signal
 import sys
+import threading
+from pathlib import Path
 
-from mmr1_ds.distributed import CollectiveError, Ranks
+import torch
+import torch.distributed as dist
+from launching import wait_until
+
+from mmr1_ds.deadlines import CollectiveError
+from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.launch_environment import launch_environment
 
-ranks = Ranks(launch_environment(), timeout_seconds=5)
-ranks.step = 17
-if ranks.rank == 1:
-    os._exit(0)
+folder, limit_seconds, fault, lost = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+launch = launch_environment()
+
+
+def stall() -> None:
+    threading.Event().wait()
+
+
+def run(ranks: Ranks) -> None:
+    ranks.write_stacks(folder / "stacks")
+    ranks.barrier("meet")
+    ranks.step = 17
+    with ranks.stage("reward"):
+        places = ranks._watch._places
+        wait_until(lambda: all(place.stage == "reward" for place, _ in list(places.values())), 120, "all are heard")
+        (folder / f"{ranks.rank}.ready").touch()
+        wait_until((folder / "go").exists, 120, "the word to go on")
+        if ranks.rank == lost:
+            if fault in ("kill", "kill_in_update"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault in ("stop", "stop_in_update"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif fault == "stall":
+                stall()
+            elif fault == "hold_interpreter":
+                ctypes.PyDLL(None).sleep(120)  # unlike CDLL, without letting go of the interpreter
+            elif fault == "raise":
+                raise MemoryError("no room")
+            elif fault == "call_another":
+                ranks.sum({"tokens": 1.0}, "count tokens")
+            elif fault == "call_device":
+                dist.all_reduce(torch.ones(1))
+    if fault.endswith("in_update"):
+        with ranks.stage("update_actor"):
+            dist.all_reduce(torch.ones(1))  # as DeepSpeed does, unannounced
+    ranks.barrier("gather rewards")
+
+
+(folder / f"{launch.rank}.torch").touch()
+present = range(launch.world_size) if fault != "never_come" else [r for r in range(launch.world_size) if r != lost]
+wait_until(lambda: all((folder / f"{rank}.torch").exists() for rank in present), 120, "torch on every rank")
 try:
-    ranks.barrier("wait for the others")
-except CollectiveError as error:
-    sys.stdout.write(f"{error}\n")
-    sys.stdout.flush()
-os._exit(0)
+    with Ranks(launch, limit_seconds) as everyone:
+        run(everyone)
+except CollectiveError:
+    leave(1)
+leave(0)

@@ -1,0 +1,139 @@
+"""Optimiser steps whose loss or gradient is not finite: left out, counted, kept for inspection, and few in a row.
+
+ZeRO-3's own step leaves everything as it is when the norm of the gradient, summed over all ranks, is not finite: the
+weights, their fp32 copies, the moments and Adam's count of steps. A loss that is not finite need not have such a
+gradient (a clamp has none), so `guard` gives it one; the sum then tells every rank what one of them saw.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmr1_ds.distributed import Ranks
+from mmr1_ds.errors import UserError
+from mmr1_ds.records import Prompt
+
+logger = logging.getLogger(__name__)
+
+KEPT = 16  # batches of a rank; the oldest go
+
+
+class BadUpdates:
+    """Those of one engine. What is left out is no optimiser step: learning rate and policy version stay, too."""
+
+    def __init__(self, name: str, max_in_a_row: int, ranks: Ranks, folder: Path | None) -> None:
+        """name: actor | critic; max_in_a_row: trainer.max_bad_updates; folder: of the batches, None = none is kept."""
+        self._name, self._max_in_a_row, self._ranks, self._folder = name, max_in_a_row, ranks, folder
+        self._losses: list[float] = []  # of this optimiser step's micro-batches on this rank
+        self.num_bad = 0  # of the whole run
+        self._num_in_a_row = 0
+
+    def guard(self, loss: Tensor, outputs_T: Tensor) -> Tensor:
+        """The loss to go backward from: itself, or NaN with a gradient of NaN where it is not finite.
+
+        Args: loss: of a micro-batch, (); outputs_T: what it was computed from, (T,).
+        """
+        self._losses.append(float(loss.detach()))
+        return loss if math.isfinite(self._losses[-1]) else outputs_T.sum() * math.nan
+
+    def was_good(self) -> None:
+        """The optimiser step was taken."""
+        self._losses.clear()
+        self._num_in_a_row = 0
+
+    def was_bad(
+        self,
+        pairs: Sequence[tuple[Prompt, tuple[int, ...]]],
+        micro_batches: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Tensor] | None],
+    ) -> None:
+        """The optimiser step was left out: count it, keep its batch, tell of it.
+
+        Args: pairs: prompts and response tokens; micro_batches: positions of those computed together; columns: what
+            else the loss depends on, a tensor (T,) or () a pair, None = not in use.
+        Raises: UserError, on every rank, after too many in a row. Collective.
+        """
+        self.num_bad += 1
+        self._num_in_a_row += 1
+        own, self._losses = self._losses, []
+        losses = self._ranks.all_gather_objects(sum(own), f"losses of the {self._name}'s bad update")
+        reason = _reason(losses)
+        where = "were not kept"
+        if self._folder is not None:
+            where = f"lie in {self._folder}"
+            facts: dict[str, str | int] = {"step": self._ranks.step, "engine": self._name, "reason": reason}
+            try:
+                self._keep(self._folder, facts, pairs, micro_batches, columns, own)
+            except OSError as error:  # a full disk: the run can go on without
+                where = f"could not be kept ({error.strerror})"
+                logger.warning("a bad batch could not be kept in %s: %s", self._folder, error)
+        told = f"step {self._ranks.step}: the {self._name}'s update was left out, {reason}"
+        if self._num_in_a_row < self._max_in_a_row:
+            if self._ranks.rank == 0:
+                counts = f"{self._num_in_a_row} in a row, {self.num_bad} in all"
+                logger.warning("%s: %s; its batches %s", told, counts, where)
+            return
+        raise UserError(
+            f"{told}: {self._num_in_a_row} in a row (trainer.max_bad_updates); their batches {where}; go on from the "
+            f"last checkpoint with a lower worker.{self._name}.optim.lr, or look for what is odd in the batches"
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run goes on from."""
+        return {"num_bad": self.num_bad, "num_in_a_row": self._num_in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take up what `state_dict` gave; nothing, from a checkpoint of an earlier version."""
+        self.num_bad, self._num_in_a_row = state.get("num_bad", 0), state.get("num_in_a_row", 0)
+
+    def _keep(
+        self,
+        folder: Path,
+        facts: Mapping[str, str | int],
+        pairs: Sequence[tuple[Prompt, tuple[int, ...]]],
+        micro_batches: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Tensor] | None],
+        losses: Sequence[float],
+    ) -> None:
+        """Write this rank's share: tensors end to end as safetensors, then, as a sign that they are whole, the JSON."""
+        from safetensors.torch import save
+
+        tensors = {
+            "token_ids": torch.tensor([token for _, response in pairs for token in response], dtype=torch.int64),
+            "lengths": torch.tensor([len(response) for _, response in pairs], dtype=torch.int64),
+            "losses": torch.tensor(losses, dtype=torch.float64),  # of the micro-batches
+        }
+        for name, column in columns.items():
+            if column is not None:
+                tensors[name] = torch.cat([item.detach().cpu().reshape(-1) for item in column])
+        prompts = [{"index": prompt.index, "prompt_id": prompt.prompt_id} for prompt, _ in pairs]
+        described = {**facts, "rank": self._ranks.rank, "micro_batches": list(micro_batches), "prompts": prompts}
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = f"{self._name}_{self.num_bad}_step_{self._ranks.step}_rank_{self._ranks.rank}"
+        for name, content in (
+            (f"{stem}.safetensors", save(tensors)),
+            (f"{stem}.json", json.dumps(described, indent=1).encode()),
+        ):
+            (folder / f".{name}.tmp").write_bytes(content)
+            os.replace(folder / f".{name}.tmp", folder / name)
+        own = f"{self._name}_*_rank_{self._ranks.rank}.json"
+        for path in sorted(folder.glob(own), key=lambda path: int(path.name.split("_")[1]))[:-KEPT]:
+            path.unlink()
+            path.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def _reason(losses: Sequence[float]) -> str:
+    """What is wrong, given each rank's loss."""
+    spoilt = [f"{loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    if not spoilt:
+        return f"the loss is {sum(losses):g}, its gradient not finite"
+    more = f" and on {len(spoilt) - 4} more" if len(spoilt) > 4 else ""
+    return f"the loss is {', '.join(spoilt[:4])}{more}"

@@ -1,0 +1,90 @@
+"""Credentials: where they may be, and how texts are written without them.
+
+They belong into environment variables, of which the configuration holds the names. One that lands elsewhere all the
+same, in a value of the configuration or quoted in an error, is not to be read in a log or a file of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from mmr1_ds.errors import UserError
+
+HIDDEN = "***"
+_SECRET = re.compile(r"api_?key|secret|password|credential|(^|_)token$", re.IGNORECASE)  # a key of the configuration
+_SECRET_VARIABLE = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+_remembered: set[str] = set()
+_SHORTEST = 8  # a shorter value is a setting, like TOKENIZERS_PARALLELISM's
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+_USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"]+@")
+
+
+def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which values under names that mean a secret (api_key, password, *_token ...) read `***`.
+
+    So do user and password inside an address, wherever it stands.
+    """
+    return {name: HIDDEN if _SECRET.search(str(name)) else _cleaned(value) for name, value in config.items()}
+
+
+def remember(config: Mapping[str, Any]) -> None:
+    """Let `redacted` know what a configuration holds under names that mean a secret."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            remember(value)
+        elif _SECRET.search(str(name)) and isinstance(value, str):
+            _remembered.add(value)
+
+
+def redacted(text: str) -> str:
+    """The text with `***` for every credential of this process's environment, remembered, or inside an address.
+
+    Cut a text after this, not before: a part of a credential is not known as one.
+    """
+    text = _USER_INFO.sub(f"{HIDDEN}@", text)
+    for value in _credentials():
+        text = text.replace(value, HIDDEN)
+    return text
+
+
+def shown(key: str, text: str) -> str:
+    """The text that the user gave for a key of the configuration, as a message may show it."""
+    return HIDDEN if _SECRET.search(key) or _SECRET_VARIABLE.search(text) else redacted(text)
+
+
+def hide_in_tracebacks() -> None:
+    """Have Python print the traceback of an error that ends this process without credentials."""
+    sys.excepthook = _print_redacted
+
+
+def check_variable(key: str, name: str | None) -> None:
+    """Raises: UserError where the configuration's `key` does not hold a variable's name: it may hold the secret."""
+    if name and not _VARIABLE.fullmatch(name):
+        raise UserError(
+            f"{key} must be the name of an environment variable, in capitals, like JUDGE_KEY; the value given is not "
+            "shown, it may be the key itself, which must not be in a configuration"
+        )
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_secrets(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_cleaned(item) for item in value)
+    return _USER_INFO.sub(f"{HIDDEN}@", value) if isinstance(value, str) else value
+
+
+def _credentials() -> list[str]:
+    """The longest first: one may be a part of another. A path, as of a key's file, is none."""
+    found = _remembered | {value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    return sorted((v for v in found if len(v) >= _SHORTEST and not os.path.exists(v)), key=len, reverse=True)
+
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))

@@ -1,0 +1,59 @@
+"""Train a policy for a step, save it, and write what it then is: its weights, and its greedy responses.
+
+Usage: saved_policy.py MODEL RUN_DIR LORA_RANK. Leaves RUN_DIR as a run does; rank 0 adds policy.pt and the responses'
+log-probabilities by the actor.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from settings import deepspeed_configs, small_config
+from tiny_models import make_prompt
+
+from mmr1_ds.checkpoint import Checkpoints
+from mmr1_ds.config_loading import dump_config
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.distributed import Ranks, leave
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.records import RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.transformers_engine import TransformersRollout
+
+model, run_dir, lora_rank = sys.argv[1:]
+ranks = Ranks(launch_environment(), timeout_seconds=120)
+config = small_config(model, prompts=2, responses=2, micro_batch=1)
+config.trainer.run_dir = run_dir
+config.worker.actor.optim.lr = 1e-2
+config.worker.actor.model.lora.rank, config.worker.actor.model.lora.alpha = int(lora_rank), 6.0
+encoder = PromptEncoder(config.worker.actor.model, config.data)
+actor = Actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder, num_updates=100)
+
+
+def prompt(index: int) -> object:
+    return make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
+
+
+for step in range(2):
+    random = np.random.default_rng((step, ranks.rank))
+    tokens = [tuple(int(token) for token in random.integers(0, 100, 7)) for _ in range(4 // ranks.size)]
+    actor.update(
+        [Trajectory(prompt(i), part, (-3.0,) * 7, 1.0 - 2 * (i % 2)) for i, part in enumerate(tokens)], None, None
+    )
+checkpoints = Checkpoints(Path(run_dir) / "checkpoints", -1, ranks)
+assert checkpoints.save(2, lambda folder: actor.save(folder / "actor"))
+weights = {name: weight.clone() for name, weight in actor.weights()}
+requests = [RolloutRequest(prompt(index), 1, 0) for index in range(4)]
+groups = TransformersRollout(actor, ranks, encoder, 8).generate(requests, SamplingSettings(0.0, 1.0, -1, 8))
+pairs = [(group.prompt, group.responses[0].token_ids) for group in groups]
+logprobs = actor.log_probs(pairs)
+if ranks.rank == 0:
+    (Path(run_dir) / "config.yaml").write_text(dump_config(config))
+    torch.save(
+        {"weights": weights, "tokens": [pair[1] for pair in pairs], "logprobs": logprobs}, f"{run_dir}/policy.pt"
+    )
+ranks.barrier("end")
+ranks.close()
+leave(0)
