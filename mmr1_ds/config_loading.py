@@ -31,7 +31,7 @@ from mmr1_ds.config_schema import (
 )
 from mmr1_ds.config_upstream import Translation, ours, replace_example_files, translate, upstream_keys
 from mmr1_ds.errors import UserError
-from mmr1_ds.redaction import HIDDEN, shown, without_secrets
+from mmr1_ds.redaction import shown, without_secrets
 
 COMMAND_LINE = "the command line"
 LOCAL_RANK = ("--local_rank=", "--local-rank=")  # the deepspeed launcher adds it; the rank comes from the environment
@@ -137,7 +137,7 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         key, equals, text = argument.partition("=")
         if not equals or not key or key.startswith("-"):
-            given = f"{key}={HIDDEN}" if equals else argument  # it may be a credential's
+            given = f"{key}={shown(key, text)}" if equals else argument
             raise UserError(f"argument {given!r} is not of the form key=value; write data.seed=1 or config=FILE")
         if key == "config":
             files.append(text)
