@@ -16,6 +16,7 @@ from mmr1_ds.batches import BatchMaker, LearningGroup
 from mmr1_ds.checkpoint import Checkpoints
 from mmr1_ds.collect import REFRESH, VALIDATION, Collector, RequestMaker, StageClock
 from mmr1_ds.config import RunConfig
+from mmr1_ds.config_loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import score_batch
 from mmr1_ds.data.dataset import PromptDataset
@@ -106,6 +107,7 @@ class Trainer:
             # in between leaves no step without its line.
             if last or (config.save_freq > 0 and self.step % config.save_freq == 0):
                 self._log(self.save())
+        self._check_saved()
 
     def _end_if_asked(self) -> None:
         """Raises: Preempted, on every rank, when one was told to end; all is saved."""
@@ -115,7 +117,13 @@ class Trainer:
             self._log(self.save())
         raise self._preempted()
 
+    def _check_saved(self) -> None:
+        """Raises: RuntimeError at the end of a run whose last save failed: it must not look like one that is done."""
+        if self._parts.checkpoints.failure:
+            raise RuntimeError(f"the run ends unsaved: {self._parts.checkpoints.failure}")
+
     def _preempted(self) -> Preempted:
+        self._check_saved()
         reason = self._parts.preemption.reason or "another rank was told to end"
         where = f"saved in {self._parts.checkpoints.root}" if self.step else "nothing was learned yet"
         return Preempted(f"{reason}: {self.step} of {self._num_steps} steps are done, {where}; start again to go on")
@@ -303,7 +311,7 @@ class Trainer:
         self._parts.metrics_logger.generations(self.step, rows)
 
     def save(self, in_full: bool = True) -> dict[str, float]:
-        """Write the checkpoint of this step.
+        """Write the checkpoint of this step. When the disk fails it, the run goes on, see `Checkpoints.save`.
 
         in_full: wait for responses begun ahead and keep them; else the resumed run samples them anew.
         """
@@ -311,23 +319,25 @@ class Trainer:
         with clock("save_checkpoint"):
             if in_full:
                 self._parts.batches.finish_ahead()
-            self._parts.checkpoints.save(self.step, self._write)
-            if self._parts.ranks.rank == 0:
+            saved = self._parts.checkpoints.save(self.step, self._write, ("curriculum", "rollout"))
+            if saved and self._parts.ranks.rank == 0:
                 self._kept_refresh.unlink(missing_ok=True)  # a finished one is in the checkpoint
+        metrics = {"timing_s/save_checkpoint": clock.seconds["save_checkpoint"]}
+        if saved is None:
+            return metrics | {"checkpoint/save_failed": 1.0}
         self._last_saved = self.step
         self._parts.preemption.took(to_save=clock.seconds["save_checkpoint"])
-        return {"timing_s/save_checkpoint": clock.seconds["save_checkpoint"]}
+        return metrics
 
     def _write(self, folder: Path) -> None:
         self._parts.actor.save(folder / "actor")
         if self._parts.critic is not None:
             self._parts.critic.save(folder / "critic")
-        if self._parts.ranks.rank == 0:
-            (folder / "curriculum").mkdir()
-            (folder / "rollout").mkdir()
-        self._parts.ranks.barrier("make the checkpoint's folders")
+        # From here on no collectives: a disk may fail one rank alone.
         self._parts.coordinator.save(folder / "curriculum")
         self._parts.batches.save(folder / "rollout")
+        if self._parts.ranks.rank == 0:
+            (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")  # for `mmr1-ds export`
 
     def load(self, step: int, folder: Path) -> None:
         """Go on from a checkpoint of `step`; the coordinator has read its part already. Collective."""

@@ -35,7 +35,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def write_config(folder: Path) -> None:
-    """Of SLURM. cred_expire is also what a requeued job waits, bf_interval what one of several components does."""
+    """SLURM's. bf_interval: seconds between looks at jobs of several components."""
     host = socket.gethostname().partition(".")[0]
     control, *daemons = free_ports(1 + len(NODES))
     lines = f"""
@@ -44,7 +44,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={control}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=10
+AuthInfo=socket={folder}/munge.socket
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
@@ -81,6 +81,10 @@ class Cluster:
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
+
+    def num_requeued(self) -> int:
+        """Jobs, or components of one, that have ended to start again; until then no start can be asked for."""
+        return (self.folder / "slurmctld.log").read_text().count("Requeuing JobId=")
 
     def state(self, job: str) -> dict[str, str]:
         """The fields that scontrol tells of a job."""
