@@ -3,6 +3,7 @@
 # make test     every test, the end-to-end ones included
 # make chaos    kill ranks of short runs, KILLS=100 times, and compare with a run that was left alone
 # make sanitize fuzz the C++ under the address and undefined-behaviour sanitizers (SMALL=, LARGE=, SEED= inputs)
+# make gpu-check  every check that needs a GPU, benchmarks and a short demo; report in runs/gpu_check
 # make docs     write docs/configuration.md anew
 # make setup    the virtual environment alone; the others call it
 # make clean    build leftovers and caches; distclean: .venv and the demo's assets too. Neither touches a run.
@@ -20,7 +21,7 @@ LARGE ?= 150
 SEED ?= 7
 SANITIZED ?= build/fuzz_count_ngrams
 
-.PHONY: demo check lint types fast test slow slow-others slow-servers chaos sanitize docs setup clean distclean
+.PHONY: demo check lint types fast test slow slow-others slow-servers chaos gpu-check sanitize docs setup clean distclean
 
 demo: setup
 	@bash launch/demo.sh $(ARGS)
@@ -56,6 +57,9 @@ slow-servers: setup
 KILLS ?= 100
 chaos: setup
 	MMR1_DS_CHAOS_KILLS=$(KILLS) $(PYTHON) -m pytest tests/test_chaos.py -o log_cli=true -o log_cli_level=INFO
+
+gpu-check: setup
+	@$(PYTHON) benchmarks/gpu_check.py
 
 sanitize:
 	@mkdir -p $(dir $(SANITIZED))

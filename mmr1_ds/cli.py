@@ -10,6 +10,7 @@ from typing import NoReturn
 from mmr1_ds import config_reference, export, score, serve, submit, train
 from mmr1_ds.config_loading import LOCAL_RANK
 from mmr1_ds.distributed import leave
+from mmr1_ds.planning import command as planning
 
 _ARGUMENTS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
 _EVAL = ("trainer.val_only=true", "trainer.save_freq=-1")
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve.main(arguments)
     if arguments.command == "launch":
         return submit.main(arguments)
+    if arguments.command == "plan":
+        return planning.main(arguments)
     if arguments.command == "export":
         return export.main(arguments)
     if arguments.command == "keys":
@@ -66,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     words = "print the sbatch command of a run, checked; with --submit call it"
     submit.add_arguments(commands.add_parser("launch", help=words), _ARGUMENTS)
     export.add_arguments(commands.add_parser("export", help="write a checkpoint as Hugging Face safetensors"))
+    planning.add_arguments(
+        commands.add_parser("plan", help="reckon memory, time a step and the curriculum's cost, before queueing"),
+        _ARGUMENTS,
+    )
     words = "every configuration key with its default and meaning"
     keys = commands.add_parser("keys", help=words, description=words)
     keys.add_argument("part", nargs="?", default="", help="only names that contain it, as curriculum or trainer.save")

@@ -1,6 +1,7 @@
 """Launch environments, the split of a batch, and control traffic on real processes."""
 
 import json
+import sys
 
 import numpy as np
 import pytest

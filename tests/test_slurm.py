@@ -59,7 +59,7 @@ def test_a_job_that_is_warned_is_requeued_and_ends_as_one_that_was_not(tmp_path)
         job = submit("stopped")
         wait_until(lambda: steps_done(tmp_path / "stopped") >= 3, 120, "three steps")
         cluster.run("scancel", "--signal=USR1", job)
-        wait_until(lambda: cluster.state(job)["Restarts"] == "1", 60, "the job requeued")
+        wait_until(lambda: cluster.num_requeued() == 1, 60, "the job requeued")
         assert steps_done(tmp_path / "stopped") < NUM_STEPS
         cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")  # SLURM lets a requeued job wait
         wait_for_end("stopped", job)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmr1_ds.engine.log_probs import block_width
 from mmr1_ds.planning.shapes import ModelShape, VisionShape
 
 EXACT_BYTES = 4  # of float32, inside norms and the log-probability head
@@ -115,7 +114,9 @@ def merger(vision: VisionShape, hidden: int, element: int) -> float:
 
 
 def head(shape: ModelShape, batch: MicroBatch, element: int, device: str, backward: bool) -> float:
-    """Blocks of logits and what stands beside them, in engine/log_probs.py; the weight and its gradient not included."""
+    """Blocks of logits and what stands beside them, in engine/log_probs.py, without the weight and its gradient."""
+    from mmr1_ds.engine.log_probs import block_width  # imports torch
+
     tokens = max(1, int(batch.response_tokens))
     block = tokens * block_width(tokens, shape.vocabulary, EXACT_BYTES, device) * EXACT_BYTES
     low = element / EXACT_BYTES if element < EXACT_BYTES else 0.0  # a block in the model's own type

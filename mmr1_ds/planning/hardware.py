@@ -43,7 +43,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no datasheet says. Fractions are of the peak rate; they are guesses on the careful side, not measurements."""
+    """What no datasheet says. Fractions are of the peak rate; they are careful guesses, not measurements."""
 
     # What a batch looks like. None: half of the longest that the run allows.
     prompt_tokens: float | None = None  # mean tokens of a prompt, its images included

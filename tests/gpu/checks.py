@@ -1,0 +1,120 @@
+"""Checks whose body takes the device: `python checks.py NAME cuda` on a GPU, `cpu` for the twin.
+
+Exits 0 when the check holds, 77 when it cannot be made here (the last line says why).
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SKIPPED = 77
+
+
+class Skipped(Exception):
+    """Its text is the reason."""
+
+
+def kernel(device: torch.device) -> str:
+    """Group statistics on the device (Triton on a GPU, C++ on the CPU) against the reference."""
+    import mmr1_kernels
+
+    random = np.random.default_rng(7)
+    largest = 0.0
+    for group_size, longest, num_groups in ((1, 5, 3), (7, 401, 5), (8, 2048, 3)):
+        lengths = random.integers(0, longest + 1, group_size * num_groups)
+        arrays = {
+            "token_ids": random.integers(0, 50, int(lengths.sum())).astype(np.int32),
+            "offsets": np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
+            "rewards": random.random(len(lengths), dtype=np.float32),
+            "accuracies": random.random(len(lengths), dtype=np.float32),
+        }
+        there = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        backend = "triton" if device.type == "cuda" else "cpu"
+        found = vars(mmr1_kernels.group_statistics(**there, group_size=group_size, backend=backend))
+        wanted = vars(mmr1_kernels.group_statistics(**arrays, group_size=group_size, backend="reference"))
+        for name, values in wanted.items():
+            ours, theirs = (np.asarray(torch.as_tensor(x).cpu(), dtype=np.float64) for x in (found[name], values))
+            np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5, err_msg=name)
+            if ours.size:
+                largest = max(largest, float(np.nanmax(np.abs(ours - theirs), initial=0.0)))
+    return f"largest difference {largest:.2g}"
+
+
+def packing(device: torch.device) -> str:
+    """Sequences in one row (flash-attention, bf16 on a GPU) against the same ones padded, forward and backward."""
+    from tiny_models import make_prompt, save_text_model
+    from transformers import AutoModelForCausalLM
+
+    from mmr1_ds.config import DataConfig, ModelConfig
+    from mmr1_ds.data.encoding import PromptEncoder
+    from mmr1_ds.engine.batching import collate
+    from mmr1_ds.engine.packing import FLASH, attention_implementation, packed_states, padded_states
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = attention_implementation(True, "qwen2", dtype)
+    if device.type == "cuda" and name != FLASH:
+        raise Skipped("flash-attn is not installed (requirements/gpu.lock does not have it): torch's attention is used")
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
+    with tempfile.TemporaryDirectory() as folder:
+        model_folder = str(save_text_model(Path(folder)))
+        encoder = PromptEncoder(ModelConfig(model_path=model_folder), DataConfig())
+        pairs = [(make_prompt(encoder, i, False), tuple(range(20, 20 + 5 * i % 13))) for i in range(1, 10)]
+        results = []
+        for kind, compute in ((name, packed_states), ("sdpa", padded_states)):
+            model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attn_implementation=kind)
+            model = model.to(device).eval()
+            states = compute(model, collate(pairs, encoder, device))
+            states.float().pow(2).mean().backward()
+            gradients = [p.grad.float() for p in model.base_model.parameters() if p.grad is not None]
+            results.append((states.detach().float(), gradients))
+    (packed, ours), (padded, theirs) = results
+    torch.testing.assert_close(packed, padded, atol=tolerance, rtol=tolerance)
+    largest = max(float(gradient.abs().max()) for gradient in theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance * largest, rtol=tolerance)
+    return f"{name}: largest difference {float((packed - padded).abs().max()):.2g}"
+
+
+def log_probs(device: torch.device) -> str:
+    """Log-probabilities in blocks of the vocabulary against the plain way, with gradients."""
+    from mmr1_ds.engine.log_probs import plain_log_probs, token_log_probs
+
+    random = torch.Generator().manual_seed(1)
+    results = []
+    values = [torch.randn(shape, generator=random) for shape in ((401, 32), (1777, 32))]
+    targets = torch.randint(1000, (401,), generator=random).to(device)
+    for function, options in ((token_log_probs, {"width": 300}), (plain_log_probs, {})):
+        hidden, weight = (x.to(device).requires_grad_() for x in values)
+        logprobs, entropies = function(hidden, weight, None, targets, (1776, 1003), 0.7, **options)
+        gradients = torch.autograd.grad((logprobs * torch.linspace(-1, 2, 401, device=device)).sum(), [hidden, weight])
+        results.append([logprobs.detach(), entropies.detach(), *gradients])
+    largest = 0.0
+    for ours, plain in zip(*results, strict=True):
+        scale = max(1.0, float(plain.abs().max()))
+        torch.testing.assert_close(ours, plain, atol=1e-4 * scale, rtol=0)
+        largest = max(largest, float((ours - plain).abs().max()) / scale)
+    return f"largest difference {largest:.2g}"
+
+
+CHECKS: dict[str, Callable[[torch.device], str]] = {"kernel": kernel, "packing": packing, "log_probs": log_probs}
+
+
+def main() -> int:
+    name, device = sys.argv[1:]
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.stdout.write("no GPU\n")
+        return SKIPPED
+    try:
+        sys.stdout.write(CHECKS[name](torch.device(device)) + "\n")
+    except Skipped as reason:
+        sys.stdout.write(f"{reason}\n")
+        return SKIPPED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Resident bytes that an actor holds, and takes at most in an update, beside what the planner reckons.
+
+Usage: planned_memory.py MODEL OUT.json RESPONSE_TOKENS CHECKPOINTING
+"""
+
+import ctypes
+import gc
+import json
+import re
+import sys
+from pathlib import Path
+
+from settings import deepspeed_configs, small_config
+from tiny_models import make_prompt
+
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.distributed import Ranks, leave
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.engine.batching import Trajectory
+from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.planning import activations
+from mmr1_ds.planning.activations import MicroBatch
+from mmr1_ds.planning.memory import zero_engine
+from mmr1_ds.planning.shapes import policy_shape
+
+model, out, length, checkpointing = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "true"
+
+
+def resident(field: str) -> int:
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+ranks = Ranks(launch_environment(), timeout_seconds=120)
+config = small_config(model, 2, 2, micro_batch=2)
+config.data.max_response_length = length
+config.worker.actor.model.enable_gradient_checkpointing = checkpointing
+encoder = PromptEncoder(config.worker.actor.model, config.data)
+deepspeed = deepspeed_configs(config, ranks.size)[0]
+zero = deepspeed["zero_optimization"]
+zero |= {"reduce_bucket_size": 1_000_000, "overlap_comm": False, "stage3_prefetch_bucket_size": 0}
+
+
+def trajectories(tokens: int) -> list[Trajectory]:
+    response = tuple(30 + i % 40 for i in range(tokens))
+    return [
+        Trajectory(make_prompt(encoder, i, False), response, (-3.0,) * tokens, 1.0 - 2 * (i % 2))
+        for i in range(4 // ranks.size)
+    ]
+
+
+# Imports, threads and DeepSpeed's own operation are there before the first reading.
+small = Actor(config, deepspeed, ranks, encoder, num_updates=10)
+small.update(trajectories(3), None, None)
+held_by_python = resident("VmRSS")
+gc.collect()
+actor = Actor(config, deepspeed, ranks, encoder, num_updates=10)
+actor.update(trajectories(3), None, None)
+gc.collect()
+held = resident("VmRSS") - held_by_python
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+actor.update(trajectories(length), None, None)
+peak = resident("VmHWM") - before
+
+shape = policy_shape(config.worker.actor.model)
+engine = zero_engine(shape, zero, ranks.size, 4, trained=True, torch_adam=True)
+prompt = len(trajectories(1)[0].prompt.token_ids)
+batch = MicroBatch(2.0 * (prompt + length), 2.0 * length, 0.0)
+working = activations.training(shape, batch, 4, checkpointing, "cpu")
+planned = {
+    "held": engine.weights + engine.gradients + engine.optimizer,
+    "peak": max(engine.gathered + working.peak, engine.update),
+}
+if ranks.rank == 0:
+    Path(out).write_text(json.dumps({"measured": {"held": held, "peak": peak}, "planned": planned}, indent=1))
+ranks.close()
+leave(0)
