@@ -11,6 +11,7 @@ from data_fixtures import image, write_vision_model
 from dry_runs import dry_run, linked_checkout, paragraphs
 from launching import ROOT
 
+from mmr1_ds import cli
 from mmr1_ds.config import ModelConfig
 from mmr1_ds.config_loading import load_config
 from mmr1_ds.data.dataset import load_dataset
@@ -43,7 +44,18 @@ def reader_s_folder(folder: Path) -> Path:
 def test_all_runs_of_the_readme_are_found():
     others = [command for command in COMMANDS if command not in RUNS]
     assert len(RUNS) == 11
-    assert all(command.startswith(("make ", "mmr1-ds score ")) for command in others)  # score: test_score_command
+    assert all(command.startswith(("make ", "mmr1-ds ")) for command in others)  # score: test_score_command
+    assert len([command for command in others if command.startswith("mmr1-ds score ")]) == 2
+
+
+@pytest.mark.parametrize(("name", "said"), [("plan", "fits"), ("launch", "sbatch ")])
+def test_commands_before_a_run(tmp_path, capsys, monkeypatch, name, said):
+    (command,) = (command for command in COMMANDS if command.startswith(f"mmr1-ds {name} "))
+    (tmp_path / "train.json").write_text(block("json"))
+    words = shlex.split(command.replace("/path/to/training/data", str(tmp_path / "train.json")))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert cli.main([*words[1:], "data.prompt_key=question"]) == 0
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", RUNS)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmr1_ds.engine.offloading import states_offloaded
+from mmr1_ds.preemption import Preemption
 from mmr1_ds.records import Prompt, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.colocated import VllmRollout
 from mmr1_ds.rollout.sleeping import SleepCycle
@@ -83,6 +84,7 @@ def engine(enabled=True):
     rollout._llm, rollout._cycle = llm, SleepCycle(llm, enabled)
     rollout._tensor_parallel_size, rollout._version, rollout._head_is_tied = 1, 0, False
     rollout._forbidden, rollout._encoder = {}, SimpleNamespace(eos_token_ids=(2,))
+    rollout._preemption, rollout._ranks = Preemption(60.0, None), SimpleNamespace(any=lambda flag, stage: flag)
     return rollout, llm, RecordedActor(llm.calls)
 
 
