@@ -9,6 +9,7 @@ from mmr1_ds.collect import StageClock
 from mmr1_ds.config import AlgorithmConfig, DataConfig, RunConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.errors import UserError
+from mmr1_ds.preemption import SamplingAbandoned
 from mmr1_ds.records import GroupRewards, Prompt, Response, RolloutGroup, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 
@@ -238,3 +239,67 @@ def test_probes_ride_along_but_do_not_train():
     assert batch.metrics["reward/num_responses"] == B * N + extra
     effective = np.mean([g.scored.group.prompt.index % 3 == 0 for g in batch.groups])
     assert metrics["curriculum/effective_group_fraction"] == pytest.approx(effective)  # of the batch alone
+
+
+class CutOff(FakeCollector):
+    """Sampling is abandoned at the n-th batch of requests, counted from 1; 0 = never."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
+    def wait(self, sampling):
+        self.left -= 1
+        if self.left == 0:
+            raise SamplingAbandoned
+        super().wait(sampling)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("at", [5, 6])
+def test_a_step_that_is_cut_off_leaves_nothing_observed(size, at):
+    """The first step takes four draws: the second is cut off in its first, and in its second with one observed."""
+
+    def cut_off(control):
+        collector = CutOff(at)
+        maker, coordinator = make(control, collector, curriculum_refresh="online", sampling_strategy="curriculum")
+        step, before = 0, None
+        try:
+            while True:
+                step += 1
+                before = state(coordinator, control)
+                maker.make(step, SETTINGS, StageClock())
+        except SamplingAbandoned:
+            pass
+        assert step == 2  # the first step has gone well
+        assert state(coordinator, control) == before
+        settings = {"curriculum_refresh": "online", "sampling_strategy": "curriculum"}
+        resumed, fresh = make(control, FakeCollector(), **settings)
+        fresh.load_state_dict(coordinator.state_dict() if control.rank == 0 else None)
+        coordinator = fresh
+        again = resumed.make(step, SETTINGS, StageClock())
+        return again.prompts.tolist(), state(coordinator, control)
+
+    def left_alone(control):
+        maker, coordinator = make(control, FakeCollector(), curriculum_refresh="online", sampling_strategy="curriculum")
+        batches = [maker.make(step, SETTINGS, StageClock()) for step in (1, 2)]
+        return batches[1].prompts.tolist(), state(coordinator, control)
+
+    assert on_ranks(size, cut_off) == on_ranks(size, left_alone)
+
+
+def state(coordinator, control):
+    """What a checkpoint would hold, as text that compares; rank 0 has it."""
+    if control.rank > 0:
+        return None
+    return repr(sorted(flat(coordinator.state_dict()).items()))
+
+
+def flat(values, prefix=""):
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value.tolist() if isinstance(value, np.ndarray) else value
+    return found
