@@ -9,6 +9,7 @@ from test_coordinator import SingleProcess, on_ranks
 
 from mmr1_ds.collect import StageClock
 from mmr1_ds.partial_batches import FinishRates, PartialBatchMaker
+from mmr1_ds.preemption import SamplingAbandoned
 from mmr1_ds.records import Response, RolloutGroup, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 
@@ -27,11 +28,15 @@ class WholeKnown(FakeCollector):
     """Samples the known responses; every call is by a policy of its own version."""
 
     version = 0
+    calls, cut_off = 0, ()  # batches of requests, and those of them that are abandoned
 
     def begin(self, sampling, settings):
         sampling.submitted = settings
 
     def wait(self, sampling):
+        self.calls += 1
+        if self.calls in self.cut_off:
+            raise SamplingAbandoned
         self.version += 1
         assert sampling.submitted.max_tokens == BUDGET
         for position, request in enumerate(sampling.requests):
@@ -87,18 +92,28 @@ def seen(batch):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_every_group_is_trained_on_once_and_whole(size):
+@pytest.mark.parametrize("cut_off", [(), (2, 3, 5, 17)])
+def test_every_group_is_trained_on_once_and_whole(size, cut_off):
+    """cut_off: steps that were abandoned in their first or second round and began again."""
+
     def run(control):
         batches, coordinator = maker(control)
-        found, rounds, waits = [], [], 0
+        batches._collector.cut_off = cut_off
+        found, rounds, waits, num_cut_off = [], [], 0, 0
         for step in range(1, 31):
-            batch = batches.make(step, SETTINGS, StageClock())
+            batch = None
+            while batch is None:
+                try:
+                    batch = batches.make(step, SETTINGS, StageClock())
+                except SamplingAbandoned:
+                    num_cut_off += 1
             for group in batch.groups:
                 check(group)
             found += [(g.scored.group.prompt.index, id(g)) for g in batch.groups]
             assert len(batch.groups) == B // size
             rounds.append(batch.metrics["partial/num_rounds"])
             waits += batch.metrics["partial/num_unfinished"] > 0
+        assert num_cut_off == len(cut_off)
         return [index for index, _ in found], rounds, waits, coordinator._num_draws, batches._queue, batches._begun
 
     ranks = on_ranks(size, run)
