@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -68,11 +69,12 @@ class Submitted:
     settings: SamplingSettings
 
 
-class InTurn:
+class InTurn(ABC):
     """For engines that share the trainer's devices: they sample when `collect` is called."""
 
+    @abstractmethod
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
-        raise NotImplementedError
+        """See RolloutEngine."""
 
     def submit(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> Submitted:
         """See RolloutEngine."""
