@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,12 +68,11 @@ class Submitted:
     settings: SamplingSettings
 
 
-class InTurn(ABC):
+class InTurn:
     """For engines that share the trainer's devices: they sample when `collect` is called."""
 
-    @abstractmethod
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
-        """See RolloutEngine."""
+        raise NotImplementedError
 
     def submit(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> Submitted:
         """See RolloutEngine."""
