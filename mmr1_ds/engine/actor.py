@@ -21,6 +21,7 @@ from mmr1_ds.engine.adapter_checkpoint import AdapterCheckpoint
 from mmr1_ds.engine.aggregation import GlobalBatch, token_weights
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.batching import Trajectory, collate
+from mmr1_ds.engine.build_lock import lock_builds_by_kernel
 from mmr1_ds.engine.importance import ImportanceSampling
 from mmr1_ds.engine.kl import kl_penalty
 from mmr1_ds.engine.kl_controller import KLController
@@ -43,6 +44,7 @@ Pair = tuple[Prompt, tuple[int, ...]]
 
 def start_deepspeed(ranks: Ranks) -> None:
     """Let DeepSpeed adopt the process group that is there."""
+    lock_builds_by_kernel()
     deepspeed.init_distributed(auto_mpi_discovery=False)
     ranks.barrier("start of DeepSpeed")
     # On CPU each rank makes 66 MB of shared memory that outlives it. Unlinked, once every rank has it open, it ends
