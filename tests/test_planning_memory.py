@@ -11,6 +11,7 @@ from launching import run_ranks
 from tiny_models import save_text_model
 
 from mmr1_ds import cli
+from mmr1_ds.engine.policy import exact_types
 from mmr1_ds.errors import UserError
 from mmr1_ds.planning.command import reckon
 from mmr1_ds.planning.hardware import GPUS, Assumptions, find_gpu
@@ -47,14 +48,15 @@ def settings(tmp_path, *more: str) -> list[str]:
 
 
 def test_parts_follow_from_the_model_and_the_ranks(tmp_path):
-    """7B, full training: 16 bytes a parameter over the ranks, by the count on the model's card."""
+    """7B, full training: 18 bytes a parameter over the ranks, by the count on the model's card."""
     number = 8_292_166_656
     found = reckon(settings(tmp_path), GPUS["h100"], Assumptions())
     learning = found.memory.learning.bytes
     assert found.shape.num_parameters == number
     assert learning["optimiser states"] == 12 * number / 8
     assert 2 * number / 8 < learning["actor weights"] < 2 * number / 8 + 0.1e9  # and what is kept whole
-    assert learning["gradients and buckets"] > 2 * number / 8
+    buckets = 2 * 2 * 2e8  # two of the preset's, in bf16
+    assert learning["gradients and buckets"] == 4 * number / 8 + buckets
     on_16 = reckon(settings(tmp_path, "trainer.nnodes=2"), GPUS["h100"], Assumptions()).memory.learning.bytes
     assert on_16["optimiser states"] == 12 * number / 16
     assert on_16["activations"] == learning["activations"]
@@ -62,6 +64,25 @@ def test_parts_follow_from_the_model_and_the_ranks(tmp_path):
     assert offloaded.memory.learning.bytes["optimiser states"] == 0
     assert offloaded.memory.host_per_rank > 12 * number / 8
     assert offloaded.seconds["update_actor"] > found.seconds["update_actor"]
+
+
+def test_gradients_are_summed_in_float32():
+    """What the planner takes for granted; DeepSpeed's own default is the weights' type."""
+    assert exact_types({})["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+def test_what_leaves_the_gpu_while_vllm_samples_is_there_when_it_starts(tmp_path):
+    plain = reckon(settings(tmp_path), GPUS["h100"], Assumptions()).memory
+    moved = reckon(settings(tmp_path, "worker.actor.offload_states=true"), GPUS["h100"], Assumptions()).memory
+    assert moved.sampling == plain.sampling and moved.host_per_rank > plain.host_per_rank
+
+
+@pytest.mark.parametrize("dynamic", ["true", "false"])
+def test_ranks_that_share_sequences_take_more_of_them(tmp_path, dynamic):
+    more = [f"worker.actor.dynamic_batching={dynamic}"]
+    one = reckon(settings(tmp_path, *more), GPUS["h100"], Assumptions()).memory.learning.bytes
+    two = reckon(settings(tmp_path, *more, "worker.actor.ulysses_size=2"), GPUS["h100"], Assumptions())
+    assert two.memory.learning.bytes["activations"] == one["activations"]
 
 
 def test_time_follows_from_flops_and_bandwidth(tmp_path):

@@ -133,7 +133,8 @@ def _judge(
     remedies = {
         "learning": "fewer responses a micro-batch (worker.actor.micro_batch_size_per_device_*), "
         "worker.actor.offload.offload_optimizer=true, worker.rollout.sleep=true, or more GPUs",
-        "sampling": "a smaller worker.rollout.gpu_memory_utilization, or worker.actor.offload_states=true",
+        "sampling": "a smaller worker.rollout.gpu_memory_utilization, "
+        "worker.actor.offload.offload_optimizer=true, or more GPUs",
     }
     for moment, parts in (("learning", memory.learning), ("sampling", memory.sampling)):
         if parts.total > size:
@@ -168,7 +169,10 @@ def in_words(found: Reckoning) -> str:
         f"{found.world_size} x {found.gpu.name} of {found.gpu.memory_gb:g} GB ({found.gpu.source})",
         "",
     ]
-    for moment, parts in (("while the actor learns", memory.learning), ("while vLLM samples", memory.sampling)):
+    for moment, parts in (
+        ("while the actor learns", memory.learning),
+        ("when vLLM starts and samples", memory.sampling),
+    ):
         if parts.bytes:
             lines += _table(f"GB of a GPU {moment}", {name: size / GB for name, size in parts.bytes.items()}, ".2f")
     if memory.host_per_rank:

@@ -1,14 +1,18 @@
-"""Bytes of a GPU's memory, part by part, when most is held: while the actor learns, and while vLLM samples.
+"""Bytes of a GPU's memory, part by part, when most is held: while the actor learns, and when vLLM starts.
 
 ZeRO-3 with W ranks, P parameters of e bytes, P' of them trained, and the sizes that the DeepSpeed config gives:
 
     weights       e P / W of shards, and e times what is kept whole (stage3_param_persistence_threshold)
     gathered      e times the larger of stage3_max_live_parameters and stage3_max_reuse_distance, at most P: what is
                   needed again within that distance stays
-    gradients     e P' / W of the accumulated shards, and a bucket (reduce_bucket_size; two with overlap_comm)
+    gradients     4 P' / W of the shards, summed in float32 (engine/policy.py, exact_types), and e times a bucket
+                  (reduce_bucket_size; two with overlap_comm)
     optimiser     4 P' / W of the float32 copy, 8 P' / W of the two moments; with offload_optimizer in host memory
     update        4 bytes for each element of a sub_group (at most P' / W): its gradient in float32, one at a time;
                   three times that with torch's own Adam, which makes copies
+
+vLLM claims its share once, as it starts, and refuses to start without it: by then the engines are on the GPU whole,
+with worker.actor.offload_states too.
 """
 
 from __future__ import annotations
@@ -73,12 +77,12 @@ def zero_engine(
         return EngineMemory(shards + kept, gathered, 0.0, 0.0, 0.0, host)
     own = shape.trained / ranks
     buckets = 2 if zero.get("overlap_comm", True) else 1
-    gradients = element * (own + buckets * zero.get("reduce_bucket_size", _BUCKET))
+    gradients = EXACT * own + element * buckets * zero.get("reduce_bucket_size", _BUCKET)
     optimizer = EXACT * (1 + _MOMENTS) * own
     update = EXACT * min(own, zero.get("sub_group_size", _SUB_GROUP)) * (3 if torch_adam else 1)
     if _device(zero, "offload_optimizer") != "none":
         # The accumulated gradients go to host memory with the states; the buckets stay.
-        host += optimizer + element * own + EXACT * own  # the float32 gradients of all sub-groups stay there
+        host += optimizer + 2 * EXACT * own  # the summed gradients, and beside them those of all sub-groups
         gradients, optimizer, update = element * buckets * zero.get("reduce_bucket_size", _BUCKET), 0.0, 0.0
     return EngineMemory(shards + kept, gathered, gradients, optimizer, update, host)
 
@@ -98,13 +102,9 @@ class Plan:
 
 
 def micro_batch(config: RunConfig, responses: int, image_patches: float) -> MicroBatch:
-    """The fullest one: as long as the run allows."""
+    """The fullest one: as long as the run allows. With Ulysses it is a rank's cut of ulysses_size times as many."""
     longest = config.data.max_prompt_length + config.data.max_response_length
-    share = 1 / config.worker.actor.ulysses_size
-    if config.worker.actor.dynamic_batching:
-        share = 1.0  # the budget is of a rank
-    tokens = responses * longest * share
-    return MicroBatch(tokens, responses * config.data.max_response_length * share, responses * image_patches * share)
+    return MicroBatch(responses * longest, responses * config.data.max_response_length, responses * image_patches)
 
 
 def plan_memory(
@@ -158,11 +158,7 @@ def plan_memory(
         )
     sampling: dict[str, float] = {}
     if samples_here:
-        sampling = {"context": assumed.context_gb * GB, "vLLM": engine_size}
-        if not settings.offload_states:
-            sampling |= held | states
-        elif "reference" in engines:
-            sampling["reference weights"] = engines["reference"].weights
+        sampling = {"context": assumed.context_gb * GB, "vLLM": engine_size, **held, **states}
     host = sum(engine.on_host for engine in engines.values())
     if settings.offload_states:
         host += own.weights + own.gradients + own.optimizer
