@@ -84,9 +84,10 @@ def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
                 is_over = codes == [0, 0]
                 counts["starts"] += 1
                 counts["resumed"] += "going on from" in run.said()
-                counts["saves that were cut off"] += "is damaged" in run.said()
+                counts["damaged checkpoints met"] += "is damaged" in run.said()
             assert_same_run(tmp_path / "left_alone", run.run_dir)
-        logger.info("runs: %d, %s", number, ", ".join(f"{what}: {count}" for what, count in sorted(counts.items())))
+            told = ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
+            logger.info("%d runs as the one that was left alone; %s", number, told)
         assert counts["resumed"] > 0
     finally:
         for process in ranks:
