@@ -146,7 +146,7 @@ class Trainer:
         with clock("sync"):
             self._sync()
         clock.seconds["step"] = time.perf_counter() - start
-        parts.preemption.took(after_sampling=clock.seconds["step"] - clock.seconds["gen"])
+        parts.preemption.took(after_sampling=clock.seconds["step"] - clock.seconds.get("gen", 0.0))
         scored = [group.scored for group in batch.groups]
         metrics |= learning | step_metrics(
             scored, experience.trajectories, experience.rewards_B, clock.seconds, parts.ranks
