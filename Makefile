@@ -48,10 +48,10 @@ slow: setup
 	$(PYTHON) -m pytest -q -m slow $(PYTEST_ARGS)
 
 slow-others: setup
-	$(PYTHON) -m pytest -q -m "slow and not servers" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -q -m "slow and not servers and not cluster" $(PYTEST_ARGS)
 
 slow-servers: setup
-	$(PYTHON) -m pytest -q -m "slow and servers" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -q -m "slow and (servers or cluster)" $(PYTEST_ARGS)
 
 # Ranks of short runs are killed at random moments, KILLS times; see tests/test_chaos.py.
 KILLS ?= 100

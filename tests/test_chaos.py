@@ -16,7 +16,7 @@ import pytest
 from launching import ROOT, WarmProcess, environment, processes_with, wait_until
 from tiny_run import assert_same_run, write_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,8 @@ from launching import PROGRAMS, environment, processes_with, wait_until
 
 from mmr1_ds.deadlines import GRACE_SECONDS
 
+pytestmark = pytest.mark.cluster
+
 LIMIT_SECONDS = 4
 SIZE = 3
 END_SECONDS = 60  # far beyond what the ranks have: the tests tell a hang, not a slow machine

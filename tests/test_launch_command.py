@@ -14,6 +14,8 @@ from slurm_cluster import NODES, missing, slurm_cluster
 
 from mmr1_ds import cli
 
+pytestmark = pytest.mark.cluster
+
 KEY = "sk-7f3a91c04be2d855"
 
 

@@ -12,7 +12,7 @@ import pytest
 from launching import ROOT, environment, processes_with, wait_until
 from tiny_run import assert_same_run, write_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 NUM_STEPS = 12
 

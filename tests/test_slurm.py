@@ -12,7 +12,7 @@ from launching import ROOT, environment, processes_with, wait_until
 from slurm_cluster import missing, slurm_cluster
 from tiny_run import assert_same_run, write_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 NUM_STEPS = 12
 OPTIONS = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=30"]

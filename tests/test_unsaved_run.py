@@ -8,6 +8,8 @@ import pytest
 from launching import ROOT, environment
 from tiny_run import write_run
 
+pytestmark = pytest.mark.cluster
+
 # The folder of the checkpoints turns into a file when the run is under way.
 TAKES_THE_FOLDER = """
 from pathlib import Path
