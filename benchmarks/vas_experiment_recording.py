@@ -164,6 +164,9 @@ class RecordingTrainer(Trainer):
             self._num_steps = self.step
         return metrics
 
+    def _check_saved(self) -> None:
+        """Nothing is saved here."""
+
     def _measure(self) -> None:
         assert self.trace is not None
         self.trace.measure(self.step, self.trace_collector, self._training_settings())
