@@ -29,6 +29,8 @@ class Run:
 
     def __init__(self, folder: Path, name: str, ranks: list[WarmProcess]) -> None:
         self.run_dir, self._ranks = folder / name, ranks
+        self._began = time.monotonic()
+        self.seconds = 0.0  # that it took
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -49,6 +51,7 @@ class Run:
     def finish(self) -> list[int]:
         """The exit codes; nothing of the run is left."""
         codes = [process.wait(120) for process in self._ranks]
+        self.seconds = time.monotonic() - self._began
         wait_until(lambda: not processes_with(self.marker), 60, f"no process left, {processes_with(self.marker)}")
         return codes
 
@@ -67,10 +70,9 @@ def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
     ranks = [WarmProcess(), WarmProcess()]
     chance, counts = random.Random(7), Counter()
     try:
-        began = time.monotonic()
         run = Run(tmp_path, "left_alone", ranks)
         assert run.finish() == [0, 0], run.said()[-3000:]
-        seconds = time.monotonic() - began
+        seconds = run.seconds
         number = 0
         while counts["kills"] < NUM_KILLS:
             number += 1
@@ -82,8 +84,12 @@ def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
                     kill_one(run, chance, seconds, counts)
                 codes = run.finish()
                 is_over = codes == [0, 0]
+                resumed = "going on from" in run.said()
+                if is_over and not resumed:
+                    # The first one compiles DeepSpeed's operators: a moment of it is mostly after the others' end.
+                    seconds = min(seconds, run.seconds)
                 counts["starts"] += 1
-                counts["resumed"] += "going on from" in run.said()
+                counts["resumed"] += resumed
                 counts["damaged checkpoints met"] += "is damaged" in run.said()
             assert_same_run(tmp_path / "left_alone", run.run_dir)
             told = ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
@@ -112,7 +118,7 @@ def kill_one(run: Run, chance: random.Random, seconds: float, counts: Counter[st
         time.sleep(0.001)
     if run.has_ended():
         return
-    counts["kills while a checkpoint was written"] += run.is_saving()
+    counts["kills while a checkpoint was written" if run.is_saving() else "kills at other moments"] += 1
     run.kill(rank)
     counts["kills"] += 1
     counts[f"kills of rank {rank}"] += 1
