@@ -77,6 +77,8 @@ arguments = {
     "worker.reward.reward_function": f"{folder / 'reward.py'}:score",
     "worker.reward.num_workers": 1,
     "trainer.max_steps": num_steps,
+    "trainer.report_freq": "null",
+    "trainer.train_generations_to_log": 0,
     "trainer.total_epochs": num_steps,
     "trainer.n_gpus_per_node": 2 if setup == "zero3_two_ranks_transformers" else 1,
     "trainer.val_before_train": "false",

@@ -84,6 +84,7 @@ def train(
         sys.executable, "-m", "mmr1_ds.train", *common, f"worker.rollout.server_urls=[{url}]",
         f"worker.rollout.max_staleness_steps={staleness}", f"data.seed={seed}", f"worker.rollout.seed={seed}",
         f"trainer.run_dir={options.runs / name}", "trainer.n_gpus_per_node=1", f"trainer.max_steps={options.steps}",
+        "trainer.report_freq=null",
         f"trainer.val_freq={options.steps}", "trainer.save_freq=-1", "trainer.logger=[jsonl]",
     ]  # fmt: skip
     start = time.monotonic()

@@ -13,12 +13,13 @@ from vas_experiment_steps import StepFile, transition_counts
 from vas_experiment_trials import RESPONSES, SORTS
 
 from mmr1_ds.batches import Batch, BatchMaker
-from mmr1_ds.collect import Collector, RequestMaker, StageClock
+from mmr1_ds.collect import Collector, RequestMaker
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import InTurn, RolloutEngine
+from mmr1_ds.stages import StageClock
 from mmr1_ds.trainer import Trainer
 
 HISTOGRAM_EVERY = 20  # steps

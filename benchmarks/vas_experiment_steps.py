@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import psutil
+
+from mmr1_ds.writers import Writer
 
 _METRICS = {  # of the trainer -> of the record
     "reward/overall": "reward",
@@ -28,7 +30,7 @@ _METRICS = {  # of the trainer -> of the record
 }
 
 
-class StepFile:
+class StepFile(Writer):
     """A JSON lines file: the trial, a line a step, the end. Under another name until it is whole."""
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
@@ -48,9 +50,6 @@ class StepFile:
             self._flush()
             self._line = {"step": step}
         self._line |= values
-
-    def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Not kept."""
 
     def finish(self) -> None:
         """The run is whole."""

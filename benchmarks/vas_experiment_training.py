@@ -40,10 +40,12 @@ from mmr1_ds.deepspeed_config import resolve_deepspeed
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.live_report import LiveReport
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.preemption import Preemption
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.colocated import VllmRollout
+from mmr1_ds.samples import TrainingSamples
 from mmr1_ds.trainer import Parts
 
 logger = logging.getLogger("mmr1_ds.vas_experiment")
@@ -159,6 +161,7 @@ class Session:
         batches = RecordingBatches(config, self._ranks, self._encoder, train_data, coordinator, collector)
         coordinator.steps = batches.steps = steps
         coordinator.kinds = batches.kinds = kinds
+        metrics_logger = MetricsLogger([steps])
         parts = Parts(
             ranks=self._ranks,
             encoder=self._encoder,
@@ -171,7 +174,9 @@ class Session:
             actor=actor,
             reference=None,
             checkpoints=None,  # type: ignore[arg-type]  # RecordingTrainer saves none
-            metrics_logger=MetricsLogger([steps]),
+            metrics_logger=metrics_logger,
+            samples=TrainingSamples(self._folder, 0, self._encoder.decode, metrics_logger, self._ranks),
+            report=LiveReport(self._folder, None),
             preemption=self._never_asked,
         )
         trainer = RecordingTrainer(config, parts, trial.steps)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmr1_ds.collect import BASELINE, PROBE, TRAINING, Collector, RequestMaker, StageClock
+from mmr1_ds.collect import BASELINE, PROBE, TRAINING, Collector, RequestMaker
 from mmr1_ds.config import AlgorithmConfig, RunConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import score_batch
@@ -26,6 +26,7 @@ from mmr1_ds.records import GroupRewards, RolloutGroup, SamplingSettings, Scored
 from mmr1_ds.rewards.scoring import RewardCounts
 from mmr1_ds.rollout.base import ServersGone
 from mmr1_ds.sampling import Sampling, read_samplings, write_samplings
+from mmr1_ds.stages import StageClock
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder

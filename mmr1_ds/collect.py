@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +14,7 @@ from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, Scor
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rewards.scoring import RewardCounts, score_groups
 from mmr1_ds.sampling import Sampling
+from mmr1_ds.stages import StageClock
 
 if TYPE_CHECKING:
     from mmr1_ds.data.dataset import PromptDataset
@@ -51,23 +50,6 @@ class RequestMaker:
             )
             for index, slot in zip(indices, slots, strict=True)
         ]
-
-
-@dataclass
-class StageClock:
-    """Seconds by stage, summed over repeated entries."""
-
-    mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered with each stage: Ranks.stage
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            with self.mark(stage):
-                yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 class Collector:

@@ -25,8 +25,10 @@ from mmr1_ds.engine.actor import Actor, Reference
 from mmr1_ds.engine.critic import Critic
 from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.engine.value_model import check_reads_alike
+from mmr1_ds.environment import write_environment
 from mmr1_ds.errors import UserError
 from mmr1_ds.launch_environment import LaunchEnvironment
+from mmr1_ds.live_report import LiveReport
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.partial_batches import PartialBatchMaker
 from mmr1_ds.plan import checkpoint_directory, run_directory
@@ -35,9 +37,12 @@ from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
 from mmr1_ds.rollout.colocated import VllmRollout
 from mmr1_ds.rollout.transformers_engine import TransformersRollout
+from mmr1_ds.samples import TrainingSamples
 from mmr1_ds.trainer import Parts, Trainer
 
 logger = logging.getLogger(__name__)
+
+_LOADED_PARTS = 3  # for their bar: actor (and critic), reference, rollout engine
 
 
 def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironment, preemption: Preemption) -> None:
@@ -67,7 +72,11 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
         metrics_logger = stack.enter_context(_open_run(config, start, num_steps, ranks))
         ranks.write_stacks(run_directory(config) / "stacks")
+        report_freq = None if config.trainer.val_only or ranks.rank > 0 else config.trainer.report_freq
+        report = stack.enter_context(LiveReport(run_directory(config), report_freq))
         _tell_start(config, start, num_steps, ranks)
+        loaded = stack.enter_context(ExitStack())  # its bar ends before the first step
+        advance = loaded.enter_context(metrics_logger.progress(_LOADED_PARTS, "loading the models", with_lines=False))
 
         rollout: RolloutEngine | None = None
         if config.worker.rollout.engine == "server":  # the servers load while the models here do
@@ -76,13 +85,16 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             rollout = ServerRollout(config, ranks, encoder, most_images, run_directory(config) / "servers", preemption)
             stack.callback(rollout.close)
         actor = _actor(config, deepspeed.actor, num_steps, ranks, encoder)
+        advance(1)
         critic = None
         if deepspeed.critic is not None:
             critic = Critic(config, deepspeed.critic, ranks, encoder, num_steps, run_directory(config) / "bad_batches")
         reference = _reference(config, deepspeed.reference, actor, ranks, encoder)
+        advance(1)
         if rollout is None:
             rollout = _rollout(config, actor, ranks, encoder, most_images, preemption)
             stack.callback(rollout.close)
+        advance(1)
 
         batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
         collector = Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks)
@@ -99,12 +111,17 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             reference=reference,
             checkpoints=checkpoints,
             metrics_logger=metrics_logger,
+            samples=TrainingSamples(
+                run_directory(config), config.trainer.train_generations_to_log, encoder.decode, metrics_logger, ranks
+            ),
+            report=report,
             critic=critic,
             preemption=preemption,
         )
         trainer = Trainer(config, parts, num_steps)
         if start is not None:
             trainer.load(*start)
+        loaded.close()
         trainer.fit()
 
 
@@ -138,6 +155,7 @@ def _open_run(config: RunConfig, start: tuple[int, Path] | None, num_steps: int,
     if ranks.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_environment(run_dir, ranks.size, ranks.on_gpu)
     ranks.barrier("make the run directory")
     settings = dataclasses.asdict(config)
     return MetricsLogger.open(config.trainer, run_dir, num_steps, step, settings, is_main=ranks.rank == 0)

@@ -294,6 +294,8 @@ class TrainerConfig:
     val_before_train: bool = True  # validate before the first step
     val_only: bool = False  # validate and stop
     val_generations_to_log: int = 0  # validation answers logged, >= 0
+    train_generations_to_log: int = 8  # prompts of a step kept with their best and worst answer, samples.jsonl, >= 0
+    report_freq: int | None = -1  # steps between reports while it runs, >= 1, or -1 = only at the end; null = none
     save_freq: int = -1  # steps between checkpoints, >= 1, or -1 = only after the last
     save_limit: int = -1  # checkpoints kept, >= 1, or -1 = all
     save_checkpoint_path: str | None = None  # null = <run_dir>/checkpoints

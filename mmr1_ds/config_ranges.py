@@ -131,6 +131,7 @@ _RANGES = {
     "trainer.nnodes": "[1, inf)",
     "trainer.n_gpus_per_node": "[1, inf)",
     "trainer.val_generations_to_log": "[0, inf)",
+    "trainer.train_generations_to_log": "[0, inf)",
     "trainer.collective_timeout_seconds": "(0, inf)",
     "trainer.max_wall_seconds": "(0, inf)",
     "trainer.preemption_seconds": "(0, inf)",
@@ -143,6 +144,7 @@ _COUNT_OR_NONE = (  # >= 1, or -1 for "no limit" or "never"
     "trainer.val_freq",
     "trainer.save_freq",
     "trainer.save_limit",
+    "trainer.report_freq",
 )
 
 
@@ -178,7 +180,7 @@ def check_ranges(config: RunConfig) -> None:
             raise UserError(f"{key} must be {_in_words(interval)}, got {value}")
     for key in _COUNT_OR_NONE:
         value = value_at(config, key)
-        if value != -1 and value < 1:
+        if value is not None and value != -1 and value < 1:
             raise UserError(f"{key} must be 1 or more, or -1, got {value}")
     for key in ("worker.actor.optim.betas", "worker.critic.optim.betas"):
         for beta in value_at(config, key):

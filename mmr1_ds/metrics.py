@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,7 @@ from mmr1_ds.records import GroupRewards, RolloutGroup, ScoredGroup
 if TYPE_CHECKING:
     from mmr1_ds.engine.batching import Trajectory
     from mmr1_ds.rewards.scoring import RewardCounts
+    from mmr1_ds.stages import StageClock
 
 
 def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCounts], ranks: Ranks) -> dict[str, float]:
@@ -51,7 +52,8 @@ def step_metrics(
     groups: Sequence[ScoredGroup],
     trajectories: Sequence[Trajectory],
     rewards_B: np.ndarray,
-    seconds: Mapping[str, float],
+    clock: StageClock,
+    max_prompt_length: int,
     ranks: Ranks,
 ) -> dict[str, float]:
     """Score, advantage, length, time and throughput figures of a training step. Collective.
@@ -77,28 +79,56 @@ def step_metrics(
         **_spread("critic/score", score),
         **_spread("critic/rewards", reward),
         **_spread("critic/advantages", advantage),
-        **_spread("response_length", length),
-        "response_length/clip_ratio": float(clipped.mean()),
-        **_spread("prompt_length", prompt_length),
+        **_lengths("", length, clipped, prompt_length, max_prompt_length),
     }
-    slowest = ranks.max(seconds, "stage times")
-    metrics |= {f"timing_s/{name}": value for name, value in slowest.items()}
-    tokens = float(length.sum() + prompt_length.sum())
+    metrics |= stage_metrics(clock, ranks)
+    tokens, seconds = float(length.sum() + prompt_length.sum()), metrics["timing_s/step"]
     metrics |= {
         "perf/total_num_tokens": tokens,
-        "perf/time_per_step": slowest["step"],
-        "perf/throughput": tokens / slowest["step"] / ranks.size,
+        "perf/time_per_step": seconds,
+        "perf/throughput": tokens / seconds / ranks.size,
     }
+    for stage in _STAGES_BY_TOKEN.keys() & clock.seconds.keys():
+        num_tokens = float(length.sum()) if _STAGES_BY_TOKEN[stage] == "responses" else tokens
+        metrics[f"timing_per_token_ms/{stage}"] = metrics[f"timing_s/{stage}"] * 1000 / num_tokens
     metrics |= ranks.sum({"perf/cpu_memory_used_gb": psutil.Process().memory_info().rss / 1e9}, "memory")
-    if ranks.on_gpu:
-        import torch
-
-        peaks = {
-            "perf/max_memory_allocated_gb": torch.cuda.max_memory_allocated() / 1e9,
-            "perf/max_memory_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
-        }
-        metrics |= ranks.max(peaks, "memory")
+    if clock.memory is not None and ranks.on_gpu:
+        metrics |= ranks.max(clock.memory.peaks_of_the_run(), "memory")
     return metrics
+
+
+# Which tokens a stage's time is divided by for `timing_per_token_ms`, as EasyR1 does.
+_STAGES_BY_TOKEN = dict.fromkeys(("gen", "reward"), "responses") | dict.fromkeys(
+    ("ref", "old", "values", "adv", "update_critic", "update_actor"), "sequences"
+)
+
+
+def stage_metrics(clock: StageClock, ranks: Ranks) -> dict[str, float]:
+    """`timing_s/*` of the slowest rank, and `memory_gb/*` of the one that held most. Collective."""
+    return ranks.max(clock.metrics(), "stages")
+
+
+def validation_lengths(groups: Sequence[RolloutGroup], max_prompt_length: int, ranks: Ranks) -> dict[str, float]:
+    """`val_response_length/*` and `val_prompt_length/*`, in tokens, over all responses. Collective."""
+    own = [
+        (len(response.token_ids), not response.finished, group.prompt.num_tokens)
+        for group in groups
+        for response in group.responses
+    ]
+    gathered = ranks.all_gather_array(np.array(own, dtype=np.float64).reshape(-1, 3), "validation lengths")
+    length, clipped, prompt_length = np.concatenate(gathered).T
+    return _lengths("val_", length, clipped, prompt_length, max_prompt_length)
+
+
+def _lengths(
+    prefix: str, length: np.ndarray, clipped: np.ndarray, prompt_length: np.ndarray, max_prompt_length: int
+) -> dict[str, float]:
+    return {
+        **_spread(f"{prefix}response_length", length),
+        f"{prefix}response_length/clip_ratio": float(clipped.mean()),
+        **_spread(f"{prefix}prompt_length", prompt_length),
+        f"{prefix}prompt_length/clip_ratio": float((prompt_length == max_prompt_length).mean()),
+    }
 
 
 def policy_lag_metrics(groups: Sequence[RolloutGroup], version: int, ranks: Ranks) -> dict[str, float]:

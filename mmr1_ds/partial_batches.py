@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from mmr1_ds.batches import PARTIAL_STATE, BatchMaker, Drawn
-from mmr1_ds.collect import PROBE, TRAINING, StageClock
+from mmr1_ds.collect import PROBE, TRAINING
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.sampling import Sampling, read_samplings, write_samplings
+from mmr1_ds.stages import StageClock
 
 _DECAY = 0.9  # of what earlier rounds say about how many groups finish
 _STEP = 1 << 32  # an id is step * _STEP + number of the prompt in its step: ids sort in the order of the draws

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mmr1_ds.batches import BatchMaker, LearningGroup
 from mmr1_ds.checkpoint import Checkpoints
-from mmr1_ds.collect import REFRESH, VALIDATION, Collector, RequestMaker, StageClock
+from mmr1_ds.collect import REFRESH, VALIDATION, Collector, RequestMaker
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config_loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
@@ -25,15 +25,21 @@ from mmr1_ds.engine.actor import Actor, Reference
 from mmr1_ds.engine.critic import Critic
 from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.experience import Experience, make_experience
+from mmr1_ds.live_report import LiveReport
 from mmr1_ds.logging import MetricsLogger
-from mmr1_ds.metrics import policy_lag_metrics, reward_metrics, step_metrics
+from mmr1_ds.metrics import policy_lag_metrics, reward_metrics, stage_metrics, step_metrics, validation_lengths
 from mmr1_ds.preemption import Preempted, Preemption, SamplingAbandoned
 from mmr1_ds.records import SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 from mmr1_ds.rollout.base import RolloutEngine, ServersGone
+from mmr1_ds.samples import TrainingSamples
+from mmr1_ds.stages import StageClock, StageMemory
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
+
+
+_SAVE_PARTS = 3  # of a checkpoint, for its bar: what was begun ahead, the engines, digests
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Parts:
     reference: Reference | AdapterlessReference | None
     checkpoints: Checkpoints
     metrics_logger: MetricsLogger
+    samples: TrainingSamples
+    report: LiveReport
     preemption: Preemption
     critic: Critic | None = None  # gae only
 
@@ -65,6 +73,7 @@ class Trainer:
         self._num_learned = 0  # steps whose update is done
         self._last_saved: int | None = None  # step of the newest checkpoint
         self._requests = RequestMaker(config.worker.rollout.seed)
+        self._memory = StageMemory(parts.ranks.on_gpu)
 
     def fit(self) -> None:
         """Train from the current step to the last. Raises: ServersGone and Preempted, what was learned saved."""
@@ -107,6 +116,8 @@ class Trainer:
             # in between leaves no step without its line.
             if last or (config.save_freq > 0 and self.step % config.save_freq == 0):
                 self._log(self.save())
+            self._parts.report.after_step(self.step)
+        self._parts.report.finish()
         self._check_saved()
 
     def _end_if_asked(self) -> None:
@@ -130,7 +141,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """Draw, roll out, score, observe, update, synchronise: one step of the algorithm."""
-        clock, parts, start = StageClock(self._parts.ranks.stage), self._parts, time.perf_counter()
+        clock, parts, start = self._clock(), self._parts, time.perf_counter()
         settings = self._training_settings()
         with self._sampling(then_learns=True):
             batch = parts.batches.make(self.step, settings, clock)
@@ -142,16 +153,33 @@ class Trainer:
             metrics |= policy_lag_metrics(groups, parts.actor.num_updates_done, parts.ranks)
         experience, learning = self._update(batch.groups, clock)
         self._num_learned = self.step
-        parts.metrics_logger.drawn(self.step, batch.prompts.tolist())
+        parts.metrics_logger.record("draws", self.step, {"prompts": batch.prompts.tolist()})
+        records = self._record()
+        parts.samples.keep(self.step, [group.scored for group in batch.groups], records.get("observations"))
         with clock("sync"):
             self._sync()
         clock.seconds["step"] = time.perf_counter() - start
         parts.preemption.took(after_sampling=clock.seconds["step"] - clock.seconds.get("gen", 0.0))
         scored = [group.scored for group in batch.groups]
         metrics |= learning | step_metrics(
-            scored, experience.trajectories, experience.rewards_B, clock.seconds, parts.ranks
+            scored,
+            experience.trajectories,
+            experience.rewards_B,
+            clock,
+            self._config.data.max_prompt_length,
+            parts.ranks,
         )
         return batch.metrics | metrics | parts.coordinator.metrics()
+
+    def _clock(self) -> StageClock:
+        return StageClock(self._parts.ranks.stage, self._memory)
+
+    def _record(self) -> dict[str, dict[str, Any]]:
+        """Keep what the curriculum has to say of its last step or refresh. Returns: the same, on rank 0."""
+        records = self._parts.coordinator.take_records()
+        for name, row in records.items():
+            self._parts.metrics_logger.record(name, self.step, row)
+        return records
 
     @contextmanager
     def _sampling(self, then_learns: bool = False) -> Iterator[None]:
@@ -216,7 +244,7 @@ class Trainer:
 
         What is found is kept after every chunk; a run that was killed meanwhile goes on where it was.
         """
-        clock, parts = StageClock(self._parts.ranks.stage), self._parts
+        clock, parts = self._clock(), self._parts
         settings, num_responses = self._training_settings(), self._config.data.curriculum_rollout_n
         title = f"curriculum refresh after step {self.step}"
         key = self._refresh_key()
@@ -237,7 +265,8 @@ class Trainer:
                 parts.coordinator.save_refresh(self._kept_refresh, key)
                 advance(len(chunk))
             parts.coordinator.finish_refresh(self.step + 1)
-        return {"timing_s/refresh": clock.seconds["refresh"]}
+        self._record()
+        return stage_metrics(clock, parts.ranks)
 
     @property
     def _kept_refresh(self) -> Path:
@@ -255,7 +284,7 @@ class Trainer:
         parts, data = self._parts, self._parts.val_data
         if data is None:
             return {}
-        clock, sampling = StageClock(parts.ranks.stage), self._config.worker.rollout.val_override_config
+        clock, sampling = self._clock(), self._config.worker.rollout.val_override_config
         settings = SamplingSettings(
             sampling.temperature, sampling.top_p, sampling.top_k, self._config.data.max_response_length
         )
@@ -277,7 +306,8 @@ class Trainer:
                 advance(min(start + chunk, len(data)) - start)
         if self._config.trainer.val_generations_to_log > 0:
             self._log_generations(groups)
-        metrics = {"timing_s/testing": clock.seconds["testing"]}
+        metrics = stage_metrics(clock, parts.ranks)
+        metrics |= validation_lengths([item.group for item in groups], self._config.data.max_prompt_length, parts.ranks)
         for name, value in reward_metrics([group.rewards for group in groups], failures, parts.ranks).items():
             part = name.removeprefix("reward/")
             metrics[f"val/{part}" if part.startswith("num_") else f"val/{part}_reward"] = value
@@ -294,7 +324,8 @@ class Trainer:
         self.step = self._parts.ranks.step = step
 
     def _log(self, metrics: dict[str, float]) -> None:
-        self._parts.metrics_logger.log(self.step, metrics)
+        elapsed = {"perf/elapsed_seconds": self._parts.metrics_logger.elapsed_seconds}
+        self._parts.metrics_logger.log(self.step, metrics | elapsed)
 
     def _log_generations(self, groups: Sequence[ScoredGroup]) -> None:
         decode = self._parts.encoder.decode
@@ -315,24 +346,34 @@ class Trainer:
 
         in_full: wait for responses begun ahead and keep them; else the resumed run samples them anew.
         """
-        clock = StageClock(self._parts.ranks.stage)
-        with clock("save_checkpoint"):
+        clock, title = self._clock(), f"checkpoint of step {self.step}"
+        with (
+            clock("save_checkpoint"),
+            self._parts.metrics_logger.progress(_SAVE_PARTS, title, with_lines=False) as advance,
+        ):
             if in_full:
                 self._parts.batches.finish_ahead()
-            saved = self._parts.checkpoints.save(self.step, self._write, ("curriculum", "rollout"))
+            advance(1)
+
+            def write(folder: Path) -> None:
+                self._write(folder, advance)
+
+            saved = self._parts.checkpoints.save(self.step, write, ("curriculum", "rollout"))
+            advance(1)
             if saved and self._parts.ranks.rank == 0:
                 self._kept_refresh.unlink(missing_ok=True)  # a finished one is in the checkpoint
-        metrics = {"timing_s/save_checkpoint": clock.seconds["save_checkpoint"]}
+        metrics = stage_metrics(clock, self._parts.ranks)
         if saved is None:
             return metrics | {"checkpoint/save_failed": 1.0}
         self._last_saved = self.step
         self._parts.preemption.took(to_save=clock.seconds["save_checkpoint"])
         return metrics
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, advance: Callable[[int], None]) -> None:
         self._parts.actor.save(folder / "actor")
         if self._parts.critic is not None:
             self._parts.critic.save(folder / "critic")
+        advance(1)
         # From here on no collectives: a disk may fail one rank alone.
         self._parts.coordinator.save(folder / "curriculum")
         self._parts.batches.save(folder / "rollout")

@@ -5,13 +5,13 @@ import pytest
 from test_coordinator import SingleProcess, ThreadRank, on_ranks
 
 from mmr1_ds.batches import BatchMaker, teaches
-from mmr1_ds.collect import StageClock
 from mmr1_ds.config import AlgorithmConfig, DataConfig, RunConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.errors import UserError
 from mmr1_ds.preemption import SamplingAbandoned
 from mmr1_ds.records import GroupRewards, Prompt, Response, RolloutGroup, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
+from mmr1_ds.stages import StageClock
 
 P, B, N, STEPS = 60, 12, 4, 7
 SETTINGS = SamplingSettings(1.0, 1.0, -1, 16)

@@ -11,12 +11,12 @@ from test_batches import SETTINGS, FakeCollector, make, rewards
 from test_coordinator import SingleProcess, on_ranks
 
 from mmr1_ds.batches import LearningGroup
-from mmr1_ds.collect import StageClock
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.engine import advantages
 from mmr1_ds.engine.kl_controller import KLController
 from mmr1_ds.experience import make_experience
 from mmr1_ds.records import Prompt, Response, RolloutGroup, ScoredGroup
+from mmr1_ds.stages import StageClock
 
 RANK = OneRank()
 REWARDS = np.array([[1.0, 0.0, 0.5], [0.25, 0.25, 0.25]])

@@ -53,7 +53,7 @@ def arguments(tmp_path_factory):
 
 def start(arguments, run_dir, num_steps, *overrides):
     command = [sys.executable, "-m", "mmr1_ds.train", *arguments, f"trainer.run_dir={run_dir}"]
-    command += [f"trainer.max_steps={num_steps}", *overrides]
+    command += [f"trainer.max_steps={num_steps}", "trainer.report_freq=null", *overrides]
     return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

@@ -9,15 +9,10 @@ import pytest
 
 from mmr1_ds.config import TrainerConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.logging import (
-    ConsoleWriter,
-    JsonLinesWriter,
-    MetricsLogger,
-    check_loggers,
-    configure_logging,
-    format_duration,
-    without_secrets,
-)
+from mmr1_ds.logging import MetricsLogger, check_loggers, configure_logging
+from mmr1_ds.progress import format_duration
+from mmr1_ds.redaction import without_secrets
+from mmr1_ds.writers import ConsoleWriter, JsonLinesWriter
 
 
 def open_logger(run_dir, names=("console", "jsonl"), resumed_step=0, total_steps=10, is_main=True):

@@ -7,11 +7,11 @@ import pytest
 from test_batches import B, Data, Encoder, FakeCollector, N, P, Ranks, make, rewards
 from test_coordinator import SingleProcess, on_ranks
 
-from mmr1_ds.collect import StageClock
 from mmr1_ds.partial_batches import FinishRates, PartialBatchMaker
 from mmr1_ds.preemption import SamplingAbandoned
 from mmr1_ds.records import Response, RolloutGroup, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
+from mmr1_ds.stages import StageClock
 
 LONGEST, BUDGET = 40, 10
 SETTINGS = SamplingSettings(1.0, 1.0, -1, LONGEST)

@@ -95,6 +95,7 @@ def assets(tmp_path_factory):
         },
         "trainer": {
             "max_steps": NUM_STEPS,
+            "report_freq": None,
             "n_gpus_per_node": 2,
             "preemption_seconds": 10,
             "val_freq": 5,

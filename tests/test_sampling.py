@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from test_batches import STEPS, FakeCollector, content, make
 from test_coordinator import SingleProcess
 
-from mmr1_ds.collect import StageClock
 from mmr1_ds.distributed import batch_slots
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.sampling import Sampling, read_samplings, write_samplings
+from mmr1_ds.stages import StageClock
 
 SETTINGS = SamplingSettings(1.0, 1.0, -1, 16)
 

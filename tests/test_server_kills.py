@@ -64,6 +64,7 @@ def run_config(folder: Path, num_steps: int) -> Path:
         },
         "trainer": {
             "max_steps": num_steps,
+            "report_freq": None,
             "n_gpus_per_node": 1,
             "val_before_train": False,
             "run_dir": str(folder / "run"),

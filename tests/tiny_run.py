@@ -8,6 +8,7 @@ import yaml
 from tiny_models import save_text_model
 
 NUM_PROMPTS = 11
+_OF_TIME = ("timing_s/", "timing_per_token_ms/", "memory_gb/", "perf/")  # metrics that no two runs share
 REWARD = """
 def score(reward_inputs):
     return [{"overall": len(item["response"]) % 3 / 2, "accuracy": float(item["response_length"] % 2)}
@@ -43,6 +44,7 @@ def write_run(folder: Path, num_steps: int) -> Path:
         },
         "trainer": {
             "max_steps": num_steps,
+            "report_freq": None,
             "n_gpus_per_node": 2,
             "save_freq": 1,
             "save_limit": 2,
@@ -57,10 +59,11 @@ def write_run(folder: Path, num_steps: int) -> Path:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """The prompts of every step, every figure that is no time, the last step's curriculum and weights, bit by bit."""
-    assert (one / "draws.jsonl").read_bytes() == (other / "draws.jsonl").read_bytes()
+    for name in ("draws", "observations", "curriculum", "samples"):
+        assert (one / f"{name}.jsonl").read_bytes() == (other / f"{name}.jsonl").read_bytes(), name
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
     for line in lines[0] + lines[1]:
-        for name in [name for name in line if name.startswith(("timing_s/", "perf/"))]:
+        for name in [name for name in line if name.startswith(_OF_TIME)]:
             del line[name]
     assert lines[0] == lines[1]
     last = [run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() for run in (one, other)]

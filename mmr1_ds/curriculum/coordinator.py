@@ -16,6 +16,7 @@ import numpy as np
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum import storage
 from mmr1_ds.curriculum.estimator import EARLY_PROBING, PROBE_RESPONSES, probe_budget
+from mmr1_ds.curriculum.history import TableHistory, batch_metrics, observations
 from mmr1_ds.curriculum.online import OnlineTable
 from mmr1_ds.curriculum.refresh import Refresh
 from mmr1_ds.curriculum.sampler import PromptSampler
@@ -57,7 +58,7 @@ class Coordinator:
         probes = coordinator.next_probes(step)           # none with a full refresh
         coordinator.observe(step, statistics of this rank's groups, probes included)
         coordinator.finish_step(step, the prompts trained on)
-        metrics = coordinator.metrics()
+        metrics, records = coordinator.metrics(), coordinator.take_records()
     """
 
     def __init__(
@@ -107,6 +108,8 @@ class Coordinator:
         self._num_probe_rollouts = 0
         self._num_extra_rollouts = 0  # refresh, probes, and what online filtering dropped
         self._batch_metrics: dict[str, float] = {}
+        self._history = TableHistory()
+        self._records: dict[str, dict[str, Any]] = {}
         # What was drawn for the step underway, and for later ones begun ahead of it; and what came back.
         self._drawn: dict[int, list[np.ndarray]] = {}
         self._observed: list[PromptStatistics] = []
@@ -185,9 +188,13 @@ class Coordinator:
         num_training = self.data.rollout_batch_size * self.num_responses
         self._num_training_rollouts += num_training
         self._num_extra_rollouts += sum(prompt.num_responses for prompt in observed) - num_training
-        self._batch_metrics = _batch_metrics(self.table, [prompt for prompt in observed if not prompt.is_probe])
+        predicted = self.table.predicted_pass_rates(np.array([prompt.index for prompt in observed], dtype=np.int64))
+        self._batch_metrics = batch_metrics(observed, predicted)
+        self._records["observations"] = observations(observed, predicted)
         self.table.finish_step(step, observed, trained)
         _ = self.table.sampling_weights  # computed here, in the time of this stage, and not with the metrics
+        if self._is_online and step % self._renewal_steps == 0:
+            self._record_table("online")
 
     def _gather(self, statistics: Sequence[PromptStatistics], stage: str) -> list[PromptStatistics]:
         return from_records(np.concatenate(self.control.all_gather_array(to_records(statistics), stage)))
@@ -201,8 +208,12 @@ class Coordinator:
         """
         if not self._is_curriculum or self._is_online:
             return False
-        interval = self.data.curriculum_update_freq or self.steps_per_epoch
-        return self._last_refresh_step == _NEVER or step - self._last_refresh_step >= interval
+        return self._last_refresh_step == _NEVER or step - self._last_refresh_step >= self._renewal_steps
+
+    @property
+    def _renewal_steps(self) -> int:
+        """Steps between refreshes; online, between looks at the table."""
+        return self.data.curriculum_update_freq or self.steps_per_epoch
 
     def refresh_chunks(self) -> Iterator[np.ndarray]:
         """Prompts to roll out, a chunk over all ranks at a time, int64; those of an interrupted refresh left out.
@@ -267,6 +278,7 @@ class Coordinator:
         if self._is_rank_0:
             assert isinstance(self.table, CurriculumTable)
             self.table.replace_scores(refresh.scores, refresh.pass_rates, refresh.num_responses, step)
+            self._record_table("full")
         self._last_refresh_step = step
         self._refresh = None
 
@@ -289,9 +301,19 @@ class Coordinator:
             "curriculum/consumed_batches": float(self._num_draws),
             "curriculum/random_position": float(self._sampler.random_position(self._num_draws)),
         }
+        metrics["perf/num_rollouts"] = float(self._num_training_rollouts + self._num_extra_rollouts)
         if self._num_training_rollouts:
             metrics["curriculum/extra_rollout_fraction"] = self._num_extra_rollouts / self._num_training_rollouts
         return metrics | self.table.metrics() | self._batch_metrics
+
+    def take_records(self) -> dict[str, dict[str, Any]]:
+        """What there is to keep of the last step or refresh, by its name in `writers.RECORDS`, on rank 0; once."""
+        records, self._records = self._records, {}
+        return records
+
+    def _record_table(self, kind: str) -> None:
+        looks = self._history.look(self.table.sampling_weights, self.table.known_pass_rates())
+        self._records["curriculum"] = {"kind": kind, **looks}
 
     # Saving
 
@@ -312,6 +334,7 @@ class Coordinator:
             "numbers": self.table.numbers(),
             "table": self.table.arrays(),
             "refresh": self._refresh.state_dict() if self._refresh is not None else {},
+            "history": self._history.arrays(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -370,7 +393,8 @@ class Coordinator:
         self._num_training_rollouts = state["num_training_rollouts"]
         self._num_extra_rollouts = state["num_extra_rollouts"]
         self._num_probe_rollouts = state["num_probe_rollouts"]
-        self._batch_metrics = {}
+        self._batch_metrics, self._records = {}, {}
+        self._history.load(state.get("history", {}), positions)
         header = [state["last_refresh_step"], state["last_step"], state["num_draws"], bool(state["refresh"])]
         return np.array(header, dtype=np.int64)
 
@@ -390,18 +414,3 @@ class Coordinator:
             "steps of the run": self.num_steps if self._is_online else 0,
             "worker.rollout.n": self.num_responses,
         }
-
-
-def _batch_metrics(table: CurriculumTable | OnlineTable, observed: Sequence[PromptStatistics]) -> dict[str, float]:
-    if not observed:
-        return {}
-    metrics = {"curriculum/effective_group_fraction": sum(p.is_effective for p in observed) / len(observed)}
-    predicted = table.predicted_pass_rates(np.array([prompt.index for prompt in observed], dtype=np.int64))
-    pass_rates = np.array([prompt.pass_rate for prompt in observed])
-    num_scored = np.array([prompt.num_responses - prompt.num_unscored for prompt in observed], dtype=np.float64)
-    tested = ~np.isnan(predicted) & ~np.isnan(pass_rates)
-    if tested.any():
-        p, q = pass_rates[tested], predicted[tested]
-        losses = -(p * np.log(q) + (1.0 - p) * np.log1p(-q))
-        metrics["curriculum/log_loss"] = float(np.average(losses, weights=num_scored[tested]))
-    return metrics

@@ -90,6 +90,13 @@ class OnlineTable:
         """The stalest prompts outside `exclude`, (K,) int64, K <= num_probes."""
         return self._filter.probes(num_probes, exclude)
 
+    def known_pass_rates(self) -> np.ndarray:
+        """E[p] of the prompts that were observed, (P,); NaN of the others, which the prior alone speaks of."""
+        seen = self._filter.last_seen_step >= 0
+        rates = np.full(len(self), np.nan)
+        rates[seen] = self._filter.predicted_pass_rates(np.flatnonzero(seen))
+        return rates
+
     def predicted_pass_rates(self, indices: np.ndarray) -> np.ndarray:
         """E[p] of the next response, (K,) in (0, 1)."""
         return self._filter.predicted_pass_rates(indices)

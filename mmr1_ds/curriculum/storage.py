@@ -17,7 +17,7 @@ def write_state(state: Mapping[str, Any], folder: Path) -> None:
     """Write `curriculum.safetensors` and `curriculum.json` into an existing folder."""
     from safetensors.numpy import save_file
 
-    groups = {name: value for name, value in state.items() if name in ("table", "refresh")}
+    groups = {name: value for name, value in state.items() if name in ("table", "refresh", "history")}
     numbers = {name: value for name, value in state.items() if name not in groups}
     save_file(
         {f"{group}.{name}": array for group, arrays in groups.items() for name, array in arrays.items()},
@@ -37,7 +37,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{folder / _NUMBERS} has format {found}, this version reads {_FORMAT}; "
             "set trainer.resume=false to begin anew"
         )
-    state |= {"table": {}, "refresh": {}}
+    state |= {"table": {}, "refresh": {}, "history": {}}
     for key, array in load_file(folder / _ARRAYS).items():
         group, name = key.split(".", 1)
         state[group][name] = array

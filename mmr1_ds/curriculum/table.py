@@ -88,6 +88,10 @@ class CurriculumTable:
         """Nothing beyond the weights."""
         return {}
 
+    def known_pass_rates(self) -> np.ndarray:
+        """(P,) of the last refresh; NaN where there is none."""
+        return self.column("pass_rate")
+
     def predicted_pass_rates(self, indices: np.ndarray) -> np.ndarray:
         """(p N + 1/2) / (N + 1) of the last refresh's pass rates, in (0, 1); NaN where there is none."""
         num_responses = self._columns["num_responses"][indices].astype(np.float64)

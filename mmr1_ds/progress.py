@@ -1,0 +1,123 @@
+"""How far a run has come, on a terminal as bars, elsewhere as log lines now and then."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+FIGURES = (  # that matter at a glance: label, metric, format
+    ("reward", "reward/overall", ".3f"),
+    ("accuracy", "reward/accuracy", ".3f"),
+    ("effective", "curriculum/effective_group_fraction", ".2f"),
+    ("length", "response_length/mean", ".1f"),
+    ("val accuracy", "val/accuracy_reward", ".3f"),
+)
+
+
+def is_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+@contextmanager
+def progress(total: int, description: str, with_lines: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show how far a long stage has come. Yields a function that takes how many more are done.
+
+    A bar on a terminal; elsewhere, `with_lines`, a log line about every tenth of the way.
+    """
+    if is_terminal():
+        with _bar(total, description, leave=False) as bar:
+            yield lambda count: bar.update(count) and None
+    elif with_lines:
+        yield _LineProgress(total, description).advance
+    else:
+        yield lambda count: None
+
+
+@contextmanager
+def _bar(total: int, description: str, **options: Any) -> Iterator[Any]:
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
+
+    with (
+        logging_redirect_tqdm([logging.getLogger("mmr1_ds")]),
+        tqdm(total=total, desc=description, disable=False, dynamic_ncols=True, **options) as bar,
+    ):
+        yield bar
+
+
+class _LineProgress:
+    """A log line whenever another tenth of the way is done."""
+
+    def __init__(self, total: int, description: str) -> None:
+        self.total, self.description = total, description
+        self.done = 0
+        self.started = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        tenths_before = self.done * 10 // max(1, self.total)
+        self.done += count
+        if self.done * 10 // max(1, self.total) > tenths_before:
+            elapsed = time.monotonic() - self.started
+            left = elapsed / self.done * max(0, self.total - self.done)
+            logger.info("%s: %d of %d, %s left", self.description, self.done, self.total, format_duration(left))
+
+
+class TimeLeft:
+    """Seconds to the last step, from the clock between recent steps: refreshes, validation and saving count too."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._recent_seconds: deque[float] = deque(maxlen=20)  # a step
+        self._previous: tuple[int, float] | None = None  # step logged last, and when
+
+    def after(self, step: int, metrics: Mapping[str, float]) -> float | None:
+        """Call once a log line. None: nothing is known yet."""
+        now = time.monotonic()
+        if self._previous is None:
+            # The clock has run since before the models loaded: believe the step's own timing.
+            if "timing_s/step" in metrics:
+                self._recent_seconds.append(metrics["timing_s/step"])
+        elif step > self._previous[0]:
+            self._recent_seconds.append((now - self._previous[1]) / (step - self._previous[0]))
+        self._previous = (step, now)
+        if not self._recent_seconds:
+            return None
+        return sum(self._recent_seconds) / len(self._recent_seconds) * max(0, self._total_steps - step)
+
+
+class StepBar:
+    """A bar over the steps of the run, with the figures that matter and the time left. For a terminal."""
+
+    def __init__(self, total_steps: int, resumed_step: int) -> None:
+        self._time_left = TimeLeft(total_steps)
+        self._shown: dict[str, str] = {}
+        self._stack = ExitStack()
+        form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+        self._bar = self._stack.enter_context(_bar(total_steps, "training", initial=resumed_step, bar_format=form))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        # Validation comes every few steps: its figure stays until the next.
+        self._shown |= {label: f"{metrics[name]:{form}}" for label, name, form in FIGURES if name in metrics}
+        left = self._time_left.after(step, metrics)
+        figures = [f"{label} {value}" for label, value in self._shown.items()]
+        self._bar.n = step
+        self._bar.set_postfix_str(", ".join(figures if left is None else [*figures, f"{format_duration(left)} left"]))
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def format_duration(seconds: float) -> str:
+    """42 s, 3:05 or 1:02:03."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    hours, minutes = total // 3600, total // 60 % 60
+    return f"{hours}:{minutes:02d}:{total % 60:02d}" if hours else f"{minutes}:{total % 60:02d}"
