@@ -4,7 +4,7 @@
 # make chaos    kill ranks of short runs, KILLS=100 times, and compare with a run that was left alone
 # make sanitize fuzz the C++ under the address and undefined-behaviour sanitizers (SMALL=, LARGE=, SEED= inputs)
 # make gpu-check  every check that needs a GPU, benchmarks and a short demo; report in runs/gpu_check
-# make docs     write docs/configuration.md anew
+# make docs     write docs/configuration.md anew and build the documentation in build/docs; a dead link is an error
 # make setup    the virtual environment alone; the others call it
 # make clean    build leftovers and caches; distclean: .venv and the demo's assets too. Neither touches a run.
 
@@ -69,6 +69,8 @@ sanitize:
 
 docs: setup
 	$(PYTHON) -c "from mmr1_ds.config_reference import markdown; open('docs/configuration.md', 'w').write(markdown())"
+	$(PYTHON) -m sphinx -q -W --keep-going -b html -d build/docs_trees docs build/docs
+	@echo "docs: build/docs/index.html"
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ from mmr1_ds import config_reference, export, score, serve, submit, train
 from mmr1_ds.config_loading import LOCAL_RANK
 from mmr1_ds.distributed import leave
 from mmr1_ds.planning import command as planning
+from mmr1_ds.report import command as report
 
 _ARGUMENTS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
 _EVAL = ("trainer.val_only=true", "trainer.save_freq=-1")
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return planning.main(arguments)
     if arguments.command == "export":
         return export.main(arguments)
+    if arguments.command == "report":
+        return report.main(arguments)
     if arguments.command == "keys":
         return _print_keys(arguments.part)
     settings = [*arguments.settings, *_EVAL] if arguments.command == "eval" else arguments.settings
@@ -73,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("plan", help="reckon memory, time a step and the curriculum's cost, before queueing"),
         _ARGUMENTS,
     )
+    words = "write the report of a run, or of several side by side, as one HTML file and pictures"
+    report.add_arguments(commands.add_parser("report", help=words, description=words))
     words = "every configuration key with its default and meaning"
     keys = commands.add_parser("keys", help=words, description=words)
     keys.add_argument("part", nargs="?", default="", help="only names that contain it, as curriculum or trainer.save")

@@ -45,30 +45,73 @@ class Writer:
         """Nothing is left unwritten."""
 
 
+class _Lines:
+    """A file of lines. What the disk does not take waits in memory for the next line: a run goes on without."""
+
+    def __init__(self, path: Path, last_line_bytes: int = 0) -> None:
+        """last_line_bytes: of the line that `replace_last` may put another in place of; 0 = none."""
+        self._path = path
+        self._offset = (path.stat().st_size if path.exists() else 0) - last_line_bytes  # of the first line in memory
+        self._written = self._path.read_bytes()[self._offset :] if last_line_bytes else b""  # may be replaced
+        self._waiting: list[bytes] = []
+
+    def append(self, line: bytes, is_final: bool = True) -> None:
+        """is_final: the line will not be replaced."""
+        self._offset += len(self._written)
+        self._written = b""
+        self._waiting.append(line)
+        self._write(is_final)
+
+    def replace_last(self, line: bytes) -> None:
+        if self._waiting:
+            self._waiting[-1] = line
+        else:
+            self._waiting, self._written = [line], b""
+        self._write(is_final=False)
+
+    def _write(self, is_final: bool) -> None:
+        try:
+            with self._path.open("r+b" if self._path.exists() else "wb") as file:
+                # Over the old line, then cut: cut first, a kill in between would lose it.
+                file.seek(self._offset)
+                file.write(b"".join(self._waiting))
+                file.truncate()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                logger.warning("%s is not written (%s); its lines are kept in memory till it is", self._path, error)
+            return
+        self._offset += sum(map(len, self._waiting[:-1]))
+        self._written = self._waiting[-1]
+        self._waiting = []
+        if is_final:
+            self._offset += len(self._written)
+            self._written = b""
+
+
 class JsonLinesWriter(Writer):
     """`metrics.jsonl`, one flat object a step, and a file for each of `RECORDS`. Nothing stays open between calls."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
-        self._metrics_path = run_dir / "metrics.jsonl"
-        self._paths = {name: run_dir / f"{name}.jsonl" for name in RECORDS}
-        for path in (self._metrics_path, *self._paths.values()):
+        paths = {name: run_dir / f"{name}.jsonl" for name in ("metrics", *RECORDS)}
+        for path in paths.values():
             _drop_lines_after(path, resumed_step)
-        self._last, self._last_offset = _last_line(self._metrics_path)
+        self._last, length = _last_line(paths["metrics"])
+        self._metrics = _Lines(paths["metrics"], length)
+        self._records = {name: _Lines(paths[name]) for name in RECORDS}
         self.elapsed_seconds = float(self._last.get("perf/elapsed_seconds") or 0.0)  # of the run so far
-        self._last_renewal = _last_line(self._paths["curriculum"])[0].get("step", -1)
+        self._last_renewal = _last_line(paths["curriculum"])[0].get("step", -1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         last_step = self._last.get("step", -1)
         assert step >= last_step, f"step {step} logged after step {last_step}"
-        with self._metrics_path.open("r+b" if self._metrics_path.exists() else "wb") as file:
-            if step > last_step:
-                self._last = {"step": step}
-                self._last_offset = file.seek(0, os.SEEK_END)
-            self._last |= {name: _json_number(value) for name, value in metrics.items()}
-            # Over the old line, then cut: cut first, a kill in between would lose the step.
-            file.seek(self._last_offset)
-            file.write(json.dumps(self._last).encode() + b"\n")
-            file.truncate()
+        is_new = step > last_step
+        self._last = {"step": step} if is_new else self._last
+        self._last |= {name: _json_number(value) for name, value in metrics.items()}
+        line = json.dumps(self._last).encode() + b"\n"
+        if is_new:
+            self._metrics.append(line, is_final=False)
+        else:
+            self._metrics.replace_last(line)
 
     def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
@@ -80,8 +123,7 @@ class JsonLinesWriter(Writer):
             if step <= self._last_renewal:
                 return
             self._last_renewal = step
-        with self._paths[name].open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        self._records[name].append(json.dumps({"step": step, **row}, ensure_ascii=False).encode() + b"\n")
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -103,11 +145,9 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 def _last_line(path: Path) -> tuple[dict[str, Any], int]:
-    """The last object of a JSON lines file, and where its line begins; ({}, 0) without one."""
+    """The last object of a JSON lines file and the length of its line in bytes; ({}, 0) without one."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if not lines:
-        return {}, 0
-    return json.loads(lines[-1]), sum(map(len, lines[:-1]))
+    return (json.loads(lines[-1]), len(lines[-1])) if lines else ({}, 0)
 
 
 def _json_number(value: float) -> float | None:

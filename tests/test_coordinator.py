@@ -475,3 +475,16 @@ def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_a_refresh_goes_on_when_the_disk_does_not_take_what_it_found(tmp_path):
+    (tmp_path / "a_file").write_text("")
+    coordinator = make()
+    coordinator.resume_refresh(tmp_path / "missing", "the key")
+    for chunk in coordinator.refresh_chunks():
+        coordinator.observe_refresh([answer(i, 1) for i in chunk])
+        coordinator.save_refresh(tmp_path / "a_file" / "refresh.safetensors", "the key")  # no folder can be made there
+    coordinator.finish_refresh(1)
+    whole = make()
+    refresh(whole, 1)
+    np.testing.assert_array_equal(coordinator.table.sampling_weights, whole.table.sampling_weights)

@@ -287,6 +287,8 @@ def test_the_summary_names_the_first_and_last_validation_and_what_there_is(tmp_p
         f"metrics: {tmp_path / 'metrics.jsonl'}",
         f"checkpoints: {tmp_path / 'checkpoints'}",
     ]
+    (tmp_path / "report.html").write_text("")
+    assert summary.summarise(tmp_path).splitlines()[-1] == str(tmp_path / "report.html")
 
 
 def test_the_summary_of_a_run_without_validation_or_without_metrics_is_one_line(tmp_path, capsys):

@@ -1,8 +1,10 @@
+import errno
 import json
 import logging
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,9 @@ from mmr1_ds.writers import ConsoleWriter, JsonLinesWriter
 def open_logger(run_dir, names=("console", "jsonl"), resumed_step=0, total_steps=10, is_main=True):
     trainer = TrainerConfig(logger=list(names), experiment_name="trial", project_name="mmr1_ds")
     return MetricsLogger.open(trainer, run_dir, total_steps, resumed_step, {"data": {"seed": 1}}, is_main)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def read_lines(path):
@@ -207,6 +212,81 @@ def test_tensorboard(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("reward/overall")] == [(1, 0.5), (2, 1.0), (3, 30.0)]
 
 
+def test_bar_over_the_steps_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with open_logger(tmp_path, resumed_step=4) as log:
+        log.log(5, {"reward/overall": 0.25, "val/accuracy_reward": 0.5, "timing_s/step": 2.0})
+        log.log(6, {"reward/overall": 0.75})
+        with log.progress(3, "checkpoint of step 6", with_lines=False) as advance:
+            advance(3)
+    shown = capsys.readouterr().err
+    assert "5/10 steps, reward 0.250, val accuracy 0.500, 10 s left" in shown
+    assert "6/10 steps, reward 0.750, val accuracy 0.500" in shown  # the validation's figure stays
+    assert "checkpoint of step 6" in shown
+
+
+def test_no_bar_elsewhere(tmp_path, capsys):
+    with open_logger(tmp_path) as log, log.progress(3, "checkpoint", with_lines=False) as advance:
+        log.log(5, {"reward/overall": 0.25})
+        advance(3)
+    assert capsys.readouterr().err == ""
+
+
+RENEWAL = {"kind": "full", "weight_counts": [1, 0, 2], "pass_rate_counts": [3, 0, 0], "num_unknown": 0}
+
+
+def test_records_are_lines_of_their_own_files(tmp_path):
+    with open_logger(tmp_path) as log:
+        log.record("curriculum", 0, RENEWAL)
+        log.record("draws", 1, {"prompts": [3, 5]})
+        log.record("draws", 2, {"prompts": [4]})
+    with open_logger(tmp_path, resumed_step=1) as log:
+        log.record("curriculum", 0, RENEWAL | {"kind": "again"})  # refreshed again by a run that was stopped in it
+        log.record("curriculum", 1, RENEWAL)
+    assert read_lines(tmp_path / "draws.jsonl") == [{"step": 1, "prompts": [3, 5]}]
+    assert read_lines(tmp_path / "curriculum.jsonl") == [{"step": step, **RENEWAL} for step in (0, 1)]
+
+
+def test_the_time_at_work_goes_on_where_it_was(tmp_path):
+    with open_logger(tmp_path) as log:
+        log.log(1, {"perf/elapsed_seconds": 500.0})
+        log.log(2, {"perf/elapsed_seconds": 900.0})
+    with open_logger(tmp_path, resumed_step=1) as log:
+        assert 500.0 <= log.elapsed_seconds < 600.0
+
+
+def test_histograms_in_tensorboard(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with open_logger(tmp_path, names=["tensorboard"]) as log:
+        log.record("curriculum", 4, RENEWAL)
+        log.record("draws", 4, {"prompts": [1]})
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Histograms("curriculum/weight_histogram")
+    assert event.step == 4 and event.histogram_value.num == 3
+    assert event.histogram_value.sum == pytest.approx(1 / 6 + 2 * 5 / 6)
+    assert list(event.histogram_value.bucket) == [1, 0, 2]
+
+
+def test_a_full_disk_costs_no_step_and_no_line(tmp_path, monkeypatch, messages):
+    with open_logger(tmp_path, names=[]) as log:
+        log.log(1, {"a": 1})
+        log.record("draws", 1, {"prompts": [1]})
+        real = Path.open
+        monkeypatch.setattr(Path, "open", lambda *arguments, **options: (_ for _ in ()).throw(FULL))
+        for step in (2, 3):
+            log.log(step, {"a": step})
+            log.record("draws", step, {"prompts": [step]})
+        monkeypatch.setattr(Path, "open", real)
+        log.log(3, {"b": 3})
+        log.record("draws", 4, {"prompts": [4]})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert read_lines(tmp_path / "metrics.jsonl")[-1] == {"step": 3, "a": 3.0, "b": 3.0}
+    assert [line["step"] for line in read_lines(tmp_path / "draws.jsonl")] == [1, 2, 3, 4]
+    warnings = [record.getMessage() for record in messages.records]
+    assert len(warnings) == 2 and "No space left on device" in warnings[0] and "kept in memory" in warnings[0]
+
+
 @pytest.fixture
 def fake_wandb(monkeypatch):
     calls = []
@@ -222,6 +302,7 @@ def fake_wandb(monkeypatch):
     fake.init = lambda **arguments: calls.append(arguments) or Run()
     fake.Settings = lambda **arguments: arguments
     fake.Table = lambda columns, data: (columns, data)
+    fake.Histogram = lambda np_histogram: [values.tolist() for values in np_histogram]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -246,12 +327,15 @@ def test_wandb_gets_metrics_generations_and_config(tmp_path, fake_wandb):
     with open_logger(tmp_path, names=["wandb"]) as log:
         log.log(3, {"a": 1.0})
         log.generations(3, [{"prompt": "p", "score": 1}, {"score": 2, "prompt": "q"}])
+        log.record("curriculum", 3, RENEWAL)
     started, *logged = fake_wandb
     assert (started["project"], started["name"], started["dir"]) == ("mmr1_ds", "trial", str(tmp_path))
     assert started["config"] == {"data": {"seed": 1}}
     assert logged == [
         (3, {"a": 1.0}),
         (3, {"val/generations": (["prompt", "score"], [["p", 1], ["q", 2]])}),
+        (3, {"curriculum/weight_histogram": [[1, 0, 2], [0.0, 1 / 3, 2 / 3, 1.0]]}),
+        (3, {"curriculum/pass_rate_histogram": [[3, 0, 0], [0.0, 1 / 3, 2 / 3, 1.0]]}),
         "finished",
     ]
 

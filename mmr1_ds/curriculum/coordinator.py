@@ -244,9 +244,12 @@ class Coordinator:
             refresh.num_responses[prompt.index] = prompt.num_responses
 
     def save_refresh(self, path: Path, key: str) -> None:
-        """Keep what the refresh underway has found so far in a file of its own. Rank 0 writes, the others return."""
+        """Keep what the refresh underway has found so far in a file of its own. Rank 0 writes, the others return.
+
+        A disk that does not take it costs only what a kill would lose.
+        """
         if self._is_rank_0 and self._refresh is not None:
-            self._refresh.save(path, key)
+            self._refresh.save_if_possible(path, key)
 
     def resume_refresh(self, path: Path, key: str) -> int:
         """Take up the refresh that `save_refresh` left under the same key, unless one is underway. Collective.

@@ -42,6 +42,15 @@ class Refresh:
             os.fsync(file.fileno())
         temporary.rename(path)
 
+    def save_if_possible(self, path: Path, key: str) -> None:
+        """As `save`; a disk that fails it is told of, no more."""
+        from safetensors import SafetensorError
+
+        try:
+            self.save(path, key)
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s is not written (%s): a kill now would lose what the refresh has found", path, error)
+
     def resume(self, path: Path, key: str) -> bool:
         """Take over what `save` wrote under the same key. Returns: whether there was such a file, undamaged."""
         from safetensors import SafetensorError, safe_open

@@ -19,6 +19,7 @@ PLACES = (
     ("logs", "logs"),
     ("checkpoints", "checkpoints"),
 )
+REPORT = "report.html"
 
 
 def summarise(run_dir: Path) -> str:
@@ -39,6 +40,8 @@ def summarise(run_dir: Path) -> str:
     if fractions:
         lines.append(f"groups that taught something: {sum(fractions) / len(fractions):.0%} over {len(fractions)} steps")
     lines += [f"{name}: {run_dir / part}" for name, part in PLACES if (run_dir / part).exists()]
+    if (run_dir / REPORT).exists():
+        lines += ["the report, for a browser:", str(run_dir / REPORT)]
     return "\n".join(lines)
 
 

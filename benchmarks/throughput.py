@@ -1,0 +1,202 @@
+"""Throughput of whole training runs: tokens a second, seconds a step by stage, memory, with and without the curriculum.
+
+    python benchmarks/throughput.py                                     the demo's model: shuffle, full VAS, online VAS
+    python benchmarks/throughput.py --config mmr1_h100 --models Qwen/Qwen2.5-VL-7B-Instruct --lengths 2048:4096 \\
+        -- data.train_files=/path/to/training/data
+    python benchmarks/throughput.py --compare old.json new.json
+
+Every cell of the grid is a real run, started as users start theirs; cells take turns, so that a machine that drifts
+slows all of them. docs/throughput.md has the schema of what is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from throughput_figures import Settings, model_shape, over_repeats, read_rows, run_figures
+from throughput_report import SCHEMA, compare, plot, read, table, write
+
+from mmr1_ds.config_loading import load_config
+from mmr1_ds.environment import describe_environment
+from mmr1_ds.errors import UserError
+from mmr1_ds.planning.hardware import GPUS
+from mmr1_ds.train import gpu_is_here
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLING = {
+    "shuffle": ("data.sampling_strategy=shuffle",),
+    "full": ("data.sampling_strategy=curriculum", "data.curriculum_refresh=full"),
+    "online": ("data.sampling_strategy=curriculum", "data.curriculum_refresh=online"),
+}
+QUIET = (  # of what a benchmark does not measure
+    "trainer.val_before_train=false",
+    "trainer.val_freq=-1",
+    "trainer.save_freq=-1",
+    "trainer.resume=false",
+    "trainer.report_freq=null",
+    "trainer.logger=[console]",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    model: str | None  # None: the config's
+    ranks: int
+    engine: str
+    lengths: str | None  # prompt:response in tokens
+    sampling: str
+
+    def settings(self) -> list[str]:
+        found = [*SAMPLING[self.sampling], f"worker.rollout.engine={self.engine}"]
+        if self.model is not None:
+            found.append(f"worker.actor.model.model_path={self.model}")
+        if self.lengths is not None:
+            prompt, response = self.lengths.split(":")
+            found += [f"data.max_prompt_length={prompt}", f"data.max_response_length={response}"]
+        return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns: 1 when a cell failed, 2 for a user's mistake."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.compare:
+            sys.stdout.write(compare(*(read(path) for path in options.compare)) + "\n")
+            return 0
+        found = measure(options)
+    except UserError as error:
+        sys.stderr.write(f"throughput: error: {error}\n")
+        return 2
+    write(found, options.work_dir / "throughput.json")
+    whole = [cell for cell in found["cells"] if not cell["error"]]
+    if whole:
+        plot(found, options.work_dir / "throughput.png")
+    sys.stdout.write(f"\n{table(found)}\n\n{options.work_dir / 'throughput.json'}\n")
+    return 0 if len(whole) == len(found["cells"]) else 1
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the grid. Raises: UserError before the first run for settings that cannot be."""
+    on_gpu = gpu_is_here()
+    ranks = options.ranks or [describe_environment(1, on_gpu)["num_gpus"] or 2]
+    lengths = options.lengths or [None]
+    for length in filter(None, lengths):
+        if not all(part.isdigit() for part in length.split(":")) or length.count(":") != 1:
+            raise UserError(f"--lengths {length}: give prompt:response in tokens, as 1024:2048")
+    grid = itertools.product(options.models or [None], ranks, options.engines, lengths, options.sampling)
+    cells = [Cell(*part) for part in grid]
+    base = [f"config={options.config}", *options.settings]
+    configs = [load_config([*base, *cell.settings()]).config for cell in cells]
+    steps = options.warmup + options.steps
+    repeats: list[list[dict[str, float]]] = [[] for _ in cells]
+    errors: list[str | None] = [None] * len(cells)
+    for repeat in range(options.repeats):
+        for number, (cell, config) in enumerate(zip(cells, configs, strict=True)):
+            if errors[number]:
+                continue
+            name = f"{number}_{cell.sampling}_{repeat}"
+            sys.stderr.write(f"run {repeat * len(cells) + number + 1} of {options.repeats * len(cells)}: {cell}\n")
+            run_dir = options.work_dir / name
+            refreshed = [f"data.curriculum_update_freq={options.warmup}"] if cell.sampling == "full" else []
+            command = [
+                *shlex.split(options.launcher.format(ranks=cell.ranks)), "mmr1_ds.train", *base, *cell.settings(), *QUIET,
+                *refreshed, f"trainer.max_steps={steps}", f"trainer.n_gpus_per_node={cell.ranks}",
+                f"trainer.run_dir={run_dir}",
+            ]  # fmt: skip
+            errors[number] = _run(command, options.work_dir / f"{name}.log", cell.ranks, on_gpu)
+            if errors[number] is None:
+                figures = Settings(
+                    options.warmup, config.data.rollout_batch_size * config.worker.rollout.n,
+                    config.data.curriculum_update_freq or 1, cell.ranks, _peak(options, on_gpu),
+                )  # fmt: skip
+                shape = model_shape(config.worker.actor.model.model_path) if figures.peak_tflops else None
+                try:
+                    repeats[number].append(run_figures(read_rows(run_dir / "metrics.jsonl"), figures, shape))
+                except ValueError as error:
+                    errors[number] = str(error)
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "environment": describe_environment(ranks[0], on_gpu),
+        "settings": {
+            "config": options.config, "steps": options.steps, "warmup": options.warmup, "repeats": options.repeats,
+            "overrides": options.settings, "peak_tflops": _peak(options, on_gpu),
+        },
+        "cells": [
+            {
+                "model": config.worker.actor.model.model_path,
+                "ranks": cell.ranks,
+                "engine": cell.engine,
+                "lengths": f"{config.data.max_prompt_length}:{config.data.max_response_length}",
+                "sampling": cell.sampling,
+                "refresh_steps": config.data.curriculum_update_freq if cell.sampling == "full" else None,
+                "figures": over_repeats(runs) if runs and not error else {},
+                "error": error,
+            }
+            for cell, config, runs, error in zip(cells, configs, repeats, errors, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def _run(command: Sequence[str], log: Path, ranks: int, on_gpu: bool) -> str | None:
+    """Returns: the last lines of the log of a run that failed."""
+    variables = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"  # DeepSpeed looks for ninja there
+    if not on_gpu:
+        variables |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive"}
+        variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode == 0:
+        return None
+    return (
+        "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]) or f"exit code {done.returncode}"
+    )
+
+
+def _peak(options: argparse.Namespace, on_gpu: bool) -> float | None:
+    """1e12 FLOP a second of one device: as told, else by the datasheet of a GPU whose name is known."""
+    if options.peak_tflops is not None or not on_gpu:
+        return options.peak_tflops
+    device = describe_environment(1, on_gpu)["device"].lower()
+    return next((gpu.bf16_tflops for name, gpu in GPUS.items() if name in device), None)
+
+
+def _commit() -> str | None:
+    found = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="for every run, after --")
+    parser.add_argument("--config", default="configs/demo.yaml", help="run config (default: the demo's)")
+    parser.add_argument("--models", nargs="+", metavar="PATH", help="default: the config's")
+    parser.add_argument("--ranks", nargs="+", type=int, help="default: all GPUs, 2 on the CPU")
+    parser.add_argument("--engines", nargs="+", default=["vllm"], choices=["vllm", "hf", "server"])
+    parser.add_argument("--lengths", nargs="+", metavar="PROMPT:RESPONSE", help="default: the config's")
+    parser.add_argument("--sampling", nargs="+", default=list(SAMPLING), choices=list(SAMPLING))
+    parser.add_argument("--steps", type=int, default=12, help="measured (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=4, help="left out before them (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="of every cell (default: %(default)s)")
+    parser.add_argument("--peak-tflops", type=float, help="of one device, for MFU (default: by the GPU's name)")
+    parser.add_argument("--launcher", default="bash launch/deepspeed.sh {ranks}", help="what starts the ranks")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/throughput"), help="(default: %(default)s)")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="two results side by side; runs nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

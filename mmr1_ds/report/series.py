@@ -1,0 +1,75 @@
+"""Arithmetic of curves: smoothing, thinning, mean and band over seeds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+MOST_POINTS = 400  # of a curve: about one a pixel
+_GRID_POINTS = 200
+_FEWEST_TO_SMOOTH = 12
+
+
+def smoothing_reach(num_values: int) -> int:
+    """Values on each side that a moving average takes in: of a short curve a twentieth, of a long one less.
+
+    0 for a curve that is too short to smooth.
+    """
+    return max(1, min(num_values // 20, 10 + num_values // 100)) if num_values >= _FEWEST_TO_SMOOTH else 0
+
+
+def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of the values at most `reach` places away, NaNs left out. Args: values: (S,). Returns: (S,)."""
+    if not reach:
+        return values
+    known = np.isfinite(values)
+    ones = np.ones(2 * reach + 1)
+    middle = slice(reach, reach + len(values))
+    sums = np.convolve(np.where(known, values, 0.0), ones)[middle]
+    counts = np.convolve(known.astype(np.float64), ones)[middle]
+    return np.where(known, sums / np.maximum(counts, 1), np.nan)
+
+
+def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` points, of each stretch the lowest and the highest, so that no spike is lost."""
+    if len(x) <= most:
+        return x, y
+    kept: list[int] = []
+    edges = np.linspace(0, len(x), most // 2 + 1).astype(np.int64)
+    for start, end in itertools.pairwise(edges):
+        stretch = y[start:end]
+        if np.isfinite(stretch).any():
+            kept += sorted({start + int(np.nanargmin(stretch)), start + int(np.nanargmax(stretch))})
+        else:
+            kept.append(int(start))  # stays a gap
+    return x[kept], y[kept]
+
+
+def band(
+    curves: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """Mean, least and largest over seeds.
+
+    Args: curves: (x, y) of each, (S,) each, x rising, without NaN.
+    Returns: x, mean, low, high, (M,) each; where the seeds' x differ on a grid over the stretch that all of them
+        have, by linear interpolation. None when there is no such stretch.
+    """
+    first = curves[0][0]
+    if all(np.array_equal(x, first) for x, _ in curves):
+        grid = first
+    else:
+        start, end = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+        if start > end:
+            return None
+        grid = np.linspace(start, end, _GRID_POINTS)
+    values = np.stack([np.interp(grid, x, y) for x, y in curves])
+    return grid, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of 0 ... count - 1, evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(position) for position in np.linspace(0, count - 1, most)]
