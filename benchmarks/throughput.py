@@ -109,8 +109,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             run_dir = options.work_dir / name
             refreshed = [f"data.curriculum_update_freq={options.warmup}"] if cell.sampling == "full" else []
             command = [
-                *shlex.split(options.launcher.format(ranks=cell.ranks)), "mmr1_ds.train", *base, *cell.settings(), *QUIET,
-                *refreshed, f"trainer.max_steps={steps}", f"trainer.n_gpus_per_node={cell.ranks}",
+                *shlex.split(options.launcher.format(ranks=cell.ranks)), "mmr1_ds.train", *base, *cell.settings(),
+                *QUIET, *refreshed, f"trainer.max_steps={steps}", f"trainer.n_gpus_per_node={cell.ranks}",
                 f"trainer.run_dir={run_dir}",
             ]  # fmt: skip
             errors[number] = _run(command, options.work_dir / f"{name}.log", cell.ranks, on_gpu)
@@ -193,7 +193,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=2, help="of every cell (default: %(default)s)")
     parser.add_argument("--peak-tflops", type=float, help="of one device, for MFU (default: by the GPU's name)")
     parser.add_argument("--launcher", default="bash launch/deepspeed.sh {ranks}", help="what starts the ranks")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/throughput"), help="(default: %(default)s)")
+    work = Path("runs/throughput")
+    parser.add_argument(
+        "--work-dir", type=lambda path: Path(path).resolve(), default=work.resolve(), help=f"(default: {work})"
+    )
     parser.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="two results side by side; runs nothing")
     return parser
 

@@ -80,7 +80,7 @@ def _utilisation(
     shape: ModelShape,
     peak_tflops: float,
 ) -> dict[str, float]:
-    """Model FLOP over what the devices could do: what checkpointing computes again does not count, nor the vision tower.
+    """Model FLOP over what the devices could do; the vision tower and what checkpointing computes again do not count.
 
     `mfu_update`: forward and backward over the update's seconds. `mfu`: those, the forwards of log-probabilities and
     of sampling, over the whole step.

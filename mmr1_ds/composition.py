@@ -155,7 +155,7 @@ def _open_run(config: RunConfig, start: tuple[int, Path] | None, num_steps: int,
     if ranks.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        write_environment(run_dir, ranks.size, ranks.on_gpu)
+        write_environment(run_dir, ranks.size, ranks.on_gpu, num_steps)
     ranks.barrier("make the run directory")
     settings = dataclasses.asdict(config)
     return MetricsLogger.open(config.trainer, run_dir, num_steps, step, settings, is_main=ranks.rank == 0)

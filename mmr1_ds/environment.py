@@ -30,9 +30,9 @@ def describe_environment(num_ranks: int, on_gpu: bool) -> dict[str, Any]:
     }
 
 
-def write_environment(run_dir: Path, num_ranks: int, on_gpu: bool) -> None:
-    """As `environment.json` in the run directory."""
-    text = json.dumps(describe_environment(num_ranks, on_gpu), indent=1)
+def write_environment(run_dir: Path, num_ranks: int, on_gpu: bool, total_steps: int) -> None:
+    """As `environment.json` in the run directory, with the number of the run's steps."""
+    text = json.dumps(describe_environment(num_ranks, on_gpu) | {"total_steps": total_steps}, indent=1)
     (run_dir / "environment.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -51,7 +51,10 @@ class StageMemory:
         if not self._on_gpu:
             return {}
         self._note_peaks()
-        return {f"perf/max_memory_{name}_gb": size / 1e9 for name, size in self._most.items()}
+        return {
+            "perf/max_memory_allocated_gb": self._most["allocated"] / 1e9,
+            "perf/max_memory_reserved_gb": self._most["reserved"] / 1e9,
+        }
 
     def _note_peaks(self) -> None:
         import torch

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from mmr1_ds.config_checks import check_config
 from mmr1_ds.config_loading import dump_config, load_config
 from mmr1_ds.deepspeed_config import resolve_deepspeed
 from mmr1_ds.input_files import check_data
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import throughput
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS = {
@@ -158,6 +162,14 @@ def options(path: Path) -> set[str]:
     }
 
 
+def throughput_run(command: str, folder: Path) -> None:
+    """Of minutes; test_throughput runs a small one. Also as a job: what it would call."""
+    words = shlex.split(re.split(r"throughput\.(?:py|sbatch)", command)[1])
+    options = throughput._parser().parse_args(words)
+    for name in [] if options.compare else options.sampling:
+        load_config([f"config={options.config}", *options.settings, *throughput.SAMPLING[name]])
+
+
 def pytest_run(command: str, folder: Path) -> None:
     words = shlex.split(command.partition("pytest")[2])
     files = [word for word in words if word.endswith(".py")]
@@ -177,7 +189,8 @@ KINDS: list[tuple[str, Callable[[str, Path], None]]] = [
     (r"(\w+=\S+ )*make ", make),
     (r"mmr1-ds ", ours),
     (r"(\.venv/bin/)?python -m pytest |pytest ", pytest_run),
-    (r"python (benchmarks|docs)/\w+\.py", script),
+    (r"python (benchmarks|docs)/(?!throughput)\w+\.py", script),
+    (r"(python benchmarks/throughput\.py|sbatch .* launch/throughput\.sbatch)", throughput_run),
     ("|".join(map(re.escape, NOT_EXECUTED)), not_executed),
 ]
 
