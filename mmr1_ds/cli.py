@@ -12,6 +12,7 @@ from mmr1_ds.config_loading import LOCAL_RANK
 from mmr1_ds.distributed import leave
 from mmr1_ds.planning import command as planning
 from mmr1_ds.report import command as report
+from mmr1_ds.survey import command as survey
 
 _ARGUMENTS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
 _EVAL = ("trainer.val_only=true", "trainer.save_freq=-1")
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return planning.main(arguments)
     if arguments.command == "export":
         return export.main(arguments)
+    if arguments.command == "data":
+        return survey.main(arguments)
     if arguments.command == "report":
         return report.main(arguments)
     if arguments.command == "keys":
@@ -76,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("plan", help="reckon memory, time a step and the curriculum's cost, before queueing"),
         _ARGUMENTS,
     )
+    words = "look at the data as the trainer will: what it drops and why, lengths, images, answers, prompts rendered"
+    survey.add_arguments(commands.add_parser("data", help=words), _ARGUMENTS)
     words = "write the report of a run, or of several side by side, as one HTML file and pictures"
     report.add_arguments(commands.add_parser("report", help=words, description=words))
     words = "every configuration key with its default and meaning"

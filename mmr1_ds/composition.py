@@ -75,7 +75,8 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         report_freq = None if config.trainer.val_only or ranks.rank > 0 else config.trainer.report_freq
         report = stack.enter_context(LiveReport(run_directory(config), report_freq))
         _tell_start(config, start, num_steps, ranks)
-        loaded = stack.enter_context(ExitStack())  # its bar ends before the first step
+        loaded = stack.enter_context(ExitStack())  # ends before the first step
+        loaded.enter_context(ranks.stage("load the models"))
         advance = loaded.enter_context(metrics_logger.progress(_LOADED_PARTS, "loading the models", with_lines=False))
 
         rollout: RolloutEngine | None = None

@@ -79,6 +79,7 @@ def step_metrics(
         **_spread("critic/score", score),
         **_spread("critic/rewards", reward),
         **_spread("critic/advantages", advantage),
+        **_spread("critic/returns", advantage),  # as EasyR1 has it without a critic
         **_lengths("", length, clipped, prompt_length, max_prompt_length),
     }
     metrics |= stage_metrics(clock, ranks)

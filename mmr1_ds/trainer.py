@@ -161,14 +161,9 @@ class Trainer:
         clock.seconds["step"] = time.perf_counter() - start
         parts.preemption.took(after_sampling=clock.seconds["step"] - clock.seconds.get("gen", 0.0))
         scored = [group.scored for group in batch.groups]
-        metrics |= learning | step_metrics(
-            scored,
-            experience.trajectories,
-            experience.rewards_B,
-            clock,
-            self._config.data.max_prompt_length,
-            parts.ranks,
-        )
+        limit = self._config.data.max_prompt_length
+        metrics |= step_metrics(scored, experience.trajectories, experience.rewards_B, clock, limit, parts.ranks)
+        metrics |= learning  # a critic's returns take the place of the others
         return batch.metrics | metrics | parts.coordinator.metrics()
 
     def _clock(self) -> StageClock:

@@ -15,7 +15,7 @@ from launching import PROGRAMS, ROOT, environment, run_ranks, wait_until
 PROGRAM = "curriculum_until_killed.py"
 NUM_STEPS = 300
 # More by MMR1_DS_KILLS=50; each start takes seconds.
-NUM_KILLS = int(os.environ.get("MMR1_DS_KILLS", "4"))
+NUM_KILLS = int(os.environ.get("MMR1_DS_KILLS", "3"))
 
 
 def drawn(folder: Path, rank: int) -> list[tuple[tuple[int, int], list[int], list[int]]]:

@@ -39,7 +39,7 @@ LAYERS = [
     ["mmr1_ds.config_checks", "mmr1_ds.deepspeed_config", "mmr1_ds.collect", "mmr1_ds.metrics"],
     ["mmr1_ds.batches", "mmr1_ds.samples"],
     ["mmr1_ds.experience", "mmr1_ds.partial_batches"],
-    ["mmr1_ds.plan", "mmr1_ds.planning", "mmr1_ds.trainer", "mmr1_ds.demo"],
+    ["mmr1_ds.plan", "mmr1_ds.planning", "mmr1_ds.trainer", "mmr1_ds.demo", "mmr1_ds.survey"],
     ["mmr1_ds.composition", "mmr1_ds.report"],
     ["mmr1_ds.train"],
     ["mmr1_ds.score", "mmr1_ds.serve", "mmr1_ds.export", "mmr1_ds.submit"],
@@ -47,7 +47,7 @@ LAYERS = [
 ]
 LIGHT = ["errors", "config", "records", "config_loading", "config_checks", "deepspeed_config", "plan", "distributed"]
 LIGHT += ["logging", "curriculum.coordinator", "curriculum.scores", "rewards.pool", "rewards.scoring", "train", "cli"]
-LIGHT += ["score", "serve", "submit"]
+LIGHT += ["score", "serve", "submit", "report.command", "survey.command"]
 
 
 def modules() -> dict[str, Path]:

@@ -10,6 +10,7 @@ import pytest
 from data_fixtures import image, write_vision_model
 from dry_runs import dry_run, linked_checkout, paragraphs
 from launching import ROOT
+from report_fixtures import write_run
 
 from mmr1_ds import cli
 from mmr1_ds.config import ModelConfig
@@ -56,6 +57,27 @@ def test_commands_before_a_run(tmp_path, capsys, monkeypatch, name, said):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert cli.main([*words[1:], "data.prompt_key=question"]) == 0
     assert said in capsys.readouterr().out
+
+
+def test_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(command)[1:] for command in COMMANDS if command.startswith("mmr1-ds report ")]
+    for name in {Path(word).name for words in commands for word in words if word.startswith("runs/")}:
+        write_run(tmp_path / "runs" / name, num_steps=7, total_steps=7)
+    for words in commands:
+        assert cli.main([*words, "--no-png"]) == 0
+        assert Path(capsys.readouterr().out.splitlines()[-1]).stat().st_size > 10_000
+
+
+def test_the_look_at_the_data(tmp_path, capsys):
+    (words,) = (shlex.split(command)[1:] for command in COMMANDS if command.startswith("mmr1-ds data "))
+    (tmp_path / "train.json").write_text(block("json"))
+    image(56, 28).save(tmp_path / "apples.png")
+    paths = {"/path/to/training/data": tmp_path / "train.json", "/path/to/model": write_vision_model(tmp_path / "m")}
+    for path, own in paths.items():
+        words = [word.replace(path, str(own)) for word in words]
+    assert cli.main([*words, "data.prompt_key=question", "data.val_files=null"]) == 0
+    assert "1 row, 1 usable" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", RUNS)

@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mmr1_ds.errors import UserError
 
@@ -86,6 +86,8 @@ def _unreadable(reference: ImageReference, where: str, error: BaseException) -> 
     path = reference.get("path") if isinstance(reference, dict) else reference
     name = f"{path!r}" if isinstance(path, str) and path else "the image"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # says no more than the name, or an address in memory
+        reason = "of no format that Pillow knows"
     return UserError(f"{where}: {name} cannot be read as an image ({reason}); replace it or remove the row")
 
 

@@ -59,7 +59,7 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
     return column.cast(pa.large_string()).combine_chunks()  # 64-bit offsets: ten million ids pass 2 GiB
 
 
-class _BatchScan:
+class BatchScan:
     """Scans a batch of rows; a class, so that worker processes can be handed it."""
 
     def __init__(self, reader: RowReader, prompt_encoder: PromptEncoder) -> None:
@@ -98,7 +98,7 @@ class _BatchScan:
 def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder) -> pa.Table:
     import pyarrow as pa
 
-    scan = _BatchScan(reader, prompt_encoder)
+    scan = BatchScan(reader, prompt_encoder)
     processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, len(reader) // ROWS_A_PROCESS)
     if processes > 1:
         return _scan_in_processes(reader, scan, processes, data, prompt_encoder)
@@ -110,7 +110,7 @@ def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEnco
 
 
 def _scan_in_processes(
-    reader: RowReader, scan: _BatchScan, processes: int, data: DataConfig, prompt_encoder: PromptEncoder
+    reader: RowReader, scan: BatchScan, processes: int, data: DataConfig, prompt_encoder: PromptEncoder
 ) -> pa.Table:
     """Scan a large source in parallel, once a machine: the ranks beside this one wait, then read the result."""
     import datasets
