@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mmr1_ds.errors import UserError
+from mmr1_ds.redaction import redacted
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -73,17 +75,20 @@ class Stacks:
         self._file = (folder / f"rank_{self._rank}.txt").open("a", encoding="utf-8")
         faulthandler.register(signal_number, self._file, all_threads=True)
 
-    @property
-    def descriptor(self) -> int:
-        """The open file."""
-        return 2 if self._file is None else self._file.fileno()
-
     def dump(self, reason: str) -> None:
-        """Append all stacks of this process. Needs no other thread's cooperation."""
-        if self._file is not None:
-            self._file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {reason}\n")
-            self._file.flush()
-        faulthandler.dump_traceback(self.descriptor, all_threads=True)
+        """Append all stacks of this process.
+
+        A file system may hang. While faulthandler writes, nothing else of Python runs, and a process with a thread in
+        a write that hangs may not even be killed. So a child writes to the file, with a limit of its own.
+        """
+        memory = os.memfd_create("stacks")
+        os.write(memory, f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {redacted(reason)}\n".encode())
+        faulthandler.dump_traceback(memory, all_threads=True)
+        os.lseek(memory, 0, os.SEEK_SET)
+        limited = ["timeout", "-s", "KILL", f"{GRACE_SECONDS:g}", "cat"]
+        copy = subprocess.Popen(limited, stdin=memory, stdout=2 if self._file is None else self._file)
+        os.close(memory)
+        copy.wait()
 
 
 class Watch:
@@ -106,6 +111,7 @@ class Watch:
         self._changed = threading.Condition(threading.RLock())
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._last_words: threading.Thread | None = None
         if store is not None:
             for name, target in (("signs of life", self._exchange), ("deadlines", self._judge)):
                 self._threads.append(threading.Thread(target=target, name=name, daemon=True))
@@ -138,13 +144,14 @@ class Watch:
         with self._changed:
             self._changed.wait_for(lambda: self._verdict or len(self._places) == self._size, self._timeout)
             missing = [rank for rank in range(self._size) if rank not in self._places]
-            if missing and not self._verdict:
-                self._condemn(
+            verdict = self._verdict
+            if missing and not verdict:
+                verdict = (
                     f"{_ranks(missing)} of {self._size} {'has' if len(missing) == 1 else 'have'} not come within "
                     f"{self._timeout:g} s (trainer.collective_timeout_seconds)"
                 )
-        if self._verdict:
-            self._raise(None)
+        if verdict:
+            raise self._fault(verdict)
 
     def astray(self, names: Sequence[str]) -> CollectiveError:
         """The error for collectives of different names, by rank."""
@@ -158,19 +165,18 @@ class Watch:
 
     def explain(self, where: str, error: Exception) -> CollectiveError:
         """The error for a collective that failed in native code: names the lost rank as far as it can be told."""
-        reason = (str(error) or repr(error)).splitlines()[0]
-        if self._store is not None:
-            end = time.monotonic() + self._silence + 2 * self._interval + 1
-            with self._changed:
-                while not self._verdict and time.monotonic() < end:
-                    lost = self._lost()
-                    if lost:
-                        self._condemn(f"{lost}; told by {self._me()}: {where} failed")
-                    self._changed.wait(self._interval)
-        return self._fault(
-            f"{self._me()} of {self._size}: {where} at step {self.step} failed "
-            f"(deadline {self._timeout:g} s), and every other rank shows signs of life: {reason}"
-        )
+        failed = f"{where} at step {self.step} failed (deadline {self._timeout:g} s)"
+        reason = redacted((str(error) or repr(error)).splitlines()[0])
+        if self._store is None:
+            return self._fault(f"{self._me()} of {self._size}: {failed}: {reason}")
+        end = time.monotonic() + self._silence + 2 * self._interval + 1
+        lost = ""
+        with self._changed:
+            while not self._verdict and not lost and time.monotonic() < end:
+                self._changed.wait(self._interval)
+                lost = self._lost()
+            told = f"{lost or self._astray_or_all()}; told by {self._me()}: {failed}"
+        return self._fault(told if lost else f"{told}: {reason}")
 
     def close(self, error: BaseException | None = None) -> None:
         """Tell the others that this rank ends, and stop. Idempotent; not a collective."""
@@ -178,7 +184,7 @@ class Watch:
             return
         if error is not None:
             # Other errors may hold what is nobody's business; this one is told to the user as it is.
-            told = f": {' '.join(str(error).split())}" if isinstance(error, UserError) else ""
+            told = f": {redacted(' '.join(str(error).split()))}" if isinstance(error, UserError) else ""
             self._state = f"{type(error).__name__}{told}"
         else:
             self._state = DONE
@@ -196,19 +202,25 @@ class Watch:
         self._condemn(verdict)
         return CollectiveError(self._verdict)
 
-    def _raise(self, cause: BaseException | None) -> None:
-        self._unwinding = True
-        raise CollectiveError(self._verdict) from cause
-
     def _condemn(self, verdict: str) -> None:
-        """The first verdict counts: it is told, and the stacks are dumped."""
+        """The first verdict counts: it is told, and the stacks are dumped. Returns in time even if a write hangs."""
         with self._changed:
-            if self._verdict:
-                return
-            self._verdict = verdict
-            self._changed.notify_all()
-        tell_fault(self._rank, verdict)
-        self.stacks.dump(verdict)
+            if not self._verdict:
+                self._verdict = verdict
+                self._changed.notify_all()
+                if self._store is not None:  # should the end hang too, in a flush or an exit handler
+                    end = threading.Timer(3 * GRACE_SECONDS + self._linger_seconds(), os._exit, (EXIT_FAULT,))
+                    end.daemon = True
+                    end.start()
+                self._last_words = threading.Thread(target=self._tell, name="last words", daemon=True)
+                self._last_words.start()
+        assert self._last_words is not None
+        self._last_words.join(GRACE_SECONDS)
+
+    def _tell(self) -> None:
+        """A thread, since whatever it writes to may hang."""
+        tell_fault(self._rank, self._verdict)
+        self.stacks.dump(self._verdict)
 
     def _exchange(self) -> None:
         """A thread: write own place, read the others'. Blocks when the store's host does not answer."""
@@ -240,14 +252,13 @@ class Watch:
     def _judge(self) -> None:
         """A thread: end this process when a rank is lost."""
         while not self._closed.is_set():
-            # Should a native call keep the interpreter to itself, faulthandler's thread needs no interpreter.
-            faulthandler.dump_traceback_later(self._timeout + GRACE_SECONDS, exit=True, file=self.stacks.descriptor)
+            # Should a native call keep the interpreter to itself, faulthandler's thread needs no interpreter. It writes
+            # to stderr: the file of the stacks may hang.
+            faulthandler.dump_traceback_later(self._timeout + GRACE_SECONDS, exit=True, file=2)
             with self._changed:
-                if not self._verdict:
-                    verdict = self._overdue()
-                    if verdict:
-                        self._condemn(verdict)
-            if self._verdict:
+                verdict = self._verdict or self._overdue()
+            if verdict:
+                self._condemn(verdict)
                 self._end()
                 return
             self._closed.wait(self._interval)
@@ -264,9 +275,11 @@ class Watch:
 
     def _linger(self) -> None:
         """Until the others know too: with rank 0 the store ends, and with any rank a launcher may end the rest."""
-        end = time.monotonic() + self._silence + 2 * self._interval
         with self._changed:
-            self._changed.wait_for(lambda: self._store_is_lost or self._all_know(), end - time.monotonic())
+            self._changed.wait_for(lambda: self._store_is_lost or self._all_know(), self._linger_seconds())
+
+    def _linger_seconds(self) -> float:
+        return self._silence + 2 * self._interval
 
     def _all_know(self) -> bool:
         now = time.monotonic()
@@ -282,7 +295,7 @@ class Watch:
         for place, heard in self._others():
             if place.verdict:
                 return place.verdict
-            if now - heard > self._timeout and place.state != DONE and self._state == RUNNING:
+            if self._silent_seconds(place, heard) > self._timeout and place.state != DONE and self._state == RUNNING:
                 return f"{self._lost(self._timeout)}; told by {self._me()}, {self._where(now)}"
         waited = now - self._waiting_since
         if not self._collective or waited <= self._timeout:
@@ -307,25 +320,48 @@ class Watch:
                 found.append(f"{place} has ended, after step {place.step}")
             elif place.state != RUNNING:
                 found.append(f"{place} has ended with {place.state} in {_doing(place)}")
-            elif now - heard > silence:
+            elif self._silent_seconds(place, heard) > silence:
                 found.append(
                     f"{place} is lost: no sign of life for {now - heard:.1f} s (dead, stopped or cut off), "
                     f"last in {_doing(place)}"
                 )
         return ", and ".join(found)
 
+    def _silent_seconds(self, place: Place, heard: float) -> float:
+        """Since a rank was heard, while the store answered: with rank 0 it ends, which says nothing of the others."""
+        return (time.monotonic() if place.rank == 0 else self._answered) - heard
+
     def _behind(self) -> str:
         """The ranks that are alive and elsewhere than this one, which waits; empty = none."""
+        lowest = min([self._number, *(place.number for place, _ in self._others())])
+        idle = [(place, heard) for place, heard in self._others() if place.number == lowest and not place.collective]
         found = []
-        for place, heard in self._others():
-            seconds = place.stage_seconds + time.monotonic() - heard
+        for place, heard in idle or self._others():  # all others wait for the idle ones, some in collectives of a few
             if place.number > self._number or (place.collective and place.collective != self._collective):
                 found.append(
                     f"{place} is desynchronised: it is in {place.collective or place.stage!r} at step {place.step}"
                 )
             elif place.number < self._number or not place.collective:
+                seconds = place.stage_seconds + time.monotonic() - heard
                 found.append(f"{place} has stalled: {seconds:.1f} s in stage {place.stage!r} at step {place.step}")
         return ", and ".join(found)
+
+    def _astray_or_all(self) -> str:
+        """Where a collective failed and every rank is alive: the ranks that are elsewhere, else where each one is."""
+        # A rank in a collective of DeepSpeed, which is not announced, looks like one that computes in the same stage.
+        behind = self._behind() if self._collective else ""
+        if behind:
+            return behind
+        now = time.monotonic()
+        here, everywhere = (self._stage, self.step), [(self._place(0), now), *self._others()]
+        elsewhere = [(place, heard) for place, heard in everywhere if (place.stage, place.step) != here]
+        places = ", ".join(
+            f"{place} for {place.stage_seconds + now - heard:.1f} s in {_doing(place)}"
+            for place, heard in elsewhere or sorted(everywhere, key=lambda item: item[0].rank)
+        )
+        if elsewhere:
+            return f"elsewhere than {self._me()}: {places}"
+        return f"every rank shows signs of life, and the stacks tell which one did not come: {places}"
 
     def _others(self) -> list[tuple[Place, float]]:
         return [self._places[rank] for rank in sorted(self._places) if rank != self._rank]
@@ -350,7 +386,7 @@ class Watch:
 
 def tell_fault(rank: int, verdict: str) -> None:
     """On stderr, from every rank: the one that would log may be the one that is lost."""
-    sys.stderr.write(f"mmr1-ds: fault (rank {rank}, host {socket.gethostname()}): {verdict}\n")
+    sys.stderr.write(f"mmr1-ds: fault (rank {rank}, host {socket.gethostname()}): {redacted(verdict)}\n")
     sys.stderr.flush()
 
 

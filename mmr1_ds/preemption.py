@@ -95,15 +95,18 @@ class Preemption:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.is_asked:
-            return
         if not self._training:
+            if self.is_asked:
+                return
             self.reason = f"{name} before training began"
             raise Preempted(self.reason)
         seconds = self._notice_seconds
         if number == signal.SIGUSR1 and os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
             seconds = int(os.environ["SLURM_JOB_END_TIME"]) - time.time()
-        self._ask(f"{name} received", time.monotonic() + seconds)
+        deadline = time.monotonic() + seconds
+        # A second signal is heeded where it leaves less time: a warning long before, then the job is ended.
+        if self._deadline is None or deadline < self._deadline:
+            self._ask(self.reason or f"{name} received", deadline)
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         if not self.is_asked and self._wall_deadline is not None:

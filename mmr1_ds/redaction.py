@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from types import TracebackType
@@ -17,7 +18,11 @@ from typing import Any
 from mmr1_ds.errors import UserError
 
 HIDDEN = "***"
-_SECRET = re.compile(r"api_?key|secret|password|credential|(^|_)token$", re.IGNORECASE)  # a key of the configuration
+# A key of the configuration. data.prompt_key and its like name columns, max_tokens counts.
+_SECRET = re.compile(
+    r"(api|access|private|secret|openai)_?keys?|secret|passw|credential|(^|_)(token|authorization)$|^(key|auth|tokens)$",
+    re.IGNORECASE,
+)
 _SECRET_VARIABLE = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 _remembered: set[str] = set()
 _SHORTEST = 8  # a shorter value is a setting, like TOKENIZERS_PARALLELISM's
@@ -34,12 +39,13 @@ def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remember(config: Mapping[str, Any]) -> None:
-    """Let `redacted` know what a configuration holds under names that mean a secret."""
+    """Let `redacted` know what a configuration holds under names that mean a secret, in lists too."""
     for name, value in config.items():
-        if isinstance(value, Mapping):
-            remember(value)
-        elif _SECRET.search(str(name)) and isinstance(value, str):
-            _remembered.add(value)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, Mapping):
+                remember(item)
+            elif _SECRET.search(str(name)) and isinstance(item, str):
+                _remembered.add(item)
 
 
 def redacted(text: str) -> str:
@@ -59,8 +65,9 @@ def shown(key: str, text: str) -> str:
 
 
 def hide_in_tracebacks() -> None:
-    """Have Python print the traceback of an error that ends this process without credentials."""
+    """Have Python print the traceback of an error that ends this process, or a thread, without credentials."""
     sys.excepthook = _print_redacted
+    threading.excepthook = _print_redacted_of_thread
 
 
 def check_variable(key: str, name: str | None) -> None:
@@ -88,3 +95,8 @@ def _credentials() -> list[str]:
 
 def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _print_redacted_of_thread(found: threading.ExceptHookArgs) -> None:
+    if found.exc_value is not None and not issubclass(found.exc_type, SystemExit):
+        _print_redacted(found.exc_type, found.exc_value, found.exc_traceback)

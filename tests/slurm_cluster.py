@@ -5,6 +5,7 @@ Everything lies in one folder, on ports of its own, so that two clusters do not 
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -82,9 +83,10 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
-    def num_requeued(self) -> int:
+    def num_requeued(self, job: str = r"\d+") -> int:
         """Jobs, or components of one, that have ended to start again; until then no start can be asked for."""
-        return (self.folder / "slurmctld.log").read_text().count("Requeuing JobId=")
+        log = (self.folder / "slurmctld.log").read_text()
+        return len(re.findall(rf"Requeuing JobId={job}\b", log))
 
     def state(self, job: str) -> dict[str, str]:
         """The fields that scontrol tells of a job."""

@@ -104,3 +104,17 @@ def test_sigusr1_leaves_the_time_until_the_end_of_the_job(monkeypatch):
             send(number)
             urgent[number] = preemption.is_urgent
     assert urgent == {signal.SIGUSR1: False, signal.SIGTERM: True}
+
+
+def test_a_second_signal_is_heeded_where_it_leaves_less_time(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100_000))
+    preemption = Preemption(notice_seconds=30, max_wall_seconds=None)
+    with preemption.handled():
+        preemption.begin_training()
+        preemption.took(after_sampling=600.0)
+        send(signal.SIGUSR1)
+        assert not preemption.is_urgent
+        send(signal.SIGTERM)
+        assert preemption.is_urgent and "SIGUSR1" in preemption.reason
+        send(signal.SIGUSR1)  # and one that leaves more is not
+        assert preemption.is_urgent

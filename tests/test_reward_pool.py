@@ -24,12 +24,14 @@ from mmr1_ds.rewards.scoring import RewardCounts, score_groups
 GONE_SECONDS = 10  # more than a killed process takes to disappear on any machine
 
 REWARD = """
-    import os, sys, threading
+    import os, subprocess, sys, threading
 
     def score(items, bonus=0.0):
         (item,) = items
         word, _, rest = item["response"].partition(" ")
         if word == "hang":
+            if rest:
+                sys.stderr.write(f"{subprocess.Popen(['sleep', rest]).pid}\\n")
             sys.stderr.write("hanging\\n")
             threading.Event().wait()
         if word == "exit":
@@ -296,29 +298,63 @@ def test_close_leaves_no_process(make_pool):
 
 
 PARENT = """
-    import json, sys
+    import json, os, sys, threading
     from mmr1_ds.config import RewardConfig
     from mmr1_ds.rewards.pool import RewardItem, RewardPool
 
     with RewardPool(RewardConfig(sys.argv[1], {}, 2)) as pool:
         print(json.dumps([worker.process.pid for worker in pool._workers]), flush=True)
-        pool.score([RewardItem("hang", 1, "7")])
+        if sys.argv[2:]:  # as a rank ends on a fault
+            threading.Thread(target=lambda: (sys.stdin.readline(), os._exit(1))).start()
+        pool.score([RewardItem("hang", 1, "7"), RewardItem("hang 777", 1, "7")])
 """
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, -signal.SIGINT)])
-def test_a_parent_that_dies_leaves_no_worker(reward_file, sent, status):
-    """One worker hangs in the reward, the other waits: neither outlives its parent, whatever ends that."""
-    command = [sys.executable, "-c", textwrap.dedent(PARENT), f"{reward_file}:score"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
-        workers = [os.pidfd_open(pid) for pid in json.loads(parent.stdout.readline())]
-        assert parent.stderr.readline() == "hanging\n"
-        parent.send_signal(sent)
+def start_parent(reward_file, *arguments):
+    """Returns: a process whose two workers hang, and descriptors of both and of a child that one has started."""
+    command = [sys.executable, "-c", textwrap.dedent(PARENT), f"{reward_file}:score", *arguments]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    parent = subprocess.Popen(command, **pipes, text=True)
+    pids = json.loads(parent.stdout.readline())
+    lines = [parent.stderr.readline() for _ in range(3)]
+    assert lines.count("hanging\n") == 2, lines
+    pids += [int(line) for line in lines if line != "hanging\n"]
+    assert len(pids) == 3, lines
+    return parent, [os.pidfd_open(pid) for pid in pids]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, -signal.SIGINT), (None, 1)]
+)
+def test_a_parent_that_dies_leaves_no_process(reward_file, sent, status):
+    """Two workers hang in the reward, one has started a child: none outlives the parent, whatever ends that."""
+    parent, running = start_parent(reward_file, *(["exit on a line"] if sent is None else []))
+    with parent:
+        if sent is None:
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+        else:
+            parent.send_signal(sent)
         assert parent.wait(GONE_SECONDS) == status
-    for worker in workers:
-        readable, _, _ = select.select([worker], [], [], GONE_SECONDS)
-        os.close(worker)
-        assert readable, "a worker outlived its parent"
+    for process in running:
+        readable, _, _ = select.select([process], [], [], GONE_SECONDS)
+        os.close(process)
+        assert readable, "a process outlived the parent of its worker"
+
+
+def test_a_worker_that_waits_ends_with_its_parent_and_takes_its_children_along(make_pool, tmp_path):
+    path = tmp_path / "leaves_a_child.py"
+    path.write_text(
+        "import subprocess\ndef score(items): return [{'overall': subprocess.Popen(['sleep', '777']).pid}]\n"
+    )
+    pool = make_pool(path=path)
+    (result,) = pool.score(items("x"))
+    running = [os.pidfd_open(pid) for pid in (*pids(pool), int(result.overall))]
+    os.close(pool._workers[0].process._lifeline)  # as the kernel does when this process ends
+    for process in running:
+        assert select.select([process], [], [], GONE_SECONDS)[0]
+        os.close(process)
+    pool._workers[0].process._lifeline = os.open(os.devnull, os.O_RDONLY)  # for the pool to close
 
 
 def test_a_worker_ignores_ctrl_c(make_pool):

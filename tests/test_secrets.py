@@ -1,5 +1,6 @@
 """Planted credentials, and a search for them in all that a run writes and says."""
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -15,10 +16,11 @@ import yaml
 from launching import ROOT, environment
 from tiny_models import save_text_model
 
+from mmr1_ds import redaction
 from mmr1_ds.config import RunConfig, TrainerConfig
 from mmr1_ds.config_loading import dump_config
 from mmr1_ds.logging import MetricsLogger
-from mmr1_ds.redaction import redacted, remember
+from mmr1_ds.redaction import redacted, remember, without_secrets
 from mmr1_ds.rewards.chat_client import MAX_REASON_CHARS, ChatClient, ChatFailure
 
 VARIABLES = {
@@ -257,3 +259,40 @@ def test_a_run_keeps_no_credential(tmp_path):
     assert leaks(tmp_path / "run", said) == []
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["worker"]["reward"]
     assert kept["reward_function_kwargs"] == {"api_key": "***"}
+
+
+def test_names_that_mean_a_secret_and_names_that_do_not():
+    hidden = ["api_key", "key", "openai_key", "access_key", "auth", "Authorization", "passwd", "password", "tokens"]
+    assert set(without_secrets(dict.fromkeys(hidden, "x")).values()) == {"***"}
+
+    def names(config):
+        for name, value in config.items():
+            yield from names(value) if isinstance(value, dict) else [(name, value)]
+
+    settings = dataclasses.asdict(RunConfig())
+    for (name, shown), (_, value) in zip(names(without_secrets(settings)), names(settings), strict=True):
+        assert shown == value, name
+
+
+def test_secrets_in_lists_are_remembered(monkeypatch):
+    monkeypatch.setattr(redaction, "_remembered", set())
+    judges = [{"api_key": "second-of-two"}]
+    redaction.remember({"api_keys": ["first-of-two"], "judges": judges, "names": ["harmless-one"]})
+    text = redaction.redacted("first-of-two second-of-two harmless-one")
+    assert text == "*** *** harmless-one"
+
+
+def test_an_error_that_ends_a_thread_is_told_without_them(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setenv("JUDGE_KEY", "sk-of-this-thread")
+    redaction.hide_in_tracebacks()
+
+    def fail():
+        raise ValueError("cannot use sk-of-this-thread")
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    told = capsys.readouterr().err
+    assert "ValueError: cannot use ***" in told and "sk-of-this-thread" not in told

@@ -4,6 +4,7 @@ import threading
 from itertools import pairwise
 
 import pytest
+from launching import wait_until
 
 from mmr1_ds.rollout.server_supervisor import Supervisor
 
@@ -145,3 +146,31 @@ def test_closing_ends_every_server():
     supervisor.close()
     assert [server.calls[-1] for server in servers] == ["stop", "stop"]
     assert not [thread for thread in threading.enumerate() if thread.name == "rollout servers"]
+
+
+def raises(error):
+    def call():
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("asked", ["start", "is_ready"])
+def test_what_nobody_expected_is_the_end_of_a_start_and_not_of_the_watch(asked, caplog):
+    """A log that cannot be written, an answer that is no JSON: the run waits for `failed_start` or for servers."""
+    servers = [Server(0), Server(1)]
+    real = getattr(servers[0], asked)
+    setattr(servers[0], asked, raises(OSError(28, "No space left on device")))
+    servers[1].answers = True
+    supervisor = Supervisor(servers, 60.0)
+    supervisor.start()
+    try:
+        wait_until(supervisor.failed_start, 30, "the start that failed")
+        assert "rollout server 0 (http://127.0.0.1:9000) did not start: OSError" in supervisor.failed_start()
+        wait_until(lambda: addresses(supervisor) == [(1, 1)], 30, "the other server")
+        setattr(servers[0], asked, real)
+        servers[0].answers = True
+        wait_until(lambda: addresses(supervisor) == [(0, 1), (1, 1)], 30, "the watch is at work still")
+    finally:
+        supervisor.close()
+    assert [record.getMessage().count("cannot be attended to") for record in caplog.records].count(1) == 1

@@ -72,8 +72,8 @@ class RewardPool:
 
     A response whose reward hangs past `timeout_seconds`, ends its process, raises, or returns no finite number is
     a failed result with the kind named, and so is one that its judge could not judge ("unscored"); its process is
-    replaced where needed, and the others go on. Create and use the pool on one thread: the kernel ends the workers
-    when the thread that started them ends.
+    replaced where needed, and the others go on. Of one thread. The kernel ends the workers, and what they started,
+    when this process ends in whatever way.
     """
 
     def __init__(self, config: RewardConfig, max_response_length: int = MAX_RESPONSE_LENGTH) -> None:

@@ -35,17 +35,20 @@ class WorkerProcess:
         self._unsent = b""
         self._received = b""
         read_fd, write_fd = os.pipe()
+        guard_fd, self._lifeline = os.pipe()  # its end is the worker's, whatever ends this process
         environment = {**os.environ, "PYTHONPATH": _python_path()}
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mmr1_ds.rewards.worker", str(write_fd), str(os.getpid())],
-                stdin=subprocess.PIPE, pass_fds=(write_fd,), start_new_session=True, env=environment,
+                [sys.executable, "-m", "mmr1_ds.rewards.worker", str(write_fd), str(guard_fd)],
+                stdin=subprocess.PIPE, pass_fds=(write_fd, guard_fd), start_new_session=True, env=environment,
             )  # fmt: skip
         except OSError:
             os.close(read_fd)
+            os.close(self._lifeline)
             raise
         finally:
             os.close(write_fd)
+            os.close(guard_fd)
         self._replies = read_fd
         assert self._process.stdin is not None
         self._requests = self._process.stdin.fileno()
@@ -88,6 +91,7 @@ class WorkerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         status = self._process.wait()
         os.close(self._replies)
+        os.close(self._lifeline)
         assert self._process.stdin is not None
         self._process.stdin.close()
         return status

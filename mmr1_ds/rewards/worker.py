@@ -1,4 +1,4 @@
-"""A reward worker process: `python -m mmr1_ds.rewards.worker REPLY_FD PARENT_PID`.
+"""A reward worker process: `python -m mmr1_ds.rewards.worker REPLY_FD GUARD_FD`.
 
 It reads JSON lines from its standard input, answers on REPLY_FD, and ends when the input does. The first line is
 what `loading.reward_setup` returns, answered by {"ready": true} or {"failed": reason}; every further line is one item,
@@ -7,9 +7,10 @@ answered by {"score": {key: number}} or {"kind": "error" | "invalid" | "unscored
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Mapping
@@ -19,14 +20,14 @@ from mmr1_ds.redaction import redacted, remember
 from mmr1_ds.rewards.loading import RewardFunction, load_reward_function
 from mmr1_ds.rewards.unscored import Unscored
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+F_SETSIG = 10  # linux/fcntl.h
 
 
-def main(reply_fd: int, parent_pid: int) -> None:
+def main(reply_fd: int, guard_fd: int) -> None:
     # The terminal's and the job manager's signals are the parent's business; it kills us when it is done.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    _die_with(parent_pid)
+    _die_with_parent(guard_fd)
     requests, replies = _take_channel(reply_fd)
     setup = json.loads(requests.readline() or "null")
     if setup is None:
@@ -40,14 +41,25 @@ def main(reply_fd: int, parent_pid: int) -> None:
     _reply(replies, {"ready": True})
     reward.warm_up()
     for line in requests:
-        _reply(replies, _answer(reward.score, json.loads(line)))
+        try:
+            _reply(replies, _answer(reward.score, json.loads(line)))
+        except BrokenPipeError:
+            break
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # the parent has ended: children of the user's code go too
 
 
-def _die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies: a hung reward would never notice the closed pipe."""
+def _die_with_parent(guard_fd: int) -> None:
+    """Have the kernel kill this process and what the user's code starts when the parent ends, in whatever way.
+
+    guard_fd: a pipe into which only the parent could write. When it is closed, the kernel sends SIGKILL to the group:
+    a reward that hangs in native code would run no handler. PR_SET_PDEATHSIG would leave the children.
+    """
+    os.set_inheritable(guard_fd, False)
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the call above
+        fcntl.fcntl(guard_fd, F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(guard_fd, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(guard_fd, fcntl.F_SETFL, fcntl.fcntl(guard_fd, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([guard_fd], [], [], 0)[0]:  # it ended before the calls above
         os._exit(0)
 
 

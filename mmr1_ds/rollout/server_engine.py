@@ -18,6 +18,7 @@ from mmr1_ds.engine.actor import Actor
 from mmr1_ds.errors import UserError
 from mmr1_ds.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.redaction import remember
 from mmr1_ds.rollout.base import ServersGone
 from mmr1_ds.rollout.server_group import ServerGroup, Ticket
 from mmr1_ds.rollout.server_process import ExternalServer, ServerAddress, ServerProcess, check_key
@@ -277,7 +278,9 @@ def _key(config: Any) -> str:
         )
     if key:
         check_key(key, config.server_key_variable)
-    return key or secrets.token_urlsafe(32)
+    key = key or secrets.token_urlsafe(32)
+    remember({"key": key})
+    return key
 
 
 def _servers(

@@ -58,6 +58,7 @@ class _State:
     pause_seconds: float = _FIRST_PAUSE_SECONDS
     complaint: str | None = None
     failed_start: str = ""  # how the first start failed
+    unattended: str = ""  # what kept the watch from it last
 
 
 class Supervisor:
@@ -114,11 +115,22 @@ class Supervisor:
         try:
             while not self._closing.is_set():
                 for number, state in enumerate(self._states):
-                    self._attend(number, state)
+                    try:
+                        self._attend(number, state)
+                    except Exception as error:  # a full disk, an answer that is none: a run would wait for ever
+                        self._failed(number, state, f"{type(error).__name__}: {error}")
                 self._closing.wait(_WATCH_SECONDS)
         finally:
             for state in self._states:
                 state.server.stop()
+
+    def _failed(self, number: int, state: _State, fault: str) -> None:
+        """What kept it from being attended to is told once, and is the end of a server that has never answered."""
+        if fault != state.unattended:
+            logger.warning("rollout server %d (%s) cannot be attended to: %s", number, state.server.url, fault)
+        state.unattended = fault
+        if state.generation <= 1 and not state.ready:
+            state.failed_start = f"rollout server {number} ({state.server.url}) did not start: {fault}"
 
     def _attend(self, number: int, state: _State) -> None:
         now = self._clock()
