@@ -27,12 +27,14 @@ from mmr1_ds.engine.lora import AdapterlessReference
 from mmr1_ds.engine.value_model import check_reads_alike
 from mmr1_ds.environment import write_environment
 from mmr1_ds.errors import UserError
+from mmr1_ds.extras import remedy, require
 from mmr1_ds.launch_environment import LaunchEnvironment
 from mmr1_ds.live_report import LiveReport
 from mmr1_ds.logging import MetricsLogger
 from mmr1_ds.partial_batches import PartialBatchMaker
 from mmr1_ds.plan import checkpoint_directory, run_directory
 from mmr1_ds.preemption import Preemption
+from mmr1_ds.rewards.loading import BUILT_IN
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
 from mmr1_ds.rollout.colocated import VllmRollout
@@ -185,12 +187,18 @@ def _check_installed(config: RunConfig) -> None:
     actor, engine = config.worker.actor, config.worker.rollout.engine
     if actor.model.lora.rank > 0 and importlib.util.find_spec("peft") is None:
         raise UserError(
-            f"worker.actor.model.lora.rank={actor.model.lora.rank} but peft is not installed; install it or set it to 0"
+            f"worker.actor.model.lora.rank={actor.model.lora.rank} but peft is not installed; {remedy('gpu')} "
+            "or set it to 0"
         )
+    # Without it every response would count as one that could not be scored.
+    if config.worker.reward.reward_function in BUILT_IN:
+        require("gpu", "math_verify", purpose=f"worker.reward.reward_function={config.worker.reward.reward_function}")
+    if engine == "server":
+        require("gpu", "aiohttp", "msgspec", purpose="worker.rollout.engine=server")
     if importlib.util.find_spec("vllm") is not None:
         return
     if engine in ("vllm", "server"):
-        raise UserError(f"worker.rollout.engine={engine} but vllm is not installed; install it or set engine=hf")
+        raise UserError(f"worker.rollout.engine={engine} but vllm is not installed; {remedy('vllm')} or set engine=hf")
     if actor.offload_states or actor.ulysses_size > 1:  # engine=auto comes to hf
         raise UserError("worker.actor.offload_states and ulysses_size need vllm; it is not installed")
 

@@ -15,6 +15,7 @@ from mmr1_ds.config_checks import checkpoint_directory
 from mmr1_ds.config_loading import load_config
 from mmr1_ds.distributed import Ranks
 from mmr1_ds.errors import UserError
+from mmr1_ds.extras import require
 from mmr1_ds.launch_environment import LaunchEnvironment
 from mmr1_ds.logging import configure_logging, quiet_libraries
 from mmr1_ds.train import EXIT_USER_ERROR
@@ -68,6 +69,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if folders and not any(word.startswith("config=") for word in settings):
         settings.insert(0, f"config={_config_of(folders[0])}")
     config = load_config(settings).config
+    require("gpu", "torch", "deepspeed", "transformers", purpose="mmr1-ds export")
     ranks = Ranks(LaunchEnvironment(0, 1, 0, "none"), _SECONDS)
     try:
         folder = _checkpoint(Checkpoints(checkpoint_directory(config), -1, ranks), folders)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mmr1_ds.errors import UserError
+from mmr1_ds.extras import remedy
 from mmr1_ds.logging import quiet_libraries
 
 Tokenize = Callable[[Sequence[str]], list[np.ndarray]]  # texts -> one (T,) int32 array a text, ids not negative
@@ -74,7 +75,9 @@ class ModelTokens:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise UserError(f"--tokenizer {name!r}: transformers does not import ({error}); install it") from error
+            raise UserError(
+                f"--tokenizer {name!r}: transformers does not import ({error}); {remedy('models')}"
+            ) from error
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever a damaged folder makes it raise: TypeError, KeyError, its own

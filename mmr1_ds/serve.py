@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from mmr1_ds.config_checks import run_directory
 from mmr1_ds.config_loading import load_config
 from mmr1_ds.config_ranges import check_choices, check_ranges
 from mmr1_ds.errors import UserError
+from mmr1_ds.extras import require
 from mmr1_ds.input_files import check_data, check_format_prompt, check_model
 from mmr1_ds.logging import configure_logging, quiet_libraries
 from mmr1_ds.redaction import redacted
@@ -100,8 +100,7 @@ def _read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
             "own under that name, here and where the run trains"
         )
     check_key(key, rollout.server_key_variable)
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError("a rollout server needs vllm, which is not installed; install it")
+    require("vllm", "vllm", purpose="a rollout server")
     _devices(rollout)
     if rollout.limit_images == 0:
         check_data(config.data, "train_files")

@@ -20,8 +20,10 @@ from mmr1_ds.errors import UserError
 from mmr1_ds.redaction import redacted, without_secrets
 from mmr1_ds.train import EXIT_USER_ERROR
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "launch" / "slurm.sbatch"
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+# Inside the package when installed, else beside it in the repository.
+SCRIPT = (PACKAGE if (PACKAGE / "launch").is_dir() else ROOT) / "launch" / "slurm.sbatch"
 DESCRIPTION = """Check a run and print the sbatch command that starts it, launch/slurm.sbatch with nodes and GPUs as
 trainer.nnodes and trainer.n_gpus_per_node say; with --submit also call it. Credentials belong into the environment,
 which sbatch hands on. On machines without GPUs export DS_ACCELERATOR=cpu: then none is asked for."""

@@ -21,6 +21,7 @@ from mmr1_ds.deadlines import EXIT_FAULT, CollectiveError
 from mmr1_ds.deepspeed_config import DeepspeedConfigs, critic_deepspeed, reference_deepspeed, resolve_deepspeed
 from mmr1_ds.distributed import leave
 from mmr1_ds.errors import UserError
+from mmr1_ds.extras import require
 from mmr1_ds.launch_environment import LaunchEnvironment, launch_environment
 from mmr1_ds.launch_guard import LaunchGuard
 from mmr1_ds.logging import configure_logging, quiet_libraries
@@ -102,6 +103,7 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
     if config.trainer.dry_run:
         logger.info("dry run: everything checked, no model loaded")
         return None
+    require("gpu", "torch", "deepspeed", "transformers", "accelerate", "datasets", purpose="training")
     return config, DeepspeedConfigs(actor, reference, critic)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from mmr1_ds.config import TrainerConfig
 from mmr1_ds.errors import UserError
+from mmr1_ds.extras import remedy
 from mmr1_ds.progress import FIGURES, StepBar, TimeLeft, format_duration
 from mmr1_ds.redaction import without_secrets
 
@@ -209,7 +210,9 @@ class TensorboardWriter(Writer):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError(f"trainer.logger has tensorboard, which does not import ({error}); install it") from error
+            raise UserError(
+                f"trainer.logger has tensorboard, which does not import ({error}); {remedy('gpu')}"
+            ) from error
         # Tensorboard then hides the events of steps that the resumed run repeats.
         purge_step = resumed_step + 1 if resumed_step else None
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
@@ -240,7 +243,7 @@ class WandbWriter(Writer):
         try:
             import wandb
         except ImportError as error:
-            raise UserError(f"trainer.logger has wandb, which does not import ({error}); install it") from error
+            raise UserError(f"trainer.logger has wandb, which does not import ({error}); {remedy('gpu')}") from error
         self._wandb = wandb
         mode: Literal["offline"] | None = None  # None: wandb's own rules
         if "WANDB_API_KEY" not in os.environ and "WANDB_MODE" not in os.environ:

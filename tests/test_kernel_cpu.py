@@ -281,9 +281,9 @@ def test_setup_replaces_an_old_extension_and_needs_the_new_one(tmp_path, builds)
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["found", "missing"])
 def test_a_wheel_with_and_without_a_compiler(tmp_path, compiler):
-    for part in ("setup.py", "pyproject.toml", "README.md"):
+    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, tmp_path)
-    for part in ("mmr1_ds", "kernels", "configs"):
+    for part in ("mmr1_ds", "kernels", "configs", "launch"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     missing = {"CC": "/bin/false", "CXX": "/bin/false"} if compiler == "missing" else {}
     wheel = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "-w", tmp_path, tmp_path]

@@ -11,7 +11,7 @@ from launching import ROOT, environment
 # From the bottom up. A name covers the module or the package with everything in it.
 LAYERS = [
     ["mmr1_kernels", "mmr1_ds.errors"],
-    ["mmr1_ds.redaction"],
+    ["mmr1_ds.redaction", "mmr1_ds.extras"],
     [
         "mmr1_ds.config",
         "mmr1_ds.records",

@@ -13,6 +13,7 @@ from types import FrameType
 
 from mmr1_ds.demo.assets import prepare_assets
 from mmr1_ds.errors import UserError
+from mmr1_ds.extras import require
 
 logger = logging.getLogger("mmr1_ds.demo")
 
@@ -32,6 +33,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _exit)
     start = time.perf_counter()
     try:
+        require("gpu", "torch", "transformers", "sklearn", purpose="the demo")
         built = prepare_assets(arguments.folder, arguments.seed)
     except UserError as error:
         sys.stderr.write(f"mmr1-ds: error: {error}\n")

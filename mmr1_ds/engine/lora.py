@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from mmr1_ds.config import LoraConfig, ModelConfig
 from mmr1_ds.config_schema import nearest
 from mmr1_ds.errors import UserError
+from mmr1_ds.extras import remedy
 
 if TYPE_CHECKING:
     from mmr1_ds.engine.actor import Actor, Pair
@@ -61,7 +62,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype
         import peft
     except ImportError:
         raise UserError(
-            f"{KEY}.rank={config.lora.rank} but peft is not installed; install it or set the rank to 0"
+            f"{KEY}.rank={config.lora.rank} but peft is not installed; {remedy('gpu')} or set the rank to 0"
         ) from None
     names = target_layers(_linear_layers(model, config), config.lora, str(config.model_path))
     settings = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=names, bias="none")

@@ -17,6 +17,7 @@ from mmr1_ds.config_critic import resolved_critic, trains_critic
 from mmr1_ds.config_loading import load_config
 from mmr1_ds.deepspeed_config import critic_deepspeed, reference_deepspeed, resolve_deepspeed
 from mmr1_ds.errors import UserError
+from mmr1_ds.extras import require
 from mmr1_ds.logging import quiet_libraries
 from mmr1_ds.planning.hardware import GB, GPUS, Assumptions, Gpu, find_gpu
 from mmr1_ds.planning.memory import Plan, plan_memory
@@ -91,6 +92,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def reckon(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Reckoning:
     """Everything for the run that `settings` describe. Raises: UserError, as training would."""
+    require("models", "torch", "transformers", purpose="mmr1-ds plan")
     config = load_config(settings).config
     world_size = config.trainer.nnodes * config.trainer.n_gpus_per_node
     plan = check_config(config, world_size)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mmr1_ds.extras import require
 from mmr1_ds.redaction import redacted
 from mmr1_ds.report import drawing, sections
 from mmr1_ds.report.curves import colour_of, dashes_of
@@ -28,6 +29,7 @@ def write_report(run_dirs: Sequence[Path], output: Path, pngs: bool) -> Path:
 
     Each file appears whole or not at all. Returns: the report's path. Raises: UserError for what is no run.
     """
+    require("report", "matplotlib", purpose="mmr1-ds report")
     groups = group_runs(load_runs(run_dirs))
     with drawing.drawing():
         found = {

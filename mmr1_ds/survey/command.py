@@ -14,6 +14,7 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.config_loading import load_config
 from mmr1_ds.config_ranges import check_ranges
 from mmr1_ds.errors import UserError
+from mmr1_ds.extras import require
 from mmr1_ds.input_files import check_data, check_format_prompt
 from mmr1_ds.logging import quiet_libraries
 from mmr1_ds.progress import progress
@@ -82,6 +83,7 @@ def look(config: RunConfig, keys: Sequence[str], num_samples: int, decode_images
 
     Raises: UserError for what stops a run before it comes to the rows: settings, files, columns, the tokenizer.
     """
+    require("models", "torch", "transformers", "datasets", purpose="mmr1-ds data")
     check_ranges(config)
     check_format_prompt(config.data)
     for key in keys:
