@@ -225,7 +225,9 @@ def test_bar_over_the_steps_on_a_terminal(tmp_path, monkeypatch, capsys):
     assert "checkpoint of step 6" in shown
 
 
-def test_no_bar_elsewhere(tmp_path, capsys):
+def test_no_bar_elsewhere(tmp_path, capsys, monkeypatch):
+    # Another test's handler writes to a stream that is closed by now.
+    monkeypatch.setattr(logging.getLogger("mmr1_ds"), "handlers", [])
     with open_logger(tmp_path) as log, log.progress(3, "checkpoint", with_lines=False) as advance:
         log.log(5, {"reward/overall": 0.25})
         advance(3)

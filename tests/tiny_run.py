@@ -8,7 +8,7 @@ import yaml
 from tiny_models import save_text_model
 
 NUM_PROMPTS = 11
-_OF_TIME = ("timing_s/", "timing_per_token_ms/", "memory_gb/", "perf/")  # metrics that no two runs share
+OF_THE_MACHINE = ("timing_s/", "timing_per_token_ms/", "memory_gb/", "perf/")  # no two runs share them
 REWARD = """
 def score(reward_inputs):
     return [{"overall": len(item["response"]) % 3 / 2, "accuracy": float(item["response_length"] % 2)}
@@ -63,7 +63,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert (one / f"{name}.jsonl").read_bytes() == (other / f"{name}.jsonl").read_bytes(), name
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
     for line in lines[0] + lines[1]:
-        for name in [name for name in line if name.startswith(_OF_TIME)]:
+        for name in [name for name in line if name.startswith(OF_THE_MACHINE)]:
             del line[name]
     assert lines[0] == lines[1]
     last = [run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() for run in (one, other)]
