@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from mmr1_ds.records import ScoredGroup
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 _MAX_CHARACTERS = 4000  # of a prompt or response
 _MAX_PIXELS = 256  # of a thumbnail's longer side
@@ -116,9 +119,16 @@ class TrainingSamples:
             self._first_pass_rates.setdefault(index, rates[index])
 
     def _write_image(self, path: Path, data: bytes) -> None:
-        if not path.exists():
+        """Whole or not at all; a disk that does not take it costs the picture and not the run."""
+        if path.exists():
+            return
+        partial = path.with_suffix(".partial")
+        try:
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(data)
+            partial.write_bytes(data)
+            partial.replace(path)
+        except OSError as error:
+            logger.warning("%s is not written (%s)", path, error)
 
 
 def _known_rates(observed: Mapping[str, Any]) -> dict[int, float]:

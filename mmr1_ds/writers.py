@@ -70,6 +70,13 @@ class _Lines:
             self._waiting, self._written = [line], b""
         self._write(is_final=False)
 
+    def close(self) -> None:
+        """Write what still waits, or tell that it is lost."""
+        if self._waiting:
+            self._write(is_final=True)
+        if self._waiting:
+            logger.error("%s: the last %d lines are lost, the disk did not take them", self._path, len(self._waiting))
+
     def _write(self, is_final: bool) -> None:
         try:
             with self._path.open("r+b" if self._path.exists() else "wb") as file:
@@ -125,6 +132,10 @@ class JsonLinesWriter(Writer):
                 return
             self._last_renewal = step
         self._records[name].append(json.dumps({"step": step, **row}, ensure_ascii=False).encode() + b"\n")
+
+    def close(self) -> None:
+        for lines in (self._metrics, *self._records.values()):
+            lines.close()
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

@@ -289,6 +289,20 @@ def test_a_full_disk_costs_no_step_and_no_line(tmp_path, monkeypatch, messages):
     assert len(warnings) == 2 and "No space left on device" in warnings[0] and "kept in memory" in warnings[0]
 
 
+def test_lines_that_wait_are_written_at_the_end_or_told_lost(tmp_path, monkeypatch, messages):
+    full = lambda *arguments, **options: (_ for _ in ()).throw(FULL)  # noqa: E731
+    real = Path.open
+    with open_logger(tmp_path, names=[]) as log:
+        monkeypatch.setattr(Path, "open", full)
+        log.record("draws", 1, {"prompts": [1]})
+        monkeypatch.setattr(Path, "open", real)
+    assert read_lines(tmp_path / "draws.jsonl") == [{"step": 1, "prompts": [1]}]
+    with open_logger(tmp_path, names=[], resumed_step=1) as log:
+        monkeypatch.setattr(Path, "open", full)
+        log.record("draws", 2, {"prompts": [2]})
+    assert "draws.jsonl: the last 1 lines are lost" in messages.records[-1].getMessage()
+
+
 @pytest.fixture
 def fake_wandb(monkeypatch):
     calls = []

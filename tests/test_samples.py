@@ -111,3 +111,8 @@ def test_none_are_kept_where_none_are_wanted(tmp_path):
     with MetricsLogger.open(TrainerConfig(logger=[]), tmp_path, 9, 0, {}, True) as log:
         TrainingSamples(tmp_path, 0, decode, log, Rank(0, 1, threading.Barrier(1), [None])).keep(1, FIRST, None)
     assert not (tmp_path / "samples.jsonl").exists()
+
+
+def test_a_disk_that_takes_no_picture_costs_the_picture_alone(tmp_path):
+    (tmp_path / "samples").write_text("")  # no folder can be made there
+    assert [row["index"] for row in run(tmp_path, [(1, FIRST)])] == [2, 9]
