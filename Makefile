@@ -53,10 +53,10 @@ slow-others: setup
 slow-servers: setup
 	$(PYTHON) -m pytest -q -m "slow and (servers or cluster)" $(PYTEST_ARGS)
 
-# Ranks of short runs are killed at random moments, KILLS times; see tests/test_chaos.py.
+# Ranks of short runs are killed at random moments, KILLS times; see tests/cluster/test_chaos.py.
 KILLS ?= 100
 chaos: setup
-	MMR1_DS_CHAOS_KILLS=$(KILLS) $(PYTHON) -m pytest tests/test_chaos.py -o log_cli=true -o log_cli_level=INFO
+	MMR1_DS_CHAOS_KILLS=$(KILLS) $(PYTHON) -m pytest tests/cluster/test_chaos.py -o log_cli=true -o log_cli_level=INFO
 
 gpu-check: setup
 	@$(PYTHON) benchmarks/gpu_check.py
@@ -68,7 +68,7 @@ sanitize:
 	$(SANITIZED) $(SMALL) $(LARGE) $(SEED)
 
 docs: setup
-	$(PYTHON) -c "from mmr1_ds.config_reference import markdown; open('docs/configuration.md', 'w').write(markdown())"
+	$(PYTHON) -c "from mmr1_ds.config.reference import markdown; open('docs/configuration.md', 'w').write(markdown())"
 	$(PYTHON) -m sphinx -q -W --keep-going -b html -d build/docs_trees docs build/docs
 	@echo "docs: build/docs/index.html"
 

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from mmr1_ds.engine.log_probs import plain_log_probs, token_log_probs
+from mmr1_ds.engine.model.log_probs import plain_log_probs, token_log_probs
 
 WAYS = {"plain": plain_log_probs, "ours": token_log_probs}
 PASSES = ("forward", "forward_backward")

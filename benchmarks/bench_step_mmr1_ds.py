@@ -19,9 +19,10 @@ from bench_step_sides import (
     Turns,
 )
 
-from mmr1_ds import composition, train
-from mmr1_ds.distributed import leave
-from mmr1_ds.trainer import Trainer
+from mmr1_ds import train
+from mmr1_ds.exits import leave
+from mmr1_ds.loop import composition
+from mmr1_ds.loop.trainer import Trainer
 
 folder, setup, micro_batch, num_steps = Path(sys.argv[1]), *sys.argv[2:5]
 ENGINES = {"zero3_two_ranks_transformers": "hf", "one_rank_vllm": "vllm"}

@@ -41,7 +41,7 @@ def prepare(folder: Path, instruction: str) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from mmr1_ds.demo.model import END_OF_TURN, PADDING, VOCABULARY, build_tokenizer
+    from mmr1_ds.commands.demo.model import END_OF_TURN, PADDING, VOCABULARY, build_tokenizer
 
     end, padding = VOCABULARY.index(END_OF_TURN), VOCABULARY.index(PADDING)
     torch.manual_seed(3)

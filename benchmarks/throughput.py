@@ -26,11 +26,11 @@ from typing import Any
 from throughput_figures import Settings, model_shape, over_repeats, read_rows, run_figures
 from throughput_report import SCHEMA, compare, plot, read, table, write
 
-from mmr1_ds.config_loading import load_config
-from mmr1_ds.environment import describe_environment
+from mmr1_ds.cluster.launch import gpu_is_here
+from mmr1_ds.commands.plan.hardware import GPUS
+from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError
-from mmr1_ds.planning.hardware import GPUS
-from mmr1_ds.train import gpu_is_here
+from mmr1_ds.monitoring.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = {

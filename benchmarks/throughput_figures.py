@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmr1_ds.commands.plan import flops
+from mmr1_ds.commands.plan.flops import Work
+from mmr1_ds.commands.plan.shapes import ModelShape, policy_shape
 from mmr1_ds.config import ModelConfig
-from mmr1_ds.planning import flops
-from mmr1_ds.planning.flops import Work
-from mmr1_ds.planning.shapes import ModelShape, policy_shape
 
 STAGES = {  # shown -> of `timing_s/*`
     "generate": ("gen",),

@@ -91,7 +91,7 @@ def train(trials: Sequence[Trial], options: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share the cores; more threads would only wait
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.basicConfig(level=logging.WARNING)
-    from mmr1_ds.logging import configure_logging, quiet_libraries
+    from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 
     configure_logging(is_main=True)
     quiet_libraries()

@@ -12,15 +12,15 @@ import numpy as np
 from vas_experiment_steps import StepFile, transition_counts
 from vas_experiment_trials import RESPONSES, SORTS
 
-from mmr1_ds.batches import Batch, BatchMaker
-from mmr1_ds.collect import Collector, RequestMaker
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.engine.actor import Actor
+from mmr1_ds.loop.batches import Batch, BatchMaker
+from mmr1_ds.loop.collector import Collector, RequestMaker
+from mmr1_ds.loop.trainer import Trainer
+from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import InTurn, RolloutEngine
-from mmr1_ds.stages import StageClock
-from mmr1_ds.trainer import Trainer
 
 HISTOGRAM_EVERY = 20  # steps
 HISTOGRAM_BINS = 20

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import numpy as np
 import psutil
 
-from mmr1_ds.writers import Writer
+from mmr1_ds.monitoring.writers import Writer
 
 _METRICS = {  # of the trainer -> of the record
     "reward/overall": "reward",

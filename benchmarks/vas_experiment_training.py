@@ -32,21 +32,21 @@ from vas_experiment_trials import (
 )
 
 import mmr1_ds
-from mmr1_ds.collect import Collector
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.preemption import Preemption
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import RunConfig
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.deepspeed_config import resolve_deepspeed
-from mmr1_ds.distributed import Ranks
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.launch_environment import launch_environment
-from mmr1_ds.live_report import LiveReport
-from mmr1_ds.logging import MetricsLogger
-from mmr1_ds.preemption import Preemption
+from mmr1_ds.loop.collector import Collector
+from mmr1_ds.loop.parts import Parts
+from mmr1_ds.monitoring.live_report import LiveReport
+from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.monitoring.samples import TrainingSamples
+from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 from mmr1_ds.rewards.pool import RewardPool
-from mmr1_ds.rollout.colocated import VllmRollout
-from mmr1_ds.samples import TrainingSamples
-from mmr1_ds.trainer import Parts
+from mmr1_ds.rollout.colocated.engine import VllmRollout
 
 logger = logging.getLogger("mmr1_ds.vas_experiment")
 
@@ -57,8 +57,8 @@ def _digest_of_code() -> str:
     """Of what decides a training, so that a reader can tell whether two runs are of the same program."""
     package = Path(mmr1_ds.__file__).parent
     digest = hashlib.blake2b(digest_size=6)
-    for folder in ("curriculum", "engine", "rollout", "."):
-        for path in sorted((package / folder).glob("*.py")):
+    for folder in ("algorithm", "curriculum", "engine", "loop", "rollout"):
+        for path in sorted((package / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from mmr1_ds.commands.demo.assets import prepare_assets
+from mmr1_ds.commands.demo.digits import LEARNABLE, Question, draw_question, proportional_counts, write_parquet
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config_checks import check_config
-from mmr1_ds.config_loading import load_config
-from mmr1_ds.demo.assets import prepare_assets
-from mmr1_ds.demo.digits import LEARNABLE, Question, draw_question, proportional_counts, write_parquet
+from mmr1_ds.config.loading import load_config
+from mmr1_ds.preflight.checks import check_config
 
 ARMS = ("shuffle", "full", "online", "filtering")
 BATCH = 8  # prompts a step

@@ -25,7 +25,7 @@ else
 fi
 
 echo "demo: preparing the model and the questions"
-OMP_NUM_THREADS="$(( num_cores < 4 ? num_cores : 4 ))" .venv/bin/python -m mmr1_ds.demo
+OMP_NUM_THREADS="$(( num_cores < 4 ? num_cores : 4 ))" .venv/bin/python -m mmr1_ds.commands.demo
 
 run_dir=runs/demo
 if [[ -e "$run_dir" && "${RESUME:-0}" != 1 ]]; then
@@ -59,4 +59,4 @@ if (( status != 0 )); then
   exit "$status"
 fi
 echo
-.venv/bin/python -m mmr1_ds.demo.summary "$run_dir"
+.venv/bin/python -m mmr1_ds.commands.demo.summary "$run_dir"

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 
@@ -84,3 +85,32 @@ class SamplingSettings:
     top_p: float
     top_k: int  # -1 = all
     max_tokens: int
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One response with what the update needs to know of it."""
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]  # (T,), the response
+    rollout_logprobs: tuple[float, ...]  # (T,), as the rollout engine sampled them
+    advantage: float  # of the response
+    token_advantages: tuple[float, ...] | None = None  # (T,), where they differ within it; `advantage` is their mean
+    reward: float = 0.0  # the KL taken off where it is taken off the reward; for inspection, the update needs it not
+
+
+class WeightInfo(NamedTuple):
+    """A weight that a sync will bring."""
+
+    name: str  # transformers' own
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of the whole weight
+
+
+@dataclass(frozen=True)
+class LearningGroup:
+    """A scored group with its advantages."""
+
+    scored: ScoredGroup
+    advantages: np.ndarray  # (N,) float64, of the reward function's rewards, standardised in the group (grpo)
+    baseline: float | None = None  # remax: the reward of the prompt's greedy response

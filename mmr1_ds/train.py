@@ -9,31 +9,26 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
+from mmr1_ds.cluster.guard import LaunchGuard
+from mmr1_ds.cluster.launch import LaunchEnvironment, gpu_is_here, launch_environment
+from mmr1_ds.cluster.preemption import Preempted, Preemption
+from mmr1_ds.cluster.watch import EXIT_FAULT, CollectiveError
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config_checks import check_config
-from mmr1_ds.config_critic import trains_critic
-from mmr1_ds.config_loading import load_config
-from mmr1_ds.deadlines import EXIT_FAULT, CollectiveError
-from mmr1_ds.deepspeed_config import DeepspeedConfigs, critic_deepspeed, reference_deepspeed, resolve_deepspeed
-from mmr1_ds.distributed import leave
-from mmr1_ds.errors import UserError
-from mmr1_ds.extras import require
-from mmr1_ds.launch_environment import LaunchEnvironment, launch_environment
-from mmr1_ds.launch_guard import LaunchGuard
-from mmr1_ds.logging import configure_logging, quiet_libraries
-from mmr1_ds.plan import describe_plan
-from mmr1_ds.preemption import Preempted, Preemption
-from mmr1_ds.redaction import redacted, remember
+from mmr1_ds.config.derived import trains_critic
+from mmr1_ds.config.loading import load_config
+from mmr1_ds.config.redaction import remember
+from mmr1_ds.errors import UserError, require
+from mmr1_ds.exits import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, leave, tell
+from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
+from mmr1_ds.preflight.checks import check_config
+from mmr1_ds.preflight.deepspeed import DeepspeedConfigs, critic_deepspeed, reference_deepspeed, resolve_deepspeed
+from mmr1_ds.preflight.plan import describe_plan
 
 logger = logging.getLogger("mmr1_ds.train")  # run with -m, __name__ is __main__
 
-EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, the same command goes on; launch/slurm.sbatch requeues on it
-EXIT_INTERRUPTED = 130
 _HEAD_START_SECONDS = 3  # of rank 0; the deepspeed launcher looks for ended processes once a second
 
 
@@ -42,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         launch = launch_environment()
     except UserError as error:
-        return _tell(error)
+        return tell(error)
     guard = LaunchGuard() if launch.launcher == "environment" else None
     configure_logging(launch.rank == 0)
     try:
@@ -52,13 +47,13 @@ def main(argv: Sequence[str]) -> int:
         if launch.rank > 0:
             time.sleep(_HEAD_START_SECONDS)
             return EXIT_USER_ERROR
-        return _tell(error)
+        return tell(error)
     if prepared is None:
         return 0
     quiet_libraries()
     if not gpu_is_here():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed guesses, with a warning
-    from mmr1_ds import composition  # imports torch and DeepSpeed
+    from mmr1_ds.loop import composition  # imports torch and DeepSpeed
 
     try:
         trainer = prepared[0].trainer
@@ -71,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         # A mistake in the data may show on one rank alone; when it shows on rank 0 too, the launcher ends the others.
         if launch.rank > 0:
             time.sleep(_HEAD_START_SECONDS)
-        return _tell(error, f" (rank {launch.rank})" if launch.rank > 0 else "")
+        return tell(error, f" (rank {launch.rank})" if launch.rank > 0 else "")
     except CollectiveError:  # told already, by every rank
         return EXIT_FAULT
     except Preempted as stop:
@@ -105,18 +100,6 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
         return None
     require("gpu", "torch", "deepspeed", "transformers", "accelerate", "datasets", purpose="training")
     return config, DeepspeedConfigs(actor, reference, critic)
-
-
-def gpu_is_here(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this machine shows a GPU, without asking torch, which takes seconds to import."""
-    if environ.get("DS_ACCELERATOR") == "cpu" or environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists() or Path("/dev/dxg").exists()
-
-
-def _tell(error: UserError, rank: str = "") -> int:
-    sys.stderr.write(f"mmr1-ds: error{rank}: {redacted(' '.join(str(error).split()))}\n")
-    return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

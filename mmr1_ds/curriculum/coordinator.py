@@ -17,10 +17,11 @@ from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum import storage
 from mmr1_ds.curriculum.estimator import EARLY_PROBING, PROBE_RESPONSES, probe_budget
 from mmr1_ds.curriculum.history import TableHistory, batch_metrics, observations
+from mmr1_ds.curriculum.metric_names import check_metrics
 from mmr1_ds.curriculum.online import OnlineTable
 from mmr1_ds.curriculum.refresh import Refresh
 from mmr1_ds.curriculum.sampler import PromptSampler
-from mmr1_ds.curriculum.scores import check_metrics, variance_promotion_score
+from mmr1_ds.curriculum.scores import variance_promotion_score
 from mmr1_ds.curriculum.statistics import PromptStatistics, from_records, to_records
 from mmr1_ds.curriculum.table import CurriculumTable
 from mmr1_ds.errors import UserError

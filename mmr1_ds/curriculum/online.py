@@ -16,8 +16,9 @@ import numpy as np
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.estimator import FilterSettings, LogitFilter
+from mmr1_ds.curriculum.metric_names import OUTCOME_METRICS, canonical_metric
 from mmr1_ds.curriculum.prompt_ids import encode_prompt_ids, saved_positions
-from mmr1_ds.curriculum.scores import OUTCOME_METRICS, canonical_metric, metric_value
+from mmr1_ds.curriculum.scores import metric_value
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
 

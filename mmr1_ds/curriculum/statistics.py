@@ -9,7 +9,7 @@ from itertools import chain
 import mmr1_kernels
 import numpy as np
 
-from mmr1_ds.curriculum.scores import needs_edit_distance
+from mmr1_ds.curriculum.metric_names import needs_edit_distance
 from mmr1_ds.records import ScoredGroup
 
 

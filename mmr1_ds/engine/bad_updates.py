@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmr1_ds.distributed import Ranks
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt
 

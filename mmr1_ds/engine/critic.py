@@ -11,21 +11,20 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from mmr1_ds.algorithm.aggregation import GlobalBatch, Segments, token_weights
+from mmr1_ds.algorithm.losses import value_loss
+from mmr1_ds.algorithm.schedule import learning_rate
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config_critic import resolved_critic
-from mmr1_ds.distributed import Ranks
-from mmr1_ds.engine.actor import Pair, start_deepspeed
-from mmr1_ds.engine.aggregation import GlobalBatch, token_weights
+from mmr1_ds.config.derived import resolved_critic
 from mmr1_ds.engine.bad_updates import BadUpdates
-from mmr1_ds.engine.batching import collate
-from mmr1_ds.engine.losses import value_loss
 from mmr1_ds.engine.micro_batches import by_tokens, in_turn
-from mmr1_ds.engine.offloading import drop_host_copies, states_offloaded
-from mmr1_ds.engine.policy import exact_types
-from mmr1_ds.engine.schedule import learning_rate
-from mmr1_ds.engine.segments import Segments
-from mmr1_ds.engine.value_model import load_value_model
-from mmr1_ds.engine.zero_checkpoint import ZeroCheckpoint
+from mmr1_ds.engine.model.batching import collate
+from mmr1_ds.engine.model.policy import exact_types
+from mmr1_ds.engine.model.value_model import load_value_model
+from mmr1_ds.engine.weights.offloading import drop_host_copies, states_offloaded
+from mmr1_ds.engine.weights.zero_checkpoint import ZeroCheckpoint
+from mmr1_ds.engine.zero_engine import Pair, start_deepspeed
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmr1_ds.distributed import Ranks
+from mmr1_ds.cluster.ranks import Ranks
 
 _EVEN = 0.01  # of the mean: more balance than this is not worth moving groups for
 

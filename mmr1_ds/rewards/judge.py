@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mmr1_ds.config.redaction import check_variable
 from mmr1_ds.errors import UserError
-from mmr1_ds.redaction import check_variable
 from mmr1_ds.rewards.chat_client import ChatClient, ChatFailure
 from mmr1_ds.rewards.unscored import Unscored
 

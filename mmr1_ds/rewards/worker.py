@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from mmr1_ds.redaction import redacted, remember
+from mmr1_ds.config.redaction import redacted, remember
 from mmr1_ds.rewards.loading import RewardFunction, load_reward_function
 from mmr1_ds.rewards.unscored import Unscored
 

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mmr1_ds.engine.actor import Actor
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, WeightInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ServersGone(UserError):
     """No rollout server has answered for too long. Raised on every rank at the same call."""
+
+
+class Policy(Protocol):
+    """What a rollout engine needs of the policy that is trained: the engine's actor has all of it."""
+
+    num_updates_done: int  # optimiser steps so far: the version of its weights
+
+    @property
+    def model(self) -> Any:
+        """The transformers model inside, partitioned. Only `engine=hf` looks at it."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The current weights, whole, under transformers' names. Collective: all ranks exhaust it."""
+        ...
+
+    def weight_buckets(self) -> list[list[WeightInfo]]:
+        """What `weights` will yield, by the buckets that are gathered together. Not a collective."""
+        ...
 
 
 class RolloutEngine(Protocol):
@@ -40,8 +61,8 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def sync_weights(self, actor: Actor) -> None:
-        """Take over the actor's weights. Collective. On return the next generation samples from them."""
+    def sync_weights(self, policy: Policy) -> None:
+        """Take over the policy's weights. Collective. On return the next generation samples from them."""
         ...
 
     def sleep(self, keep_weights: bool) -> None:

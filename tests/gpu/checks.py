@@ -51,13 +51,13 @@ def kernel(device: torch.device) -> str:
 
 def packing(device: torch.device) -> str:
     """Sequences in one row (flash-attention, bf16 on a GPU) against the same ones padded, forward and backward."""
-    from tiny_models import make_prompt, save_text_model
+    from fixtures.tiny_models import make_prompt, save_text_model
     from transformers import AutoModelForCausalLM
 
     from mmr1_ds.config import DataConfig, ModelConfig
     from mmr1_ds.data.encoding import PromptEncoder
-    from mmr1_ds.engine.batching import collate
-    from mmr1_ds.engine.packing import FLASH, attention_implementation, packed_states, padded_states
+    from mmr1_ds.engine.model.batching import collate
+    from mmr1_ds.engine.model.packing import FLASH, attention_implementation, packed_states, padded_states
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = attention_implementation(True, "qwen2", dtype)
@@ -86,7 +86,7 @@ def packing(device: torch.device) -> str:
 
 def log_probs(device: torch.device) -> str:
     """Log-probabilities in blocks of the vocabulary against the plain way, with gradients."""
-    from mmr1_ds.engine.log_probs import plain_log_probs, token_log_probs
+    from mmr1_ds.engine.model.log_probs import plain_log_probs, token_log_probs
 
     random = torch.Generator().manual_seed(1)
     results = []
@@ -109,8 +109,8 @@ def sleep(device: torch.device) -> str:
     """vLLM beside the actor: sample, sleep, wake, sample, sleep, update, sync, three times over. On a GPU most of the
     memory comes back each time; after each sync the log-probabilities are the actor's.
     """
-    from launching import PROGRAMS, environment
-    from tiny_models import save_vision_model
+    from fixtures.launching import PROGRAMS, environment
+    from fixtures.tiny_models import save_vision_model
 
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))

@@ -14,18 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fixtures.tiny_models import make_prompt
 from safetensors.torch import load_file
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine import bad_updates
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.batching import Trajectory
 from mmr1_ds.engine.critic import Critic
 from mmr1_ds.errors import UserError
-from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.exits import leave
+from mmr1_ds.records import Trajectory
 
 model, folder, kind = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 PROMPTS, RESPONSES = 4, 2

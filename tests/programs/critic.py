@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine import critic as module
-from mmr1_ds.engine.value_model import ValueModel
-from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.engine.model.value_model import ValueModel
+from mmr1_ds.exits import leave
 
 model, out, micro_batch, folder, layout = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 2

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmr1_ds.checkpoint import Checkpoints
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics
-from mmr1_ds.distributed import Ranks, leave
-from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.exits import leave
+from mmr1_ds.loop.checkpoint import Checkpoints
 
 folder, refresh, num_steps, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 P, B, N = 61, 12, 8

@@ -7,12 +7,12 @@ import os
 import sys
 
 import torch
+from fixtures.tiny_models import make_prompt
 from settings import small_config
-from tiny_models import make_prompt
 
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import leave
-from mmr1_ds.rollout.engine_options import engine_environment, engine_options
+from mmr1_ds.exits import leave
+from mmr1_ds.rollout.options import engine_environment, engine_options
 
 folder, out = sys.argv[1:]
 config = small_config(folder, prompts=2, responses=2, micro_batch=1)

@@ -10,16 +10,17 @@ import deepspeed
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
-from mmr1_ds.engine.batching import ModelBatch, collate
-from mmr1_ds.engine.lora import adapters
-from mmr1_ds.engine.policy import load_policy
-from mmr1_ds.engine.weights import whole_parameters
-from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.engine.model.batching import ModelBatch, collate
+from mmr1_ds.engine.model.lora import adapters
+from mmr1_ds.engine.model.policy import load_policy
+from mmr1_ds.engine.weights.gathering import whole_parameters
+from mmr1_ds.exits import leave
 
 model, out = sys.argv[1:]
 ranks = Ranks(launch_environment(), timeout_seconds=60)

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.preemption import Preemption
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
-from mmr1_ds.engine import weights
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.batching import Trajectory
-from mmr1_ds.engine.lora import AdapterlessReference
-from mmr1_ds.launch_environment import launch_environment
-from mmr1_ds.preemption import Preemption
-from mmr1_ds.records import RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.colocated import VllmRollout
-from mmr1_ds.rollout.server_engine import ServerRollout
-from mmr1_ds.rollout.sleeping import SleepCycle
-from mmr1_ds.rollout.transformers_engine import TransformersRollout
+from mmr1_ds.engine.reference import AdapterlessReference
+from mmr1_ds.engine.weights import gathering as weights
+from mmr1_ds.exits import leave
+from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.rollout.colocated.engine import VllmRollout
+from mmr1_ds.rollout.colocated.sleeping import SleepCycle
+from mmr1_ds.rollout.hf.engine import TransformersRollout
+from mmr1_ds.rollout.servers.engine import ServerRollout
 
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 

@@ -10,18 +10,20 @@ from pathlib import Path
 import deepspeed
 import numpy as np
 import torch
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
-from mmr1_ds.engine import weights
-from mmr1_ds.engine.actor import Actor, Reference
-from mmr1_ds.engine.batching import Trajectory
-from mmr1_ds.engine.lora import AdapterlessReference, adapters
-from mmr1_ds.engine.weights import whole_parameters
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.engine.model.lora import adapters
+from mmr1_ds.engine.reference import AdapterlessReference, Reference
+from mmr1_ds.engine.weights import gathering as weights
+from mmr1_ds.engine.weights.gathering import whole_parameters
 from mmr1_ds.errors import UserError
-from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.exits import leave
+from mmr1_ds.records import Trajectory
 
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 

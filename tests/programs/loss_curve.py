@@ -9,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, batch_slots, leave
-from mmr1_ds.engine.actor import Actor, Reference
-from mmr1_ds.engine.batching import Trajectory
-from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.engine.reference import Reference
+from mmr1_ds.exits import leave
+from mmr1_ds.loop.sharing import batch_slots
+from mmr1_ds.records import Trajectory
 
 model, out, micro_batch, folder = sys.argv[1:]
 BATCH, MINI_BATCH, RESPONSES, STEPS = 8, 4, 3, 3

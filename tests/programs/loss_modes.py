@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.algorithm.importance import ImportanceSampling
+from mmr1_ds.algorithm.losses import PolicyLoss
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
-from mmr1_ds.engine.actor import Actor, Reference
-from mmr1_ds.engine.batching import Trajectory
-from mmr1_ds.engine.importance import ImportanceSampling
-from mmr1_ds.engine.losses import PolicyLoss
-from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.engine.reference import Reference
+from mmr1_ds.exits import leave
+from mmr1_ds.records import Trajectory
 
 model, out, micro_batch, folder, layout = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 2

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from stand_in_server import stand_in
+from fixtures.stand_in_server import stand_in
 
 server = stand_in(Path(sys.argv[1]))
 server.start()

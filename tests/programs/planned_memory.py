@@ -10,18 +10,19 @@ import re
 import sys
 from pathlib import Path
 
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.commands.plan import activations
+from mmr1_ds.commands.plan.activations import MicroBatch
+from mmr1_ds.commands.plan.memory import zero_engine
+from mmr1_ds.commands.plan.shapes import policy_shape
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.batching import Trajectory
-from mmr1_ds.launch_environment import launch_environment
-from mmr1_ds.planning import activations
-from mmr1_ds.planning.activations import MicroBatch
-from mmr1_ds.planning.memory import zero_engine
-from mmr1_ds.planning.shapes import policy_shape
+from mmr1_ds.exits import leave
+from mmr1_ds.records import Trajectory
 
 model, out, length, checkpointing = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "true"
 

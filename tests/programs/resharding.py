@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
-from mmr1_ds.checkpoint import Checkpoints
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.batching import Trajectory
 from mmr1_ds.engine.critic import Critic
-from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.exits import leave
+from mmr1_ds.loop.checkpoint import Checkpoints
+from mmr1_ds.records import Trajectory
 
 model, out, saved, first, last, save_to, wanted = sys.argv[1:]
 PROMPTS, RESPONSES = 6, 1

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
-from mmr1_ds.checkpoint import Checkpoints
-from mmr1_ds.config_loading import dump_config
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.config.loading import dump_config
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.batching import Trajectory
-from mmr1_ds.launch_environment import launch_environment
-from mmr1_ds.records import RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.transformers_engine import TransformersRollout
+from mmr1_ds.exits import leave
+from mmr1_ds.loop.checkpoint import Checkpoints
+from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.rollout.hf.engine import TransformersRollout
 
 model, run_dir, lora_rank = sys.argv[1:]
 ranks = Ranks(launch_environment(), timeout_seconds=120)

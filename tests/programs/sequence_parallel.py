@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
-from mmr1_ds.engine.actor import Reference
-from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.engine.reference import Reference
+from mmr1_ds.exits import leave
 
 model, folder = sys.argv[1:]
 

@@ -8,17 +8,18 @@ import sys
 from pathlib import Path
 
 import torch
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.preemption import Preemption
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
-from mmr1_ds.engine.actor import Actor, Reference
-from mmr1_ds.engine.batching import Trajectory
-from mmr1_ds.launch_environment import launch_environment
-from mmr1_ds.preemption import Preemption
-from mmr1_ds.records import RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.server_engine import ServerRollout
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.engine.reference import Reference
+from mmr1_ds.exits import leave
+from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.rollout.servers.engine import ServerRollout
 
 model, out = sys.argv[1:]
 PROMPTS, RESPONSES, LONGEST = 3, 2, 400

@@ -13,17 +13,19 @@ import urllib.request
 from pathlib import Path
 
 import torch
+from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
-from tiny_models import make_prompt
 
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.distributed import Ranks, leave
-from mmr1_ds.engine import weights
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.launch_environment import launch_environment
+from mmr1_ds.engine.weights import gathering as weights
+from mmr1_ds.exits import leave
 from mmr1_ds.records import Prompt
-from mmr1_ds.rollout.server_process import ServerAddress, ServerProcess
-from mmr1_ds.rollout.weight_transfer import ServerControl, WeightTransfer
+from mmr1_ds.rollout.servers.address import ServerAddress
+from mmr1_ds.rollout.servers.process import ServerProcess
+from mmr1_ds.rollout.servers.weights.transfer import ServerControl, WeightTransfer
 
 weights.BUCKET_BYTES = 40_000  # several buckets, layers cut, and parameters larger than one
 

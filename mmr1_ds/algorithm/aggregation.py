@@ -1,0 +1,69 @@
+"""From losses at tokens to the loss of an optimiser step, by weights that follow from the GLOBAL batch alone.
+
+A sum of weighted tokens is the same however they are cut into micro-batches or spread over ranks, and so is its
+gradient. Averages of averages are not: EasyR1's `seq` mode first averages in a micro-batch and then scales by its
+share of the tokens, so that the weight of a response depends on its neighbours.
+
+Shape letters: S responses, T packed tokens of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Cuts T packed tokens into S responses; one may be empty."""
+
+    lengths: Tensor  # (S,) int64
+    ids: Tensor  # (T,) int64: the response of each token
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
+        """Responses of these lengths, in order."""
+        lengths_S = torch.tensor(list(lengths), dtype=torch.int64)
+        ids_T = torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S)
+        return cls(lengths_S.to(device), ids_T.to(device))
+
+    def sum(self, values_T: Tensor) -> Tensor:
+        """Over the tokens of each response, (S,)."""
+        return values_T.new_zeros(len(self.lengths)).index_add(0, self.ids, values_T)
+
+    def mean(self, values_T: Tensor) -> Tensor:
+        """Over the tokens of each response, (S,); 0 for an empty one."""
+        return self.sum(values_T) / self.lengths.clamp(min=1)
+
+    def spread(self, values_S: Tensor) -> Tensor:
+        """Each response's value at all of its tokens, (T,)."""
+        return values_S[self.ids]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """Sizes of one optimiser step, over all ranks and micro-batches."""
+
+    num_tokens: float  # of responses
+    num_responses: float  # that have a token
+
+
+def token_weights(mode: str, segments: Segments, batch: GlobalBatch, scale_factor: float) -> Tensor:
+    """The weight of each token in the loss, (T,) float64; those of the whole global batch give the mean.
+
+    token: 1 / tokens of the batch: the mean over its tokens (DAPO, arXiv 2503.14476; verl's token-mean).
+    seq: the mean over responses of the mean over their tokens (GRPO, arXiv 2402.03300; verl's seq-mean-token-mean).
+    seq_sum: the mean over responses of the sum over their tokens / scale_factor (Dr. GRPO, arXiv 2503.20783; TRL's
+        dr_grpo): long responses weigh what they are long. verl's seq-mean-token-sum-norm is this times the number of
+        responses, so that its gradient grows with the batch.
+    """
+    lengths_T = segments.spread(segments.lengths).double()
+    if mode == "token":
+        return lengths_T.new_full(lengths_T.shape, 1 / max(1.0, batch.num_tokens))
+    if mode == "seq":
+        return 1 / (lengths_T * max(1.0, batch.num_responses))
+    assert mode == "seq_sum", mode
+    return lengths_T.new_full(lengths_T.shape, 1 / (scale_factor * max(1.0, batch.num_responses)))

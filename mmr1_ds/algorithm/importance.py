@@ -1,0 +1,50 @@
+"""The rollout engine and the trainer compute one policy's log-probabilities by two implementations, which differ.
+
+Training on the one's samples as if they were the other's is off-policy without notice; truncated importance sampling
+weighs it back (Yao et al., https://fengyao.notion.site/off-policy-rl, 2025). Shape letters: S responses, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmr1_ds.algorithm.aggregation import Segments
+
+_MOST = 20.0  # of a log ratio: its exponential stays finite in fp32
+
+
+@dataclass(frozen=True)
+class ImportanceSampling:
+    """Weighs the loss of each token by min(cap, trainer's probability / rollout's)."""
+
+    level: str  # token: of the token alone | sequence: of its whole response, the product of its tokens' | none: 1
+    cap: float
+
+    @torch.no_grad()
+    def __call__(
+        self, trainer_logprobs_T: Tensor, rollout_logprobs_T: Tensor, segments: Segments
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weights, (T,), without gradient, and what tells that the two drift apart, each (T,).
+
+        Args: natural-log probabilities, both of the policy that sampled, before any update.
+        Returns: the weights; logprob_diff_mean (|trainer - rollout|, nats), kl (k3 of KL(rollout || trainer)), and,
+            unless the level is none, is_weight_mean and is_truncated_fraction (1 where a weight is at its cap).
+        """
+        log_ratio_T = (trainer_logprobs_T - rollout_logprobs_T).clamp(-_MOST, _MOST)
+        figures = {
+            "logprob_diff_mean": (trainer_logprobs_T - rollout_logprobs_T).abs(),
+            "kl": log_ratio_T.exp() - 1 - log_ratio_T,
+        }
+        if self.level == "none":
+            return torch.ones_like(log_ratio_T), figures
+        if self.level == "sequence":
+            log_ratio_T = segments.spread(segments.sum(log_ratio_T)).clamp(-_MOST, _MOST)
+        else:
+            assert self.level == "token", self.level
+        ratio_T = log_ratio_T.exp()
+        weights_T = ratio_T.clamp(max=self.cap)
+        figures |= {"is_weight_mean": weights_T, "is_truncated_fraction": (ratio_T > self.cap).to(weights_T.dtype)}
+        return weights_T, figures

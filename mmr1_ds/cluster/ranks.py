@@ -1,0 +1,310 @@
+"""Ranks, process groups and deadlines. No other module asks who it is or calls a raw collective.
+
+Two groups: the device group (NCCL on GPU, gloo on CPU), which DeepSpeed and vLLM use, and a CPU group beside it
+for control traffic (indices, statistics, metrics), so that a small message never waits behind a large one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
+
+from mmr1_ds.cluster.launch import LaunchEnvironment
+from mmr1_ds.cluster.watch import GRACE_SECONDS, CollectiveError, Watch, tell_fault
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import Store
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STACKS_SIGNAL = signal.SIGUSR2  # SIGTERM and SIGUSR1 ask a run to end
+_NAME_BYTES = 64  # of a collective's name, compared between the ranks
+_PORT_SECONDS = 0.2  # between two looks whether rank 0 listens
+
+
+class Ranks:
+    """The process groups of a run; a context manager. Every method is a collective unless it says otherwise.
+
+    A rank that dies, stalls or calls another collective than the others is named on every rank within
+    `timeout_seconds` of the wait for it, and all end: see deadlines.py. The limit bounds how long the slowest rank may
+    lag behind, not how long a stage may take.
+    """
+
+    def __init__(self, launch: LaunchEnvironment, timeout_seconds: float) -> None:
+        """Raises: CollectiveError naming the ranks that have not come in time."""
+        import torch
+        import torch.distributed as dist
+
+        self.rank, self.size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
+        self.timeout_seconds = timeout_seconds
+        self.on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+        self._neighbours: dict[int, Neighbours] = {}
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        self.device = torch.device("cuda", self.local_rank) if self.on_gpu else torch.device("cpu")
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+        store = _connect(self.rank, timeout_seconds, hosts=self.rank == 0)
+        watched = _connect(self.rank, timeout_seconds) if self.size > 1 else None
+        self._watch = Watch(self.rank, self.size, timeout_seconds, watched)
+        self._watch.wait_for_all()
+        self._timeout = timedelta(seconds=timeout_seconds + GRACE_SECONDS)  # the watch, which names the lost, is first
+        with self._deadline("make the process groups"):
+            dist.init_process_group(
+                "nccl" if self.on_gpu else "gloo",
+                store=dist.PrefixStore("groups", store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=self._timeout,
+            )
+            self._control = dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+    @property
+    def step(self) -> int:
+        """For messages only."""
+        return self._watch.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._watch.step = value
+
+    def write_stacks(self, folder: Path) -> None:
+        """Where the stacks go, on a fault and on SIGUSR2: `folder`/rank_N.txt. Not a collective."""
+        self._watch.stacks.write_into(folder, STACKS_SIGNAL)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What this rank does inside, for messages. Not a collective.
+
+        Raises: CollectiveError for a collective of DeepSpeed or torch that failed inside.
+        """
+        with self._watch.stage(name):
+            try:
+                yield
+            except RuntimeError as error:
+                if isinstance(error, CollectiveError) or not _is_of_a_collective(error):
+                    raise
+                raise self._watch.explain(f"stage {name!r}", error) from error
+
+    @contextmanager
+    def _deadline(self, stage: str, is_of_all: bool = True) -> Iterator[None]:
+        with self._watch.waiting(stage, is_of_all):
+            try:
+                yield
+            except CollectiveError:
+                raise
+            except RuntimeError as error:
+                raise self._watch.explain(stage, error) from error
+
+    def _gather_header(self, length: int, stage: str) -> list[int]:
+        """The lengths that all ranks give, by rank. Raises: CollectiveError if they are in different collectives."""
+        import torch
+        import torch.distributed as dist
+
+        name = np.zeros(_NAME_BYTES, dtype=np.uint8)
+        text = np.frombuffer(stage.encode()[:_NAME_BYTES], dtype=np.uint8)
+        name[: len(text)] = text
+        own = torch.from_numpy(np.concatenate([[length], name.view(np.int64)]))
+        headers = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(headers, own, group=self._control)
+        names = [header.numpy()[1:].tobytes().rstrip(bytes(1)).decode(errors="replace") for header in headers]
+        if len(set(names)) > 1:
+            raise self._watch.astray(names)
+        return [int(header[0]) for header in headers]
+
+    def broadcast_array(self, array: np.ndarray | None, stage: str) -> np.ndarray:
+        """Rank 0's int64 array of one axis, on every rank. Other ranks pass None."""
+        import torch
+        import torch.distributed as dist
+
+        with self._deadline(stage):
+            lengths = self._gather_header(0 if array is None else len(array), stage)
+            data = torch.empty(lengths[0], dtype=torch.int64)
+            if self.rank == 0:
+                assert array is not None and array.dtype == np.int64
+                data = torch.from_numpy(np.ascontiguousarray(array))
+            dist.broadcast(data, 0, group=self._control)
+        return data.numpy().copy()
+
+    def all_gather_array(self, array: np.ndarray, stage: str) -> list[np.ndarray]:
+        """Every rank's array, by rank. First axes may differ in length, the others and the type may not."""
+        import torch
+        import torch.distributed as dist
+
+        with self._deadline(stage):
+            lengths = self._gather_header(len(array), stage)
+            padded = np.zeros((max(lengths), *array.shape[1:]), dtype=array.dtype)
+            padded[: len(array)] = array
+            parts = [torch.empty_like(torch.from_numpy(padded)) for _ in range(self.size)]
+            dist.all_gather(parts, torch.from_numpy(padded), group=self._control)
+        return [part.numpy()[:length] for part, length in zip(parts, lengths, strict=True)]
+
+    def all_gather_objects(self, value: Any, stage: str) -> list[Any]:
+        """Every rank's picklable value, by rank: for messages between ranks of one run, never for state."""
+        own = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
+        return [pickle.loads(part.tobytes()) for part in self.all_gather_array(own, stage)]
+
+    def exchange_objects(self, to_ranks: Sequence[Any], stage: str) -> list[Any]:
+        """Hand each rank its own picklable value: for messages between ranks of one run, never for state.
+
+        Args: to_ranks: one value a rank. Returns: what each rank sent to this one, by rank.
+        """
+        import torch
+        import torch.distributed as dist
+
+        parts = [np.frombuffer(pickle.dumps(value), dtype=np.uint8) for value in to_ranks]
+        sizes = np.stack(self.all_gather_array(np.array([len(part) for part in parts]), stage))  # (from, to)
+        received = torch.empty(int(sizes[:, self.rank].sum()), dtype=torch.uint8)
+        with self._deadline(stage):
+            dist.all_to_all_single(
+                received,
+                torch.from_numpy(np.concatenate(parts)),
+                sizes[:, self.rank].tolist(),
+                sizes[self.rank].tolist(),
+                group=self._control,
+            )
+        ends = sizes[:, self.rank].cumsum()[:-1]
+        return [pickle.loads(part.tobytes()) for part in np.split(received.numpy(), ends)]
+
+    def sum(self, values: Mapping[str, float], stage: str) -> dict[str, float]:
+        """Sum each named number over the ranks, in float64. All ranks pass the same names."""
+        return self._reduce(values, stage, np.sum)
+
+    def max(self, values: Mapping[str, float], stage: str) -> dict[str, float]:
+        """Largest of each named number over the ranks."""
+        return self._reduce(values, stage, np.max)
+
+    def _reduce(self, values: Mapping[str, float], stage: str, operation: Any) -> dict[str, float]:
+        names = sorted(values)
+        local = np.array([[values[name] for name in names]], dtype=np.float64)
+        gathered = np.concatenate(self.all_gather_array(local, stage))
+        return dict(zip(names, operation(gathered, axis=0).tolist(), strict=True))
+
+    def any(self, flag: bool, stage: str) -> bool:
+        """True on every rank if it is true on any."""
+        return self.max({"flag": float(flag)}, stage)["flag"] > 0
+
+    def barrier(self, stage: str) -> None:
+        """Wait for every rank."""
+        self.all_gather_array(np.zeros(0, dtype=np.int64), stage)
+
+    def neighbours(self, size: int) -> Neighbours:
+        """The group of `size` consecutive ranks that this one is in; the number of ranks is a multiple of it."""
+        import torch.distributed as dist
+
+        if size in self._neighbours:
+            return self._neighbours[size]
+        members = [range(first, first + size) for first in range(0, self.size, size)]
+        with self._deadline("make the groups of neighbours"):
+            groups = [dist.new_group(part, timeout=self._timeout) for part in members]  # else NCCL's 10 minutes
+            controls = [dist.new_group(part, backend="gloo", timeout=self._timeout) for part in members]
+        number, deadline = self.rank // size, partial(self._deadline, is_of_all=False)
+        self._neighbours[size] = Neighbours(groups[number], controls[number], self.rank % size, size, deadline)
+        return self._neighbours[size]
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Tell the other ranks, and take the groups down. Not a collective. error: with which this rank ends."""
+        import torch.distributed as dist
+
+        self._watch.close(error)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """A group of consecutive ranks. Its methods are collectives of the group alone."""
+
+    group: Any  # torch's process group on the device
+    control: Any  # and on the CPU
+    rank: int  # in the group
+    size: int
+    deadline: Callable[[str], AbstractContextManager[Any]] = nullcontext  # given the stage; for errors
+
+    def gather_lists(self, values: Sequence[T]) -> list[T]:
+        """The picklable values of all ranks of the group, rank by rank: messages, never state."""
+        import torch.distributed as dist
+
+        parts: list[Any] = [None] * self.size
+        with self.deadline("gather sequences of a group"):
+            dist.all_gather_object(parts, list(values), group=self.control)
+        return [value for part in parts for value in part]
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the group, in place."""
+        import torch.distributed as dist
+
+        with self.deadline("gather log-probabilities of a group"):
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+
+def _connect(rank: int, timeout_seconds: float, hosts: bool = False) -> Store:
+    """A connection to the store of the process groups, which rank 0 keeps. It waits for nobody else."""
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=timeout_seconds)
+    if hosts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps one itself
+        hosts = False
+    try:
+        if not hosts:
+            _wait_for_port(address, port, timeout_seconds)
+        return TCPStore(address, port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    except (RuntimeError, OSError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        late = f"has not come within {timeout_seconds:g} s (trainer.collective_timeout_seconds)"
+        verdict = f"rank 0 {'cannot listen' if hosts else late} at MASTER_ADDR={address}, port {port}: {reason}"
+        tell_fault(rank, verdict)
+        raise CollectiveError(verdict) from error
+
+
+def _wait_for_port(address: str, port: int, timeout_seconds: float) -> None:
+    """Until something listens there. Raises: OSError. Torch's own wait prints its C++ frames at each try."""
+    end = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            socket.create_connection((address, port), max(0.1, end - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(_PORT_SECONDS)
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)  # gloo raises plain ones, with its source file
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

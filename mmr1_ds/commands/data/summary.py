@@ -1,0 +1,194 @@
+"""What is told of data sets, in numbers: the records that both the text and the JSON are written from."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmr1_ds.commands.data.answers import AnswerSummary, RewardCheck, check_reward, summarise_answers
+from mmr1_ds.commands.data.findings import Finding, SurveyedRows, find
+from mmr1_ds.commands.data.images import ImageSummary, summarise_images
+from mmr1_ds.commands.data.numbers import Bin, Spread, histogram, spread
+from mmr1_ds.commands.data.samples import Sample, choose, render
+from mmr1_ds.config import RunConfig
+from mmr1_ds.config.derived import total_training_steps
+from mmr1_ds.curriculum.sampler import PromptSampler
+
+if TYPE_CHECKING:
+    from mmr1_ds.data.encoding import PromptEncoder
+
+TRAIN, VALIDATION = "data.train_files", "data.val_files"
+NEAR_LIMIT = 0.9  # of data.max_prompt_length
+_ASKED_FOR = {"math": "\\boxed", "r1v": "<answer>", "openr1_wo_LMM": "<answer>"}  # reward -> what it looks for
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the prompts that could be measured, over-long ones included."""
+
+    limit: int  # data.max_prompt_length
+    spread: Spread
+    num_near_limit: int  # over NEAR_LIMIT of it, and not over it
+    near_limit_fraction: float  # of all measured, [0, 1]
+    histogram: list[Bin]
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """What the usable prompts make of a run, by the configuration."""
+
+    num_prompts: int
+    prompts_per_step: int
+    responses_per_prompt: int
+    steps_per_epoch: int  # P // B, at least 1
+    total_steps: int
+    prompts_by_score: int  # of a step: drawn by the curriculum, the others come in turn
+
+
+@dataclass(frozen=True)
+class ValidationBatches:
+    """What one validation samples."""
+
+    num_prompts: int
+    responses_per_prompt: int
+    num_calls: int  # of data.val_batch_size prompts
+
+
+@dataclass(frozen=True)
+class DataSetSummary:
+    """One of data.train_files and data.val_files."""
+
+    key: str
+    num_rows_by_file: dict[str, int]
+    num_rows: int
+    num_usable: int  # rows that are neither dropped nor stop the run
+    findings: list[Finding]
+    lengths: Lengths | None  # None where nothing could be measured
+    images: ImageSummary | None  # of the same prompts; None for a text model
+    categories: dict[str, int]  # of usable rows, most frequent first; empty without data.category_key
+    answers: AnswerSummary | None  # of usable rows; None without any
+    reward_check: RewardCheck | None  # None where it cannot be done
+    batches: TrainingBatches | ValidationBatches | None
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Everything that is told."""
+
+    model: str
+    takes_images: bool
+    data_sets: list[DataSetSummary]
+    num_shared: int | None  # validation rows that training has too, by content; None = not looked for
+    notes: list[str]  # what may be meant, and may be a mistake
+
+    @property
+    def stops_run(self) -> bool:
+        """Whether a row that was looked at would end a training run."""
+        return any(
+            any(finding.stops_run for finding in data_set.findings)
+            or any(sample.problem is not None for sample in data_set.samples)
+            for data_set in self.data_sets
+        )
+
+
+def summarise(
+    key: str, rows: SurveyedRows, config: RunConfig, encoder: PromptEncoder, num_samples: int
+) -> DataSetSummary:
+    """Args: key: TRAIN or VALIDATION; num_samples: prompts to render, at most."""
+    measured = rows.lengths[rows.is_measured]
+    answers = rows.texts("answer", rows.usable)
+    return DataSetSummary(
+        key=key,
+        num_rows_by_file={reader.name: len(reader) for reader in rows.readers},
+        num_rows=len(rows.table),
+        num_usable=len(rows.usable),
+        findings=find(rows, config),
+        lengths=_lengths(measured, config.data.max_prompt_length),
+        images=summarise_images(
+            rows.flat("widths"), rows.flat("heights"), rows.num_images[rows.is_measured], int(measured.sum()), encoder
+        ),
+        categories=dict(Counter(rows.texts("category", rows.usable)).most_common()) if config.data.category_key else {},
+        answers=summarise_answers(answers),
+        reward_check=check_reward(answers, config.worker.reward, config.data.seed),
+        batches=_batches(key, len(rows.usable), config) if len(rows.usable) else None,
+        samples=_samples(rows, encoder, num_samples, config.data.seed),
+    )
+
+
+def count_shared(train: SurveyedRows, validation: SurveyedRows) -> int:
+    """Usable rows of the validation data whose prompt, answer and images training has too."""
+    known = set(train.texts("prompt_id", train.usable))
+    return sum(prompt_id in known for prompt_id in validation.texts("prompt_id", validation.usable))
+
+
+def notes(data_sets: Sequence[DataSetSummary], config: RunConfig, encoder: PromptEncoder) -> list[str]:
+    """What may be meant and may be a mistake, one line each."""
+    found = []
+    for data_set in data_sets:
+        batches = data_set.batches
+        if isinstance(batches, TrainingBatches) and batches.num_prompts < batches.prompts_per_step:
+            found.append(
+                f"{data_set.key}: {batches.num_prompts} usable prompts, and a step takes data.rollout_batch_size="
+                f"{batches.prompts_per_step}: each step repeats prompts"
+            )
+    if encoder.is_multimodal and any(data_set.images and data_set.images.num_images for data_set in data_sets):
+        limits = encoder.pixel_limits
+        most = limits.max_pixels // limits.factor**2
+        if most > config.data.max_prompt_length:
+            found.append(
+                f"an image may take up to {most:,} tokens ({limits.max_pixels:,} pixels), and a prompt "
+                f"data.max_prompt_length={config.data.max_prompt_length}: a smaller data.max_pixels shrinks large "
+                "images instead of dropping their prompts"
+            )
+    asked_for = _ASKED_FOR.get(config.worker.reward.reward_function)
+    prompts = [sample.prompt or "" for data_set in data_sets for sample in data_set.samples]
+    if asked_for is not None and prompts and not any(asked_for in prompt for prompt in prompts):
+        found.append(
+            f"no prompt shown below asks for {asked_for}, where worker.reward.reward_function="
+            f"{config.worker.reward.reward_function} looks for the answer; data.format_prompt or data.system_prompt "
+            "can ask, unless the model does it by itself"
+        )
+    return found
+
+
+def _lengths(lengths: np.ndarray, limit: int) -> Lengths | None:
+    found = spread(lengths)
+    if found is None:
+        return None
+    num_near = int(((lengths > NEAR_LIMIT * limit) & (lengths <= limit)).sum())
+    return Lengths(limit, found, num_near, num_near / len(lengths), histogram(lengths, limit))
+
+
+def _batches(key: str, num_prompts: int, config: RunConfig) -> TrainingBatches | ValidationBatches:
+    data = config.data
+    if key == VALIDATION:
+        chunk = data.val_batch_size if data.val_batch_size > 0 else num_prompts
+        num_responses = config.worker.rollout.val_override_config.n
+        return ValidationBatches(num_prompts, num_responses, math.ceil(num_prompts / chunk))
+    batch = data.rollout_batch_size
+    sampler = PromptSampler(num_prompts, batch, data.seed, data.sampling_strategy, data.curriculum_mixture_ratio)
+    return TrainingBatches(
+        num_prompts=num_prompts,
+        prompts_per_step=batch,
+        responses_per_prompt=config.worker.rollout.n,
+        steps_per_epoch=max(1, num_prompts // batch),
+        total_steps=total_training_steps(config, num_prompts),
+        prompts_by_score=sampler.num_weighted,
+    )
+
+
+def _samples(rows: SurveyedRows, encoder: PromptEncoder, num_samples: int, seed: int) -> list[Sample]:
+    samples = []
+    for row in choose(rows.usable, num_samples, seed):
+        (prompt_id,), (category,), (answer,) = (
+            rows.texts(column, np.array([row])) for column in ("prompt_id", "category", "answer")
+        )
+        prompt, problem = render(*rows.place(row), encoder)
+        samples.append(Sample(rows.name(row), prompt_id, category, int(rows.lengths[row]), prompt, problem, answer))
+    return samples

@@ -1,0 +1,129 @@
+"""`mmr1-ds export`: a checkpoint as a model folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from mmr1_ds.cluster.launch import LaunchEnvironment
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.config import ModelConfig
+from mmr1_ds.config.derived import checkpoint_directory
+from mmr1_ds.config.loading import load_config
+from mmr1_ds.errors import UserError, require
+from mmr1_ds.exits import EXIT_USER_ERROR
+from mmr1_ds.loop.checkpoint import Checkpoints
+from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """Write a checkpoint's policy as Hugging Face safetensors, with configuration, tokenizer, processor and
+chat template, for transformers and vLLM. Name the run by its configuration (config=FILE key=value ...: its newest
+checkpoint) or the checkpoint's folder (then the config.yaml of its run must be there; or name it too). No GPU and no
+other rank is needed. Memory: the whole model on the CPU, in the type that is written and once in float32."""
+_CONFIG = "config.yaml"
+_SECONDS = 600.0  # there is one rank: nothing waits
+_FOLDER = "CHECKPOINT_FOLDER"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command to its parser."""
+    parser.description = DESCRIPTION
+    parser.add_argument("source", nargs="+", metavar="SOURCE", help=f"config=FILE key=value ..., or {_FOLDER}, or both")
+    parser.add_argument("out", metavar="OUT", help="folder to write; it must not be there")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights; default: as in the model's own config.json"
+    )
+    parser.add_argument(
+        "--merge-lora", action="store_true", help="add the adapters to the weights; else they are alone"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file; default: 5GB")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Returns: the exit code; 2 after a user's mistake."""
+    configure_logging(True)
+    quiet_libraries()
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        _export(arguments)
+    except UserError as error:
+        sys.stderr.write(f"mmr1-ds: error: {' '.join(str(error).split())}\n")
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    out = Path(arguments.out)
+    if out.exists() or out.is_symlink():
+        raise UserError(f"OUT={out} is there already; name another folder, or delete it")
+    settings = [word for word in arguments.source if "=" in word]
+    folders = [Path(word) for word in arguments.source if "=" not in word]
+    if len(folders) > 1:
+        raise UserError(f"name one {_FOLDER}, not {len(folders)}: {' '.join(map(str, folders))}")
+    if folders and not any(word.startswith("config=") for word in settings):
+        settings.insert(0, f"config={_config_of(folders[0])}")
+    config = load_config(settings).config
+    require("gpu", "torch", "deepspeed", "transformers", purpose="mmr1-ds export")
+    ranks = Ranks(LaunchEnvironment(0, 1, 0, "none"), _SECONDS)
+    try:
+        folder = _checkpoint(Checkpoints(checkpoint_directory(config), -1, ranks), folders)
+    finally:
+        ranks.close()
+    logger.info("%s is undamaged; writing %s", folder, out)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a kill
+        temporary.mkdir(parents=True)
+        _write(folder / "actor", config.worker.actor.model, temporary, arguments)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = sum(path.stat().st_size for path in out.rglob("*"))
+    logger.info("wrote %s: %.3f GB", out, size / 1e9)
+
+
+def _checkpoint(checkpoints: Checkpoints, named: list[Path]) -> Path:
+    """Raises: UserError when there is none, or the one that was named is damaged."""
+    if named:
+        checkpoints.require(named[0], _FOLDER)
+        return named[0]
+    found = checkpoints.newest()
+    if found is None:
+        raise UserError(f"there is no undamaged checkpoint in {checkpoints.root}; name a {_FOLDER}")
+    return found[1]
+
+
+def _config_of(folder: Path) -> Path:
+    """The resolved configuration beside a checkpoint. Raises: UserError when there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{_FOLDER}={folder} is not there; name a global_step_N folder of a run")
+    places = (folder / _CONFIG, folder.resolve().parent.parent / _CONFIG)
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise UserError(f"{_FOLDER}={folder}: its run's {_CONFIG} is not there; name the configuration, config=FILE")
+    return found
+
+
+def _write(source: Path, model: ModelConfig, out: Path, arguments: argparse.Namespace) -> None:
+    from mmr1_ds.engine.weights import export
+    from mmr1_ds.engine.weights.adapter_checkpoint import FILE
+
+    if arguments.merge_lora and not (source / FILE).is_file():
+        raise UserError(f"--merge-lora: {source} has no adapters; leave it out")
+    if (source / FILE).is_file() and not arguments.merge_lora:
+        if arguments.dtype is not None:
+            raise UserError(f"--dtype={arguments.dtype}: adapters alone are float32; add --merge-lora or leave it out")
+        export.write_adapters(source, model, out)
+    else:
+        export.write_policy(source, model, out, arguments.dtype, arguments.max_shard_size)

@@ -1,0 +1,159 @@
+"""`mmr1-ds launch`: the sbatch command of a run, from its configuration; checked, shown, and submitted when asked."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmr1_ds.config import RunConfig
+from mmr1_ds.config.loading import load_config
+from mmr1_ds.config.redaction import redacted, without_secrets
+from mmr1_ds.errors import UserError
+from mmr1_ds.exits import EXIT_USER_ERROR
+from mmr1_ds.preflight.checks import check_config
+from mmr1_ds.preflight.deepspeed import resolve_deepspeed
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent
+# Inside the package when installed, else beside it in the repository.
+SCRIPT = (PACKAGE if (PACKAGE / "launch").is_dir() else ROOT) / "launch" / "slurm.sbatch"
+DESCRIPTION = """Check a run and print the sbatch command that starts it, launch/slurm.sbatch with nodes and GPUs as
+trainer.nnodes and trainer.n_gpus_per_node say; with --submit also call it. Credentials belong into the environment,
+which sbatch hands on. On machines without GPUs export DS_ACCELERATOR=cpu: then none is asked for."""
+_CPUS_BESIDE_REWARDS = 4  # of a rank: itself, the loading of its data, vLLM
+# sbatch's own forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
+_SERVERS = ("worker.rollout.engine=server", "worker.rollout.server_urls=[http://servers:8000]")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is called, and the variables it needs beside the environment that is there."""
+
+    variables: Mapping[str, str]
+    command: tuple[str, ...]
+
+    def in_words(self) -> str:
+        """As a shell takes it, an option a line."""
+        variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.variables.items())
+        return variables + " \\\n    ".join(shlex.quote(word) for word in self.command) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser, settings_help: str) -> None:
+    """Describe the command to its parser."""
+    parser.description = DESCRIPTION
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=settings_help)
+    parser.add_argument("--time", required=True, help="limit of the job, as 24:00:00; the run saves 300 s before it")
+    parser.add_argument("--partition", help="default: the cluster's")
+    parser.add_argument("--account", help="that pays; default: yours")
+    parser.add_argument("--server-nodes", type=int, default=0, metavar="N", help="more nodes, of rollout servers")
+    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="of a rank; default: its reward workers and 4")
+    parser.add_argument("--container", metavar="IMAGE", help="for srun with pyxis; its python3 runs then")
+    parser.add_argument("--mounts", help="FROM:TO,... in the container; default: the project's folder")
+    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help='further options of sbatch: "--qos=high -x n3"')
+    parser.add_argument("--submit", action="store_true", help="call it; else it is only printed")
+
+
+def main(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
+    """Returns: the exit code; 2 after a user's mistake, sbatch's own after --submit."""
+    try:
+        submission = plan_submission(arguments, environ)
+    except UserError as error:
+        return _tell(error)
+    sys.stdout.write(submission.in_words())
+    sys.stdout.flush()
+    if not arguments.submit:
+        return 0
+    try:
+        return subprocess.run(submission.command, env={**environ, **submission.variables}, check=False).returncode
+    except FileNotFoundError:
+        return _tell(UserError("sbatch is not installed here; call this where jobs are submitted, or without --submit"))
+
+
+def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Submission:
+    """Check the run as its ranks will. Raises: UserError, one line."""
+    settings, num_servers = list(arguments.settings), arguments.server_nodes
+    _refuse_secrets(settings)
+    _check_arguments(arguments)
+    config = load_config([*settings, *(_SERVERS if num_servers else ())]).config
+    trainer, on_gpu = config.trainer, environ.get("DS_ACCELERATOR") != "cpu"
+    world_size = trainer.nnodes * trainer.n_gpus_per_node
+    check_config(config, world_size)
+    resolve_deepspeed(config, world_size, on_gpu)
+
+    command = ["sbatch", *_component(config, arguments, trainer.nnodes, trainer.n_gpus_per_node, on_gpu)]
+    command += [f"--job-name={trainer.experiment_name}"]
+    if num_servers:
+        size = config.worker.rollout.tensor_parallel_size
+        if trainer.n_gpus_per_node % size:
+            raise UserError(
+                f"worker.rollout.tensor_parallel_size={size} does not divide the "
+                f"{trainer.n_gpus_per_node} GPUs of a server node (trainer.n_gpus_per_node)"
+            )
+        tasks = trainer.n_gpus_per_node // size
+        command += [":", *_component(config, arguments, num_servers, tasks, on_gpu)]
+    return Submission(_variables(arguments, environ), (*command, str(SCRIPT), *settings))
+
+
+def _component(
+    config: RunConfig, arguments: argparse.Namespace, nodes: int, tasks_per_node: int, on_gpu: bool
+) -> list[str]:
+    """Options of one component of the job: sbatch does not hand all of them from one to the next."""
+    cpus = arguments.cpus_per_task or config.worker.reward.num_workers + _CPUS_BESIDE_REWARDS
+    options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks_per_node}", f"--cpus-per-task={cpus}"]
+    if on_gpu:
+        options.append(f"--gpus-per-node={config.trainer.n_gpus_per_node}")
+    options.append(f"--time={arguments.time}")
+    for name in ("partition", "account"):
+        if getattr(arguments, name):
+            options.append(f"--{name}={getattr(arguments, name)}")
+    return options + shlex.split(arguments.sbatch)
+
+
+def _variables(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
+    """What launch/slurm.sbatch reads from its environment."""
+    found = {"MMR1_DS_ROOT": str(ROOT)}
+    if arguments.container:
+        found |= {"CONTAINER_IMAGE": arguments.container, "PYTHON": environ.get("PYTHON", "python3")}
+        if arguments.mounts:
+            found["CONTAINER_MOUNTS"] = arguments.mounts
+    else:
+        found["PYTHON"] = environ.get("PYTHON", sys.executable)
+    return found
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises: UserError."""
+    if not SCRIPT.is_file():
+        raise UserError(f"{SCRIPT} is missing; install the project from its folder (pip install --editable)")
+    if not _TIME.fullmatch(arguments.time):
+        raise UserError(f"--time {arguments.time}: expected minutes, hours:minutes:seconds or days-hours, as 24:00:00")
+    if arguments.server_nodes < 0:
+        raise UserError(f"--server-nodes must be >= 0, got {arguments.server_nodes}")
+    if arguments.cpus_per_task is not None and arguments.cpus_per_task < 1:
+        raise UserError(f"--cpus-per-task must be >= 1, got {arguments.cpus_per_task}")
+    if arguments.mounts and not arguments.container:
+        raise UserError("--mounts is for a container; name its image by --container")
+
+
+def _refuse_secrets(settings: list[str]) -> None:
+    """Raises: UserError. Whoever uses the cluster can read the arguments of a job."""
+    for word in settings:
+        key, _, value = word.partition("=")
+        if without_secrets({key: value}) != {key: value} or redacted(value) != value:
+            raise UserError(
+                f"{key}: its value is a credential, and everybody can read the arguments of a job; leave it out and "
+                "put it into a variable of the environment"
+            )
+
+
+def _tell(error: UserError) -> int:
+    sys.stderr.write(f"mmr1-ds: error: {redacted(' '.join(str(error).split()))}\n")
+    return EXIT_USER_ERROR

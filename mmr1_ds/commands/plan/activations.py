@@ -1,0 +1,128 @@
+"""Bytes that a forward and backward hold beside the weights, from the model's shape and its tokens.
+
+Of a text layer the backward keeps, for each token, with e bytes an element and float32 inside the norms:
+
+    two norms     the states in float32, normalised, and scaled: 2 (4 + 2e) H
+    attention     queries, keys, values, the result, and a float32 a head: e (2 Q + 2 K) + 4 heads
+    gated MLP     gate, its activation, up, and their product: 4 e I
+
+where H is the hidden size, Q and K the widths of queries and keys, I the MLP's. In float32 the norms' first copy is the
+states themselves. With gradient checkpointing only each layer's input is kept, e H, and one layer's at a time. A vision
+block is the same by patch, without grouped keys; a plain MLP keeps two in place of four, LayerNorm no copy.
+
+Attention is that of flash-attention or of torch's own kernel: no scores are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmr1_ds.commands.plan.shapes import ModelShape, VisionShape
+
+EXACT_BYTES = 4  # of float32, inside norms and the log-probability head
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a rank computes at once."""
+
+    tokens: float  # of all sequences, prompts included
+    response_tokens: float
+    patches: float  # of images
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes, by what they are."""
+
+    kept: float  # from the forward to the backward, over all layers
+    layer: float  # while one layer is computed or goes backward, beside what is kept
+    head: float  # while the log-probability head works, beside what is kept
+
+    @property
+    def peak(self) -> float:
+        return self.kept + max(self.layer, self.head)
+
+
+def training(shape: ModelShape, batch: MicroBatch, element: int, checkpointed: bool, device: str) -> Activations:
+    """Of a forward and backward. Args: element: bytes of one; device: cuda or cpu, for the head's blocks."""
+    text = text_layer(shape, element) * batch.tokens
+    layer = temporaries(shape, element) * batch.tokens
+    kept = shape.layers * (element * shape.hidden * batch.tokens if checkpointed else text)
+    kept += (EXACT_BYTES + 2 * element) * shape.hidden * batch.tokens  # the last norm, and the states of the responses
+    if checkpointed:
+        layer += text
+    if shape.vision is not None and batch.patches:
+        vision = shape.vision
+        block = vision_block(vision, element) * batch.patches
+        tower = element * vision.patch_elements * batch.patches
+        if shape.vision_is_trained:
+            tower += vision.depth * (element * vision.width * batch.patches if checkpointed else block)
+            tower += merger(vision, shape.hidden, element) * batch.patches
+        kept += tower
+        own = vision_temporaries(vision, element) * batch.patches + (block if checkpointed else 0.0)
+        layer = max(layer, own)
+    return Activations(kept, layer, head(shape, batch, element, device, backward=True))
+
+
+def scoring(shape: ModelShape, batch: MicroBatch, element: int, device: str) -> Activations:
+    """Of a forward without gradient: nothing is kept but the states that go from layer to layer."""
+    kept = 2 * element * shape.hidden * batch.tokens
+    layer = (2 * EXACT_BYTES * shape.hidden + 3 * element * shape.mlp_width) * batch.tokens
+    if shape.vision is not None and batch.patches:
+        vision = shape.vision
+        kept += element * vision.patch_elements * batch.patches
+        layer = max(layer, (2 * EXACT_BYTES * vision.width + 3 * element * vision.mlp_width) * batch.patches)
+    return Activations(kept, layer, head(shape, batch, element, device, backward=False))
+
+
+def text_layer(shape: ModelShape, element: int) -> float:
+    """Bytes a token that a decoder layer keeps for its backward."""
+    norms = 2 * (EXACT_BYTES + 2 * element) * shape.hidden
+    attention = element * (2 * shape.query_width + 2 * shape.key_width) + EXACT_BYTES * shape.heads
+    if shape.has_qk_norm:
+        norms += (EXACT_BYTES + element) * (shape.query_width + shape.key_width)
+    return norms + attention + 4 * element * shape.mlp_width
+
+
+def temporaries(shape: ModelShape, element: int) -> float:
+    """Bytes a token of gradients that stand beside what is kept, at the MLP of a layer: the widest place."""
+    return element * (2 * shape.mlp_width + shape.hidden)
+
+
+def vision_block(vision: VisionShape, element: int) -> float:
+    """Bytes a patch that a block of the vision tower keeps for its backward."""
+    norm = (EXACT_BYTES + 2 * element) if vision.is_gated else 2 * element
+    mlp = 4 if vision.is_gated else 2
+    return (
+        2 * norm * vision.width
+        + element * 4 * vision.width
+        + EXACT_BYTES * vision.heads
+        + mlp * element * vision.mlp_width
+    )
+
+
+def vision_temporaries(vision: VisionShape, element: int) -> float:
+    """As `temporaries`, a patch."""
+    return element * (2 * vision.mlp_width + vision.width)
+
+
+def merger(vision: VisionShape, hidden: int, element: int) -> float:
+    """Bytes a patch that the way into the text model keeps: a norm, the wide states before and after GELU."""
+    norm = (EXACT_BYTES + 2 * element) if vision.is_gated else 2 * element
+    return norm * vision.width + 2 * element * vision.width + element * hidden / vision.merge**2
+
+
+def head(shape: ModelShape, batch: MicroBatch, element: int, device: str, backward: bool) -> float:
+    """Blocks of logits and what stands beside them, without the weight and its gradient."""
+    from mmr1_ds.engine.model.log_probs import block_width  # imports torch
+
+    tokens = max(1, int(batch.response_tokens))
+    block = tokens * block_width(tokens, shape.vocabulary, EXACT_BYTES, device) * EXACT_BYTES
+    low = element / EXACT_BYTES if element < EXACT_BYTES else 0.0  # a block in the model's own type
+    if not backward:
+        return block * (2 + low)  # logits and their exponentials
+    states = shape.hidden * tokens
+    return block * (1 + low) + states * (
+        EXACT_BYTES + 2 * element
+    )  # their gradient, scaled states, one block's product

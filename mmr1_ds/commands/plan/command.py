@@ -1,0 +1,200 @@
+"""`mmr1-ds plan`: does a run fit its GPUs, and where will its time go, before anything is queued."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmr1_ds.commands.plan.hardware import GB, GPUS, Assumptions, Gpu, find_gpu
+from mmr1_ds.commands.plan.memory import Plan, plan_memory
+from mmr1_ds.commands.plan.shapes import PUBLISHED, ModelShape, critic_shape, policy_shape
+from mmr1_ds.commands.plan.stages import generation, load_of, refresh_rollouts, step_seconds
+from mmr1_ds.config import RunConfig
+from mmr1_ds.config.derived import resolved_critic, trains_critic
+from mmr1_ds.config.loading import load_config
+from mmr1_ds.errors import UserError, require
+from mmr1_ds.monitoring.logger import quiet_libraries
+from mmr1_ds.preflight.checks import check_config
+from mmr1_ds.preflight.deepspeed import critic_deepspeed, reference_deepspeed, resolve_deepspeed
+from mmr1_ds.preflight.plan import BatchPlan
+
+EXIT_DOES_NOT_FIT, EXIT_USER_ERROR = 1, 2
+DESCRIPTION = f"""Reckon a run's memory on each GPU, the seconds of a step, and what refreshing the curriculum costs,
+from the model's config.json alone. Nothing is loaded and no GPU is needed. Known without a download:
+{", ".join(PUBLISHED)}. Exits 1 when something does not fit.
+Everything is reckoned, not measured; what is assumed can be changed with --assume."""
+
+
+@dataclass(frozen=True)
+class Reckoning:
+    """All that the command tells."""
+
+    gpu: Gpu
+    world_size: int
+    shape: ModelShape
+    memory: Plan
+    seconds: dict[str, float]  # of a step, by stage
+    refresh: dict[str, float]  # responses a step beside training's, by curriculum_refresh
+    responses_per_step: int
+    refresh_seconds: dict[str, float]  # and their seconds a step
+    problems: list[str]  # what does not fit, with the remedy
+    warnings: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "gpu": self.gpu.name,
+            "gpu_memory_gb": self.gpu.memory_gb,
+            "ranks": self.world_size,
+            "parameters": self.shape.num_parameters,
+            "memory_gb": {
+                "learning": {name: size / GB for name, size in self.memory.learning.bytes.items()},
+                "sampling": {name: size / GB for name, size in self.memory.sampling.bytes.items()},
+                "host_per_rank": self.memory.host_per_rank / GB,
+            },
+            "cache_tokens": self.memory.cache_tokens,
+            "step_seconds": self.seconds,
+            "refresh_responses_per_step": self.refresh,
+            "problems": self.problems,
+            "warnings": self.warnings,
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser, settings_help: str) -> None:
+    """Describe the command to its parser."""
+    parser.description = DESCRIPTION
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=settings_help)
+    parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)}; default: h100")
+    parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="of another size than the datasheet's")
+    parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="see docs/presets.md")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Returns: the exit code; 1 when something does not fit, 2 after a user's mistake."""
+    quiet_libraries()
+    try:
+        gpu = find_gpu(arguments.gpu, arguments.gpu_memory_gb)
+        found = reckon(arguments.settings, gpu, Assumptions().with_settings(arguments.assume))
+    except UserError as error:
+        sys.stderr.write(f"mmr1-ds: error: {' '.join(str(error).split())}\n")
+        return EXIT_USER_ERROR
+    sys.stdout.write(in_words(found))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found.as_json(), indent=1), encoding="utf-8")
+    return EXIT_DOES_NOT_FIT if found.problems else 0
+
+
+def reckon(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Reckoning:
+    """Everything for the run that `settings` describe. Raises: UserError, as training would."""
+    require("models", "torch", "transformers", purpose="mmr1-ds plan")
+    config = load_config(settings).config
+    world_size = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    plan = check_config(config, world_size)
+    actor_config = resolve_deepspeed(config, world_size, on_gpu=True)
+    zero = {
+        "actor": actor_config["zero_optimization"],
+        "reference": reference_deepspeed(config, actor_config, on_gpu=True)["zero_optimization"],
+    }
+    actor, critic = policy_shape(config.worker.actor.model), None
+    if trains_critic(config):
+        critic = critic_shape(resolved_critic(config).model)
+        zero["critic"] = critic_deepspeed(config, actor_config, world_size, on_gpu=True)["zero_optimization"]
+    patches = _patches(config, plan, actor, assumed)
+    memory = plan_memory(config, actor, critic, zero, world_size, gpu, assumed, patches)
+    load = load_of(config, plan, assumed, patches)
+    seconds = step_seconds(config, plan, actor, critic, zero, gpu, assumed, load, memory.cache_tokens)
+    refresh = refresh_rollouts(config, plan, assumed.num_prompts or plan.train_data.num_rows)
+    a_response = generation(config, actor, gpu, assumed, load, memory.cache_tokens) / load.responses
+    problems, warnings = _judge(config, actor, memory, gpu, assumed)
+    return Reckoning(
+        gpu, world_size, actor, memory, seconds, refresh, plan.responses_per_step,
+        {name: count / world_size * a_response for name, count in refresh.items()}, problems, warnings,
+    )  # fmt: skip
+
+
+def _patches(config: RunConfig, plan: BatchPlan, shape: ModelShape, assumed: Assumptions) -> float:
+    """Of the images of a prompt: as large as the run allows, no more than the prompt's length allows."""
+    if shape.vision is None or all(file.has_images is False for file in plan.train_data.files):
+        return 0.0
+    tokens = assumed.images_per_prompt * (config.data.max_pixels or math.inf) / shape.vision.pixels_per_token
+    return min(tokens, config.data.max_prompt_length) * shape.vision.merge**2
+
+
+def _judge(
+    config: RunConfig, shape: ModelShape, memory: Plan, gpu: Gpu, assumed: Assumptions
+) -> tuple[list[str], list[str]]:
+    """What does not fit and what is tight, one line each with the remedy."""
+    problems, warnings = [], []
+    size = gpu.memory_gb * GB
+    remedies = {
+        "learning": "fewer responses a micro-batch (worker.actor.micro_batch_size_per_device_*), "
+        "worker.actor.offload.offload_optimizer=true, worker.rollout.sleep=true, or more GPUs",
+        "sampling": "a smaller worker.rollout.gpu_memory_utilization, "
+        "worker.actor.offload.offload_optimizer=true, or more GPUs",
+    }
+    for moment, parts in (("learning", memory.learning), ("sampling", memory.sampling)):
+        if parts.total > size:
+            problems.append(f"{moment} takes {parts.total / GB:.1f} of {gpu.memory_gb:g} GB: {remedies[moment]}")
+        elif parts.total > 0.92 * size:
+            warnings.append(f"{moment} leaves {(size - parts.total) / GB:.1f} GB: {remedies[moment]}")
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    if memory.cache_tokens is not None:
+        if memory.cache_tokens < longest:
+            problems.append(
+                f"vLLM's cache holds {max(0, int(memory.cache_tokens)):,} tokens, the longest response needs "
+                f"{longest:,}: a larger worker.rollout.gpu_memory_utilization or tensor_parallel_size"
+            )
+        elif memory.cache_tokens < longest * min(config.worker.rollout.max_num_seqs, 32):
+            warnings.append(
+                f"vLLM's cache holds {memory.cache_tokens / longest:.0f} of the longest responses at once: "
+                "a larger worker.rollout.gpu_memory_utilization or tensor_parallel_size samples faster"
+            )
+    host = memory.host_per_rank * config.trainer.n_gpus_per_node
+    if assumed.host_memory_gb is not None and host > assumed.host_memory_gb * GB:
+        problems.append(
+            f"offloading takes {host / GB:.0f} of {assumed.host_memory_gb:g} GB of a node's host memory: switch it off"
+        )
+    return problems, warnings
+
+
+def in_words(found: Reckoning) -> str:
+    """The tables."""
+    shape, memory = found.shape, found.memory
+    lines = [
+        f"reckoned, not measured: {shape.name}, {shape.num_parameters / 1e9:.2f} billion parameters, "
+        f"{found.world_size} x {found.gpu.name} of {found.gpu.memory_gb:g} GB ({found.gpu.source})",
+        "",
+    ]
+    for moment, parts in (
+        ("while the actor learns", memory.learning),
+        ("when vLLM starts and samples", memory.sampling),
+    ):
+        if parts.bytes:
+            lines += _table(f"GB of a GPU {moment}", {name: size / GB for name, size in parts.bytes.items()}, ".2f")
+    if memory.host_per_rank:
+        lines += [f"host memory: {memory.host_per_rank / GB:.1f} GB a rank", ""]
+    if memory.cache_tokens is not None:
+        lines += [f"vLLM's cache: {max(0, int(memory.cache_tokens)):,} tokens an engine", ""]
+    lines += _table("seconds of a step", found.seconds, ".1f")
+    for name, count in found.refresh.items():
+        lines.append(
+            f"curriculum_refresh={name}: {count:,.0f} responses a step beside training's {found.responses_per_step:,} "
+            f"({count / found.responses_per_step:.0%}), {found.refresh_seconds[name]:.1f} s"
+        )
+    lines += [f"does not fit: {problem}" for problem in found.problems]
+    lines += [f"tight: {warning}" for warning in found.warnings]
+    if not found.problems:
+        lines.append("fits")
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str, rows: dict[str, float], form: str) -> list[str]:
+    width = max(len(name) for name in (*rows, "together"))
+    shown = [f"  {name:<{width}}  {value:>9{form}}" for name, value in rows.items() if value]
+    return [title, *shown, f"  {'together':<{width}}  {sum(rows.values()):>9{form}}", ""]

@@ -1,0 +1,120 @@
+"""Floating-point operations of the model, counted as torch counts them: 2 for a multiplication and its addition.
+
+Only matrix products and attention count; norms, activations and rotations are under a percent. What is counted agrees
+with torch.utils.flop_counter.FlopCounterMode, which takes attention as if every token saw every other one of its
+sequence. A causal kernel skips half of that: `causal=0.5` is what a GPU does.
+
+    layer       2 x matrix entries a token, and 4 x tokens^2 x query width for scores and their sum over values
+    head        2 x vocabulary x hidden a response token; the blocks of log_probs.py once more in the backward
+    backward    two products for one; of attention five for two, as its kernels compute the scores again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmr1_ds.commands.plan.shapes import ModelShape, VisionShape
+
+ATTENTION_BACKWARD = 2.5  # of its forward
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sequences to be computed: tokens of each, response tokens of all, images as grids of patches (height, width)."""
+
+    lengths: Sequence[float]
+    response_tokens: float
+    images: Sequence[tuple[int, int]] = ()
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOP of a pass, by what computes them."""
+
+    text: float
+    vision: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.text + self.vision + self.head
+
+
+def forward(shape: ModelShape, work: Work, causal: float = 1.0, with_head: bool = True) -> Flops:
+    """Of one forward."""
+    matrices, attention = _text(shape, work.lengths)
+    vision = _vision_parts(shape.vision, work.images) if shape.vision is not None else _NONE
+    return Flops(matrices + causal * attention, sum(vision), _head(shape, work) if with_head else 0.0)
+
+
+def backward(shape: ModelShape, work: Work, causal: float = 1.0, with_head: bool = True) -> Flops:
+    """Of the backward alone, with LoRA and frozen towers left out of it as far as they can be."""
+    products = 1.0 if shape.adapters else 2.0  # frozen matrices have no gradient of their own
+    matrices, attention = _text(shape, work.lengths)
+    text = products * matrices + ATTENTION_BACKWARD * causal * attention
+    text += 3 * 2.0 * shape.adapters * sum(work.lengths)  # their forward too, which is small
+    vision = 0.0
+    if shape.vision is not None and shape.vision_is_trained:
+        patches, rest, attended = _vision_parts(shape.vision, work.images)
+        # The pixels need no gradient.
+        vision = (products - 1) * patches + products * rest + ATTENTION_BACKWARD * attended
+    head = _head(shape, work) * (2.0 if shape.adapters else 3.0) if with_head else 0.0  # blocks are computed again
+    return Flops(text, vision, head)
+
+
+def recomputed(shape: ModelShape, work: Work, causal: float = 1.0) -> Flops:
+    """What gradient checkpointing adds: the layers' forwards once more, but for each one's last product, which none
+    of its gradients needs (torch's non-reentrant kind stops before it)."""
+    matrices, attention = _text(shape, work.lengths)
+    matrices -= 2.0 * shape.layers * shape.mlp_width * shape.hidden * sum(work.lengths)
+    vision = 0.0
+    if shape.vision is not None and shape.vision_is_trained:
+        tower = shape.vision
+        _, _, attended = _vision_parts(tower, work.images)
+        last = tower.depth * tower.mlp_width * tower.width
+        vision = 2.0 * (tower.block_matrix - last) * _patches(work.images) + attended
+    return Flops(matrices + causal * attention, vision, 0.0)
+
+
+def decode_token(shape: ModelShape, context: float) -> float:
+    """Of one sampled token after `context` others."""
+    return 2.0 * (shape.layer_matrix + shape.vocabulary * shape.hidden) + (
+        4.0 * shape.layers * shape.query_width * context
+    )
+
+
+_NONE = (0.0, 0.0, 0.0)
+
+
+def _text(shape: ModelShape, lengths: Sequence[float]) -> tuple[float, float]:
+    """Matrices and attention."""
+    squares = sum(length * length for length in lengths)
+    return 2.0 * shape.layer_matrix * sum(lengths), 4.0 * shape.layers * shape.query_width * squares
+
+
+def _head(shape: ModelShape, work: Work) -> float:
+    return 2.0 * shape.vocabulary * shape.hidden * work.response_tokens
+
+
+def _patches(images: Sequence[tuple[int, int]]) -> int:
+    return sum(height * width for height, width in images)
+
+
+def _vision_parts(vision: VisionShape, images: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
+    """The patches' embedding, the matrices after it, attention."""
+    patches = _patches(images)
+    matrices = 2.0 * (vision.block_matrix * patches + vision.merger_matrix * patches / vision.merge**2)
+    whole = sum((height * width) ** 2 for height, width in images)
+    seen = vision.full_blocks * whole
+    if vision.window_patches:
+        side = vision.window_patches
+        windows = sum(_squares(height, side) * _squares(width, side) for height, width in images)
+        seen += (vision.depth - vision.full_blocks) * windows
+    embedding = 2.0 * vision.patch_elements * vision.width * patches
+    return embedding, matrices, 4.0 * vision.width * seen
+
+
+def _squares(length: int, side: int) -> int:
+    """Sum of the squares of the pieces of at most `side` that a length is cut into."""
+    return length // side * side**2 + (length % side) ** 2

@@ -1,0 +1,180 @@
+"""Bytes of a GPU's memory, part by part, when most is held: while the actor learns, and when vLLM starts.
+
+ZeRO-3 with W ranks, P parameters of e bytes, P' of them trained, and the sizes that the DeepSpeed config gives:
+
+    weights       e P / W of shards, and e times what is kept whole (stage3_param_persistence_threshold)
+    gathered      e times the larger of stage3_max_live_parameters and stage3_max_reuse_distance, at most P: what is
+                  needed again within that distance stays
+    gradients     4 P' / W of the shards, summed in float32 (engine/model/policy.py, exact_types), and e times a bucket
+                  (reduce_bucket_size; two with overlap_comm)
+    optimiser     4 P' / W of the float32 copy, 8 P' / W of the two moments; with offload_optimizer in host memory
+    update        4 bytes for each element of a sub_group (at most P' / W): its gradient in float32, one at a time;
+                  three times that with torch's own Adam, which makes copies
+
+vLLM claims its share once, as it starts, and refuses to start without it: by then the engines are on the GPU whole,
+with worker.actor.offload_states too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmr1_ds.commands.plan import activations
+from mmr1_ds.commands.plan.activations import MicroBatch
+from mmr1_ds.commands.plan.hardware import GB, Assumptions, Gpu
+from mmr1_ds.commands.plan.shapes import ModelShape
+from mmr1_ds.config import RunConfig
+
+EXACT = 4  # bytes of float32
+_MOMENTS = 2
+_SUB_GROUP = 1e9  # DeepSpeed's own sizes, in elements
+_BUCKET = 5e8
+_LIVE = 1e9
+_PERSISTENT = 1e5
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Named parts, in bytes."""
+
+    bytes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return sum(self.bytes.values())
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """What one ZeRO-3 engine holds on a rank, in bytes."""
+
+    weights: float
+    gathered: float  # while it computes
+    gradients: float
+    optimizer: float  # on the device
+    update: float  # while the optimiser steps
+    on_host: float
+
+
+def zero_engine(
+    shape: ModelShape, zero: Mapping[str, Any], ranks: int, element: int, trained: bool, torch_adam: bool = False
+) -> EngineMemory:
+    """Of an engine with the section `zero_optimization`.
+
+    Args: element: bytes of a weight; trained: False = frozen; torch_adam: in place of DeepSpeed's fused one.
+    """
+    whole = shape.persistent(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
+    shards, kept = element * shape.num_parameters / ranks, element * whole
+    live = max(zero.get("stage3_max_live_parameters", _LIVE), zero.get("stage3_max_reuse_distance", _LIVE))
+    live = max(live, shape.largest_layer, shape.largest_parameter)
+    gathered = element * min(live, shape.num_parameters) * (ranks > 1)
+    host = 0.0
+    if _device(zero, "offload_param") != "none":
+        host, shards = host + shards, 0.0
+    if not trained:
+        return EngineMemory(shards + kept, gathered, 0.0, 0.0, 0.0, host)
+    own = shape.trained / ranks
+    buckets = 2 if zero.get("overlap_comm", True) else 1
+    gradients = EXACT * own + element * buckets * zero.get("reduce_bucket_size", _BUCKET)
+    optimizer = EXACT * (1 + _MOMENTS) * own
+    update = EXACT * min(own, zero.get("sub_group_size", _SUB_GROUP)) * (3 if torch_adam else 1)
+    if _device(zero, "offload_optimizer") != "none":
+        # The accumulated gradients go to host memory with the states; the buckets stay.
+        host += optimizer + 2 * EXACT * own  # the summed gradients, and beside them those of all sub-groups
+        gradients, optimizer, update = element * buckets * zero.get("reduce_bucket_size", _BUCKET), 0.0, 0.0
+    return EngineMemory(shards + kept, gathered, gradients, optimizer, update, host)
+
+
+def _device(zero: Mapping[str, Any], key: str) -> str:
+    return str((zero.get(key) or {}).get("device", "none"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A GPU's memory at both moments, and what follows from it for vLLM."""
+
+    learning: Parts
+    sampling: Parts
+    host_per_rank: float
+    cache_tokens: float | None  # of the key-value cache of one engine, tokens; None without an engine on these GPUs
+
+
+def micro_batch(config: RunConfig, responses: int, image_patches: float) -> MicroBatch:
+    """The fullest one: as long as the run allows. With Ulysses it is a rank's cut of ulysses_size times as many."""
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    return MicroBatch(responses * longest, responses * config.data.max_response_length, responses * image_patches)
+
+
+def plan_memory(
+    config: RunConfig,
+    actor: ModelShape,
+    critic: ModelShape | None,
+    zero: Mapping[str, Mapping[str, Any]],
+    ranks: int,
+    gpu: Gpu,
+    assumed: Assumptions,
+    image_patches: float,
+    element: int = 2,
+    device: str = "cuda",
+) -> Plan:
+    """Of one rank's GPU. Args: zero: `zero_optimization` of actor, reference and critic; image_patches: of a prompt."""
+    settings, rollout = config.worker.actor, config.worker.rollout
+    own = zero_engine(actor, zero["actor"], ranks, element, trained=True)
+    engines = {"actor": own}
+    if not config.algorithm.disable_kl and settings.model.lora.rank == 0:
+        engines["reference"] = zero_engine(actor, zero["reference"], ranks, element, trained=False)
+    if critic is not None:
+        engines["critic"] = zero_engine(critic, zero["critic"], ranks, element, trained=True)
+    checkpointed = settings.model.enable_gradient_checkpointing
+    update = micro_batch(config, settings.micro_batch_size_per_device_for_update, image_patches)
+    scoring = micro_batch(config, settings.micro_batch_size_per_device_for_experience, image_patches)
+    backward = activations.training(actor, update, element, checkpointed, device)
+    forward = activations.scoring(actor, scoring, element, device)
+    working = max(backward.peak, forward.peak)
+    held = {f"{name} weights": engine.weights for name, engine in engines.items()}
+    states = {
+        "gradients and buckets": sum(engine.gradients for engine in engines.values()),
+        "optimiser states": sum(engine.optimizer for engine in engines.values()),
+    }
+    size = gpu.memory_gb * GB
+    samples_here = rollout.engine != "server"
+    engine_size = rollout.gpu_memory_utilization * size
+    learning = held | states
+    learning["gathered weights"] = max(engine.gathered for engine in engines.values())
+    learning["largest gradient"] = element * actor.largest_parameter  # whole, until it is reduced
+    learning["activations"] = max(working - forward_head(backward), 0.0)
+    learning["log-probability blocks"] = forward_head(backward)
+    # The optimiser steps when the activations are gone.
+    stepping = max(engine.update for engine in engines.values())
+    computing = learning["gathered weights"] + working
+    learning["float32 gradients of a sub-group"] = max(0.0, stepping - computing)
+    learning["context"] = assumed.context_gb * GB
+    learning["fragmentation"] = assumed.fragmentation * working
+    if samples_here:
+        learning["vLLM asleep" if rollout.sleep else "vLLM"] = (
+            assumed.vllm_overhead_gb * GB if rollout.sleep else engine_size
+        )
+    sampling: dict[str, float] = {}
+    if samples_here:
+        sampling = {"context": assumed.context_gb * GB, "vLLM": engine_size, **held, **states}
+    host = sum(engine.on_host for engine in engines.values())
+    if settings.offload_states:
+        host += own.weights + own.gradients + own.optimizer
+    tokens = None
+    if samples_here:
+        weights = element * actor.num_parameters / rollout.tensor_parallel_size
+        room = engine_size - weights - assumed.vllm_overhead_gb * GB
+        tokens = room * rollout.tensor_parallel_size / cache_bytes(actor, element)
+    return Plan(Parts(learning), Parts(sampling), host, tokens)
+
+
+def forward_head(found: activations.Activations) -> float:
+    """The part of the peak that the log-probability head's blocks are."""
+    return found.head if found.head > found.layer else 0.0
+
+
+def cache_bytes(shape: ModelShape, element: int) -> float:
+    """Of the key-value cache, a token."""
+    return 2.0 * shape.layers * shape.key_width * element

@@ -1,0 +1,243 @@
+"""Sizes of a model, from its config.json alone: its class is built on torch's meta device, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmr1_ds.config import CriticModelConfig, LoraConfig, ModelConfig
+from mmr1_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+# Families whose layers are as the formulas have them: attention with grouped keys, a gated MLP, norms.
+KNOWN_FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+GATED_VISION = {"qwen2_5_vl"}  # the vision tower's MLP is gated and its norms are RMS; else plain and LayerNorm
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """A vision tower: blocks on patches, then `merge` x `merge` patches become one token of the text model."""
+
+    num_parameters: int
+    depth: int
+    width: int
+    mlp_width: int
+    heads: int
+    is_gated: bool
+    merge: int
+    pixels_per_token: int  # of an image, in one token of the text model
+    patch_elements: int  # numbers that a patch is made of
+    block_matrix: int  # entries of the matrices that every patch goes through
+    merger_matrix: int  # and of those that every token goes through
+    full_blocks: int  # blocks whose attention sees the whole image; the others see windows
+    window_patches: int  # side of a window, in patches; 0: there are none
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a text model, with its vision tower where there is one."""
+
+    name: str
+    family: str
+    sizes: tuple[int, ...]  # elements of each parameter; tied ones once
+    hidden: int
+    mlp_width: int
+    layers: int
+    query_width: int  # heads x head size
+    key_width: int  # key-value heads x head size
+    heads: int
+    vocabulary: int
+    has_qk_norm: bool
+    layer_matrix: int  # entries of all layers' matrices, without embedding and output layer
+    trained: int  # elements that are trained
+    adapters: int  # of them, elements of LoRA's adapters
+    vision_is_trained: bool
+    vision: VisionShape | None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def largest_parameter(self) -> int:
+        return max(self.sizes)
+
+    @property
+    def largest_layer(self) -> int:
+        """Elements of one decoder layer."""
+        return self.layer_matrix // self.layers
+
+    def persistent(self, threshold: float) -> int:
+        """Elements of the parameters that ZeRO-3 keeps whole on every rank."""
+        return sum(size for size in self.sizes if size <= threshold)
+
+
+def policy_shape(model: ModelConfig) -> ModelShape:
+    """Of the actor: the whole model, its output layer included. Raises: UserError when its config cannot be read."""
+    config = read_config(model)
+    return shape_of(config, str(model.model_path), model.lora, model.freeze_vision_tower)
+
+
+def critic_shape(model: CriticModelConfig) -> ModelShape:
+    """Of the critic: the model without its output layer; the value head, one row, is left out."""
+    config = read_config(model)
+    return shape_of(config, str(model.model_path), None, model.freeze_vision_tower, with_head=False)
+
+
+def shape_of(
+    config: PreTrainedConfig,
+    name: str,
+    lora: LoraConfig | None = None,
+    freeze_vision_tower: bool = False,
+    with_head: bool = True,
+) -> ModelShape:
+    """The shape of the model that transformers builds from `config`."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    has_vision = hasattr(config, "vision_config")
+    family: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = (family if with_head else AutoModel).from_config(config)
+    text = config.get_text_config()
+    parameters = [(path, parameter.numel()) for path, parameter in model.named_parameters()]
+    head = model.get_output_embeddings() if with_head else None
+    linear = list(_linear_layers(model))
+    of_text = [(path, layer) for path, layer in linear if layer is not head and not _is_vision(path)]
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    trains_vision = has_vision and not freeze_vision_tower
+    trained = sum(size for path, size in parameters if trains_vision or not _is_vision(path))
+    adapted = 0
+    if lora is not None and lora.rank > 0:
+        reachable = [(path, layer) for path, layer in linear if layer is not head]
+        reachable = [item for item in reachable if trains_vision or not _is_vision(item[0])]
+        trained = adapted = _adapter_size(lora, reachable, name)
+    return ModelShape(
+        name=name,
+        family=config.model_type,
+        sizes=tuple(size for _, size in parameters),
+        hidden=text.hidden_size,
+        mlp_width=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        query_width=text.num_attention_heads * head_size,
+        key_width=text.num_key_value_heads * head_size,
+        heads=text.num_attention_heads,
+        vocabulary=text.vocab_size,
+        has_qk_norm=any(path.endswith("q_norm.weight") and not _is_vision(path) for path, _ in parameters),
+        layer_matrix=sum(layer.in_features * layer.out_features for _, layer in of_text),
+        trained=trained,
+        adapters=adapted,
+        vision_is_trained=trains_vision,
+        vision=_vision_shape(config, parameters, linear) if has_vision else None,
+    )
+
+
+def read_config(model: ModelConfig | CriticModelConfig) -> PreTrainedConfig:
+    """The model's config.json: the built-in copy of a published model, else the folder's or the hub's.
+
+    Raises: UserError, one line, when there is none to read.
+    """
+    from transformers import AutoConfig
+
+    path = str(model.model_path)
+    if path in PUBLISHED:
+        return _published(path, dict(model.override_config))
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **model.override_config)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the config.json of {path} cannot be read ({reason:.150}); give a model folder that has it, or one of "
+            f"{', '.join(PUBLISHED)}"
+        ) from None
+
+
+# --- published models ---------------------------------------------------------------------------------------------
+
+# hidden size, MLP width, layers, heads, key-value heads, vocabulary, tied; MLP width of the vision tower
+_QWEN2_5_VL = {
+    "3B": (2048, 11008, 36, 16, 2, 151936, True, 3420),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False, 3456),
+}
+PUBLISHED = {f"Qwen/Qwen2.5-VL-{size}-Instruct": size for size in _QWEN2_5_VL}
+
+
+def _published(path: str, override: dict[str, Any]) -> PreTrainedConfig:
+    from transformers import Qwen2_5_VLConfig
+
+    hidden, mlp, layers, heads, key_value_heads, vocabulary, tied, vision_mlp = _QWEN2_5_VL[PUBLISHED[path]]
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "vocab_size": vocabulary,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1000000.0,
+            "mrope_section": [16, 24, 24],
+        },
+    }
+    vision = {"hidden_size": 1280, "intermediate_size": vision_mlp, "num_heads": 16, "out_hidden_size": hidden}
+    # As a folder's config.json, where keys of the text part stand beside text_config, the user's keys win.
+    text |= {key: override.pop(key) for key in list(override) if key in text}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **override)
+
+
+# --- parts of the model -------------------------------------------------------------------------------------------
+
+
+def _is_vision(path: str) -> bool:
+    return ".visual." in f".{path}"
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    from torch import nn
+
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield path, module
+
+
+def _adapter_size(lora: LoraConfig, layers: list[tuple[str, nn.Linear]], name: str) -> int:
+    """Elements of the adapters: rank x (in + out) of each layer that gets one."""
+    from mmr1_ds.engine.model.lora import target_layers
+
+    chosen = set(target_layers([path for path, _ in layers], lora, name))
+    return sum(lora.rank * (layer.in_features + layer.out_features) for path, layer in layers if path in chosen)
+
+
+def _vision_shape(
+    config: PreTrainedConfig, parameters: list[tuple[str, int]], linear: list[tuple[str, nn.Linear]]
+) -> VisionShape:
+    vision = config.vision_config
+    family = config.model_type
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    mlp_width = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
+    patch_elements = channels * vision.temporal_patch_size * vision.patch_size**2
+    blocks = [layer for path, layer in linear if _is_vision(path) and ".blocks." in path]
+    mergers = [layer for path, layer in linear if _is_vision(path) and ".blocks." not in path]
+    windows = getattr(vision, "window_size", 0) // vision.patch_size
+    full_blocks = len(vision.fullatt_block_indexes) if windows else vision.depth
+    return VisionShape(
+        num_parameters=sum(size for path, size in parameters if _is_vision(path)),
+        depth=vision.depth,
+        width=width,
+        mlp_width=mlp_width,
+        heads=vision.num_heads,
+        is_gated=family in GATED_VISION,
+        merge=vision.spatial_merge_size,
+        pixels_per_token=(vision.patch_size * vision.spatial_merge_size) ** 2,
+        patch_elements=patch_elements,
+        block_matrix=sum(layer.in_features * layer.out_features for layer in blocks),
+        merger_matrix=sum(layer.in_features * layer.out_features for layer in mergers),
+        full_blocks=full_blocks,
+        window_patches=windows,
+    )

@@ -1,0 +1,99 @@
+"""What the observations tell of the curriculum: were its predictions right, and which prompts have moved."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmr1_ds.commands.report.files import Observations, TableLook
+
+NUM_BINS = 10
+_NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predicted against observed pass rates, by ten equal bins of the prediction; bins without a group left out."""
+
+    bins: np.ndarray  # (K,) int64, 0 to 9
+    predicted: np.ndarray  # (K,) mean prediction, weighed by responses
+    observed: np.ndarray  # (K,) share of right responses
+    half_band: np.ndarray  # (K,) 95 % of what chance gives when the predictions are right
+    num_groups: np.ndarray  # (K,) int64
+    mean_distance: float  # of observed from predicted, weighed by responses
+
+
+def calibrate(observations: Sequence[Observations]) -> Calibration | None:
+    """Over all given runs; groups without prediction or observation are left out. None when no group is left.
+
+    The band is that of independent responses, each right with the predicted probability:
+    1.96 sqrt(sum n p (1 - p)) / sum n.
+    """
+    predicted, observed, weights = (
+        np.concatenate([getattr(found, name) for found in observations] or [np.empty(0)])
+        for name in ("predicted", "pass_rates", "num_responses")
+    )
+    known = np.isfinite(predicted) & np.isfinite(observed) & (weights > 0)
+    if not known.any():
+        return None
+    predicted, observed, weights = predicted[known], observed[known], weights[known].astype(np.float64)
+    places = np.clip((predicted * NUM_BINS).astype(np.int64), 0, NUM_BINS - 1)
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        return np.bincount(places, weights=values, minlength=NUM_BINS)
+
+    num_groups = np.bincount(places, minlength=NUM_BINS)
+    bins = np.flatnonzero(num_groups)
+    total = summed(weights)[bins]
+    mean, right = summed(weights * predicted)[bins] / total, summed(weights * observed)[bins] / total
+    chance = np.sqrt(summed(weights * predicted * (1 - predicted))[bins])
+    distance = float((total * np.abs(right - mean)).sum() / total.sum())
+    return Calibration(bins, mean, right, _NORMAL_95 * chance / total, num_groups[bins], distance)
+
+
+@dataclass(frozen=True)
+class Mover:
+    """A prompt and the pass rates observed for it."""
+
+    prompt: int  # position in the data set
+    steps: np.ndarray  # (K,) int64
+    pass_rates: np.ndarray  # (K,) float64
+
+    @property
+    def change(self) -> float:
+        """From the first to the last observation."""
+        return float(self.pass_rates[-1] - self.pass_rates[0])
+
+
+def movers(observations: Observations, sampled: set[int], most: int) -> list[Mover]:
+    """Those of the prompts in `sampled` whose pass rate moved most from the first to the last observation.
+
+    Of equal ones that observed more often first, as it is surer, then the lower position.
+    """
+    known = np.isfinite(observations.pass_rates) & np.isin(observations.prompts, list(sampled))
+    prompts, steps, rates = (
+        values[known] for values in (observations.prompts, observations.steps, observations.pass_rates)
+    )
+    order = np.argsort(prompts, kind="stable")
+    starts = np.flatnonzero(np.diff(prompts[order], prepend=-1))
+    found = []
+    for place, start in enumerate(starts):
+        own = order[start : starts[place + 1] if place + 1 < len(starts) else len(order)]
+        mover = Mover(int(prompts[own[0]]), steps[own], rates[own])
+        if mover.change:
+            found.append(mover)
+    found.sort(key=lambda mover: (-abs(round(mover.change, 6)), -len(mover.steps), mover.prompt))
+    return found[:most]
+
+
+def transitions(looks: Sequence[TableLook], name: str) -> list[tuple[int, int, np.ndarray]]:
+    """(step before, step after, (10, 10) counts) of each two consecutive looks. Args: name: weight or pass_rate."""
+    found = []
+    for before, after in itertools.pairwise(looks):
+        counts = after.weight_transitions if name == "weight" else after.pass_rate_transitions
+        if counts is not None:
+            found.append((before.step, after.step, counts))
+    return found

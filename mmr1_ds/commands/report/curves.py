@@ -1,0 +1,336 @@
+"""Curves over a run: each against steps, rollouts and wall clock, with a band where runs differ by seeds alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmr1_ds.commands.report import drawing
+from mmr1_ds.commands.report.drawing import Heading, LegendEntry, Picture
+from mmr1_ds.commands.report.groups import Group
+from mmr1_ds.commands.report.runs import AXES, Run
+from mmr1_ds.commands.report.series import MOST_POINTS, band, evenly, smoothed, smoothing_reach, thinned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SPIKED = 30.0  # a curve whose largest value is so many times the median is drawn on a logarithmic scale
+_OLDER = {"actor/ref_kl": "actor/kl_loss"}  # what runs logged that do not have the first
+_MOST_MARKERS, _FEW_POINTS = 40, 3  # values a line has markers at, and every line has, else a first step is not seen
+_SETTLED = 1.6  # how far above what a curve settles at its figure reaches
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one figure shows."""
+
+    name: str
+    title: str
+    lines: Sequence[tuple[str, str]]  # metric, what its line is called; several are told apart by their dashes
+    caption: str
+    is_fraction: bool = False
+    with_markers: bool = False  # few values
+    exact: bool = False  # without noise: not averaged
+    may_spike: bool = False
+    settles: bool = False  # begins so high that the rest would be flat: the beginning is cut off
+    png_of_all_axes: bool = False
+
+
+@dataclass(frozen=True)
+class CurveFigure:
+    """A curve drawn: axis -> picture."""
+
+    curve: Curve
+    pictures: Mapping[str, Picture]
+    last: str  # value of the only run, "" for several
+
+
+LEARNING = (
+    Curve(
+        "validation_accuracy",
+        "Validation accuracy",
+        [("val/accuracy_reward", "accuracy")],
+        "Share of held-out prompts answered right.",
+        with_markers=True,
+        exact=True,
+        png_of_all_axes=True,
+    ),
+    Curve(
+        "reward",
+        "Training reward",
+        [("reward/overall", "reward")],
+        "Mean reward of the responses of each step. The sampler chooses the prompts, so compare runs by validation.",
+        png_of_all_axes=True,
+    ),
+    Curve(
+        "accuracy",
+        "Training accuracy",
+        [("reward/accuracy", "accuracy"), ("reward/format", "format")],
+        "Share of right, and of well-formed, responses of each step.",
+    ),
+    Curve(
+        "grad_norm",
+        "Gradient norm",
+        [("actor/grad_norm", "gradient norm")],
+        "Before clipping; spikes mean unstable updates.",
+        may_spike=True,
+    ),
+    Curve(
+        "clip_fraction",
+        "Clip fraction",
+        [("actor/pg_clipfrac_higher", "clip"), ("actor/pg_clipfrac_lower", "dual clip")],
+        "Share of tokens that the clip holds back; 0 where each batch is used for one update.",
+        is_fraction=True,
+    ),
+    Curve(
+        "kl",
+        "KL to the reference",
+        [("actor/ref_kl", "KL")],
+        "How far the policy has gone from the reference model, nats per token.",
+        may_spike=True,
+    ),
+    Curve(
+        "entropy",
+        "Entropy",
+        [("actor/entropy_loss", "entropy")],
+        "Of the policy, nats per token; a fall to 0 means that it has stopped exploring.",
+    ),
+    Curve(
+        "response_length",
+        "Response length",
+        [("response_length/mean", "mean"), ("response_length/max", "longest")],
+        "Tokens per response.",
+    ),
+    Curve(
+        "length_clipped",
+        "Responses cut off",
+        [("response_length/clip_ratio", "cut off")],
+        "Share of responses that reached data.max_response_length.",
+        is_fraction=True,
+    ),
+    Curve(
+        "policy_agreement",
+        "Rollout against trainer",
+        [("rollout/logprob_diff_max", "largest"), ("rollout/logprob_diff_mean", "mean")],
+        "Difference of the log-probabilities of the engine that sampled and the one that learns, per token.",
+        may_spike=True,
+    ),
+    Curve("learning_rate", "Learning rate", [("actor/lr", "learning rate")], "Of the optimiser.", exact=True),
+)
+CURRICULUM = (
+    Curve(
+        "effective_groups",
+        "Effective groups",
+        [("curriculum/effective_group_fraction", "effective")],
+        "Share of groups whose rewards differ. The others teach nothing.",
+        is_fraction=True,
+    ),
+    Curve(
+        "extra_rollouts",
+        "Extra rollouts",
+        [("curriculum/extra_rollout_fraction", "extra")],
+        "Responses sampled for the curriculum alone so far, as a share of those trained on.",
+        is_fraction=True,
+        exact=True,
+        settles=True,
+    ),
+    Curve(
+        "log_loss",
+        "Log loss of predictions",
+        [("curriculum/log_loss", "log loss")],
+        "Of the predicted pass rates against the responses, in nats; 0.69 is a coin's.",
+    ),
+)
+THROUGHPUT = (
+    Curve(
+        "throughput",
+        "Throughput",
+        [("perf/throughput", "tokens")],
+        "Prompt and response tokens per second and rank, of whole steps.",
+    ),
+    Curve(
+        "host_memory",
+        "Host memory",
+        [("perf/cpu_memory_used_gb", "resident")],
+        "Resident memory of all ranks together, GB. One that keeps rising is a leak.",
+        exact=True,
+    ),
+)
+
+
+def draw_curves(curves: Sequence[Curve], groups: Sequence[Group], png: bool) -> list[CurveFigure]:
+    """Those that any run has values for. Call within `drawing.drawing()`."""
+    return [figure for curve in curves if (figure := _draw(curve, groups, png)) is not None]
+
+
+def constant(curve: Curve, groups: Sequence[Group]) -> str | None:
+    """The value of a curve that never changes in any run, as text; None for one worth drawing."""
+    found = np.concatenate([*(v for metric, _ in curve.lines for v in _values(groups, metric)), np.empty(0)])
+    if len(found) < 2 or found.min() != found.max():
+        return None
+    return drawing.percent(float(found[0])) if curve.is_fraction else drawing.compact(float(found[0]))
+
+
+def legend_of(groups: Sequence[Group]) -> list[LegendEntry]:
+    """Colour and dashes of each group; empty for a single one."""
+    if len(groups) == 1:
+        return []
+    return [LegendEntry(group.label, colour_of(place), dashes_of(place)) for place, group in enumerate(groups)]
+
+
+def colour_of(place: int) -> str:
+    return drawing.SERIES[place % 7]  # the eighth is for what is left over
+
+
+def dashes_of(place: int) -> Any:
+    return drawing.DASHES[place % len(drawing.DASHES)]
+
+
+def axis_unit(groups: Sequence[Group], axis: str) -> tuple[float, str]:
+    """What values of the axis are divided by, and the label."""
+    if axis != "seconds":
+        return 1.0, {"steps": "step", "rollouts": "rollouts, extra ones included"}[axis]
+    longest = max(run.axis(axis)[-1] for group in groups for run in group.runs)
+    for seconds, name in ((2 * 86400, "days"), (2 * 3600, "hours"), (2 * 60, "minutes")):
+        if longest >= seconds:
+            return {"days": 86400.0, "hours": 3600.0, "minutes": 60.0}[name], f"wall clock ({name})"
+    return 1.0, "wall clock (seconds)"
+
+
+def points(run: Run, metric: str, axis: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """x and y of a run's values, those that are there; None without any."""
+    values = run.metrics.column(metric)
+    if values is None and metric in _OLDER:
+        values = run.metrics.column(_OLDER[metric])
+    if values is None:
+        return None
+    known = np.isfinite(values)
+    return run.axis(axis)[known], values[known]
+
+
+def _draw(curve: Curve, groups: Sequence[Group], png: bool) -> CurveFigure | None:
+    lines = [(metric, label) for metric, label in curve.lines if _values(groups, metric)]
+    if not lines:
+        return None
+    pictures = {}
+    for axis in AXES:
+        divisor, axis_label = axis_unit(groups, axis)
+        figure = drawing.canvas()
+        ax = drawing.axes(figure, left=48, top=24 if len(lines) > 1 else 10, right=14, bottom=42)
+        for number, (metric, label) in enumerate(lines):
+            for place, group in enumerate(groups):
+                found = [pair for run in group.runs if (pair := points(run, metric, axis)) is not None]
+                style = _style(place, number, len(groups), len(lines))
+                _draw_group(ax, [(x / divisor, y) for x, y in found], style, curve, len(groups))
+            # Of one group each metric has a colour of its own; of several its dashes, and the groups have colours.
+            colour = colour_of(number) if len(groups) == 1 else drawing.MUTED
+            ax.plot([], [], color=colour, linestyle=dashes_of(number), linewidth=2, label=label)
+        if len(lines) > 1:
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1.03), ncols=len(lines))
+        _scale(ax, curve, [values for metric, _ in lines for values in _values(groups, metric)])
+        ax.set_xlabel(axis_label)
+        name = curve.name if axis == "steps" else f"{curve.name}_by_{axis}"
+        description = f"{curve.title} by {axis_label}. {curve.caption}"
+        with_png = png and (axis == "steps" or curve.png_of_all_axes)
+        pictures[axis] = drawing.picture(figure, name, Heading(curve.title), description, legend_of(groups), with_png)
+    return CurveFigure(curve, pictures, _last(curve, groups))
+
+
+def _values(groups: Sequence[Group], metric: str) -> list[np.ndarray]:
+    """Of every run that has some."""
+    return [pair[1] for group in groups for run in group.runs if (pair := points(run, metric, "steps")) is not None]
+
+
+def _style(place: int, number: int, num_groups: int, num_lines: int) -> dict[str, Any]:
+    return {
+        "color": colour_of(number if num_groups == 1 else place),
+        "linestyle": dashes_of(number if num_groups == 1 or num_lines > 1 else place),
+        "linewidth": 2.0,
+    }
+
+
+def _draw_group(
+    ax: Axes, found: Sequence[tuple[np.ndarray, np.ndarray]], style: Mapping[str, Any], curve: Curve, num_groups: int
+) -> None:
+    """One metric of one group: mean and band; of a single run, the values and their moving average."""
+    if not found:
+        return
+    longest = max(len(x) for x, _ in found)
+    if longest <= (_MOST_MARKERS if curve.with_markers else _FEW_POINTS):
+        style = {**style, "marker": "o", "markersize": 4.5}
+    averages = [(x, y if curve.exact else smoothed(y, smoothing_reach(len(y)))) for x, y in found]
+    joined = band(averages) if len(averages) > 1 else None
+    if joined is not None:
+        x, mean, low, high = (values[evenly(len(joined[0]), MOST_POINTS)] for values in joined)
+        ax.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        ax.plot(x, mean, **style, markevery=_validations(x, found[0][0]) if "marker" in style else None)
+        return
+    for (x, y), (_, mean) in zip(found, averages, strict=True):
+        if not curve.exact and smoothing_reach(len(y)):
+            width = 1.0 if len(x) <= MOST_POINTS else 0.6
+            ax.plot(*thinned(x, y), color=style["color"], linewidth=width, alpha=0.35 / num_groups)
+        ax.plot(*thinned(x, mean), **style)
+
+
+def _validations(grid: np.ndarray, x: np.ndarray) -> list[int]:
+    """Places on a grid where the first of the seeds has a value: there the markers go."""
+    return sorted({int(np.abs(grid - value).argmin()) for value in x})
+
+
+def _scale(ax: Axes, curve: Curve, found: Sequence[np.ndarray]) -> None:
+    """Limits that show the curves and do not make much of noise; ticks that can be read. Args: found: of each run."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    low, high = min(float(values.min()) for values in found), max(float(values.max()) for values in found)
+    formatter = drawing.percent if curve.is_fraction else drawing.compact
+    ax.grid(axis="y")
+    ax.margins(x=0.02, y=0.08)
+    if curve.may_spike and low >= 0 and high > _SPIKED * max(float(np.median(np.concatenate(found))), 1e-12):
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        if 0 <= low <= high / 2 or 0 < low == high:
+            ax.set_ylim(bottom=-0.03 * high)
+        if low == high == 0:
+            highest = 0.01 if curve.is_fraction else 1.0
+            ax.set_ylim(-0.03 * highest, highest)
+        settled = max(float(values[len(values) // 3 :].max()) for values in found)
+        if curve.settles and high > 2 * _SETTLED * settled > 0:
+            ax.set_ylim(-0.05 * settled, _SETTLED * settled)
+            words = f"begins at {formatter(high)}"
+            ax.text(0.99, 0.98, words, transform=ax.transAxes, ha="right", va="top", color=drawing.MUTED)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))
+    left, right = ax.dataLim.intervalx
+    if left == right:
+        ax.set_xlim(max(0, left - 1), right + 1)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: drawing.compact(value)))
+
+
+def _last(curve: Curve, groups: Sequence[Group]) -> str:
+    """Of the first metric, the last value there is; "" for several runs."""
+    if len(groups) > 1 or len(groups[0].runs) > 1:
+        return ""
+    values = _values(groups, curve.lines[0][0])
+    if not values:
+        return ""
+    last = float(values[0][-1])
+    return drawing.percent(round(last, 4)) if curve.is_fraction else drawing.compact(last)
+
+
+def how_to_read(groups: Sequence[Group]) -> str:
+    """What is averaged in the curves, over what; "" where nothing is."""
+    words = []
+    reach = smoothing_reach(max(len(run.metrics.steps) for group in groups for run in group.runs))
+    several = any(len(group.runs) > 1 for group in groups)
+    if reach and several:
+        words.append(f"Noisy curves are averaged over {2 * reach + 1} steps.")
+    elif reach:
+        words.append(f"Thin lines: each step; thick lines: mean over {2 * reach + 1} steps.")
+    if several:
+        words.append("Of several seeds the line is the mean, and the band goes from the lowest to the highest.")
+    return " ".join(words)

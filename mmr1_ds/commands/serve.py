@@ -1,0 +1,187 @@
+"""`mmr1-ds serve`: run a rollout server for `worker.rollout.server_urls` of a run that trains elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from mmr1_ds.cluster.launch import gpu_is_here
+from mmr1_ds.config import RolloutConfig, RunConfig
+from mmr1_ds.config.derived import run_directory
+from mmr1_ds.config.loading import load_config
+from mmr1_ds.config.ranges import check_choices, check_ranges
+from mmr1_ds.config.redaction import redacted
+from mmr1_ds.errors import UserError, require
+from mmr1_ds.exits import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
+from mmr1_ds.preflight.files import check_data, check_format_prompt, check_model
+from mmr1_ds.rollout.servers.address import ServerPort
+from mmr1_ds.rollout.servers.process import ServerProcess, check_key
+from mmr1_ds.rollout.servers.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from mmr1_ds.data.encoding import PromptEncoder
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 1
+DEFAULT_PORT = 8000
+_PORT = "port="
+_POLL_SECONDS = 0.25
+
+DESCRIPTION = """Run one rollout server in the foreground, for the worker.rollout.server_urls of a run elsewhere. Give
+it the configuration of that run. Clients need the key in the environment variable that
+worker.rollout.server_key_variable names; set it here and there. It listens on worker.rollout.server_host: to be reached
+from other nodes, name the address of the cluster's own interface. A server that dies is started anew; SIGTERM and
+Ctrl-C end it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, settings_help: str) -> None:
+    """Describe the command to its parser."""
+    parser.description = DESCRIPTION
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=settings_help)
+    parser.add_argument("--port", type=int, help=f"to listen on, also written {_PORT}N; default: {DEFAULT_PORT}")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Returns: the exit code; 0 after SIGTERM, 2 after a user's mistake, 1 when the server does not start."""
+    configure_logging(is_main=True)
+    stopped = _Signals()
+    try:
+        config, port = _read(arguments.settings, arguments.port)
+        server = _server(config, port)
+    except UserError as error:
+        return _tell(str(error), EXIT_USER_ERROR)
+    return _run(server, config.worker.rollout.server_start_seconds, stopped)
+
+
+class _Signals:
+    """SIGTERM and SIGINT as something to wait for."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._event = threading.Event()
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it warns the run, which may need the server yet
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether one has come."""
+        return self._event.wait(seconds)
+
+
+def _read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
+    """The configuration and the port, with all checks that need nothing heavy. Raises: UserError."""
+    ports = [word for word in settings if word.startswith(_PORT)]
+    loaded = load_config([word for word in settings if word not in ports])
+    for line in loaded.warnings:
+        logger.warning("%s", line)
+    config, rollout = loaded.config, loaded.config.worker.rollout
+    check_choices(config)
+    check_ranges(config)
+    check_model(config.worker.actor.model)
+    check_format_prompt(config.data)
+    key = os.environ.get(rollout.server_key_variable, "")
+    if not key:
+        raise UserError(
+            f"{rollout.server_key_variable} (worker.rollout.server_key_variable) is not set; export a secret of your "
+            "own under that name, here and where the run trains"
+        )
+    check_key(key, rollout.server_key_variable)
+    require("vllm", "vllm", purpose="a rollout server")
+    _devices(rollout)
+    if rollout.limit_images == 0:
+        check_data(config.data, "train_files")
+        if config.data.val_files:
+            check_data(config.data, "val_files")
+    number = _port_number(ports[-1].removeprefix(_PORT)) if ports else DEFAULT_PORT if port is None else port
+    if not 1 <= number < 2**16:
+        raise UserError(f"port={number} must be in [1, 65535]")
+    ServerPort(rollout.server_host, number).release()
+    return config, number
+
+
+def _port_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"port={text}: expected a whole number")
+    return int(text)
+
+
+def _devices(rollout: RolloutConfig) -> list[int]:
+    """The GPUs of this machine that the server takes. Raises: UserError when they are too few or too many."""
+    devices, size = rollout.server_devices, rollout.tensor_parallel_size
+    if devices and len(devices) != size:
+        raise UserError(
+            f"worker.rollout.server_devices={devices}: a server takes tensor_parallel_size={size} GPU(s); "
+            f"list as many, or none for the first {size}"
+        )
+    return devices or list(range(size))
+
+
+def _server(config: RunConfig, port: int) -> ServerProcess:
+    """Raises: UserError for a model or data that cannot be read."""
+    quiet_libraries()
+    from mmr1_ds.data.encoding import PromptEncoder
+
+    rollout, model = config.worker.rollout, config.worker.actor.model
+    encoder = PromptEncoder(model, config.data)
+    return ServerProcess(
+        rollout,
+        model,
+        config.data,
+        number=0,
+        key=os.environ[rollout.server_key_variable],
+        on_gpu=gpu_is_here(),
+        devices=_devices(rollout),
+        is_multimodal=encoder.is_multimodal,
+        most_images=_most_images(config, encoder) if encoder.is_multimodal and rollout.limit_images == 0 else 0,
+        # Machines may share the run directory.
+        log=run_directory(config) / "servers" / f"{socket.gethostname()}_{port}.log",
+        port=port,
+    )
+
+
+def _most_images(config: RunConfig, encoder: PromptEncoder) -> int:
+    """Images of the prompt that has the most, of all data the run reads."""
+    from mmr1_ds.data.dataset import load_dataset
+
+    found = [load_dataset(config.data.train_files, config.data, encoder).max_images]
+    if config.data.val_files:
+        found.append(load_dataset(config.data.val_files, config.data, encoder, "data.val_files").max_images)
+    return max(found)
+
+
+def _run(server: ServerProcess, start_seconds: float, stopped: _Signals) -> int:
+    supervisor = Supervisor([server], start_seconds)
+    supervisor.start()
+    try:
+        while not supervisor.ready():
+            if failure := supervisor.failed_start():
+                return _tell(failure, EXIT_FAILED)
+            if stopped.wait(_POLL_SECONDS):
+                break
+        else:
+            sys.stdout.write(f"rollout server ready: {server.url}\n")
+            sys.stdout.flush()
+            while not stopped.wait(60):
+                pass
+    finally:
+        supervisor.close()
+    return EXIT_INTERRUPTED if stopped.received == signal.SIGINT else 0
+
+
+def _tell(message: str, code: int) -> int:
+    sys.stderr.write(f"mmr1-ds: error: {redacted(' '.join(message.split()))}\n")
+    return code

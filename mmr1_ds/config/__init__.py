@@ -1,0 +1,43 @@
+"""The configuration: its schema, and everything that only knows keys."""
+
+from mmr1_ds.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    CosineLengthConfig,
+    CriticConfig,
+    CriticModelConfig,
+    DataConfig,
+    JudgeConfig,
+    LoraConfig,
+    ModelConfig,
+    OffloadConfig,
+    OptimConfig,
+    RefConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainerConfig,
+    ValidationSampling,
+    WorkerConfig,
+)
+
+__all__ = [
+    "ActorConfig",
+    "AlgorithmConfig",
+    "CosineLengthConfig",
+    "CriticConfig",
+    "CriticModelConfig",
+    "DataConfig",
+    "JudgeConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OffloadConfig",
+    "OptimConfig",
+    "RefConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrainerConfig",
+    "ValidationSampling",
+    "WorkerConfig",
+]

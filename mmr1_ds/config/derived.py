@@ -1,0 +1,59 @@
+"""What follows from the configuration: the critic's full section, the number of steps, the run's folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from mmr1_ds.config.schema import CriticConfig, RunConfig
+
+_SHARED = (
+    "global_batch_size",
+    "micro_batch_size_per_device_for_update",
+    "micro_batch_size_per_device_for_experience",
+    "padding_free",
+    "dynamic_batching",
+)
+
+
+def trains_critic(config: RunConfig) -> bool:
+    """Whether the run has a critic at all."""
+    return config.algorithm.adv_estimator == "gae" and not config.trainer.val_only
+
+
+def resolved_critic(config: RunConfig) -> CriticConfig:
+    """worker.critic, nothing null that the actor decides: its batches, and its model where no other is named.
+
+    The actor's model comes with the actor's override_config (the critic's own keys lie over it) and its permission to
+    run code.
+    """
+    critic, actor = config.worker.critic, config.worker.actor
+    shared = {name: getattr(actor if getattr(critic, name) is None else critic, name) for name in _SHARED}
+    model = critic.model
+    if model.model_path is None:
+        model = dataclasses.replace(
+            model,
+            model_path=actor.model.model_path,
+            override_config={**actor.model.override_config, **model.override_config},
+            trust_remote_code=model.trust_remote_code or actor.model.trust_remote_code,
+        )
+    return dataclasses.replace(critic, **shared, model=model)
+
+
+def total_training_steps(config: RunConfig, num_prompts: int) -> int:
+    """Steps of the whole run: trainer.max_steps, or total_episodes times P // B, but at least 1 an episode."""
+    if config.trainer.max_steps is not None:
+        return config.trainer.max_steps
+    return config.trainer.total_episodes * max(1, num_prompts // config.data.rollout_batch_size)
+
+
+def run_directory(config: RunConfig) -> Path:
+    """Where everything of the run lies: trainer.run_dir, or runs/<experiment_name>."""
+    trainer = config.trainer
+    return Path(trainer.run_dir) if trainer.run_dir else Path("runs") / trainer.experiment_name
+
+
+def checkpoint_directory(config: RunConfig) -> Path:
+    """Where the checkpoints lie: trainer.save_checkpoint_path, or checkpoints/ in the run directory."""
+    path = config.trainer.save_checkpoint_path
+    return Path(path) if path else run_directory(config) / "checkpoints"

@@ -1,0 +1,98 @@
+"""What the typed tree of `config` says of each dotted key: its type, its name in words, its nearest neighbours."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from mmr1_ds.config.schema import RunConfig
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
+
+
+@cache
+def leaf_types() -> Mapping[str, Any]:
+    """Dotted key -> annotation, for every key that is not a section."""
+    return dict(_leaves(RunConfig, ""))
+
+
+@cache
+def sections() -> frozenset[str]:
+    """Every dotted prefix that holds keys."""
+    return frozenset(key.rsplit(".", depth)[0] for key in leaf_types() for depth in range(1, key.count(".") + 1))
+
+
+def _leaves(cls: type, prefix: str) -> Iterable[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    for item in fields(cls):
+        hint = hints[item.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _leaves(hint, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, hint
+
+
+def holds_mapping(hint: Any) -> bool:
+    """Whether a mapping is a value of this type, not a section."""
+    return hint is Any or typing.get_origin(hint) is dict
+
+
+def is_text(hint: Any) -> bool:
+    """Whether a word on the command line is the value itself, not YAML: `str` and `str | None`."""
+    return hint is str or (isinstance(hint, types.UnionType) and str in typing.get_args(hint))
+
+
+def is_optional(hint: Any) -> bool:
+    """Whether null is a value of this type."""
+    return hint is Any or (isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint))
+
+
+def in_words(hint: Any) -> str:
+    """The type as a user would say it: 'a whole number or null', 'a list of text'."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(in_words(part) for part in typing.get_args(hint))
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        return f"a list of {_plural(parts[0])}, like [a,b]"
+    if origin is tuple:
+        return f"a list of {len(parts)} {_plural(parts[0])}"
+    if origin is dict:
+        return "a mapping"
+    return _WORDS[hint]
+
+
+def _plural(element: Any) -> str:
+    return {str: "text", float: "numbers", int: "whole numbers"}[element]
+
+
+def elements_fit(hint: Any, value: Any) -> bool:
+    """Whether a list's elements are scalars. OmegaConf lets a mapping into a list of text."""
+    if typing.get_origin(hint) not in (list, tuple):
+        return True
+    return not isinstance(value, list | tuple) or not any(isinstance(item, list | dict) for item in value)
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The known key most likely meant: nearest in spelling, or the only one that ends the same."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    last = key.rpartition(".")[2]
+    same_end = [name for name in known if name.rpartition(".")[2] == last]
+    if same_end:
+        return same_end[0]
+    ends = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(last, ends, n=1, cutoff=0.75)
+    return ends[close[0]] if close else None

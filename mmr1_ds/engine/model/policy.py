@@ -1,0 +1,108 @@
+"""The model with its log-probability head, loaded partitioned (ZeRO-3) from the first byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from mmr1_ds.cluster.ranks import Neighbours
+from mmr1_ds.config import ModelConfig
+from mmr1_ds.engine.model import sequence_parallel
+from mmr1_ds.engine.model.batching import ModelBatch
+from mmr1_ds.engine.model.loading import checkpoint_gradients, freeze_vision_tower, load_config, load_partitioned
+from mmr1_ds.engine.model.log_probs import LogProbHead
+from mmr1_ds.engine.model.lora import add_adapters
+from mmr1_ds.engine.model.packing import attention_implementation, response_states
+from mmr1_ds.engine.model.sequence_parallel import SequenceParallel
+
+_SECTION = "worker.actor.model"
+
+
+class PolicyModel(nn.Module):
+    """A transformers model whose forward ends in the log-probabilities of the response tokens.
+
+    One module and one forward, so that DeepSpeed's hooks see the head too. The head runs on response positions
+    only: prompt positions would multiply the largest tensor of the step for nothing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forbidden_token_ids: Sequence[int],
+        temperature: float,
+        parallel: SequenceParallel | None = None,
+    ) -> None:
+        """parallel: the ranks that compute every sequence together; None = each rank its own."""
+        super().__init__()
+        self.model: PreTrainedModel = model
+        self.parallel = parallel
+        if parallel is not None:
+            parallel.install(model)
+        model.set_output_embeddings(LogProbHead(model.get_output_embeddings(), forbidden_token_ids, temperature))
+
+    def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy (nats) of the sampled distribution at each response token.
+
+        The distribution is that of the rollout: temperature applied, forbidden tokens left out.
+        Returns: log-probabilities (T,) with gradient, entropies (T,) without; both float32.
+        """
+        if self.parallel is not None:
+            return self.parallel.log_probs(self.model, batch)
+        # Without response tokens (a row of padding) both are empty but the former is still in the graph, so the
+        # backward reaches every parameter and all ranks reduce the same gradients.
+        return self.model.get_output_embeddings()(response_states(self.model, batch), batch.targets)
+
+
+def exact_types(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with two float32 exceptions to bf16; entries of the user's own win.
+
+    Rotary frequencies: partitioned loading casts them to bf16, which turns angles by radians at long positions, so
+    that another model is trained than vLLM samples from. Accumulated gradients: a hundred small bf16 additions
+    lose a percent.
+    """
+    own = deepspeed_config.get("data_types", {})
+    exact = {"keep_in_fp32_modules": ["inv_freq"], "grad_accum_dtype": "fp32"}
+    return {**deepspeed_config, "data_types": {**exact, **own}}
+
+
+def load_policy(
+    config: ModelConfig,
+    deepspeed_config: Mapping[str, Any],
+    forbidden_token_ids: Sequence[int],
+    temperature: float,
+    dtype: torch.dtype,
+    trainable: bool,
+    padding_free: bool = True,
+    neighbours: Neighbours | None = None,
+) -> PolicyModel:
+    """Load a model folder or hub model, each parameter partitioned as it is made.
+
+    Collective: all ranks, same order. Rank 0's copy of the file is the one that counts.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    model_config = load_config(config)
+    family = AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
+    attention: Any = attention_implementation(padding_free, model_config.model_type, dtype)
+    parallel = None
+    if neighbours is not None:
+        parallel = SequenceParallel(neighbours, model_config, attention)
+        attention = {"text_config": sequence_parallel.NAME, "vision_config": attention}
+        if not hasattr(model_config, "vision_config"):
+            attention = sequence_parallel.NAME
+    model = load_partitioned(family, config, model_config, attention, deepspeed_config, dtype, _SECTION)
+    model.generation_config = GenerationConfig()  # a published model's penalties are not the policy's distribution
+    if not trainable:
+        model.requires_grad_(False)
+    else:
+        if config.freeze_vision_tower:
+            freeze_vision_tower(model, config.model_path, _SECTION)
+        if config.lora.rank > 0:
+            add_adapters(model, config, dtype)
+        if config.enable_gradient_checkpointing:
+            checkpoint_gradients(model)
+    return PolicyModel(model, forbidden_token_ids, temperature, parallel)

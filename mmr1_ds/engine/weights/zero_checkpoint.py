@@ -1,0 +1,245 @@
+"""A ZeRO-3 engine's state on disk: each rank's shards, read back on as many ranks, or on another number of them.
+
+DeepSpeed waits for all ranks several times while it saves. A rank whose disk fails must not miss one of these, so
+nothing is raised while it saves: what failed is remembered, the rest is not written, and all ranks agree after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+
+from mmr1_ds.cluster.agreement import in_step
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.engine.weights import CONVERTED
+from mmr1_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_TAG = "zero3"
+# DeepSpeed's program; it and its workers end with the process that started them, also when that is killed.
+_CONVERSION = """
+import ctypes, os, signal
+end_with_parent = lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+end_with_parent()
+os.register_at_fork(after_in_child=end_with_parent)
+from deepspeed.checkpoint import ds_to_universal
+ds_to_universal.main(ds_to_universal.parse_arguments())
+"""
+_POLL_SECONDS = 0.2
+_ROUND_SECONDS = 5.0  # how long the ranks wait for rank 0 at a time; far below any deadline
+_TOLD_SECONDS = 60.0
+_WORKERS = 4  # of the conversion, each with a rank's shards in memory
+
+
+class ZeroCheckpoint:
+    """Saves and loads one engine."""
+
+    def __init__(self, engine: Any, ranks: Ranks) -> None:
+        """engine: DeepSpeed's, with an optimizer. It then writes its files through this."""
+        self._engine, self._ranks = engine, ranks
+        self._writer = engine.checkpoint_engine = _Writer()
+        # Rank 0 alone copies a script beside the shards, not through its checkpoint engine: where that fails, the
+        # other ranks wait for it. `mmr1-ds export` does what the script does.
+        engine._copy_recovery_script = lambda folder: None
+
+    def save(self, folder: Path, client_state: dict[str, Any], exclude_frozen: bool = False) -> None:
+        """Write this rank's shards. Collective. Raises: SaveFailed, on every rank."""
+        self._writer.error = None
+        self._engine.save_checkpoint(
+            str(folder),
+            tag=_TAG,
+            client_state=client_state,
+            save_latest=False,
+            exclude_frozen_parameters=exclude_frozen,
+        )
+        in_step(self._ranks, "write the ZeRO-3 shards", self._writer.check)
+
+    def load(self, folder: Path, strict: bool = True) -> dict[str, Any]:
+        """Read what `save` wrote, on any number of ranks. Returns: the client state. Collective.
+
+        On another number of ranks it is converted first, into a folder beside the shards, which a second start finds.
+        Args: strict: whether every parameter must be in the file.
+        Raises: UserError when it cannot be converted.
+        """
+        tag = _TAG
+        if self._written_by(folder) != self._ranks.size:
+            tag = CONVERTED
+            self._convert(folder)
+        # As a DeepSpeed configuration would say it, but that this is known only now.
+        self._engine._config.load_universal_checkpoint = tag == CONVERTED
+        try:
+            path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        if path is None:
+            raise RuntimeError(f"DeepSpeed could not load {folder}")
+        if tag == CONVERTED:
+            self._part_steps()
+        return client_state
+
+    def _written_by(self, folder: Path) -> int:
+        """Number of ranks, as rank 0 sees it. Collective."""
+        number = len(list((folder / _TAG).glob("*_optim_states.pt"))) if self._ranks.rank == 0 else 0
+        return self._ranks.all_gather_objects(number, "count the checkpoint's shards")[0]
+
+    def _convert(self, folder: Path) -> None:
+        """Rank 0 converts; the others wait in short rounds, so that no deadline runs out. Collective."""
+        rounds = _to_universal(folder) if self._ranks.rank == 0 else None
+        state: str | None = None
+        while state != "done":
+            if rounds is not None:
+                state = next(rounds, "done")
+            state = self._ranks.all_gather_objects(state, "convert the checkpoint")[0]
+            if state not in ("", "done"):
+                raise UserError(f"{folder} could not be converted to {self._ranks.size} ranks: {state}")
+
+    def _part_steps(self) -> None:
+        """DeepSpeed hands all groups of parameters one step count; torch's AdamW counts it up for each in place."""
+        for state in self._engine.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+
+class _Writer(TorchCheckpointEngine):
+    """Writes as DeepSpeed's own does, and keeps what failed in place of raising it."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.error: OSError | None = None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """See CheckpointEngine."""
+        try:
+            os.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.error = self.error or error
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """See CheckpointEngine. Nothing more is written once something failed."""
+        if self.error is not None:
+            return
+        try:
+            with open(path, "wb", buffering=0) as file:
+                target: Any = _Tolerant(file)
+                torch.save(state_dict, target)
+            self.error = target.error
+        except OSError as error:
+            self.error = error
+        if self.error is not None:
+            self.error.filename = path  # not known to a write
+
+    def check(self) -> None:
+        """Raises: OSError, the first that happened."""
+        if self.error is not None:
+            raise self.error
+
+
+class _Tolerant(io.RawIOBase):
+    """A file that swallows what the disk does not take: torch answers a failed write with an error that hides why."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        super().__init__()
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while self.error is None and len(left):
+            try:
+                left = left[self._file.write(left) :]
+            except OSError as error:
+                self.error = error
+        return size
+
+
+def _to_universal(folder: Path) -> Iterator[str]:
+    """Convert the shards with DeepSpeed's own program, in a process of its own. Made whole, or not at all.
+
+    Yields: "" every few seconds while it lasts; what went wrong, at the end, when it did.
+    """
+    final, temporary = folder / CONVERTED, folder / f".{CONVERTED}.tmp"
+    if final.is_dir():
+        return
+    logger.info("converting %s for another number of ranks", folder)
+    start = told = time.monotonic()
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        with tempfile.TemporaryFile() as log:
+            process = _start_conversion(folder, temporary, log)
+            try:
+                while process.poll() is None:
+                    end = time.monotonic() + _ROUND_SECONDS
+                    while process.poll() is None and time.monotonic() < end:
+                        time.sleep(_POLL_SECONDS)
+                    if time.monotonic() - told > _TOLD_SECONDS:
+                        told = time.monotonic()
+                        logger.info("converting %s: %.0f s so far", folder, told - start)
+                    yield ""
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            if process.returncode != 0:
+                log.seek(0)
+                lines = log.read().decode(errors="replace").strip().splitlines() or [f"exit {process.returncode}"]
+                yield f"{lines[-1]}; start on as many ranks as wrote it"
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        (folder / "latest_universal").unlink(missing_ok=True)  # the program's, naming the temporary folder
+        temporary.rename(final)
+    except OSError as error:
+        yield f"{error}; start on as many ranks as wrote it, or copy the checkpoint to where there is room to write"
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    logger.info("converted %s in %.0f s", folder, time.monotonic() - start)
+
+
+def _start_conversion(folder: Path, temporary: Path, log: Any) -> subprocess.Popen[bytes]:
+    """Its paths are relative: it makes patterns of them, in which the signs of a user's path would mean something."""
+    program = [sys.executable, "-P", "-c", _CONVERSION, "--input_folder", _TAG, "--output_folder", temporary.name]
+    program += ["--num_extract_workers", str(_WORKERS), "--num_merge_workers", str(_WORKERS)]
+    return subprocess.Popen(
+        program,
+        cwd=folder,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+
+
+def trained_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter in the shards that `ZeroCheckpoint.save` wrote, whole, one at a time, in float32.
+
+    Without an engine and without ranks. Names are the engine's module's. Tied ones come under each of their names.
+    Frozen ones come too, where they were saved.
+    """
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG, lazy_mode=True)
+    for name, tensor in found.items():
+        yield name, tensor.contiguous()

@@ -1,0 +1,278 @@
+"""Checkpoints that are whole or not there at all.
+
+`root/global_step_N/` is written under a temporary name, synced to disk, described by a manifest of sizes and
+digests, and only then renamed; `root/latest` follows last. A kill at any moment leaves the previous one loadable.
+A save that fails for want of space, or of the disk itself, fails on all ranks together and leaves the run and what was
+saved before as they were. The folder must be one that all ranks see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmr1_ds.cluster.agreement import SaveFailed, _in_words, in_step
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.engine.weights import CONVERTED
+from mmr1_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_LATEST = "latest"
+_FOLDER = re.compile(r"global_step_(\d+)")
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, root: Path, save_limit: int, ranks: Ranks) -> None:
+        """save_limit: how many to keep, -1 for all."""
+        self.root, self._save_limit, self._ranks = root, save_limit, ranks
+        self._own: set[int] = set()  # steps that this run saved or goes on from
+        self._damaged: set[int] = set()  # steps that were found damaged
+        self.failure = ""  # why the last save failed; empty when it did not
+
+    def save(self, step: int, write: Callable[[Path], None], folders: Sequence[str] = ()) -> Path | None:
+        """Call `write(folder)` on every rank, then make its files the checkpoint of `step`. Collective.
+
+        The step may be saved again, and the old one goes when the new one is there. Checkpoints of later steps are of
+        a run that this one has replaced: they are set aside, as `stale_...`, or the next start would take them for
+        the newest.
+
+        Args: write: where it has collectives, a rank that the disk fails must stay in step with the others, see
+            `in_step`; folders: names of those that it finds made.
+        Returns: None when the disk failed a rank. It is told, kept as `failure`, and what was saved before is there.
+        """
+        final, temporary = self.root / f"global_step_{step}", self.root / f".global_step_{step}.tmp"
+        try:
+            self._on_main("make the checkpoint folder", lambda: _make_anew(temporary, folders))
+            in_step(self._ranks, "write the checkpoint", lambda: write(temporary))
+            files = self._describe(temporary)
+            content = {"step": step, "ranks": self._ranks.size, "files": files}
+            self._on_main("publish the checkpoint", lambda: self._publish(step, temporary, content))
+        except SaveFailed as failure:
+            self.failure = f"the checkpoint of step {step} was not saved in {self.root}: {failure}"
+            if self._ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                logger.error("%s; the run goes on, earlier checkpoints are as they were", self.failure)
+            return None
+        self.failure = ""
+        self._own.add(step)
+        self._damaged.discard(step)
+        if self._ranks.rank == 0:
+            self._prune(step)
+        return final
+
+    def _publish(self, step: int, temporary: Path, content: dict[str, Any]) -> None:
+        """Describe it, sync it and give it its name; `latest` follows."""
+        final, replaced = self.root / f"global_step_{step}", self.root / f".global_step_{step}.replaced"
+        _write_synced(temporary / MANIFEST, json.dumps(content | {"sha256": _seal(content)}, indent=1))
+        for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+            _sync_folder(folder)
+        for old in self._steps():
+            if old > step or (old == step and step not in self._own):
+                _set_aside(self.root / f"global_step_{old}")
+        if final.exists():
+            final.rename(replaced)
+        temporary.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        _sync_folder(self.root)
+        _write_synced(self.root / f"{_LATEST}.tmp", f"{final.name}\n")
+        (self.root / f"{_LATEST}.tmp").rename(self.root / _LATEST)
+
+    def _on_main(self, stage: str, action: Callable[[], None]) -> None:
+        """Do it on rank 0; see `in_step`."""
+        in_step(self._ranks, stage, action if self._ranks.rank == 0 else lambda: None)
+
+    def newest(self) -> tuple[int, Path] | None:
+        """Step and folder of the newest undamaged checkpoint; damaged ones are named and passed over. Collective."""
+        self._check_latest()
+        for step, folder in sorted(self._list(), reverse=True):
+            damage = self.damage(folder)
+            if not damage:
+                self._own.add(step)
+                return step, folder
+            self._damaged.add(step)
+            if self._ranks.rank == 0:
+                logger.warning("checkpoint %s is damaged (%s); going back to the one before", folder, damage)
+        return None
+
+    def _check_latest(self) -> None:
+        """Tell when `latest` is not as it was written. Loading does not need it: it is there for people and scripts."""
+        if self._ranks.rank > 0 or not (steps := self._steps()):
+            return
+        try:
+            named = (self.root / _LATEST).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            named = str(error)
+        if named not in [f"global_step_{step}" for step in steps]:
+            logger.warning("%s is damaged (%r); the newest checkpoint is found without it", self.root / _LATEST, named)
+
+    def require(self, folder: Path, name: str = "trainer.load_checkpoint_path") -> int:
+        """Step of the checkpoint that the user named. Collective.
+
+        Args: name: of the setting, for errors. Raises: UserError when it is not one, or is damaged.
+        """
+        match = _FOLDER.fullmatch(folder.resolve().name)
+        if match is None or not (folder / MANIFEST).is_file():
+            raise UserError(f"{name}={folder} is not a checkpoint; name a global_step_N folder of a run")
+        if damage := self.damage(folder):
+            raise UserError(f"{name}={folder} is damaged ({damage}); name an earlier one")
+        return int(match[1])
+
+    def check_ranks(self, folder: Path) -> None:
+        """Tell when the sharded state is of another number of ranks: loading it converts it. Not a collective."""
+        written_by = _read_manifest(folder)["ranks"]
+        if written_by != self._ranks.size and self._ranks.rank == 0:
+            logger.info("checkpoint %s was written by %d ranks, this run has %d", folder, written_by, self._ranks.size)
+
+    def damage(self, folder: Path) -> str:
+        """What is wrong with a checkpoint, empty when nothing is. Ranks share the reading. Collective."""
+        found = ""
+        try:
+            expected = _read_manifest(folder)["files"]
+        except (OSError, ValueError) as error:
+            expected, found = {}, f"{MANIFEST}: {error}"
+        for name in sorted(expected)[self._ranks.rank :: self._ranks.size]:
+            if found := _difference(folder, name, expected[name]):
+                break
+        return next((text for text in self._ranks.all_gather_objects(found, "verify the checkpoint") if text), "")
+
+    def _describe(self, folder: Path) -> dict[str, dict[str, str | int]]:
+        """Size and digest of every file, synced to disk. The ranks share the reading. Collective."""
+        found: list[str] = []
+
+        def list_files() -> None:  # one listing for all: a network file system may show each rank another
+            found.extend(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
+
+        self._on_main("list the checkpoint's files", list_files)
+        names = self._ranks.all_gather_objects(found, "share the checkpoint's files")[0]
+        own = names[self._ranks.rank :: self._ranks.size]
+        described = in_step(
+            self._ranks, "digest the checkpoint", lambda: {name: _synced_entry(folder / name) for name in own}
+        )
+        parts = self._ranks.all_gather_objects(described, "share the checkpoint's digests")
+        return {name: entry for part in parts for name, entry in sorted(part.items())}
+
+    def _list(self) -> list[tuple[int, Path]]:
+        """Checkpoints as rank 0 sees them. Collective."""
+        found = self._steps() if self._ranks.rank == 0 else []
+        steps = self._ranks.broadcast_array(np.array(found, dtype=np.int64), "list checkpoints")
+        return [(int(step), self.root / f"global_step_{step}") for step in steps]
+
+    def _steps(self) -> list[int]:
+        if not self.root.is_dir():
+            return []
+        for path in self.root.glob(".global_step_*.replaced"):  # a kill came between two renames
+            final = self.root / path.stem.removeprefix(".")
+            if not final.exists():
+                path.rename(final)
+        return sorted(int(match[1]) for path in self.root.iterdir() if (match := _FOLDER.fullmatch(path.name)))
+
+    def _prune(self, newest: int) -> None:
+        """Delete what is over the limit: damaged ones first, then the oldest, never the one just written.
+
+        What was converted for another number of ranks goes with it: the next start has this one.
+        """
+        try:
+            for converted in self.root.glob(f"global_step_*/*/{CONVERTED}"):
+                shutil.rmtree(converted)
+            if self._save_limit > 0:
+                others = [step for step in self._steps() if step != newest]
+                others.sort(key=lambda step: (not self._looks_damaged(step), step))
+                for step in others[: max(0, len(others) - (self._save_limit - 1))]:
+                    shutil.rmtree(self.root / f"global_step_{step}")
+        except OSError as error:
+            logger.warning("an old checkpoint could not be deleted: %s", _in_words(error))
+
+    def _looks_damaged(self, step: int) -> bool:
+        """Without reading more than the manifest."""
+        folder = self.root / f"global_step_{step}"
+        try:
+            files = _read_manifest(folder)["files"]
+            return step in self._damaged or any(
+                (folder / name).stat().st_size != files[name]["bytes"] for name in files
+            )
+        except (OSError, ValueError):
+            return True
+
+
+def _make_anew(folder: Path, inside: Sequence[str]) -> None:
+    if folder.exists():  # of an interrupted save
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    for name in inside:
+        (folder / name).mkdir()
+
+
+def _seal(content: dict[str, Any]) -> str:
+    """Digest of what a manifest says."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises: OSError, or ValueError when it is not as it was written."""
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    keys = ["files", "ranks", "step"]
+    if not isinstance(content, dict) or sorted(content) not in (keys, sorted([*keys, "sha256"])):
+        raise ValueError("has other keys than were written")
+    if content.pop("sha256", None) not in (None, _seal(content)):  # earlier versions wrote none
+        raise ValueError("has another content than was written")
+    return content
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a checkpoint out of the way, without overwriting one that was renamed before."""
+    number = 1
+    while (aside := folder.with_name(f"stale_{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    logger.warning("checkpoint %s is of a run that this one replaces; it is kept as %s", folder, aside.name)
+
+
+def _difference(folder: Path, name: str, expected: dict[str, str | int]) -> str:
+    path = folder / name
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+        return "" if _digest(path) == expected["sha256"] else f"{name} has another content than was written"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+
+
+def _synced_entry(path: Path) -> dict[str, str | int]:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _digest(path)}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

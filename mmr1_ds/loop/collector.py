@@ -1,0 +1,102 @@
+"""Requests into scored groups: generation and reward, as training, refresh and validation all need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.errors import UserError
+from mmr1_ds.loop.in_flight import Sampling
+from mmr1_ds.monitoring.clock import StageClock
+from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
+from mmr1_ds.rewards.pool import RewardPool
+from mmr1_ds.rewards.scoring import RewardCounts, score_groups
+
+if TYPE_CHECKING:
+    from mmr1_ds.data.dataset import PromptDataset
+    from mmr1_ds.data.encoding import PromptEncoder
+    from mmr1_ds.rollout.base import RolloutEngine
+
+# What a seed is for; each purpose draws from a stream of its own.
+TRAINING, REFRESH, VALIDATION, PROBE, BASELINE = range(5)
+
+
+@dataclass(frozen=True)
+class RequestMaker:
+    """Makes the requests of a run; their seeds are a pure function, so that a resumed run samples the same."""
+
+    seed: int
+
+    def __call__(
+        self,
+        data: PromptDataset,
+        indices: Sequence[int] | np.ndarray,
+        num_responses: int,
+        purpose: int,
+        step: int,
+        slots: Sequence[int] | np.ndarray,
+    ) -> list[RolloutRequest]:
+        """One request for each prompt of `data` at `indices`; its seed follows from (seed, purpose, step, slot)."""
+        return [
+            RolloutRequest(
+                data[int(index)],
+                num_responses,
+                int(np.random.SeedSequence((self.seed, purpose, step, int(slot))).generate_state(1)[0]),
+                can_wait=purpose == PROBE,
+            )
+            for index, slot in zip(indices, slots, strict=True)
+        ]
+
+
+class Collector:
+    """Samples responses to prompts and scores them."""
+
+    def __init__(
+        self, rollout: RolloutEngine, rewards: RewardPool, reward_name: str, encoder: PromptEncoder, ranks: Ranks
+    ) -> None:
+        """reward_name: for messages."""
+        self._rollout, self._rewards, self._encoder, self._ranks = rollout, rewards, encoder, ranks
+        self._reward_name = reward_name
+        self._rewards_work = False  # whether any reward has come back yet
+
+    def collect(
+        self, requests: Sequence[RolloutRequest], settings: SamplingSettings, clock: StageClock
+    ) -> tuple[list[ScoredGroup], RewardCounts]:
+        """Groups of this rank's requests, in their order, and the count of rewards that failed.
+
+        Collective: all ranks, each with its own requests (any number of them).
+        Raises: UserError when no reward has worked yet: training on zeros would teach nothing.
+        """
+        with clock("gen"):
+            groups = self._rollout.generate(requests, settings)
+        return self.score(groups, clock)
+
+    def begin(self, sampling: Sampling, settings: SamplingSettings) -> None:
+        """Ask for the groups of a batch that are not there. Not a collective."""
+        sampling.submit(self._rollout, settings)
+
+    def wait(self, sampling: Sampling) -> None:
+        """Until its groups are there, or given up where they can wait. Collective."""
+        sampling.collect(self._rollout)
+
+    def score(self, groups: Sequence[RolloutGroup], clock: StageClock) -> tuple[list[ScoredGroup], RewardCounts]:
+        """Groups with their rewards, in their order, and the count of rewards that failed. Collective.
+
+        Raises: as `collect`.
+        """
+        with clock("reward"):
+            scored, counts = score_groups(self._rewards, groups, self._encoder.decode)
+        if not self._rewards_work:
+            own = {"failed": counts.num_failed, "responses": counts.num_responses}
+            totals = self._ranks.sum(own, "check the first rewards")
+            self._rewards_work = totals["failed"] < totals["responses"]
+            if not self._rewards_work:
+                raise UserError(
+                    f"worker.reward.reward_function={self._reward_name} failed for all "
+                    f"{totals['responses']:.0f} responses of its first call; the first reasons are logged above"
+                )
+        return scored, counts

@@ -1,0 +1,264 @@
+"""The composition root: builds the parts of a run in the order that fails cheapest first, runs, takes them down."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from mmr1_ds.cluster.launch import LaunchEnvironment
+from mmr1_ds.cluster.preemption import Preemption
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.config import RunConfig
+from mmr1_ds.config.derived import checkpoint_directory, run_directory, total_training_steps
+from mmr1_ds.config.loading import dump_config
+from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.data.dataset import PromptDataset, load_dataset
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine.actor import Actor
+from mmr1_ds.engine.critic import Critic
+from mmr1_ds.engine.model.value_model import check_reads_alike
+from mmr1_ds.engine.reference import AdapterlessReference, Reference
+from mmr1_ds.errors import UserError, remedy, require
+from mmr1_ds.loop.batches import BatchMaker
+from mmr1_ds.loop.checkpoint import Checkpoints
+from mmr1_ds.loop.collector import Collector
+from mmr1_ds.loop.partial_batches import PartialBatchMaker
+from mmr1_ds.loop.parts import Parts
+from mmr1_ds.loop.trainer import Trainer
+from mmr1_ds.monitoring.environment import write_environment
+from mmr1_ds.monitoring.live_report import LiveReport
+from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.monitoring.samples import TrainingSamples
+from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
+from mmr1_ds.rewards.loading import BUILT_IN
+from mmr1_ds.rewards.pool import RewardPool
+from mmr1_ds.rollout.base import RolloutEngine
+from mmr1_ds.rollout.colocated.engine import VllmRollout
+from mmr1_ds.rollout.hf.engine import TransformersRollout
+
+logger = logging.getLogger(__name__)
+
+_LOADED_PARTS = 3  # for their bar: actor (and critic), reference, rollout engine
+
+
+def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironment, preemption: Preemption) -> None:
+    """Train, or validate only, as the config says. Every rank of the launch calls this.
+
+    Raises: UserError for data, model or environment that cannot be used; Preempted when it was told to end.
+    """
+    _check_installed(config)
+    with ExitStack() as stack:
+        # Starts before the models take the memory.
+        rewards = stack.enter_context(RewardPool(config.worker.reward, config.data.max_response_length))
+        encoder = PromptEncoder(config.worker.actor.model, config.data)
+        if deepspeed.critic is not None and config.worker.critic.model.model_path is not None:
+            check_reads_alike(config.worker.critic.model, config.data, encoder)
+        train_data, val_data = _load_data(config, encoder)
+        num_steps = total_training_steps(config, len(train_data))
+        most_images = max(data.max_images for data in (train_data, val_data) if data is not None)
+
+        ranks = stack.enter_context(Ranks(launch, config.trainer.collective_timeout_seconds))
+        _check_ranks(config, deepspeed.actor, train_data, ranks)
+        checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
+        start = _starting_point(config, checkpoints)
+        if start is not None and deepspeed.critic is not None:
+            _check_has_critic(start[1])
+        coordinator = _coordinator(config, train_data, num_steps, ranks)
+        if start is not None and not config.trainer.val_only:
+            coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
+        metrics_logger = stack.enter_context(_open_run(config, start, num_steps, ranks))
+        ranks.write_stacks(run_directory(config) / "stacks")
+        report_freq = None if config.trainer.val_only or ranks.rank > 0 else config.trainer.report_freq
+        report = stack.enter_context(LiveReport(run_directory(config), report_freq))
+        _tell_start(config, start, num_steps, ranks)
+        loaded = stack.enter_context(ExitStack())  # ends before the first step
+        loaded.enter_context(ranks.stage("load the models"))
+        advance = loaded.enter_context(metrics_logger.progress(_LOADED_PARTS, "loading the models", with_lines=False))
+
+        rollout: RolloutEngine | None = None
+        if config.worker.rollout.engine == "server":  # the servers load while the models here do
+            from mmr1_ds.rollout.servers.engine import ServerRollout  # its HTTP client comes with vLLM
+
+            rollout = ServerRollout(config, ranks, encoder, most_images, run_directory(config) / "servers", preemption)
+            stack.callback(rollout.close)
+        actor = _actor(config, deepspeed.actor, num_steps, ranks, encoder)
+        advance(1)
+        critic = None
+        if deepspeed.critic is not None:
+            critic = Critic(config, deepspeed.critic, ranks, encoder, num_steps, run_directory(config) / "bad_batches")
+        reference = _reference(config, deepspeed.reference, actor, ranks, encoder)
+        advance(1)
+        if rollout is None:
+            rollout = _rollout(config, actor, ranks, encoder, most_images, preemption)
+            stack.callback(rollout.close)
+        advance(1)
+
+        batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
+        collector = Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks)
+        parts = Parts(
+            ranks=ranks,
+            encoder=encoder,
+            train_data=train_data,
+            val_data=val_data,
+            coordinator=coordinator,
+            batches=batch_maker(config, ranks, encoder, train_data, coordinator, collector),
+            collector=collector,
+            rollout=rollout,
+            actor=actor,
+            reference=reference,
+            checkpoints=checkpoints,
+            metrics_logger=metrics_logger,
+            samples=TrainingSamples(
+                run_directory(config), config.trainer.train_generations_to_log, encoder.decode, metrics_logger, ranks
+            ),
+            report=report,
+            critic=critic,
+            preemption=preemption,
+        )
+        trainer = Trainer(config, parts, num_steps)
+        if start is not None:
+            trainer.load(*start)
+        loaded.close()
+        trainer.fit()
+
+
+def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
+    return Coordinator(
+        config.data, data.prompt_ids, data.categories, data.fingerprint, config.worker.rollout.n, num_steps, ranks
+    )
+
+
+def _actor(
+    config: RunConfig, deepspeed: Mapping[str, Any], num_steps: int, ranks: Ranks, encoder: PromptEncoder
+) -> Actor:
+    updates = (num_steps - config.trainer.critic_warmup) * config.worker.actor.ppo_epochs
+    updates *= config.data.rollout_batch_size // config.worker.actor.global_batch_size
+    return Actor(config, deepspeed, ranks, encoder, updates, run_directory(config) / "bad_batches")
+
+
+def _check_has_critic(folder: Path) -> None:
+    if not (folder / "critic").is_dir():
+        raise UserError(
+            f"{folder} has no critic, it is of a run without algorithm.adv_estimator=gae; start elsewhere with "
+            "another trainer.experiment_name, or take the estimator of that run"
+        )
+
+
+def _open_run(config: RunConfig, start: tuple[int, Path] | None, num_steps: int, ranks: Ranks) -> MetricsLogger:
+    """Make the run directory with the resolved config, and open its log. Collective."""
+    run_dir, step = run_directory(config), start[0] if start else 0
+    if config.trainer.val_only:  # beside the run's own log, which stays as it is
+        run_dir, step = run_dir / "eval" / f"step_{step}", 0
+    if ranks.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_environment(run_dir, ranks.size, ranks.on_gpu, num_steps)
+    ranks.barrier("make the run directory")
+    settings = dataclasses.asdict(config)
+    return MetricsLogger.open(config.trainer, run_dir, num_steps, step, settings, is_main=ranks.rank == 0)
+
+
+def _tell_start(config: RunConfig, start: tuple[int, Path] | None, num_steps: int, ranks: Ranks) -> None:
+    logger.info("loading %s on %d ranks", config.worker.actor.model.model_path, ranks.size)
+    if start is not None:
+        logger.info("going on from %s: %d of %d steps are done", start[1], start[0], num_steps)
+    elif config.trainer.val_only:
+        logger.info("no checkpoint in %s: validating the model as it is", checkpoint_directory(config))
+
+
+def _reference(
+    config: RunConfig, reference_config: Mapping[str, Any], actor: Actor, ranks: Ranks, encoder: PromptEncoder
+) -> Reference | AdapterlessReference | None:
+    if config.algorithm.disable_kl or config.trainer.val_only:
+        return None
+    if config.worker.actor.model.lora.rank > 0:
+        return AdapterlessReference(actor)
+    return Reference(config, reference_config, ranks, encoder)
+
+
+def _check_installed(config: RunConfig) -> None:
+    """Before anything is loaded. Raises: UserError for a package that the run needs and has not."""
+    actor, engine = config.worker.actor, config.worker.rollout.engine
+    if actor.model.lora.rank > 0 and importlib.util.find_spec("peft") is None:
+        raise UserError(
+            f"worker.actor.model.lora.rank={actor.model.lora.rank} but peft is not installed; {remedy('gpu')} "
+            "or set it to 0"
+        )
+    # Without it every response would count as one that could not be scored.
+    if config.worker.reward.reward_function in BUILT_IN:
+        require("gpu", "math_verify", purpose=f"worker.reward.reward_function={config.worker.reward.reward_function}")
+    if engine == "server":
+        require("gpu", "aiohttp", "msgspec", purpose="worker.rollout.engine=server")
+    if importlib.util.find_spec("vllm") is not None:
+        return
+    if engine in ("vllm", "server"):
+        raise UserError(f"worker.rollout.engine={engine} but vllm is not installed; {remedy('vllm')} or set engine=hf")
+    if actor.offload_states or actor.ulysses_size > 1:  # engine=auto comes to hf
+        raise UserError("worker.actor.offload_states and ulysses_size need vllm; it is not installed")
+
+
+def _load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset, PromptDataset | None]:
+    limit = config.worker.rollout.limit_images
+    train_data = load_dataset(config.data.train_files, config.data, encoder, limit_images=limit)
+    if not config.data.val_files:
+        return train_data, None
+    return train_data, load_dataset(config.data.val_files, config.data, encoder, "data.val_files", limit)
+
+
+def _check_ranks(
+    config: RunConfig, deepspeed_config: Mapping[str, Any], train_data: PromptDataset, ranks: Ranks
+) -> None:
+    """What only the started ranks can tell. Collective. Raises: UserError on every rank."""
+    if ranks.on_gpu != bool(deepspeed_config["bf16"]["enabled"]):
+        raise UserError(
+            f"torch.cuda.is_available() is {ranks.on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
+            "install a CUDA build of torch, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+        )
+    transfer = config.worker.rollout.weight_transfer
+    if config.worker.rollout.engine == "server" and transfer in ("nccl", "ipc") and not ranks.on_gpu:
+        raise UserError(f"worker.rollout.weight_transfer={transfer} needs GPUs, there is none; set it to auto")
+    if len(set(ranks.all_gather_objects(train_data.fingerprint, "compare the data sets"))) > 1:
+        raise UserError(f"data.train_files={config.data.train_files} differs between ranks; give all the same files")
+
+
+def _starting_point(config: RunConfig, checkpoints: Checkpoints) -> tuple[int, Path] | None:
+    """Step and folder to go on from.
+
+    Training: the run's own newest checkpoint, else the one that the user named. Validation: the other way round.
+    """
+    named = config.trainer.load_checkpoint_path
+    found = None
+    if config.trainer.resume and not (named and config.trainer.val_only):
+        found = checkpoints.newest()
+    if named and found is None:
+        found = checkpoints.require(Path(named)), Path(named)
+    elif named and found is not None and found[1].resolve() != Path(named).resolve():
+        logger.warning(
+            "the run goes on from its own %s, not from trainer.load_checkpoint_path=%s; for that, set "
+            "trainer.resume=false or another trainer.experiment_name", found[1], named,
+        )  # fmt: skip
+    if found is not None:
+        checkpoints.check_ranks(found[1])
+    return found
+
+
+def _rollout(
+    config: RunConfig,
+    actor: Actor,
+    ranks: Ranks,
+    encoder: PromptEncoder,
+    most_images: int,
+    preemption: Preemption,
+) -> RolloutEngine:
+    settings, model = config.worker.rollout, config.worker.actor.model
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if settings.engine == "auto" and not has_vllm:
+        logger.warning("vllm is not installed: responses are sampled by transformers, which is far slower")
+    if settings.engine == "hf" or not has_vllm:
+        return TransformersRollout(actor, ranks, encoder, settings.max_num_seqs)
+    return VllmRollout(settings, model, config.data, ranks, encoder, most_images, preemption)

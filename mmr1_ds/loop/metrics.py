@@ -1,0 +1,162 @@
+"""The figures of a step over all ranks, under EasyR1's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.records import GroupRewards, RolloutGroup, ScoredGroup
+
+if TYPE_CHECKING:
+    from mmr1_ds.monitoring.clock import StageClock
+    from mmr1_ds.records import Trajectory
+    from mmr1_ds.rewards.scoring import RewardCounts
+
+
+def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCounts], ranks: Ranks) -> dict[str, float]:
+    """`reward/<key>`: the mean of each figure the reward returned, over all responses; failures counted.
+
+    A key that only some responses have is averaged over those. Collective.
+    """
+    sums: dict[str, tuple[float, int]] = {}
+    for group in rewards:
+        figures = {"overall": group.overall, "accuracy": group.accuracy, **group.parts}
+        for name, values in figures.items():
+            known = values[np.isfinite(values)]
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + float(known.sum(dtype=np.float64)), count + len(known)
+    everyone = ranks.all_gather_objects(sums, "reward metrics")
+    names = sorted({name for part in everyone for name in part})
+    metrics = {}
+    for name in names:
+        total, count = (sum(part.get(name, (0.0, 0))[i] for part in everyone) for i in (0, 1))
+        if count:
+            metrics[f"reward/{name}"] = total / count
+    counts = {
+        "reward/num_responses": sum(part.num_responses for part in failures),
+        "reward/num_timeouts": sum(part.num_timeouts for part in failures),
+        "reward/num_crashes": sum(part.num_crashes for part in failures),
+        "reward/num_invalid": sum(part.num_invalid for part in failures),
+        "reward/num_errors": sum(part.num_errors for part in failures),
+        "reward/num_unscored": sum(part.num_unscored for part in failures),
+        "reward/num_failed": sum(part.num_failed for part in failures),
+    }
+    return metrics | ranks.sum(counts, "reward failures")
+
+
+def step_metrics(
+    groups: Sequence[ScoredGroup],
+    trajectories: Sequence[Trajectory],
+    rewards_B: np.ndarray,
+    clock: StageClock,
+    max_prompt_length: int,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Score, advantage, length, time and throughput figures of a training step. Collective.
+
+    Args: rewards_B: what the trajectories were rewarded with, the KL taken off where it is taken off the reward.
+    """
+    local = np.array(
+        [
+            (reward, len(item.token_ids), not response.finished, item.prompt.num_tokens)
+            for item, (reward, response) in zip(
+                trajectories,
+                ((r, s) for g in groups for r, s in zip(g.rewards.overall, g.group.responses, strict=True)),
+                strict=True,
+            )
+        ],
+        dtype=np.float64,
+    )
+    advantages = np.array([item.advantage for item in trajectories])
+    own = np.column_stack([local, advantages, rewards_B])
+    table = np.concatenate(ranks.all_gather_array(own, "step metrics"))
+    score, length, clipped, prompt_length, advantage, reward = table.T
+    metrics = {
+        **_spread("critic/score", score),
+        **_spread("critic/rewards", reward),
+        **_spread("critic/advantages", advantage),
+        **_spread("critic/returns", advantage),  # as EasyR1 has it without a critic
+        **_lengths("", length, clipped, prompt_length, max_prompt_length),
+    }
+    metrics |= stage_metrics(clock, ranks)
+    tokens, seconds = float(length.sum() + prompt_length.sum()), metrics["timing_s/step"]
+    metrics |= {
+        "perf/total_num_tokens": tokens,
+        "perf/time_per_step": seconds,
+        "perf/throughput": tokens / seconds / ranks.size,
+    }
+    for stage in _STAGES_BY_TOKEN.keys() & clock.seconds.keys():
+        num_tokens = float(length.sum()) if _STAGES_BY_TOKEN[stage] == "responses" else tokens
+        metrics[f"timing_per_token_ms/{stage}"] = metrics[f"timing_s/{stage}"] * 1000 / num_tokens
+    metrics |= ranks.sum({"perf/cpu_memory_used_gb": psutil.Process().memory_info().rss / 1e9}, "memory")
+    if clock.memory is not None and ranks.on_gpu:
+        metrics |= ranks.max(clock.memory.peaks_of_the_run(), "memory")
+    return metrics
+
+
+# Which tokens a stage's time is divided by for `timing_per_token_ms`, as EasyR1 does.
+_STAGES_BY_TOKEN = dict.fromkeys(("gen", "reward"), "responses") | dict.fromkeys(
+    ("ref", "old", "values", "adv", "update_critic", "update_actor"), "sequences"
+)
+
+
+def stage_metrics(clock: StageClock, ranks: Ranks) -> dict[str, float]:
+    """`timing_s/*` of the slowest rank, and `memory_gb/*` of the one that held most. Collective."""
+    return ranks.max(clock.metrics(), "stages")
+
+
+def validation_lengths(groups: Sequence[RolloutGroup], max_prompt_length: int, ranks: Ranks) -> dict[str, float]:
+    """`val_response_length/*` and `val_prompt_length/*`, in tokens, over all responses. Collective."""
+    own = [
+        (len(response.token_ids), not response.finished, group.prompt.num_tokens)
+        for group in groups
+        for response in group.responses
+    ]
+    gathered = ranks.all_gather_array(np.array(own, dtype=np.float64).reshape(-1, 3), "validation lengths")
+    length, clipped, prompt_length = np.concatenate(gathered).T
+    return _lengths("val_", length, clipped, prompt_length, max_prompt_length)
+
+
+def _lengths(
+    prefix: str, length: np.ndarray, clipped: np.ndarray, prompt_length: np.ndarray, max_prompt_length: int
+) -> dict[str, float]:
+    return {
+        **_spread(f"{prefix}response_length", length),
+        f"{prefix}response_length/clip_ratio": float(clipped.mean()),
+        **_spread(f"{prefix}prompt_length", prompt_length),
+        f"{prefix}prompt_length/clip_ratio": float((prompt_length == max_prompt_length).mean()),
+    }
+
+
+def policy_lag_metrics(groups: Sequence[RolloutGroup], version: int, ranks: Ranks) -> dict[str, float]:
+    """How far behind `version` the policies are that sampled a batch, in optimiser steps a token. Collective.
+
+    `rollout/mixed_fraction`: of responses that more than one policy sampled.
+    """
+    responses = [(response, group.policy_version) for group in groups for response in group.responses]
+    own = {"tokens": 0.0, "lag": 0.0, "responses": float(len(responses)), "mixed": 0.0}
+    most = 0.0
+    for response, oldest in responses:
+        spans = response.policy_versions or ((oldest, len(response.token_ids)),)
+        own["tokens"] += sum(count for _, count in spans)
+        own["lag"] += sum((version - sampled_by) * count for sampled_by, count in spans)
+        own["mixed"] += len(spans) > 1
+        most = max(most, *(float(version - sampled_by) for sampled_by, _ in spans))
+    totals = ranks.sum(own, "policy lag")
+    return {
+        "rollout/policy_lag_mean": totals["lag"] / max(1.0, totals["tokens"]),
+        "rollout/policy_lag_max": ranks.max({"most": most}, "policy lag")["most"],
+        "rollout/mixed_fraction": totals["mixed"] / max(1.0, totals["responses"]),
+    }
+
+
+def _spread(name: str, values: np.ndarray) -> dict[str, float]:
+    return {
+        f"{name}/mean": float(values.mean()),
+        f"{name}/max": float(values.max()),
+        f"{name}/min": float(values.min()),
+    }

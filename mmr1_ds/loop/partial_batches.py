@@ -1,0 +1,224 @@
+"""Batches whose long responses are cut at a budget and go on in the next step (partial rollouts).
+
+The step then lasts as long as `worker.rollout.partial` tokens take, not as long as the longest response. A group is
+trained on when its last response is done; the policies that sampled a response are told apart by its versions, and
+truncated importance sampling corrects for the older ones. The idea is Kimi k1.5's (arXiv 2501.12599, section 2.6.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmr1_ds.loop.batches import PARTIAL_STATE, BatchMaker
+from mmr1_ds.loop.collector import PROBE, TRAINING
+from mmr1_ds.loop.drawn import Drawn
+from mmr1_ds.loop.in_flight import Sampling, read_samplings, write_samplings
+from mmr1_ds.monitoring.clock import StageClock
+from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
+
+_DECAY = 0.9  # of what earlier rounds say about how many groups finish
+_STEP = 1 << 32  # an id is step * _STEP + number of the prompt in its step: ids sort in the order of the draws
+
+
+@dataclass
+class FinishRates:
+    """How many groups finish in a round, of those drawn afresh and of those that go on."""
+
+    launched: dict[str, float] = field(default_factory=lambda: {"fresh": 0.0, "carried": 0.0})
+    finished: dict[str, float] = field(default_factory=lambda: {"fresh": 0.0, "carried": 0.0})
+
+    def rate(self, kind: str) -> float:
+        """Expected share that finishes, (0, 1]; 1 before anything is known."""
+        return (self.finished[kind] + 1.0) / (self.launched[kind] + 1.0)
+
+    def observe(self, kind: str, launched: int, finished: int) -> None:
+        """Take in one round."""
+        if launched:
+            self.launched[kind] = _DECAY * self.launched[kind] + launched
+            self.finished[kind] = _DECAY * self.finished[kind] + finished
+
+    def num_fresh(self, needed: int, num_carried: int, most: int) -> int:
+        """Prompts to draw so that `needed` groups finish in the round but for bad luck, at most `most`.
+
+        Two standard deviations above the mean: a second round for a few groups costs as long as the first, a group
+        too many is trained on in the next step.
+        """
+        fresh, carried = self.rate("fresh"), self.rate("carried")
+        expected = num_carried * carried
+        count = max(0, needed - expected) / fresh
+        deviation = math.sqrt(count * fresh * (1.0 - fresh) + num_carried * carried * (1.0 - carried))
+        count = max(0.0, needed + 2.0 * deviation - expected) / fresh
+        return min(math.ceil(count), max(most, 0))
+
+
+class PartialBatchMaker(BatchMaker):
+    """Makes the batch of each step from the groups that finish first."""
+
+    def __init__(self, *arguments: Any) -> None:
+        """As BatchMaker."""
+        super().__init__(*arguments)
+        budget, longest = self._config.worker.rollout.partial, self._config.data.max_response_length
+        assert budget is not None
+        self._budget, self._longest = budget, longest
+        self._most = math.ceil(longest / budget) * self._batch_size  # groups at once: every batch finishes by then
+        self._begun: dict[int, tuple[RolloutRequest, RolloutGroup | None]] = {}  # this rank's, by id
+        self._queue: list[int] = []  # drawn, not begun: prompts come in batches; the same on every rank
+        self._rates = FinishRates()
+
+    def _fill(self, step: int, settings: SamplingSettings, clock: StageClock) -> tuple[Drawn, dict[str, float]]:
+        """Rounds of at most the budget until a batch of groups is done."""
+        drawn, num_rounds = Drawn(), 0
+        probes: list[RolloutGroup] = []
+        finished, unfinished = self._count()
+        everything = [*finished, *(id for part in unfinished for id in part)]
+        # Some are there when the step was cut off before and begins again.
+        num_begun = max((id % _STEP + 1 for id in everything if id // _STEP == step), default=0)
+        while len(finished) < self._batch_size:
+            most = self._most - len(finished) - sum(len(part) for part in unfinished)
+            needed, num_carried = self._batch_size - len(finished), sum(len(part) for part in unfinished)
+            num_fresh = self._rates.num_fresh(needed, num_carried, most)
+            carried = {id for part in unfinished for id in part}
+            with clock("draw"):
+                self._draw(step, num_begun, num_fresh, [len(part) for part in unfinished])
+                sampling = self._sampling_of_round(step, with_probes=num_rounds == 0)
+                self._collector.begin(sampling, dataclasses.replace(settings, max_tokens=self._budget))
+            with clock("gen"):
+                self._collector.wait(sampling)
+            probes += self._merge(sampling)
+            num_begun, num_rounds = num_begun + num_fresh, num_rounds + 1
+            before = len(finished)
+            finished, unfinished = self._count()
+            of_carried = len(carried & set(finished))
+            self._rates.observe("carried", num_carried, of_carried)
+            self._rates.observe("fresh", num_fresh, len(finished) - before - of_carried)
+        chosen = [id for id in sorted(finished)[: self._batch_size] if id in self._begun]
+        groups = [group for id in chosen if (group := self._begun[id][1]) is not None]
+        learning, scored_probes, failures = self._score(step, groups + probes, len(groups), clock)
+        for id in chosen:
+            del self._begun[id]
+        drawn.add(chosen, learning, scored_probes, failures, self._batch_size, self._config.algorithm)
+        return drawn, {
+            "partial/num_rounds": float(num_rounds),
+            "partial/num_waiting": float(len(finished) - self._batch_size),  # done, for the next step
+            "partial/num_unfinished": float(sum(len(part) for part in unfinished)),
+        }
+
+    def _count(self) -> tuple[list[int], list[list[int]]]:
+        """Ids of the groups that are done on any rank, and of the others, rank by rank. Collective."""
+        done = [id for id, (_, group) in self._begun.items() if self._is_done(group)]
+        own = done, [id for id in self._begun if id not in set(done)]
+        everyone = self._ranks.all_gather_objects(own, "count groups that are done")
+        return [id for part, _ in everyone for id in part], [part for _, part in everyone]
+
+    def _is_done(self, group: RolloutGroup | None) -> bool:
+        return group is not None and all(self._response_is_done(response) for response in group.responses)
+
+    def _response_is_done(self, response: Response) -> bool:
+        return response.finished or len(response.token_ids) >= self._longest
+
+    def _draw(self, step: int, num_begun: int, count: int, loads: list[int]) -> None:
+        """Begin `count` prompts, each on the rank that has the fewest groups to go on with. Collective."""
+        while len(self._queue) < count:
+            self._queue += self._coordinator.next_batch(step).tolist()
+        indices, self._queue = self._queue[:count], self._queue[count:]
+        numbers = range(num_begun, num_begun + count)
+        num_responses = self._config.worker.rollout.n
+        own = []
+        for place in range(count):
+            taker = int(np.argmin(loads))
+            loads[taker] += 1
+            if taker == self._ranks.rank:
+                own.append(place)
+        requests = self._requests(
+            self._data, [indices[k] for k in own], num_responses, TRAINING, step, [numbers[k] for k in own]
+        )
+        self._begun.update({step * _STEP + numbers[k]: (item, None) for k, item in zip(own, requests, strict=True)})
+
+    def _sampling_of_round(self, step: int, with_probes: bool) -> Sampling:
+        """Requests for all that this rank has begun and not finished, and for probes. Collective with probes."""
+        requests = []
+        for _, (request, group) in sorted(self._begun.items()):
+            if group is None:
+                limit = min(self._budget, self._longest)
+                requests.append(dataclasses.replace(request, max_tokens=limit))
+            else:
+                requests += [self._go_on(request, k, group.responses[k]) for k in self._open(group)]
+        if with_probes:
+            coordinator, ranks = self._coordinator, self._ranks
+            probes = coordinator.next_probes(step)[ranks.rank :: ranks.size]
+            requests += self._requests(self._data, probes, coordinator.num_probe_responses, PROBE, step, probes)
+        return Sampling(step, requests, [])
+
+    def _open(self, group: RolloutGroup) -> list[int]:
+        return [k for k, response in enumerate(group.responses) if not self._response_is_done(response)]
+
+    def _go_on(self, request: RolloutRequest, number: int, begun: Response) -> RolloutRequest:
+        """Sample on after what response `number` has."""
+        prompt = dataclasses.replace(request.prompt, token_ids=request.prompt.token_ids + begun.token_ids)
+        seed = int(np.random.SeedSequence((request.seed, number, len(begun.token_ids))).generate_state(1)[0])
+        limit = min(self._budget, self._longest - len(begun.token_ids))
+        return RolloutRequest(prompt, 1, seed, max_tokens=limit)
+
+    def _merge(self, sampling: Sampling) -> list[RolloutGroup]:
+        """Add what a round sampled to what there was. Returns: the groups of probes, but for those that were cut."""
+        groups = [sampling.groups[position] for position in range(len(sampling.requests))]
+        taken = 0
+        for id, (request, group) in sorted(self._begun.items()):
+            if group is not None and not self._open(group):
+                continue
+            count = 1 if group is None else len(self._open(group))
+            parts = [part for part in groups[taken : taken + count] if part is not None]
+            assert len(parts) == count, "only probes may be given up"
+            taken += count
+            self._begun[id] = request, parts[0] if group is None else self._joined(group, parts)
+        found = [group for group in groups[taken:] if group is not None]
+        return [group for group in found if all(response.finished for response in group.responses)]
+
+    def _joined(self, group: RolloutGroup, parts: Sequence[RolloutGroup]) -> RolloutGroup:
+        responses = list(group.responses)
+        for number, part in zip(self._open(group), parts, strict=True):
+            old, (new,) = responses[number], part.responses
+            spans = _spans(old, group.policy_version) + _spans(new, part.policy_version)
+            responses[number] = Response(
+                old.token_ids + new.token_ids, old.logprobs + new.logprobs, new.finished, spans
+            )
+        oldest = min(group.policy_version, *(part.policy_version for part in parts))
+        return dataclasses.replace(group, responses=tuple(responses), policy_version=oldest)
+
+    def save(self, folder: Path) -> None:
+        """See BatchMaker."""
+        by_step: dict[int, Sampling] = {}
+        for id, (request, group) in sorted(self._begun.items()):
+            item = by_step.setdefault(id // _STEP, Sampling(id // _STEP, [], []))
+            item.places.append(id % _STEP)
+            if group is not None:
+                item.groups[len(item.requests)] = group
+            item.requests.append(request)
+        write_samplings(folder, self._ranks.rank, list(by_step.values()))
+        if self._ranks.rank == 0:
+            state = {"queue": self._queue, **dataclasses.asdict(self._rates)}
+            (folder / PARTIAL_STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def load(self, folder: Path, settings: SamplingSettings) -> None:
+        """See BatchMaker."""
+        if not (folder / PARTIAL_STATE).is_file():  # of a run without a budget
+            return
+        state = json.loads((folder / PARTIAL_STATE).read_text(encoding="utf-8"))
+        self._queue = state["queue"]
+        self._rates = FinishRates(state["launched"], state["finished"])
+        rank, size = self._ranks.rank, self._ranks.size
+        for item in read_samplings(folder, self._data.__getitem__, lambda place: place % size == rank, rank, size):
+            for position, (place, request) in enumerate(zip(item.places, item.requests, strict=True)):
+                self._begun[item.step * _STEP + place] = request, item.groups.get(position)
+
+
+def _spans(response: Response, version: int) -> tuple[tuple[int, int], ...]:
+    return response.policy_versions or ((version, len(response.token_ids)),)

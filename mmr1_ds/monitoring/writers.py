@@ -1,0 +1,300 @@
+"""Where a run's figures and records go: files of one JSON object a line, the console, tensorboard, wandb."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from mmr1_ds.config import TrainerConfig
+from mmr1_ds.config.redaction import without_secrets
+from mmr1_ds.errors import UserError, remedy
+from mmr1_ds.monitoring.progress import FIGURES, StepBar, TimeLeft, format_duration
+
+logger = logging.getLogger(__name__)
+
+RECORDS = (  # besides metrics.jsonl; a line each
+    "generations",  # of a validation's response
+    "draws",  # a step: the prompts that it learned from
+    "observations",  # a step: predicted and observed pass rates of the groups that the curriculum saw
+    "curriculum",  # a renewal of the table: histograms, and who moved since the last
+    "samples",  # of a group of training: what was asked and answered
+)
+_HISTOGRAMS = ("weight", "pass_rate")  # in a record of the curriculum
+
+
+class Writer:
+    """One place that metrics go to. What a kind does not take it passes over."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One flat dictionary of a step; another one of the same step is merged into it."""
+
+    def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sampled responses, one set of keys."""
+
+    def record(self, name: str, step: int, row: Mapping[str, Any]) -> None:
+        """One of `RECORDS`."""
+
+    def close(self) -> None:
+        """Nothing is left unwritten."""
+
+
+class _Lines:
+    """A file of lines. What the disk does not take waits in memory for the next line: a run goes on without."""
+
+    def __init__(self, path: Path, last_line_bytes: int = 0) -> None:
+        """last_line_bytes: of the line that `replace_last` may put another in place of; 0 = none."""
+        self._path = path
+        self._offset = (path.stat().st_size if path.exists() else 0) - last_line_bytes  # of the first line in memory
+        self._written = self._path.read_bytes()[self._offset :] if last_line_bytes else b""  # may be replaced
+        self._waiting: list[bytes] = []
+
+    def append(self, line: bytes, is_final: bool = True) -> None:
+        """is_final: the line will not be replaced."""
+        self._offset += len(self._written)
+        self._written = b""
+        self._waiting.append(line)
+        self._write(is_final)
+
+    def replace_last(self, line: bytes) -> None:
+        if self._waiting:
+            self._waiting[-1] = line
+        else:
+            self._waiting, self._written = [line], b""
+        self._write(is_final=False)
+
+    def close(self) -> None:
+        """Write what still waits, or tell that it is lost."""
+        if self._waiting:
+            self._write(is_final=True)
+        if self._waiting:
+            logger.error("%s: the last %d lines are lost, the disk did not take them", self._path, len(self._waiting))
+
+    def _write(self, is_final: bool) -> None:
+        try:
+            with self._path.open("r+b" if self._path.exists() else "wb") as file:
+                # Over the old line, then cut: cut first, a kill in between would lose it.
+                file.seek(self._offset)
+                file.write(b"".join(self._waiting))
+                file.truncate()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                logger.warning("%s is not written (%s); its lines are kept in memory till it is", self._path, error)
+            return
+        self._offset += sum(map(len, self._waiting[:-1]))
+        self._written = self._waiting[-1]
+        self._waiting = []
+        if is_final:
+            self._offset += len(self._written)
+            self._written = b""
+
+
+class JsonLinesWriter(Writer):
+    """`metrics.jsonl`, one flat object a step, and a file for each of `RECORDS`. Nothing stays open between calls."""
+
+    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+        paths = {name: run_dir / f"{name}.jsonl" for name in ("metrics", *RECORDS)}
+        for path in paths.values():
+            _drop_lines_after(path, resumed_step)
+        self._last, length = _last_line(paths["metrics"])
+        self._metrics = _Lines(paths["metrics"], length)
+        self._records = {name: _Lines(paths[name]) for name in RECORDS}
+        self.elapsed_seconds = float(self._last.get("perf/elapsed_seconds") or 0.0)  # of the run so far
+        self._last_renewal = _last_line(paths["curriculum"])[0].get("step", -1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        last_step = self._last.get("step", -1)
+        assert step >= last_step, f"step {step} logged after step {last_step}"
+        is_new = step > last_step
+        self._last = {"step": step} if is_new else self._last
+        self._last |= {name: _json_number(value) for name, value in metrics.items()}
+        line = json.dumps(self._last).encode() + b"\n"
+        if is_new:
+            self._metrics.append(line, is_final=False)
+        else:
+            self._metrics.replace_last(line)
+
+    def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            self.record("generations", step, {name: _json_value(value) for name, value in row.items()})
+
+    def record(self, name: str, step: int, row: Mapping[str, Any]) -> None:
+        if name == "curriculum":
+            # A run that was stopped between the checkpoint before a refresh and its end refreshes again.
+            if step <= self._last_renewal:
+                return
+            self._last_renewal = step
+        self._records[name].append(json.dumps({"step": step, **row}, ensure_ascii=False).encode() + b"\n")
+
+    def close(self) -> None:
+        for lines in (self._metrics, *self._records.values()):
+            lines.close()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of steps up to `step`; a torn last line goes too. A fresh run sets the whole file aside."""
+    if not path.exists():
+        return
+    if step == 0:
+        numbers = itertools.count(1)
+        path.rename(next(name for n in numbers if not (name := path.with_name(f"{path.stem}.{n}.jsonl")).exists()))
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)
+
+
+def _last_line(path: Path) -> tuple[dict[str, Any], int]:
+    """The last object of a JSON lines file and the length of its line in bytes; ({}, 0) without one."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return (json.loads(lines[-1]), len(lines[-1])) if lines else ({}, 0)
+
+
+def _json_number(value: float) -> float | None:
+    """JSON has no NaN or infinity: null."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, (str, int)) or value is None:
+        return value
+    return _json_number(value)
+
+
+class ConsoleWriter(Writer):
+    """One log line a step."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._time_left = TimeLeft(total_steps)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        parts = [f"step {step}/{self._total_steps}"]
+        parts += [f"{label} {metrics[name]:{form}}" for label, name, form in FIGURES if name in metrics]
+        stages = {
+            name.removeprefix("timing_s/"): seconds
+            for name, seconds in metrics.items()
+            if name.startswith("timing_s/") and name != "timing_s/step"
+        }
+        if stages:
+            parts.append("seconds " + " ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items()))
+        time_left = self._time_left.after(step, metrics)
+        if time_left is not None:
+            parts.append(f"{format_duration(time_left)} left")
+        logger.info("%s", " | ".join(parts))
+
+    def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        shown = ", ".join(f"{name} {value!r}" for name, value in rows[0].items())
+        logger.info("step %d, first of %d generations: %s", step, len(rows), shown)
+
+
+class BarWriter(Writer):
+    """A bar over the steps, for a terminal."""
+
+    def __init__(self, total_steps: int, resumed_step: int) -> None:
+        self._bar = StepBar(total_steps, resumed_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._bar.log(step, metrics)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class TensorboardWriter(Writer):
+    """Event files in `<run_dir>/tensorboard`. Responses are unreadable there: generations.jsonl has them."""
+
+    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                f"trainer.logger has tensorboard, which does not import ({error}); {remedy('gpu')}"
+            ) from error
+        # Tensorboard then hides the events of steps that the resumed run repeats.
+        purge_step = resumed_step + 1 if resumed_step else None
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, float(value), step)
+        self._writer.flush()
+
+    def record(self, name: str, step: int, row: Mapping[str, Any]) -> None:
+        for key, counts, edges in _histograms(name, row):
+            middles = [(low + high) / 2 for low, high in pairwise(edges)]
+            total = sum(count * middle for count, middle in zip(counts, middles, strict=True))
+            squares = sum(count * middle * middle for count, middle in zip(counts, middles, strict=True))
+            self._writer.add_histogram_raw(
+                key, min=edges[0], max=edges[-1], num=sum(counts), sum=total, sum_squares=squares,
+                bucket_limits=edges[1:], bucket_counts=list(counts), global_step=step,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter(Writer):
+    """Weights & Biases; offline, in `<run_dir>/wandb`, for those without an account."""
+
+    def __init__(self, trainer: TrainerConfig, run_dir: Path, run_config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(f"trainer.logger has wandb, which does not import ({error}); {remedy('gpu')}") from error
+        self._wandb = wandb
+        mode: Literal["offline"] | None = None  # None: wandb's own rules
+        if "WANDB_API_KEY" not in os.environ and "WANDB_MODE" not in os.environ:
+            mode = "offline"
+            logger.info(
+                "wandb: WANDB_API_KEY is not set, so this run stays offline in %s; "
+                "upload it with `wandb sync`, or set WANDB_API_KEY or WANDB_MODE",
+                run_dir / "wandb",
+            )
+        self._run = wandb.init(
+            project=trainer.project_name,
+            name=trainer.experiment_name,
+            dir=str(run_dir),
+            config=without_secrets(run_config),
+            mode=mode,
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        names = list(rows[0])
+        table = self._wandb.Table(columns=[*names], data=[[row[name] for name in names] for row in rows])
+        self._run.log({"val/generations": table}, step=step)
+
+    def record(self, name: str, step: int, row: Mapping[str, Any]) -> None:
+        import numpy as np
+
+        for key, counts, edges in _histograms(name, row):
+            histogram = self._wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+            self._run.log({key: histogram}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _histograms(name: str, row: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[float]]]:
+    """Metric, counts and edges of what a record holds as histograms."""
+    if name != "curriculum":
+        return
+    for part in _HISTOGRAMS:
+        counts = row[f"{part}_counts"]
+        yield f"curriculum/{part}_histogram", counts, [k / len(counts) for k in range(len(counts) + 1)]

@@ -1,0 +1,268 @@
+"""What must hold of a configuration before any model is loaded: ranges, choices, batch arithmetic, input files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory
+from mmr1_ds.config.ranges import MOST_ERROR, check_choices, check_ranges, value_at
+from mmr1_ds.config.schema import LoraConfig, RunConfig
+from mmr1_ds.curriculum.metric_names import canonical_metric, check_metrics
+from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.files import (
+    check_data,
+    check_format_prompt,
+    check_model,
+    check_model_path,
+    check_output_folder,
+    check_reward,
+)
+from mmr1_ds.preflight.plan import BatchPlan, _plan
+from mmr1_ds.preflight.servers import check_servers
+from mmr1_ds.rewards.loading import check_reward_config
+
+
+def check_config(config: RunConfig, world_size: int) -> BatchPlan:
+    """Check everything that can be checked without a model, for a launch of `world_size` ranks.
+
+    Raises: UserError, one line, for the first thing that is wrong.
+    """
+    check_choices(config)
+    check_ranges(config)
+    _check_algorithm(config)
+    _check_curriculum(config)
+    _check_lengths(config)
+    _check_validation(config)
+    _check_ranks(config, world_size)
+    check_servers(config)
+    _check_batches(config, world_size)
+    check_model(config.worker.actor.model)
+    _check_lora(config.worker.actor.model.lora)
+    _check_critic(config, world_size)
+    check_reward(config.worker.reward)
+    check_reward_config(config.worker.reward)
+    check_format_prompt(config.data)
+    check_output_folder(run_directory(config), "trainer.run_dir")
+    check_output_folder(checkpoint_directory(config), "trainer.save_checkpoint_path")
+    checkpoint = config.trainer.load_checkpoint_path
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise UserError(f"trainer.load_checkpoint_path: no such folder {checkpoint!r}; give a global_step_N folder")
+    train_data = check_data(config.data, "train_files")
+    val_data = check_data(config.data, "val_files") if config.data.val_files else None
+    if config.trainer.val_only and val_data is None:
+        raise UserError("trainer.val_only=true needs data.val_files; it is empty")
+    plan = _plan(config, world_size, train_data, val_data)
+    warmup = config.trainer.critic_warmup
+    if plan.total_steps is not None and 0 < plan.total_steps <= warmup:
+        raise UserError(f"trainer.critic_warmup={warmup} leaves the actor none of the run's {plan.total_steps} steps")
+    return plan
+
+
+def _check_algorithm(config: RunConfig) -> None:
+    algorithm, actor = config.algorithm, config.worker.actor
+    if algorithm.kl_type == "adaptive" and not algorithm.disable_kl:
+        _check_adaptive_kl(config)
+    if actor.loss_scale_factor is not None and actor.loss_avg_mode != "seq_sum":
+        raise UserError(
+            f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} is of worker.actor.loss_avg_mode=seq_sum, "
+            f"which is {actor.loss_avg_mode}; set the mode or leave the factor out"
+        )
+    if not config.data.shuffle and config.data.sampling_strategy == "shuffle":
+        raise UserError(
+            "data.shuffle=false contradicts data.sampling_strategy=shuffle; set data.sampling_strategy=sequential"
+        )
+    if not config.trainer.experiment_name:
+        raise UserError("trainer.experiment_name is empty; it names the run directory")
+
+
+def _check_adaptive_kl(config: RunConfig) -> None:
+    algorithm = config.algorithm
+    for key in ("kl_coef", "kl_target", "kl_horizon"):
+        if value_at(config, f"algorithm.{key}") == 0:
+            raise UserError(f"algorithm.{key} must be over 0 with algorithm.kl_type=adaptive, got 0; or set fixed")
+    responses = config.data.rollout_batch_size * config.worker.rollout.n
+    if algorithm.kl_horizon <= MOST_ERROR * responses:
+        raise UserError(
+            f"algorithm.kl_horizon={algorithm.kl_horizon:g} is too short for {responses} responses a step: one step "
+            f"may change kl_coef by {MOST_ERROR:g} * {responses} / {algorithm.kl_horizon:g}, its sign with it; "
+            f"set it to {10 * responses} or more"
+        )
+
+
+def _check_curriculum(config: RunConfig) -> None:
+    data, algorithm = config.data, config.algorithm
+    low, high = algorithm.filter_low, algorithm.filter_high
+    if low is not None and high is not None and not low < high:
+        raise UserError(f"algorithm.filter_low={low} must be below algorithm.filter_high={high}")
+    check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
+    names = [canonical_metric(name) for name in data.curriculum_metrics]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"data.curriculum_metrics lists {next(name for name in names if names.count(name) > 1)} twice, "
+            f"got {data.curriculum_metrics}; give each metric once, with one weight"
+        )
+    for name, weight in zip(data.curriculum_metrics, data.curriculum_metric_weights, strict=True):
+        if weight < 0:
+            raise UserError(
+                f"data.curriculum_metric_weights must be >= 0, got {weight} for {name}: "
+                "every metric here is higher for prompts to sample more (self-bleu counts as 1 - self-BLEU)"
+            )
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    """The kinds of its values; whether the model has the layers shows once it is loaded."""
+    if lora.rank == 0:
+        return
+    key, targets, exclude = "worker.actor.model.lora", lora.target_modules, lora.exclude_modules
+    if not targets or not _is_text_or_list(targets):
+        raise UserError(f"{key}.target_modules must be all-linear or a list like [q_proj,v_proj], got {targets}")
+    if exclude is not None and not _is_text_or_list(exclude):
+        raise UserError(f"{key}.exclude_modules must be a regex, a list like [gate_proj], or null, got {exclude}")
+    if isinstance(exclude, str):
+        try:
+            re.compile(exclude)
+        except re.error as error:
+            raise UserError(f"{key}.exclude_modules={exclude} is no regex: {error}; write it like .*visual.*") from None
+
+
+def _is_text_or_list(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _check_validation(config: RunConfig) -> None:
+    sampling = config.worker.rollout.val_override_config
+    if sampling.temperature == 0 and sampling.n > 1:
+        raise UserError(
+            f"worker.rollout.val_override_config: n={sampling.n} greedy answers (temperature=0) would all be the same; "
+            "set n=1 or a temperature over 0"
+        )
+
+
+def _check_lengths(config: RunConfig) -> None:
+    data, rollout = config.data, config.worker.rollout
+    if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
+        raise UserError(f"data.min_pixels={data.min_pixels} is over data.max_pixels={data.max_pixels}")
+    length = data.max_prompt_length + data.max_response_length
+    if rollout.max_model_len is not None and rollout.max_model_len < length:
+        raise UserError(
+            f"worker.rollout.max_model_len={rollout.max_model_len} is under data.max_prompt_length + "
+            f"data.max_response_length = {data.max_prompt_length} + {data.max_response_length} = {length}; "
+            "raise it or leave it out"
+        )
+    longest = rollout.max_model_len or length
+    if not rollout.enable_chunked_prefill and rollout.max_num_batched_tokens < longest:
+        raise UserError(
+            f"worker.rollout.max_num_batched_tokens={rollout.max_num_batched_tokens} is under the longest sequence "
+            f"({longest} tokens), which worker.rollout.enable_chunked_prefill=false does not allow; "
+            "raise it or allow chunked prefill"
+        )
+
+
+def _check_ranks(config: RunConfig, world_size: int) -> None:
+    trainer = config.trainer
+    asked = trainer.nnodes * trainer.n_gpus_per_node
+    if asked != world_size:
+        raise UserError(
+            f"trainer.nnodes * trainer.n_gpus_per_node = {trainer.nnodes} * {trainer.n_gpus_per_node} = {asked}, "
+            f"but {_count(world_size, 'process was', 'processes were')} started; start {asked} (deepspeed --num_gpus "
+            f"{trainer.n_gpus_per_node}), or set trainer.n_gpus_per_node={max(1, world_size // trainer.nnodes)}"
+        )
+    _check_sequence_parallel(config, world_size)
+    if config.worker.actor.offload_states and config.worker.rollout.engine == "hf":
+        raise UserError(
+            "worker.actor.offload_states=true moves the weights away that worker.rollout.engine=hf samples from; "
+            "set it to false, or use vllm"
+        )
+    parallel = config.worker.rollout.tensor_parallel_size
+    if parallel > 1 and config.worker.rollout.engine == "hf":
+        raise UserError(
+            f"worker.rollout.tensor_parallel_size={parallel} is vLLM's, worker.rollout.engine=hf has none; set it to 1"
+        )
+    if world_size % parallel and config.worker.rollout.engine != "server":
+        raise UserError(
+            f"worker.rollout.tensor_parallel_size must divide the ranks: {world_size} % {parallel} = "
+            f"{world_size % parallel}; set it to 1"
+        )
+
+
+def _check_sequence_parallel(config: RunConfig, world_size: int) -> None:
+    size = config.worker.actor.ulysses_size
+    if size == 1:
+        return
+    key = f"worker.actor.ulysses_size={size}"
+    if world_size % size:
+        raise UserError(f"{key} must divide the ranks: {world_size} % {size} = {world_size % size}; set it to 1")
+    if not config.worker.actor.padding_free:
+        raise UserError(f"{key} needs packed sequences; set worker.actor.padding_free=true")
+    if config.worker.rollout.engine == "hf":
+        raise UserError(f"{key}: transformers cannot generate with cut sequences; set worker.rollout.engine=vllm")
+    if config.algorithm.adv_estimator == "gae":
+        raise UserError(f"{key}: the critic of algorithm.adv_estimator=gae does not cut sequences; set it to 1")
+
+
+def _check_batches(config: RunConfig, world_size: int) -> None:
+    actor = config.worker.actor
+    prompts, batch, n = config.data.rollout_batch_size, actor.global_batch_size, config.worker.rollout.n
+    micro = actor.micro_batch_size_per_device_for_update
+    if prompts % batch:
+        raise UserError(
+            "data.rollout_batch_size must be a multiple of worker.actor.global_batch_size: "
+            f"{prompts} % {batch} = {prompts % batch}; set data.rollout_batch_size to {_multiples(prompts, batch)}"
+        )
+    if batch % world_size:
+        raise UserError(
+            "worker.actor.global_batch_size must be a multiple of the ranks: "
+            f"{batch} % {world_size} = {batch % world_size}; set it to {_multiples(batch, world_size)}"
+        )
+    responses = batch * n // world_size
+    if responses % micro:
+        raise UserError(
+            "a rank's responses an optimiser step, worker.actor.global_batch_size * worker.rollout.n / ranks, must be "
+            "a multiple of worker.actor.micro_batch_size_per_device_for_update: "
+            f"{batch} * {n} / {world_size} = {responses}, {responses} % {micro} = {responses % micro}; "
+            f"set the micro-batch to {_largest_divisor(responses, micro)}"
+        )
+
+
+def _check_critic(config: RunConfig, world_size: int) -> None:
+    if config.algorithm.adv_estimator != "gae":
+        if config.trainer.critic_warmup:
+            raise UserError(
+                f"trainer.critic_warmup={config.trainer.critic_warmup} needs a critic, which "
+                f"algorithm.adv_estimator={config.algorithm.adv_estimator} has not; set it to 0 or the estimator to gae"
+            )
+        return
+    critic, n = resolved_critic(config), config.worker.rollout.n
+    batch, micro = critic.global_batch_size, critic.micro_batch_size_per_device_for_update
+    assert batch is not None and micro is not None
+    prompts, of_actor = config.data.rollout_batch_size, config.worker.actor.global_batch_size
+    if batch % of_actor or prompts % batch:
+        raise UserError(
+            f"worker.critic.global_batch_size={batch} must be a multiple of worker.actor.global_batch_size={of_actor} "
+            f"and divide data.rollout_batch_size={prompts}: ranks share the batch out by the actor's steps; "
+            "leave it out to take the actor's"
+        )
+    responses = batch * n // world_size
+    if responses % micro:
+        raise UserError(
+            "a rank's responses an optimiser step of the critic, worker.critic.global_batch_size * worker.rollout.n / "
+            "ranks, must be a multiple of worker.critic.micro_batch_size_per_device_for_update: "
+            f"{batch} * {n} / {world_size} = {responses}, {responses} % {micro} = {responses % micro}; "
+            f"set the micro-batch to {_largest_divisor(responses, micro)}"
+        )
+    check_model_path(critic.model.model_path, "worker.critic.model.model_path")
+
+
+def _multiples(value: int, of: int) -> str:
+    below = value // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
+def _largest_divisor(value: int, at_most: int) -> int:
+    return next(divisor for divisor in range(min(at_most, value), 0, -1) if value % divisor == 0)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -1,0 +1,345 @@
+"""The DeepSpeed config of a run: the user's JSON, "auto" filled in, contradictions refused by name.
+
+DeepSpeed itself is not imported: a dry run resolves everything in milliseconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmr1_ds.config import RunConfig
+from mmr1_ds.config.derived import resolved_critic
+from mmr1_ds.config.loading import config_folders
+from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.files import model_hidden_size
+
+logger = logging.getLogger(__name__)
+
+KEY = "worker.actor.deepspeed"
+_AUTO = "auto"
+_KNOWN_TO_DEEPSPEED = ("data_types.keep_in_fp32_modules",)  # "auto" is a value there
+_SECTIONS = (  # outer ones first
+    "zero_optimization", "zero_optimization.offload_param", "zero_optimization.offload_optimizer",
+    "bf16", "bfloat16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params",
+    "activation_checkpointing", "aio", "comms_logger", "data_types", "flops_profiler",
+)  # fmt: skip
+_NUMBERS = (  # or "auto", where that is filled in
+    "steps_per_print", "optimizer.params.eps",
+    "zero_optimization.allgather_bucket_size", "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_max_live_parameters", "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_param_persistence_threshold", "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.sub_group_size",
+)  # fmt: skip
+_ADAM_EPS = 1e-8  # torch's own; the run config has no key for it
+_SCHEDULE = "the learning rate follows worker.actor.optim (lr_scheduler_type, lr_warmup_steps, min_lr_ratio)"
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A value the run decides, and the config keys it comes from."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class DeepspeedConfigs:
+    """What each engine of a run is started with, nothing left to guess."""
+
+    actor: Mapping[str, Any]
+    reference: Mapping[str, Any]
+    critic: Mapping[str, Any] | None  # with gae
+
+
+def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
+    """The actor's DeepSpeed config, nothing left to guess: what `deepspeed.initialize(config=...)` takes.
+
+    Raises: UserError, one line, for a file that is missing or not JSON, a stage other than ZeRO-3, fp16, a scheduler,
+        an optimizer other than Adam and AdamW, and any number that contradicts the run config.
+    """
+    resolved, name = load_deepspeed(config, on_gpu)
+    _check_kinds(resolved, name)
+    _check_stage(resolved, name)
+    for section, setting in _batch_settings(config, world_size).items():
+        _settle(resolved, section, setting, name)
+    _settle_precision(resolved, on_gpu, name)
+    _settle_optimizer(resolved, config, on_gpu, name)
+    _drop_scheduler(resolved, name)
+    _settle_buckets(resolved["zero_optimization"], config)
+    _settle_offload(resolved["zero_optimization"], config, on_gpu)
+    _check_offload_states(resolved, config, on_gpu)
+    left = [key for key in _autos(resolved) if key not in _KNOWN_TO_DEEPSPEED]
+    if left:
+        raise UserError(f'{name}: {left[0]}="auto" is not a key this trainer fills in; give its value or remove it')
+    return resolved
+
+
+def reference_deepspeed(config: RunConfig, actor: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:
+    """The frozen reference's DeepSpeed config: ZeRO-3 like the actor's, no optimizer.
+
+    Its parameters are offloaded when worker.ref.offload.offload_params says so, whatever the actor's are.
+    """
+    zero = copy.deepcopy(actor["zero_optimization"])
+    zero.pop("offload_optimizer", None)
+    offload_param = zero.pop("offload_param", None)
+    if config.worker.ref.offload.offload_params and on_gpu:
+        given = offload_param or {}
+        zero["offload_param"] = given if given.get("device", "none") != "none" else given | _host_memory()
+    return {
+        "train_micro_batch_size_per_gpu": config.worker.actor.micro_batch_size_per_device_for_experience,
+        "zero_optimization": zero,
+        "bf16": copy.deepcopy(actor["bf16"]),
+        "data_types": copy.deepcopy(actor.get("data_types", {})),  # or its buffers' precision differs
+        "steps_per_print": actor.get("steps_per_print", 2**31 - 1),
+    }
+
+
+def critic_deepspeed(config: RunConfig, actor: Mapping[str, Any], world_size: int, on_gpu: bool) -> dict[str, Any]:
+    """The critic's DeepSpeed config: the actor's with the batch sizes, the clipping and the optimiser of its own.
+
+    Offloaded is what worker.critic.offload says, whatever the actor's config has.
+    """
+    critic, n = resolved_critic(config), config.worker.rollout.n
+    assert critic.global_batch_size is not None and critic.micro_batch_size_per_device_for_update is not None
+    responses, micro = critic.global_batch_size * n, critic.micro_batch_size_per_device_for_update
+    resolved = copy.deepcopy(dict(actor))
+    resolved |= {
+        "train_batch_size": responses,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": responses // (world_size * micro),
+        "gradient_clipping": critic.max_grad_norm,
+    }
+    optim = critic.optim
+    resolved["optimizer"]["params"] |= {
+        "lr": optim.lr, "betas": list(optim.betas), "weight_decay": optim.weight_decay
+    }  # fmt: skip
+    zero, offload = resolved["zero_optimization"], critic.offload
+    for key, asked in (("offload_param", offload.offload_params), ("offload_optimizer", offload.offload_optimizer)):
+        given = zero.pop(key, {})
+        if asked and on_gpu:
+            zero[key] = given if given.get("device", "none") != "none" else given | _host_memory()
+    _check_offload_states(resolved, config, on_gpu)
+    return resolved
+
+
+def load_deepspeed(config: RunConfig, on_gpu: bool) -> tuple[dict[str, Any], str]:
+    """Read worker.actor.deepspeed. Returns: the content as written, and its name for messages.
+
+    Without one: configs/deepspeed/zero3_h100.json on GPU, zero3_cpu.json on CPU.
+    """
+    given = config.worker.actor.deepspeed
+    if isinstance(given, Mapping):
+        return copy.deepcopy(dict(given)), KEY
+    if given is None or given == "":
+        given = "zero3_h100.json" if on_gpu else "zero3_cpu.json"
+    if not isinstance(given, str):
+        raise UserError(f"{KEY} must be the path of a JSON file or a mapping, got {given}")
+    path = _find(given)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}; {KEY} must name a JSON file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, with zero_optimization in it")
+    return content, str(path)
+
+
+def _find(name: str) -> Path:
+    given = Path(os.path.expanduser(name))
+    folders = [part for folder in config_folders() for part in (folder / "deepspeed", folder)]
+    for path in (given, *(folder / given for folder in folders)):
+        if os.path.isfile(path):  # Path.is_file raises for a name over 255 characters
+            return path
+    known = sorted(path.name for folder in folders[::2] for path in folder.glob("*.json"))
+    raise UserError(f"{KEY}: no such file {name!r:.80}; the project's own are {', '.join(known)}")
+
+
+# --- what must be -------------------------------------------------------------------------------------------------
+
+
+def _check_kinds(resolved: dict[str, Any], name: str) -> None:
+    """Sections must be mappings, and sizes numbers. A section that is null is taken out: it counts as absent."""
+    for dotted in _SECTIONS:
+        parent, key = _parent(resolved, dotted)
+        if parent.get(key) is None:
+            parent.pop(key, None)
+        elif not isinstance(parent[key], Mapping):
+            raise UserError(f"{name}: {dotted} must be a mapping, got {json.dumps(parent[key])}")
+    for dotted in _NUMBERS:
+        parent, key = _parent(resolved, dotted)
+        value = parent.get(key, _AUTO)
+        if value != _AUTO and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{name}: {dotted} must be a number, got {json.dumps(value)}")
+
+
+def _parent(resolved: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """The mapping that holds the last part of a dotted key (empty when it is absent), and that part."""
+    *path, key = dotted.split(".")
+    section = resolved
+    for part in path:
+        section = section.get(part, {})
+    return section, key
+
+
+def _check_stage(resolved: Mapping[str, Any], name: str) -> None:
+    stage = resolved.get("zero_optimization", {}).get("stage", 0)
+    if stage != 3:
+        raise UserError(
+            f"{name}: zero_optimization.stage is {stage}, it must be 3: the model is loaded partitioned and "
+            "its weights are gathered layer by layer for the rollout; set it to 3"
+        )
+
+
+def _batch_settings(config: RunConfig, world_size: int) -> dict[str, _Setting]:
+    actor, n = config.worker.actor, config.worker.rollout.n
+    responses, micro = actor.global_batch_size * n, actor.micro_batch_size_per_device_for_update
+    both = f"worker.actor.global_batch_size * worker.rollout.n = {actor.global_batch_size} * {n}"
+    return {
+        "train_batch_size": _Setting(responses, both),
+        "train_micro_batch_size_per_gpu": _Setting(micro, "worker.actor.micro_batch_size_per_device_for_update"),
+        "gradient_accumulation_steps": _Setting(
+            responses // (world_size * micro), f"{both} over {world_size} ranks and micro-batches of {micro}"
+        ),
+        "gradient_clipping": _Setting(actor.max_grad_norm, "worker.actor.max_grad_norm"),
+    }
+
+
+def _settle(section: dict[str, Any], key: str, setting: _Setting, name: str, prefix: str = "") -> None:
+    """Fill in a value that is "auto" or absent; refuse another than the run's."""
+    given = section.get(key, _AUTO)
+    if given == _AUTO:
+        section[key] = setting.value
+    elif not _same(given, setting.value):
+        raise UserError(
+            f"{name}: {prefix}{key}={given} contradicts {setting.source}, which makes it {setting.value}; "
+            'write "auto" or change one of them'
+        )
+
+
+def _same(given: Any, value: Any) -> bool:
+    return (list(given) if isinstance(given, list | tuple) else given) == (
+        list(value) if isinstance(value, list | tuple) else value
+    )
+
+
+def _settle_precision(resolved: dict[str, Any], on_gpu: bool, name: str) -> None:
+    """bf16 on GPU, fp32 on CPU. fp16's loss scaling skips optimiser steps, on which rollout and actor would part."""
+    fp16 = resolved.pop("fp16", {})
+    if fp16.get("enabled", False) is True:
+        raise UserError(
+            f"{name}: fp16.enabled=true is not supported: its loss scaling skips optimiser steps and the weights of "
+            'actor and rollout part; use bf16 ({"bf16": {"enabled": "auto"}})'
+        )
+    bf16 = resolved.setdefault("bf16", {})
+    for key, value in resolved.pop("bfloat16", {}).items():  # DeepSpeed's older name of the section
+        if bf16.setdefault(key, value) != value:
+            raise UserError(f"{name}: bfloat16.{key}={value} contradicts bf16.{key}={bf16[key]}; keep bf16")
+    if bf16.get("enabled", _AUTO) == _AUTO:
+        bf16["enabled"] = on_gpu
+    elif on_gpu and bf16["enabled"] is not True:
+        raise UserError(f'{name}: bf16.enabled={bf16["enabled"]}, but the model is loaded in bf16 on GPU; write "auto"')
+    elif not on_gpu and bf16["enabled"] is not False:
+        logger.warning("%s: bf16 is switched off, there is no GPU here", name)
+        bf16["enabled"] = False
+
+
+def _settle_optimizer(resolved: dict[str, Any], config: RunConfig, on_gpu: bool, name: str) -> None:
+    optim = config.worker.actor.optim
+    optimizer = resolved.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    kind = str(optimizer.get("type", ""))
+    if kind.lower() not in ("adam", "adamw"):
+        raise UserError(f"{name}: optimizer.type={kind} is not supported, AdamW is; set it to AdamW")
+    params = optimizer.setdefault("params", {})
+    if params.get("adam_w_mode", True) is False:
+        raise UserError(f"{name}: optimizer.params.adam_w_mode=false is not supported: weight decay is decoupled here")
+    optimizer["type"] = "AdamW"  # DeepSpeed's Adam is AdamW unless told otherwise
+    params.pop("adam_w_mode", None)
+    settings = {
+        "lr": _Setting(optim.lr, "worker.actor.optim.lr"),
+        "betas": _Setting(list(optim.betas), "worker.actor.optim.betas"),
+        "weight_decay": _Setting(optim.weight_decay, "worker.actor.optim.weight_decay"),
+    }
+    for key, setting in settings.items():
+        _settle(params, key, setting, name, "optimizer.params.")
+    if params.get("eps", _AUTO) == _AUTO:
+        params["eps"] = _ADAM_EPS
+    if not on_gpu:
+        params["torch_adam"] = True  # DeepSpeed's own CPU Adam has to be compiled first, and gains nothing here
+
+
+def _drop_scheduler(resolved: dict[str, Any], name: str) -> None:
+    """A scheduler of "auto" values only is Hugging Face's habit and says nothing; another would fight ours."""
+    if "scheduler" not in resolved:
+        return
+    scheduler = resolved.pop("scheduler")
+    params = scheduler.get("params") or {"type": scheduler.get("type")}
+    for key, value in params.items():
+        if value != _AUTO:
+            raise UserError(f"{name}: scheduler ({key}={value}) is not used: {_SCHEDULE}; remove the scheduler")
+
+
+# --- what ZeRO-3 is given -----------------------------------------------------------------------------------------
+
+
+def _settle_buckets(zero: dict[str, Any], config: RunConfig) -> None:
+    """Sizes from the model's width h, as transformers has them (h^2, 0.9 h^2, 10 h); DeepSpeed's own without one."""
+    width = model_hidden_size(config.worker.actor.model)
+    sizes = {
+        "reduce_bucket_size": lambda h: h * h,
+        "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h),
+        "stage3_param_persistence_threshold": lambda h: 10 * h,
+    }
+    for key, size in sizes.items():
+        if zero.get(key) == _AUTO:
+            del zero[key]
+            if width is not None:
+                zero[key] = size(width)
+
+
+def _settle_offload(zero: dict[str, Any], config: RunConfig, on_gpu: bool) -> None:
+    """Lay the run config's offload flags over the JSON's. On CPU everything is in host memory: none is left."""
+    offload = config.worker.actor.offload
+    for key, asked in (("offload_param", offload.offload_params), ("offload_optimizer", offload.offload_optimizer)):
+        device = zero.get(key, {}).get("device", "none")
+        if not on_gpu and device in ("cpu", "none"):
+            zero.pop(key, None)
+        elif asked and device == "none" and on_gpu:
+            zero[key] = zero.get(key, {}) | _host_memory()
+
+
+def _check_offload_states(resolved: Mapping[str, Any], config: RunConfig, on_gpu: bool) -> None:
+    if not config.worker.actor.offload_states:
+        return
+    if on_gpu and resolved["optimizer"]["params"].get("torch_adam", False):
+        raise UserError(
+            "worker.actor.offload_states=true: DeepSpeed moves the states of its own Adam only, not of torch's; "
+            "remove optimizer.params.torch_adam or switch offload_states off"
+        )
+    for key in ("offload_param", "offload_optimizer"):
+        device = resolved["zero_optimization"].get(key, {}).get("device", "none")
+        if device != "none":
+            raise UserError(
+                f"worker.actor.offload_states=true: DeepSpeed moves no states of which zero_optimization.{key} keeps a "
+                f"part in {device} memory already; switch one of the two off"
+            )
+
+
+def _host_memory() -> dict[str, Any]:
+    return {"device": "cpu", "pin_memory": True}
+
+
+def _autos(section: Any, prefix: str = "") -> list[str]:
+    """Dotted keys still "auto"."""
+    if not isinstance(section, Mapping):
+        return []
+    found = [prefix + key for key, value in section.items() if value == _AUTO]
+    return found + [key for name, value in section.items() for key in _autos(value, f"{prefix}{name}.")]

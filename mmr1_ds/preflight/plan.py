@@ -1,0 +1,347 @@
+"""The plan of a run in words: what a dry run prints and a real one logs before it loads anything."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmr1_ds.config import LoraConfig, RunConfig
+from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory, total_training_steps
+from mmr1_ds.config.ranges import value_at
+from mmr1_ds.config.schema import CriticConfig
+from mmr1_ds.curriculum.estimator import EARLY_PROBING
+from mmr1_ds.curriculum.sampler import PromptSampler
+from mmr1_ds.preflight.files import DataSummary, FileSummary
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a step is made of, in numbers that all divide."""
+
+    world_size: int
+    prompts_per_step: int
+    responses_per_prompt: int
+    optimizer_steps_per_step: int  # ppo_epochs passes over the batch, one step a global batch
+    responses_per_optimizer_step: int  # over all ranks
+    micro_batch_size: int  # responses a rank holds at once in the update
+    micro_batches_per_rank: int  # of one optimiser step: the gradient accumulation
+    experience_micro_batches_per_rank: int  # of one step, a pass for log-probabilities
+    train_data: DataSummary
+    val_data: DataSummary | None
+    total_steps: int | None  # of the run; None while the size of the data is unknown
+    notes: tuple[str, ...]  # what a reader of the plan should know, one line each
+
+    @property
+    def responses_per_step(self) -> int:
+        return self.prompts_per_step * self.responses_per_prompt
+
+
+def describe_plan(
+    config: RunConfig,
+    plan: BatchPlan,
+    actor: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    critic: Mapping[str, Any] | None,
+    on_gpu: bool,
+) -> str:
+    """Several lines, one a topic. Args: actor, reference, critic: the resolved DeepSpeed configs."""
+    topics = {
+        "model": _model(config),
+        "ranks": _ranks(config, plan, on_gpu),
+        "train data": _data(plan.train_data),
+        "val data": "none" if plan.val_data is None else _data(plan.val_data),
+        "step": "" if config.trainer.val_only else _step(config, plan),
+        "update": "" if config.trainer.val_only else _update(config, plan),
+        "learning": "" if config.trainer.val_only else _learning(config),
+        "run": _run(config, plan),
+        "sampling": _sampling(config),
+        "refresh": _refresh(config, plan),
+        "rollout": _rollout(config),
+        "reward": _reward(config),
+        "deepspeed": _deepspeed(actor),
+        "reference": _reference(config, reference),
+        "critic": "" if critic is None else _critic(config, plan, critic),
+        "output": _output(config),
+    }
+    lines = [f"  {topic:<11} {text}" for topic, text in topics.items() if text]
+    lines += [f"  {'note':<11} {note}" for note in plan.notes]
+    return "\n".join([f"plan of {config.trainer.experiment_name}", *lines])
+
+
+def _model(config: RunConfig) -> str:
+    model = config.worker.actor.model
+    where = "local" if os.path.exists(model.model_path or "") else "from the hub"
+    tower = ", vision tower frozen" if model.freeze_vision_tower else ""
+    return f"{model.model_path} ({where}){tower}" + (f"; {_lora(model.lora)}" if model.lora.rank > 0 else "")
+
+
+def _lora(lora: LoraConfig) -> str:
+    targets = lora.target_modules
+    where = targets if isinstance(targets, str) else ", ".join(targets)
+    without = f" without {lora.exclude_modules}" if lora.exclude_modules else ""
+    return f"LoRA of rank {lora.rank} (alpha {lora.alpha:g}) on {where}{without}, all else frozen"
+
+
+def _ranks(config: RunConfig, plan: BatchPlan, on_gpu: bool) -> str:
+    trainer = config.trainer
+    device = "GPU, bf16" if on_gpu else "CPU, fp32 (no GPU here)"
+    return f"{plan.world_size} = {trainer.nnodes} node(s) x {trainer.n_gpus_per_node}, {device}"
+
+
+def _data(data: DataSummary) -> str:
+    parts = "; ".join(_file(file) for file in data.files)
+    total = f", {data.num_rows:,} prompts in all" if len(data.files) > 1 and data.num_rows is not None else ""
+    return parts + total
+
+
+def _file(file: FileSummary) -> str:
+    if not file.is_local:
+        return f"{file.name} (no such local path, so a hub data set: not looked at)"
+    count = "not counted" if file.num_rows is None else f"{file.num_rows:,} prompts"
+    images = {True: ", with images", False: ", text only", None: ""}[file.has_images]
+    return f"{file.name} ({count}{images})"
+
+
+def _step(config: RunConfig, plan: BatchPlan) -> str:
+    return (
+        f"{plan.prompts_per_step} prompts x {plan.responses_per_prompt} responses = {plan.responses_per_step:,}; "
+        f"{plan.optimizer_steps_per_step} optimiser step(s) of {config.worker.actor.global_batch_size} x "
+        f"{plan.responses_per_prompt} = {plan.responses_per_optimizer_step:,} responses"
+    )
+
+
+def _update(config: RunConfig, plan: BatchPlan) -> str:
+    actor, optim = config.worker.actor, config.worker.actor.optim
+    experience = actor.micro_batch_size_per_device_for_experience
+    responses = plan.responses_per_optimizer_step // plan.world_size
+    layout = "packed" if actor.padding_free else "padded"
+    if actor.dynamic_batching:
+        longest = (config.data.max_prompt_length + config.data.max_response_length) * actor.ulysses_size
+        batches = f"{responses} responses in {layout} micro-batches of up to {plan.micro_batch_size * longest:,} tokens"
+        log_probs = f"up to {experience * longest:,}"
+    else:
+        number, size = plan.micro_batches_per_rank, plan.micro_batch_size
+        batches = f"{responses} responses = {number} {layout} micro-batches of {size}"
+        log_probs = f"{plan.experience_micro_batches_per_rank} of {experience} a step"
+    if actor.ulysses_size > 1:
+        batches += f", each computed by {actor.ulysses_size} ranks"
+    return (
+        f"a rank's optimiser step: {batches}; log-probabilities: {log_probs}; "
+        f"AdamW, lr {optim.lr:g} {optim.lr_scheduler_type}"
+    )
+
+
+def _learning(config: RunConfig) -> str:
+    algorithm, actor = config.algorithm, config.worker.actor
+    loss = "clipped PPO" if actor.loss_type == "default" else actor.loss_type
+    mean = {"token": "mean over tokens", "seq": "mean over responses", "seq_sum": "sum over a constant"}
+    estimator = algorithm.adv_estimator
+    if estimator == "gae":
+        estimator += f" (gamma {algorithm.gamma:g}, lambda {algorithm.lam:g})"
+    text = f"{estimator} advantages; {loss} loss, {mean[actor.loss_avg_mode]}"
+    if algorithm.rollout_is == "none":
+        return text
+    return f"{text}; importance weights by {algorithm.rollout_is}, up to {algorithm.rollout_is_threshold:g}"
+
+
+def _run(config: RunConfig, plan: BatchPlan) -> str:
+    trainer = config.trainer
+    if trainer.val_only:
+        return "validation only"
+    if trainer.max_steps is not None:
+        return f"{trainer.max_steps:,} steps (trainer.max_steps)"
+    if plan.total_steps is None:
+        return f"{trainer.total_episodes} episodes; steps are known once the data is read"
+    return f"{trainer.total_episodes} episodes = {plan.total_steps:,} steps (before over-long prompts are dropped)"
+
+
+def _sampling(config: RunConfig) -> str:
+    data = config.data
+    if config.trainer.val_only:
+        return ""
+    if data.sampling_strategy != "curriculum":
+        return data.sampling_strategy
+    sampler = PromptSampler(1, data.rollout_batch_size, data.seed, "curriculum", data.curriculum_mixture_ratio)
+    score = " + ".join(
+        f"{weight:g} {name}"
+        for name, weight in zip(data.curriculum_metrics, data.curriculum_metric_weights, strict=True)
+    )
+    return (
+        f"curriculum: {sampler.num_weighted} of {data.rollout_batch_size} prompts a step by score ({score}), "
+        f"the others in turn"
+        + (f"; momentum {data.curriculum_momentum:g}" if data.curriculum_refresh == "full" else "")
+    )
+
+
+def _refresh(config: RunConfig, plan: BatchPlan) -> str:
+    data = config.data
+    if data.sampling_strategy != "curriculum" or config.trainer.val_only:
+        return ""
+    if data.curriculum_refresh == "online":
+        fraction = data.curriculum_probe_fraction
+        early = f"{EARLY_PROBING * fraction:.0%} early on"
+        probes = f", and {fraction:.0%} more over the run ({early}) on prompts long unseen"
+        return f"online: from the training responses{probes if fraction > 0 else ''}"
+    size = plan.train_data.num_rows
+    every = f"every {data.curriculum_update_freq} steps" if data.curriculum_update_freq else "every epoch"
+    if size is None:
+        return f"{every}: each prompt of the data x {data.curriculum_rollout_n} responses"
+    steps = data.curriculum_update_freq or max(1, size // data.rollout_batch_size)
+    extra, training = size * data.curriculum_rollout_n, steps * plan.responses_per_step
+    return (
+        f"{every}: {size:,} prompts x {data.curriculum_rollout_n} = {extra:,} responses, "
+        f"{extra / training:.0%} of the {training:,} that training takes meanwhile"
+    )
+
+
+def _rollout(config: RunConfig) -> str:
+    rollout, data = config.worker.rollout, config.data
+    text = (
+        f"engine {rollout.engine}, temperature {rollout.temperature:g}, up to {data.max_prompt_length} + "
+        f"{data.max_response_length} tokens, tensor parallel {rollout.tensor_parallel_size}"
+    )
+    if rollout.engine != "server":
+        return text
+    servers = f"{rollout.num_servers} started on {rollout.server_host}"
+    if rollout.server_urls:
+        servers = f"{len(rollout.server_urls)} that run already"
+    swap = "between requests" if rollout.weight_swap == "boundary" else "in the middle of responses"
+    ahead = f"up to {rollout.max_staleness_steps} step(s) ahead, new weights {swap}"
+    return f"{text}; servers: {servers}, {ahead if rollout.max_staleness_steps else 'in turn with training'}"
+
+
+def _reward(config: RunConfig) -> str:
+    reward = config.worker.reward
+    return f"{reward.reward_function}, {reward.num_workers} processes a rank, {reward.timeout_seconds:g} s a response"
+
+
+def _deepspeed(actor: Mapping[str, Any]) -> str:
+    zero = actor["zero_optimization"]
+    return (
+        f"ZeRO-{zero['stage']}, bf16 {'on' if actor['bf16']['enabled'] else 'off'}, {_offload(zero)}; "
+        f"train_batch_size {actor['train_batch_size']:,} = {actor['train_micro_batch_size_per_gpu']} x "
+        f"{actor['gradient_accumulation_steps']} x ranks"
+    )
+
+
+def _offload(zero: Mapping[str, Any]) -> str:
+    parts = [
+        f"{part} on {zero[key]['device']}"
+        for key, part in (("offload_param", "parameters"), ("offload_optimizer", "optimiser"))
+        if zero.get(key, {}).get("device", "none") != "none"
+    ]
+    return "offload: " + (" and ".join(parts) or "none")
+
+
+def _reference(config: RunConfig, reference: Mapping[str, Any]) -> str:
+    if config.algorithm.disable_kl:
+        return "none (algorithm.disable_kl)"
+    algorithm = config.algorithm
+    place = "in the loss" if algorithm.use_kl_loss else "off the reward"
+    adaptive = f", adapted to hold {algorithm.kl_target:g}" if algorithm.kl_type == "adaptive" else ""
+    model = f"ZeRO-3, {_offload(reference['zero_optimization'])}"
+    if config.worker.actor.model.lora.rank > 0:
+        model = "the actor with its adapters off, no second model"
+    return f"{model}; KL ({algorithm.kl_penalty}) {algorithm.kl_coef:g} {place}{adaptive}"
+
+
+def _critic(config: RunConfig, plan: BatchPlan, deepspeed: Mapping[str, Any]) -> str:
+    critic, warmup = resolved_critic(config), config.trainer.critic_warmup
+    micro = critic.micro_batch_size_per_device_for_update
+    assert critic.global_batch_size is not None and micro is not None
+    at_once = f"{micro} at once a rank"
+    if critic.dynamic_batching:
+        longest = config.data.max_prompt_length + config.data.max_response_length
+        at_once = f"up to {micro * longest:,} tokens at once a rank"
+    steps = plan.prompts_per_step // critic.global_batch_size * critic.ppo_epochs
+    start = f"; alone for the first {warmup} step(s)" if warmup else ""
+    return (
+        f"{critic.model.model_path} with a value head; ZeRO-3, {_offload(deepspeed['zero_optimization'])}; "
+        f"{steps} optimiser step(s) of {deepspeed['train_batch_size']:,} responses, {at_once}; "
+        f"AdamW, lr {critic.optim.lr:g} {critic.optim.lr_scheduler_type}{start}"
+    )
+
+
+def _output(config: RunConfig) -> str:
+    trainer = config.trainer
+    if trainer.val_only:
+        newest = f"N steps done by the newest checkpoint in {checkpoint_directory(config)}, 0 without one"
+        return f"{run_directory(config) / 'eval' / 'step_N'}, {newest}"
+    saves = f"every {trainer.save_freq} steps" if trainer.save_freq > 0 else "after the last step"
+    kept = "all kept" if trainer.save_limit == -1 else f"the last {trainer.save_limit} kept"
+    return f"{run_directory(config)}; checkpoints in {checkpoint_directory(config)} {saves}, {kept}"
+
+
+def _unused(config: RunConfig) -> list[str]:
+    """A note for each key that was set and that the run's algorithm does not read."""
+    algorithm, actor = config.algorithm, config.worker.actor
+    estimator, loss = algorithm.adv_estimator, actor.loss_type
+    read_by = {
+        "algorithm.gamma": (estimator in ("reinforce_plus_plus", "gae"), f"algorithm.adv_estimator={estimator}"),
+        "algorithm.lam": (estimator == "gae", f"algorithm.adv_estimator={estimator}"),
+        "algorithm.filter_low": (algorithm.online_filtering, "algorithm.online_filtering=false"),
+        "algorithm.filter_high": (algorithm.online_filtering, "algorithm.online_filtering=false"),
+        "worker.actor.tau_positive": (loss == "sapo", f"worker.actor.loss_type={loss}"),
+        "worker.actor.tau_negative": (loss == "sapo", f"worker.actor.loss_type={loss}"),
+        "worker.ref.offload.offload_optimizer": (False, "a reference, which has no optimiser"),
+    }
+    default = RunConfig()
+    return [
+        f"{key} is not used with {reason}"
+        for key, (is_read, reason) in read_by.items()
+        if not is_read and value_at(config, key) != value_at(default, key)
+    ]
+
+
+def _plan(config: RunConfig, world_size: int, train_data: DataSummary, val_data: DataSummary | None) -> BatchPlan:
+    actor, n = config.worker.actor, config.worker.rollout.n
+    prompts = config.data.rollout_batch_size
+    responses = actor.global_batch_size * n
+    known = train_data.num_rows is not None or config.trainer.max_steps is not None
+    experience = actor.micro_batch_size_per_device_for_experience
+    return BatchPlan(
+        world_size=world_size,
+        prompts_per_step=prompts,
+        responses_per_prompt=n,
+        optimizer_steps_per_step=prompts // actor.global_batch_size * actor.ppo_epochs,
+        responses_per_optimizer_step=responses,
+        micro_batch_size=actor.micro_batch_size_per_device_for_update,
+        micro_batches_per_rank=responses // world_size // actor.micro_batch_size_per_device_for_update,
+        experience_micro_batches_per_rank=math.ceil(prompts * n // world_size / experience),
+        train_data=train_data,
+        val_data=val_data,
+        total_steps=total_training_steps(config, train_data.num_rows or 0) if known else None,
+        notes=tuple(_notes(config, train_data, val_data)),
+    )
+
+
+def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | None) -> list[str]:
+    notes = []
+    rollout, trainer, size = config.worker.rollout, config.trainer, train_data.num_rows
+    if size is not None and size < config.data.rollout_batch_size:
+        notes.append(
+            f"the data has {size} prompts, a step takes data.rollout_batch_size={config.data.rollout_batch_size}: "
+            "each step repeats prompts"
+        )
+    if rollout.top_p < 1 or rollout.top_k != -1:
+        notes.append(
+            f"worker.rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k} cut the sampled distribution; "
+            "the actor's log-probabilities are of the whole one"
+        )
+    algorithm = config.algorithm
+    if algorithm.kl_penalty == "kl" and algorithm.use_kl_loss and not algorithm.disable_kl:
+        notes.append(
+            "algorithm.kl_penalty=kl in the loss: its gradient is zero on average, whatever the policy; "
+            "mse has the gradient of the KL (or set algorithm.use_kl_loss=false for the KL in the reward)"
+        )
+    if algorithm.adv_estimator != "gae" and config.worker.critic != CriticConfig():
+        notes.append(f"worker.critic is not used: algorithm.adv_estimator={algorithm.adv_estimator} has no critic")
+    notes += _unused(config)
+    if config.worker.actor.model.lora.rank > 0 and config.worker.ref.offload.offload_params:
+        notes.append("worker.ref.offload.offload_params: LoRA's reference is the actor, there is nothing to offload")
+    if val_data is None and (trainer.val_freq > 0 or trainer.val_before_train):
+        notes.append("data.val_files is empty: no validation")
+    return notes

@@ -1,0 +1,199 @@
+"""vLLM inside the training process: one engine a tensor-parallel group, weights synchronised in place."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
+from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.base import InTurn, Policy
+from mmr1_ds.rollout.colocated.sleeping import SleepCycle
+from mmr1_ds.rollout.options import engine_environment, engine_options
+from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+    from mmr1_ds.data.encoding import PromptEncoder
+
+logger = logging.getLogger(__name__)
+
+_FORBID = -100.0  # vLLM clamps logit biases here; e^-100 is 0 beside any float32 probability
+
+
+class VllmRollout(InTurn):
+    """One vLLM engine on this rank, or on the ranks of its tensor-parallel group."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model: ModelConfig,
+        data: DataConfig,
+        ranks: Ranks,
+        encoder: PromptEncoder,
+        most_images: int,
+        preemption: Preemption,
+    ) -> None:
+        """Collective: start the engine. Its weights are the model folder's until the first sync.
+
+        most_images: images of the prompt that has the most; the run config may allow more.
+        """
+        self._ranks, self._encoder, self._preemption = ranks, encoder, preemption
+        self._tensor_parallel_size = config.tensor_parallel_size
+        self._version = 0
+        self._forbidden = dict.fromkeys(encoder.forbidden_token_ids, _FORBID)
+        _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
+        self._llm: LLM = _start_engine(config, model, data, ranks, encoder, most_images)
+        _unlink_shared_memory(ranks, config.tensor_parallel_size)
+        self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
+        self._cycle = SleepCycle(self._llm, enabled=config.sleep and ranks.on_gpu)
+
+    def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
+        """See RolloutEngine. Raises: SamplingAbandoned."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        shared, first = self._requests_of_group(list(requests))
+        inputs: list[Any] = []
+        parameters = []
+        for request in shared:
+            item: dict[str, Any] = {"prompt_token_ids": list(request.prompt.token_ids)}
+            if request.prompt.images:
+                item["multi_modal_data"] = {"image": list(request.prompt.images)}
+            inputs.append(item)
+            parameters.append(
+                SamplingParams(
+                    n=request.num_responses,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    top_k=settings.top_k,
+                    max_tokens=request.max_tokens or settings.max_tokens,
+                    seed=request.seed,
+                    logprobs=0,  # the sampled token's only
+                    flat_logprobs=True,  # lists of numbers, in place of a dictionary and an object for each token
+                    logit_bias=self._forbidden,
+                    stop_token_ids=list(self._encoder.eos_token_ids),
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+            )
+        outputs = self._sample(inputs, parameters) if shared else []
+        if self._ranks.any(outputs is None, "ask whether sampling is abandoned"):
+            raise SamplingAbandoned
+        assert outputs is not None
+        return [
+            self._group(request.prompt, output)
+            for request, output in zip(requests, outputs[first : first + len(requests)], strict=True)
+        ]
+
+    def _sample(self, inputs: list[Any], parameters: list[Any]) -> list[RequestOutput] | None:
+        """None when this rank was told to end and has no time for more."""
+        self._cycle.begin_sampling()
+        # What an earlier call left would save little, and a resumed run, which has not made that call, would differ
+        # from the straight one in rounding: a prompt's states depend on what they are computed together with.
+        self._llm.reset_prefix_cache()
+        try:
+            # The ranks of a tensor-parallel group wait for each other in every token.
+            with self._preemption.interrupting() if self._tensor_parallel_size == 1 else nullcontext():
+                return self._llm.generate(inputs, parameters, use_tqdm=False)
+        except SamplingAbandoned:
+            return None
+
+    def _requests_of_group(self, own: list[RolloutRequest]) -> tuple[list[RolloutRequest], int]:
+        """The requests of all ranks of the tensor-parallel group, in rank order, and where this rank's begin."""
+        if self._tensor_parallel_size == 1:
+            return own, 0
+        everyone = self._ranks.all_gather_objects(own, "share tensor-parallel prompts")
+        leader = self._ranks.rank - self._ranks.rank % self._tensor_parallel_size
+        parts = everyone[leader : leader + self._tensor_parallel_size]
+        before = parts[: self._ranks.rank - leader]
+        return [request for part in parts for request in part], sum(len(part) for part in before)
+
+    def _group(self, prompt: Prompt, output: RequestOutput) -> RolloutGroup:
+        responses = []
+        for completion in output.outputs:
+            token_ids = tuple(completion.token_ids)
+            found: Any = completion.logprobs
+            assert tuple(found.token_ids) == token_ids  # one entry a position
+            logprobs = tuple(found.logprobs)
+            responses.append(Response(token_ids, logprobs, finished=completion.finish_reason == "stop"))
+        return RolloutGroup(prompt, tuple(responses), self._version)
+
+    def sync_weights(self, policy: Policy) -> None:
+        """See RolloutEngine."""
+        self._cycle.begin_sync()
+        self._llm.collective_rpc(_reload, args=(policy.weights(), self._head_is_tied))
+        # Everything computed with the old weights: prefix KV, image embeddings, and the processor's cache, which
+        # must forget together with the encoder's or the next generation misses what it believes cached.
+        self._llm.reset_prefix_cache()
+        self._llm.llm_engine.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+        self._cycle.end_sync()
+        self._version = policy.num_updates_done
+
+    def sleep(self, keep_weights: bool) -> None:
+        """See RolloutEngine. With worker.rollout.sleep on GPU."""
+        self._cycle.sleep(keep_weights)
+
+    def close(self) -> None:
+        """See RolloutEngine."""
+        if hasattr(self, "_llm"):
+            self._llm.llm_engine.engine_core.shutdown()
+            del self._llm
+            gc.collect()
+
+
+def _start_engine(
+    config: RolloutConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    ranks: Ranks,
+    encoder: PromptEncoder,
+    most_images: int,
+) -> LLM:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher runs the engine in this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    decided, defaults = engine_environment(config, on_gpu=ranks.on_gpu)
+    os.environ |= defaults | os.environ | decided
+    from vllm import LLM
+
+    options = engine_options(
+        config, model, data, on_gpu=ranks.on_gpu, is_multimodal=encoder.is_multimodal, most_images=most_images
+    )
+    if ranks.on_gpu:
+        options["enable_sleep_mode"] = config.sleep
+    return LLM(distributed_executor_backend="external_launcher", **options)
+
+
+def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:
+    """Remove the name of this rank's shared memory, if there is one: what is mapped ends with the processes.
+
+    vLLM's CPU build names it by the ranks alone when the launcher is not its own, and unlinks it only in Python's
+    shutdown. A name left behind stops the next tensor-parallel run on the machine (errno 17). Once the engine has
+    started, every rank of the group has the memory mapped.
+    """
+    if ranks.on_gpu or tensor_parallel_size == 1:
+        return
+    place = ranks.rank % tensor_parallel_size
+    group = "-".join(str(ranks.rank - place + i) for i in range(tensor_parallel_size))
+    for path in Path("/dev/shm").glob(f"*-[[]{group}[]]-cpushm_{place}"):
+        path.unlink(missing_ok=True)
+
+
+def _reload(worker: Any, weights: Any, tied: bool) -> None:
+    """Runs in vLLM's worker, which is this process."""
+    worker.reload_weights(weights_iterator=weights)
+    if tied:
+        pack_tied_head(worker.get_model())
+
+
+def _head_is_tied(worker: Any) -> bool:
+    return head_is_tied(worker.get_model())

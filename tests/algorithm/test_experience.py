@@ -1,0 +1,224 @@
+"""From scored groups to trajectories: which rewards and advantages reach the actor; ReMax's greedy baseline."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from fixtures.batch_makers import SETTINGS, FakeCollector, make, rewards
+from fixtures.golden_numbers import OneRank
+from fixtures.rank_threads import SingleProcess, Threads, on_ranks
+
+from mmr1_ds.algorithm import advantages
+from mmr1_ds.algorithm.experience import make_experience
+from mmr1_ds.algorithm.kl import KLController
+from mmr1_ds.config import AlgorithmConfig
+from mmr1_ds.monitoring.clock import StageClock
+from mmr1_ds.records import LearningGroup, Prompt, Response, RolloutGroup, ScoredGroup
+
+RANK = OneRank()
+REWARDS = np.array([[1.0, 0.0, 0.5], [0.25, 0.25, 0.25]])
+LENGTHS = np.array([2, 1, 3, 1, 4, 2])
+
+
+def learning_groups(baselines=(None, None)):
+    """Two groups of three; what stands for the kernel's advantages is a mark."""
+    found, at = [], 0
+    for index, values in enumerate(REWARDS):
+        responses = []
+        for _ in values:
+            tokens = tuple(range(LENGTHS[at]))
+            responses.append(Response(tokens, tuple(-0.1 * token for token in tokens), True))
+            at += 1
+        group = RolloutGroup(Prompt(index, f"p{index}", (1,), (), ""), tuple(responses), 0)
+        found.append(LearningGroup(ScoredGroup(group, rewards(values)), np.array([7.0, 8.0, 9.0]), baselines[index]))
+    return found
+
+
+def log_probs():
+    """Of the old policy and of the reference, one tensor a response."""
+    random = np.random.default_rng(1)
+    packed = torch.tensor(random.normal(-2, 0.5, (2, LENGTHS.sum())))
+    return tuple(list(row.split(LENGTHS.tolist())) for row in packed)
+
+
+def experience(groups=None, with_kl=False, values=None, **settings):
+    algorithm = AlgorithmConfig(**settings)
+    both = log_probs() if with_kl else None
+    return make_experience(groups or learning_groups(), algorithm, both, KLController(algorithm), RANK, values)
+
+
+def by_token(found):
+    """The advantages as the actor reads them, (T,)."""
+    parts = [item.token_advantages or (item.advantage,) * len(item.token_ids) for item in found.trajectories]
+    return np.concatenate([np.array(part) for part in parts])
+
+
+def test_grpo_takes_the_kernel_s_advantages():
+    found = experience()
+    assert [item.advantage for item in found.trajectories] == [7.0, 8.0, 9.0] * 2
+    assert all(item.token_advantages is None for item in found.trajectories)
+    assert [len(item.token_ids) for item in found.trajectories] == LENGTHS.tolist()
+    assert [item.prompt.index for item in found.trajectories] == [0, 0, 0, 1, 1, 1]
+    assert found.rewards_B.tolist() == REWARDS.reshape(-1).tolist() and found.metrics == {}
+
+
+def plain_token_rewards():
+    return advantages.token_rewards(REWARDS.reshape(-1), LENGTHS, np.zeros(LENGTHS.sum()))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        ("dr_grpo", lambda: np.repeat(advantages.dr_grpo(REWARDS), LENGTHS)),
+        ("rloo", lambda: np.repeat(advantages.rloo(REWARDS), LENGTHS)),
+        ("reinforce_plus_plus_baseline", lambda: advantages.reinforce_plus_plus_baseline(REWARDS, LENGTHS, RANK)),
+        ("reinforce_plus_plus", lambda: advantages.reinforce_plus_plus(plain_token_rewards(), LENGTHS, 0.9, RANK)[0]),
+        ("remax", lambda: np.repeat(REWARDS.reshape(-1) - np.repeat([0.75, 0.125], 3), LENGTHS)),
+    ],
+)
+def test_each_estimator_reaches_the_actor(estimator, expected):
+    found = experience(learning_groups((0.75, 0.125)), adv_estimator=estimator, gamma=0.9)
+    np.testing.assert_allclose(by_token(found), expected(), atol=1e-12)
+    means = [np.mean(part) for part in np.split(expected(), np.cumsum(LENGTHS)[:-1])]
+    np.testing.assert_allclose([item.advantage for item in found.trajectories], means, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus"])
+def test_the_kl_is_taken_off_the_reward(estimator):
+    old, ref = (torch.cat(part).numpy() for part in log_probs())
+    penalties = 0.3 * (old - ref)
+    off = np.array([part.sum() for part in np.split(penalties, np.cumsum(LENGTHS)[:-1])])
+    after = REWARDS - off.reshape(REWARDS.shape)
+    found = experience(with_kl=True, adv_estimator=estimator, kl_penalty="kl", kl_coef=0.3, use_kl_loss=False)
+    np.testing.assert_allclose(found.rewards_B, after.reshape(-1), atol=1e-12)
+    if estimator == "reinforce_plus_plus":
+        token_rewards = advantages.token_rewards(REWARDS.reshape(-1), LENGTHS, penalties)
+        expected = advantages.reinforce_plus_plus(token_rewards, LENGTHS, 1.0, RANK)[0]
+    else:
+        expected = np.repeat({"grpo": advantages.grpo, "rloo": advantages.rloo}[estimator](after), LENGTHS)
+    np.testing.assert_allclose(by_token(found), expected, atol=1e-12)
+    assert found.metrics == {"actor/ref_kl": pytest.approx((old - ref).mean()), "actor/kl_coef": 0.3}
+
+
+def critic_values():
+    """One tensor a response."""
+    packed = torch.tensor(np.random.default_rng(2).normal(0.3, 0.5, LENGTHS.sum()), dtype=torch.float32)
+    return list(packed.split(LENGTHS.tolist()))
+
+
+def advantages_by_definition(rewards, values, gamma, lam):
+    """The exponentially weighted average of the k-step advantages (arXiv 1506.02438, eq. 16), of one response."""
+    num_tokens = len(rewards)
+    after = np.append(values, 0.0)  # the end of a response is worth nothing
+    found = np.zeros(num_tokens)
+    for t in range(num_tokens):
+        steps = [
+            sum(gamma**i * rewards[t + i] for i in range(k)) + gamma**k * after[t + k] - values[t]
+            for k in range(1, num_tokens - t + 1)
+        ]
+        weights = [(1 - lam) * lam ** (k - 1) for k in range(1, num_tokens - t)] + [lam ** (num_tokens - t - 1)]
+        found[t] = np.dot(weights, steps)
+    return found
+
+
+@pytest.mark.parametrize("with_kl", [False, True])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.7), (1.0, 0.0)])
+def test_gae_for_many_responses_of_different_lengths(gamma, lam, with_kl):
+    old, ref = (torch.cat(part).numpy() for part in log_probs())
+    token_rewards = -0.3 * (old - ref) if with_kl else np.zeros(LENGTHS.sum())
+    cuts = np.cumsum(LENGTHS)
+    token_rewards[cuts - 1] += REWARDS.reshape(-1)
+    parts = [
+        advantages_by_definition(rewards, values.double().numpy(), gamma, lam)
+        for rewards, values in zip(np.split(token_rewards, cuts[:-1]), critic_values(), strict=True)
+    ]
+    raw, values = np.concatenate(parts), torch.cat(critic_values()).double().numpy()
+    settings = {"adv_estimator": "gae", "gamma": gamma, "lam": lam, "kl_penalty": "kl", "kl_coef": 0.3}
+    found = experience(with_kl=with_kl, values=critic_values(), use_kl_loss=not with_kl, **settings)
+    np.testing.assert_allclose(by_token(found), (raw - raw.mean()) / np.sqrt(raw.var(ddof=1) + 1e-8), atol=1e-9)
+    assert [len(part) for part in found.returns] == LENGTHS.tolist()
+    returns = torch.cat(found.returns).numpy()
+    np.testing.assert_allclose(returns, raw + values, atol=1e-6)
+    metrics = found.metrics
+    explained = 1 - (returns - values).var(ddof=1) / (returns.var(ddof=1) + 1e-5)
+    assert metrics["critic/vf_explained_var"] == pytest.approx(explained, abs=1e-5)
+    for name, column in (("values", values), ("returns", returns)):
+        for bound in ("mean", "max", "min"):
+            assert metrics[f"critic/{name}/{bound}"] == pytest.approx(getattr(column, bound)(), abs=1e-6)
+    assert ("actor/ref_kl" in metrics) == with_kl
+
+
+def test_gae_is_the_same_on_any_number_of_ranks():
+    algorithm = AlgorithmConfig(adv_estimator="gae", lam=0.9)
+    whole = experience(values=critic_values(), adv_estimator="gae", lam=0.9)
+
+    def share(control):
+        groups, values = learning_groups(), critic_values()
+        part = slice(control.rank, control.rank + 1)
+        controller, ranks = KLController(algorithm), Threads(control)
+        mine = values[3 * control.rank : 3 * control.rank + 3]
+        return make_experience(groups[part], algorithm, None, controller, ranks, mine)
+
+    parts = on_ranks(2, share)
+    np.testing.assert_allclose(np.concatenate([by_token(part) for part in parts]), by_token(whole), atol=1e-12)
+    for part in parts:
+        assert part.metrics == {name: pytest.approx(value, abs=1e-9) for name, value in whole.metrics.items()}
+
+
+def test_the_controller_learns_from_the_kl_off_the_reward():
+    algorithm = AlgorithmConfig(
+        kl_penalty="mse", kl_coef=0.3, use_kl_loss=False, kl_type="adaptive", kl_target=1e-3, kl_horizon=60.0
+    )
+    controller = KLController(algorithm)
+    found = make_experience(learning_groups(), algorithm, log_probs(), controller, RANK)
+    assert found.metrics["actor/kl_coef"] == 0.3  # what this step used
+    assert controller.coefficient == pytest.approx(0.3 * (1 + 0.2 * 6 / 60))  # far over the target, six responses
+
+
+class WithGreedy(FakeCollector):
+    """Greedy answers are worth a quarter of the prompt's index; every fifth prompt's fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.greedy = []
+
+    def collect(self, requests, settings, clock):
+        groups, counts = super().collect(requests, settings, clock)
+        if settings.temperature == 0:
+            self.greedy.append((requests, settings))
+            groups = [
+                ScoredGroup(item.group, rewards([item.group.prompt.index / 4] * len(item.group.responses)))
+                for item in groups
+            ]
+            for item in groups:
+                item.rewards.failed[:] = item.group.prompt.index % 5 == 0
+        return groups, counts
+
+
+def test_remax_takes_one_greedy_response_a_prompt():
+    collector = WithGreedy()
+    maker, _ = make(SingleProcess(), collector, online_filtering=False)
+    maker._config.algorithm.adv_estimator = "remax"
+    batch = maker.make(1, dataclasses.replace(SETTINGS, top_p=0.9, top_k=5), StageClock())
+    ((requests, settings),) = collector.greedy
+    assert (settings.temperature, settings.top_p, settings.top_k) == (0.0, 1.0, -1)
+    assert settings.max_tokens == SETTINGS.max_tokens
+    assert [request.prompt.index for request in requests] == [g.scored.group.prompt.index for g in batch.groups]
+    assert {request.num_responses for request in requests} == {1}
+    for group in batch.groups:
+        index = group.scored.group.prompt.index
+        # Of a reward that failed nothing is known: the mean of the group stands in.
+        expected = float(group.scored.rewards.overall.mean()) if index % 5 == 0 else index / 4
+        assert group.baseline == expected
+    assert batch.metrics["reward/baseline"] == pytest.approx(np.mean([group.baseline for group in batch.groups]))
+    num_sampled = sum(len(group.scored.group.responses) for group in batch.groups)
+    assert batch.metrics["reward/num_responses"] == num_sampled  # greedy ones are not counted in
+
+
+def test_without_remax_nothing_is_sampled_greedily():
+    collector = WithGreedy()
+    maker, _ = make(SingleProcess(), collector, online_filtering=False)
+    batch = maker.make(1, SETTINGS, StageClock())
+    assert collector.greedy == [] and all(group.baseline is None for group in batch.groups)
+    assert "reward/baseline" not in batch.metrics

@@ -1,0 +1,244 @@
+"""The experiment: its pools, its records and its figures are what they say; recording changes no training."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from fixtures.launching import ROOT, environment
+
+from mmr1_ds.commands.demo.digits import LEARNABLE
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """The benchmarks are programs beside one another, not a package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def a_trial(**changes):
+    from vas_experiment_trials import Trial
+
+    return Trial(**{"share": 15, "size": 101, "arm": "shuffle", "seed": 3, "steps": 40, **changes})
+
+
+# --- trials and pools ---------------------------------------------------------------------------------------------
+
+
+def test_trials_are_every_combination_once_and_whole_seeds_come_first():
+    from vas_experiment_trials import ARMS, all_trials
+
+    trials = all_trials([2, 50], [512], ARMS, [7, 8], 60, ratios=[0.5, 0.8], categories=[True, False])
+    # A seed and pool: shuffle and filtering once, full for each lambda, online for each lambda with and without.
+    assert len(trials) == 2 * 2 * (1 + 1 + 2 + 4)
+    assert len({trial.name for trial in trials}) == len({(t.pool, t.label, t.seed) for t in trials}) == len(trials)
+    assert [trial.seed for trial in trials] == [7] * 16 + [8] * 16
+
+
+@pytest.mark.parametrize(("share", "size"), [(2, 512), (5, 2048), (15, 101), (50, 7)])
+def test_a_mixed_pool_has_its_learnable_share_and_the_rest_easy_to_hard_as_45_to_40(share, size):
+    from vas_experiment_trials import SORTS, draw_pool
+
+    pool = draw_pool(a_trial(share=share, size=size, dead=False))
+    counts = Counter(SORTS[question.kind] for question in pool)
+    assert counts.total() == size
+    assert abs(counts["learnable"] - share * size / 100) < 1
+    assert abs(counts["easy"] - (100 - share) * size / 100 * 45 / 85) < 1
+
+
+def test_the_rest_of_a_dead_pool_are_large_products_in_random_order():
+    from vas_experiment_trials import draw_pool
+
+    pool = draw_pool(a_trial())
+    rest = [question for question in pool if question.kind not in LEARNABLE]
+    assert len(rest) == 86 and {question.kind for question in rest} == {"mul4"}
+    assert min(np.prod(question.digits) for question in rest) >= 1000
+    assert pool == draw_pool(a_trial(arm="online")) != draw_pool(a_trial(seed=4))
+    is_learnable = [question.kind in LEARNABLE for question in pool]
+    assert is_learnable not in (sorted(is_learnable), sorted(is_learnable, reverse=True))
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def test_calls_of_one_step_make_one_line_and_the_file_appears_when_it_is_whole(tmp_path):
+    from vas_experiment_steps import StepFile
+
+    file = StepFile(tmp_path / "run.jsonl", {"seed": 3})
+    file.log(0, {"val/accuracy_reward": 0.25, "val/overall_reward": 9.0})
+    file.note(1, {"rollouts": 64})
+    file.log(1, {"actor/grad_norm": 0.5})
+    file.log(1, {"timing_s/refresh": 7.0})
+    assert list(tmp_path.glob("*.jsonl")) == []
+    file.finish()
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert lines[:3] == [
+        {"trial": {"seed": 3}},
+        {"step": 0, "validation_accuracy": 0.25},
+        {"step": 1, "rollouts": 64, "gradient_norm": 0.5, "refresh_seconds": 7.0},
+    ]
+    assert lines[3]["finished"] is True and len(lines) == 4
+
+
+def test_transitions_count_prompts_by_how_many_were_right_before_and_after():
+    from vas_experiment_steps import transition_counts
+
+    before, after = np.array([0, 3, 3, 3, 7]) / 7, np.array([7, 3, 4, 3, 0]) / 7
+    counts = transition_counts(before.astype(np.float32), after, 7)
+    assert counts.shape == (8, 8) and counts.sum() == 5
+    assert (counts[0, 7], counts[3, 3], counts[3, 4], counts[7, 0]) == (1, 2, 1, 1)
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder, trial, rollouts_per_step, accuracy, extra=0.0):
+    """A finished run whose accuracy is a function of the step, validated every 5 steps."""
+    from vas_experiment_steps import StepFile
+    from vas_experiment_trials import trial_record
+
+    (folder / "runs").mkdir(exist_ok=True)
+    file = StepFile(folder / "runs" / f"{trial.name}.jsonl", trial_record(trial))
+    for step in range(trial.steps + 1):
+        line = {"rollouts": step * rollouts_per_step, "extra_rollout_fraction": extra}
+        if step:
+            line |= {"effective_fraction": 0.5, "learnable_fraction": 0.25, "learnable_effective_fraction": 0.2}
+            line |= {"gradient_norm": 1.0, "clip_fraction": 0.0, "drawn_effective_fraction": 0.5}
+        if step % 5 == 0:
+            line["validation_accuracy"] = accuracy(step)
+        if trial.arm in ("full", "online") and step % 20 == 0 and step:
+            shares = {"easy": 0.5, "learnable": 0.25, "hard": 0.25}
+            line |= {"weight_histogram": [3, *[1] * 19], "weight_shares": shares}
+        if trial.arm == "full" and step == 20:
+            line["transitions"] = np.eye(9, dtype=int).tolist()
+        file.note(step, line)
+    file.finish()
+
+
+def test_an_arm_that_learns_three_times_faster_for_a_fifth_more_rollouts_needs_2_5_times_fewer(tmp_path):
+    from vas_experiment_report import by_pool, comparisons, load_runs
+
+    # Straight lines: smoothing changes only their ends, by half a validation (2.5 steps) there.
+    for seed in (3, 4):
+        write_run(tmp_path, a_trial(seed=seed), 64, lambda step, seed=seed: 0.1 * (seed - 3) + step / 100)
+        online = a_trial(seed=seed, arm="online")
+        write_run(tmp_path, online, 76.8, lambda step, seed=seed: 0.1 * (seed - 3) + 3 * step / 100, extra=0.2)
+    write_run(tmp_path, a_trial(seed=4, arm="full"), 128, lambda step: 0.05)
+    rows = {row["arm"]: row for row in comparisons(by_pool(load_runs(tmp_path)))}
+    target = 0.05 + 37.5 / 100
+    row = rows["online, lambda 0.5"]
+    assert row["target"] == pytest.approx(target) and row["seeds"] == [3, 4]
+    assert row["needed_rollouts"] == pytest.approx((37.5 / 3) * 76.8)
+    assert row["ratio"] == pytest.approx(40 * 64 / (12.5 * 76.8))
+    assert row["paired_ratios"] == pytest.approx([row["ratio"]] * 2)
+    assert row["extra_rollout_fraction"] == 0.2
+    # At 40 * 64 rollouts the arm has done 100/3 steps; shuffle's own final point is smoothed.
+    assert row["accuracy_gains"] == pytest.approx([1.0 - 0.375] * 2)
+    assert row["shuffle_rollouts"] == 40 * 64 == row["shuffle_first_rollouts"]
+    assert row["first_ratio"] == pytest.approx(row["ratio"])
+    never = rows["full, lambda 0.5"]
+    assert never["ratio"] == 0.0 and never["needed_rollouts"] is None and never["paired_ratios"] == [0.0]
+
+
+def test_nothing_is_learned_while_a_refresh_spends():
+    from vas_experiment_report import Run, curves, first_crossing
+
+    # 64 a step, 1,000 by the refresh after step 0 and 500 by the one after step 10; .25 more every ten steps.
+    steps = [
+        {"step": 0, "rollouts": 0, "validation_accuracy": 0.25, "refresh_seconds": 1.0},
+        *({"step": step, "rollouts": 1000 + 64 * step} for step in range(1, 10)),
+        {"step": 10, "rollouts": 1640, "validation_accuracy": 0.5, "refresh_seconds": 1.0},
+        *({"step": step, "rollouts": 1500 + 64 * step} for step in range(11, 20)),
+        {"step": 20, "rollouts": 2780, "validation_accuracy": 0.75},
+    ]
+    rollouts, (accuracy,) = curves([Run({"responses_per_step": 64}, steps, 1.0)])
+    assert rollouts.tolist() == [0, 1000, 1640, 2140, 2780]
+    assert accuracy.tolist() == [0.25, 0.25, 0.5, 0.5, 0.625]  # the last smoothed with the one before it
+    assert first_crossing(rollouts, accuracy, 0.375) == 1320
+
+
+def test_a_shuffled_run_longer_than_it_needs_is_seen_through(tmp_path):
+    from vas_experiment_report import by_pool, comparisons, load_runs
+
+    write_run(tmp_path, a_trial(), 64, lambda step: min(step, 20) / 100)
+    write_run(tmp_path, a_trial(arm="online"), 64, lambda step: min(step, 20) / 100)
+    (row,) = comparisons(by_pool(load_runs(tmp_path)))
+    # Smoothed, both reach .2 at step 25: as fast, though in 25 of shuffle's 40 steps.
+    assert row["needed_rollouts"] == row["shuffle_first_rollouts"] == pytest.approx(25 * 64)
+    assert row["ratio"] == pytest.approx(40 / 25) and row["first_ratio"] == pytest.approx(1.0)
+
+
+def test_the_first_crossing_is_interpolated():
+    from vas_experiment_report import first_crossing
+
+    positions, curve = np.array([0.0, 10.0, 30.0, 40.0]), np.array([0.1, 0.2, 0.6, 0.3])
+    assert first_crossing(positions, curve, 0.3) == pytest.approx(15.0)
+    assert first_crossing(positions, curve, 0.05) == 0.0
+    assert np.isnan(first_crossing(positions, curve, 0.7))
+
+
+def test_the_report_has_tables_json_and_plots(tmp_path):
+    sys_path = [sys.executable, str(BENCHMARKS / "vas_experiment.py"), "report", str(tmp_path)]
+    for arm in ("shuffle", "full", "online", "filtering"):
+        write_run(tmp_path, a_trial(arm=arm), 64, lambda step: step / 100)
+    write_run(tmp_path, a_trial(arm="online", ratio=1.0), 64, lambda step: step / 50)
+    command = [*sys_path, "--json", str(tmp_path / "figures.json"), "--plots", str(tmp_path / "plots")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {row["arm"] for row in figures["runs"]} == {row["arm"] for row in figures["comparisons"]} | {"shuffle"}
+    assert all(row["arm"] in done.stdout for row in figures["runs"])
+    plots = {path.stem: path.read_bytes()[:4] for path in (tmp_path / "plots").iterdir()}
+    expected = {"accuracy_by_steps", "accuracy_by_rollouts", "dynamics", "weights", "transitions"}
+    assert plots == dict.fromkeys(expected | {"variants_by_rollouts"}, b"\x89PNG")
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+REAL = """
+import os, sys
+from pathlib import Path
+os.environ["DS_ACCELERATOR"] = "cpu"
+sys.path.insert(0, sys.argv[1])
+import vas_experiment_training as training
+from mmr1_ds.commands.demo.assets import prepare_assets
+from mmr1_ds.commands.demo.warmup import WarmupSettings
+from vas_experiment_trials import Trial
+
+if __name__ == "__main__":
+    short = WarmupSettings(num_steps=2, batch_size=3, first_steps=1, warmup_steps=1)
+    training.prepare_model = lambda folder, trial: prepare_assets(folder / "models" / f"seed_{trial.seed}", 5, short)
+    out = Path(sys.argv[2])
+    trial = Trial(15, 33, "online", 5, 3, dead=False)
+    with training.Session(out, validate_every=3) as session:
+        session.train(trial, out / "plain.jsonl")
+        session.train(trial, out / "traced.jsonl", (out / "trace.npz", 7, 4, 1))
+"""
+
+
+@pytest.mark.slow
+def test_recording_a_trace_changes_no_training_and_rollouts_are_counted(tmp_path):
+    script = tmp_path / "real.py"
+    script.write_text(REAL)
+    done = subprocess.run(
+        [sys.executable, str(script), str(BENCHMARKS), str(tmp_path)], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain, traced = ([json.loads(x) for x in (tmp_path / f"{n}.jsonl").open()][1:-1] for n in ("plain", "traced"))
+    timed = ("seconds", "validation_seconds")
+    for one, other in zip(plain, traced, strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+    assert [line["step"] for line in plain] == [0, 1, 2, 3]
+    # 8 x 8 training responses a step, and probes by the coordinator's own account.
+    assert plain[0]["rollouts"] == 0
+    for line in plain[1:]:
+        assert line["rollouts"] == pytest.approx(64 * line["step"] * (1 + line["extra_rollout_fraction"]))
+    assert plain[-1]["rollouts"] > 192
+    trace = np.load(tmp_path / "trace.npz")
+    assert trace["steps"].tolist() == [0, 1, 2, 3] and trace["pass_rates"].shape == (4, 7)
+    assert set(np.unique(trace["pass_rates"] * 4 % 1)) == {0.0}
+    assert len(trace["categories"]) == 7 == len(trace["prompt_ids"])

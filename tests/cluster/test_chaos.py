@@ -1,0 +1,124 @@
+"""Whole runs whose ranks are killed at random moments end as a run that was never disturbed.
+
+`make chaos KILLS=100` for many kills; each costs a start of two ranks.
+"""
+
+import logging
+import os
+import random
+import signal
+import socket
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fixtures.launching import ROOT, WarmProcess, environment, processes_with, wait_until
+from fixtures.tiny_run import assert_same_run, write_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+logger = logging.getLogger(__name__)
+
+NUM_KILLS = int(os.environ.get("MMR1_DS_CHAOS_KILLS", "4"))
+NUM_STEPS = 7
+
+
+class Run:
+    """Two ranks on one run directory."""
+
+    def __init__(self, folder: Path, name: str, ranks: list[WarmProcess]) -> None:
+        self.run_dir, self._ranks = folder / name, ranks
+        self._began = time.monotonic()
+        self.seconds = 0.0  # that it took
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        self.marker = f"{name}-{port}-{time.time_ns()}"
+        self.logs = [folder / f"{name}.rank{rank}.log" for rank in range(len(ranks))]
+        arguments = [str(ROOT / "mmr1_ds" / "train.py"), f"config={folder / 'run.yaml'}"]
+        arguments.append(f"trainer.run_dir={self.run_dir}")
+        for rank, process in enumerate(ranks):
+            variables = environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(ranks)), MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port, MMR1_TEST_MARKER=self.marker,
+            )  # fmt: skip
+            process.start(arguments, variables, self.logs[rank])
+
+    def has_ended(self) -> bool:
+        return all(process.pid == 0 or process.has_ended() for process in self._ranks)
+
+    def finish(self) -> list[int]:
+        """The exit codes; nothing of the run is left."""
+        codes = [process.wait(120) for process in self._ranks]
+        self.seconds = time.monotonic() - self._began
+        wait_until(lambda: not processes_with(self.marker), 60, f"no process left, {processes_with(self.marker)}")
+        return codes
+
+    def is_saving(self) -> bool:
+        return any(self.run_dir.glob("checkpoints/.global_step_*.tmp"))
+
+    def kill(self, rank: int) -> None:
+        os.kill(self._ranks[rank].pid, signal.SIGKILL)
+
+    def said(self) -> str:
+        return "".join(log.read_text(errors="replace") for log in self.logs)
+
+
+def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
+    write_run(tmp_path, NUM_STEPS)
+    ranks = [WarmProcess(), WarmProcess()]
+    chance, counts = random.Random(7), Counter()
+    try:
+        run = Run(tmp_path, "left_alone", ranks)
+        assert run.finish() == [0, 0], run.said()[-3000:]
+        seconds = run.seconds
+        number = 0
+        while counts["kills"] < NUM_KILLS:
+            number += 1
+            name = f"killed_{number}"
+            is_over = False
+            while not is_over:
+                run = Run(tmp_path, name, ranks)
+                if counts["kills"] < NUM_KILLS:
+                    kill_one(run, chance, seconds, counts)
+                codes = run.finish()
+                is_over = codes == [0, 0]
+                resumed = "going on from" in run.said()
+                if is_over and not resumed:
+                    # The first one compiles DeepSpeed's operators: a moment of it is mostly after the others' end.
+                    seconds = min(seconds, run.seconds)
+                counts["starts"] += 1
+                counts["resumed"] += resumed
+                counts["damaged checkpoints met"] += "is damaged" in run.said()
+            assert_same_run(tmp_path / "left_alone", run.run_dir)
+            told = ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
+            logger.info("%d runs as the one that was left alone; %s", number, told)
+        assert counts["resumed"] > 0
+    finally:
+        for process in ranks:
+            process.close()
+
+
+def kill_one(run: Run, chance: random.Random, seconds: float, counts: Counter[str]) -> None:
+    """Kill a random rank at a random moment of what a whole run takes, or while a checkpoint is being written."""
+    rank, in_save = chance.randrange(2), chance.random() < 0.5
+    moment = time.monotonic() + chance.uniform(0.0, seconds)
+    saves_to_wait_for, was_saving = chance.randrange(1, 4), False
+    while not run.has_ended():
+        is_saving = run.is_saving()
+        if in_save and is_saving and not was_saving:
+            saves_to_wait_for -= 1
+            if saves_to_wait_for == 0:
+                time.sleep(chance.uniform(0.0, 0.03))  # somewhere in the save
+                break
+        if not in_save and time.monotonic() >= moment:
+            break
+        was_saving = is_saving
+        time.sleep(0.001)
+    if run.has_ended():
+        return
+    counts["kills while a checkpoint was written" if run.is_saving() else "kills at other moments"] += 1
+    run.kill(rank)
+    counts["kills"] += 1
+    counts[f"kills of rank {rank}"] += 1

@@ -1,0 +1,75 @@
+"""Launch environments, the split of a batch, and control traffic on real processes."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from fixtures.launching import run_ranks
+
+from mmr1_ds.cluster.launch import LaunchEnvironment, launch_environment
+from mmr1_ds.errors import UserError
+from mmr1_ds.loop.sharing import batch_slots
+
+
+def test_each_launcher_is_recognised():
+    master = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
+    assert launch_environment({}) == LaunchEnvironment(0, 1, 0, "none")
+    deepspeed = {"RANK": "3", "WORLD_SIZE": "7", "LOCAL_RANK": "1", **master}
+    assert launch_environment(deepspeed) == LaunchEnvironment(3, 7, 1, "environment")
+    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1", **master}
+    assert launch_environment(slurm) == LaunchEnvironment(5, 6, 1, "slurm")
+    mpi = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", **master}
+    assert launch_environment(mpi) == LaunchEnvironment(0, 2, 0, "mpi")
+    # mpirun's daemons were started by srun: one task a node.
+    assert launch_environment(mpi | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}).rank == 0
+    assert launch_environment(slurm | {"PMI_SIZE": "6", "PMI_RANK": "5"}).launcher == "slurm"  # srun speaks PMI
+    assert launch_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).launcher == "none"  # inside sbatch, no srun
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK not"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK='x'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, r"RANK=2 must be in \[0, WORLD_SIZE=2\)"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR and MASTER_PORT not set"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "MASTER_ADDR": "n1"},
+            "MASTER_PORT not set for 2 ranks",
+        ),
+    ],
+)
+def test_a_partial_or_wrong_environment_is_explained(environ, message):
+    with pytest.raises(UserError, match=message):
+        launch_environment(environ)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_without_mpi4py_the_remedy_is_told(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # importing it fails
+    with pytest.raises(UserError, match=r"mpi4py does not import .* export MASTER_ADDR and MASTER_PORT"):
+        launch_environment({name: "2"})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_every_mini_batch_holds_the_same_prompts_on_any_number_of_ranks(size):
+    batch, mini_batch = 24, 6
+    slots = [batch_slots(batch, mini_batch, rank, size) for rank in range(size)]
+    assert sorted(np.concatenate(slots)) == list(range(batch))
+    share = mini_batch // size
+    for step in range(batch // mini_batch):
+        own = np.concatenate([part[step * share : (step + 1) * share] for part in slots])
+        assert sorted(own) == list(range(step * mini_batch, (step + 1) * mini_batch))
+
+
+def test_control_traffic_between_three_processes(tmp_path):
+    run_ranks("control_traffic.py", tmp_path, num_ranks=3, timeout_seconds=60, warm=False)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    for rank, result in enumerate(results):
+        assert result["exchanged"] == ["", f"1 to {rank}", f"2 to {rank}" * 2]
+        assert result["broadcast"] == [5, 7, 2**40]
+        assert result["gathered"] == [[], [[1.5, 0.0]], [[2.5, 0.0], [2.5, 1.0]]]
+        assert result["sum"] == {"a": 3.0, "b": 30.0}
+        assert result["max"] == {"a": 2.0}
+        assert result["any"] == [True, False]

@@ -1,0 +1,164 @@
+"""The programs `python -m mmr1_ds.train` and `mmr1-ds`: exit codes, what is told and by whom, the plan."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+from fixtures.dry_runs import valid_run, write_rows
+from fixtures.launching import environment
+
+from mmr1_ds.cluster.launch import gpu_is_here
+from mmr1_ds.commands import cli
+from mmr1_ds.config.loading import load_config
+from mmr1_ds.train import main
+
+
+@pytest.fixture
+def valid(tmp_path):
+    return valid_run(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def package_logging():
+    """The program configures the package's logger; other tests want it as it was."""
+    package = logging.getLogger("mmr1_ds")
+    before = package.handlers[:], package.level, package.propagate
+    yield
+    package.handlers[:], package.propagate = before[0], before[2]
+    package.setLevel(before[1])
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(capfd):
+    assert main(["data.sede=3"]) == 2
+    captured = capfd.readouterr()
+    assert captured.err == "mmr1-ds: error: unknown key data.sede in the command line; did you mean data.seed?\n"
+    assert captured.out == ""
+
+
+def test_only_rank_0_tells_and_it_is_never_outrun(capfd, monkeypatch):
+    waits = []
+    monkeypatch.setattr("mmr1_ds.train.time.sleep", waits.append)
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert main(["data.sede=3"]) == 2
+    assert capfd.readouterr().err == ""
+    assert waits and waits[0] > 1  # the launcher kills rank 0 as soon as it sees this rank gone
+
+
+def test_a_dry_run_imports_nothing_heavy(valid):
+    program = (
+        "import sys; from mmr1_ds.commands.cli import main; "
+        "code = main(['train', *sys.argv[1:], 'trainer.dry_run=true']); "
+        "heavy = {'torch', 'transformers', 'deepspeed', 'vllm', 'datasets'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *valid], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "plan of default" in done.stderr
+
+
+def test_eval_is_training_with_validation_only(monkeypatch):
+    given = []
+    monkeypatch.setattr("mmr1_ds.train.main", lambda argv: given.append(list(argv)) or 0)
+    assert cli.main(["eval", "config=mmr1", "trainer.val_only=false"]) == 0
+    assert cli.main(["train", "config=mmr1"]) == 0
+    trainer = load_config(given[0]).config.trainer
+    assert trainer.val_only and trainer.save_freq == -1
+    assert given[1] == ["config=mmr1"]
+
+
+@pytest.mark.parametrize("rank", ["--local_rank=1", "--local-rank=1"])
+def test_the_launcher_s_local_rank_is_passed_over(monkeypatch, rank):
+    given = []
+    monkeypatch.setattr("mmr1_ds.train.main", lambda argv: given.append(list(argv)) or 0)
+    monkeypatch.setattr(sys, "argv", ["mmr1-ds", rank, "train", "config=mmr1"])
+    assert cli.main() == 0
+    assert cli.main(["train", rank, "config=mmr1"]) == cli.main(["train", "config=mmr1", rank]) == 0
+    assert given == [["config=mmr1"]] * 3
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help(capfd, word):
+    with pytest.raises(SystemExit) as caught:
+        main([word])
+    assert caught.value.code == 0
+    assert capfd.readouterr().out.startswith("usage: python -m mmr1_ds.train [config=FILE")
+
+
+def test_eval_needs_something_to_validate_on(valid, tmp_path, capfd):
+    assert cli.main(["eval", *valid, "trainer.dry_run=true"]) == 2
+    assert "trainer.val_only=true needs data.val_files" in capfd.readouterr().err
+    val = write_rows(tmp_path, "val.json")
+    assert cli.main(["eval", *valid, f"data.val_files={val}", "trainer.dry_run=true"]) == 0
+    text = capfd.readouterr().err
+    assert "run         validation only" in text
+    assert (
+        "output      runs/default/eval/step_N, N steps done by the newest checkpoint in runs/default/checkpoints"
+        in text
+    )
+
+
+def plan(valid, capfd, *argv):
+    assert main([*valid, *argv, "trainer.dry_run=true"]) == 0
+    return capfd.readouterr().err
+
+
+def test_without_a_launcher_a_dry_run_plans_for_the_ranks_of_the_config(valid, capfd):
+    text = plan(valid, capfd, "trainer.nnodes=3", "worker.actor.micro_batch_size_per_device_for_update=1")
+    assert "ranks       6 = 3 node(s) x 2" in text
+    assert "a rank's optimiser step: 5 responses in packed micro-batches of up to 1,024 tokens" in text
+    plain = ["worker.actor.dynamic_batching=false", "worker.actor.padding_free=false"]
+    text = plan(valid, capfd, *plain, "worker.actor.micro_batch_size_per_device_for_update=5")
+    assert "15 responses = 3 padded micro-batches of 5" in text
+
+
+def test_what_a_refresh_costs(valid, capfd):
+    curriculum = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=2"]
+    assert "every 2 steps: 7 prompts x 8 = 56 responses, 47% of the 120" in plan(valid, capfd, *curriculum)
+    epoch = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=0", "data.curriculum_rollout_n=30"]
+    assert "every epoch: 7 prompts x 30 = 210 responses, 350% of the 60" in plan(valid, capfd, *epoch)
+
+
+def test_prompts_by_score_are_counted_as_the_sampler_counts(valid, capfd):
+    batch = ["data.rollout_batch_size=100", "worker.actor.global_batch_size=100"]
+    mixture = ["data.sampling_strategy=curriculum", "data.curriculum_mixture_ratio=0.29"]  # 0.29 * 100 = 28.99...
+    assert "curriculum: 29 of 100 prompts" in plan(valid, capfd, *batch, *mixture, "worker.rollout.n=6")
+
+
+def test_the_plan_says_that_a_critic_is_trained(valid, capfd):
+    gae = [
+        "algorithm.adv_estimator=gae",
+        "algorithm.lam=0.95",
+        "worker.critic.optim.lr=1e-5",
+        "trainer.critic_warmup=2",
+    ]
+    text = plan(valid, capfd, *gae, "worker.critic.ppo_epochs=2")
+    assert "gae (gamma 1, lambda 0.95) advantages" in text
+    assert (
+        "critic      Qwen/Qwen2.5-VL-3B-Instruct with a value head; ZeRO-3, offload: none; 4 optimiser step(s) of "
+        "30 responses, up to 3,072 tokens at once a rank; AdamW, lr 1e-05 constant; alone for the first 2 step(s)"
+    ) in text
+    assert "30 responses, 3 at once a rank" in plan(valid, capfd, *gae, "worker.critic.dynamic_batching=false")
+    assert "value head" not in plan(valid, capfd)
+
+
+def test_what_is_ignored_is_said_once(valid, capfd):
+    text = plan(valid, capfd, "worker.actor.use_torch_compile=true", "worker.rollout.disable_tqdm=true")
+    assert text.count("ignored keys: worker.actor.use_torch_compile, worker.rollout.disable_tqdm") == 1
+
+
+def test_a_launch_of_another_size_than_the_config_s_is_refused(valid, capfd):
+    assert main(valid) == 2  # one process, two ranks asked for
+    assert "1 * 2 = 2, but 1 process was started" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("environ", [{"DS_ACCELERATOR": "cpu"}, {"CUDA_VISIBLE_DEVICES": ""}])
+def test_a_gpu_can_be_hidden(environ):
+    assert not gpu_is_here(environ)

@@ -1,0 +1,353 @@
+"""Loading and composition: typed values, later wins, one clear line for every mistake; upstream's spellings."""
+
+import pytest
+from fixtures.dry_runs import GUIDE
+
+from mmr1_ds.config import RunConfig
+from mmr1_ds.config.keys import leaf_types
+from mmr1_ds.config.loading import dump_config, load_config
+from mmr1_ds.config.upstream import IGNORED, ONLY, RENAMED
+from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.checks import check_config
+
+
+def load(*argv: str) -> RunConfig:
+    return load_config(argv).config
+
+
+def mistake(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- values -------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_typed():
+    config = load("data.seed=3", "worker.actor.optim.lr=1e-4", "worker.actor.optim.betas=[0.8,0.95]", "data.shuffle=no")
+    assert config.data.seed == 3 and config.data.shuffle is False
+    assert config.worker.actor.optim.lr == pytest.approx(1e-4)
+    assert config.worker.actor.optim.betas == (0.8, 0.95)
+
+
+def test_lists_and_null():
+    config = load("data.curriculum_metrics=[learnability,self-bleu]", "data.system_prompt=null", "data.min_pixels=null")
+    assert config.data.curriculum_metrics == ["learnability", "self-bleu"]
+    assert config.data.system_prompt is None and config.data.min_pixels is None
+
+
+def test_text_on_the_command_line_is_taken_as_it_is():
+    prompt = "Think: first\nthen answer in \\boxed{}. # [not YAML] {a: b}"
+    config = load(f"data.system_prompt={prompt}", "trainer.experiment_name=007")
+    assert config.data.system_prompt == prompt
+    assert config.trainer.experiment_name == "007"
+
+
+def test_the_launcher_s_local_rank_is_passed_over():
+    assert load("--local_rank=1", "data.seed=5").data.seed == 5
+
+
+def test_interpolation():
+    assert (
+        load(
+            "data.max_response_length=700", "data.max_prompt_length=${data.max_response_length}"
+        ).data.max_prompt_length
+        == 700
+    )
+    assert "data.nope" in mistake("data.seed=${data.nope}")
+
+
+def test_keys_inside_a_mapping():
+    config = load(
+        "worker.actor.model.override_config.rope_theta=5", "worker.reward.reward_function_kwargs={weight: 0.2}"
+    )
+    assert config.worker.actor.model.override_config == {"rope_theta": 5}
+    assert config.worker.reward.reward_function_kwargs == {"weight": 0.2}
+
+
+def test_what_is_written_reads_back(tmp_path):
+    config = load(
+        "config=mmr1_b200", "data.curriculum_metrics=[learnability,distinct-n]", "worker.actor.optim.betas=[0.7,0.9]"
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    again = load_config([f"config={tmp_path / 'config.yaml'}"])
+    assert again.config == config and again.warnings == ()
+
+
+@pytest.mark.parametrize("text", ["${data.seed}", r"\${x}", r"a\\${", "\\boxed{}", "1e-3", "null", "a: b\n# c"])
+def test_any_text_reads_back(tmp_path, text):
+    config = RunConfig()
+    config.data.system_prompt = config.trainer.experiment_name = text
+    config.worker.reward.reward_function_kwargs = {"a": {"b": [text]}}
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load(f"config={tmp_path / 'config.yaml'}") == config
+
+
+def test_secrets_are_not_written():
+    config = load("worker.reward.reward_function_kwargs={judge: {api_key: abc123, name: x}}")
+    text = dump_config(config)
+    assert "abc123" not in text and "'***'" in text and "name: x" in text
+
+
+def test_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = ["worker.actor.model.model_path", "worker.actor.model.tokenizer_path", "trainer.load_checkpoint_path"]
+    config = load(*(f"{path}=~/x" for path in paths), "data.train_files=~/a@dev, ~/b", "data.val_files=['~/c',d~]")
+    assert config.worker.actor.model.model_path == config.worker.actor.model.tokenizer_path == "/home/someone/x"
+    assert config.trainer.load_checkpoint_path == "/home/someone/x"
+    assert config.data.train_files == "/home/someone/a@dev,/home/someone/b"
+    assert config.data.val_files == ["/home/someone/c", "d~"]
+
+
+def test_an_inline_template_longer_than_a_file_s_name(tmp_path):
+    template = "{{ content }}" + " Think." * 100
+    (tmp_path / "run.yaml").write_text(f"data: {{format_prompt: '{template}'}}\n")
+    assert load(f"config={tmp_path / 'run.yaml'}").data.format_prompt == template
+    (tmp_path / "run.yaml").write_text(f"worker: {{actor: {{deepspeed: '{'x' * 300}'}}}}\n")
+    assert load(f"config={tmp_path / 'run.yaml'}").worker.actor.deepspeed == "x" * 300
+    assert "not found" in mistake(f"config={'x' * 300}")
+
+
+# --- mistakes in keys and types -----------------------------------------------------------------------------------
+
+
+def test_unknown_key_names_the_nearest():
+    assert mistake("data.rollout_bach_size=3") == (
+        "unknown key data.rollout_bach_size in the command line; did you mean data.rollout_batch_size?"
+    )
+    assert "did you mean data.rollout_batch_size?" in mistake("rollout_batch_size=3")
+    assert "did you mean worker.actor.ulysses_size?" in mistake("worker.actor.ulyses_size=1")
+    assert "the sections are data, algorithm, worker, trainer" in mistake("xyzzy.plugh=3")
+
+
+def test_unknown_key_of_a_file_names_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data:\n  sede: 3\n")
+    assert mistake(f"config={path}") == f"unknown key data.sede in {path}; did you mean data.seed?"
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("data.seed=x", "data.seed=x: expected a whole number, got text"),
+        ("data.seed=1.5", "data.seed=1.5: expected a whole number, got a number"),
+        ("data.seed=null", "data.seed=null: expected a whole number, got null"),
+        ("data.shuffle=maybe", "data.shuffle=maybe: expected true or false, got text"),
+        ("worker.actor.optim.lr=[1]", "worker.actor.optim.lr=[1]: expected a number, got a list"),
+        ("data.curriculum_metrics=learnability", "expected a list of text, like [a,b], got text"),
+        ("data.curriculum_metrics=[{a: 1}]", "expected a list of text"),
+        ("data.curriculum_metric_weights=[x]", "expected a list of numbers"),
+        ("worker.actor.optim.betas=[0.9]", "expected a list of 2 numbers"),
+        ("worker.actor.model.override_config=3", "expected a mapping, got a whole number"),
+        ("data.min_pixels=many", "expected a whole number or null, got text"),
+        ("data=3", "data is a section; give its keys, like data.train_files"),
+        ("data.seed.x=3", "data.seed holds no further keys, it is a whole number"),
+        ("data.curriculum_metrics=[a", "not readable as YAML"),
+        ("seed", "argument 'seed' is not of the form key=value"),
+        ("--seed=3", "argument '--seed=3' is not of the form key=value"),
+    ],
+)
+def test_wrong_type_names_key_value_and_type(argument, expected):
+    assert expected in mistake(argument)
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_later_wins_and_the_command_line_last(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {seed: 1, max_prompt_length: 11, rollout_batch_size: 21}\n")
+    (tmp_path / "b.yaml").write_text("data: {seed: 2, max_prompt_length: 12}\n")
+    (tmp_path / "run.yaml").write_text("defaults: [a, b]\ndata: {seed: 3}\n")
+    data = load(f"config={tmp_path / 'run.yaml'}", "data.val_batch_size=9").data
+    assert (data.seed, data.max_prompt_length, data.rollout_batch_size, data.val_batch_size) == (3, 12, 21, 9)
+    assert load(f"config={tmp_path / 'run.yaml'}", "data.seed=4").data.seed == 4
+
+
+def test_lists_are_replaced_and_mappings_merged(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "data: {curriculum_metrics: [learnability, self-bleu]}\n"
+        "worker: {reward: {reward_function_kwargs: {x: 1, y: {u: 1, v: 2}}}}\n"
+    )
+    (tmp_path / "run.yaml").write_text(
+        "defaults: a\ndata: {curriculum_metrics: [distinct-n]}\n"
+        "worker: {reward: {reward_function_kwargs: {y: {v: 3}}}}\n"
+    )
+    config = load(f"config={tmp_path / 'run.yaml'}")
+    assert config.data.curriculum_metrics == ["distinct-n"]
+    assert config.worker.reward.reward_function_kwargs == {"x": 1, "y": {"u": 1, "v": 3}}
+
+
+def test_self_says_where_the_file_itself_comes(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {seed: 1}\n")
+    (tmp_path / "run.yaml").write_text("defaults: [_self_, a]\ndata: {seed: 2}\n")
+    assert load(f"config={tmp_path / 'run.yaml'}").data.seed == 1
+
+
+def test_a_config_beside_the_file_comes_before_the_project_s(tmp_path):
+    (tmp_path / "mmr1.yaml").write_text("data: {seed: 77}\n")
+    (tmp_path / "run.yaml").write_text("defaults: [mmr1]\n")
+    assert load(f"config={tmp_path / 'run.yaml'}").data.seed == 77
+    assert load("config=mmr1").data.prompt_key == "problem"
+
+
+def test_a_shared_base_is_no_cycle(tmp_path):
+    (tmp_path / "base.yaml").write_text("data: {seed: 5}\n")
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text("defaults: [base]\n")
+    (tmp_path / "run.yaml").write_text("defaults: [a, b]\n")
+    assert load(f"config={tmp_path / 'run.yaml'}").data.seed == 5
+
+
+def test_cycle(tmp_path):
+    (tmp_path / "a.yaml").write_text("defaults: [b]\n")
+    (tmp_path / "b.yaml").write_text("defaults: [a]\n")
+    assert "defaults form a cycle: a.yaml -> b.yaml -> a.yaml" in mistake(f"config={tmp_path / 'a.yaml'}")
+
+
+def test_missing_config_lists_the_known():
+    message = mistake("config=mmr1_b20")
+    assert "config file mmr1_b20 not found" in message and "mmr1_b200" in message
+
+
+def test_file_that_is_not_yaml_names_the_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data:\n  seed: 1\n  seed: [1\n")
+    assert f"{path}, line 4: not readable as YAML" in mistake(f"config={path}")
+    path.write_text("data:\n  seed: 1\n  seed: 2\n")
+    assert f"{path}, line 3: not readable as YAML: found duplicate key seed" in mistake(f"config={path}")
+    path.write_text("- 1\n")
+    assert "must hold sections" in mistake(f"config={path}")
+
+
+def test_paths_beside_their_file_are_found(tmp_path, monkeypatch):
+    (tmp_path / "reward.py").write_text("def score(items):\n    return items\n")
+    (tmp_path / "run.yaml").write_text("worker: {reward: {reward_function: reward.py:score}}\n")
+    monkeypatch.chdir("/")
+    config = load(f"config={tmp_path / 'run.yaml'}")
+    assert config.worker.reward.reward_function == f"{tmp_path / 'reward.py'}:score"
+    assert load("config=mmr1_h100").worker.actor.deepspeed.endswith("configs/deepspeed/zero3_h100.json")
+
+
+def test_a_key_inside_a_file_is_refused():
+    assert "is the file" in mistake("config=mmr1_h100", "worker.actor.deepspeed.zero_optimization.stage=2")
+
+
+# --- upstream -----------------------------------------------------------------------------------------------------
+
+
+def test_upstream_yaml_loads_unchanged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = load_config([f"config={GUIDE / 'upstream.yaml'}"])
+    config = loaded.config
+    check_config(config, 8)
+    actor = config.worker.actor
+    assert (actor.clip_ratio_low, actor.clip_ratio_high) == (0.21, 0.29)
+    assert actor.padding_free
+    assert actor.offload.offload_params and actor.offload.offload_optimizer  # fsdp.enable_cpu_offload
+    assert config.worker.ref.offload.offload_params
+    assert config.worker.critic.cliprange_value == 0.5 and config.worker.critic.optim.lr == 1e-6
+    assert actor.optim.lr_scheduler_type == "cosine" and actor.optim.min_lr_ratio == 0.0
+    assert config.trainer.total_episodes == 12 and config.trainer.resume is False
+    assert config.worker.rollout.engine == "vllm" and config.worker.rollout.dtype == "bf16"
+    assert config.worker.rollout.val_override_config.temperature == 0.6
+    assert config.worker.reward.reward_function == "math" and config.worker.reward.num_workers == 3
+    assert config.data.format_prompt.endswith("configs/format_prompt/math.jinja")
+
+    ignored = [line for line in loaded.warnings if line.startswith("ignored keys: ")]
+    assert len(ignored) == 1
+    for key in ("worker.actor.fsdp.fsdp_size", "worker.actor.use_torch_compile", "fault_tolerance.max_restarts"):
+        assert key in ignored[0]
+    assert "SECRET" not in " ".join(loaded.warnings)
+    assert len(loaded.warnings) == 4  # and the two example files that ours replace, and the key that is not read
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("worker.critic.ulysses_size=2", "worker.critic.ulysses_size must be 1, got 2"),
+        ("worker.actor.entropy_coeff=0.01", "an entropy bonus is not implemented"),
+        ("worker.rollout.ignore_eos=true", "worker.rollout.ignore_eos must be false, got true"),
+        ("data.override_chat_template=x.jinja", "data.override_chat_template must be null, got x.jinja"),
+    ],
+)
+def test_what_changes_the_algorithm_is_refused_not_ignored(argument, expected):
+    assert expected in mistake(argument)
+
+
+def test_offload_in_one_file_keeps_what_fsdp_says():
+    both = ["worker.actor.fsdp.enable_cpu_offload=true", "worker.actor.offload.offload_params=false"]
+    for argv in (both, both[::-1]):
+        assert load(*argv).worker.actor.offload.offload_params
+    assert not load("worker.actor.fsdp.enable_cpu_offload=false").worker.actor.offload.offload_params
+
+
+@pytest.mark.parametrize("section", ["offload", "fsdp"])
+def test_offload_by_its_other_names(section):
+    for name in ("actor", "critic"):
+        offload = getattr(load(f"worker.{name}.{section}.param_offload=true").worker, name).offload
+        assert offload.offload_params and not offload.offload_optimizer
+        offload = getattr(load(f"worker.{name}.{section}.optimizer_offload=true").worker, name).offload
+        assert offload.offload_optimizer and not offload.offload_params
+    reference = load_config(
+        [f"worker.ref.{section}.param_offload=true", f"worker.ref.{section}.optimizer_offload=true"]
+    )
+    assert reference.config.worker.ref.offload.offload_params
+    assert reference.warnings == (f"ignored keys: worker.ref.{section}.optimizer_offload",)
+
+
+def test_a_critic_by_its_other_names():
+    keys = ["strategy=fsdp", "fsdp.enable_full_shard=true", "use_torch_compile=true", "model.tokenizer_path=x"]
+    loaded = load_config(
+        [f"worker.critic.{key}" for key in (*keys, "loss_avg_mode=token-mean", "optim.warmup_style=cosine")]
+    )
+    critic = loaded.config.worker.critic
+    assert critic.loss_avg_mode == "token" and critic.optim.lr_scheduler_type == "cosine"
+    (warning,) = loaded.warnings
+    assert warning == "ignored keys: " + ", ".join(f"worker.critic.{key.partition('=')[0]}" for key in keys)
+    assert "worker.critic.cliprange_value" in mistake("worker.critic.cliprange=0.2")
+
+
+def test_coefficient_of_the_kl_in_the_loss():
+    both = ["worker.actor.kl_loss_coef=0.02", "algorithm.kl_coef=0.0"]
+    for argv in (both, both[::-1]):
+        assert load(*argv).algorithm.kl_coef == 0.02
+    assert "twice under different names" in mistake("worker.actor.kl_loss_coef=0.02", "algorithm.kl_coef=0.1")
+    assert load("algorithm.kl_coef=0.0").algorithm.kl_coef == 0.0
+
+
+def test_ways_to_learn_by_their_other_names():
+    config = load(
+        "algorithm.kl_penalty=k2", "worker.actor.loss_avg_mode=seq-mean-token-mean", "worker.actor.clip_low=0"
+    )
+    assert config.algorithm.kl_penalty == "mse" and config.worker.actor.loss_avg_mode == "seq"
+    assert config.worker.actor.clip_ratio_low == 0.0
+    config = load("worker.actor.kl_loss_type=k1", "worker.actor.loss_type=vanilla", "worker.actor.tau_positive=2")
+    assert config.algorithm.kl_penalty == "kl" and config.worker.actor.loss_type == "default"
+    assert config.worker.actor.tau_positive == 2.0
+
+
+def test_steps_between_validations():
+    assert load("trainer.test_freq=7").trainer.val_freq == 7
+
+
+def test_one_key_under_two_names():
+    assert "twice under different names" in mistake("worker.actor.clip_low=0.1", "worker.actor.clip_ratio_low=0.2")
+
+
+def test_single_clip_ratio_and_single_metric():
+    config = load("worker.actor.clip_ratio=0.25", "data.curriculum_metric=self_bleu_123")
+    assert config.worker.actor.clip_ratio_low == config.worker.actor.clip_ratio_high == 0.25
+    assert config.data.curriculum_metrics == ["self_bleu_123"]
+
+
+def test_shuffle_false_is_sequential_unless_said_otherwise():
+    assert load("data.shuffle=false").data.sampling_strategy == "sequential"
+    assert load("data.shuffle=false", "data.sampling_strategy=curriculum").data.sampling_strategy == "curriculum"
+
+
+def test_tables_of_upstream_keys_are_about_other_keys_than_ours():
+    ours = set(leaf_types())
+    assert set(RENAMED.values()) <= ours
+    assert not ours & (set(RENAMED) | set(ONLY) | set(IGNORED))

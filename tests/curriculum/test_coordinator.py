@@ -1,0 +1,364 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from fixtures.coordinators import P, answer, make, refresh, share, train
+from fixtures.rank_threads import on_ranks
+
+from mmr1_ds.curriculum.statistics import PromptStatistics
+from mmr1_ds.errors import UserError
+
+
+def test_any_number_of_ranks_draws_the_same():
+    alone = on_ranks(1, lambda control: train(make(control), range(1, 9)))[0]
+    assert len({tuple(batch) for batch, _ in alone}) == 8
+    for size in (2, 3):
+        ranks = on_ranks(size, lambda control: train(make(control), range(1, 9)))
+        for by_rank in zip(alone, *ranks, strict=True):
+            assert all(batch == by_rank[0][0] for batch, _ in by_rank)
+            assert by_rank[1][1] == pytest.approx(by_rank[0][1], abs=1e-12)  # metrics: rank 0 only
+            assert all(metrics == {} for _, metrics in by_rank[2:])
+
+
+def test_refresh_chunks_cover_the_data_set_in_order():
+    coordinator = make()
+    chunks = list(coordinator.refresh_chunks())
+    assert [len(chunk) for chunk in chunks] == [7, 7, 7, 2]
+    assert np.concatenate(chunks).tolist() == list(range(P))
+
+
+@pytest.mark.parametrize(("frequency", "expected"), [(3, [1, 4, 7]), (1, list(range(1, 10))), (0, [1, 4, 7])])
+def test_when_a_refresh_is_due(frequency, expected):
+    coordinator = make(curriculum_update_freq=frequency)  # an epoch is 3 steps: 23 // 6
+    due = []
+    for step in range(1, 10):
+        if coordinator.refresh_due(step):
+            due.append(step)
+            refresh(coordinator, step)
+        assert not coordinator.refresh_due(step)
+    assert due == expected
+
+
+@pytest.mark.parametrize("strategy", ["shuffle", "sequential"])
+def test_no_refresh_without_curriculum(strategy):
+    coordinator = make(sampling_strategy=strategy)
+    history = train(coordinator, range(1, 9))
+    batches = [index for batch, _ in history for index in batch]
+    assert sorted(batches[:P]) == list(range(P))
+    assert (batches[:P] == list(range(P))) == (strategy == "sequential")
+    assert history[-1][1]["curriculum/extra_rollout_fraction"] == 0.0
+
+
+def test_a_refresh_sets_the_weights():
+    coordinator = make(
+        curriculum_metrics=["learnability", "self-bleu"], curriculum_metric_weights=[0.7, 0.3], curriculum_momentum=0.0
+    )
+    refresh(coordinator, 1)
+    answers = [answer(i, 1) for i in range(P)]
+    scores = np.array([0.7 * a.pass_rate * (1 - a.pass_rate) + 0.3 * (1 - a.self_bleu) for a in answers])
+    expected = 0.01 + 0.99 * (scores - scores.min()) / (scores.max() - scores.min())
+    np.testing.assert_allclose(coordinator.table.sampling_weights, expected, atol=1e-6)
+    np.testing.assert_allclose(coordinator.table.column("pass_rate"), [a.pass_rate for a in answers], atol=1e-7)
+
+
+def test_momentum():
+    weights = {}
+    for momentum in (0.0, 0.6):
+        coordinator = make(curriculum_momentum=momentum, curriculum_weight_floor=0.0)
+        refresh(coordinator, 1)
+        weights["first"] = coordinator.table.sampling_weights
+        refresh(coordinator, 4)
+        weights[momentum] = coordinator.table.sampling_weights
+    np.testing.assert_allclose(weights[0.6], 0.6 * weights["first"] + 0.4 * weights[0.0], atol=1e-6)
+    assert np.abs(weights[0.0] - weights["first"]).max() > 0.1
+
+
+def test_training_does_not_change_the_weights():
+    coordinator = make()
+    refresh(coordinator, 1)
+    before = coordinator.table.sampling_weights
+    batch = coordinator.next_batch(1)
+    coordinator.observe(1, [answer(i, 99) for i in batch])
+    coordinator.finish_step(1, batch)
+    assert coordinator.table.sampling_weights is before
+    assert set(np.flatnonzero(coordinator.table.column("last_seen_step") == 1)) == set(range(P))
+
+
+def test_metrics_of_a_step():
+    coordinator = make(rollout_batch_size=4, curriculum_mixture_ratio=0.5)
+    refresh(coordinator, 1)
+    batch = coordinator.next_batch(1)
+    observed = [answer(index, 2) for index in batch]
+    observed[0] = answer(batch[0], -6 * batch[0] % 9)  # none right
+    coordinator.observe(1, observed)
+    coordinator.finish_step(1, batch)
+    metrics = coordinator.metrics()
+    weights = coordinator.table.sampling_weights
+    assert metrics["curriculum/mean_weight"] == pytest.approx(weights.mean())
+    assert metrics["curriculum/std_weight"] == pytest.approx(weights.std())
+    assert metrics["curriculum/min_weight"] == pytest.approx(0.01)
+    assert metrics["curriculum/max_weight"] == pytest.approx(1.0)
+    assert metrics["curriculum/consumed_batches"] == 1
+    assert metrics["curriculum/random_position"] == 2
+    assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(P * 8 / (4 * 8))
+    effective = [0 < a.pass_rate < 1 for a in observed]
+    assert any(effective) and not all(effective)
+    assert metrics["curriculum/effective_group_fraction"] == pytest.approx(np.mean(effective))
+    losses = []
+    for seen in observed:
+        predicted = (answer(seen.index, 1).pass_rate * 8 + 0.5) / 9
+        right = round(seen.pass_rate * 8)
+        losses += [-np.log(predicted)] * right + [-np.log(1 - predicted)] * (8 - right)
+    assert metrics["curriculum/log_loss"] == pytest.approx(np.mean(losses))
+
+
+def test_log_loss_is_absent_before_the_first_refresh():
+    coordinator = make()
+    batch = coordinator.next_batch(1)
+    coordinator.observe(1, [answer(i, 1) for i in batch])
+    coordinator.finish_step(1, batch)
+    assert "curriculum/log_loss" not in coordinator.metrics()
+    assert all(np.isfinite(value) for value in coordinator.metrics().values())
+
+
+def test_equal_rewards_are_not_effective_whatever_the_accuracy():
+    coordinator = make(rollout_batch_size=2)
+    first, second = batch = coordinator.next_batch(1)
+    coordinator.observe(
+        1, [PromptStatistics(first, 8, 0.5, 0.3, 0.0, 0.1, 0.5), PromptStatistics(second, 8, 1.0, 0.9, 1e-30, 0.1, 0.5)]
+    )
+    coordinator.finish_step(1, batch)
+    assert coordinator.metrics()["curriculum/effective_group_fraction"] == 0.5
+
+
+def test_unknown_accuracies_are_ignored():
+    coordinator = make()
+    nan = float("nan")
+    for chunk in coordinator.refresh_chunks():
+        coordinator.observe_refresh(
+            [PromptStatistics(int(i), 4, nan if i % 2 else i / P, 0.1, 0.0, 0.1, 0.5) for i in chunk]
+        )
+    coordinator.finish_refresh(1)
+    assert np.isfinite(coordinator.table.sampling_weights).all()
+    batch = coordinator.next_batch(1)
+    coordinator.observe(1, [PromptStatistics(int(i), 8, nan, 0.1, 0.0, 0.1, 0.5) for i in batch])
+    coordinator.finish_step(1, batch)
+    metrics = coordinator.metrics()
+    assert "curriculum/log_loss" not in metrics
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize(("saved_on", "loaded_on"), [(1, 1), (2, 1), (1, 3), (3, 2)])
+def test_resume_draws_what_an_unbroken_run_draws(tmp_path, saved_on, loaded_on):
+    unbroken = train(make(), range(1, 13))
+
+    def first_half(control):
+        coordinator = make(control)
+        train(coordinator, range(1, 6))
+        coordinator.save(tmp_path)
+
+    def second_half(control):
+        coordinator = make(control)
+        coordinator.load(tmp_path)
+        return train(coordinator, range(6, 13))
+
+    on_ranks(saved_on, first_half)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curriculum.json", "curriculum.safetensors"]
+    resumed = on_ranks(loaded_on, second_half)
+    for rank in range(loaded_on):
+        assert [batch for batch, _ in resumed[rank]] == [batch for batch, _ in unbroken[5:]]
+    for (_, again), (_, metrics) in zip(resumed[0], unbroken[5:], strict=True):
+        assert again == pytest.approx(metrics, abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("chunk_size", [7, 4])
+def test_an_interrupted_refresh_goes_on(tmp_path, size, chunk_size):
+    whole = make()
+    train(whole, range(1, 4))
+    refresh(whole, 4)
+
+    def begin(control):
+        coordinator = make(control)
+        train(coordinator, range(1, 4))
+        chunks = coordinator.refresh_chunks()
+        for _ in range(2):
+            coordinator.observe_refresh([answer(i, 4) for i in share(next(chunks), control)])
+        coordinator.save(tmp_path)
+
+    def finish(control):
+        coordinator = make(control, curriculum_rollout_batch_size=chunk_size)
+        coordinator.load(tmp_path)
+        assert coordinator.refresh_due(4)
+        left = list(coordinator.refresh_chunks())
+        assert np.concatenate(left).tolist() == list(range(14, P))
+        refresh(coordinator, 4)
+        assert not coordinator.refresh_due(4)
+        return coordinator
+
+    on_ranks(1, begin)
+    resumed = on_ranks(size, finish)[0]
+    np.testing.assert_array_equal(resumed.table.sampling_weights, whole.table.sampling_weights)
+    fraction = "curriculum/extra_rollout_fraction"
+    assert resumed.metrics()[fraction] == pytest.approx(whole.metrics()[fraction])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_refresh_goes_on_from_its_own_file(tmp_path, size):
+    path = tmp_path / "checkpoints" / "refresh.safetensors"
+    whole = make()
+    refresh(whole, 1)
+
+    def begin(control):
+        coordinator = make(control)
+        assert coordinator.resume_refresh(path, "the key") == 0  # no file yet
+        chunks = coordinator.refresh_chunks()
+        for _ in range(2):
+            coordinator.observe_refresh([answer(i, 1) for i in share(next(chunks), control)])
+            coordinator.save_refresh(path, "the key")
+
+    def finish(control):
+        coordinator = make(control)
+        assert coordinator.resume_refresh(path, "the key") == 14
+        assert np.concatenate(list(coordinator.refresh_chunks())).tolist() == list(range(14, P))
+        refresh(coordinator, 1)
+        weights = coordinator.table.sampling_weights.copy() if control.rank == 0 else None
+        train(coordinator, [1])
+        return weights, coordinator.metrics()
+
+    on_ranks(2, begin)
+    assert make().resume_refresh(path, "another key") == 0
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(path.read_bytes()[:-9])
+    assert make().resume_refresh(damaged, "the key") == 0
+    weights, metrics = on_ranks(size, finish)[0]
+    np.testing.assert_array_equal(weights, whole.table.sampling_weights)
+    train(whole, [1])
+    assert metrics == pytest.approx(whole.metrics())
+    assert [file.name for file in path.parent.iterdir()] == ["refresh.safetensors"]
+
+
+def test_state_dict_is_a_snapshot():
+    coordinator = make()
+    train(coordinator, range(1, 3))
+    chunks = coordinator.refresh_chunks()
+    state = coordinator.state_dict()
+    coordinator.observe_refresh([answer(i, 9) for i in next(chunks)])
+    train(coordinator, [3])
+    again = make()
+    again.load_state_dict(state)
+    assert [len(chunk) for chunk in again.refresh_chunks()] == [7, 7, 7, 2]
+    assert again.metrics()["curriculum/consumed_batches"] == 2
+
+
+def test_prompts_held_twice_count_once_and_by_the_lowest_rank():
+    def work(control):
+        coordinator = make(control)
+        for chunk in coordinator.refresh_chunks():
+            coordinator.observe_refresh([answer(i, control.rank) for i in chunk])  # every rank holds the whole chunk
+        coordinator.finish_refresh(1)
+        return coordinator
+
+    doubled = on_ranks(2, work)[0]
+    np.testing.assert_allclose(doubled.table.column("pass_rate"), [answer(i, 0).pass_rate for i in range(P)])
+
+
+def test_an_unfinished_refresh_is_not_taken():
+    coordinator = make()
+    coordinator.observe_refresh([answer(i, 1) for i in next(iter(coordinator.refresh_chunks()))])
+    with pytest.raises(AssertionError, match="16 prompts left"):
+        coordinator.finish_refresh(1)
+
+
+def test_another_data_set_is_refused_on_every_rank(tmp_path):
+    make().save(tmp_path)
+    heard = []
+
+    def load(control):
+        coordinator = make(control, fingerprint="xyz")
+        try:
+            coordinator.load(tmp_path)
+        except UserError as error:
+            heard.append((control.rank, str(error)))
+
+    on_ranks(2, load)
+    messages = dict(heard)
+    assert "data set abc" in messages[0] and "data set xyz" in messages[0]
+    assert "rank 0" in messages[1]
+
+
+def test_other_settings_are_named_once(tmp_path, caplog):
+    make().save(tmp_path)
+    make(seed=6, rollout_batch_size=8).load(tmp_path)
+    assert len(caplog.records) == 1
+    assert "data.seed 5 -> 6, " in caplog.text or "data.seed 5 -> 6)" in caplog.text
+    assert "data.rollout_batch_size 6 -> 8" in caplog.text
+
+
+def test_files_of_another_format_are_refused(tmp_path):
+    make().save(tmp_path)
+    path = tmp_path / "curriculum.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match="has format 99"):
+        make().load(tmp_path)
+
+
+_RANK_PROGRAM = """
+import json, sys
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.cluster.launch import launch_environment
+from fixtures.coordinators import make, train
+ranks = Ranks(launch_environment(), timeout_seconds=20)
+print(json.dumps([batch for batch, _ in train(make(ranks), range(1, 6))]))
+ranks.close()
+"""
+
+
+def test_two_real_processes_draw_what_one_draws():
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": "2",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RANK_PROGRAM],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    expected = [batch for batch, _ in train(make(), range(1, 6))]
+    assert [json.loads(text) for text in printed] == [expected, expected]
+
+
+def _free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_refresh_goes_on_when_the_disk_does_not_take_what_it_found(tmp_path):
+    (tmp_path / "a_file").write_text("")
+    coordinator = make()
+    coordinator.resume_refresh(tmp_path / "missing", "the key")
+    for chunk in coordinator.refresh_chunks():
+        coordinator.observe_refresh([answer(i, 1) for i in chunk])
+        coordinator.save_refresh(tmp_path / "a_file" / "refresh.safetensors", "the key")  # no folder can be made there
+    coordinator.finish_refresh(1)
+    whole = make()
+    refresh(whole, 1)
+    np.testing.assert_array_equal(coordinator.table.sampling_weights, whole.table.sampling_weights)

@@ -1,0 +1,92 @@
+"""Runs killed at random moments draw what an unbroken run draws, on whatever number of ranks they go on."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fixtures.launching import PROGRAMS, ROOT, environment, run_ranks, wait_until
+
+PROGRAM = "curriculum_until_killed.py"
+NUM_STEPS = 300
+# More by MMR1_DS_KILLS=50; each start takes seconds.
+NUM_KILLS = int(os.environ.get("MMR1_DS_KILLS", "3"))
+
+
+def drawn(folder: Path, rank: int) -> list[tuple[tuple[int, int], list[int], list[int]]]:
+    """(step, draw of the step), batch, probes of each draw, in the order they were made."""
+    lines = (folder / f"drawn.{rank}.jsonl").read_text().splitlines()
+    found = []
+    for line in lines:
+        try:
+            step, attempt, batch, probes = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the kill came in the middle of a line
+        found.append(((step, attempt), batch, probes))
+    return found
+
+
+def run_until_killed(folder: Path, refresh: str, num_ranks: int, after_lines: int) -> bool:
+    """Start ranks, kill them once rank 0 has drawn `after_lines` more. Returns: whether all were still going."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    log = folder / "drawn.0.jsonl"
+    before = log.read_bytes().count(b"\n") if log.exists() else 0
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAMS / PROGRAM), str(folder), refresh, str(NUM_STEPS), "7"],
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+            ),
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(num_ranks)
+    ]  # fmt: skip
+
+    def reached() -> bool:
+        lines = log.read_bytes().count(b"\n") if log.exists() else 0
+        return lines >= before + after_lines or any(process.poll() is not None for process in processes)
+
+    try:
+        wait_until(reached, 120, f"{after_lines} more draws")
+    finally:
+        running = [process for process in processes if process.poll() is None]
+        for process in running:
+            process.send_signal(signal.SIGKILL)
+        for process in processes:
+            process.wait(30)
+    return len(running) == num_ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refresh", ["full", "online"])
+def test_killed_runs_draw_what_an_unbroken_one_draws(tmp_path, refresh):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    run_ranks(PROGRAM, whole, refresh, str(NUM_STEPS), "7", warm=False)
+    expected = {step: (batch, probes) for step, batch, probes in drawn(whole, 0)}
+    assert len(expected) == 2 * NUM_STEPS  # 1, 2, 3, 1, 2, 3, ... draws a step
+    assert any(probes for _, probes in expected.values()) == (refresh == "online")
+
+    chance = random.Random(5)
+    kills = 0
+    for _ in range(NUM_KILLS):
+        num_ranks, after_lines = chance.choice([1, 2, 3]), chance.randrange(1, 4 * NUM_STEPS // NUM_KILLS)
+        kills += run_until_killed(broken, refresh, num_ranks, after_lines)
+    assert kills >= NUM_KILLS / 2
+    run_ranks(PROGRAM, broken, refresh, str(NUM_STEPS), "7", num_ranks=2, warm=False)
+    for rank in range(3):
+        if (broken / f"drawn.{rank}.jsonl").exists():
+            for step, batch, probes in drawn(broken, rank):
+                assert (batch, probes) == expected[step], (rank, step)
+    assert drawn(broken, 0)[-1][0][0] == NUM_STEPS
+    assert len(drawn(broken, 0)) > 2 * NUM_STEPS  # steps were repeated: the kills did cost something

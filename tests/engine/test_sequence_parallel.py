@@ -1,0 +1,48 @@
+"""Sequences that two ranks compute together, against each rank alone without packing; every kind of model."""
+
+import numpy as np
+import pytest
+from fixtures.launching import run_ranks
+from fixtures.tiny_models import save_text_model, save_vision_model
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, Qwen2Config
+
+from mmr1_ds.cluster.ranks import Neighbours
+from mmr1_ds.engine.model.packing import PACKED
+from mmr1_ds.engine.model.sequence_parallel import NAME, SequenceParallel, under_its_name
+from mmr1_ds.errors import UserError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen3_vl"])
+def test_log_probs_are_those_of_a_rank_alone(tmp_path, family):
+    save = save_vision_model if family.endswith("vl") else save_text_model
+    model = save(tmp_path / "model", family=family, num_heads=4)
+    run_ranks("sequence_parallel.py", model, tmp_path, num_ranks=2)
+    results = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2)]
+    for found in results:
+        for i in range(5):
+            np.testing.assert_allclose(found[f"together {i}"], found[f"alone {i}"], atol=1e-5)
+    assert sum(len(results[1][f"alone {i}"]) for i in range(5)) > 20
+    # Each rank computes half of all tokens, once; rows of an odd number are filled up.
+    total = sum(found["lengths"].sum() for found in results)
+    for found in results:
+        assert 0 <= 2 * found["cuts"].sum() - total <= len(found["cuts"])
+
+
+def test_the_attention_inside_is_asked_under_its_own_name():
+    """transformers' flash-attention loads its kernels by that name."""
+    AttentionInterface.register("probe", lambda module, *_, **options: (module.config._attn_implementation, options))
+    layer = nn.Module()
+    layer.config = Qwen2Config()
+    layer.config._attn_implementation = NAME
+    assert under_its_name("probe")(layer, 1, 2, scaling=3) == ("probe", {"scaling": 3})
+    assert layer.config._attn_implementation == NAME
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(tmp_path):
+    config = AutoConfig.from_pretrained(save_text_model(tmp_path / "model"))  # 3 heads, 1 key-value head
+    with pytest.raises(UserError, match="ulysses_size=2 cannot share out 3 attention heads and 1 key-value heads"):
+        SequenceParallel(Neighbours(None, None, 0, 2), config, PACKED)
+    with pytest.raises(UserError, match="ulysses_size=2 needs packed sequences, but qwen2 models are padded"):
+        SequenceParallel(Neighbours(None, None, 0, 2), config, "sdpa")

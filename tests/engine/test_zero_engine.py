@@ -1,0 +1,113 @@
+"""The engine on real parts: DeepSpeed ZeRO-3, vLLM and transformers, on one and two ranks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from fixtures.launching import run_ranks
+from fixtures.tiny_models import save_text_model, save_vision_model
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.slow
+
+SAVE = {"vision": save_vision_model, "text": save_text_model}
+
+
+@pytest.mark.parametrize("kind", ["vision", "text"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_vllm_samples_from_the_actor_after_every_sync(tmp_path, kind, tied):
+    model = SAVE[kind](tmp_path / "model", tied=tied)
+    num_ranks = 2 if kind == "vision" else 1
+    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 5, "vllm", 1, num_ranks=num_ranks)
+    steps = json.loads((tmp_path / "out.json").read_text())["steps"]
+    assert len(steps) == 5
+    for step in steps:
+        assert step["rollout/logprob_diff_max"] < 1e-4
+        assert step["forbidden"] == 0
+        assert step["actor/grad_norm"] > 0.01  # else the sync had nothing to move
+    assert len({tuple(step["lengths"]) for step in steps}) > 1
+
+
+@pytest.mark.parametrize(
+    ("save", "family", "tied"),
+    [
+        (save_vision_model, "qwen2_vl", False),
+        (save_vision_model, "qwen3_vl", True),
+        (save_text_model, "qwen3", True),
+        (save_text_model, "llama", False),
+    ],
+    ids=["qwen2_vl", "qwen3_vl", "qwen3", "llama"],
+)
+def test_every_other_family_is_trained_and_sampled_by_vllm(tmp_path, save, family, tied):
+    """The vision models on prompts of 0 to 4 images, which share micro-batches with each other."""
+    model = save(tmp_path / "model", tied=tied, family=family)
+    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 3, "vllm", 1)
+    steps = json.loads((tmp_path / "out.json").read_text())["steps"]
+    assert len(steps) == 3
+    for step in steps:
+        assert step["rollout/logprob_diff_max"] < 1e-4
+        assert step["forbidden"] == 0
+        assert step["actor/grad_norm"] > 0.01
+    if save is save_vision_model:
+        assert [step["images"] for step in steps] == [[0, 2, 3, 0], [3, 0, 1, 2], [1, 2, 0, 4]]
+
+
+def test_two_ranks_share_one_tensor_parallel_vllm(tmp_path):
+    model = save_text_model(tmp_path / "model", num_heads=4)
+    left_by_another_run = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")  # vLLM's name for the memory of the first rank
+    left_by_another_run.touch()
+    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 4, "vllm", 2, num_ranks=2)
+    steps = json.loads((tmp_path / "out.json").read_text())["steps"]
+    assert all(step["rollout/logprob_diff_max"] < 1e-4 for step in steps)
+    assert all(step["actor/grad_norm"] > 0.01 for step in steps)
+    assert not list(Path("/dev/shm").glob("*-[[]0-1[]]-cpushm_*"))
+
+
+@pytest.mark.parametrize("kind", ["vision", "text"])
+def test_transformers_engine_samples_alike_on_one_and_two_ranks(tmp_path, kind):
+    model = SAVE[kind](tmp_path / "model")
+    run_ranks("logprob_agreement.py", model, tmp_path / "two.json", 2, "hf", 1, num_ranks=2)
+    run_ranks("logprob_agreement.py", model, tmp_path / "one.json", 1, "hf", 1)
+    two, one = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
+    assert two["steps"][0]["tokens"] == one["steps"][0]["tokens"][:6]  # rank 0 has the first two prompts
+    for step in two["steps"] + one["steps"]:
+        assert step["rollout/logprob_diff_max"] < 1e-4
+        assert step["forbidden"] == 0
+    assert two["shared_memory"] == []  # DeepSpeed leaves 66 MB a rank
+
+
+def test_bf16_spares_the_rotary_frequencies_and_a_damaged_model_is_refused(tmp_path):
+    model = save_vision_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    lost = next(name for name in weights if "down_proj" in name)
+    shutil.copytree(model, tmp_path / "damaged")
+    kept = {name: tensor for name, tensor in weights.items() if name != lost}
+    save_file(kept, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+
+    run_ranks("model_loading.py", model, tmp_path / "damaged", tmp_path / "out.json")
+
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["parameter_types"] == ["torch.bfloat16"]
+    # 10000^(-2i/32), in float32: bf16 has .5625 for the second of these.
+    assert result["inv_freq"][:3] == pytest.approx([1.0, 0.5623413, 0.3162278], abs=1e-6)
+    assert len(result["frequency_types"]) >= 2 and set(result["frequency_types"].values()) == {"torch.float32"}
+    assert "lacks 1 of the model's tensors" in result["error"]
+
+
+@pytest.mark.parametrize("kind", ["vision", "text"])
+def test_ranks_and_micro_batches_change_neither_draws_nor_losses(tmp_path, kind):
+    model = SAVE[kind](tmp_path / "model")
+    results = []
+    for num_ranks, micro_batch in ((1, 12), (1, 4), (2, 2)):
+        out = tmp_path / f"{num_ranks}-{micro_batch}.json"
+        run_ranks("loss_curve.py", model, out, micro_batch, "-", num_ranks=num_ranks)
+        results.append(json.loads(out.read_text()))
+    one = results[0]
+    for other in results[1:]:
+        assert other["drawn"] == one["drawn"]
+        for expected, actual in zip(one["curve"], other["curve"], strict=True):
+            for name in ("actor/pg_loss", "actor/kl_loss", "actor/entropy_loss", "actor/grad_norm", "actor/ppo_kl"):
+                assert actual[name] == pytest.approx(expected[name], abs=1e-4), name
+        for name, value in one["weights"].items():
+            assert other["weights"][name] == pytest.approx(value, abs=1e-3), name

@@ -1,0 +1,207 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+from fixtures.batch_makers import SETTINGS, STEPS, B, FakeCollector, N, content, make, scored
+from fixtures.rank_threads import SingleProcess, on_ranks
+
+from mmr1_ds.cluster.preemption import SamplingAbandoned
+from mmr1_ds.config import AlgorithmConfig
+from mmr1_ds.errors import UserError
+from mmr1_ds.loop.drawn import teaches
+from mmr1_ds.monitoring.clock import StageClock
+
+
+@pytest.mark.parametrize(
+    ("group", "algorithm", "expected"),
+    [
+        (scored([0, 1, 1]), {}, True),
+        (scored([1, 1, 1]), {}, False),
+        (scored([0.1, 0.1, 0.1]), {}, False),  # all wrong in good format: a mean above 0.01, and nothing to learn
+        (scored([0.1, 0.1, 0.1 + 1e-7]), {}, True),  # a difference is a difference, however small
+        (scored([-1, -1, 1]), {}, True),  # a negative mean says nothing either
+        (scored([0, 1, 1]), {"filter_high": 0.5}, False),
+        (scored([0, 1, 1]), {"filter_low": 0.5, "filter_high": 0.7}, True),
+        (scored([0, 0, 1]), {"filter_low": 0.5}, False),
+        (scored([0.9, 1.0], [1, 1]), {"filter_key": "accuracy"}, False),
+        (scored([0.9, 1.0], [1, 1]), {}, True),
+        (scored([0.5, 0.5], [0, 1]), {"filter_key": "accuracy"}, False),  # no gradient, whatever the accuracy
+        (scored([0.1, 1.0], [np.nan, 1]), {"filter_key": "accuracy"}, False),
+        (scored([0.1, 1.0, 0.1], [np.nan, 1, 0]), {"filter_key": "accuracy"}, True),
+        (scored([0.1, 1.0], [np.nan, np.nan]), {"filter_key": "accuracy"}, False),
+        (scored([0.1, 1.0], format=[0.0, 1.0]), {"filter_key": "format"}, True),
+    ],
+)
+def test_which_groups_teach(group, algorithm, expected):
+    assert teaches(group, AlgorithmConfig(**algorithm)) is expected
+
+
+def test_a_group_whose_rewards_all_failed_does_not_teach():
+    assert not teaches(scored([0, 0]), AlgorithmConfig(filter_key="format"))  # such a group has no parts
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_unknown_filter_key_is_told_on_every_rank(size):
+    def first_step(control):
+        maker, _ = make(control, FakeCollector(), filter_key="acc")
+        with pytest.raises(UserError, match=r"filter_key=acc is not among the reward's keys: accuracy, overall"):
+            maker.make(1, SETTINGS, StageClock())
+
+    on_ranks(size, first_step)
+
+
+def test_filtering_draws_until_the_batch_teaches():
+    maker, coordinator = make(SingleProcess(), FakeCollector())
+    batch = maker.make(1, SETTINGS, StageClock())
+    assert len(batch.groups) == B
+    assert all(group.scored.group.prompt.index % 3 == 0 for group in batch.groups)
+    assert all(np.abs(group.advantages).min() > 0.5 for group in batch.groups)
+    tries = batch.metrics["online_filtering/num_tries"]
+    assert 2 <= tries <= 5  # a third of 60 prompts teach: 5 tries of 12 see them all
+    assert len(set(maker._collector.seeds)) == tries * B  # no try repeats the seeds of another
+    assert batch.metrics["online_filtering/teaching_fraction"] == pytest.approx(1 / 3, abs=0.1)
+    metrics = coordinator.metrics()
+    assert metrics["curriculum/consumed_batches"] == tries
+    assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(tries - 1)
+    assert batch.metrics["reward/num_responses"] == tries * B * N
+
+
+def test_too_few_that_teach_do_not_end_the_run(caplog):
+    maker, _ = make(SingleProcess(), FakeCollector(teaching=1000), max_tries=5)
+    batch = maker.make(1, SETTINGS, StageClock())
+    assert len(batch.groups) == B
+    assert "step 1: 1 of 12 groups teach after 5 tries (trainer.max_try_make_batch)" in caplog.text
+    assert (batch.groups[0].advantages != 0).any()  # what teaches comes first
+    assert all((group.advantages == 0).all() for group in batch.groups[1:])
+
+
+def test_without_filtering_one_draw_is_the_batch():
+    collector = FakeCollector(teaching=1000)
+    maker, coordinator = make(SingleProcess(), collector, online_filtering=False)
+    batch = maker.make(1, SETTINGS, StageClock())
+    assert len(batch.groups) == B and len(collector.seeds) == B
+    assert coordinator.metrics()["curriculum/extra_rollout_fraction"] == 0.0
+
+
+def split_off(metrics):
+    """The metrics, and those of the tokens a rank, which do depend on the ranks."""
+    prefix = "global_seqlen/"
+    tokens = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    return {name: value for name, value in metrics.items() if not name.startswith(prefix)}, tokens
+
+
+def num_tokens(group):
+    prompt, responses, _ = group
+    return sum(len(prompt.token_ids) + len(response.token_ids) for response in responses)
+
+
+@pytest.mark.parametrize("online_filtering", [True, False])
+@pytest.mark.parametrize(("size", "mini_batch"), [(2, 12), (3, 6), (3, 12)])
+def test_the_batch_is_the_same_on_any_number_of_ranks(size, mini_batch, online_filtering):
+    def two_steps(control):
+        strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online", "curriculum_probe_fraction": 0.5}
+        strategy |= {"curriculum_metrics": ["learnability", "self-bleu"], "curriculum_metric_weights": [0.8, 0.2]}
+        maker, coordinator = make(control, FakeCollector(), online_filtering, mini_batch=mini_batch, **strategy)
+        batches = [maker.make(step, SETTINGS, StageClock()) for step in range(1, STEPS + 1)]
+        return [content(batch) for batch in batches], [batch.metrics for batch in batches], coordinator.metrics()
+
+    alone = on_ranks(1, two_steps)[0]
+    ranks = on_ranks(size, two_steps)
+    for step in range(STEPS):
+        together = [*chain.from_iterable(contents[step] for contents, _, _ in ranks)]
+        assert sorted(map(repr, together)) == sorted(map(repr, alone[0][step]))
+        share = mini_batch // size
+        for start in range(0, B, mini_batch):  # each mini-batch holds the same groups, split over the ranks
+            places = slice(start // mini_batch * share, (start // mini_batch + 1) * share)
+            parts = [*chain.from_iterable(contents[step][places] for contents, _, _ in ranks)]
+            assert sorted(map(repr, parts)) == sorted(map(repr, alone[0][step][start : start + mini_batch]))
+        metrics, seqlen = split_off(ranks[0][1][step])
+        assert metrics == pytest.approx(split_off(alone[1][step])[0])
+        totals = [sum(map(num_tokens, contents[step])) for contents, _, _ in ranks]
+        assert (min(totals), max(totals)) == (seqlen["balanced_min"], seqlen["balanced_max"])
+        assert sum(totals) == pytest.approx(size * seqlen["mean"])
+        assert seqlen["min"] <= seqlen["mean"] <= seqlen["max"]
+        assert seqlen["minmax_diff"] == seqlen["max"] - seqlen["min"]
+        if mini_batch == B:
+            assert seqlen["balanced_max"] - seqlen["balanced_min"] <= 0.5 * seqlen["minmax_diff"]
+    assert ranks[0][2] == pytest.approx(alone[2])
+
+
+def test_probes_ride_along_but_do_not_train():
+    collector = FakeCollector()
+    strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online", "curriculum_probe_fraction": 0.25}
+    maker, coordinator = make(SingleProcess(), collector, online_filtering=False, **strategy)
+    batch = maker.make(1, SETTINGS, StageClock())
+    assert len(batch.groups) == B and all(len(g.scored.group.responses) == N for g in batch.groups)
+    num_probes = len(collector.seeds) - B
+    assert num_probes > 0 and len(set(collector.seeds)) == B + num_probes
+    metrics = coordinator.metrics()
+    extra = num_probes * coordinator.num_probe_responses
+    assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(extra / (B * N))
+    assert batch.metrics["reward/num_responses"] == B * N + extra
+    effective = np.mean([g.scored.group.prompt.index % 3 == 0 for g in batch.groups])
+    assert metrics["curriculum/effective_group_fraction"] == pytest.approx(effective)  # of the batch alone
+
+
+class CutOff(FakeCollector):
+    """Sampling is abandoned at the n-th batch of requests, counted from 1; 0 = never."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
+    def wait(self, sampling):
+        self.left -= 1
+        if self.left == 0:
+            raise SamplingAbandoned
+        super().wait(sampling)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("at", [5, 6])
+def test_a_step_that_is_cut_off_leaves_nothing_observed(size, at):
+    """The first step takes four draws: the second is cut off in its first, and in its second with one observed."""
+
+    def cut_off(control):
+        collector = CutOff(at)
+        maker, coordinator = make(control, collector, curriculum_refresh="online", sampling_strategy="curriculum")
+        step, before = 0, None
+        try:
+            while True:
+                step += 1
+                before = state(coordinator, control)
+                maker.make(step, SETTINGS, StageClock())
+        except SamplingAbandoned:
+            pass
+        assert step == 2  # the first step has gone well
+        assert state(coordinator, control) == before
+        settings = {"curriculum_refresh": "online", "sampling_strategy": "curriculum"}
+        resumed, fresh = make(control, FakeCollector(), **settings)
+        fresh.load_state_dict(coordinator.state_dict() if control.rank == 0 else None)
+        coordinator = fresh
+        again = resumed.make(step, SETTINGS, StageClock())
+        return again.prompts.tolist(), state(coordinator, control)
+
+    def left_alone(control):
+        maker, coordinator = make(control, FakeCollector(), curriculum_refresh="online", sampling_strategy="curriculum")
+        batches = [maker.make(step, SETTINGS, StageClock()) for step in (1, 2)]
+        return batches[1].prompts.tolist(), state(coordinator, control)
+
+    assert on_ranks(size, cut_off) == on_ranks(size, left_alone)
+
+
+def state(coordinator, control):
+    """What a checkpoint would hold, as text that compares; rank 0 has it."""
+    if control.rank > 0:
+        return None
+    return repr(sorted(flat(coordinator.state_dict()).items()))
+
+
+def flat(values, prefix=""):
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value.tolist() if isinstance(value, np.ndarray) else value
+    return found

@@ -1,0 +1,199 @@
+"""Partial rollouts against an engine whose responses are known in full beforehand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from fixtures.batch_makers import B, Data, Encoder, FakeCollector, N, P, make, rewards
+from fixtures.rank_threads import Ranks, SingleProcess, on_ranks
+
+from mmr1_ds.cluster.preemption import SamplingAbandoned
+from mmr1_ds.loop.partial_batches import FinishRates, PartialBatchMaker
+from mmr1_ds.monitoring.clock import StageClock
+from mmr1_ds.records import Response, RolloutGroup, SamplingSettings, ScoredGroup
+from mmr1_ds.rewards.scoring import RewardCounts
+
+LONGEST, BUDGET = 40, 10
+SETTINGS = SamplingSettings(1.0, 1.0, -1, LONGEST)
+
+
+def whole_response(index, number):
+    """The response that a prompt's `number`th would be without a budget; a third are longer than the budget."""
+    lengths, shares = [3, 8, 9, 14, 27, 40, 55], [0.3, 0.2, 0.2, 0.1, 0.1, 0.05, 0.05]
+    length = int(np.random.default_rng((index, number)).choice(lengths, p=shares))
+    return [1000 * index + 100 * number + k for k in range(length)]
+
+
+class WholeKnown(FakeCollector):
+    """Samples the known responses; every call is by a policy of its own version."""
+
+    version = 0
+    calls, cut_off = 0, ()  # batches of requests, and those of them that are abandoned
+
+    def begin(self, sampling, settings):
+        sampling.submitted = settings
+
+    def wait(self, sampling):
+        self.calls += 1
+        if self.calls in self.cut_off:
+            raise SamplingAbandoned
+        self.version += 1
+        assert sampling.submitted.max_tokens == BUDGET
+        for position, request in enumerate(sampling.requests):
+            asked = request.max_tokens or BUDGET
+            assert 0 < asked <= BUDGET
+            begun = request.prompt.token_ids[3:]  # prompts have three tokens
+            numbers = range(request.num_responses)
+            if begun:
+                assert request.num_responses == 1
+                numbers = [begun[0] // 100 % 10]
+            responses = []
+            for number in numbers:
+                whole = whole_response(request.prompt.index, number)
+                assert tuple(whole[: len(begun)]) == begun and len(begun) + asked <= LONGEST
+                new = tuple(whole[len(begun) : len(begun) + asked])
+                end = len(begun) + len(new)
+                logprobs = tuple(-0.001 * token for token in new)
+                responses.append(Response(new, logprobs, finished=end == len(whole)))
+            sampling.groups[position] = RolloutGroup(request.prompt, tuple(responses), self.version)
+        sampling.submitted = None
+
+    def score(self, groups, clock):
+        scored = [ScoredGroup(group, rewards(np.arange(len(group.responses)) % 2)) for group in groups]
+        return scored, RewardCounts(sum(len(g.responses) for g in groups), 0, 0, 0, 0)
+
+
+def maker(control):
+    plain, coordinator = make(control, None, online_filtering=False)
+    config = plain._config
+    config.worker.rollout.partial, config.data.max_response_length = BUDGET, LONGEST
+    return PartialBatchMaker(config, Ranks(control), Encoder(), Data(), coordinator, WholeKnown()), coordinator
+
+
+def check(group):
+    rollout = group.scored.group
+    assert rollout.prompt == Data()[rollout.prompt.index]
+    for number, response in enumerate(rollout.responses):
+        whole = whole_response(rollout.prompt.index, number)
+        assert response.token_ids == tuple(whole[:LONGEST])
+        assert response.logprobs == tuple(-0.001 * token for token in whole[:LONGEST])
+        assert response.finished == (len(whole) <= LONGEST)
+        if response.policy_versions:
+            counts = [count for _, count in response.policy_versions]
+            assert sum(counts) == len(response.token_ids) and max(counts) <= BUDGET
+            versions = [version for version, _ in response.policy_versions]
+            assert versions == sorted(set(versions))
+    oldest = [version for response in rollout.responses for version, _ in response.policy_versions]
+    assert rollout.policy_version == min([*oldest, rollout.policy_version])
+
+
+def seen(batch):
+    return [(g.scored.group.prompt.index, g.scored.group.responses) for g in batch.groups]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("cut_off", [(), (2, 3, 5, 17)])
+def test_every_group_is_trained_on_once_and_whole(size, cut_off):
+    """cut_off: steps that were abandoned in their first or second round and began again."""
+
+    def run(control):
+        batches, coordinator = maker(control)
+        batches._collector.cut_off = cut_off
+        found, rounds, waits, num_cut_off = [], [], 0, 0
+        for step in range(1, 31):
+            batch = None
+            while batch is None:
+                try:
+                    batch = batches.make(step, SETTINGS, StageClock())
+                except SamplingAbandoned:
+                    num_cut_off += 1
+            for group in batch.groups:
+                check(group)
+            found += [(g.scored.group.prompt.index, id(g)) for g in batch.groups]
+            assert len(batch.groups) == B // size
+            rounds.append(batch.metrics["partial/num_rounds"])
+            waits += batch.metrics["partial/num_unfinished"] > 0
+        assert num_cut_off == len(cut_off)
+        return [index for index, _ in found], rounds, waits, coordinator._num_draws, batches._queue, batches._begun
+
+    ranks = on_ranks(size, run)
+    trained = sorted(index for part in ranks for index in part[0])
+    begun = sorted(request.prompt.index for part in ranks for request, _ in part[5].values())
+    queue, num_draws = ranks[0][4], ranks[0][3]
+    assert all(part[4] == queue for part in ranks)
+    # The walk visits every prompt once an epoch: what was drawn is trained on, underway or in the queue.
+    drawn = sorted(trained + begun + queue)
+    counts = np.bincount(drawn, minlength=P)
+    assert len(drawn) == num_draws * B and counts.max() - counts.min() <= 1
+    # 11 rounds of 10 tokens would be needed for 40 tokens each; most steps take one.
+    rounds = ranks[0][1]
+    assert np.mean(rounds[3:]) < 1.6 and ranks[0][2] > 20
+
+
+def test_a_checkpoint_keeps_what_was_begun(tmp_path):
+    whole, _ = maker(SingleProcess())
+    expected = [seen(whole.make(step, SETTINGS, StageClock())) for step in range(1, 9)]
+    first, coordinator = maker(SingleProcess())
+    for step in range(1, 5):
+        first.make(step, SETTINGS, StageClock())
+    first.save(tmp_path)
+    (tmp_path / "c").mkdir()
+    coordinator.save(tmp_path / "c")
+    second, coordinator = maker(SingleProcess())
+    coordinator.load(tmp_path / "c")
+    second.load(tmp_path, SETTINGS)
+    second._collector.version = first._collector.version
+    assert [seen(second.make(step, SETTINGS, StageClock())) for step in range(5, 9)] == expected[4:]
+
+
+def test_a_run_without_a_budget_leaves_what_was_cut(tmp_path, caplog):
+    cut, _ = maker(SingleProcess())
+    cut.make(1, SETTINGS, StageClock())
+    cut.save(tmp_path)
+    whole, _ = make(SingleProcess(), FakeCollector(), online_filtering=False)
+    whole.load(tmp_path, SETTINGS)
+    assert whole._sampling == {} and "worker.rollout.partial" in caplog.text
+
+
+def test_rates_draw_what_a_round_needs():
+    rates = FinishRates()
+    assert rates.num_fresh(12, 0, 100) == 12  # nothing known: all are expected to finish, none to spare
+    for _ in range(200):
+        rates.observe("fresh", 100, 50)
+        rates.observe("carried", 20, 20)
+    needed = 100
+    count = rates.num_fresh(needed, 20, 1000)
+    draws = np.random.default_rng(0).binomial(count, 0.5, size=20_000) + 20
+    assert 0.9 < (draws >= needed).mean() < 0.995  # two deviations: a second round is rare
+    assert rates.num_fresh(needed, 20, 30) == 30
+    assert rates.num_fresh(10, 40, 1000) == 0
+
+
+def test_long_prompts_of_every_kind_end():
+    """All responses of the longest kind: a batch is there after as many rounds as they need."""
+    batches, _ = maker(SingleProcess())
+    batches._collector.wait = lambda sampling: _endless(sampling)
+    batch = batches.make(1, SETTINGS, StageClock())
+    assert batch.metrics["partial/num_rounds"] == LONGEST // BUDGET
+    assert {len(r.token_ids) for g in batch.groups for r in g.scored.group.responses} == {LONGEST}
+    assert len(batch.groups) == B and len(batches._begun) <= (LONGEST // BUDGET) * B
+
+
+def _endless(sampling):
+    for position, request in enumerate(sampling.requests):
+        tokens = tuple(range(request.max_tokens or BUDGET))
+        response = Response(tokens, (-1.0,) * len(tokens), False)
+        sampling.groups[position] = RolloutGroup(request.prompt, (response,) * request.num_responses, 0)
+    sampling.submitted = None
+
+
+def test_probes_that_are_cut_say_nothing():
+    batches, _ = maker(SingleProcess())
+    prompt = Data()[3]
+    cut = RolloutGroup(prompt, (Response((1,) * BUDGET, (-1.0,) * BUDGET, False),), 0)
+    whole = dataclasses.replace(cut, responses=(Response((1, 2), (-1.0, -1.0), True),))
+    from mmr1_ds.loop.in_flight import Sampling
+
+    sampling = Sampling(1, [None] * 3, [], {0: cut, 1: whole, 2: None})
+    assert batches._merge(sampling) == [whole]
+    assert N > 1

@@ -1,0 +1,216 @@
+"""The whole program through the deepspeed launcher: two ranks, ZeRO-3, vLLM, images, curriculum, resume."""
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fixtures.launching import ROOT, environment, processes_with, wait_until
+from fixtures.tiny_models import save_vision_model
+from fixtures.tiny_run import OF_THE_MACHINE
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+REWARD = """
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def score(reward_inputs, top):
+    # While the test says so, a refresh of the run "stopped" that has kept something waits to be stopped.
+    while (FOLDER / "hold").exists() and (FOLDER / "stopped" / "checkpoints" / "refresh.safetensors").exists():
+        time.sleep(0.05)
+    return [
+        {
+            "overall": (item["response_length"] * 7 + len(item["response"])) % (top + 1) / top,
+            "accuracy": float(item["response_length"] % 2),
+            "truth_length": len(item["ground_truth"]),
+        }
+        for item in reward_inputs
+    ]
+"""
+GUIDE_METRICS = ["mean_weight", "std_weight", "min_weight", "max_weight", "consumed_batches", "random_position"]
+NUM_STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """A random tiny Qwen2.5-VL, 13 prompts with images and 4 without, a reward file, and the run's config."""
+    folder = tmp_path_factory.mktemp("assets")
+    save_vision_model(folder / "model")
+    (folder / "reward.py").write_text(REWARD)
+    rows = []
+    for i in range(17):
+        row = {"question": f"what is {i}?", "answer": i, "image": []}
+        if i % 4:
+            noise = np.random.default_rng(i).integers(0, 256, (28, 28 * (i % 4), 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / f"{i}.png")
+            row |= {"question": f"<image>what is {i}?", "image": [f"{i}.png"]}
+        rows.append(row)
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "data": {
+            "train_files": str(folder / "data.jsonl"),
+            "val_files": str(folder / "data.jsonl"),
+            "prompt_key": "question",
+            "image_key": "image",
+            "min_pixels": 784,
+            "max_pixels": 12544,
+            "max_prompt_length": 96,
+            "max_response_length": 12,
+            "rollout_batch_size": 4,
+            "sampling_strategy": "curriculum",
+            "curriculum_metrics": ["learnability", "self-bleu"],
+            "curriculum_metric_weights": [0.8, 0.2],
+            "curriculum_update_freq": 6,
+            "curriculum_rollout_n": 2,
+            "curriculum_rollout_batch_size": 7,
+        },
+        "worker": {
+            "actor": {
+                "global_batch_size": 2,
+                "micro_batch_size_per_device_for_update": 4,
+                "micro_batch_size_per_device_for_experience": 3,
+                "model": {"model_path": str(folder / "model"), "enable_gradient_checkpointing": True},
+                "optim": {"lr": 1e-3},
+            },
+            "rollout": {"engine": "vllm", "n": 4, "kv_cache_gb": 1, "enforce_eager": True},
+            "reward": {
+                "reward_function": f"{folder / 'reward.py'}:score",
+                "reward_function_kwargs": {"top": 4},
+                "num_workers": 1,
+            },
+        },
+        "trainer": {
+            "max_steps": NUM_STEPS,
+            "report_freq": None,
+            "n_gpus_per_node": 2,
+            "preemption_seconds": 10,
+            "val_freq": 5,
+            "save_freq": 2,
+            "save_limit": 2,
+            "val_generations_to_log": 3,
+        },
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def launch(assets: Path, run_dir: Path, marker: str, *overrides: str) -> subprocess.Popen:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    command += ["--module", "mmr1_ds.train", f"config={assets / 'run.yaml'}", f"trainer.run_dir={run_dir}", *overrides]
+    log = open(run_dir.with_suffix(".log"), "ab")
+    return subprocess.Popen(
+        command,
+        env=environment(MMR1_TEST_MARKER=marker),
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def finish(process: subprocess.Popen, run_dir: Path, marker: str) -> None:
+    process.wait(timeout=400)
+    assert process.returncode == 0, run_dir.with_suffix(".log").read_text()[-6000:]
+    wait_until(lambda: not processes_with(marker), 30, f"no process left, {processes_with(marker)}")
+
+
+@pytest.fixture(scope="module")
+def finished_run(assets):
+    run_dir, marker = assets / "finished", uuid.uuid4().hex
+    finish(launch(assets, run_dir, marker, "trainer.logger=[console,jsonl,tensorboard,wandb]"), run_dir, marker)
+    return run_dir
+
+
+def test_a_run_leaves_all_of_itself_in_its_directory(finished_run):
+    lines = metrics_of(finished_run)
+    assert [line["step"] for line in lines] == list(range(NUM_STEPS + 1))  # 0 is the validation before training
+    for line in lines[1:]:
+        for name in [*(f"curriculum/{name}" for name in GUIDE_METRICS), "reward/accuracy", "timing_s/gen"]:
+            assert math.isfinite(line[name]), name
+        assert line["rollout/logprob_diff_max"] < 1e-4
+        assert line["actor/grad_norm"] > 0
+        assert line["reward/truth_length"] >= 1
+    assert {line["step"] for line in lines if "val/accuracy_reward" in line} == {0, 5, 10, 15, 16}
+    refreshed = [line["step"] for line in lines if "timing_s/refresh" in line]
+    assert refreshed == [0, 6, 12]  # before steps 1, 7 and 13
+    resolved = yaml.safe_load((finished_run / "config.yaml").read_text())
+    assert resolved["data"]["curriculum_metric_weights"] == [0.8, 0.2]
+    assert resolved["data"]["curriculum_momentum"] == 0.0
+    assert len((finished_run / "generations.jsonl").read_text().splitlines()) == 5 * 3
+    assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == [
+        "global_step_14",
+        "global_step_16",
+        "latest",
+    ]
+    assert list((finished_run / "tensorboard").glob("events.*"))
+    assert list((finished_run / "wandb").glob("offline-run-*"))
+
+
+def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_run):
+    run_dir, marker = assets / "stopped", uuid.uuid4().hex
+    kept = run_dir / "checkpoints" / "refresh.safetensors"
+    # The second stop is in the middle of the refresh after step 6.
+    for step, stop, in_refresh in ((3, signal.SIGTERM, False), (6, signal.SIGTERM, True), (8, signal.SIGINT, False)):
+        if in_refresh:
+            (assets / "hold").touch()
+        process = launch(assets, run_dir, marker)
+        wait_until(
+            lambda step=step, process=process, in_refresh=in_refresh: (
+                process.poll() is not None
+                or (any(line["step"] >= step for line in metrics_of(run_dir)) and (not in_refresh or kept.exists()))
+            ),
+            400,
+            f"step {step} logged",
+        )
+        if stop == signal.SIGTERM:
+            process.terminate()  # as a job manager does
+        else:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+        assert process.wait(timeout=60) != 0
+        wait_until(lambda: not processes_with(marker), 30, f"no process left, {processes_with(marker)}")
+        (assets / "hold").unlink(missing_ok=True)
+        assert step <= metrics_of(run_dir)[-1]["step"] < NUM_STEPS  # stopped, not finished
+    finish(launch(assets, run_dir, marker), run_dir, marker)
+    log = run_dir.with_suffix(".log").read_text()
+    assert log.count("going on from") == 3
+    assert (
+        len(re.findall(r"SIGTERM received: \d+ of 16 steps are done, saved in", log)) == 2
+    )  # each rank, the first time
+    assert "the refresh goes on: 7 of 17 prompts are done" in log
+
+    expected, actual = metrics_of(finished_run), metrics_of(run_dir)
+    assert [line["step"] for line in actual] == [line["step"] for line in expected]
+    for one, other in zip(expected, actual, strict=True):
+        measured = {name for name in one if name.startswith(OF_THE_MACHINE)}
+        assert {n: v for n, v in other.items() if n not in measured | {"timing_s/save_checkpoint"}} == {
+            n: v for n, v in one.items() if n not in measured
+        }
+    for rank in (0, 1):
+        name = f"checkpoints/global_step_16/actor/zero3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        one, other = (torch.load(folder / name, weights_only=False) for folder in (finished_run, run_dir))
+        key = "fp32_flat_groups"
+        for a, b in zip(one["optimizer_state_dict"][key], other["optimizer_state_dict"][key], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -1,0 +1,230 @@
+"""What must hold before a model is loaded: choices, ranges, batch arithmetic."""
+
+import pytest
+from fixtures.configs import load, refused
+
+from mmr1_ds.config.derived import resolved_critic, total_training_steps
+from mmr1_ds.preflight.checks import check_config
+
+
+def test_batch_arithmetic(valid):
+    plan = check_config(load(*valid, "trainer.total_episodes=3"), 2)
+    assert plan.responses_per_step == 60
+    assert plan.optimizer_steps_per_step == 2
+    assert plan.responses_per_optimizer_step == 30
+    assert plan.micro_batches_per_rank == 5  # 30 responses, 2 ranks, 3 at once
+    assert plan.experience_micro_batches_per_rank == 2  # 30 responses a rank, 16 at once
+    assert plan.train_data.num_rows == 7 and plan.total_steps == 3
+
+
+@pytest.mark.parametrize("num_prompts, steps", [(401, 33 * 15), (12, 15), (7, 15)])
+def test_number_of_steps(valid, num_prompts, steps):
+    assert total_training_steps(load(*valid), num_prompts) == steps
+    assert total_training_steps(load(*valid, "trainer.max_steps=9"), num_prompts) == 9
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("data.rollout_batch_size=13", "13 % 6 = 1; set data.rollout_batch_size to 12 or 18"),
+        (
+            "worker.actor.micro_batch_size_per_device_for_update=4",
+            "6 * 5 / 2 = 15, 15 % 4 = 3; set the micro-batch to 3",
+        ),
+        ("worker.rollout.n=1", "worker.rollout.n must be 2 or more, got 1"),
+        ("worker.rollout.temperature=0", "worker.rollout.temperature must be over 0, got 0.0"),
+        ("data.curriculum_mixture_ratio=1.5", "data.curriculum_mixture_ratio must be in [0, 1], got 1.5"),
+        ("worker.rollout.top_k=0", "worker.rollout.top_k must be 1 or more, or -1, got 0"),
+        ("worker.actor.optim.betas=[0.9,1.0]", "worker.actor.optim.betas must each be in [0, 1), got 1.0"),
+        ("data.sampling_strategy=curiculum", "did you mean curriculum?"),
+        ("trainer.logger=[console,mlflow]", "mlflow"),
+        ("trainer.n_gpus_per_node=8", "1 * 8 = 8, but 2 processes were started"),
+        ("worker.rollout.tensor_parallel_size=3", "2 % 3 = 2"),
+        ("worker.rollout.max_model_len=100", "512 + 512 = 1024"),
+        ("data.min_pixels=5000000", "over data.max_pixels=4194304"),
+        ("trainer.val_only=true", "needs data.val_files"),
+        ("trainer.experiment_name=''", "trainer.experiment_name is empty"),
+        ("worker.rollout.val_override_config.n=2", "n=2 greedy answers"),
+        ("worker.actor.optim.lr=inf", "worker.actor.optim.lr must be finite, got inf"),
+        ("algorithm.kl_coef=.nan", "algorithm.kl_coef must be finite, got nan"),
+        ("worker.rollout.kv_cache_gb=0", "worker.rollout.kv_cache_gb must be 1 or more, got 0"),
+    ],
+)
+def test_refused_with_the_numbers(valid, argument, expected):
+    assert expected in refused(valid, argument)
+
+
+def test_ranks_that_do_not_divide_the_batch(valid):
+    message = refused(valid, "trainer.n_gpus_per_node=4", world_size=4)
+    assert "6 % 4 = 2; set it to 4 or 8" in message
+
+
+def test_whole_sequences_must_fit_without_chunked_prefill(valid):
+    chunked = ["worker.rollout.enable_chunked_prefill=false", "worker.rollout.max_num_batched_tokens=1000"]
+    assert "max_num_batched_tokens=1000 is under the longest sequence (1024 tokens)" in refused(valid, *chunked)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["data.curriculum_metrics=[learnabillity]"], "unknown metric 'learnabillity'; known: learnability, "),
+        (["data.curriculum_metrics=[learnability,self-bleu]"], "one weight a metric"),
+        (["data.curriculum_metrics=[self-bleu,self_bleu_123]", "data.curriculum_metric_weights=[1,1]"], "lists self"),
+        (["data.curriculum_metric_weights=[-1.0]"], "data.curriculum_metric_weights must be >= 0, got -1.0"),
+    ],
+)
+def test_metrics(valid, arguments, expected):
+    assert expected in refused(valid, *arguments)
+
+
+@pytest.mark.parametrize(
+    "names", ["learnability,self_bleu_123,distinct_3,edit_distance", "self-bleu,distinct-n,edit-distance,learnability"]
+)
+def test_both_spellings_of_metrics(valid, names):
+    check_config(load(*valid, f"data.curriculum_metrics=[{names}]", "data.curriculum_metric_weights=[1,1,1,1]"), 2)
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("algorithm.adv_estimator=grpo_passk", "algorithm.adv_estimator must be grpo or dr_grpo or rloo or "),
+        ("algorithm.kl_penalty=full", "algorithm.kl_penalty must be kl or abs or mse or low_var_kl, got full"),
+        ("algorithm.kl_type=adaptiv", "algorithm.kl_type must be fixed or adaptive, got adaptiv; did you mean adap"),
+        ("algorithm.rollout_is=seq", "algorithm.rollout_is must be token or sequence or none, got seq"),
+        ("algorithm.rollout_is_threshold=0.5", "algorithm.rollout_is_threshold must be 1 or more, got 0.5"),
+        ("algorithm.gamma=1.01", "algorithm.gamma must be in [0, 1], got 1.01"),
+        ("algorithm.lam=-0.1", "algorithm.lam must be in [0, 1], got -0.1"),
+        ("worker.critic.cliprange_value=0", "worker.critic.cliprange_value must be over 0, got 0.0"),
+        ("worker.critic.loss_avg_mode=seq_sum", "worker.critic.loss_avg_mode must be token or seq, got seq_sum"),
+        ("worker.critic.optim.betas=[0.9,1]", "worker.critic.optim.betas must each be in [0, 1), got 1.0"),
+        ("worker.actor.loss_type=ppo2", "worker.actor.loss_type must be default or gspo or gspo_token or cispo or"),
+        ("worker.actor.loss_avg_mode=batch", "worker.actor.loss_avg_mode must be token or seq or seq_sum, got batch"),
+        ("worker.actor.loss_scale_factor=512", "loss_scale_factor=512 is of worker.actor.loss_avg_mode=seq_sum, whi"),
+        ("worker.actor.tau_negative=0", "worker.actor.tau_negative must be over 0, got 0.0"),
+        ("worker.actor.optim.strategy=adamw_bf16", "worker.actor.optim.strategy must be adamw"),
+        ("worker.rollout.name=sglang", "worker.rollout.engine must be auto or vllm or server or hf, got"),
+        ("data.curriculum_momentum=1.0", "data.curriculum_momentum must be in [0, 1), got 1.0"),
+    ],
+)
+def test_values_of_ours_that_are_not_implemented(valid, argument, expected):
+    assert expected in refused(valid, argument)
+
+
+GAE = "algorithm.adv_estimator=gae"
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["worker.critic.global_batch_size=3"], "=3 must be a multiple of worker.actor.global_batch_size=6 and divide"),
+        (["worker.critic.global_batch_size=24"], "divide data.rollout_batch_size=12: ranks share"),
+        (
+            ["worker.critic.global_batch_size=12", "worker.critic.micro_batch_size_per_device_for_update=4"],
+            "12 * 5 / 2 = 30, 30 % 4 = 2; set the micro-batch to 3",
+        ),
+        (["worker.critic.model.model_path=./none"], "worker.critic.model.model_path: no such folder './none'"),
+        (["trainer.critic_warmup=9", "trainer.max_steps=9"], "leaves the actor none of the run's 9 steps"),
+    ],
+)
+def test_a_critic_that_cannot_work(valid, arguments, expected):
+    assert expected in refused(valid, GAE, *arguments)
+
+
+def test_a_critic_takes_the_actor_s_batches_and_model_unless_told(valid):
+    config = load(*valid, GAE, "worker.actor.model.override_config={a: 1, b: 2}")
+    config.worker.critic.model.override_config = {"b": 3}
+    config.worker.actor.dynamic_batching = False
+    critic = resolved_critic(config)
+    assert (critic.global_batch_size, critic.micro_batch_size_per_device_for_update) == (6, 3)
+    assert critic.dynamic_batching is False and critic.padding_free is True
+    assert critic.model.model_path == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert critic.model.override_config == {"a": 1, "b": 3}
+    assert config.worker.critic.global_batch_size is None and config.worker.critic.model.model_path is None
+    config.worker.critic.model.model_path, config.worker.critic.global_batch_size = "org/other", 12
+    critic = resolved_critic(config)
+    assert critic.model.override_config == {"b": 3} and critic.global_batch_size == 12
+    check_config(config, 2)
+
+
+def test_without_gae_there_is_no_critic(valid):
+    assert "trainer.critic_warmup=2 needs a critic, which algorithm.adv_estimator=rloo has not" in refused(
+        valid, "algorithm.adv_estimator=rloo", "trainer.critic_warmup=2"
+    )
+    note = "worker.critic is not used: algorithm.adv_estimator=grpo has no critic"
+    assert note in check_config(load(*valid, "worker.critic.optim.lr=1e-5"), 2).notes
+    assert note not in check_config(load(*valid), 2).notes
+    assert note not in check_config(load(*valid, "worker.critic.optim.lr=1e-5", GAE), 2).notes
+
+
+def test_transformers_has_no_tensor_parallelism(valid):
+    message = refused(valid, "worker.rollout.engine=hf", "worker.rollout.tensor_parallel_size=2")
+    assert "worker.rollout.tensor_parallel_size=2 is vLLM's, worker.rollout.engine=hf has none" in message
+    message = refused(valid, "worker.rollout.engine=hf", "worker.actor.offload_states=true")
+    assert "worker.actor.offload_states=true moves the weights away that worker.rollout.engine=hf samples" in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("worker.actor.padding_free=false", "needs packed sequences; set worker.actor.padding_free=true"),
+        ("worker.rollout.engine=hf", "transformers cannot generate with cut sequences"),
+        ("algorithm.adv_estimator=gae", "the critic of algorithm.adv_estimator=gae does not cut sequences"),
+    ],
+)
+def test_what_sequence_parallel_does_not_go_with(valid, argument, expected):
+    message = refused(valid, argument, "worker.actor.ulysses_size=2")
+    assert "worker.actor.ulysses_size=2" in message and expected in message
+
+
+def test_no_kl_at_all_is_fine(valid):
+    check_config(load(*valid, "algorithm.use_kl_loss=false", "algorithm.disable_kl=true"), 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["algorithm.use_kl_loss=false"],  # KL in the reward
+        ["algorithm.adv_estimator=reinforce_plus_plus", "algorithm.gamma=0.99", "algorithm.kl_penalty=k1"],
+        ["worker.actor.loss_avg_mode=seq_sum", "worker.actor.loss_scale_factor=512"],
+        ["worker.actor.loss_type=cispo", "worker.actor.clip_ratio_low=1.0", "algorithm.rollout_is=sequence"],
+        ["algorithm.kl_type=adaptive", "algorithm.kl_horizon=13"],  # 60 responses a step
+        ["algorithm.kl_target=0.0", "algorithm.kl_horizon=0.0"],  # upstream's, of the fixed coefficient
+    ],
+)
+def test_ways_to_learn(valid, arguments):
+    check_config(load(*valid, *arguments), 2)
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("algorithm.kl_coef=0", "algorithm.kl_coef must be over 0 with algorithm.kl_type=adaptive, got 0"),
+        ("algorithm.kl_target=0", "algorithm.kl_target must be over 0 with algorithm.kl_type=adaptive, got 0"),
+        ("algorithm.kl_horizon=12", "kl_horizon=12 is too short for 60 responses a step: one step may change kl_coef"),
+    ],
+)
+def test_adaptive_kl(valid, argument, expected):
+    assert expected in refused(valid, "algorithm.kl_type=adaptive", argument)
+    check_config(load(*valid, "algorithm.kl_type=adaptive", "algorithm.disable_kl=true", argument), 2)
+
+
+def test_an_estimate_that_pulls_nowhere_is_noted(valid):
+    def notes(*argv):
+        return " ".join(check_config(load(*valid, "algorithm.kl_penalty=k1", *argv), 2).notes)
+
+    for unused in (
+        "algorithm.gamma=0.9",
+        "algorithm.lam=0.9",
+        "algorithm.filter_low=0.1",
+        "worker.actor.tau_negative=2",
+        "worker.ref.offload.offload_optimizer=true",
+    ):
+        name = unused.partition("=")[0]
+        assert name in notes(unused) and name not in notes()
+
+    assert "its gradient is zero on average" in notes()
+    assert "its gradient" not in notes("algorithm.use_kl_loss=false") + notes("algorithm.disable_kl=true")
+
+
+def test_shuffle_false_contradicts_shuffle(valid):
+    assert "contradicts" in refused(valid, "data.shuffle=false", "data.sampling_strategy=shuffle")

@@ -1,0 +1,232 @@
+"""The files a run names: data, model folder, reward file, format prompt, checkpoint."""
+
+import json
+
+import pytest
+from fixtures.dry_runs import valid_run, write_rows
+
+from mmr1_ds.config.loading import load_config
+from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.checks import check_config
+
+
+@pytest.fixture
+def valid(tmp_path):
+    return valid_run(tmp_path)
+
+
+def check(valid, *argv):
+    return check_config(load_config([*valid, *argv]).config, 2)
+
+
+def refused(valid, *argv):
+    with pytest.raises(UserError) as caught:
+        check(valid, *argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_data_file(valid):
+    assert "no such file or folder '/nowhere/x.parquet'" in refused(valid, "data.train_files=/nowhere/x.parquet")
+    assert "data.val_files: no such file" in refused(valid, "data.val_files=/nowhere/x.parquet")
+
+
+def test_missing_checkpoint(valid):
+    assert "no such folder '/nowhere'" in refused(valid, "trainer.load_checkpoint_path=/nowhere")
+
+
+def test_hub_names_are_let_through(valid):
+    plan = check(valid, "data.train_files=[hiyouga/geometry3k@train,gsm8k]")
+    assert [file.is_local for file in plan.train_data.files] == [False, False]
+    assert plan.train_data.num_rows is None and plan.total_steps is None
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "arrow", "csv", "folder", "saved"])
+def test_columns_and_counts_of_every_kind_of_file(valid, tmp_path, kind):
+    path = write_kind(tmp_path, kind)
+    plan = check(valid, f"data.train_files={path}", "data.prompt_key=q", "data.answer_key=a")
+    assert plan.train_data.num_rows == (None if kind == "csv" else 5)
+    message = refused(valid, f"data.train_files={path}", "data.answer_key=a")
+    assert "no column 'problem' (data.prompt_key); it has q, a" in message
+
+
+def write_kind(folder, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"q": f"question {k}", "a": k} for k in range(5)]
+    table = pa.Table.from_pylist(rows)
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind == "csv":
+        path.write_text("q,a\n" + "".join(f"{row['q']},{row['a']}\n" for row in rows))
+    elif kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "arrow":
+        write_arrow(table, path)
+    else:
+        path.mkdir()
+    if kind == "folder":
+        pq.write_table(table.slice(0, 3), path / "train-00000-of-00002.parquet")
+        pq.write_table(table.slice(3), path / "train-00001-of-00002.parquet")
+        pq.write_table(table, path / "test-00000-of-00001.parquet")
+    if kind == "saved":
+        write_arrow(table, path / "data-00000-of-00001.arrow")
+        (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    return path
+
+
+def write_arrow(table, path):
+    import pyarrow as pa
+
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_empty_and_unreadable_data(valid, tmp_path):
+    empty = write_rows(tmp_path, "empty.json", [])
+    assert "has no rows" in refused(valid, f"data.train_files={empty}")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 not really")
+    assert f"cannot read '{broken}'" in refused(valid, f"data.train_files={broken}")
+    state = write_kind(tmp_path, "saved") / "state.json"
+    for content in ("{", "[1]", "{}", '{"_data_files": [1]}'):
+        state.write_text(content)
+        assert str(state) in refused(valid, f"data.train_files={state.parent}", "data.prompt_key=q")
+    (tmp_path / "none").mkdir()
+    assert "holds no data files" in refused(valid, f"data.train_files={tmp_path / 'none'}")
+
+
+def test_model_folder(valid, tmp_path):
+    def model(path):
+        return refused(valid, f"worker.actor.model.model_path={path}")
+
+    assert "no such folder '/nowhere/model'" in model("/nowhere/model")
+    assert "needs a config.json" in model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "has no weights" in model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert "convert them to safetensors" in model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    check(valid, f"worker.actor.model.model_path={tmp_path}")
+    assert "tokenizer_path: no such folder" in refused(valid, "worker.actor.model.tokenizer_path=./nowhere")
+    assert "model_path is not set" in refused(valid, "worker.actor.model.model_path=null")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"text_config": [1]}', b"\xff"])
+def test_damaged_config_of_a_model(valid, tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / "config.json").write_text('{"text_config": null}')
+        check(valid, f"worker.actor.model.model_path={tmp_path}")
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert str(tmp_path / name) in refused(valid, f"worker.actor.model.model_path={tmp_path}")
+        assert str(tmp_path / name) in refused(valid, f"worker.actor.model.tokenizer_path={tmp_path}")
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
+def test_a_byte_order_mark_is_passed_over(valid, tmp_path, kind):
+    path = write_kind(tmp_path, kind)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    check(valid, f"data.train_files={path}", "data.prompt_key=q", "data.answer_key=a")
+
+
+@pytest.mark.parametrize("key", ["trainer.run_dir", "trainer.save_checkpoint_path"])
+def test_output_below_a_file(valid, tmp_path, key):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        assert f"{key}: '{path}' cannot be made, '{tmp_path / 'file'}' is not a folder" in refused(
+            valid, f"{key}={path}"
+        )
+    check(valid, f"{key}={tmp_path / 'new' / 'folder'}")
+
+
+def test_output_that_is_not_writable(valid, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))  # root may write everywhere
+    message = refused(valid, f"trainer.run_dir={tmp_path / 'new'}")
+    assert f"'{tmp_path}' is not writable" in message
+
+
+REWARDS = """
+import json
+from math import floor
+
+def good(items, scale=1.0):
+    return []
+
+def old_style(response, ground_truth):
+    return 0.0
+
+def nothing():
+    return 0.0
+
+def keyword(items, *, weight):
+    return []
+
+try:
+    import numpy
+except ImportError:
+    numpy = None
+else:
+    def within(items):
+        return []
+
+annotated: object = lambda items: []
+
+@floor
+def decorated():
+    return []
+"""
+
+
+def test_reward_file(valid, tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text(REWARDS)
+
+    def reward(name, *more):
+        return refused(valid, f"worker.reward.reward_function={path}:{name}", *more)
+
+    check(valid, f"worker.reward.reward_function={path}:good")
+    check(valid, f"worker.reward.reward_function={path}:floor")
+    weight = "worker.reward.reward_function_kwargs={weight: 0.5}"
+    check(valid, f"worker.reward.reward_function={path}:keyword", weight)
+    for name in ("within", "annotated", "decorated"):
+        check(valid, f"worker.reward.reward_function={path}:{name}")
+    assert "has no function 'goood'; its functions are: good, old_style, nothing, keyword" in reward("goood")
+    check(valid, f"worker.reward.reward_function={path}:old_style")
+    assert "keyword needs weight" in reward("keyword")
+    assert "takes no argument" in reward("nothing")
+    path.write_text("def f(:\n")
+    assert f"{path}, line 1: not Python" in reward("f")
+    path.write_bytes(b"x = 'caf\xe9'\ndef f(items):\n    return []\n")
+    assert f"{path}, line " in reward("f")
+    path.write_bytes(b"# -*- coding: latin-1 -*-\n" + path.read_bytes())
+    check(valid, f"worker.reward.reward_function={path}:f")
+    path.write_text("from math import *\n")
+    check(valid, f"worker.reward.reward_function={path}:f")
+    assert "no such file '/nowhere.py'" in refused(valid, "worker.reward.reward_function=/nowhere.py:f")
+    assert "is unknown; use math, r1v, openr1" in refused(valid, "worker.reward.reward_function=maths")
+
+
+def test_format_prompt(valid):
+    assert "no such file 'nowhere.jinja'" in refused(valid, "data.format_prompt=nowhere.jinja")
+    check(valid, "data.format_prompt={{ content }} Answer in \\boxed{}.")
+    check(valid, "data.format_prompt={{ content }}" + " Think." * 100)  # longer than a file's name may be
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ content }}{{ foo.bar }}", "{{ content }}{{ foo }}", "{{ content / 2 }}", "{{ content.__class__.mro() }}"],
+)
+def test_format_prompt_that_cannot_be_rendered(valid, template):
+    assert "data.format_prompt cannot be rendered" in refused(valid, f"data.format_prompt={template}")
+
+
+def test_format_prompt_that_is_no_text(valid, tmp_path):
+    path = tmp_path / "prompt.jinja"
+    path.write_bytes(b"{{ content }} caf\xe9")
+    assert f"cannot read '{path}'" in refused(valid, f"data.format_prompt={path}")

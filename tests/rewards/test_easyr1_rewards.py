@@ -1,0 +1,195 @@
+"""Reward files and prompt templates as EasyR1's users have them, for its present interface and the earlier ones."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from mmr1_ds.config import RewardConfig
+from mmr1_ds.config.loading import dump_config, load_config
+from mmr1_ds.data.chat import ChatFormat, load_format_prompt
+from mmr1_ds.errors import UserError
+from mmr1_ds.rewards.loading import check_reward_config, reward_setup
+from mmr1_ds.rewards.pool import RewardItem, RewardPool
+
+RULES = """
+    import re
+    from typing import Any, Dict, List
+
+    def format_reward(response):
+        return 1.0 if re.fullmatch(r"<think>.*</think>.*", response, re.DOTALL) else 0.0
+
+    def accuracy_reward(response, ground_truth):
+        return 1.0 if response.rpartition("</think>")[2].strip() == ground_truth else 0.0
+
+    def one(response, ground_truth, format_weight):
+        format_score = format_reward(response)
+        accuracy = accuracy_reward(response, ground_truth)
+        overall = (1 - format_weight) * accuracy + format_weight * format_score
+        return {"overall": overall, "format": format_score, "accuracy": accuracy}
+"""
+PRESENT_BATCH = """
+    REWARD_NAME = "count"
+    REWARD_TYPE = "batch"
+
+    def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.1) -> list[dict[str, float]]:
+        if not isinstance(reward_inputs, list):
+            raise ValueError("want a list")
+        return [one(item["response"], item["ground_truth"], format_weight) for item in reward_inputs]
+"""
+PRESENT_SEQUENTIAL = """
+    def compute_score(reward_input: dict[str, Any], format_weight: float = 0.1) -> dict[str, float]:
+        if not isinstance(reward_input, dict):
+            raise ValueError("want a dictionary")
+        return one(reward_input["response"], reward_input["ground_truth"], format_weight)
+"""
+EARLIER_BATCH = """
+    def compute_score(predicts: List[str], ground_truths: List[str], format_weight: float = 0.1) -> List[Dict]:
+        return [one(*pair, format_weight) for pair in zip(predicts, ground_truths, strict=True)]
+"""
+EARLIER_SEQUENTIAL = """
+    def compute_score(predict_str: str, ground_truth: str, format_weight: float = 0.1) -> Dict[str, float]:
+        return one(predict_str, ground_truth, format_weight)
+"""
+FILES = {
+    "present batch": PRESENT_BATCH,
+    "present sequential": PRESENT_SEQUENTIAL,
+    "earlier batch": EARLIER_BATCH,
+    "earlier sequential": EARLIER_SEQUENTIAL,
+}
+RIGHT, WRONG = RewardItem("<think>a</think>7", 9, "7"), RewardItem("<think>a</think>8", 9, "7")
+
+
+def write(folder, *parts):
+    path = folder / "my_reward.py"
+    path.write_text("".join(textwrap.dedent(part) for part in parts))
+    return f"{path}:compute_score"
+
+
+def run(reference, items, reward_type=None, **kwargs):
+    config = RewardConfig(reference, kwargs, num_workers=1, reward_type=reward_type)
+    with RewardPool(config) as pool:
+        return pool.score(list(items))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_runs_as_it_is(tmp_path, name):
+    right, wrong = run(write(tmp_path, RULES, FILES[name]), [RIGHT, WRONG], format_weight=0.2)
+    assert (right.overall, right.accuracy, right.parts) == (1.0, 1.0, {"format": 1.0}), right.reason
+    assert (wrong.overall, wrong.accuracy, wrong.parts) == (0.2, 0.0, {"format": 1.0})
+
+
+@pytest.mark.parametrize("reward_type", ["batch", "sequential"])
+def test_reward_type_says_what_names_do_not(tmp_path, reward_type):
+    body = {
+        "batch": "def compute_score(reward_input): return [{'overall': len(reward_input)}]",
+        "sequential": "def compute_score(rows): return {'overall': len(rows['response'])}",
+    }
+    (result,) = run(write(tmp_path, body[reward_type]), [RIGHT], reward_type=reward_type)
+    assert result.overall == {"batch": 1, "sequential": len(RIGHT.response)}[reward_type]
+
+
+def test_a_reward_that_is_a_number(tmp_path):
+    """EasyR1's first rewards returned the sum alone."""
+    source = "def compute_score(predict_str, ground_truth): return 0.5 if predict_str.endswith(ground_truth) else 0.0"
+    assert [result.overall for result in run(write(tmp_path, source), [RIGHT, WRONG])] == [0.5, 0.0]
+
+
+def test_dapos_accuracy_of_minus_one_is_wrong_not_invalid(tmp_path):
+    source = """
+        def compute_score(reward_inputs, max_response_length, overlong_buffer_length):
+            scores = []
+            for item in reward_inputs:
+                accuracy = 1.0 if item["response"].endswith(item["ground_truth"]) else -1.0
+                excess = item["response_length"] - (max_response_length - overlong_buffer_length)
+                overlong = -max(excess, 0) / overlong_buffer_length
+                normalized = (accuracy + 1) / 2
+                scores.append({"overall": accuracy + overlong, "accuracy": accuracy, "accuracy_normalized": normalized})
+            return scores
+    """
+    kwargs = {"max_response_length": 10, "overlong_buffer_length": 4}
+    right, wrong = run(write(tmp_path, source), [RIGHT, WRONG], **kwargs)
+    assert (right.failure, right.overall, right.accuracy) == (None, 1 - 3 / 4, 1.0)
+    assert (wrong.failure, wrong.overall, wrong.accuracy) == (None, -1 - 3 / 4, 0.0)
+    assert wrong.parts == {"accuracy_normalized": 0.0}
+
+
+def test_a_file_that_grades_with_mathruler(tmp_path):
+    pytest.importorskip("mathruler")
+    source = """
+        from mathruler.grader import extract_boxed_content, grade_answer
+
+        def compute_score(reward_inputs):
+            answers = [extract_boxed_content(item["response"]) for item in reward_inputs]
+            right = [float(grade_answer(a, i["ground_truth"])) for a, i in zip(answers, reward_inputs)]
+            return [{"overall": value, "accuracy": value} for value in right]
+    """
+    items = [RewardItem("\\boxed{\\frac{1}{2}}", 9, "0.5"), RewardItem("\\boxed{2}", 9, "0.5")]
+    assert [result.accuracy for result in run(write(tmp_path, source), items)] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("source", "reward_type", "message"),
+    [
+        (PRESENT_BATCH, "function", "worker.reward.reward_type must be batch, sequential or null, got 'function'"),
+        ('REWARD_TYPE = "stream"\ndef compute_score(items): pass', None, "REWARD_TYPE is 'stream'"),
+        ("def compute_score(predicts, ground_truths, weight): pass", None, "missing a required argument"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, source, reward_type, message):
+    with pytest.raises(UserError, match=message):
+        run(write(tmp_path, RULES, source), [], reward_type=reward_type)
+
+
+@pytest.mark.parametrize("name", ["math", "r1v", "openr1", "openr1_wo_LMM", "openr1_vllm"])
+def test_mmr1s_keys_are_read(name):
+    lengths = "{min_value_wrong: -2, max_value_wrong: -1.5, min_value_correct: 0.25, max_value_correct: 0.5}"
+    loaded = load_config(
+        [
+            f"worker.reward.compute_score={name}", f"worker.reward.cos_len_reward_config={lengths}",
+            "worker.reward.base_urls=['http://a:1/v1','http://b:2/v1']", "worker.reward.model_name=judge",
+            "worker.reward.api_key=SECRET", "worker.reward.provider=vllm", "worker.reward.batch_processing=true",
+        ]
+    )  # fmt: skip
+    reward = loaded.config.worker.reward
+    assert reward.reward_function == name
+    assert (reward.judge.base_urls, reward.judge.model) == (["http://a:1/v1", "http://b:2/v1"], "judge")
+    assert reward_setup(reward, 4096)["cosine_values"] == {
+        "min_value_wrong": -2, "max_value_wrong": -1.5, "min_value_correct": 0.25, "max_value_correct": 0.5
+    }  # fmt: skip
+    assert reward_setup(reward, 4096)["max_length"] == 4096
+    assert any("key_variable" in warning for warning in loaded.warnings)
+    assert "SECRET" not in " ".join(loaded.warnings) + dump_config(loaded.config)
+    check_reward_config(reward)
+
+
+def test_easyr1s_example_files_have_built_ins_in_their_place():
+    for name, kind in (("math", "batch"), ("r1v", "sequential")):
+        path = f"./examples/reward_function/{name}.py:compute_score"
+        reward = load_config([f"worker.reward.reward_function={path}", f"worker.reward.reward_type={kind}"])
+        assert reward.config.worker.reward.reward_function == name
+        assert score_once(reward.config.worker.reward).accuracy == 1.0
+
+
+def score_once(config):
+    config.num_workers = 1
+    with RewardPool(config) as pool:
+        (result,) = pool.score([RewardItem("<think>a</think><answer>\\boxed{7}</answer>", 9, "7")])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ content | trim }} Think first, inside <think> </think>. Answer in \\boxed{}.\n",
+         "How many? Think first, inside <think> </think>. Answer in \\boxed{}."),
+        ("Rules:\n- one digit\n\n---\n\n{{ content }}\n", "Rules:\n- one digit\n\n---\n\n How many? "),
+        ("{% if '<image>' in content %}Look. {% endif %}{{ content.strip() | replace('many', 'few') }}", "How few?"),
+    ],
+)  # fmt: skip
+def test_jinja_prompts(tmp_path, template, expected):
+    path = tmp_path / "format.jinja"
+    path.write_text(template)
+    chat = ChatFormat(None, load_format_prompt(str(path)), is_multimodal=False)
+    assert chat.messages(" How many? ", 0, "row 1") == [{"role": "user", "content": expected}]

@@ -1,0 +1,144 @@
+"""The decoding loop against transformers' generate and whole forwards; the distribution it draws from."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from fixtures.tiny_models import make_prompt, save_text_model, save_vision_model
+
+from mmr1_ds.config import DataConfig, ModelConfig
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine.model.log_probs import plain_log_probs
+from mmr1_ds.records import SamplingSettings
+from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, Sampler, sample_responses
+
+CPU = torch.device("cpu")
+FAMILIES = ["qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, top_k=-1, max_tokens=9)
+WARM = SamplingSettings(temperature=0.8, top_p=1.0, top_k=-1, max_tokens=40)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(request, tmp_path_factory):
+    """A model as transformers loads it, the same with our attention, the encoder, and five expanded prompts."""
+    folder = tmp_path_factory.mktemp(request.param)
+    is_vision = request.param.endswith("vl")
+    (save_vision_model if is_vision else save_text_model)(folder, family=request.param)
+    kind = transformers.AutoModelForImageTextToText if is_vision else transformers.AutoModelForCausalLM
+    plain, ours = (
+        kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=name).eval()
+        for name in ("sdpa", ATTENTION)
+    )
+    encoder = PromptEncoder(
+        ModelConfig(model_path=str(folder)), DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, max_prompt_length=96)
+    )
+    prompts = [make_prompt(encoder, i, is_vision and i % 3 != 0, most_images=3) for i in (7, 0, 100, 3, 11)]
+    return plain, ours, encoder, [encoder.expand(prompt) for prompt in prompts]
+
+
+def sample(loaded, rows, seeds, settings, forbidden=None, chosen=None):
+    _, ours, encoder, prompts = loaded
+    prompts = prompts if chosen is None else [prompts[i] for i in chosen]
+    forbidden = encoder.forbidden_token_ids if forbidden is None else forbidden
+    batch = PromptBatch.of(prompts, encoder.eos_token_ids[0], CPU)
+    return sample_responses(ours, batch, rows, seeds, settings, forbidden, encoder.eos_token_ids)
+
+
+def test_greedy_tokens_are_those_of_generate(loaded):
+    plain, _, encoder, prompts = loaded
+    found = sample(loaded, [0, 1, 2, 3, 4, 4], [0] * 6, GREEDY)
+    assert found[4] == found[5]
+    for prompt, (tokens, _) in zip(prompts, found[:5], strict=True):  # one by one: without any padding
+        batch = PromptBatch.of([prompt], 0, CPU)
+        expected = plain.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            **batch.vision,
+            max_new_tokens=GREEDY.max_tokens,
+            do_sample=False,
+            suppress_tokens=list(encoder.forbidden_token_ids),
+            eos_token_id=list(encoder.eos_token_ids),
+            pad_token_id=encoder.eos_token_ids[0],
+        )
+        assert expected[0, batch.input_ids.shape[1] :].tolist() == tokens
+
+
+def test_log_probs_are_those_of_a_whole_forward(loaded):
+    plain, _, encoder, prompts = loaded
+    for prompt, (tokens, logprobs) in zip(prompts, sample(loaded, range(5), range(5), WARM), strict=True):
+        batch = PromptBatch.of([prompt], 0, CPU)
+        length = batch.input_ids.shape[1]
+        ids = torch.cat([batch.input_ids, torch.tensor([tokens])], dim=1)
+        vision = dict(batch.vision)
+        if vision:
+            vision["mm_token_type_ids"] = torch.nn.functional.pad(vision["mm_token_type_ids"], (0, len(tokens)))
+        with torch.no_grad():
+            hidden = plain.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **vision).last_hidden_state
+            expected, _ = plain_log_probs(
+                hidden[0, length - 1 : -1], plain.get_output_embeddings().weight, None, torch.tensor(tokens),
+                encoder.forbidden_token_ids, WARM.temperature,
+            )  # fmt: skip
+        np.testing.assert_allclose(logprobs, expected.numpy(), atol=2e-5)
+
+
+def test_a_response_depends_on_its_prompt_and_seed_alone(loaded):
+    eos = loaded[2].eos_token_ids
+    rows, seeds = [3, 0, 0, 2, 4, 1, 4, 0, 1], [5, 1, 2, 3, 4, 9, 4, 11, 12]
+    # Few tokens left: responses end early, at different places, and leave the batch while others go on.
+    forbidden = [token for token in range(112) if token % 9 and token not in eos]
+    together = sample(loaded, rows, seeds, WARM, forbidden)
+    assert together[4] == together[6]
+    lengths = [len(tokens) for tokens, _ in together]
+    assert len(set(lengths)) > 3 and min(lengths) < 20
+    for row, seed, (tokens, logprobs) in zip(rows, seeds, together, strict=True):
+        ((alone, values),) = sample(loaded, [0], [seed], WARM, forbidden, chosen=[row])
+        assert alone == tokens
+        np.testing.assert_allclose(values, logprobs, atol=2e-5)
+        assert [token in eos for token in tokens[:-1]] == [False] * (len(tokens) - 1)
+        assert (tokens[-1] in eos) == (len(tokens) < WARM.max_tokens) or len(tokens) == WARM.max_tokens
+        assert not set(tokens) & set(forbidden)
+
+
+def make_sampler(forbidden=(), **settings):
+    return Sampler(SamplingSettings(**{"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": 1, **settings}),
+                   forbidden, CPU)  # fmt: skip
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say():
+    probabilities = torch.tensor([0.1, 0.25, 0.05, 0.6])
+    sampler = make_sampler()
+    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    drawn = sampler.draw(sampler.log_probs(probabilities.log().expand(1000, 4).clone()), uniforms)
+    assert torch.bincount(drawn, minlength=4).tolist() == [100, 250, 50, 600]
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    barred = make_sampler(forbidden=[0, 3])
+    drawn = barred.draw(barred.log_probs(probabilities.log().expand(2, 4).clone()), ends)
+    assert drawn.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"temperature": 0.5}, [0.01, 0.0625, 0.0025, 0.36]),
+        ({"top_k": 2}, [0, 0.25, 0, 0.6]),
+        ({"top_p": 0.9}, [0.1, 0.25, 0, 0.6]),
+        ({"forbidden": [3]}, [0.1, 0.25, 0.05, 0]),
+        ({"temperature": 0.0, "top_k": 1, "forbidden": [1]}, [0.1, 0, 0.05, 0.6]),
+    ],
+)
+def test_the_distribution(settings, expected):
+    logits = torch.tensor([[0.1, 0.25, 0.05, 0.6]]).log()
+    found = make_sampler(**settings).log_probs(logits).exp()[0]
+    np.testing.assert_allclose(found, np.array(expected) / sum(expected), atol=1e-6)
+
+
+def test_rare_tokens_of_a_large_vocabulary_are_drawn():
+    """A million tokens of 1e-9 each after one of nearly 1: summed in float32 they would not be there."""
+    logits = torch.full((1, 1_000_001), np.log(1e-9))
+    logits[0, 0] = np.log(0.999)
+    sampler = make_sampler()
+    draw = functools.partial(sampler.draw, sampler.log_probs(logits))
+    assert draw(torch.tensor([0.9985], dtype=torch.float64)).tolist() == [0]
+    assert draw(torch.tensor([0.9995], dtype=torch.float64)).item() == pytest.approx(500_500, rel=1e-3)
