@@ -27,14 +27,21 @@ from mmr1_ds.errors import UserError, remedy, require
 from mmr1_ds.loop.batches import BatchMaker
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.loop.collector import Collector
+from mmr1_ds.loop.learners import Learners
 from mmr1_ds.loop.partial_batches import PartialBatchMaker
 from mmr1_ds.loop.parts import Parts
+from mmr1_ds.loop.refresh import KEPT, CurriculumRefresh
+from mmr1_ds.loop.state import RunState
+from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.loop.trainer import Trainer
+from mmr1_ds.loop.turns import Turns
+from mmr1_ds.loop.validation import Validation
 from mmr1_ds.monitoring.environment import write_environment
 from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
 from mmr1_ds.monitoring.samples import TrainingSamples
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
+from mmr1_ds.records import SamplingSettings
 from mmr1_ds.rewards.loading import BUILT_IN
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
@@ -98,33 +105,133 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             stack.callback(rollout.close)
         advance(1)
 
-        batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
-        collector = Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks)
-        parts = Parts(
+        trainer = make_trainer(
+            config,
+            num_steps,
             ranks=ranks,
             encoder=encoder,
             train_data=train_data,
             val_data=val_data,
             coordinator=coordinator,
-            batches=batch_maker(config, ranks, encoder, train_data, coordinator, collector),
-            collector=collector,
+            collector=Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks),
             rollout=rollout,
             actor=actor,
             reference=reference,
+            critic=critic,
             checkpoints=checkpoints,
             metrics_logger=metrics_logger,
-            samples=TrainingSamples(
-                run_directory(config), config.trainer.train_generations_to_log, encoder.decode, metrics_logger, ranks
-            ),
             report=report,
-            critic=critic,
             preemption=preemption,
         )
-        trainer = Trainer(config, parts, num_steps)
         if start is not None:
-            trainer.load(*start)
+            trainer.parts.state.load(*start, None if config.trainer.val_only else trainer.parts.settings)
         loaded.close()
         trainer.fit()
+
+
+def make_trainer(
+    config: RunConfig,
+    num_steps: int,
+    *,
+    ranks: Ranks,
+    encoder: PromptEncoder,
+    train_data: PromptDataset,
+    val_data: PromptDataset | None,
+    coordinator: Coordinator,
+    collector: Collector,
+    rollout: RolloutEngine,
+    actor: Actor,
+    reference: Reference | AdapterlessReference | None,
+    critic: Critic | None,
+    checkpoints: Checkpoints,
+    metrics_logger: MetricsLogger,
+    report: LiveReport,
+    preemption: Preemption,
+) -> Trainer:
+    """Put the loop together from what it samples with, learns with and writes to."""
+    data, worker, trainer, seed = config.data, config.worker, config.trainer, config.worker.rollout.seed
+    sampling = worker.rollout
+    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, data.max_response_length)
+    turns = Turns(rollout, actor, critic)
+    batch_maker = BatchMaker if sampling.partial is None else PartialBatchMaker
+    batches = batch_maker(config, ranks, encoder, train_data, coordinator, collector)
+    learners = Learners(
+        config.algorithm, trainer.critic_warmup, actor=actor, reference=reference, critic=critic, ranks=ranks
+    )
+    samples = TrainingSamples(
+        run_directory(config), trainer.train_generations_to_log, encoder.decode, metrics_logger, ranks
+    )
+    records = StepRecords(
+        coordinator=coordinator,
+        rollout=rollout,
+        policy=actor,
+        samples=samples,
+        metrics_logger=metrics_logger,
+        preemption=preemption,
+        max_prompt_length=data.max_prompt_length,
+        lags=sampling.engine == "server",
+        ranks=ranks,
+    )
+    validation = Validation(
+        val_data,
+        sampling.val_override_config,
+        data,
+        trainer,
+        seed,
+        num_steps,
+        collector=collector,
+        encoder=encoder,
+        turns=turns,
+        records=records,
+        metrics_logger=metrics_logger,
+        ranks=ranks,
+    )
+    kept_refresh = checkpoints.root / KEPT
+    refresh = CurriculumRefresh(
+        data,
+        worker.reward,
+        settings,
+        seed,
+        coordinator=coordinator,
+        collector=collector,
+        train_data=train_data,
+        encoder=encoder,
+        turns=turns,
+        weights_digest=actor.weights_digest,
+        kept=kept_refresh,
+        preemption=preemption,
+        records=records,
+        metrics_logger=metrics_logger,
+        ranks=ranks,
+    )
+    state = RunState(
+        trainer.save_freq,
+        num_steps,
+        dump_config(config),
+        kept_refresh,
+        actor=actor,
+        critic=critic,
+        coordinator=coordinator,
+        batches=batches,
+        learners=learners,
+        checkpoints=checkpoints,
+        preemption=preemption,
+        records=records,
+        metrics_logger=metrics_logger,
+        ranks=ranks,
+    )
+    parts = Parts(
+        settings=settings,
+        turns=turns,
+        batches=batches,
+        learners=learners,
+        validation=validation,
+        refresh=refresh,
+        state=state,
+        records=records,
+        report=report,
+    )
+    return Trainer(parts, 0 if trainer.val_only else num_steps)
 
 
 def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:

@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from mmr1_ds.cluster.preemption import Preemption
-from mmr1_ds.cluster.ranks import Ranks
-from mmr1_ds.curriculum.coordinator import Coordinator
-from mmr1_ds.data.dataset import PromptDataset
-from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.critic import Critic
-from mmr1_ds.engine.reference import AdapterlessReference, Reference
 from mmr1_ds.loop.batches import BatchMaker
-from mmr1_ds.loop.checkpoint import Checkpoints
-from mmr1_ds.loop.collector import Collector
+from mmr1_ds.loop.learners import Learners
+from mmr1_ds.loop.refresh import CurriculumRefresh
+from mmr1_ds.loop.state import RunState
+from mmr1_ds.loop.step_records import StepRecords
+from mmr1_ds.loop.turns import Turns
+from mmr1_ds.loop.validation import Validation
 from mmr1_ds.monitoring.live_report import LiveReport
-from mmr1_ds.monitoring.logger import MetricsLogger
-from mmr1_ds.monitoring.samples import TrainingSamples
-from mmr1_ds.rollout.base import RolloutEngine
-
-if TYPE_CHECKING:
-    from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.records import SamplingSettings
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything the loop drives; built by the composition root, which also closes it."""
+    """Everything the loop drives, each a room with one idea; built by the composition root."""
 
-    ranks: Ranks
-    encoder: PromptEncoder
-    train_data: PromptDataset
-    val_data: PromptDataset | None
-    coordinator: Coordinator
-    batches: BatchMaker
-    collector: Collector
-    rollout: RolloutEngine
-    actor: Actor
-    reference: Reference | AdapterlessReference | None
-    checkpoints: Checkpoints
-    metrics_logger: MetricsLogger
-    samples: TrainingSamples
+    settings: SamplingSettings  # with which training samples
+    turns: Turns  # whose devices they are
+    batches: BatchMaker  # draw, sample, reward, observe
+    learners: Learners  # log-probabilities, advantages, updates
+    validation: Validation
+    refresh: CurriculumRefresh
+    state: RunState  # the step; save, resume, end in time
+    records: StepRecords  # what a step leaves behind
     report: LiveReport
-    preemption: Preemption
-    critic: Critic | None = None  # gae only

@@ -1,0 +1,175 @@
+"""Where a run is, and how it is saved, resumed, and ended in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmr1_ds.cluster.preemption import Preempted, Preemption, SamplingAbandoned
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.loop.batches import BatchMaker
+from mmr1_ds.loop.checkpoint import Checkpoints
+from mmr1_ds.loop.learners import Learners
+from mmr1_ds.loop.step_records import StepRecords
+from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.records import SamplingSettings
+from mmr1_ds.rollout.base import ServersGone
+
+if TYPE_CHECKING:
+    from mmr1_ds.engine.actor import Actor
+    from mmr1_ds.engine.critic import Critic
+
+_SAVE_PARTS = 3  # of a checkpoint, for its bar: what was begun ahead, the engines, digests
+
+
+class RunState:
+    """The number of steps done, and the checkpoints of what they made. Every method is a collective."""
+
+    def __init__(
+        self,
+        save_freq: int,
+        num_steps: int,
+        config_yaml: str,
+        kept_refresh: Path,
+        *,
+        actor: Actor,
+        critic: Critic | None,
+        coordinator: Coordinator,
+        batches: BatchMaker,
+        learners: Learners,
+        checkpoints: Checkpoints,
+        preemption: Preemption,
+        records: StepRecords,
+        metrics_logger: MetricsLogger,
+        ranks: Ranks,
+    ) -> None:
+        """
+        Args:
+            save_freq: steps between checkpoints, -1 = only after the last.
+            num_steps: of the whole run.
+            config_yaml: the resolved configuration, kept for `mmr1-ds export`.
+            kept_refresh: the file that an unfinished refresh is kept in; a checkpoint has it as well.
+        """
+        self._save_freq, self._num_steps = save_freq, num_steps
+        self._config_yaml, self._kept_refresh = config_yaml, kept_refresh
+        self._actor, self._critic, self._coordinator, self._batches = actor, critic, coordinator, batches
+        self._learners, self._checkpoints, self._preemption = learners, checkpoints, preemption
+        self._records, self._metrics_logger, self._ranks = records, metrics_logger, ranks
+        self.step = 0  # steps done; within a step, its number
+        self._last_saved: int | None = None  # step of the newest checkpoint
+
+    def begin(self, step: int) -> None:
+        """Take up `step`: before its work, or after it when a checkpoint of it was loaded. Not a collective."""
+        self.step = self._ranks.step = step
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Log metrics of the current step, if there are any. Not a collective."""
+        if metrics:
+            elapsed = {"perf/elapsed_seconds": self._metrics_logger.elapsed_seconds}
+            self._metrics_logger.log(self.step, metrics | elapsed)
+
+    @contextmanager
+    def saved_when_interrupted(self) -> Iterator[None]:
+        """Inside, the run may be told to end, and what was learned is saved.
+
+        Raises: ServersGone; Preempted; RuntimeError when the last save failed: the run must not look like one that is
+            done.
+        """
+        self._preemption.begin_training()
+        try:
+            yield
+        except (ServersGone, SamplingAbandoned) as stop:
+            self.begin(self._learners.num_steps_done)
+            if self.step > 0:
+                self.log(self.save(in_full=False))
+            if self._is_asked_to_end():
+                raise self._preempted() from stop
+            raise
+        self._check_saved()
+
+    def end_if_asked(self) -> None:
+        """Raises: Preempted, on every rank, when one was told to end; all is saved."""
+        if self._is_asked_to_end():
+            if self.step > 0 and self._last_saved != self.step:
+                self.log(self.save())
+            raise self._preempted()
+
+    def save_if_due(self) -> None:
+        """Save after the last step, every `save_freq` steps, and before a refresh, which may take very long.
+
+        The step's figures are logged before, so that a kill leaves no step without its line.
+        """
+        is_due = self._save_freq > 0 and (
+            self.step % self._save_freq == 0 or self._coordinator.refresh_due(self.step + 1)
+        )
+        if is_due or self.step == self._num_steps:
+            self.log(self.save())
+
+    def save(self, in_full: bool = True) -> dict[str, float]:
+        """Write the checkpoint of this step. When the disk fails it, the run goes on, see `Checkpoints.save`.
+
+        in_full: wait for responses begun ahead and keep them; else the resumed run samples them anew.
+        Returns: metrics.
+        """
+        clock, title = self._records.clock(), f"checkpoint of step {self.step}"
+        with (
+            clock("save_checkpoint"),
+            self._metrics_logger.progress(_SAVE_PARTS, title, with_lines=False) as advance,
+        ):
+            if in_full:
+                self._batches.finish_ahead()
+            advance(1)
+
+            def write(folder: Path) -> None:
+                self._write(folder, advance)
+
+            saved = self._checkpoints.save(self.step, write, ("curriculum", "rollout"))
+            advance(1)
+            if saved and self._ranks.rank == 0:
+                self._kept_refresh.unlink(missing_ok=True)
+        metrics = self._records.stages(clock)
+        if saved is None:
+            return metrics | {"checkpoint/save_failed": 1.0}
+        self._last_saved = self.step
+        self._preemption.took(to_save=clock.seconds["save_checkpoint"])
+        return metrics
+
+    def load(self, step: int, folder: Path, settings: SamplingSettings | None) -> None:
+        """Resume from a checkpoint of `step`; the coordinator has read its part already.
+
+        settings: with which responses that were begun ahead are sampled; None leaves them, as a validation does.
+        """
+        self._actor.load(folder / "actor")
+        if self._critic is not None:
+            self._critic.load(folder / "critic")
+        if settings is not None:
+            self._batches.load(folder / "rollout", settings)
+        self.begin(step)
+        self._learners.num_steps_done = self._last_saved = step
+
+    def _write(self, folder: Path, advance: Callable[[int], None]) -> None:
+        self._actor.save(folder / "actor")
+        if self._critic is not None:
+            self._critic.save(folder / "critic")
+        advance(1)
+        # From here on no collectives: a disk may fail one rank alone.
+        self._coordinator.save(folder / "curriculum")
+        self._batches.save(folder / "rollout")
+        if self._ranks.rank == 0:
+            (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
+
+    def _is_asked_to_end(self) -> bool:
+        return self._ranks.any(self._preemption.is_asked, "ask whether to end")
+
+    def _preempted(self) -> Preempted:
+        self._check_saved()
+        reason = self._preemption.reason or "another rank was told to end"
+        where = f"saved in {self._checkpoints.root}" if self.step else "nothing was learned yet"
+        return Preempted(f"{reason}: {self.step} of {self._num_steps} steps are done, {where}; start again to go on")
+
+    def _check_saved(self) -> None:
+        if self._checkpoints.failure:
+            raise RuntimeError(f"the run ends unsaved: {self._checkpoints.failure}")

@@ -1,0 +1,108 @@
+"""Rewards on the validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.config import DataConfig, TrainerConfig, ValidationSampling
+from mmr1_ds.data.dataset import PromptDataset
+from mmr1_ds.loop.collector import VALIDATION, Collector, RequestMaker
+from mmr1_ds.loop.metrics import reward_metrics, validation_lengths
+from mmr1_ds.loop.step_records import StepRecords
+from mmr1_ds.loop.turns import Turns
+from mmr1_ds.monitoring.clock import StageClock
+from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.records import SamplingSettings, ScoredGroup
+from mmr1_ds.rewards.scoring import RewardCounts
+
+if TYPE_CHECKING:
+    from mmr1_ds.data.encoding import PromptEncoder
+
+
+class Validation:
+    """Samples and rewards answers to the validation data where that is due."""
+
+    def __init__(
+        self,
+        val_data: PromptDataset | None,
+        sampling: ValidationSampling,
+        data: DataConfig,
+        trainer: TrainerConfig,
+        seed: int,
+        num_steps: int,
+        *,
+        collector: Collector,
+        encoder: PromptEncoder,
+        turns: Turns,
+        records: StepRecords,
+        metrics_logger: MetricsLogger,
+        ranks: Ranks,
+    ) -> None:
+        """
+        Args:
+            val_data: None = there is nothing to validate on, and every method returns no metrics.
+            seed: of the rollouts.
+            num_steps: after the last of which a validation is due as well.
+        """
+        self._val_data, self._sampling, self._data, self._trainer = val_data, sampling, data, trainer
+        self._num_steps, self._requests = num_steps, RequestMaker(seed)
+        self._collector, self._encoder, self._turns = collector, encoder, turns
+        self._records, self._metrics_logger, self._ranks = records, metrics_logger, ranks
+
+    def before_training(self, step: int) -> dict[str, float]:
+        """Validate a run that begins now, or that only validates. Collective. Returns: as `run`, or no metrics."""
+        return self.run(step) if self._trainer.val_only or (self._trainer.val_before_train and step == 0) else {}
+
+    def run_if_due(self, step: int) -> dict[str, float]:
+        """Validate after `step` where `trainer.val_freq` says so. Collective. Returns: as `run`, or no metrics."""
+        every = self._trainer.val_freq
+        return self.run(step) if every > 0 and (step == self._num_steps or step % every == 0) else {}
+
+    def run(self, step: int) -> dict[str, float]:
+        """Validate after `step` steps. Collective. Returns: metrics `val/*`, of all ranks."""
+        data, ranks, sampling = self._val_data, self._ranks, self._sampling
+        if data is None:
+            return {}
+        clock = self._records.clock()
+        settings = SamplingSettings(
+            sampling.temperature, sampling.top_p, sampling.top_k, self._data.max_response_length
+        )
+        chunk = self._data.val_batch_size if self._data.val_batch_size > 0 else len(data)
+        groups: list[ScoredGroup] = []
+        failures: list[RewardCounts] = []
+        with (
+            clock("testing"),
+            self._turns.rollout(),
+            self._metrics_logger.progress(len(data), f"validation after step {step}") as advance,
+        ):
+            for start in range(0, len(data), chunk):
+                own = range(start, min(start + chunk, len(data)))[ranks.rank :: ranks.size]
+                # Step 0 for all: validation at different steps shares its seeds, so that runs compare.
+                requests = self._requests(data, own, sampling.n, VALIDATION, 0, own)
+                scored, chunk_failures = self._collector.collect(requests, settings, StageClock(ranks.stage))
+                groups += scored
+                failures.append(chunk_failures)
+                advance(min(start + chunk, len(data)) - start)
+        self._log_generations(step, groups[: self._trainer.val_generations_to_log])
+        metrics = self._records.stages(clock)
+        metrics |= validation_lengths([item.group for item in groups], self._data.max_prompt_length, ranks)
+        for name, value in reward_metrics([group.rewards for group in groups], failures, ranks).items():
+            part = name.removeprefix("reward/")
+            metrics[f"val/{part}" if part.startswith("num_") else f"val/{part}_reward"] = value
+        return metrics | {"val/reward_score": metrics["val/overall_reward"]}
+
+    def _log_generations(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        decode = self._encoder.decode
+        rows = [
+            {
+                "prompt": decode(item.group.prompt.token_ids),
+                "response": decode(response.token_ids),
+                "ground_truth": item.group.prompt.ground_truth,
+                "score": float(reward),
+            }
+            for item in groups
+            for response, reward in zip(item.group.responses[:1], item.rewards.overall[:1], strict=True)
+        ]
+        self._metrics_logger.generations(step, rows)
