@@ -5,6 +5,7 @@ Usage: bench_step_mmr1_ds.py FOLDER SETUP MICRO_BATCH NUM_STEPS, with RANK and t
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,8 +33,8 @@ class TurnTakingTrainer(Trainer):
     """The program's trainer; its steps wait for their turn."""
 
     def fit(self) -> None:
-        self._turns = Turns(folder / setup / "mmr1_ds", self._parts.ranks.rank)
-        make = self._parts.batches.make
+        self._turns = Turns(folder / setup / "mmr1_ds", int(os.environ["RANK"]))
+        make = self.parts.batches.make
         lengths: list[int] = []
 
         def watched(*arguments):
@@ -41,7 +42,7 @@ class TurnTakingTrainer(Trainer):
             lengths[:] = [len(r.token_ids) for g in batch.groups for r in g.scored.group.responses]
             return batch
 
-        self._parts.batches.make = watched
+        self.parts.batches.make = watched
         self._lengths = lengths
         super().fit()
 

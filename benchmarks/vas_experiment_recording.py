@@ -146,14 +146,17 @@ class RecordingTrainer(Trainer):
     rollout_limit: int  # responses after which the run ends
     trace: TraceRecorder | None
     trace_collector: Collector  # past the counter
+    ended_early = False
 
     def fit(self) -> None:
         """See Trainer."""
         self.steps.note(0, {"rollouts": 0})
         if self.trace is not None:
-            self._parts.rollout.sync_weights(self._parts.actor)
+            self.parts.turns.sync_weights()
             self._measure()
         super().fit()
+        if self.ended_early:  # a figure of its end, which no validation was due at
+            self.parts.state.log(self.parts.validation.run(self.step))
 
     def train_step(self) -> dict[str, float]:
         """See Trainer."""
@@ -162,16 +165,9 @@ class RecordingTrainer(Trainer):
         if self.trace is not None and self.trace.is_due(self.step):
             self._measure()
         if self.counter.num_responses >= self.rollout_limit:
-            self._num_steps = self.step
+            self.ended_early, self.num_steps = self.step < self.num_steps, self.step
         return metrics
-
-    def _check_saved(self) -> None:
-        """Nothing is saved here."""
 
     def _measure(self) -> None:
         assert self.trace is not None
-        self.trace.measure(self.step, self.trace_collector, self._training_settings())
-
-    def save(self) -> dict[str, float]:
-        """Nothing is kept of a run but its figures."""
-        return {}
+        self.trace.measure(self.step, self.trace_collector, self.parts.settings)

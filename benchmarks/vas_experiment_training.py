@@ -40,10 +40,9 @@ from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.loop.collector import Collector
-from mmr1_ds.loop.parts import Parts
+from mmr1_ds.loop.composition import make_trainer
 from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
-from mmr1_ds.monitoring.samples import TrainingSamples
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.colocated.engine import VllmRollout
@@ -64,6 +63,18 @@ def _digest_of_code() -> str:
 
 
 CODE = _digest_of_code()
+
+
+class NoCheckpoints:
+    """Nothing is kept of a trial but its figures."""
+
+    failure = ""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def save(self, step: int, write: object, folders: object) -> None:
+        """See Checkpoints."""
 
 
 class Session:
@@ -162,7 +173,10 @@ class Session:
         coordinator.steps = batches.steps = steps
         coordinator.kinds = batches.kinds = kinds
         metrics_logger = MetricsLogger([steps])
-        parts = Parts(
+        trainer = make_trainer(
+            config,
+            trial.steps,
+            RecordingTrainer,
             ranks=self._ranks,
             encoder=self._encoder,
             train_data=train_data,
@@ -173,13 +187,12 @@ class Session:
             rollout=counter,
             actor=actor,
             reference=None,
-            checkpoints=None,  # type: ignore[arg-type]  # RecordingTrainer saves none
+            critic=None,
+            checkpoints=NoCheckpoints(self._folder),  # type: ignore[arg-type]
             metrics_logger=metrics_logger,
-            samples=TrainingSamples(self._folder, 0, self._encoder.decode, metrics_logger, self._ranks),
             report=LiveReport(self._folder, None),
             preemption=self._never_asked,
         )
-        trainer = RecordingTrainer(config, parts, trial.steps)
         trainer.steps, trainer.counter, trainer.trace = steps, counter, None
         trainer.trace_collector = Collector(self._rollout, self._rewards, reward_name, self._encoder, self._ranks)
         shuffled = trial.steps * BATCH * RESPONSES

@@ -228,6 +228,7 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
         "trainer.n_gpus_per_node": 1,
         "trainer.val_freq": validate_every,
         "trainer.val_generations_to_log": 0,
+        "trainer.train_generations_to_log": 0,
         "trainer.save_freq": -1,
         "trainer.resume": False,
     }

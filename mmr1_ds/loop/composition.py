@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.preemption import Preemption
@@ -49,6 +49,8 @@ from mmr1_ds.rollout.colocated.engine import VllmRollout
 from mmr1_ds.rollout.hf.engine import TransformersRollout
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Trainer)
 
 _LOADED_PARTS = 3  # for their bar: actor (and critic), reference, rollout engine
 
@@ -105,15 +107,19 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             stack.callback(rollout.close)
         advance(1)
 
+        batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
+        collector = Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks)
         trainer = make_trainer(
             config,
             num_steps,
+            Trainer,
             ranks=ranks,
             encoder=encoder,
             train_data=train_data,
             val_data=val_data,
             coordinator=coordinator,
-            collector=Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks),
+            batches=batch_maker(config, ranks, encoder, train_data, coordinator, collector),
+            collector=collector,
             rollout=rollout,
             actor=actor,
             reference=reference,
@@ -132,12 +138,14 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
 def make_trainer(
     config: RunConfig,
     num_steps: int,
+    trainer_class: type[T],
     *,
     ranks: Ranks,
     encoder: PromptEncoder,
     train_data: PromptDataset,
     val_data: PromptDataset | None,
     coordinator: Coordinator,
+    batches: BatchMaker,
     collector: Collector,
     rollout: RolloutEngine,
     actor: Actor,
@@ -147,14 +155,12 @@ def make_trainer(
     metrics_logger: MetricsLogger,
     report: LiveReport,
     preemption: Preemption,
-) -> Trainer:
+) -> T:
     """Put the loop together from what it samples with, learns with and writes to."""
     data, worker, trainer, seed = config.data, config.worker, config.trainer, config.worker.rollout.seed
     sampling = worker.rollout
     settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, data.max_response_length)
     turns = Turns(rollout, actor, critic)
-    batch_maker = BatchMaker if sampling.partial is None else PartialBatchMaker
-    batches = batch_maker(config, ranks, encoder, train_data, coordinator, collector)
     learners = Learners(
         config.algorithm, trainer.critic_warmup, actor=actor, reference=reference, critic=critic, ranks=ranks
     )
@@ -231,7 +237,7 @@ def make_trainer(
         records=records,
         report=report,
     )
-    return Trainer(parts, 0 if trainer.val_only else num_steps)
+    return trainer_class(parts, 0 if trainer.val_only else num_steps)
 
 
 def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
