@@ -93,7 +93,17 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         if config.worker.rollout.engine == "server":  # the servers load while the models here do
             from mmr1_ds.rollout.servers.engine import ServerRollout  # its HTTP client comes with vLLM
 
-            rollout = ServerRollout(config, ranks, encoder, most_images, run_directory(config) / "servers", preemption)
+            rollout = ServerRollout(
+                config.worker.rollout,
+                config.worker.actor.model,
+                config.data,
+                ranks,
+                encoder,
+                first_device=config.trainer.n_gpus_per_node,
+                most_images=most_images,
+                log_folder=run_directory(config) / "servers",
+                preemption=preemption,
+            )
             stack.callback(rollout.close)
         actor = _actor(config, deepspeed.actor, num_steps, ranks, encoder)
         advance(1)

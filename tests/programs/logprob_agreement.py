@@ -68,7 +68,11 @@ if engine == "vllm":
         rollout._cycle = SleepCycle(rollout._llm, enabled=True)
 elif engine == "server":
     config.worker.rollout.engine, config.worker.rollout.server_timeout_seconds = "server", 120.0
-    rollout = ServerRollout(config, ranks, encoder, MOST_IMAGES, Path(out).with_suffix(".servers"), unasked)
+    rollout = ServerRollout(
+        config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder,
+        first_device=config.trainer.n_gpus_per_node, most_images=MOST_IMAGES,
+        log_folder=Path(out).with_suffix(".servers"), preemption=unasked,
+    )  # fmt: skip
     rollout.sync_weights(actor)
 else:
     rollout = TransformersRollout(actor, ranks, encoder, max_num_seqs=5)  # in the middle of a prompt's responses

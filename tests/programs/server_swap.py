@@ -31,7 +31,11 @@ config.worker.actor.optim.lr = 1e-2
 config.worker.rollout.engine, config.worker.rollout.weight_swap = "server", "in_flight"
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 for_actor, for_reference = deepspeed_configs(config, ranks.size)
-rollout = ServerRollout(config, ranks, encoder, 2, Path(out).with_suffix(".servers"), Preemption(60.0, None))
+rollout = ServerRollout(
+    config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder,
+    first_device=config.trainer.n_gpus_per_node, most_images=2,
+    log_folder=Path(out).with_suffix(".servers"), preemption=Preemption(60.0, None),
+)  # fmt: skip
 actor = Actor(config, for_actor, ranks, encoder, num_updates=100)
 before = Reference(config, for_reference, ranks, encoder)
 rollout.sync_weights(actor)

@@ -117,17 +117,22 @@ def on_ranks(monkeypatch, servers, watched, work, **settings):
     for name, value in settings.items():
         setattr(rollout, name, value)
     calls, barrier, slots = [[] for _ in range(RANKS)], threading.Barrier(RANKS), [None] * RANKS
-    monkeypatch.setattr(server_engine, "_servers", lambda *_: watched)
+    monkeypatch.setattr(ServerRollout, "_servers", lambda *_: watched)
     monkeypatch.setattr(server_engine, "_key", lambda _: KEY)
     monkeypatch.setattr(server_engine, "ServerControl", Control)
     monkeypatch.setattr(server_engine, "WeightTransfer", lambda actor, *, rank, **_: Transfer(calls, servers, rank))
     monkeypatch.setattr(server_engine, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(server_supervisor, "_WATCH_SECONDS", 0.01)
     monkeypatch.setattr(server_group, "_FIRST_PAUSE_SECONDS", 0.01)
-    encoder = SimpleNamespace(eos_token_ids=[EOS], forbidden_token_ids=FORBIDDEN, vocabulary_size=VOCABULARY)
+    encoder = SimpleNamespace(
+        is_multimodal=False, eos_token_ids=[EOS], forbidden_token_ids=FORBIDDEN, vocabulary_size=VOCABULARY
+    )
 
     def run(rank):
-        engine = ServerRollout(config, Rank(rank, barrier, slots), encoder, 0, None, Preemption(60.0, None))
+        engine = ServerRollout(
+            config.worker.rollout, config.worker.actor.model, config.data, Rank(rank, barrier, slots), encoder,
+            first_device=0, most_images=0, log_folder=None, preemption=Preemption(60.0, None),
+        )  # fmt: skip
         try:
             return work(engine, rank)
         except UserError as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
-from mmr1_ds.config import RunConfig
+from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.config.redaction import remember
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
@@ -60,18 +60,25 @@ class ServerRollout:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: RolloutConfig,
+        model: ModelConfig,
+        data: DataConfig,
         ranks: Ranks,
         encoder: PromptEncoder,
+        *,
+        first_device: int,
         most_images: int,
         log_folder: Path,
         preemption: Preemption,
     ) -> None:
-        """Collective: start the servers, or find those of `server_urls`. They load while the actor is built.
+        """Start the servers, or find those of `server_urls`. They load while the actor is built. Collective.
 
-        most_images: of the prompt that has the most; log_folder: where started servers write.
+        Args:
+            first_device: of the servers' GPUs where `server_devices` names none: the number of ranks on this node.
+            most_images: of the prompt that has the most.
+            log_folder: where started servers write.
         """
-        self._config, self._ranks, self._preemption = config.worker.rollout, ranks, preemption
+        self._config, self._ranks, self._preemption = config, ranks, preemption
         self._policy: Policy | None = None
         self._transfer: WeightTransfer | None = None
         self._supervisor: Supervisor | None = None
@@ -82,8 +89,8 @@ class ServerRollout:
         self._seconds_until_idle = 0.0  # of requests in flight, before the weights change
         shared: tuple[list[str], str] | None = None
         if ranks.rank == 0:
-            key = _key(self._config)
-            servers = _servers(config, ranks, encoder, most_images, log_folder, key)
+            key = _key(config)
+            servers = self._servers(model, data, encoder.is_multimodal, first_device, most_images, log_folder, key)
             self._supervisor = Supervisor(servers, self._config.server_start_seconds)
             shared = [server.url for server in servers], key
         shared = ranks.all_gather_objects(shared, "share the servers' addresses")[0]
@@ -105,6 +112,38 @@ class ServerRollout:
         self._group.set_usable(())
         if self._supervisor is not None:
             self._supervisor.start()
+
+    def _servers(
+        self,
+        model: ModelConfig,
+        data: DataConfig,
+        is_multimodal: bool,
+        first_device: int,
+        most_images: int,
+        log_folder: Path,
+        key: str,
+    ) -> list[WatchedServer]:
+        config = self._config
+        if config.server_urls:
+            return [ExternalServer(url, key) for url in config.server_urls]
+        size = config.tensor_parallel_size
+        devices = config.server_devices or list(range(first_device, first_device + size * config.num_servers))
+        log_folder.mkdir(parents=True, exist_ok=True)
+        return [
+            ServerProcess(
+                config,
+                model,
+                data,
+                number=number,
+                key=key,
+                on_gpu=self._ranks.on_gpu,
+                devices=devices[number * size : (number + 1) * size],
+                is_multimodal=is_multimodal,
+                most_images=most_images,
+                log=log_folder / f"server_{number}.log",
+            )
+            for number in range(config.num_servers)
+        ]
 
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
         """See RolloutEngine."""
@@ -281,30 +320,3 @@ def _key(config: Any) -> str:
     key = key or secrets.token_urlsafe(32)
     remember({"key": key})
     return key
-
-
-def _servers(
-    config: RunConfig, ranks: Ranks, encoder: PromptEncoder, most_images: int, log_folder: Path, key: str
-) -> list[WatchedServer]:
-    rollout = config.worker.rollout
-    if rollout.server_urls:
-        return [ExternalServer(url, key) for url in rollout.server_urls]
-    size = rollout.tensor_parallel_size
-    first = config.trainer.n_gpus_per_node
-    devices = rollout.server_devices or list(range(first, first + size * rollout.num_servers))
-    log_folder.mkdir(parents=True, exist_ok=True)
-    return [
-        ServerProcess(
-            rollout,
-            config.worker.actor.model,
-            config.data,
-            number=number,
-            key=key,
-            on_gpu=ranks.on_gpu,
-            devices=devices[number * size : (number + 1) * size],
-            is_multimodal=encoder.is_multimodal,
-            most_images=most_images,
-            log=log_folder / f"server_{number}.log",
-        )
-        for number in range(rollout.num_servers)
-    ]
