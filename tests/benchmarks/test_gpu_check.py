@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from benchmarks.gpu_check import SKIPPED, TOTAL_SECONDS, Part, all_parts, log_pr
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import reference_deepspeed, resolve_deepspeed
-from mmr1_ds.rollout.servers import engine as server_engine
+from mmr1_ds.rollout.servers.engine import run_servers
 
 MACHINE = {"torch": "1", "topology": ""}
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -95,8 +94,10 @@ def test_the_settings_of_a_run_are_accepted_on_a_gpu(tmp_path, monkeypatch, name
         assert of_ranks == set(range(part.num_gpus))
         return
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, of_ranks)))  # as deepspeed's launcher does
-    ranks, encoder = SimpleNamespace(on_gpu=True), SimpleNamespace(is_multimodal=True)
-    (server,) = server_engine._servers(config, ranks, encoder, 2, tmp_path / "logs", "key")
+    (server,) = run_servers(
+        config.worker.rollout, config.worker.actor.model, config.data, key="key", on_gpu=True, is_multimodal=True,
+        first_device=config.trainer.n_gpus_per_node, most_images=2, log_folder=tmp_path / "logs",
+    )  # fmt: skip
     of_server = {int(device) for device in server._environment["CUDA_VISIBLE_DEVICES"].split(",")}
     assert of_ranks | of_server == set(range(part.num_gpus))
     shared = of_ranks & of_server

@@ -117,7 +117,7 @@ def on_ranks(monkeypatch, servers, watched, work, **settings):
     for name, value in settings.items():
         setattr(rollout, name, value)
     calls, barrier, slots = [[] for _ in range(RANKS)], threading.Barrier(RANKS), [None] * RANKS
-    monkeypatch.setattr(ServerRollout, "_servers", lambda *_: watched)
+    monkeypatch.setattr(server_engine, "run_servers", lambda *_, **__: watched)
     monkeypatch.setattr(server_engine, "_key", lambda _: KEY)
     monkeypatch.setattr(server_engine, "ServerControl", Control)
     monkeypatch.setattr(server_engine, "WeightTransfer", lambda actor, *, rank, **_: Transfer(calls, servers, rank))

@@ -90,7 +90,17 @@ class ServerRollout:
         shared: tuple[list[str], str] | None = None
         if ranks.rank == 0:
             key = _key(config)
-            servers = self._servers(model, data, encoder.is_multimodal, first_device, most_images, log_folder, key)
+            servers = run_servers(
+                config,
+                model,
+                data,
+                key=key,
+                on_gpu=ranks.on_gpu,
+                is_multimodal=encoder.is_multimodal,
+                first_device=first_device,
+                most_images=most_images,
+                log_folder=log_folder,
+            )
             self._supervisor = Supervisor(servers, self._config.server_start_seconds)
             shared = [server.url for server in servers], key
         shared = ranks.all_gather_objects(shared, "share the servers' addresses")[0]
@@ -112,38 +122,6 @@ class ServerRollout:
         self._group.set_usable(())
         if self._supervisor is not None:
             self._supervisor.start()
-
-    def _servers(
-        self,
-        model: ModelConfig,
-        data: DataConfig,
-        is_multimodal: bool,
-        first_device: int,
-        most_images: int,
-        log_folder: Path,
-        key: str,
-    ) -> list[WatchedServer]:
-        config = self._config
-        if config.server_urls:
-            return [ExternalServer(url, key) for url in config.server_urls]
-        size = config.tensor_parallel_size
-        devices = config.server_devices or list(range(first_device, first_device + size * config.num_servers))
-        log_folder.mkdir(parents=True, exist_ok=True)
-        return [
-            ServerProcess(
-                config,
-                model,
-                data,
-                number=number,
-                key=key,
-                on_gpu=self._ranks.on_gpu,
-                devices=devices[number * size : (number + 1) * size],
-                is_multimodal=is_multimodal,
-                most_images=most_images,
-                log=log_folder / f"server_{number}.log",
-            )
-            for number in range(config.num_servers)
-        ]
 
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
         """See RolloutEngine."""
@@ -320,3 +298,38 @@ def _key(config: Any) -> str:
     key = key or secrets.token_urlsafe(32)
     remember({"key": key})
     return key
+
+
+def run_servers(
+    config: RolloutConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    *,
+    key: str,
+    on_gpu: bool,
+    is_multimodal: bool,
+    first_device: int,
+    most_images: int,
+    log_folder: Path,
+) -> list[WatchedServer]:
+    """The servers of a run: those of `server_urls`, else processes on GPUs of their own, not started yet."""
+    if config.server_urls:
+        return [ExternalServer(url, key) for url in config.server_urls]
+    size = config.tensor_parallel_size
+    devices = config.server_devices or list(range(first_device, first_device + size * config.num_servers))
+    log_folder.mkdir(parents=True, exist_ok=True)
+    return [
+        ServerProcess(
+            config,
+            model,
+            data,
+            number=number,
+            key=key,
+            on_gpu=on_gpu,
+            devices=devices[number * size : (number + 1) * size],
+            is_multimodal=is_multimodal,
+            most_images=most_images,
+            log=log_folder / f"server_{number}.log",
+        )
+        for number in range(config.num_servers)
+    ]
