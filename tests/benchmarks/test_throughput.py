@@ -10,7 +10,7 @@ from fixtures.data_fixtures import write_vision_model
 from fixtures.launching import ROOT, environment
 from fixtures.tiny_run import write_run
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "throughput"))
 import throughput
 import throughput_figures
 import throughput_report
@@ -146,8 +146,8 @@ def test_the_batch_script_parses():
 def test_a_real_grid(tmp_path):
     config = write_run(tmp_path, 1)
     command = [
-        sys.executable, ROOT / "benchmarks" / "throughput.py", "--config", config, "--engines", "hf", "--steps", "3",
-        "--warmup", "2", "--repeats", "1", "--sampling", "full", "--peak-tflops", "0.1",
+        sys.executable, throughput.__file__, "--config", config, "--engines", "hf", "--steps", "3", "--warmup", "2",
+        "--repeats", "1", "--sampling", "full", "--peak-tflops", "0.1",
         "--work-dir", tmp_path / "work",
     ]  # fmt: skip
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)

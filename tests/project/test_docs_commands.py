@@ -24,7 +24,7 @@ from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 from mmr1_ds.preflight.files import check_data
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "throughput"))
 import throughput
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -190,8 +190,8 @@ KINDS: list[tuple[str, Callable[[str, Path], None]]] = [
     (r"(\w+=\S+ )*make ", make),
     (r"mmr1-ds ", ours),
     (r"(\.venv/bin/)?python -m pytest |pytest ", pytest_run),
-    (r"python (benchmarks|docs)/(?!throughput)\w+\.py", script),
-    (r"(python benchmarks/throughput\.py|sbatch .* launch/throughput\.sbatch)", throughput_run),
+    (r"python (benchmarks|docs)/(?!throughput/)[\w/]+\.py", script),
+    (r"(python benchmarks/throughput/throughput\.py|sbatch .* launch/throughput\.sbatch)", throughput_run),
     ("|".join(map(re.escape, NOT_EXECUTED)), not_executed),
 ]
 

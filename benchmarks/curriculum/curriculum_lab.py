@@ -1,8 +1,8 @@
 """The curriculum laboratory: how well each sampler knows which prompts are learnable, and what that costs in rollouts.
 
-    python benchmarks/curriculum_lab.py --quick
-    python benchmarks/curriculum_lab.py --seeds 0 1 2 --json lab.json --plots lab/
-    python benchmarks/curriculum_lab.py --traces benchmarks/data/demo_trace.npz
+    python benchmarks/curriculum/curriculum_lab.py --quick
+    python benchmarks/curriculum/curriculum_lab.py --seeds 0 1 2 --json lab.json --plots lab/
+    python benchmarks/curriculum/curriculum_lab.py --traces benchmarks/curriculum/data/demo_*.npz
 
 Every policy trains a simulated policy, whose pass rates are known, for 224 steps of 512 prompts, 8 responses each, half
 of them drawn by weight (lambda = 0.5). v is a prompt's true p(1-p) under the policy that generates the step. Measures:

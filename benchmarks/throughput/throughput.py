@@ -1,9 +1,9 @@
 """Throughput of whole training runs: tokens a second, seconds a step by stage, memory, with and without the curriculum.
 
-    python benchmarks/throughput.py                                     the demo's model: shuffle, full VAS, online VAS
-    python benchmarks/throughput.py --config mmr1_h100 --models Qwen/Qwen2.5-VL-7B-Instruct --lengths 2048:4096 \\
-        -- data.train_files=/path/to/training/data
-    python benchmarks/throughput.py --compare old.json new.json
+    python benchmarks/throughput/throughput.py                the demo's model: shuffle, full VAS, online VAS
+    python benchmarks/throughput/throughput.py --config mmr1_h100 --models Qwen/Qwen2.5-VL-7B-Instruct \\
+        --lengths 2048:4096 -- data.train_files=/path/to/training/data
+    python benchmarks/throughput/throughput.py --compare old.json new.json
 
 Every cell of the grid is a real run, started as users start theirs; cells take turns, so that a machine that drifts
 slows all of them. docs/throughput.md has the schema of what is written.
@@ -32,7 +32,7 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError
 from mmr1_ds.monitoring.environment import describe_environment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLING = {
     "shuffle": ("data.sampling_strategy=shuffle",),
     "full": ("data.sampling_strategy=curriculum", "data.curriculum_refresh=full"),
