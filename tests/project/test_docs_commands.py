@@ -32,7 +32,7 @@ COMMANDS = {
     command: str(block) for block in reversed(BLOCKS) if block.language == "bash" for command in commands(block.text)
 }
 NOT_EXECUTED = {  # what a command begins with -> why it is only looked at by bash -n
-    "kill -USR2 ": "asks a running rank for its stacks, which test_deadlines does",
+    "kill -USR2 ": "asks a running rank for its stacks, which test_watch does",
     "pip install ": "needs an index; test_packaging installs a wheel, holds the extras' bounds and the constraints",
     "export ": "sets a variable of the reader's shell",
     "tensorboard ": "serves until it is stopped, and is not ours",
