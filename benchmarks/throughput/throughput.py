@@ -102,7 +102,7 @@ class Measured:
 
 def main(argv: Sequence[str]) -> int:
     """Returns: 1 when a cell failed, 2 for a user's mistake."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         if options.compare:
             sys.stdout.write(compare(*(read(path) for path in options.compare)) + "\n")
@@ -246,7 +246,7 @@ def _positive(word: str) -> int:
     return int(word)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for every run, after --")
     parser.add_argument("--config", default="configs/demo.yaml", help="run config (default: the demo's)")

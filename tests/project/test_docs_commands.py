@@ -166,7 +166,7 @@ def options(path: Path) -> set[str]:
 def throughput_run(command: str, folder: Path) -> None:
     """Of minutes; test_throughput runs a small one. Also as a job: what it would call."""
     words = shlex.split(re.split(r"throughput\.(?:py|sbatch)", command)[1])
-    options = throughput._parser().parse_args(words)
+    options = throughput.parser().parse_args(words)
     for name in [] if options.compare else options.sampling:
         load_config([f"config={options.config}", *options.settings, *throughput.SAMPLING[name]])
 
