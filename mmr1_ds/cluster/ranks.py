@@ -1,4 +1,4 @@
-"""Ranks, process groups and deadlines. No other module asks who it is or calls a raw collective.
+"""Ranks, process groups and deadlines. No other module asks for its rank or calls a raw collective.
 
 Two groups: the device group (NCCL on GPU, gloo on CPU), which DeepSpeed and vLLM use, and a CPU group beside it
 for control traffic (indices, statistics, metrics), so that a small message never waits behind a large one.
@@ -87,7 +87,7 @@ class Ranks:
 
     @property
     def step(self) -> int:
-        """For messages only."""
+        """The step that messages name."""
         return self.watch.step
 
     @step.setter
@@ -95,12 +95,12 @@ class Ranks:
         self.watch.step = value
 
     def write_stacks(self, folder: Path) -> None:
-        """Where the stacks go, on a fault and on SIGUSR2: `folder`/rank_N.txt. Not a collective."""
+        """Write the stacks to `folder`/rank_N.txt on a fault and on SIGUSR2. Not a collective."""
         self.watch.stacks.write_into(folder, STACKS_SIGNAL)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What this rank does inside, for messages. Not a collective.
+        """Name what this rank does inside, for messages. Not a collective.
 
         Raises: CollectiveError for a collective of DeepSpeed or torch that failed inside.
         """
@@ -207,7 +207,7 @@ class Ranks:
         return dict(zip(names, operation(gathered, axis=0).tolist(), strict=True))
 
     def any(self, flag: bool, stage: str) -> bool:
-        """True on every rank if it is true on any."""
+        """Whether the flag is true on any rank, the same on every rank."""
         return self.max({"flag": float(flag)}, stage)["flag"] > 0
 
     def barrier(self, stage: str) -> None:
@@ -215,7 +215,7 @@ class Ranks:
         self.all_gather_array(np.zeros(0, dtype=np.int64), stage)
 
     def neighbours(self, size: int) -> Neighbours:
-        """The group of `size` consecutive ranks that this one is in; the number of ranks is a multiple of it."""
+        """The group of `size` consecutive ranks that this one belongs to; `size` divides the number of ranks."""
         import torch.distributed as dist
 
         if size in self._neighbours:
@@ -229,7 +229,7 @@ class Ranks:
         return self._neighbours[size]
 
     def close(self, error: BaseException | None = None) -> None:
-        """Tell the other ranks, and take the groups down. Not a collective. error: with which this rank ends."""
+        """Inform the other ranks, and take the groups down. Not a collective. error: what ended this rank, if any."""
         import torch.distributed as dist
 
         self.watch.close(error)
@@ -286,7 +286,7 @@ def _connect(rank: int, timeout_seconds: float, hosts: bool = False) -> Store:
 
 
 def _wait_for_port(address: str, port: int, timeout_seconds: float) -> None:
-    """Until something listens there. Raises: OSError. Torch's own wait prints its C++ frames at each try."""
+    """Wait until something listens there. Raises: OSError. Torch's own wait prints its C++ frames at each try."""
     end = time.monotonic() + timeout_seconds
     while True:
         try:

@@ -53,7 +53,7 @@ def probe_budget(
 
 
 class LogitFilter:
-    """Beliefs about the pass rates of P prompts. The order of calls in a step:
+    """Beliefs about the pass rates of P prompts. These are the calls of a step:
 
     batch = draw by weights(utility)
     probes = probes(num_probes, exclude=batch)
@@ -150,9 +150,9 @@ class LogitFilter:
         return first, second
 
     def weights(self, utility: str = "learnability") -> np.ndarray:
-        """What to draw by: (floor + (1 - floor) E[u] / peak)^gamma over its largest, (P,) float32 in (0, 1], read only.
+        """Weights to draw by: (floor + (1 - floor) E[u] / peak)^gamma over its largest, (P,) float32 in (0, 1].
 
-        peak is the largest u of any pass rate, so that a floor of 1 draws uniformly whatever the utility.
+        Read only. peak is the largest u of any pass rate, so that a floor of 1 draws uniformly whatever the utility.
 
         Raises: UserError for an unknown utility.
         """
@@ -249,7 +249,7 @@ class LogitFilter:
     def _calibrate(self, indices: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray) -> None:
         """Compare p(1 - p) with its unbiased estimate from the responses, right * wrong / (n (n - 1))."""
         expected, _ = expected_utility(*self.belief(indices), utility_function("learnability"), self.num_responses)
-        pairs = np.maximum(num_responses - 1.0, 0.0)  # one response tells nothing
+        pairs = np.maximum(num_responses - 1.0, 0.0)  # one response says nothing of a variance
         memory = self.settings.memory
         self._expected_variance = float(memory * self._expected_variance + (pairs * expected).sum())
         found = num_right * (num_responses - num_right) / num_responses
@@ -271,7 +271,7 @@ class LogitFilter:
         gain_share: np.ndarray,
         noise_share: np.ndarray,
     ) -> None:
-        """The beliefs of observed prompts as of now."""
+        """Store the beliefs of observed prompts as of now."""
         category = self._category[indices]
         self._last_seen[indices] = self.step
         self._drift_share[indices] = drift_share
@@ -326,7 +326,7 @@ class LogitFilter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], positions: np.ndarray | None = None) -> None:
-        """Go on from a saved state.
+        """Resume from a saved state.
 
         Args: positions: (P,) the saved position of each of our prompts; None: the same order. A category's number
             must mean what it meant when saved.
