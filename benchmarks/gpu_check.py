@@ -100,9 +100,9 @@ def short_run(
     return Part(name, launch, limit, num_gpus, twin, differences, LARGEST_LOGPROB_DIFFERENCE, f"runs/{experiment}")
 
 
-def bench(name: str, *arguments: str, num_gpus: int = 0, seconds: float = 130.0, package: str = "") -> Part:
-    command = (sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments)
-    return Part(name, command, seconds, num_gpus, package=package)
+def bench(path: str, *arguments: str, num_gpus: int = 0, seconds: float = 130.0, package: str = "") -> Part:
+    command = (sys.executable, str(ROOT / "benchmarks" / f"{path}.py"), *arguments)
+    return Part(Path(path).name, command, seconds, num_gpus, package=package)
 
 
 def all_parts() -> list[Part]:
@@ -131,10 +131,10 @@ def all_parts() -> list[Part]:
                   "worker.rollout.server_devices=[0]", "worker.rollout.gpu_memory_utilization=0.3"),
         short_run("nccl", 2, 3, transfer, "an NCCL group of rank 0 and the server; vLLM's own engine",
                   server, "worker.rollout.weight_transfer=nccl", eager, num_ranks=1),
-        bench("bench_group_statistics", "--quick", num_gpus=1),
-        bench("bench_log_probs", "--tokens", "0", "--time-tokens", "64"),
-        bench("bench_weight_sync", "--quick", "--rounds", "1"),
-        bench("bench_step", "--setups", "zero3_two_ranks_transformers", "--steps", "2", "--warm-up", "1",
+        bench("kernel/bench_group_statistics", "--quick", num_gpus=1),
+        bench("engine/bench_log_probs", "--tokens", "0", "--time-tokens", "64"),
+        bench("weights/bench_weight_sync", "--quick", "--rounds", "1"),
+        bench("step/bench_step", "--setups", "zero3_two_ranks_transformers", "--steps", "2", "--warm-up", "1",
               seconds=270, package="trl"),  # DeepSpeed may compile its operators for the CPU first
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Draw docs/pass_rates.png from the recorded runs in benchmarks/data, and print its figures.
+"""Draw docs/pass_rates.png from the recorded runs in benchmarks/curriculum/data, and print its figures.
 
     python docs/pass_rates.py
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 DOCS = Path(__file__).resolve().parent
-RECORDINGS = {  # file in benchmarks/data -> what the run was
+RECORDINGS = {  # file in benchmarks/curriculum/data -> what the run was
     "demo_shuffle_mixed15.npz": "15 % learnable, rest easy or hard; shuffle",
     "demo_online_mixed50.npz": "50 % learnable, rest easy or hard; online",
 }
@@ -22,7 +22,7 @@ GROUP = 8  # responses, as the runs trained with
 
 def recording(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps (S,) and pass rates (S, P)."""
-    with np.load(DOCS.parent / "benchmarks" / "data" / name) as data:
+    with np.load(DOCS.parent / "benchmarks" / "curriculum" / "data" / name) as data:
         return data["steps"], data["pass_rates"].astype(np.float64)
 
 

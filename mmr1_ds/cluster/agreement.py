@@ -1,4 +1,4 @@
-"""What may fail on one rank's disk is decided by all ranks together."""
+"""Agreement of all ranks on what may fail on one rank's disk."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class SaveFailed(Exception):
 
 
 def in_step(ranks: Ranks, stage: str, action: Callable[[], T]) -> T:
-    """Do it on every rank; where the disk fails one, it has failed all. Collective.
+    """Do an action on every rank; if the disk fails one rank, the action has failed on all. Collective.
 
-    Other ranks would go on to a collective that the failed one never reaches.
-    Args: action: without collectives of its own, but such as end in SaveFailed.
+    Otherwise the others would proceed to a collective that the failed rank never reaches.
+    Args: action: has no collectives of its own, except those that end in SaveFailed.
     Raises: SaveFailed, the same on every rank, naming the path, the rank, the system's words and the space left.
     """
     failure, result = "", None
@@ -31,7 +31,7 @@ def in_step(ranks: Ranks, stage: str, action: Callable[[], T]) -> T:
     except OSError as error:
         failure = f"rank {ranks.rank}: {_in_words(error)}"
     except SafetensorError as error:
-        if "I/O error" not in str(error):  # its words for what others raise as OSError
+        if "I/O error" not in str(error):  # safetensors' words for what others raise as OSError
             raise
         failure = f"rank {ranks.rank}: {error}"
     first = next((text for text in ranks.all_gather_objects(failure, stage) if text), "")
@@ -41,7 +41,7 @@ def in_step(ranks: Ranks, stage: str, action: Callable[[], T]) -> T:
 
 
 def _in_words(error: OSError) -> str:
-    """The system's own words, the path, and how much room there is on its file system."""
+    """The system's own words, the path, and the space left on its file system."""
     if not isinstance(error.filename, str | Path):
         return str(error)
     words = f"{error.strerror}: {error.filename}"

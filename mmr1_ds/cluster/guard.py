@@ -1,7 +1,7 @@
-"""A rank does not outlive the launcher that started it.
+"""The guard that ends a rank with the launcher that started it.
 
 The deepspeed launcher is two processes: the runner that the user (or the job manager) stops, and under it one that
-starts the ranks. A SIGTERM to the runner ends the runner alone; the rest trains on, unseen.
+starts the ranks. A SIGTERM to the runner ends the runner alone; the rest would keep training, unseen.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class LaunchGuard:
     """Ends this process when its launcher, or the deepspeed runner above it, is gone. Linux only."""
 
     def __init__(self) -> None:
-        """Begin to watch. The first word is SIGTERM, so that the run can save."""
+        """Begin to watch. SIGTERM comes before SIGKILL, so that the run can save."""
         self.patience_seconds = 30.0  # from SIGTERM to SIGKILL; nobody is left who would kill a run that hangs
         if sys.platform != "linux":
             return
         parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it went before the call above
+        if os.getppid() != parent:  # it ended before the call above
             os.kill(os.getpid(), signal.SIGTERM)
         runner = _parent_of(parent)
         if runner is not None and "deepspeed" not in _command_of(runner):

@@ -1,4 +1,4 @@
-"""Which process this is, as its launcher says."""
+"""The place of this process among the ranks, as its launcher states it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # Open
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """Which process this is, as its launcher says."""
+    """The place of this process among the ranks, as its launcher states it."""
 
     rank: int
     world_size: int
@@ -33,8 +33,8 @@ class LaunchEnvironment:
 def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment:
     """Read the rank from whatever launched the process; one rank of one when nothing did.
 
-    Under mpirun, what the environment does not say is asked of MPI; MASTER_ADDR and MASTER_PORT are then set.
-    Raises: UserError when a launcher's variables are there in part, or are not numbers in range.
+    Under mpirun, MPI is asked for what the environment lacks; MASTER_ADDR and MASTER_PORT are then set.
+    Raises: UserError when a launcher's variables are set in part, or are not numbers in range.
     """
     if _asks_mpi(environ):
         return _by_mpi()
@@ -64,7 +64,7 @@ def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnviron
 
 
 def _asks_mpi(environ: Mapping[str, str]) -> bool:
-    """Whether mpirun started this process and the variables above do not tell all."""
+    """Whether mpirun started this process and the variables above are incomplete."""
     sizes = [name for name in _MPI_SIZES if environ.get(name, "0").isdigit() and int(environ.get(name, "0")) > 1]
     if not sizes or "RANK" in environ or (sizes == ["PMI_SIZE"] and "SLURM_STEP_NUM_TASKS" in environ):
         return False  # srun speaks PMI too
@@ -72,7 +72,7 @@ def _asks_mpi(environ: Mapping[str, str]) -> bool:
 
 
 def _by_mpi() -> LaunchEnvironment:
-    """Ranks as MPI counts them; rank 0's host and a free port of it for all. Collective."""
+    """The rank as MPI counts it; rank 0's host and one of its free ports become the master. Collective."""
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -91,7 +91,7 @@ def _by_mpi() -> LaunchEnvironment:
     os.environ.setdefault("MASTER_ADDR", host)
     os.environ.setdefault("MASTER_PORT", port)
     launch = LaunchEnvironment(world.Get_rank(), world.Get_size(), local_rank, "mpi")
-    MPI.Finalize()  # nothing more is asked of it; mpirun would take a process that ends before this for a crash
+    MPI.Finalize()  # it is needed no longer; mpirun would take a process that ends before this for a crash
     return launch
 
 

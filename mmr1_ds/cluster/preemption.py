@@ -1,4 +1,4 @@
-"""Ending a run in time: by SIGTERM or SIGUSR1, as job managers send, or by `trainer.max_wall_seconds`.
+"""The early end of a run: by SIGTERM or SIGUSR1, as job managers send, or by `trainer.max_wall_seconds`.
 
 Until training begins there is nothing to save, and the run ends at once. From then on it ends at the next boundary of
 a step; sampling that would not leave the time to learn and save is abandoned, and the step begins anew on resume.
@@ -21,7 +21,7 @@ _SLACK = 1.5  # the last step's and save's times may be short of the next ones'
 
 
 class Preempted(BaseException):  # as KeyboardInterrupt: raised by a signal, in code that may catch Exception
-    """The run ends early. From `Trainer.fit` on all is saved, and the same command goes on from there."""
+    """The run ends early. From `Trainer.fit` on, all is saved, and the same command resumes from there."""
 
 
 class SamplingAbandoned(BaseException):
@@ -29,15 +29,17 @@ class SamplingAbandoned(BaseException):
 
 
 class Preemption:
-    """Whether this process is asked to end, and by when. Of the main thread: signals are handled there."""
+    """Whether this process is asked to end, and by when. For the main thread alone, which handles the signals."""
 
     def __init__(self, notice_seconds: float, max_wall_seconds: float | None) -> None:
-        """notice_seconds: from a signal until the kill; max_wall_seconds: from now until all must be saved.
+        """Start the clock.
+
+        notice_seconds: from a signal to the kill; max_wall_seconds: from now until all must be saved.
 
         SIGUSR1 is `sbatch --signal=USR1@...`, a warning of the job's end, whose time SLURM_JOB_END_TIME gives.
         """
         self._notice_seconds = notice_seconds
-        self._seconds_after_sampling = notice_seconds / 2 / _SLACK  # until a step tells
+        self._seconds_after_sampling = notice_seconds / 2 / _SLACK  # until a step has been timed
         self._seconds_to_save = 0.0
         self._deadline: float | None = None  # monotonic
         self._training = self._interruptible = False
@@ -46,7 +48,7 @@ class Preemption:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Inside, signals ask the run to end; after, they do what they did."""
+        """Let signals ask the run to end inside; afterwards they do what they did before."""
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
         self._set_alarm()
@@ -58,12 +60,12 @@ class Preemption:
                 signal.signal(number, handler)
 
     def begin_training(self) -> None:
-        """From now on there is something to save."""
+        """Declare that there is something to save from now on."""
         self._training = True
 
     @property
     def is_asked(self) -> bool:
-        """Whether the run is to end at the next boundary. Of this rank: others may not have heard yet."""
+        """Whether the run is to end at the next boundary, as far as this rank knows: others may not have heard yet."""
         return bool(self.reason)
 
     @property
@@ -73,7 +75,7 @@ class Preemption:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Around sampling that other ranks do not wait for. Raises: SamplingAbandoned, on this rank, once urgent."""
+        """Surround sampling that other ranks do not wait for. Raises: SamplingAbandoned, on this rank, once urgent."""
         self._interruptible = True
         try:
             if self.is_urgent:
@@ -83,7 +85,7 @@ class Preemption:
             self._interruptible = False
 
     def took(self, *, after_sampling: float | None = None, to_save: float | None = None) -> None:
-        """Seconds that a step took after its sampling, or a save took, for the next ones."""
+        """Record the seconds that a step took after its sampling, or a save: the next are expected to take as long."""
         if after_sampling is not None:
             self._seconds_after_sampling = after_sampling
         if to_save is not None:
@@ -125,7 +127,7 @@ class Preemption:
         self._set_alarm()
 
     def _set_alarm(self) -> None:
-        """For the next moment that changes anything; an interval, since what is needed may grow meanwhile."""
+        """Set the alarm for the next moment that changes anything, and repeat it: the seconds needed may grow."""
         now, at = time.monotonic(), None
         if self._deadline is not None:
             at = self._deadline - self._seconds_needed

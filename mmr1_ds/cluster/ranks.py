@@ -1,4 +1,4 @@
-"""Ranks, process groups and deadlines. No other module asks who it is or calls a raw collective.
+"""Ranks, process groups and deadlines. No other module asks for its rank or calls a raw collective.
 
 Two groups: the device group (NCCL on GPU, gloo on CPU), which DeepSpeed and vLLM use, and a CPU group beside it
 for control traffic (indices, statistics, metrics), so that a small message never waits behind a large one.
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 
 from mmr1_ds.cluster.launch import LaunchEnvironment
-from mmr1_ds.cluster.watch import GRACE_SECONDS, CollectiveError, Watch, tell_fault
+from mmr1_ds.cluster.watch import GRACE_SECONDS, CollectiveError, Watch, report_fault
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class Ranks:
     """The process groups of a run; a context manager. Every method is a collective unless it says otherwise.
 
     A rank that dies, stalls or calls another collective than the others is named on every rank within
-    `timeout_seconds` of the wait for it, and all end: see deadlines.py. The limit bounds how long the slowest rank may
+    `timeout_seconds` of the wait for it, and all end: see watch.py. The limit bounds how long the slowest rank may
     lag behind, not how long a stage may take.
     """
 
@@ -64,8 +64,8 @@ class Ranks:
             torch.cuda.set_device(self.device)
         store = _connect(self.rank, timeout_seconds, hosts=self.rank == 0)
         watched = _connect(self.rank, timeout_seconds) if self.size > 1 else None
-        self._watch = Watch(self.rank, self.size, timeout_seconds, watched)
-        self._watch.wait_for_all()
+        self.watch = Watch(self.rank, self.size, timeout_seconds, watched)
+        self.watch.wait_for_all()
         self._timeout = timedelta(seconds=timeout_seconds + GRACE_SECONDS)  # the watch, which names the lost, is first
         with self._deadline("make the process groups"):
             dist.init_process_group(
@@ -87,40 +87,40 @@ class Ranks:
 
     @property
     def step(self) -> int:
-        """For messages only."""
-        return self._watch.step
+        """The step that messages name."""
+        return self.watch.step
 
     @step.setter
     def step(self, value: int) -> None:
-        self._watch.step = value
+        self.watch.step = value
 
     def write_stacks(self, folder: Path) -> None:
-        """Where the stacks go, on a fault and on SIGUSR2: `folder`/rank_N.txt. Not a collective."""
-        self._watch.stacks.write_into(folder, STACKS_SIGNAL)
+        """Write the stacks to `folder`/rank_N.txt on a fault and on SIGUSR2. Not a collective."""
+        self.watch.stacks.write_into(folder, STACKS_SIGNAL)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What this rank does inside, for messages. Not a collective.
+        """Name what this rank does inside, for messages. Not a collective.
 
         Raises: CollectiveError for a collective of DeepSpeed or torch that failed inside.
         """
-        with self._watch.stage(name):
+        with self.watch.stage(name):
             try:
                 yield
             except RuntimeError as error:
                 if isinstance(error, CollectiveError) or not _is_of_a_collective(error):
                     raise
-                raise self._watch.explain(f"stage {name!r}", error) from error
+                raise self.watch.explain(f"stage {name!r}", error) from error
 
     @contextmanager
     def _deadline(self, stage: str, is_of_all: bool = True) -> Iterator[None]:
-        with self._watch.waiting(stage, is_of_all):
+        with self.watch.waiting(stage, is_of_all):
             try:
                 yield
             except CollectiveError:
                 raise
             except RuntimeError as error:
-                raise self._watch.explain(stage, error) from error
+                raise self.watch.explain(stage, error) from error
 
     def _gather_header(self, length: int, stage: str) -> list[int]:
         """The lengths that all ranks give, by rank. Raises: CollectiveError if they are in different collectives."""
@@ -135,7 +135,7 @@ class Ranks:
         dist.all_gather(headers, own, group=self._control)
         names = [header.numpy()[1:].tobytes().rstrip(bytes(1)).decode(errors="replace") for header in headers]
         if len(set(names)) > 1:
-            raise self._watch.astray(names)
+            raise self.watch.astray(names)
         return [int(header[0]) for header in headers]
 
     def broadcast_array(self, array: np.ndarray | None, stage: str) -> np.ndarray:
@@ -207,7 +207,7 @@ class Ranks:
         return dict(zip(names, operation(gathered, axis=0).tolist(), strict=True))
 
     def any(self, flag: bool, stage: str) -> bool:
-        """True on every rank if it is true on any."""
+        """Whether the flag is true on any rank, the same on every rank."""
         return self.max({"flag": float(flag)}, stage)["flag"] > 0
 
     def barrier(self, stage: str) -> None:
@@ -215,7 +215,7 @@ class Ranks:
         self.all_gather_array(np.zeros(0, dtype=np.int64), stage)
 
     def neighbours(self, size: int) -> Neighbours:
-        """The group of `size` consecutive ranks that this one is in; the number of ranks is a multiple of it."""
+        """The group of `size` consecutive ranks that this one belongs to; `size` divides the number of ranks."""
         import torch.distributed as dist
 
         if size in self._neighbours:
@@ -229,10 +229,10 @@ class Ranks:
         return self._neighbours[size]
 
     def close(self, error: BaseException | None = None) -> None:
-        """Tell the other ranks, and take the groups down. Not a collective. error: with which this rank ends."""
+        """Inform the other ranks, and take the groups down. Not a collective. error: what ended this rank, if any."""
         import torch.distributed as dist
 
-        self._watch.close(error)
+        self.watch.close(error)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -281,12 +281,12 @@ def _connect(rank: int, timeout_seconds: float, hosts: bool = False) -> Store:
         reason = (str(error) or repr(error)).splitlines()[0]
         late = f"has not come within {timeout_seconds:g} s (trainer.collective_timeout_seconds)"
         verdict = f"rank 0 {'cannot listen' if hosts else late} at MASTER_ADDR={address}, port {port}: {reason}"
-        tell_fault(rank, verdict)
+        report_fault(rank, verdict)
         raise CollectiveError(verdict) from error
 
 
 def _wait_for_port(address: str, port: int, timeout_seconds: float) -> None:
-    """Until something listens there. Raises: OSError. Torch's own wait prints its C++ frames at each try."""
+    """Wait until something listens there. Raises: OSError. Torch's own wait prints its C++ frames at each try."""
     end = time.monotonic() + timeout_seconds
     while True:
         try:

@@ -149,7 +149,7 @@ class Coordinator:
         return PROBE_RESPONSES
 
     def next_probes(self, step: int) -> np.ndarray:
-        """Prompts to roll out beside the batch of `step`, for what they tell alone, (K,) int64. Collective.
+        """Prompts to roll out beside the batch of `step`, only to be observed, (K,) int64. Collective.
 
         Over the run they take `curriculum_probe_fraction` of the training rollouts; see `probe_budget`. Call it after
         `next_batch`: prompts of steps underway are left out.
@@ -245,15 +245,15 @@ class Coordinator:
             refresh.num_responses[prompt.index] = prompt.num_responses
 
     def save_refresh(self, path: Path, key: str) -> None:
-        """Keep what the refresh underway has found so far in a file of its own. Rank 0 writes, the others return.
+        """Write what the refresh underway has found so far to a file of its own. Rank 0 writes, the others return.
 
-        A disk that does not take it costs only what a kill would lose.
+        If the disk fails, nothing is lost unless the run is killed.
         """
         if self._is_rank_0 and self._refresh is not None:
             self._refresh.save_if_possible(path, key)
 
     def resume_refresh(self, path: Path, key: str) -> int:
-        """Take up the refresh that `save_refresh` left under the same key, unless one is underway. Collective.
+        """Resume the refresh that `save_refresh` left under the same key, unless one is underway. Collective.
 
         Rank 0 reads. Returns: number of prompts that are done.
         """
@@ -264,12 +264,12 @@ class Coordinator:
             self._share_done("curriculum/resume_refresh")
             if self._refresh.done.any():
                 logger.info(
-                    "the refresh goes on: %d of %d prompts are done", self._refresh.done.sum(), self.num_prompts
+                    "resuming the refresh: %d of %d prompts are done", self._refresh.done.sum(), self.num_prompts
                 )
         return int(np.count_nonzero(self._refresh.done))
 
     def _share_done(self, stage: str) -> None:
-        """Tell every rank which prompts of the refresh are done, as rank 0 knows. Collective."""
+        """Share with every rank which prompts of the refresh are done, as rank 0 knows. Collective."""
         assert self._refresh is not None
         done = self.control.broadcast_array(np.flatnonzero(self._refresh.done) if self._is_rank_0 else None, stage)
         self._refresh.done[done] = True
@@ -311,7 +311,7 @@ class Coordinator:
         return metrics | self.table.metrics() | self._batch_metrics
 
     def take_records(self) -> dict[str, dict[str, Any]]:
-        """What there is to keep of the last step or refresh, by its name in `writers.RECORDS`, on rank 0; once."""
+        """What is worth keeping of the last step or refresh, by its name in `writers.RECORDS`. Rank 0 has it, once."""
         records, self._records = self._records, {}
         return records
 
@@ -342,9 +342,9 @@ class Coordinator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a saved state, which rank 0 gives and the others need not. Collective.
+        """Resume from a saved state, which rank 0 gives and the others may leave out. Collective.
 
-        Raises: UserError, on every rank, when the state is of another data set.
+        Raises: UserError, on every rank, when the state belongs to another data set.
         """
         self._load(lambda: state)
 
@@ -354,7 +354,7 @@ class Coordinator:
             storage.write_state(self.state_dict(), folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote; rank 0 reads. Collective. Raises: as `load_state_dict`."""
+        """Resume from what `save` wrote; rank 0 reads. Collective. Raises: as `load_state_dict`."""
         self._load(lambda: storage.read_state(folder))
 
     def _load(self, read: Callable[[], Mapping[str, Any] | None]) -> None:

@@ -74,7 +74,7 @@ class Prior:
     def _improve(
         self, category: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray, is_first: bool
     ) -> tuple[float, np.ndarray, float]:
-        """One step of all parameters. Returns: the information on each."""
+        """Take one step in all parameters. Returns: the information on each."""
         settings, num_categories = self.settings, len(self.offset)
         mean = self.mean + self.offset[category]
         variance = np.full(len(category), self.variance)
@@ -127,13 +127,16 @@ class DriftLaw:
         return float(np.clip(self.jumps / self.jump_exposure, 1e-5, 0.02))
 
     def learn_jumps(self, probability: np.ndarray, elapsed: np.ndarray) -> None:
-        """Args: (K,) of prompts seen before: that each jumped since, and the steps since."""
+        """Learn the rate of jumps.
+
+        Args: (K,) of prompts seen before: the chance that each jumped since, and the steps since.
+        """
         memory, rate = self.settings.jump_memory, self.settings.jump_rate
         self.jumps = float(memory * self.jumps + (1.0 - memory) + probability.sum())
         self.jump_exposure = float(memory * self.jump_exposure + (1.0 - memory) / rate + elapsed.sum())
 
     def learn_noise(self, gradient: np.ndarray, curvature: np.ndarray, share: np.ndarray, weight: np.ndarray) -> None:
-        """q, on its logarithm; beliefs keep the variance that they have.
+        """Learn q, on its logarithm; beliefs keep the variance that they have.
 
         Args: (K,) each: g, j, the steps of noise in V, and how much each observation counts.
         """
@@ -146,7 +149,7 @@ class DriftLaw:
     def learn_drift(
         self, gradient: np.ndarray, information: np.ndarray, category: np.ndarray, steps: np.ndarray, gained: np.ndarray
     ) -> tuple[np.ndarray, float]:
-        """d, eta and delta_k.
+        """Learn d, eta and delta_k.
 
         Args: (K,) each: g and j, both weighted; the category; dm/dd, in steps; dm/deta.
         Returns: the changes of d + delta_k, (C,), and of eta.

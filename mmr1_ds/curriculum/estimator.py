@@ -53,7 +53,7 @@ def probe_budget(
 
 
 class LogitFilter:
-    """Beliefs about the pass rates of P prompts. The order of calls in a step:
+    """Beliefs about the pass rates of P prompts. These are the calls of a step:
 
     batch = draw by weights(utility)
     probes = probes(num_probes, exclude=batch)
@@ -115,8 +115,8 @@ class LogitFilter:
 
     # Beliefs
 
-    def _belief(self, indices: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
-        """m and V now, float32."""
+    def belief(self, indices: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        """The means m and variances V of the logits now, float32."""
         category = self._category[indices]
         last_seen = self._last_seen[indices]
         mean = self._anchor[indices] + self._shift.astype(np.float32)[category]
@@ -133,7 +133,7 @@ class LogitFilter:
 
     def predicted_pass_rates(self, indices: np.ndarray) -> np.ndarray:
         """E[p] of the next response to each prompt, (K,) float64 in (0, 1); for a prompt never seen, the prior's."""
-        mean, variance = self._belief(indices)
+        mean, variance = self.belief(indices)
         expected, _ = expected_utility(mean, variance, lambda p, n: p, self.num_responses)
         return expected.astype(np.float64).clip(1e-7, 1.0 - 1e-7)
 
@@ -146,13 +146,13 @@ class LogitFilter:
         first, second = np.empty((2, self.num_prompts), dtype=np.float32)
         for start in range(0, self.num_prompts, _BLOCK):
             block = slice(start, start + _BLOCK)
-            first[block], second[block] = expected_utility(*self._belief(block), function, self.num_responses)
+            first[block], second[block] = expected_utility(*self.belief(block), function, self.num_responses)
         return first, second
 
     def weights(self, utility: str = "learnability") -> np.ndarray:
-        """What to draw by: (floor + (1 - floor) E[u] / peak)^gamma over its largest, (P,) float32 in (0, 1], read only.
+        """Weights to draw by: (floor + (1 - floor) E[u] / peak)^gamma over its largest, (P,) float32 in (0, 1].
 
-        peak is the largest u of any pass rate, so that a floor of 1 draws uniformly whatever the utility.
+        Read only. peak is the largest u of any pass rate, so that a floor of 1 draws uniformly whatever the utility.
 
         Raises: UserError for an unknown utility.
         """
@@ -209,7 +209,7 @@ class LogitFilter:
         self._prior.learn(category[~seen], right[~seen], total[~seen])
 
         self._calibrate(indices, right, total)
-        mean, variance = (array.astype(np.float64) for array in self._belief(indices))
+        mean, variance = (array.astype(np.float64) for array in self.belief(indices))
         new_mean, new_variance, evidence = posterior(mean, variance, right, total)
         kept = new_variance / variance
         gradient = (new_mean - mean) / variance
@@ -248,8 +248,8 @@ class LogitFilter:
 
     def _calibrate(self, indices: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray) -> None:
         """Compare p(1 - p) with its unbiased estimate from the responses, right * wrong / (n (n - 1))."""
-        expected, _ = expected_utility(*self._belief(indices), utility_function("learnability"), self.num_responses)
-        pairs = np.maximum(num_responses - 1.0, 0.0)  # one response tells nothing
+        expected, _ = expected_utility(*self.belief(indices), utility_function("learnability"), self.num_responses)
+        pairs = np.maximum(num_responses - 1.0, 0.0)  # one response says nothing of a variance
         memory = self.settings.memory
         self._expected_variance = float(memory * self._expected_variance + (pairs * expected).sum())
         found = num_right * (num_responses - num_right) / num_responses
@@ -271,7 +271,7 @@ class LogitFilter:
         gain_share: np.ndarray,
         noise_share: np.ndarray,
     ) -> None:
-        """The beliefs of observed prompts as of now."""
+        """Store the beliefs of observed prompts as of now."""
         category = self._category[indices]
         self._last_seen[indices] = self.step
         self._drift_share[indices] = drift_share
@@ -288,7 +288,7 @@ class LogitFilter:
         indices, counts = np.unique(np.asarray(trained_indices, dtype=np.int64), return_counts=True)
         seen = self._last_seen[indices] != _NEVER  # a prompt whose accuracies are all unknown stays unseen
         indices, counts = indices[seen], counts[seen]
-        mean, variance = (array.astype(np.float64) for array in self._belief(indices))
+        mean, variance = (array.astype(np.float64) for array in self.belief(indices))
         pass_rate = logistic(mean)
         gain = counts * 4.0 * pass_rate * (1.0 - pass_rate) / np.sqrt(1.0 + 0.3 * variance)
         before = self._gain_share[indices].astype(np.float64)
@@ -326,7 +326,7 @@ class LogitFilter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], positions: np.ndarray | None = None) -> None:
-        """Go on from a saved state.
+        """Resume from a saved state.
 
         Args: positions: (P,) the saved position of each of our prompts; None: the same order. A category's number
             must mean what it meant when saved.

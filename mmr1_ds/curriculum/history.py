@@ -1,6 +1,6 @@
-"""What becomes of the curriculum over a run, for those who look at it: histograms, transitions, predictions tested.
+"""The records of the curriculum over a run, for its readers: histograms, transitions, predictions tested.
 
-P = prompts in the data set. Rank 0's.
+P = prompts in the data set. All of it belongs to rank 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TableHistory:
         self._bins: dict[str, np.ndarray] = {}  # (P,) uint8 by what was binned; empty before the first look
 
     def look(self, weights: np.ndarray, pass_rates: np.ndarray) -> dict[str, Any]:
-        """What a line of `curriculum.jsonl` says of the table as it is now.
+        """A line of `curriculum.jsonl` about the table as it is now.
 
         Args: weights, pass_rates: (P,); weights are scaled so that the largest is 1, a pass rate of NaN is unknown.
         """
@@ -40,26 +40,26 @@ class TableHistory:
         return {name: bins.copy() for name, bins in self._bins.items()}
 
     def load(self, arrays: Mapping[str, np.ndarray], positions: np.ndarray) -> None:
-        """Go on from a saved state. Args: positions: (P,) int64, the saved position of each of our prompts."""
+        """Resume from a saved state. Args: positions: (P,) int64, the saved position of each of our prompts."""
         self._bins = {name: bins[positions] for name, bins in arrays.items()}
 
 
 def _bins(values: np.ndarray) -> np.ndarray:
-    """(P,) uint8."""
+    """The bin of each value, (P,) uint8."""
     known = ~np.isnan(values)
     places = np.clip(np.where(known, values, 0.0) * NUM_BINS, 0, NUM_BINS - 1)
     return np.where(known, places, _UNKNOWN).astype(np.uint8)
 
 
 def _transitions(before: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """(10, 10) int64: [i, j] prompts that were in bin i and are in bin j."""
+    """How many prompts were in bin i and are in bin j, (10, 10) int64."""
     size = NUM_BINS + 1
     pairs = np.bincount(before.astype(np.int64) * size + now, minlength=size * size)
     return pairs.reshape(size, size)[:NUM_BINS, :NUM_BINS]
 
 
 def observations(observed: Sequence[PromptStatistics], predicted: np.ndarray) -> dict[str, Any]:
-    """What a line of `observations.jsonl` says: the groups of a step, probes last.
+    """A line of `observations.jsonl`: the groups of a step, probes last.
 
     Args: predicted: pass rates before the step, in the order of `observed`; NaN unknown.
     """
@@ -78,7 +78,7 @@ def observations(observed: Sequence[PromptStatistics], predicted: np.ndarray) ->
 def batch_metrics(observed: Sequence[PromptStatistics], predicted: np.ndarray) -> dict[str, float]:
     """`curriculum/effective_group_fraction`, and `log_loss` in nats a rollout, of a step's training groups.
 
-    Args: predicted: as `observations`.
+    Args: predicted: as in `observations`.
     """
     training = [(prompt, rate) for prompt, rate in zip(observed, predicted, strict=True) if not prompt.is_probe]
     if not training:

@@ -1,6 +1,6 @@
 """The curriculum table of the online refresh: beliefs that the training's own responses keep up to date.
 
-P = prompts in the data set. See `estimator` for the beliefs; this adds diversity, the score, and the bookkeeping.
+P = prompts in the data set. See `estimator` for the beliefs; here are diversity, the score, and the bookkeeping.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class OnlineTable:
             prompt_ids, categories: (P,), stable across runs.
             fingerprint: of the data set; a saved table of another one is refused.
             num_responses: N of a training group.
-        Raises: UserError for more categories than the table tells apart.
+        Raises: UserError for more categories than the table can hold.
         """
         self.prompt_ids, self.fingerprint = prompt_ids, fingerprint
         metrics = [canonical_metric(name) for name in data.curriculum_metrics]
@@ -92,7 +92,7 @@ class OnlineTable:
         return self._filter.probes(num_probes, exclude)
 
     def known_pass_rates(self) -> np.ndarray:
-        """E[p] of the prompts that were observed, (P,); NaN of the others, which the prior alone speaks of."""
+        """E[p] of the prompts that were observed, (P,); NaN for the others, for which there is the prior alone."""
         seen = self._filter.last_seen_step >= 0
         rates = np.full(len(self), np.nan)
         rates[seen] = self._filter.predicted_pass_rates(np.flatnonzero(seen))
@@ -117,7 +117,7 @@ class OnlineTable:
         self._weights = None
 
     def _remember_diversity(self, observed: Sequence[PromptStatistics]) -> None:
-        """Of training groups alone: the few responses of a probe resemble each other less than a whole group's."""
+        """Keep the diversity of training groups, not of probes: their few responses resemble each other less."""
         values = defaultdict(list)
         for prompt in observed:
             if not prompt.is_probe:

@@ -1,4 +1,4 @@
-"""Prompt ids beside saved columns, so that a table finds its rows again whatever the order of the data."""
+"""Prompt ids saved beside the columns of a table, which finds its rows by them in whatever order the data comes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def saved_positions(
 ) -> np.ndarray:
     """The saved position of each of our prompts, (P,) int64.
 
-    Raises: UserError when the saved columns are of another data set, by fingerprint or by ids.
+    Raises: UserError when the saved columns belong to another data set, by fingerprint or by ids.
     """
     num_saved = len(state["prompt_id_offsets"]) - 1
     if saved_fingerprint != fingerprint or num_saved != len(prompt_ids):
         raise UserError(
-            f"the checkpoint's curriculum is of data set {saved_fingerprint} ({num_saved} prompts), but "
+            f"the checkpoint's curriculum belongs to data set {saved_fingerprint} ({num_saved} prompts), but "
             f"data.train_files is data set {fingerprint} ({len(prompt_ids)} prompts); "
             "resume with the same data and settings, or set trainer.resume=false"
         )
@@ -50,7 +50,7 @@ def saved_positions(
     missing = next((prompt_id for prompt_id in prompt_ids if prompt_id not in position_of), None)
     if missing is not None:
         raise UserError(
-            f"the checkpoint's curriculum has no prompt {missing!r} though both data sets are "
+            f"the checkpoint's curriculum lacks prompt {missing!r} though both data sets are "
             f"{fingerprint}; give the rows stable ids (data.id_key), or set trainer.resume=false"
         )
     return np.array([position_of[prompt_id] for prompt_id in prompt_ids], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""A refresh of the whole data set, underway: which prompts are done, and what they scored."""
+"""A refresh of the whole data set while it is underway: which prompts are done, and what they scored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Refresh:
     """
 
     def __init__(self, num_prompts: int, keeps_scores: bool) -> None:
-        """keeps_scores: false on ranks other than 0, which are spared the memory."""
+        """Begin a refresh. keeps_scores: false on ranks other than 0, which are spared the memory."""
         self.done = np.zeros(num_prompts, dtype=bool)
         num_prompts = num_prompts if keeps_scores else 0
         self.scores = np.full(num_prompts, np.nan, dtype=np.float32)
@@ -32,7 +32,7 @@ class Refresh:
         return (left[start : start + chunk_size] for start in range(0, len(left), chunk_size))
 
     def save(self, path: Path, key: str) -> None:
-        """Write the columns, whole or not at all, under a key that says what they are the refresh of."""
+        """Write the columns, whole or not at all, under a key that identifies the refresh."""
         from safetensors.numpy import save_file
 
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class Refresh:
         temporary.rename(path)
 
     def save_if_possible(self, path: Path, key: str) -> None:
-        """As `save`; a disk that fails it is told of, no more."""
+        """Save as `save` does, but only log a warning if the disk fails."""
         from safetensors import SafetensorError
 
         try:
@@ -52,7 +52,7 @@ class Refresh:
             logger.warning("%s is not written (%s): a kill now would lose what the refresh has found", path, error)
 
     def resume(self, path: Path, key: str) -> bool:
-        """Take over what `save` wrote under the same key. Returns: whether there was such a file, undamaged."""
+        """Resume from what `save` wrote under the same key. Returns: whether there was such a file, undamaged."""
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():

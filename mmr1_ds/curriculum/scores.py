@@ -1,4 +1,4 @@
-"""Metric names, and the score that draws a prompt: VPS = sum_k w_k * metric_k (arXiv 2509.21268, section 3).
+"""The score that draws a prompt: VPS = sum_k w_k * metric_k (arXiv 2509.21268, section 3).
 
 Every metric points up: higher means that the responses to the prompt vary more, so sample it more.
 """
@@ -19,11 +19,11 @@ def metric_value(statistics: PromptStatistics, name: str) -> float:
     """One metric of one prompt. NaN where it is unknown: no known accuracy, or an edit distance never computed.
 
     For gradient-probability a group has as many responses as were rolled out. A group of one response has no
-    diversity to speak of: every diversity metric is 0, not 1 - self-BLEU = 1.
+    diversity: every diversity metric is 0, not 1 - self-BLEU = 1.
     """
     metric = canonical_metric(name)
     if metric in OUTCOME_METRICS:
-        import numpy as np  # the names alone do without
+        import numpy as np  # the diversity metrics do without
 
         from mmr1_ds.curriculum.utilities import utility_function
 

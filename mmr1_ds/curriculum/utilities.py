@@ -30,7 +30,7 @@ _BISECTIONS = 12
 
 
 def utility_function(name: str) -> Utility:
-    """Raises: UserError that lists the known names."""
+    """The utility of that name. Raises: UserError that lists the known names."""
     if name not in _UTILITIES:
         raise UserError(f"unknown utility {name!r}; known are {', '.join(UTILITIES)}")
     return _UTILITIES[name]

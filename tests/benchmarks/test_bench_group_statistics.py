@@ -12,7 +12,7 @@ import torch
 from fixtures.launching import ROOT, environment
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "diversity.json").read_text())["cases"]
-BENCHMARKS = ROOT / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks" / "kernel"
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 from fixtures.launching import ROOT, environment
 from fixtures.pins import pins
 
-BENCHMARKS = ROOT / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks" / "step"
 
 
 @pytest.fixture(autouse=True)

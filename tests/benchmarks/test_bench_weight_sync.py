@@ -9,7 +9,7 @@ from fixtures.launching import ROOT, environment
 
 pytestmark = pytest.mark.servers
 
-BENCHMARK = ROOT / "benchmarks" / "bench_weight_sync.py"
+BENCHMARK = ROOT / "benchmarks" / "weights" / "bench_weight_sync.py"
 
 
 def row(method, seconds, peak):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata, spearmanr
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "curriculum"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,12 +94,12 @@ def test_a_full_refresh_with_many_responses_is_nearly_the_oracle(lab, policies, 
 
 def test_equal_weights_collect_the_mean(lab):
     rates = np.array([0.0, 0.5, 0.2, 1.0])
-    measured = lab._measure(np.ones(4), rates, None)
+    measured = lab.measure(np.ones(4), rates, None)
     value = np.array([0.0, 0.25, 0.16, 0.0])
     assert measured["ovs_share"] == pytest.approx(value.mean() / ((value**2).sum() / value.sum()))
     assert measured["effective_sample_size"] == 1.0
-    assert lab._measure(value, rates, None)["ovs_share"] == pytest.approx(1.0)
-    trained = lab._measure(np.ones(4), rates, np.array([1, 1]))
+    assert lab.measure(value, rates, None)["ovs_share"] == pytest.approx(1.0)
+    trained = lab.measure(np.ones(4), rates, np.array([1, 1]))
     assert trained["ovs_share"] == pytest.approx(0.25 / (value @ value / 0.41))
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -7,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from fixtures.data_fixtures import write_vision_model
-from fixtures.launching import ROOT, environment
+from fixtures.launching import ROOT, environment, processes_with, wait_until
 from fixtures.tiny_run import write_run
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "throughput"))
 import throughput
 import throughput_figures
 import throughput_report
@@ -130,6 +131,82 @@ def test_lengths_that_are_none(capsys, tmp_path, lengths):
     assert "give prompt:response" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--ranks", "--steps", "--repeats"])
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_numbers_that_are_none(capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        throughput.main([option, value])
+    assert "error: argument" in capsys.readouterr().err
+
+
+LAUNCHED = """\
+Traceback (most recent call last):
+  File "train.py", line 3, in <module>
+torch.OutOfMemoryError: CUDA out of memory
+mmr1-ds: fault (rank 0, host n1): rank 1 (host n1) has ended
+mmr1_ds.cluster.watch.CollectiveError: rank 1 (host n1) has ended
+[2026-01-01 00:00:00] [ERROR] [launch.py:325:sigkill_handler] exits with return code = 1
+"""
+
+
+def test_the_error_of_a_failed_run_is_not_the_launchers_last_word():
+    assert throughput.error_in(LAUNCHED).splitlines()[-1] == "torch.OutOfMemoryError: CUDA out of memory"
+    user_error = "mmr1-ds: error: data.train_files: no such file\n"
+    assert throughput.error_in(LAUNCHED + user_error + "[launch.py] exits") == "\n".join(
+        [*LAUNCHED.splitlines()[-4:], user_error.strip()]
+    )
+    without = LAUNCHED.replace("torch.OutOfMemoryError: ", "")
+    assert throughput.error_in(without).splitlines()[-1].startswith("mmr1-ds: fault (rank 0")
+    assert throughput.error_in("one\ntwo\n") == "one\ntwo"
+    assert throughput.error_in("") == ""
+
+
+DEMO = ["--config", str(ROOT / "configs" / "demo.yaml"), "--repeats", "1"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [("true", "No such file or directory: '{folder}/0_shuffle_0/metrics.jsonl'"), ("false", "exit code 1")],
+)
+def test_a_run_that_leaves_no_metrics_is_a_failed_cell(tmp_path, capsys, launcher, said):
+    arguments = ["--launcher", launcher, "--sampling", "shuffle", "--work-dir", str(tmp_path)]
+    assert throughput.main([*DEMO, *arguments]) == 1
+    assert said.format(folder=tmp_path) in capsys.readouterr().out
+    (cell,) = throughput_report.read(tmp_path / "throughput.json")["cells"]
+    assert cell["error"] and cell["figures"] == {}
+
+
+def test_metrics_of_another_kind_are_a_failed_cell(tmp_path, capsys):
+    launcher = tmp_path / "launch"
+    launcher.write_text('folder="${@: -1}"; folder="${folder#*=}"; mkdir -p "$folder"; '
+                        'echo \'{"epoch": 1}\' > "$folder/metrics.jsonl"')  # fmt: skip
+    arguments = ["--launcher", f"bash {launcher}", "--sampling", "shuffle", "--work-dir", str(tmp_path)]
+    assert throughput.main([*DEMO, *arguments]) == 1
+    assert "metrics.jsonl lacks 'step'" in capsys.readouterr().out
+
+
+def test_sigterm_ends_the_run_and_keeps_what_was_measured(tmp_path):
+    """The first cell fails, the second is going."""
+    launcher, marker = tmp_path / "launch", f"MMR1_TEST_THROUGHPUT={tmp_path}"
+    launcher.write_text(f'[[ "$*" == *shuffle* ]] && exit 1; sleep 600 & touch {tmp_path}/started; wait')
+    command = [sys.executable, throughput.__file__, *DEMO, "--launcher", f"bash {launcher}", "--work-dir", tmp_path]
+    command += ["--sampling", "shuffle", "online"]
+    variables = environment(**dict([marker.split("=")]))
+    benchmark = subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL)
+    try:
+        wait_until((tmp_path / "started").exists, 60, "the second run starts")
+        assert len(processes_with(marker)) == 3
+        benchmark.terminate()
+        assert benchmark.wait(60) == 143
+        wait_until(lambda: not processes_with(marker), 30, "no process left")
+    finally:
+        for line in processes_with(marker):
+            os.kill(int(line.split(":")[0]), signal.SIGKILL)
+        benchmark.wait()
+    (cell,) = throughput_report.read(tmp_path / "throughput.json")["cells"]
+    assert cell["sampling"] == "shuffle" and cell["error"] == "exit code 1"
+
+
 def test_the_documented_schema_is_what_is_written():
     page = (ROOT / "docs" / "throughput.md").read_text()
     for name in (*throughput_report.KEY, "figures", "error", "refresh_steps", "tokens_per_second", "mfu_update"):
@@ -146,8 +223,8 @@ def test_the_batch_script_parses():
 def test_a_real_grid(tmp_path):
     config = write_run(tmp_path, 1)
     command = [
-        sys.executable, ROOT / "benchmarks" / "throughput.py", "--config", config, "--engines", "hf", "--steps", "3",
-        "--warmup", "2", "--repeats", "1", "--sampling", "full", "--peak-tflops", "0.1",
+        sys.executable, throughput.__file__, "--config", config, "--engines", "hf", "--steps", "3", "--warmup", "2",
+        "--repeats", "1", "--sampling", "full", "--peak-tflops", "0.1",
         "--work-dir", tmp_path / "work",
     ]  # fmt: skip
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)

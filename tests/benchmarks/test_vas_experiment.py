@@ -11,7 +11,7 @@ from fixtures.launching import ROOT, environment
 
 from mmr1_ds.commands.demo.digits import LEARNABLE
 
-BENCHMARKS = ROOT / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks" / "vas_experiment"
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,8 @@ def write_run(folder, trial, rollouts_per_step, accuracy, extra=0.0):
 
 
 def test_an_arm_that_learns_three_times_faster_for_a_fifth_more_rollouts_needs_2_5_times_fewer(tmp_path):
-    from vas_experiment_report import by_pool, comparisons, load_runs
+    from vas_experiment_report import comparisons
+    from vas_experiment_runs import by_pool, load_runs
 
     # Straight lines: smoothing changes only their ends, by half a validation (2.5 steps) there.
     for seed in (3, 4):
@@ -145,7 +146,7 @@ def test_an_arm_that_learns_three_times_faster_for_a_fifth_more_rollouts_needs_2
 
 
 def test_nothing_is_learned_while_a_refresh_spends():
-    from vas_experiment_report import Run, curves, first_crossing
+    from vas_experiment_runs import Run, curves, first_crossing
 
     # 64 a step, 1,000 by the refresh after step 0 and 500 by the one after step 10; .25 more every ten steps.
     steps = [
@@ -162,7 +163,8 @@ def test_nothing_is_learned_while_a_refresh_spends():
 
 
 def test_a_shuffled_run_longer_than_it_needs_is_seen_through(tmp_path):
-    from vas_experiment_report import by_pool, comparisons, load_runs
+    from vas_experiment_report import comparisons
+    from vas_experiment_runs import by_pool, load_runs
 
     write_run(tmp_path, a_trial(), 64, lambda step: min(step, 20) / 100)
     write_run(tmp_path, a_trial(arm="online"), 64, lambda step: min(step, 20) / 100)
@@ -173,7 +175,7 @@ def test_a_shuffled_run_longer_than_it_needs_is_seen_through(tmp_path):
 
 
 def test_the_first_crossing_is_interpolated():
-    from vas_experiment_report import first_crossing
+    from vas_experiment_runs import first_crossing
 
     positions, curve = np.array([0.0, 10.0, 30.0, 40.0]), np.array([0.1, 0.2, 0.6, 0.3])
     assert first_crossing(positions, curve, 0.3) == pytest.approx(15.0)

@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import faulthandler
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from fixtures.launching import PROGRAMS, environment, processes_with, wait_until
 
-from mmr1_ds.cluster.watch import GRACE_SECONDS, Place, Watch, tell_fault
+from mmr1_ds.cluster.judgement import Place
+from mmr1_ds.cluster.watch import GRACE_SECONDS, Watch, report_fault
 from mmr1_ds.errors import UserError
 
 pytestmark = pytest.mark.cluster
@@ -50,14 +51,14 @@ class Launch:
         (self.folder / "go").touch()
 
     def end(self, rank: int) -> str:
-        """The fault that this rank told, after it has ended, not zero."""
+        """The fault that this rank reported, after it has ended, not zero."""
         process = self.processes[rank]
         assert process is not None
         code = process.wait(END_SECONDS)
         assert code == 1, f"rank {rank} exited with {code}:\n{self.log(rank)}"
-        told = re.findall(rf"^mmr1-ds: fault \(rank {rank}, host .*?\): (.*)$", self.log(rank), re.MULTILINE)
-        assert len(told) == 1, self.log(rank)
-        return told[0]
+        reported = re.findall(rf"^mmr1-ds: fault \(rank {rank}, host .*?\): (.*)$", self.log(rank), re.MULTILINE)
+        assert len(reported) == 1, self.log(rank)
+        return reported[0]
 
     def log(self, rank: int) -> str:
         return (self.folder / f"{rank}.log").read_text()
@@ -108,7 +109,7 @@ def launch(
 
 
 def seconds_in(message: str) -> float:
-    """The longest time that a message tells."""
+    """The longest time that a message names."""
     return max(float(number) for number in re.findall(r"(\d+\.\d) s\b", message))
 
 
@@ -240,108 +241,53 @@ def test_a_file_system_that_hangs_holds_up_no_end(tmp_path):
             os.close(fifo)
 
 
-def watched(places: dict[int, Place], own: int, seconds: float = 10.5) -> Watch:
-    """The watch of rank `own`, which has waited so long, and has just heard of the others."""
-    watch, now = Watch(own, len(places), 10, None), time.monotonic()
-    place = places[own]
-    watch.step, watch._number, watch._collective = place.step, place.number, place.collective
-    watch._stage, watch._stage_since, watch._waiting_since = place.stage, now - place.stage_seconds, now - seconds
-    watch._places = {rank: (place, now) for rank, place in places.items()}
-    return watch
+class Store:
+    """A store of one process, with what was written last."""
+
+    def __init__(self):
+        self.values = {}
+
+    def set(self, key, value):
+        self.values[key] = value.encode()
+
+    def check(self, keys):
+        return set(keys) <= self.values.keys()
+
+    def multi_get(self, keys):
+        return [self.values[key] for key in keys]
 
 
-def at(rank: int, stage: str, seconds: float, number: int, collective: str = "", step: int = 5) -> Place:
-    return Place(rank, f"h{rank}", 9, "running", step, stage, seconds, number, collective)
-
-
-def named(words: str) -> list[int]:
-    return [int(rank) for rank in re.findall(r"rank (\d+) \(host", words.split("; told by")[0])]
-
-
-@pytest.mark.parametrize("own", [0, 2, 3])
-def test_ranks_that_wait_in_a_group_or_in_a_later_collective_are_not_named(own):
-    """Groups of two: 0 waits for 1, which stalls, in their group; 2 and 3 are done with theirs."""
-    places = {
-        0: at(0, "old", 10.5, 7, "gather sequences of a group"),
-        1: at(1, "old", 11.0, 7),
-        2: at(2, "update_actor", 10.2, 8, "count response tokens"),
-        3: at(3, "update_actor", 10.2, 8, "count response tokens"),
-    }
-    words = watched(places, own)._overdue()
-    assert re.match(r"rank 1 \(host h1\) has stalled: 11\.\d s in stage 'old' at step 5; told by", words)
-    assert named(words) == [1]
-
-
-def test_two_ranks_that_stall_are_named_both():
-    places = {0: at(0, "old", 10.5, 8, "count"), 1: at(1, "gen", 11.0, 7), 2: at(2, "gen", 12.0, 7)}
-    assert named(watched(places, 0)._overdue()) == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("heard_ago", "answered_ago", "lost"),
-    [({0: 14, 1: 14, 3: 15}, 14, [0]), ({0: 1, 1: 0, 3: 14}, 0, [3]), ({0: 20, 1: 14, 3: 30}, 14, [0])],
-)
-def test_silence_after_the_stores_end_is_not_the_others(heard_ago, answered_ago, lost):
-    watch, now = watched({rank: at(rank, "gen", 1.0, 7) for rank in range(4)}, 2), time.monotonic()
-    watch._places |= {rank: (watch._places[rank][0], now - ago) for rank, ago in heard_ago.items()}
-    watch._answered = now - answered_ago
-    assert named(watch._lost()) == lost
-    assert named(watch._overdue()) == lost
-
-
-def test_rank_0_that_ended_with_an_error_is_named_alone():
-    """Its store ended with it, 14 seconds ago: nothing was heard of anyone since."""
-    places = {rank: at(rank, "gen", 1.0, 7) for rank in range(4)}
-    places[0] = dataclasses.replace(places[0], state="MemoryError")
-    watch, now = watched(places, 2), time.monotonic()
-    watch._places = {rank: (place, now - 14) for rank, place in places.items()}
-    watch._answered, watch._store_is_lost = now - 13.5, True
-    assert watch._lost() == "rank 0 (host h0) has ended with MemoryError in stage 'gen' at step 5"
-    assert named(watch._overdue()) == [0]
-
-
-def test_where_a_collective_of_deepspeed_fails_the_ranks_elsewhere_are_named():
-    """A rank in such a collective tells of none."""
-    places = {rank: at(rank, "update_actor", 3.0, 7) for rank in range(4)}
-    places[3] = at(3, "old", 11.0, 7)
-    words = watched(places, 0)._astray_or_all()
-    assert re.fullmatch(
-        r"elsewhere than rank 0 \(host .*?\): rank 3 \(host h3\) for 11\.\d s in stage 'old' at step 5", words
-    )
-    places[3] = at(3, "update_actor", 11.0, 7, step=4)
-    assert "rank 3 (host h3) for 11.0 s in stage 'update_actor' at step 4" in watched(places, 1)._astray_or_all()
-
-
-def test_where_a_collective_of_deepspeed_fails_in_one_stage_every_place_is_told():
-    places = {0: at(0, "update_actor", 3.0, 7), 1: at(1, "update_actor", 4.0, 7), 2: at(2, "update_actor", 5.0, 7)}
-    words = watched(places, 1)._astray_or_all()
-    assert named(words) == [0, 1, 2]
-    assert "rank 2 (host h2) for 5.0 s in stage 'update_actor' at step 5" in words
-
-
-def test_where_an_announced_collective_fails_the_rank_behind_is_named():
-    places = {0: at(0, "old", 10.5, 8, "count"), 1: at(1, "old", 11.0, 7), 2: at(2, "old", 10.0, 8, "count")}
-    assert named(watched(places, 0)._astray_or_all()) == [1]
-
-
-def test_credentials_in_a_fault_are_told_to_nobody(monkeypatch, tmp_path, capfd):
+def test_credentials_in_a_fault_are_reported_to_nobody(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("JUDGE_KEY", "sk-0123456789")
-    told = "cannot load https://me:hunter22@data.example/x with sk-0123456789"
+    words = "cannot load https://me:hunter22@data.example/x with sk-0123456789"
+    store = Store()
+    Watch(1, 2, 10, store).close(UserError(words))
+    assert Place.read(store.values["place/1"]).state == "UserError: cannot load https://***@data.example/x with ***"
     watch = Watch(0, 1, 10, None)
     watch.stacks.write_into(tmp_path, signal.SIGUSR2)
     try:
-        watch._store, watch._rank = object(), 1  # something to tell, without threads
-        watch.close(UserError(told))
-        assert watch._state == "UserError: cannot load https://***@data.example/x with ***"
-        watch._store = None
-        assert "hunter22" not in str(watch.explain("load", RuntimeError(told)))
-        tell_fault(0, told)
-        watch.stacks.dump(told)
+        assert "hunter22" not in str(watch.explain("load", RuntimeError(words)))
+        report_fault(0, words)
+        watch.stacks.dump(words)
     finally:
         faulthandler.unregister(signal.SIGUSR2)
     written = capfd.readouterr().err + (tmp_path / "rank_0.txt").read_text()
     assert written.count("https://***@data.example/x with ***") == 4  # fault and stacks, twice
     assert "hunter22" not in written and "sk-0123456789" not in written
+
+
+def test_a_watch_hears_the_others_through_the_store():
+    store = Store()
+    store.set("place/0", json.dumps(dataclasses.asdict(Place(0, "h0", stage="gen", step=3))))
+    watch = Watch(1, 2, 10, store)
+    try:
+        watch.wait_for_all()
+        known = watch.known()
+    finally:
+        watch.close()
+    (heard,) = known.others
+    assert (heard.place.stage, heard.place.step) == ("gen", 3)
+    assert known.own.rank == 1 and not known.store_is_lost
 
 
 def _ip(*arguments: str) -> None:

@@ -238,7 +238,7 @@ def test_lazy_beliefs_equal_those_moved_at_every_step():
             belief.observe(drawn, right, 8)
             belief.predict_step(drawn)
         world.z += 0.05
-    mean, variance = lazy._belief(np.arange(401))
+    mean, variance = lazy.belief(np.arange(401))
     expected_mean, expected_variance = eager.belief(np.arange(401))
     # Shares are kept in half precision.
     assert np.abs(mean - expected_mean).max() < 0.01
@@ -323,7 +323,7 @@ def test_hundreds_of_steps_all_right_or_all_wrong_stay_finite(right):
             belief.weights()
             belief.observe(np.arange(5), np.full(5, right), 8)
             belief.predict_step(np.arange(5))
-    mean, variance = belief._belief(np.arange(7))
+    mean, variance = belief.belief(np.arange(7))
     assert (np.abs(mean[:5]) <= 16).all()
     assert (variance >= 0.01).all() and (variance <= 16).all()
     weights = belief.weights()
@@ -348,10 +348,10 @@ def test_a_step_without_observations_only_drifts():
     belief.predict_step(run_on)
     belief.observe(np.arange(4), np.array([1.0, 5, 8, 0]), 8)
     belief.predict_step(np.arange(4))
-    before = belief._belief(np.arange(9))
+    before = belief.belief(np.arange(9))
     belief.observe(run_on, np.empty(0), 8)
     belief.predict_step(run_on)
-    after = belief._belief(np.arange(9))
+    after = belief.belief(np.arange(9))
     assert np.allclose(after[0], before[0], atol=0.1)
     assert (after[1][:4] > before[1][:4]).all()
 

@@ -199,7 +199,7 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_r
     assert (
         len(re.findall(r"SIGTERM received: \d+ of 16 steps are done, saved in", log)) == 2
     )  # each rank, the first time
-    assert "the refresh goes on: 7 of 17 prompts are done" in log
+    assert "resuming the refresh: 7 of 17 prompts are done" in log
 
     expected, actual = metrics_of(finished_run), metrics_of(run_dir)
     assert [line["step"] for line in actual] == [line["step"] for line in expected]

@@ -32,8 +32,8 @@ def run(ranks: Ranks) -> None:
     ranks.barrier("meet")
     ranks.step = 17
     with ranks.stage("reward"):
-        places = ranks._watch._places
-        wait_until(lambda: all(place.stage == "reward" for place, _ in list(places.values())), 120, "all are heard")
+        known = ranks.watch.known
+        wait_until(lambda: all(heard.place.stage == "reward" for heard in known().others), 120, "all are heard")
         (folder / f"{ranks.rank}.ready").touch()
         wait_until((folder / "go").exists, 120, "the word to go on")
         if ranks.rank == lost:

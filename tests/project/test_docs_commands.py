@@ -24,7 +24,7 @@ from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 from mmr1_ds.preflight.files import check_data
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "throughput"))
 import throughput
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -32,7 +32,7 @@ COMMANDS = {
     command: str(block) for block in reversed(BLOCKS) if block.language == "bash" for command in commands(block.text)
 }
 NOT_EXECUTED = {  # what a command begins with -> why it is only looked at by bash -n
-    "kill -USR2 ": "asks a running rank for its stacks, which test_deadlines does",
+    "kill -USR2 ": "asks a running rank for its stacks, which test_watch does",
     "pip install ": "needs an index; test_packaging installs a wheel, holds the extras' bounds and the constraints",
     "export ": "sets a variable of the reader's shell",
     "tensorboard ": "serves until it is stopped, and is not ours",
@@ -166,7 +166,7 @@ def options(path: Path) -> set[str]:
 def throughput_run(command: str, folder: Path) -> None:
     """Of minutes; test_throughput runs a small one. Also as a job: what it would call."""
     words = shlex.split(re.split(r"throughput\.(?:py|sbatch)", command)[1])
-    options = throughput._parser().parse_args(words)
+    options = throughput.parser().parse_args(words)
     for name in [] if options.compare else options.sampling:
         load_config([f"config={options.config}", *options.settings, *throughput.SAMPLING[name]])
 
@@ -190,8 +190,8 @@ KINDS: list[tuple[str, Callable[[str, Path], None]]] = [
     (r"(\w+=\S+ )*make ", make),
     (r"mmr1-ds ", ours),
     (r"(\.venv/bin/)?python -m pytest |pytest ", pytest_run),
-    (r"python (benchmarks|docs)/(?!throughput)\w+\.py", script),
-    (r"(python benchmarks/throughput\.py|sbatch .* launch/throughput\.sbatch)", throughput_run),
+    (r"python (benchmarks|docs)/(?!throughput/)[\w/]+\.py", script),
+    (r"(python benchmarks/throughput/throughput\.py|sbatch .* launch/throughput\.sbatch)", throughput_run),
     ("|".join(map(re.escape, NOT_EXECUTED)), not_executed),
 ]
 

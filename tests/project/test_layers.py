@@ -1,84 +1,99 @@
-"""Imports point down: each module may import from its own package and from the layers below."""
+"""Imports point down between the floors of the house, and make no circle; the house stays as small as it is."""
 
+import re
 import subprocess
 import sys
 
 import pytest
-from fixtures.imports import MODULES, imports
-from fixtures.launching import environment
+from fixtures.imports import BENCHMARKS, MODULES, circles, floors, imports, module_graph, room, room_graph
+from fixtures.launching import ROOT, environment
 
-# From the bottom up. A name covers the module or the package with everything in it.
-LAYERS = [
-    ["mmr1_kernels", "mmr1_ds.errors", "mmr1_ds.records"],
-    ["mmr1_ds.config"],
-    ["mmr1_ds.exits", "mmr1_ds.cluster", "mmr1_ds.curriculum", "mmr1_ds.data", "mmr1_ds.rewards"],
-    ["mmr1_ds.algorithm", "mmr1_ds.rollout", "mmr1_ds.preflight", "mmr1_ds.monitoring"],
-    ["mmr1_ds.engine"],
-    ["mmr1_ds.loop"],
-    ["mmr1_ds.train"],
-    ["mmr1_ds.commands"],
+# From the top down: a room imports from the rows below its own, and from no neighbour in its row.
+FLOORS = [
+    {"benchmarks"},
+    {"commands"},  # the programs a person starts
+    {"train"},  # one rank, from arguments to exit code
+    {"loop"},  # the algorithm, step by step
+    {"engine"},  # how a policy is held and updated
+    {"algorithm", "rollout", "preflight", "monitoring"},
+    {"exits", "cluster", "curriculum", "data", "rewards"},
+    {"config"},
+    {"errors", "records", "mmr1_kernels"},
 ]
-LIGHT = ["errors", "records", "config", "config.loading", "preflight.checks", "preflight.deepspeed", "preflight.plan"]
-LIGHT += ["cluster.ranks", "monitoring.logger", "curriculum.coordinator", "rewards.pool", "rewards.scoring", "train"]
-LIGHT += ["rollout.base", "loop.batches", "loop.collector", "commands.cli", "commands.score.command", "commands.serve"]
-LIGHT += ["commands.launch", "commands.report.command", "commands.data.command"]
+FLOOR_OF = {name: len(FLOORS) - number for number, names in enumerate(FLOORS) for name in names}
+LIGHT = """
+    errors records config config.loading preflight.checks preflight.deepspeed preflight.plan cluster.ranks
+    monitoring.logger curriculum.coordinator rewards.pool rewards.scoring rollout.base loop.batches loop.collector train
+    commands.cli commands.launch commands.serve commands.score.command commands.report.command commands.data.command
+"""
+# Parts that still take the whole configuration instead of their own section. The set may only shrink.
+TAKES_THE_ROOT = {
+    "mmr1_ds.engine.actor",
+    "mmr1_ds.engine.critic",
+    "mmr1_ds.engine.reference",
+    "mmr1_ds.engine.zero_engine",
+    "mmr1_ds.loop.batches",
+    "mmr1_ds.loop.trainer",
+    "mmr1_ds.rollout.servers.engine",
+}
+PARTS = {"engine", "algorithm", "rollout", "monitoring", "curriculum", "data", "rewards", "cluster", "loop"}
 
 
-def layer(module: str) -> tuple[int, str] | None:
-    """Index of the layer and the name in it that covers the module."""
-    for index, names in enumerate(LAYERS):
-        for name in names:
-            if module == name or module.startswith(f"{name}."):
-                return index, name
-    return None
-
-
-def test_every_module_has_a_layer():
-    assert [name for name in MODULES if name != "mmr1_ds" and layer(name) is None] == []
+def test_every_room_is_on_a_floor():
+    assert room_graph(module_graph()).keys() == FLOOR_OF.keys()
 
 
 def test_imports_point_down():
-    wrong = []
-    for module, path in MODULES.items():
-        own = layer(module)
-        for imported in imports(path):
-            other = layer(imported)
-            if own is None or other is None or other[1] == own[1]:
-                continue
-            if other[0] >= own[0]:
-                wrong.append(f"{module} (layer {own[0]}) imports {imported} (layer {other[0]})")
+    wrong = [
+        f"{module} imports {imported}"
+        for module, others in module_graph().items()
+        for imported in others
+        if module != "mmr1_ds" and imported != "mmr1_ds" and room(module) != room(imported)
+        if FLOOR_OF[room(imported)] >= FLOOR_OF[room(module)]
+    ]
     assert wrong == []
 
 
-def test_no_circles_inside_a_package():
-    graph = {
-        name: {other for other in imports(path, while_running=True) if other in MODULES and other != name}
-        for name, path in MODULES.items()
+def test_no_circles():
+    """Between modules, inside a room and across, imports for type checking included; so between rooms."""
+    assert circles(module_graph()) == []
+    assert circles(room_graph(module_graph())) == []
+
+
+def test_a_circle_is_found():
+    graph = {"a": {"b", "d"}, "b": {"c"}, "c": {"b"}, "d": set()}
+    assert circles(graph) == ["b -> c -> b"]
+    assert floors({"a": {"b", "d"}, "b": {"d"}, "d": set()}) == {"d": 1, "b": 2, "a": 3}
+
+
+def test_the_house_stays_small():
+    rooms = room_graph(module_graph())
+    assert len(rooms) <= 20
+    assert max(floors(rooms).values()) <= 10
+    assert sum(map(len, rooms.values())) <= 90  # arrows between rooms
+    package = ROOT / "mmr1_ds"
+    assert len([path for path in package.glob("*.py") if path.name != "__init__.py"]) <= 4
+    assert len(list(package.glob("*/__init__.py"))) <= 12
+
+
+def test_parts_take_their_own_section_of_the_configuration():
+    named = {
+        module
+        for module, path in MODULES.items()
+        if room(module) in PARTS and module != "mmr1_ds.loop.composition"
+        if re.search(r"\bRunConfig\b", path.read_text())
     }
-    done: set[str] = set()
-
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, f"circular import: {' -> '.join([*trail, name])}"
-        if name not in done:
-            for other in graph[name]:
-                visit(other, (*trail, name))
-            done.add(name)
-
-    for name in graph:
-        visit(name, ())
+    assert named - TAKES_THE_ROOT == set()
 
 
-@pytest.mark.parametrize(
-    ("library", "package"),
-    [("deepspeed", "mmr1_ds.engine"), ("peft", "mmr1_ds.engine"), ("vllm", "mmr1_ds.rollout")],
-)
-def test_each_engine_library_is_imported_in_one_place(library, package):
-    users = [
-        name
+@pytest.mark.parametrize(("library", "owner"), [("deepspeed", "engine"), ("peft", "engine"), ("vllm", "rollout")])
+def test_each_engine_library_is_imported_in_one_room(library, owner):
+    users = {
+        room(name)
         for name, path in MODULES.items()
-        if any(imported.split(".")[0] == library for imported in imports(path)) and not name.startswith(package)
-    ]
-    assert users == []
+        if any(imported.split(".")[0] == library for imported in imports(path))
+    }
+    assert users <= {owner}
 
 
 def test_the_kernels_import_nothing_of_the_package():
@@ -89,9 +104,23 @@ def test_the_kernels_import_nothing_of_the_package():
             assert foreign == set(), name
 
 
-def test_light_modules_import_nothing_heavy():
-    program = "\n".join(f"import mmr1_ds.{name}" for name in LIGHT)
+@pytest.mark.parametrize(
+    "program",
+    ["\n".join(f"import mmr1_ds.{name}" for name in LIGHT.split()),
+     "import contextlib\nfrom mmr1_ds.commands import cli\nwith contextlib.suppress(SystemExit): cli.main(['--help'])"],
+    ids=["modules", "help"],
+)  # fmt: skip
+def test_light_modules_and_the_help_import_nothing_heavy(program):
     program += "\nimport sys; heavy = {'torch', 'transformers', 'deepspeed', 'vllm', 'datasets'} & set(sys.modules)"
     program += "\nsys.exit(f'imported {heavy}' if heavy else 0)"
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_benchmark_stands_in_a_folder_that_the_table_lists():
+    table = (ROOT / "benchmarks" / "README.md").read_text()
+    folders = {path.parent.name for path in BENCHMARKS.values()} - {"benchmarks"}
+    assert {name for name in folders if f"`{name}/`" not in table} == set()
+    named = set(re.findall(r"python (benchmarks/\S+\.py)", table))
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+    assert [path for path in (ROOT / "benchmarks").glob("*.py") if path.name != "gpu_check.py"] == []

@@ -20,7 +20,7 @@ from mmr1_ds.records import WeightInfo
 # collective brings them, what it received and the parameters made of that stand side by side.
 BUCKET_BYTES = 1 << 30
 # At most this on CPU, where what is gathered has no faster memory of its own and a smaller bucket overlaps more of the
-# gathering with the servers' loading. See benchmarks/bench_weight_sync.py.
+# gathering with the servers' loading. See benchmarks/weights/bench_weight_sync.py.
 CPU_BUCKET_BYTES = 64 << 20
 
 T = TypeVar("T")

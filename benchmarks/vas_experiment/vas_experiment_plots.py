@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from vas_experiment_report import SHUFFLE, Arms, Pool, Run, arm_order, curves, smooth
+from vas_experiment_runs import SHUFFLE, Arms, Pool, Run, arm_order, curves, smooth
 
 Pools = Mapping[Pool, Arms]
 

@@ -38,6 +38,7 @@ class Settings:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Raises: OSError, ValueError for a run that wrote no metrics."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

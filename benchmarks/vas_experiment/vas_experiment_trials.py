@@ -29,7 +29,7 @@ TEACHING = {"max3": 3, "min3": 3, "max4": 5, "min4": 4}
 SORTS = {
     kind: sort for sort, kinds in (("easy", EASY), ("hard", (*HARD, DEAD)), ("learnable", LEARNABLE)) for kind in kinds
 }
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
 
 @dataclass(frozen=True)

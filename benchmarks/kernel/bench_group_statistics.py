@@ -1,6 +1,6 @@
 """Self-BLEU of groups of responses: our backends beside NLTK, sacrebleu, fast-bleu and plain torch, in one run.
 
-    python benchmarks/bench_group_statistics.py [--json FILE] [--plot FILE.png] [--quick]
+    python benchmarks/kernel/bench_group_statistics.py [--json FILE] [--plot FILE.png] [--quick]
 
 Responses are Zipf-distributed tokens over 150,000 ids (probability proportional to 1 / rank), their lengths spread by a
 quarter around T. Every contender first scores some groups untimed, and must agree with our numpy reference: to 1e-9

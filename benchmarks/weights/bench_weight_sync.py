@@ -1,6 +1,7 @@
 """New weights from two ZeRO-3 ranks to a consumer: ours beside one parameter at a time and the whole model at once.
 
-    python benchmarks/bench_weight_sync.py [--json FILE] [--quick] [--sizes NAME ...] [--rounds R] [--bucket-mib M]
+    python benchmarks/weights/bench_weight_sync.py [--json FILE] [--quick] [--sizes NAME ...] [--rounds R]
+        [--bucket-mib M]
 
 Two ranks hold the halves of a Qwen2 with random bfloat16 weights on the CPU. Rank 0 puts whole weights into shared
 memory and asks a consumer by HTTP to load them, as it asks a vLLM server; the consumer is a process of its own that
@@ -51,7 +52,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONSUMER = Path(__file__).with_name("bench_weight_sync_consumer.py")
 METHODS = ("buckets", "per_parameter", "whole_model")
 # Qwen2: hidden size, layers, size of the MLP, vocabulary; heads of 64.

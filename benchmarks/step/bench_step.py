@@ -1,7 +1,7 @@
 """Seconds, tokens a second and memory of a training step: ours beside TRL's GRPOTrainer, the same work, in turns.
 
     pip install --no-deps -r requirements/bench.txt
-    python benchmarks/bench_step.py [--json FILE] [--setups ...] [--steps 10] [--warm-up 3] [--micro-batch 16]
+    python benchmarks/step/bench_step.py [--json FILE] [--setups ...] [--steps 10] [--warm-up 3] [--micro-batch 16]
 
 The work of a step: 8 prompts x 8 responses of 64 new tokens from a Qwen2 of 0.6 M parameters, a reward that looks at
 the letters, reference log-probabilities, and one optimiser step with the KL in the loss; float32 on the CPU. A prompt
@@ -45,7 +45,7 @@ from typing import Any
 from bench_step_sides import INSTRUCTION, NEW_TOKENS, PROMPTS, RESPONSES, prepare, prompt_tokens
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 SETUPS = {"zero3_two_ranks_transformers": 2, "one_rank_vllm": 1}  # ranks
 TRAINERS = ("mmr1_ds", "trl")
 WANTED_RATIO = 1.5

@@ -1,6 +1,6 @@
 """Log-probabilities of response tokens: the vocabulary in blocks (ours) beside the logits in one piece (plain).
 
-    python benchmarks/bench_log_probs.py [--json FILE] [--tokens T] [--time-tokens T] [--hidden H] [--rounds R]
+    python benchmarks/engine/bench_log_probs.py [--json FILE] [--tokens T] [--time-tokens T] [--hidden H] [--rounds R]
 
 Both take random hidden states, an output layer of the vocabulary and targets, with three forbidden tokens at
 temperature 0.9, and give log-probabilities and entropies; float32 on the CPU. Passes: `forward` without a graph, as for

@@ -1,6 +1,6 @@
 """What sampling ahead of the training saves: the demo in turn and one step ahead, on one training rank and one server.
 
-    python benchmarks/overlap.py --json overlap.json
+    python benchmarks/rollout/overlap.py --json overlap.json
 
 Both sides of every seed run one after the other with the same server, the trainer on one core and the server on
 another, so that neither takes the other's time. Needs the demo's assets (`make demo` makes them).
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAINER_CORE, SERVER_CORE = 0, 1
 WARM_UP = 5  # steps that no time is taken of
 

@@ -2,7 +2,7 @@
 
 In a process of its own: what earlier work left behind would hide the peak. Linux only.
 
-    python benchmarks/bench_group_statistics_memory.py CONTENDER THREADS N T GROUPS
+    python benchmarks/kernel/bench_group_statistics_memory.py CONTENDER THREADS N T GROUPS
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Where does variance-aware sampling pay? The demo task trained with the real parts, arm beside arm, seed by seed.
 
-    python benchmarks/vas_experiment.py --out FOLDER [--shares 2 5 15 50] [--sizes 512 2048 8192] [--steps 160]
-        [--seeds 0 1 2 3 4] [--arms shuffle full online filtering] [--ratios .5] [--categories yes no]
-    python benchmarks/vas_experiment.py --out FOLDER --shares 15 --sizes 512 --seeds 0 --arms shuffle
+    python benchmarks/vas_experiment/vas_experiment.py --out FOLDER [--shares 2 5 15 50] [--sizes 512 2048 8192]
+        [--steps 160] [--seeds 0 1 2 3 4] [--arms shuffle full online filtering] [--ratios .5] [--categories yes no]
+    python benchmarks/vas_experiment/vas_experiment.py --out FOLDER --shares 15 --sizes 512 --seeds 0 --arms shuffle
         --record-traces FILE.npz
-    python benchmarks/vas_experiment.py report FOLDER --json FILE --plots FOLDER
+    python benchmarks/vas_experiment/vas_experiment.py report FOLDER --json FILE --plots FOLDER
 
 A trial trains the demo's tiny Qwen2.5-VL (DeepSpeed ZeRO-3 actor, colocated vLLM, one rank) on a pool of which a given
 share is learnable, and validates greedily on 512 held-out learnable questions every few steps. Arms of a seed share
 the model, the pool and the seeds of data and sampling. Each trial writes FOLDER/runs/NAME.jsonl; finished ones are
-skipped, so the experiment can be stopped, gone on with, and spread over processes: each takes the next trial that no
+skipped, so the experiment can be stopped, resumed, and spread over processes: each takes the next trial that no
 other has.
 """
 

@@ -1,6 +1,6 @@
 """How long rank 0 takes to draw a batch from very many prompts.
 
-    python benchmarks/curriculum_draws.py [--prompts 1e7 1e8] [--batch 2048] [--repeats 5] [--json FILE]
+    python benchmarks/curriculum/curriculum_draws.py [--prompts 1e7 1e8] [--batch 2048] [--repeats 5] [--json FILE]
 
 Every draw is by weights that have just changed, as after each step of an online curriculum, so that nothing is reused,
 and lies in another epoch of the walk than the one before. The median counts; weights take 4 bytes a prompt, and the

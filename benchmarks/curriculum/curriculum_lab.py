@@ -1,8 +1,8 @@
 """The curriculum laboratory: how well each sampler knows which prompts are learnable, and what that costs in rollouts.
 
-    python benchmarks/curriculum_lab.py --quick
-    python benchmarks/curriculum_lab.py --seeds 0 1 2 --json lab.json --plots lab/
-    python benchmarks/curriculum_lab.py --traces benchmarks/data/demo_trace.npz
+    python benchmarks/curriculum/curriculum_lab.py --quick
+    python benchmarks/curriculum/curriculum_lab.py --seeds 0 1 2 --json lab.json --plots lab/
+    python benchmarks/curriculum/curriculum_lab.py --traces benchmarks/curriculum/data/demo_*.npz
 
 Every policy trains a simulated policy, whose pass rates are known, for 224 steps of 512 prompts, 8 responses each, half
 of them drawn by weight (lambda = 0.5). v is a prompt's true p(1-p) under the policy that generates the step. Measures:
@@ -84,7 +84,7 @@ def run_policy(
         effective += int(np.count_nonzero((num_right > 0) & (num_right < RESPONSES)))
         trained += len(batch)
         if step % measure_every == 0:
-            measured.append({"step": step, **_measure(weights, rates, batch if strategy == "shuffle" else None)})
+            measured.append({"step": step, **measure(weights, rates, batch if strategy == "shuffle" else None)})
         world.train(batch)
     return {
         "policy": name,
@@ -111,7 +111,8 @@ def _draw_effective(sampler: PromptSampler, draws: int, size: int, roll: Any) ->
     return np.concatenate(batches)[:size], np.concatenate(counts)[:size], rounds
 
 
-def _measure(weights: np.ndarray, rates: np.ndarray, trained: np.ndarray | None) -> dict[str, float]:
+def measure(weights: np.ndarray, rates: np.ndarray, trained: np.ndarray | None) -> dict[str, float]:
+    """What weights (P,) know of true pass rates (P,). trained: prompts of a batch that was drawn without them."""
     value = rates * (1.0 - rates)
     oracle = float(value @ value / value.sum())
     weights = weights.astype(np.float64)

@@ -1,6 +1,6 @@
 """What the curriculum adds to a step: drawing, scoring, collectives and learning, without any engine.
 
-    python benchmarks/curriculum_overhead.py [--prompts 15000] [--batch 512] [--responses 8] [--tokens 2048]
+    python benchmarks/curriculum/curriculum_overhead.py [--prompts 15000] [--batch 512] [--responses 8] [--tokens 2048]
         [--ranks 2] [--steps 7] [--metrics RUN/metrics.jsonl] [--json FILE]
 
 Real coordinators on real ranks (gloo), responses made up. Each part is timed after a barrier, so that no rank's wait

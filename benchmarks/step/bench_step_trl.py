@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 folder, setup, micro_batch, num_steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 WITH_VLLM = setup == "one_rank_vllm"
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def capitals(completions, **_):
