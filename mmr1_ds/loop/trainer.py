@@ -9,9 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from mmr1_ds.algorithm.experience import Experience, make_experience
+from mmr1_ds.algorithm.experience import Experience, kl_off_reward, make_experience, pairs_of
 from mmr1_ds.cluster.preemption import Preempted, SamplingAbandoned
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.loading import dump_config
@@ -171,11 +169,10 @@ class Trainer:
     def _update(self, groups: Sequence[LearningGroup], clock: StageClock) -> tuple[Experience, dict[str, float]]:
         actor, critic, reference = self._parts.actor, self._parts.critic, self._parts.reference
         algorithm = self._config.algorithm
-        pairs = [(g.scored.group.prompt, response.token_ids) for g in groups for response in g.scored.group.responses]
-        penalise = reference is not None and not algorithm.use_kl_loss  # the KL is taken off the reward
-        old: list[Tensor] | None = None
-        ref: list[Tensor] | None = None
-        values: list[Tensor] | None = None
+        scored = [group.scored for group in groups]
+        pairs = pairs_of(scored)
+        penalise = reference is not None and kl_off_reward(algorithm)
+        old = ref = values = baselines = None
         actor_learns = self.step > self._config.trainer.critic_warmup
         if penalise or (actor_learns and actor.needs_old_log_probs(len(pairs))):
             with clock("old"):
@@ -186,16 +183,19 @@ class Trainer:
         if critic is not None:
             with clock("values"):
                 values = critic.values(pairs)
+        if algorithm.adv_estimator == "remax":
+            baselines = [group.baseline for group in groups if group.baseline is not None]
         with clock("adv"):
-            both = (old, ref) if penalise and old is not None and ref is not None else None
-            experience = make_experience(groups, algorithm, both, actor.kl, self._parts.ranks, values)
+            experience = make_experience(
+                scored, algorithm, actor.kl, self._parts.ranks, old=old, ref=ref, values=values, baselines=baselines
+            )
         metrics = dict(experience.metrics)
-        if critic is not None and values is not None and experience.returns is not None:
+        if critic is not None:
             with clock("update_critic"):
-                metrics |= critic.update(pairs, values, experience.returns)
+                metrics |= critic.update(experience.trajectories)
         if actor_learns:
             with clock("update_actor"):
-                metrics |= actor.update(experience.trajectories, old, None if penalise else ref)
+                metrics |= actor.update(experience.trajectories)
         return experience, metrics
 
     def _refresh_due(self) -> bool:

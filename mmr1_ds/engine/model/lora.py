@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from transformers import PreTrainedModel
 from mmr1_ds.config import LoraConfig, ModelConfig
 from mmr1_ds.config.keys import nearest
 from mmr1_ds.errors import UserError, remedy
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

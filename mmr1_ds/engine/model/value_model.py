@@ -14,6 +14,7 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.batching import ModelBatch
 from mmr1_ds.engine.model.loading import checkpoint_gradients, freeze_vision_tower, load_config, load_partitioned
 from mmr1_ds.engine.model.packing import attention_implementation, response_states
+from mmr1_ds.engine.model.sequence_parallel import SequenceParallel
 from mmr1_ds.errors import UserError
 
 SECTION = "worker.critic.model"
@@ -45,6 +46,7 @@ class ValueModel(nn.Module):
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.model: PreTrainedModel = model
+        self.parallel: SequenceParallel | None = None  # each rank computes its own sequences
         self.head = ValueHead(model.config.get_text_config().hidden_size, dtype)
 
     def forward(self, batch: ModelBatch) -> Tensor:

@@ -70,11 +70,6 @@ def weight_buckets(model: nn.Module, bucket_bytes: int | None = None) -> list[li
     ]
 
 
-def weights_metadata(model: nn.Module) -> list[WeightInfo]:
-    """What `whole_parameters` will yield, in its order, without gathering anything. Not a collective."""
-    return [info for bucket in weight_buckets(model) for info in bucket]
-
-
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     """Names these very weights, whatever the number of ranks."""
     digest = hashlib.sha256()
