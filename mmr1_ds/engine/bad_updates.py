@@ -28,10 +28,13 @@ _COLUMNS = ("token_ids", "advantages", "rollout_logprobs", "old_logprobs", "ref_
 
 
 class BadUpdates:
-    """Those of one engine. What is left out is no optimiser step: learning rate and policy version stay, too."""
+    """Guards, counts and keeps the bad updates of one engine.
+
+    An update that is left out is no optimiser step: the learning rate and the policy version stay as they were, too.
+    """
 
     def __init__(self, name: str, max_in_a_row: int, ranks: Ranks, folder: Path | None) -> None:
-        """name: actor | critic; max_in_a_row: trainer.max_bad_updates; folder: of the batches, None = none is kept."""
+        """Args: name: actor | critic; max_in_a_row: trainer.max_bad_updates; folder: of batches, None = keep none."""
         self._name, self._max_in_a_row, self._ranks, self._folder = name, max_in_a_row, ranks, folder
         self._losses: list[float] = []  # of this optimiser step's micro-batches on this rank
         self.num_bad = 0  # of the whole run
@@ -46,7 +49,7 @@ class BadUpdates:
         return loss if math.isfinite(self._losses[-1]) else outputs_T.sum() * math.nan
 
     def was_good(self) -> None:
-        """The optimiser step was taken."""
+        """Note that the optimiser step was taken."""
         self._losses.clear()
         self._num_in_a_row = 0
 
@@ -63,11 +66,11 @@ class BadUpdates:
         reason = _reason(losses)
         where = "were not kept"
         if self._folder is not None:
-            where = f"lie in {self._folder}"
+            where = f"are in {self._folder}"
             facts: dict[str, str | int] = {"step": self._ranks.step, "engine": self._name, "reason": reason}
             try:
                 self._keep(self._folder, facts, trajectories, micro_batches, own)
-            except OSError as error:  # a full disk: the run can go on without
+            except OSError as error:  # a full disk: the run continues without
                 where = f"could not be kept ({error.strerror})"
                 logger.warning("a bad batch could not be kept in %s: %s", self._folder, error)
         told = f"step {self._ranks.step}: the {self._name}'s update was left out, {reason}"
@@ -77,16 +80,16 @@ class BadUpdates:
                 logger.warning("%s: %s; its batches %s", told, counts, where)
             return
         raise UserError(
-            f"{told}: {self._num_in_a_row} in a row (trainer.max_bad_updates); their batches {where}; go on from the "
-            f"last checkpoint with a lower worker.{self._name}.optim.lr, or look for what is odd in the batches"
+            f"{told}: {self._num_in_a_row} in a row (trainer.max_bad_updates); their batches {where}; resume from "
+            f"the last checkpoint with a lower worker.{self._name}.optim.lr, or inspect the batches"
         )
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run goes on from."""
+        """The counts that a resumed run starts from."""
         return {"num_bad": self.num_bad, "num_in_a_row": self._num_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take up what `state_dict` gave; nothing, from a checkpoint of an earlier version."""
+        """Restore what `state_dict` returned; checkpoints of earlier versions have no counts."""
         self.num_bad, self._num_in_a_row = state.get("num_bad", 0), state.get("num_in_a_row", 0)
 
     def _keep(

@@ -15,7 +15,7 @@ from mmr1_ds.records import Pair, Prompt
 
 @dataclass(frozen=True)
 class ModelBatch:
-    """What one forward takes. The response tokens of all rows are packed end to end, in row order."""
+    """The inputs of one forward. The response tokens of all rows are packed end to end, in row order."""
 
     input_ids: Tensor  # (S, L) int64, padded on the right
     attention_mask: Tensor  # (S, L) int64

@@ -36,7 +36,7 @@ class PolicyModel(nn.Module):
         temperature: float,
         parallel: SequenceParallel | None = None,
     ) -> None:
-        """parallel: the ranks that compute every sequence together; None = each rank its own."""
+        """Args: parallel: the ranks that compute every sequence together; None = each rank computes its own."""
         super().__init__()
         self.model: PreTrainedModel = model
         self.parallel = parallel
