@@ -57,6 +57,7 @@ class Critic(Learner):
         return self._evaluate(pairs)
 
     def _counts_prompts_once(self) -> bool:
+        """False: the budget counts each prompt with each of its responses."""
         return False
 
     def _loss(self, outputs: tuple[Tensor, ...], trajectories: Sequence[Trajectory], segments: Segments) -> TokenLoss:
