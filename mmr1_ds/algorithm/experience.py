@@ -63,16 +63,15 @@ def make_experience(
     lengths_B = np.array([len(token_ids) for _, token_ids in pairs])
     cuts = np.cumsum(lengths_B)[:-1]
     rewards_B = np.concatenate([item.rewards.overall for item in groups]).astype(np.float64)
-    penalties_T = np.zeros(int(lengths_B.sum()))
     metrics: dict[str, float] = {}
-    is_penalised = ref is not None and kl_off_reward(algorithm)
-    if is_penalised:
-        assert old is not None and ref is not None
+    if ref is not None and kl_off_reward(algorithm):
+        assert old is not None
         penalties_T, metrics = _penalties(algorithm.kl_penalty, old, ref, controller, ranks)
-    token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, penalties_T)
-    if is_penalised:
+        token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, penalties_T)
         rewards_B = np.array([part.sum() for part in np.split(token_rewards_T, cuts)])
         ref = None  # the loss does not hold the policy to it once more
+    else:
+        token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, np.zeros(int(lengths_B.sum())))
     returns: list[np.ndarray] | None = None
     if algorithm.adv_estimator == "gae":
         assert values is not None
