@@ -87,16 +87,27 @@ class SamplingSettings:
     max_tokens: int
 
 
-@dataclass(frozen=True)
+Pair = tuple[Prompt, np.ndarray]  # a prompt, and the tokens of one response to it, (T,) int32
+
+
+@dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One response with what the update needs to know of it."""
+    """One response with everything that the update learns from."""
 
     prompt: Prompt
-    token_ids: tuple[int, ...]  # (T,), the response
-    rollout_logprobs: tuple[float, ...]  # (T,), as the rollout engine sampled them
-    advantage: float  # of the response
-    token_advantages: tuple[float, ...] | None = None  # (T,), where they differ within it; `advantage` is their mean
-    reward: float = 0.0  # the KL taken off where it is taken off the reward; for inspection, the update needs it not
+    token_ids: np.ndarray  # (T,) int32, the response
+    rollout_logprobs: np.ndarray  # (T,) float32, as the rollout engine sampled them
+    advantages: np.ndarray  # (T,) float32
+    reward: float = 0.0  # the KL taken off where it is taken off the reward; for inspection, no update reads it
+    old_logprobs: np.ndarray | None = None  # (T,) float32; None = the policy that is updated is the old one
+    ref_logprobs: np.ndarray | None = None  # (T,) float32; None = no KL in the loss
+    values: np.ndarray | None = None  # (T,) float32, the critic's, before the update
+    returns: np.ndarray | None = None  # (T,) float32, what the critic learns
+
+    @property
+    def pair(self) -> Pair:
+        """The prompt and the response."""
+        return self.prompt, self.token_ids
 
 
 class WeightInfo(NamedTuple):

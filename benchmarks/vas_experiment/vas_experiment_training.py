@@ -39,6 +39,8 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
+from mmr1_ds.engine.bad_updates import BadUpdates
+from mmr1_ds.engine.zero_engine import Sizes
 from mmr1_ds.loop.collector import Collector
 from mmr1_ds.loop.composition import make_trainer
 from mmr1_ds.monitoring.live_report import LiveReport
@@ -141,7 +143,17 @@ class Session:
 
     def _actor(self, config: RunConfig, num_updates: int) -> Actor:
         resolved = resolve_deepspeed(config, 1, on_gpu=self._ranks.on_gpu)
-        return Actor(config, resolved, self._ranks, self._encoder, num_updates)
+        return Actor(
+            config.worker.actor,
+            config.algorithm,
+            Sizes(config.worker.rollout.n, config.data.max_prompt_length, config.data.max_response_length),
+            config.worker.rollout.temperature,
+            resolved,
+            self._ranks,
+            self._encoder,
+            num_updates,
+            BadUpdates("actor", config.trainer.max_bad_updates, self._ranks, None),
+        )
 
     def _load(self, file: Path, config: RunConfig) -> PromptDataset:
         # The fingerprint and the ids follow from the file; categories depend on the trial, so the key does too.

@@ -113,12 +113,12 @@ class Method:
     """One way to sync, with its shared memory and its consumer."""
 
     def __init__(self, name: str, model: Any, port: int, is_sender: bool) -> None:
-        from mmr1_ds.engine.weights.gathering import weight_buckets, weights_metadata
+        from mmr1_ds.engine.weights.gathering import weight_buckets
         from mmr1_ds.rollout.servers.address import ServerAddress
         from mmr1_ds.rollout.servers.weights.shared_memory_transfer import SharedMemoryTransfer
 
         self.name, self._model = name, model
-        infos = weights_metadata(model)
+        infos = [info for bucket in weight_buckets(model) for info in bucket]
         self.parts = {
             "buckets": lambda: weight_buckets(model),
             "per_parameter": lambda: [[info] for info in infos],
@@ -236,7 +236,7 @@ def run_rank(options: argparse.Namespace) -> None:
     ports = iter(options.ports)  # a consumer a model and method
     for size in options.sizes:
         model = build_model(size)
-        infos = weights.weights_metadata(model)
+        infos = [info for bucket in weights.weight_buckets(model) for info in bucket]
         num_parameters = sum(parameter.ds_numel for parameter in model.parameters())
         num_bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in model.parameters())
         methods: list[Method] = []

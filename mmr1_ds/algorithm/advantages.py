@@ -26,8 +26,8 @@ class Totals(Protocol):
 def grpo(rewards_GN: np.ndarray) -> np.ndarray:
     """Standardise within each group (GRPO, arXiv 2402.03300, section 4.1.2), (G, N).
 
-    Equals what the scoring kernel says of the same rewards. Exactly 0 for constant groups, where rounding / epsilon
-    would leak a gradient.
+    Equals the scoring kernel's for the same rewards. Exactly 0 for constant groups, where rounding / epsilon would
+    leak a gradient.
     """
     std_G1 = rewards_GN.std(axis=1, ddof=1, keepdims=True)
     return dr_grpo(rewards_GN) / (std_G1 + _EPSILON)
@@ -98,9 +98,9 @@ def token_rewards(rewards_B: np.ndarray, lengths_B: np.ndarray, penalties_T: np.
 
 
 def standardise(values_T: np.ndarray, ranks: Totals) -> np.ndarray:
-    """To mean 0 and variance 1 over the tokens of all ranks, as verl's masked_whiten. Collective.
+    """Shift and scale to mean 0 and variance 1 over the tokens of all ranks, as verl's masked_whiten. Collective.
 
-    Exactly 0 where all values are equal: their rounding would come out as large as any advantage.
+    Returns exactly 0 where all values are equal: their rounding would come out as large as any advantage.
     """
     values_T = values_T.astype(np.float64)
     own = {"sum": float(values_T.sum()), "count": float(len(values_T))}
@@ -115,7 +115,7 @@ def standardise(values_T: np.ndarray, ranks: Totals) -> np.ndarray:
 
 
 def discounted_sums(values_T: np.ndarray, lengths_B: np.ndarray, discount: float) -> np.ndarray:
-    """At each token, its value and those that follow in its response, each a `discount` less, (T,)."""
+    """Sum, at each token, its value and those that follow in its response, each discounted once more, (T,)."""
     longest = int(lengths_B.max(initial=0))
     inside_BL = np.arange(longest) < lengths_B[:, None]
     table_BL = np.zeros((len(lengths_B), longest))
@@ -126,7 +126,7 @@ def discounted_sums(values_T: np.ndarray, lengths_B: np.ndarray, discount: float
 
 
 def _is_last(lengths_B: np.ndarray) -> np.ndarray:
-    """(T,) bool."""
+    """Whether each token is the last of its response, (T,) bool."""
     last_T = np.zeros(int(lengths_B.sum()), dtype=bool)
     last_T[np.cumsum(lengths_B)[lengths_B > 0] - 1] = True
     return last_T

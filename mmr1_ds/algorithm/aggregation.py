@@ -25,17 +25,17 @@ class Segments:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-        """Responses of these lengths, in order."""
+        """Make the segments of responses of these lengths, in order."""
         lengths_S = torch.tensor(list(lengths), dtype=torch.int64)
         ids_T = torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S)
         return cls(lengths_S.to(device), ids_T.to(device))
 
     def sum(self, values_T: Tensor) -> Tensor:
-        """Over the tokens of each response, (S,)."""
+        """The sum over the tokens of each response, (S,)."""
         return values_T.new_zeros(len(self.lengths)).index_add(0, self.ids, values_T)
 
     def mean(self, values_T: Tensor) -> Tensor:
-        """Over the tokens of each response, (S,); 0 for an empty one."""
+        """The mean over the tokens of each response, (S,); 0 for an empty one."""
         return self.sum(values_T) / self.lengths.clamp(min=1)
 
     def spread(self, values_S: Tensor) -> Tensor:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mmr1_ds.algorithm import advantages
 from mmr1_ds.algorithm.kl import KLController, kl_penalty
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import AlgorithmConfig
-from mmr1_ds.records import LearningGroup, Trajectory
+from mmr1_ds.records import Pair, ScoredGroup, Trajectory
 
 
 @dataclass(frozen=True)
@@ -25,62 +24,90 @@ class Experience:
 
     trajectories: list[Trajectory]
     rewards_B: np.ndarray  # (B,) float64, of each trajectory, the KL taken off where it is taken off the reward
-    returns: list[Tensor] | None  # gae: what the critic learns, one float32 tensor (T,) a trajectory
     metrics: dict[str, float]
 
 
+def pairs_of(groups: Sequence[ScoredGroup]) -> list[Pair]:
+    """The prompt and the tokens of every response of every group, in order."""
+    return [
+        (item.group.prompt, np.asarray(response.token_ids, dtype=np.int32))
+        for item in groups
+        for response in item.group.responses
+    ]
+
+
+def kl_off_reward(algorithm: AlgorithmConfig) -> bool:
+    """Whether the KL to the reference is taken off the reward; else it is a term of the loss."""
+    return not algorithm.disable_kl and not algorithm.use_kl_loss
+
+
 def make_experience(
-    groups: Sequence[LearningGroup],
+    groups: Sequence[ScoredGroup],
     algorithm: AlgorithmConfig,
-    log_probs: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     controller: KLController,
     ranks: Ranks,
-    values: Sequence[Tensor] | None = None,
+    *,
+    old: Sequence[np.ndarray] | None = None,
+    ref: Sequence[np.ndarray] | None = None,
+    values: Sequence[np.ndarray] | None = None,
+    baselines: Sequence[float] | None = None,
 ) -> Experience:
-    """Advantages of every response of every group, in order. Collective.
+    """Compute the advantages of every response of every group, in order. Collective.
 
-    Args: log_probs: of the old policy and of the reference, one tensor (T,) a response each, where the KL is taken
-        off the reward; its controller then takes the step's KL in. None: rewards are the reward function's own.
-        values: gae: the critic's, of the state before each token, one tensor (T,) a response.
+    Args: old, ref: log-probabilities of the old policy and of the reference, one array (T,) a response each. Where the
+        KL is taken off the reward both are needed, and the controller takes the step's KL in; else they go into the
+        loss as they are. values: gae: the critic's, of the state before each token, one array (T,) a response.
+        baselines: remax: the reward of each prompt's greedy response, one a group.
     """
-    responses = [response for item in groups for response in item.scored.group.responses]
-    lengths_B = np.array([len(response.token_ids) for response in responses])
+    pairs = pairs_of(groups)
+    lengths_B = np.array([len(token_ids) for _, token_ids in pairs])
     cuts = np.cumsum(lengths_B)[:-1]
-    rewards_B = np.concatenate([item.scored.rewards.overall for item in groups]).astype(np.float64)
-    penalties_T = np.zeros(int(lengths_B.sum()))
+    rewards_B = np.concatenate([item.rewards.overall for item in groups]).astype(np.float64)
     metrics: dict[str, float] = {}
-    if log_probs is not None:
-        penalties_T, metrics = _penalties(algorithm.kl_penalty, *log_probs, controller, ranks)
-    token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, penalties_T)
-    if log_probs is not None:
+    if ref is not None and kl_off_reward(algorithm):
+        assert old is not None
+        penalties_T, metrics = _penalties(algorithm.kl_penalty, old, ref, controller, ranks)
+        token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, penalties_T)
         rewards_B = np.array([part.sum() for part in np.split(token_rewards_T, cuts)])
-    returns: list[Tensor] | None = None
+        ref = None  # the loss does not hold the policy to it once more
+    else:
+        token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, np.zeros(int(lengths_B.sum())))
+    returns: list[np.ndarray] | None = None
     if algorithm.adv_estimator == "gae":
         assert values is not None
-        values_T = torch.cat(list(values)).double().numpy()
+        values_T = np.concatenate(values).astype(np.float64)
         gamma, lam = algorithm.gamma, algorithm.lam
         advantages_T, returns_T = advantages.gae(token_rewards_T, values_T, lengths_B, gamma, lam, ranks)
-        returns = list(torch.from_numpy(returns_T).float().split(lengths_B.tolist()))
+        returns = np.split(returns_T.astype(np.float32), cuts)
         metrics |= _value_metrics(values_T, returns_T, ranks)
-    elif algorithm.adv_estimator == "grpo" and log_probs is None:
-        advantages_T = np.repeat(np.concatenate([item.advantages for item in groups]), lengths_B)  # the kernel's
     else:
-        advantages_T = _estimate(groups, algorithm, rewards_B, token_rewards_T, lengths_B, ranks)
-    prompts = [item.scored.group.prompt for item in groups for _ in item.scored.group.responses]
+        rewards_GN = rewards_B.reshape(len(groups), -1)
+        advantages_T = _estimate(algorithm, rewards_GN, token_rewards_T, lengths_B, baselines, ranks)
+    sampled = [response.logprobs for item in groups for response in item.group.responses]
+    advantages_of = np.split(advantages_T.astype(np.float32), cuts)
     trajectories = [
-        Trajectory(prompt, response.token_ids, response.logprobs, *_one_or_each(part), float(reward))
-        for prompt, response, part, reward in zip(
-            prompts, responses, np.split(advantages_T, cuts), rewards_B, strict=True
+        Trajectory(
+            prompt,
+            token_ids,
+            np.asarray(sampled[i], dtype=np.float32),
+            advantages_of[i],
+            float(rewards_B[i]),
+            old_logprobs=None if old is None else old[i],
+            ref_logprobs=None if ref is None else ref[i],
+            values=None if values is None else values[i],
+            returns=None if returns is None else returns[i],
         )
+        for i, (prompt, token_ids) in enumerate(pairs)
     ]
-    return Experience(trajectories, rewards_B, returns, metrics)
+    return Experience(trajectories, rewards_B, metrics)
 
 
 def _penalties(
-    kind: str, old: Sequence[Tensor], ref: Sequence[Tensor], controller: KLController, ranks: Ranks
+    kind: str, old: Sequence[np.ndarray], ref: Sequence[np.ndarray], controller: KLController, ranks: Ranks
 ) -> tuple[np.ndarray, dict[str, float]]:
     """What is taken off each token's reward, (T,), and the metrics of it. Collective."""
-    kl_T = kl_penalty(kind, torch.cat(list(old)).double(), torch.cat(list(ref)).double()).numpy()
+    old_T, ref_T = (torch.from_numpy(np.concatenate(item, dtype=np.float64)) for item in (old, ref))
+    kl_T = kl_penalty(kind, old_T, ref_T).numpy()
     own = {"kl": float(kl_T.sum()), "tokens": float(len(kl_T)), "responses": float(len(old))}
     totals = ranks.sum(own, "KL to the reference")
     mean = totals["kl"] / max(1.0, totals["tokens"])
@@ -109,15 +136,14 @@ def _value_metrics(values_T: np.ndarray, returns_T: np.ndarray, ranks: Ranks) ->
 
 
 def _estimate(
-    groups: Sequence[LearningGroup],
     algorithm: AlgorithmConfig,
-    rewards_B: np.ndarray,
+    rewards_GN: np.ndarray,
     token_rewards_T: np.ndarray,
     lengths_B: np.ndarray,
+    baselines_G: Sequence[float] | None,
     ranks: Ranks,
 ) -> np.ndarray:
-    """The advantage of each token, (T,) float64. Collective."""
-    rewards_GN = rewards_B.reshape(len(groups), -1)
+    """The advantage of each token, (T,) float64, by every estimator without a critic. Collective."""
     match algorithm.adv_estimator:
         case "grpo":
             return np.repeat(advantages.grpo(rewards_GN), lengths_B)
@@ -131,15 +157,6 @@ def _estimate(
             return advantages.reinforce_plus_plus(token_rewards_T, lengths_B, algorithm.gamma, ranks)[0]
         case _:
             assert algorithm.adv_estimator == "remax", algorithm.adv_estimator
-            baselines_GN = np.empty(rewards_GN.shape)
-            baselines_GN[:] = np.array([[item.baseline] for item in groups], dtype=np.float64)
-            return advantages.remax(token_rewards_T, lengths_B, baselines_GN.reshape(-1))[0]
-
-
-def _one_or_each(advantages_T: np.ndarray) -> tuple[float, tuple[float, ...] | None]:
-    """A trajectory's advantage, and those of its tokens if they differ."""
-    if len(advantages_T) == 0:
-        return 0.0, None
-    if (advantages_T == advantages_T[0]).all():
-        return float(advantages_T[0]), None
-    return float(advantages_T.mean()), tuple(advantages_T.tolist())
+            assert baselines_G is not None
+            baselines_B = np.repeat(np.array(baselines_G, dtype=np.float64), rewards_GN.shape[1])
+            return advantages.remax(token_rewards_T, lengths_B, baselines_B)[0]

@@ -1,7 +1,7 @@
 """The rollout engine and the trainer compute one policy's log-probabilities by two implementations, which differ.
 
-Training on the one's samples as if they were the other's is off-policy without notice; truncated importance sampling
-weighs it back (Yao et al., https://fengyao.notion.site/off-policy-rl, 2025). Shape letters: S responses, T tokens.
+Training on samples of the one as if the other had drawn them is off-policy; truncated importance sampling corrects for
+it (Yao et al., https://fengyao.notion.site/off-policy-rl, 2025). Shape letters: S responses, T tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ImportanceSampling:
     def __call__(
         self, trainer_logprobs_T: Tensor, rollout_logprobs_T: Tensor, segments: Segments
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weights, (T,), without gradient, and what tells that the two drift apart, each (T,).
+        """The weights, (T,), without gradient, and measures of how far the two drift apart, each (T,).
 
         Args: natural-log probabilities, both of the policy that sampled, before any update.
         Returns: the weights; logprob_diff_mean (|trainer - rollout|, nats), kl (k3 of KL(rollout || trainer)), and,

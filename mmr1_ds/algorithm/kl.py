@@ -1,4 +1,4 @@
-"""The pull towards the reference: estimates of the KL at sampled tokens, and the coefficient they are taken by.
+"""The pull towards the reference: estimates of the KL at sampled tokens, and the coefficient they are multiplied by.
 
 Source: http://joschu.net/blog/kl-approx.html. Shape letter: T tokens.
 """
@@ -41,19 +41,19 @@ class KLController:
         self.coefficient = config.kl_coef
 
     def update(self, kl: float, num_responses: int) -> None:
-        """After a step of `num_responses` (over all ranks) whose mean KL a token was `kl`, nats.
+        """Steer the coefficient after a step of `num_responses` (over all ranks) whose mean KL was `kl` nats a token.
 
-        One that is not finite says nothing: its update is left out, the coefficient must outlive it.
+        A KL that is not finite changes nothing: the coefficient outlives the step that is left out.
         """
         if self._config.kl_type == "adaptive" and math.isfinite(kl):
             error = min(MOST_ERROR, max(-MOST_ERROR, kl / self._config.kl_target - 1))
             self.coefficient *= 1 + error * num_responses / self._config.kl_horizon
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run goes on from."""
+        """The state that a resumed run starts from."""
         return {"coefficient": self.coefficient}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up what `state_dict` gave. A fixed coefficient stays the configuration's."""
+        """Restore what `state_dict` returned. A fixed coefficient stays the configuration's."""
         if self._config.kl_type == "adaptive":
             self.coefficient = state["coefficient"]

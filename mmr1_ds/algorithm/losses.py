@@ -1,4 +1,4 @@
-"""Policy and value losses at each token, on packed response tokens. How they are averaged is `aggregation`.
+"""Policy and value losses at each token, on packed response tokens. `aggregation` averages them.
 
 Shape letters: S responses, T tokens of all of them, end to end.
 """
@@ -33,8 +33,8 @@ class PolicyLoss:
         """The loss at each token, (T,), to be minimised, and what to watch, each (T,).
 
         Args: natural-log probabilities and advantages, (T,).
-        Returns: the loss; pg_clipfrac_higher (tokens that the bounds around 1 hold back), pg_clipfrac_lower (that the
-            dual clip does), ppo_kl (the k1 divergence from the old policy).
+        Returns: the loss; pg_clipfrac_higher (1 where the bounds around 1 hold a token back), pg_clipfrac_lower (1
+            where the dual clip does), ppo_kl (the k1 divergence from the old policy).
         """
         log_ratio_T = logprobs_T - old_logprobs_T
         if self.kind == "default":
@@ -80,7 +80,7 @@ class PolicyLoss:
     def _weighted(self, log_ratio_T: Tensor, logprobs_T: Tensor, advantages_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4): the clipped ratio is a weight, so no token loses its gradient.
 
-        Called higher: ratios over the upper bound; lower: under the lower.
+        Counts ratios over the upper bound as higher, and ratios under the lower one as lower.
         """
         ratio_T = log_ratio_T.detach().clamp(-_MOST, _MOST).exp()
         weight_T = ratio_T.clamp(1 - self.clip_low, 1 + self.clip_high)

@@ -14,23 +14,27 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import Prompt
+from mmr1_ds.records import Trajectory
 
 logger = logging.getLogger(__name__)
 
 KEPT = 16  # batches of a rank; the oldest go
+_COLUMNS = ("token_ids", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
 
 
 class BadUpdates:
-    """Those of one engine. What is left out is no optimiser step: learning rate and policy version stay, too."""
+    """Guards, counts and keeps the bad updates of one engine.
+
+    An update that is left out is no optimiser step: the learning rate and the policy version stay as they were, too.
+    """
 
     def __init__(self, name: str, max_in_a_row: int, ranks: Ranks, folder: Path | None) -> None:
-        """name: actor | critic; max_in_a_row: trainer.max_bad_updates; folder: of the batches, None = none is kept."""
+        """Args: name: actor | critic; max_in_a_row: trainer.max_bad_updates; folder: of batches, None = keep none."""
         self._name, self._max_in_a_row, self._ranks, self._folder = name, max_in_a_row, ranks, folder
         self._losses: list[float] = []  # of this optimiser step's micro-batches on this rank
         self.num_bad = 0  # of the whole run
@@ -45,21 +49,15 @@ class BadUpdates:
         return loss if math.isfinite(self._losses[-1]) else outputs_T.sum() * math.nan
 
     def was_good(self) -> None:
-        """The optimiser step was taken."""
+        """Note that the optimiser step was taken."""
         self._losses.clear()
         self._num_in_a_row = 0
 
-    def was_bad(
-        self,
-        pairs: Sequence[tuple[Prompt, tuple[int, ...]]],
-        micro_batches: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence[Tensor] | None],
-    ) -> None:
-        """The optimiser step was left out: count it, keep its batch, tell of it.
+    def was_bad(self, trajectories: Sequence[Trajectory], micro_batches: Sequence[Sequence[int]]) -> None:
+        """Count an optimiser step that was left out, keep its batch, and report it. Collective.
 
-        Args: pairs: prompts and response tokens; micro_batches: positions of those computed together; columns: what
-            else the loss depends on, a tensor (T,) or () a pair, None = not in use.
-        Raises: UserError, on every rank, after too many in a row. Collective.
+        Args: micro_batches: positions of the trajectories that were computed together.
+        Raises: UserError, on every rank, after too many in a row.
         """
         self.num_bad += 1
         self._num_in_a_row += 1
@@ -68,11 +66,11 @@ class BadUpdates:
         reason = _reason(losses)
         where = "were not kept"
         if self._folder is not None:
-            where = f"lie in {self._folder}"
+            where = f"are in {self._folder}"
             facts: dict[str, str | int] = {"step": self._ranks.step, "engine": self._name, "reason": reason}
             try:
-                self._keep(self._folder, facts, pairs, micro_batches, columns, own)
-            except OSError as error:  # a full disk: the run can go on without
+                self._keep(self._folder, facts, trajectories, micro_batches, own)
+            except OSError as error:  # a full disk: the run continues without
                 where = f"could not be kept ({error.strerror})"
                 logger.warning("a bad batch could not be kept in %s: %s", self._folder, error)
         told = f"step {self._ranks.step}: the {self._name}'s update was left out, {reason}"
@@ -82,44 +80,44 @@ class BadUpdates:
                 logger.warning("%s: %s; its batches %s", told, counts, where)
             return
         raise UserError(
-            f"{told}: {self._num_in_a_row} in a row (trainer.max_bad_updates); their batches {where}; go on from the "
-            f"last checkpoint with a lower worker.{self._name}.optim.lr, or look for what is odd in the batches"
+            f"{told}: {self._num_in_a_row} in a row (trainer.max_bad_updates); their batches {where}; resume from "
+            f"the last checkpoint with a lower worker.{self._name}.optim.lr, or inspect the batches"
         )
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run goes on from."""
+        """The counts that a resumed run starts from."""
         return {"num_bad": self.num_bad, "num_in_a_row": self._num_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take up what `state_dict` gave; nothing, from a checkpoint of an earlier version."""
+        """Restore what `state_dict` returned; checkpoints of earlier versions have no counts."""
         self.num_bad, self._num_in_a_row = state.get("num_bad", 0), state.get("num_in_a_row", 0)
 
     def _keep(
         self,
         folder: Path,
         facts: Mapping[str, str | int],
-        pairs: Sequence[tuple[Prompt, tuple[int, ...]]],
+        trajectories: Sequence[Trajectory],
         micro_batches: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence[Tensor] | None],
         losses: Sequence[float],
     ) -> None:
-        """Write this rank's share: tensors end to end as safetensors, then, as a sign that they are whole, the JSON."""
-        from safetensors.torch import save
+        """Write this rank's share: arrays end to end as safetensors, then, as a sign that they are whole, the JSON."""
+        from safetensors.numpy import save
 
-        tensors = {
-            "token_ids": torch.tensor([token for _, response in pairs for token in response], dtype=torch.int64),
-            "lengths": torch.tensor([len(response) for _, response in pairs], dtype=torch.int64),
-            "losses": torch.tensor(losses, dtype=torch.float64),  # of the micro-batches
+        arrays = {
+            "lengths": np.array([len(item.token_ids) for item in trajectories], dtype=np.int64),
+            "rewards": np.array([item.reward for item in trajectories], dtype=np.float32),
+            "losses": np.array(losses, dtype=np.float64),  # of the micro-batches
         }
-        for name, column in columns.items():
-            if column is not None:
-                tensors[name] = torch.cat([item.detach().cpu().reshape(-1) for item in column])
-        prompts = [{"index": prompt.index, "prompt_id": prompt.prompt_id} for prompt, _ in pairs]
+        for name in _COLUMNS:
+            parts = [getattr(item, name) for item in trajectories]
+            if parts[0] is not None:
+                arrays[name] = np.concatenate(parts)
+        prompts = [{"index": item.prompt.index, "prompt_id": item.prompt.prompt_id} for item in trajectories]
         described = {**facts, "rank": self._ranks.rank, "micro_batches": list(micro_batches), "prompts": prompts}
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"{self._name}_{self.num_bad}_step_{self._ranks.step}_rank_{self._ranks.rank}"
         for name, content in (
-            (f"{stem}.safetensors", save(tensors)),
+            (f"{stem}.safetensors", save(arrays)),
             (f"{stem}.json", json.dumps(described, indent=1).encode()),
         ):
             (folder / f".{name}.tmp").write_bytes(content)

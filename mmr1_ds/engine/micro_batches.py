@@ -43,7 +43,7 @@ def by_tokens(lengths: Sequence[int], budget: int, ranks: Ranks) -> list[list[in
 def by_prompts(
     prompts: Sequence[int], prompt_lengths: Sequence[int], lengths: Sequence[int], budget: int, ranks: Ranks
 ) -> list[list[int]]:
-    """As `by_tokens`, with the responses to a prompt together where they fit, and the prompt counted once for them.
+    """Micro-batches as of `by_tokens`, the responses to a prompt together where they fit, their prompt counted once.
 
     Args: prompts: names the prompt of each response, equal ones side by side; lengths: of the responses alone.
     """
@@ -95,10 +95,10 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def balance(tokens: Sequence[int], num_ranks: int) -> list[int]:
-    """Who gets which group of an optimiser step, so that all ranks have nearly as many tokens and equally many groups.
+    """Assign the groups of an optimiser step to ranks that get nearly as many tokens and equally many groups each.
 
     Starts from groups that lie rank by rank, and swaps one of the fullest rank with one of the emptiest for as long as
-    that evens the two out, so that few groups move. Every rank comes to the same result.
+    that evens the two out, so that few groups move. All ranks come to the same result.
 
     Args: tokens: of each group; their number is a multiple of num_ranks.
     Returns: positions of the groups, rank by rank; a permutation.

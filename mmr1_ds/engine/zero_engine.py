@@ -1,36 +1,45 @@
-"""TODO."""
+"""ZeRO-3 engines: a model partitioned over the ranks, evaluated at response tokens, and how one learns.
+
+Shape letter: T response tokens, end to end.
+"""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mmr1_ds.algorithm.aggregation import GlobalBatch, Segments, token_weights
+from mmr1_ds.algorithm.schedule import learning_rate
+from mmr1_ds.cluster.agreement import in_step
 from mmr1_ds.cluster.ranks import Ranks
-from mmr1_ds.config import RunConfig
+from mmr1_ds.config import ActorConfig, CriticConfig
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.build_lock import lock_builds_by_kernel
 from mmr1_ds.engine.micro_batches import by_prompts, by_tokens, in_turn
 from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.packing import shares_prompts
-from mmr1_ds.engine.model.policy import exact_types, load_policy
-from mmr1_ds.engine.weights.gathering import weights_digest, whole_parameters
-from mmr1_ds.records import Prompt
-
-if TYPE_CHECKING:
-    from mmr1_ds.data.encoding import PromptEncoder
-
-
-Pair = tuple[Prompt, tuple[int, ...]]
+from mmr1_ds.engine.model.policy import PolicyModel, exact_types
+from mmr1_ds.engine.model.value_model import ValueModel
+from mmr1_ds.engine.weights.adapter_checkpoint import AdapterCheckpoint
+from mmr1_ds.engine.weights.offloading import drop_host_copies, states_offloaded
+from mmr1_ds.engine.weights.zero_checkpoint import ZeroCheckpoint
+from mmr1_ds.records import Pair, Trajectory
 
 
-def start_deepspeed(ranks: Ranks) -> None:
-    """Let DeepSpeed adopt the process group that is there."""
+def start_deepspeed(ranks: Ranks) -> torch.dtype:
+    """Let DeepSpeed adopt the process group that is there. Returns: the type that weights are loaded in. Collective."""
     lock_builds_by_kernel()
     deepspeed.init_distributed(auto_mpi_discovery=False)
     ranks.barrier("start of DeepSpeed")
@@ -38,74 +47,247 @@ def start_deepspeed(ranks: Ranks) -> None:
     # with the last of them, however they end.
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
     Path(f"/dev/shm/{name}_{ranks.rank}").unlink(missing_ok=True)
+    return torch.bfloat16 if ranks.on_gpu else torch.float32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an engine needs to know about the responses that it computes."""
+
+    num_responses: int  # to each prompt
+    max_prompt_length: int  # tokens
+    max_response_length: int  # tokens
 
 
 class ZeroEngine:
-    """A ZeRO-3 partitioned policy that can say how likely given responses are."""
+    """A ZeRO-3 partitioned model that computes something at every response token."""
 
     def __init__(
         self,
-        config: RunConfig,
+        module: PolicyModel | ValueModel,
+        settings: ActorConfig | CriticConfig,
+        sizes: Sizes,
         deepspeed_config: Mapping[str, Any],
         ranks: Ranks,
         encoder: PromptEncoder,
-        trainable: bool,
     ) -> None:
-        """Collective: load the model and wrap it."""
-        settings = exact_types(deepspeed_config)
-        start_deepspeed(ranks)
-        self.policy = load_policy(
-            config.worker.actor.model,
-            settings,
-            encoder.forbidden_token_ids,
-            config.worker.rollout.temperature,
-            torch.bfloat16 if ranks.on_gpu else torch.float32,
-            trainable,
-            config.worker.actor.padding_free,
-            ranks.neighbours(size) if (size := config.worker.actor.ulysses_size) > 1 else None,
-        )
-        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        self.engine, *_ = deepspeed.initialize(model=self.policy, config=settings, model_parameters=parameters or None)
-        self._ranks, self._encoder = ranks, encoder
-        self._settings = config.worker.actor
-        self._longest = config.data.max_prompt_length + config.data.max_response_length  # tokens of a sequence
+        """Wrap a module that was loaded partitioned. Collective.
 
-    @torch.no_grad()
-    def log_probs(self, pairs: Sequence[Pair]) -> list[Tensor]:
-        """Log-probability of every response token, one float32 tensor (T,) a pair, on the CPU.
-
-        Collective: all ranks, with the same number of pairs.
+        Args: settings: a critic's must be resolved.
         """
-        self.engine.eval()
-        parallel = self.policy.parallel
-        pairs = pairs if parallel is None else parallel.gather(pairs)
-        outputs: dict[int, Tensor] = {}
-        for part in self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_experience):
-            chosen = [pairs[i] for i in part]
-            logprobs, _ = self.engine(collate(chosen, self._encoder, self._ranks.device))
-            cut = logprobs.float().cpu().split([len(response) for _, response in chosen])
-            outputs.update(zip(part, cut, strict=True))
-        found = [outputs[i] for i in range(len(pairs))]
-        return found if parallel is None else parallel.own(found)
-
-    def _micro_batches(self, pairs: Sequence[Pair], size: int) -> list[list[int]]:
-        """Which pairs are computed together, by position. Collective: all ranks, with the same number of pairs."""
-        size *= self._settings.ulysses_size  # a rank holds a cut of each sequence
-        if not self._settings.dynamic_batching:
-            return in_turn(len(pairs), size)
-        prompt_lengths = [prompt.num_tokens or len(prompt.token_ids) for prompt, _ in pairs]
-        lengths = [len(response) for _, response in pairs]
-        if shares_prompts(self.model):
-            names = [id(prompt) for prompt, _ in pairs]
-            return by_prompts(names, prompt_lengths, lengths, size * self._longest, self._ranks)
-        both = [prompt + response for prompt, response in zip(prompt_lengths, lengths, strict=True)]
-        return by_tokens(both, size * self._longest, self._ranks)
-
-    def weights_digest(self) -> str:
-        """Names these very weights, whatever the number of ranks. Collective: gathers them as a sync does."""
-        return weights_digest(whole_parameters(self.model))
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.module = module
+        self.engine, *_ = deepspeed.initialize(
+            model=module, config=exact_types(deepspeed_config), model_parameters=parameters or None
+        )
+        self._settings, self._sizes, self._ranks, self._encoder = settings, sizes, ranks, encoder
+        self._parallel = module.parallel
+        self._num_neighbours = 1 if self._parallel is None else self._parallel.size  # ranks that share each sequence
 
     @property
     def model(self) -> PreTrainedModel:
         """The transformers model inside, partitioned."""
-        return self.policy.model
+        return self.module.model
+
+    @torch.no_grad()
+    def _evaluate(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
+        """The module's output at every response token, one float32 array (T,) a pair.
+
+        Collective: all ranks, with the same number of pairs.
+        """
+        self.engine.eval()
+        pairs = pairs if self._parallel is None else self._parallel.gather(pairs)
+        found: dict[int, np.ndarray] = {}
+        for part in self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_experience):
+            chosen = [pairs[i] for i in part]
+            values_T = self._forward(chosen)[0].float().cpu().numpy()
+            cuts = np.cumsum([len(response) for _, response in chosen])[:-1]
+            found.update(zip(part, np.split(values_T, cuts), strict=True))
+        in_order = [found[i] for i in range(len(pairs))]
+        return in_order if self._parallel is None else self._parallel.own(in_order)
+
+    def _forward(self, pairs: Sequence[Pair]) -> tuple[Tensor, ...]:
+        """The module's outputs at the response tokens of one micro-batch, (T,) each. Collective."""
+        outputs = self.engine(collate(pairs, self._encoder, self._ranks.device))
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def _micro_batches(self, pairs: Sequence[Pair], size: int | None) -> list[list[int]]:
+        """Which pairs are computed together, by position. Collective: all ranks, with the same number of pairs."""
+        assert size is not None  # resolved
+        size *= self._num_neighbours  # a rank holds a cut of each sequence
+        if not self._settings.dynamic_batching:
+            return in_turn(len(pairs), size)
+        budget = size * (self._sizes.max_prompt_length + self._sizes.max_response_length)
+        prompt_lengths = [prompt.num_tokens or len(prompt.token_ids) for prompt, _ in pairs]
+        lengths = [len(response) for _, response in pairs]
+        if self._counts_prompts_once():
+            names = [id(prompt) for prompt, _ in pairs]
+            return by_prompts(names, prompt_lengths, lengths, budget, self._ranks)
+        both = [prompt + response for prompt, response in zip(prompt_lengths, lengths, strict=True)]
+        return by_tokens(both, budget, self._ranks)
+
+    def _counts_prompts_once(self) -> bool:
+        """Whether the responses to a prompt are planned together, around one copy of it."""
+        return shares_prompts(self.model)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss at each token of a micro-batch, and what to report of it."""
+
+    loss_T: Tensor  # with gradient
+    weighted: dict[str, Tensor]  # (T,) each: reported as the mean that the loss itself is
+    per_token: dict[str, Tensor]  # (T,) each: reported as the mean over all tokens of the optimiser step
+    largest: dict[str, float] = field(default_factory=dict)  # reported as the maximum
+
+
+class Learner(ZeroEngine, ABC):
+    """An engine that is trained. A subclass says by which loss."""
+
+    name: ClassVar[str]  # in metrics, in errors and in the files of bad updates
+
+    def __init__(
+        self,
+        module: PolicyModel | ValueModel,
+        settings: ActorConfig | CriticConfig,
+        sizes: Sizes,
+        deepspeed_config: Mapping[str, Any],
+        ranks: Ranks,
+        encoder: PromptEncoder,
+        num_updates: int,
+        bad_updates: BadUpdates,
+        offload_states: bool,
+    ) -> None:
+        """Wrap a module that was loaded partitioned. Collective.
+
+        Args: num_updates: optimiser steps of the whole run, for the learning-rate schedule; offload_states: whether
+            `offloaded` does anything.
+        """
+        super().__init__(module, settings, sizes, deepspeed_config, ranks, encoder)
+        self.bad_updates = bad_updates
+        self.num_updates_done = 0
+        self._num_updates, self._offload_states = num_updates, offload_states
+        self._loss_scale_factor = 1.0
+        self._adapters = AdapterCheckpoint(self.model)
+        self._checkpoint = ZeroCheckpoint(self.engine, ranks)
+
+    @abstractmethod
+    def _loss(self, outputs: tuple[Tensor, ...], trajectories: Sequence[Trajectory], segments: Segments) -> TokenLoss:
+        """The loss at each token, given the module's outputs there."""
+
+    def offloaded(self, with_weights: bool = True) -> AbstractContextManager[None]:
+        """With worker.actor.offload_states: inside, the states are in host memory and the device is the rollout's.
+
+        with_weights: False = only gradients and the optimiser's states, so that the weights can be read.
+        """
+        if not self._offload_states:
+            return nullcontext()
+        return states_offloaded(self.engine, self._ranks.on_gpu, with_weights)
+
+    @property
+    def _mini_batch_size(self) -> int:
+        """Responses an optimiser step on this rank."""
+        assert self._settings.global_batch_size is not None  # resolved
+        return self._settings.global_batch_size * self._sizes.num_responses // self._ranks.size
+
+    def update(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Train on this rank's share of a batch: one optimiser step for each global_batch_size prompts.
+
+        Returns: metrics over all ranks, averaged over the optimiser steps (of maxima, the largest). An update whose
+            loss or gradient is not finite is left out of the training and of the metrics.
+        Raises: UserError for too many of those in a row.
+        Collective: all ranks, with the same number of trajectories.
+        """
+        self.engine.train()
+        means: list[dict[str, float]] = []
+        maxima: list[dict[str, float]] = []
+        for _ in range(self._settings.ppo_epochs):
+            for start in range(0, len(trajectories), self._mini_batch_size):
+                taken = self._optimiser_step(trajectories[start : start + self._mini_batch_size])
+                if taken is not None:
+                    means.append(taken[0])
+                    maxima.append(taken[1])
+        metrics = {f"{self.name}/num_bad_updates": float(self.bad_updates.num_bad)}
+        if means:
+            metrics |= {name: sum(step[name] for step in means) / len(means) for name in means[0]}
+            metrics |= {name: max(step[name] for step in maxima) for name in maxima[0]}
+        return metrics
+
+    def _optimiser_step(self, trajectories: Sequence[Trajectory]) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Returns: metrics to average over steps, and metrics whose largest counts; None when it was left out."""
+        batch = self._global_batch(trajectories)
+        rate = learning_rate(self._settings.optim, self.num_updates_done, self._num_updates)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        if self._parallel is not None:
+            trajectories = self._parallel.gather(trajectories)
+        sums: dict[str, float] = {}
+        largest: dict[str, float] = {}
+        pairs = [item.pair for item in trajectories]
+        micro_batches = self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_update)
+        for number, part in enumerate(micro_batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            shares, own_largest = self._micro_step([trajectories[i] for i in part], batch)
+            for name, value in shares.items():
+                # Every rank of a group counts all of its sequences.
+                sums[name] = sums.get(name, 0.0) + value / self._num_neighbours
+            for name, value in own_largest.items():
+                largest[name] = max(largest.get(name, 0.0), value)
+            self.engine.step()
+        if not self.engine.was_step_applied():
+            self.bad_updates.was_bad(trajectories, micro_batches)
+            return None
+        self.bad_updates.was_good()
+        self.num_updates_done += 1
+        means = self._ranks.sum(sums, f"{self.name} metrics")
+        if largest:
+            largest = self._ranks.max(largest, f"{self.name} metrics")
+        means[f"{self.name}/grad_norm"] = float(self.engine.get_global_grad_norm())
+        means[f"{self.name}/lr"] = rate
+        return means, largest
+
+    def _global_batch(self, trajectories: Sequence[Trajectory]) -> GlobalBatch:
+        lengths = [len(item.token_ids) for item in trajectories]
+        own = {"tokens": float(sum(lengths)), "responses": float(sum(length > 0 for length in lengths))}
+        totals = self._ranks.sum(own, "count response tokens")
+        return GlobalBatch(totals["tokens"], totals["responses"])
+
+    def _micro_step(
+        self, trajectories: Sequence[Trajectory], batch: GlobalBatch
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Go forward and backward. Returns: this micro-batch's shares of the means, and its maxima."""
+        outputs = self._forward([item.pair for item in trajectories])
+        segments = Segments.of([len(item.token_ids) for item in trajectories], self._ranks.device)
+        found = self._loss(outputs, trajectories, segments)
+        weights_T = token_weights(self._settings.loss_avg_mode, segments, batch, self._loss_scale_factor)
+        weights_T = weights_T.to(found.loss_T.dtype)
+        # Weights of the GLOBAL batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up by
+        # their number; neither ranks nor micro-batches change the gradient.
+        loss = self.bad_updates.guard((found.loss_T * weights_T).sum(), outputs[0])
+        self.engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
+        num_tokens = max(1.0, batch.num_tokens)
+        shares = {name: float((values_T * weights_T).sum()) for name, values_T in found.weighted.items()}
+        shares |= {name: float(values_T.sum()) / num_tokens for name, values_T in found.per_token.items()}
+        return shares, found.largest
+
+    def _state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the shards."""
+        return {"num_updates_done": self.num_updates_done, "bad_updates": self.bad_updates.state_dict()}
+
+    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_updates_done = int(state["num_updates_done"])
+        self.bad_updates.load_state_dict(state.get("bad_updates", {}))
+
+    def save(self, folder: Path) -> None:
+        """Write the sharded state. Collective. Raises: SaveFailed, on every rank."""
+        drop_host_copies(self.engine.optimizer.optimizer)
+        self._checkpoint.save(folder, self._state_dict(), exclude_frozen=self._adapters.leaves_out_frozen)
+        in_step(self._ranks, "name the adapters", lambda: self._adapters.write(folder, self._ranks.rank == 0))
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on any number of ranks. Collective.
+
+        Raises: UserError for a checkpoint of other adapters, or one that cannot be converted to this number of ranks.
+        """
+        self._adapters.check(folder)
+        self._load_state_dict(self._checkpoint.load(folder, strict=not self._adapters.leaves_out_frozen))

@@ -14,15 +14,17 @@ from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import checkpoint_directory, run_directory, total_training_steps
+from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory, total_training_steps
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
+from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.critic import Critic
 from mmr1_ds.engine.model.value_model import check_reads_alike
 from mmr1_ds.engine.reference import AdapterlessReference, Reference
+from mmr1_ds.engine.zero_engine import Sizes
 from mmr1_ds.errors import UserError, remedy, require
 from mmr1_ds.loop.batches import BatchMaker
 from mmr1_ds.loop.checkpoint import Checkpoints
@@ -109,7 +111,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         advance(1)
         critic = None
         if deepspeed.critic is not None:
-            critic = Critic(config, deepspeed.critic, ranks, encoder, num_steps, run_directory(config) / "bad_batches")
+            critic = _critic(config, deepspeed.critic, num_steps, ranks, encoder)
         reference = _reference(config, deepspeed.reference, actor, ranks, encoder)
         advance(1)
         if rollout is None:
@@ -261,7 +263,36 @@ def _actor(
 ) -> Actor:
     updates = (num_steps - config.trainer.critic_warmup) * config.worker.actor.ppo_epochs
     updates *= config.data.rollout_batch_size // config.worker.actor.global_batch_size
-    return Actor(config, deepspeed, ranks, encoder, updates, run_directory(config) / "bad_batches")
+    return Actor(
+        config.worker.actor,
+        config.algorithm,
+        _sizes(config),
+        config.worker.rollout.temperature,
+        deepspeed,
+        ranks,
+        encoder,
+        updates,
+        _bad_updates("actor", config, ranks),
+    )
+
+
+def _critic(
+    config: RunConfig, deepspeed: Mapping[str, Any], num_steps: int, ranks: Ranks, encoder: PromptEncoder
+) -> Critic:
+    settings = resolved_critic(config)
+    assert settings.global_batch_size is not None  # resolved
+    updates = num_steps * (config.data.rollout_batch_size // settings.global_batch_size * settings.ppo_epochs)
+    bad_updates = _bad_updates("critic", config, ranks)
+    offload = config.worker.actor.offload_states
+    return Critic(settings, _sizes(config), deepspeed, ranks, encoder, updates, bad_updates, offload)
+
+
+def _sizes(config: RunConfig) -> Sizes:
+    return Sizes(config.worker.rollout.n, config.data.max_prompt_length, config.data.max_response_length)
+
+
+def _bad_updates(engine: str, config: RunConfig, ranks: Ranks) -> BadUpdates:
+    return BadUpdates(engine, config.trainer.max_bad_updates, ranks, run_directory(config) / "bad_batches")
 
 
 def _check_has_critic(folder: Path) -> None:
@@ -301,7 +332,8 @@ def _reference(
         return None
     if config.worker.actor.model.lora.rank > 0:
         return AdapterlessReference(actor)
-    return Reference(config, reference_config, ranks, encoder)
+    temperature = config.worker.rollout.temperature
+    return Reference(config.worker.actor, _sizes(config), temperature, reference_config, ranks, encoder)
 
 
 def _check_installed(config: RunConfig) -> None:

@@ -71,7 +71,9 @@ def step_metrics(
         ],
         dtype=np.float64,
     )
-    advantages = np.array([item.advantage for item in trajectories])
+    advantages = np.array(
+        [item.advantages.mean(dtype=np.float64) if item.token_ids.size else 0.0 for item in trajectories]
+    )
     own = np.column_stack([local, advantages, rewards_B])
     table = np.concatenate(ranks.all_gather_array(own, "step metrics"))
     score, length, clipped, prompt_length, advantage, reward = table.T

@@ -48,7 +48,7 @@ class Trainer:
             parts.batches.begin_ahead(step, parts.settings)  # servers sample on while the actor learns
         judged = parts.learners.judge(step, batch, clock)  # old and reference log-probabilities, values
         experience = parts.learners.experience(batch, judged, clock)  # rewards less the KL, advantages
-        learned = parts.learners.update(step, experience, judged, clock)  # the critic if there is one, the actor
+        learned = parts.learners.update(step, experience, clock)  # the critic if there is one, the actor
         parts.records.keep(step, batch)
         parts.turns.sync_weights(clock)
         return parts.records.end_step(batch, experience, learned, clock)

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from fixtures.batch_makers import SETTINGS, FakeCollector, make, rewards
 from fixtures.golden_numbers import OneRank
 from fixtures.rank_threads import SingleProcess, Threads, on_ranks
@@ -14,15 +13,15 @@ from mmr1_ds.algorithm.experience import make_experience
 from mmr1_ds.algorithm.kl import KLController
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.monitoring.clock import StageClock
-from mmr1_ds.records import LearningGroup, Prompt, Response, RolloutGroup, ScoredGroup
+from mmr1_ds.records import Prompt, Response, RolloutGroup, ScoredGroup
 
 RANK = OneRank()
 REWARDS = np.array([[1.0, 0.0, 0.5], [0.25, 0.25, 0.25]])
 LENGTHS = np.array([2, 1, 3, 1, 4, 2])
 
 
-def learning_groups(baselines=(None, None)):
-    """Two groups of three; what stands for the kernel's advantages is a mark."""
+def scored_groups():
+    """Two groups of three."""
     found, at = [], 0
     for index, values in enumerate(REWARDS):
         responses = []
@@ -31,34 +30,37 @@ def learning_groups(baselines=(None, None)):
             responses.append(Response(tokens, tuple(-0.1 * token for token in tokens), True))
             at += 1
         group = RolloutGroup(Prompt(index, f"p{index}", (1,), (), ""), tuple(responses), 0)
-        found.append(LearningGroup(ScoredGroup(group, rewards(values)), np.array([7.0, 8.0, 9.0]), baselines[index]))
+        found.append(ScoredGroup(group, rewards(values)))
     return found
 
 
 def log_probs():
-    """Of the old policy and of the reference, one tensor a response."""
-    random = np.random.default_rng(1)
-    packed = torch.tensor(random.normal(-2, 0.5, (2, LENGTHS.sum())))
-    return tuple(list(row.split(LENGTHS.tolist())) for row in packed)
+    """Of the old policy and of the reference, one array a response."""
+    packed = np.random.default_rng(1).normal(-2, 0.5, (2, LENGTHS.sum())).astype(np.float32)
+    return tuple(np.split(row, np.cumsum(LENGTHS)[:-1]) for row in packed)
 
 
-def experience(groups=None, with_kl=False, values=None, **settings):
+def experience(with_kl=False, values=None, baselines=None, **settings):
     algorithm = AlgorithmConfig(**settings)
-    both = log_probs() if with_kl else None
-    return make_experience(groups or learning_groups(), algorithm, both, KLController(algorithm), RANK, values)
+    old, ref = log_probs() if with_kl else (None, None)
+    controller = KLController(algorithm)
+    return make_experience(
+        scored_groups(), algorithm, controller, RANK, old=old, ref=ref, values=values, baselines=baselines
+    )
 
 
 def by_token(found):
     """The advantages as the actor reads them, (T,)."""
-    parts = [item.token_advantages or (item.advantage,) * len(item.token_ids) for item in found.trajectories]
-    return np.concatenate([np.array(part) for part in parts])
+    return np.concatenate([item.advantages for item in found.trajectories])
 
 
-def test_grpo_takes_the_kernel_s_advantages():
+def test_a_trajectory_is_its_response_in_arrays():
     found = experience()
-    assert [item.advantage for item in found.trajectories] == [7.0, 8.0, 9.0] * 2
-    assert all(item.token_advantages is None for item in found.trajectories)
-    assert [len(item.token_ids) for item in found.trajectories] == LENGTHS.tolist()
+    for item, length in zip(found.trajectories, LENGTHS, strict=True):
+        assert item.token_ids.dtype == np.int32 and item.token_ids.tolist() == list(range(length))
+        np.testing.assert_array_equal(item.rollout_logprobs, (-0.1 * np.arange(length)).astype(np.float32))
+        assert item.rollout_logprobs.dtype == item.advantages.dtype == np.float32
+        assert item.old_logprobs is item.ref_logprobs is item.values is item.returns is None
     assert [item.prompt.index for item in found.trajectories] == [0, 0, 0, 1, 1, 1]
     assert found.rewards_B.tolist() == REWARDS.reshape(-1).tolist() and found.metrics == {}
 
@@ -70,6 +72,7 @@ def plain_token_rewards():
 @pytest.mark.parametrize(
     ("estimator", "expected"),
     [
+        ("grpo", lambda: np.repeat(advantages.grpo(REWARDS), LENGTHS)),
         ("dr_grpo", lambda: np.repeat(advantages.dr_grpo(REWARDS), LENGTHS)),
         ("rloo", lambda: np.repeat(advantages.rloo(REWARDS), LENGTHS)),
         ("reinforce_plus_plus_baseline", lambda: advantages.reinforce_plus_plus_baseline(REWARDS, LENGTHS, RANK)),
@@ -78,15 +81,22 @@ def plain_token_rewards():
     ],
 )
 def test_each_estimator_reaches_the_actor(estimator, expected):
-    found = experience(learning_groups((0.75, 0.125)), adv_estimator=estimator, gamma=0.9)
-    np.testing.assert_allclose(by_token(found), expected(), atol=1e-12)
-    means = [np.mean(part) for part in np.split(expected(), np.cumsum(LENGTHS)[:-1])]
-    np.testing.assert_allclose([item.advantage for item in found.trajectories], means, atol=1e-12)
+    found = experience(baselines=(0.75, 0.125), adv_estimator=estimator, gamma=0.9)
+    np.testing.assert_array_equal(by_token(found), expected().astype(np.float32))
+
+
+def test_the_loss_gets_log_probabilities_of_the_reference_that_the_reward_did_not():
+    old, ref = log_probs()
+    for is_loss in (True, False):
+        found = experience(with_kl=True, use_kl_loss=is_loss).trajectories
+        for i, item in enumerate(found):
+            np.testing.assert_array_equal(item.old_logprobs, old[i])
+            np.testing.assert_array_equal(item.ref_logprobs, ref[i] if is_loss else None)
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus"])
 def test_the_kl_is_taken_off_the_reward(estimator):
-    old, ref = (torch.cat(part).numpy() for part in log_probs())
+    old, ref = (np.concatenate(part).astype(np.float64) for part in log_probs())
     penalties = 0.3 * (old - ref)
     off = np.array([part.sum() for part in np.split(penalties, np.cumsum(LENGTHS)[:-1])])
     after = REWARDS - off.reshape(REWARDS.shape)
@@ -97,14 +107,14 @@ def test_the_kl_is_taken_off_the_reward(estimator):
         expected = advantages.reinforce_plus_plus(token_rewards, LENGTHS, 1.0, RANK)[0]
     else:
         expected = np.repeat({"grpo": advantages.grpo, "rloo": advantages.rloo}[estimator](after), LENGTHS)
-    np.testing.assert_allclose(by_token(found), expected, atol=1e-12)
+    np.testing.assert_allclose(by_token(found), expected, rtol=1e-7, atol=1e-12)
     assert found.metrics == {"actor/ref_kl": pytest.approx((old - ref).mean()), "actor/kl_coef": 0.3}
 
 
 def critic_values():
-    """One tensor a response."""
-    packed = torch.tensor(np.random.default_rng(2).normal(0.3, 0.5, LENGTHS.sum()), dtype=torch.float32)
-    return list(packed.split(LENGTHS.tolist()))
+    """One array a response."""
+    packed = np.random.default_rng(2).normal(0.3, 0.5, LENGTHS.sum()).astype(np.float32)
+    return np.split(packed, np.cumsum(LENGTHS)[:-1])
 
 
 def advantages_by_definition(rewards, values, gamma, lam):
@@ -125,20 +135,21 @@ def advantages_by_definition(rewards, values, gamma, lam):
 @pytest.mark.parametrize("with_kl", [False, True])
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.7), (1.0, 0.0)])
 def test_gae_for_many_responses_of_different_lengths(gamma, lam, with_kl):
-    old, ref = (torch.cat(part).numpy() for part in log_probs())
+    old, ref = (np.concatenate(part).astype(np.float64) for part in log_probs())
     token_rewards = -0.3 * (old - ref) if with_kl else np.zeros(LENGTHS.sum())
     cuts = np.cumsum(LENGTHS)
     token_rewards[cuts - 1] += REWARDS.reshape(-1)
     parts = [
-        advantages_by_definition(rewards, values.double().numpy(), gamma, lam)
+        advantages_by_definition(rewards, values.astype(np.float64), gamma, lam)
         for rewards, values in zip(np.split(token_rewards, cuts[:-1]), critic_values(), strict=True)
     ]
-    raw, values = np.concatenate(parts), torch.cat(critic_values()).double().numpy()
+    raw, values = np.concatenate(parts), np.concatenate(critic_values()).astype(np.float64)
     settings = {"adv_estimator": "gae", "gamma": gamma, "lam": lam, "kl_penalty": "kl", "kl_coef": 0.3}
     found = experience(with_kl=with_kl, values=critic_values(), use_kl_loss=not with_kl, **settings)
-    np.testing.assert_allclose(by_token(found), (raw - raw.mean()) / np.sqrt(raw.var(ddof=1) + 1e-8), atol=1e-9)
-    assert [len(part) for part in found.returns] == LENGTHS.tolist()
-    returns = torch.cat(found.returns).numpy()
+    np.testing.assert_allclose(by_token(found), (raw - raw.mean()) / np.sqrt(raw.var(ddof=1) + 1e-8), atol=1e-6)
+    assert [len(item.returns) for item in found.trajectories] == LENGTHS.tolist()
+    returns = np.concatenate([item.returns for item in found.trajectories])
+    np.testing.assert_array_equal(np.concatenate([item.values for item in found.trajectories]), values)
     np.testing.assert_allclose(returns, raw + values, atol=1e-6)
     metrics = found.metrics
     explained = 1 - (returns - values).var(ddof=1) / (returns.var(ddof=1) + 1e-5)
@@ -154,14 +165,14 @@ def test_gae_is_the_same_on_any_number_of_ranks():
     whole = experience(values=critic_values(), adv_estimator="gae", lam=0.9)
 
     def share(control):
-        groups, values = learning_groups(), critic_values()
+        groups, values = scored_groups(), critic_values()
         part = slice(control.rank, control.rank + 1)
         controller, ranks = KLController(algorithm), Threads(control)
         mine = values[3 * control.rank : 3 * control.rank + 3]
-        return make_experience(groups[part], algorithm, None, controller, ranks, mine)
+        return make_experience(groups[part], algorithm, controller, ranks, values=mine)
 
     parts = on_ranks(2, share)
-    np.testing.assert_allclose(np.concatenate([by_token(part) for part in parts]), by_token(whole), atol=1e-12)
+    np.testing.assert_allclose(np.concatenate([by_token(part) for part in parts]), by_token(whole), atol=1e-6)
     for part in parts:
         assert part.metrics == {name: pytest.approx(value, abs=1e-9) for name, value in whole.metrics.items()}
 
@@ -171,7 +182,8 @@ def test_the_controller_learns_from_the_kl_off_the_reward():
         kl_penalty="mse", kl_coef=0.3, use_kl_loss=False, kl_type="adaptive", kl_target=1e-3, kl_horizon=60.0
     )
     controller = KLController(algorithm)
-    found = make_experience(learning_groups(), algorithm, log_probs(), controller, RANK)
+    old, ref = log_probs()
+    found = make_experience(scored_groups(), algorithm, controller, RANK, old=old, ref=ref)
     assert found.metrics["actor/kl_coef"] == 0.3  # what this step used
     assert controller.coefficient == pytest.approx(0.3 * (1 + 0.2 * 6 / 60))  # far over the target, six responses
 

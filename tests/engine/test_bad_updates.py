@@ -4,6 +4,7 @@ import json
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from fixtures.launching import run_ranks
@@ -13,7 +14,7 @@ from mmr1_ds.algorithm.kl import KLController
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import Prompt
+from mmr1_ds.records import Prompt, Trajectory
 
 
 class OneRank:
@@ -28,13 +29,16 @@ class OneOfSix(OneRank):
         return [1.0, math.nan, math.inf, -math.inf, math.nan, math.nan]
 
 
-PAIRS = [(Prompt(3, "a", (1, 2), (), ""), (5, 6, 7)), (Prompt(4, "b", (1,), (), ""), ())]
+TRAJECTORIES = [
+    Trajectory(prompt, np.arange(length, dtype=np.int32), *np.ones((2, length), np.float32), returns=np.ones(length))
+    for prompt, length in ((Prompt(3, "a", (1, 2), (), ""), 3), (Prompt(4, "b", (1,), (), ""), 0))
+]
 
 
 def bad(updates, loss):
     outputs = torch.tensor([1.0, 2.0], requires_grad=True)
     updates.guard(outputs.sum() * 0 + loss, outputs)
-    updates.was_bad(PAIRS, [[0, 1]], {"returns": [torch.ones(3), torch.ones(0)], "other": None})
+    updates.was_bad(TRAJECTORIES, [[0, 1]])
 
 
 def test_a_loss_that_is_not_finite_gets_such_a_gradient_and_another_stays_itself():

@@ -1,5 +1,6 @@
 """Padded batches of mixed prompts, against transformers' own processor and a model called on one prompt at a time."""
 
+import numpy as np
 import pytest
 import torch
 from fixtures.tiny_models import make_prompt, save_vision_model
@@ -26,14 +27,14 @@ def family(request, tmp_path_factory):
 
 def pairs_of(encoder, indices):
     prompts = [make_prompt(encoder, i, with_image=i % 3 != 0, most_images=4) for i in indices]
-    return [(prompt, tuple(range(20, 21 + 5 * prompt.index % 13))) for prompt in prompts]
+    return [(prompt, np.arange(20, 21 + 5 * prompt.index % 13, dtype=np.int32)) for prompt in prompts]
 
 
 def alone(encoder, prompt, response):
     """The processor's answer to the prompt's text and images, with the response behind it."""
     text = encoder.tokenizer.decode(prompt.token_ids)
     inputs = dict(encoder.processor(text=[text], images=list(prompt.images) or None, return_tensors="pt"))
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([response])], dim=1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor(response)[None]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if prompt.images:
         types = inputs["mm_token_type_ids"]
@@ -51,7 +52,7 @@ def test_a_row_of_a_batch_equals_the_prompt_alone(family, indices):
     expected = []
     for prompt, response in pairs:
         logprobs = model(**alone(encoder, prompt, response)).logits[0, -1 - len(response) : -1].log_softmax(-1)
-        expected.append(logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0])
+        expected.append(logprobs.gather(-1, torch.tensor(response).long()[:, None])[:, 0])
 
     batch = collate(pairs, encoder, CPU)
     hidden = model.base_model(

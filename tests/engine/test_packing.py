@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from fixtures.tiny_models import make_prompt, save_text_model, save_vision_model
@@ -44,7 +45,7 @@ def pairs_of(encoder, indices):
     found = []
     for i in indices:
         prompt = make_prompt(encoder, i, with_image=encoder.is_multimodal and i % 3 != 0, most_images=4)
-        found.append((prompt, tuple(range(20, 20 + 5 * i % 13))))
+        found.append((prompt, np.arange(20, 20 + 5 * i % 13, dtype=np.int32)))
     return found
 
 
@@ -164,7 +165,7 @@ def test_responses_that_share_a_prompt_equal_padded_forward_and_backward(family)
     model, plain = load("packed_sdpa"), load("sdpa")
     prompts = {i: pairs_of(encoder, (i,))[0][0] for i in (1, 3, 7)}
     rows = [(7, 5), (1, 4), (7, 0), (3, 1), (1, 9), (7, 11), (3, 6), (1, 1), (7, 2)]
-    pairs = [(prompts[i], tuple((31 * row + 7 * k) % 90 for k in range(n))) for row, (i, n) in enumerate(rows)]
+    pairs = [(prompts[i], ((31 * row + 7 * np.arange(n)) % 90).astype(np.int32)) for row, (i, n) in enumerate(rows)]
     batch = collate(pairs, encoder, CPU)
     packed, packed_gradients = states_and_gradients(model, batch, packed_states)
     padded, padded_gradients = states_and_gradients(plain, batch, padded_states)

@@ -67,7 +67,7 @@ def packing(device: torch.device) -> str:
     with tempfile.TemporaryDirectory() as folder:
         model_folder = str(save_text_model(Path(folder)))
         encoder = PromptEncoder(ModelConfig(model_path=model_folder), DataConfig())
-        pairs = [(make_prompt(encoder, i, False), tuple(range(20, 20 + 5 * i % 13))) for i in range(1, 10)]
+        pairs = [(make_prompt(encoder, i, False), np.arange(20, 20 + 5 * i % 13, dtype=np.int32)) for i in range(1, 10)]
         results = []
         for kind, compute in ((name, packed_states), ("sdpa", padded_states)):
             model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attn_implementation=kind)

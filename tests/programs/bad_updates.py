@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
 from safetensors.torch import load_file
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_actor, make_critic, small_config
 
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine import bad_updates
-from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.critic import Critic
 from mmr1_ds.errors import UserError
 from mmr1_ds.exits import leave
 from mmr1_ds.records import Trajectory
@@ -51,7 +49,7 @@ settings["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold
 if kind == "offloaded":
     settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     settings["zero_force_ds_cpu_optimizer"] = False
-actor = Actor(config, settings, ranks, encoder, num_updates=11, bad_batches=folder / "bad")
+actor = make_actor(config, settings, ranks, encoder, num_updates=11, bad_batches=folder / "bad")
 is_last = ranks.rank == ranks.size - 1
 
 
@@ -62,11 +60,10 @@ def batch(step: int) -> list[Trajectory]:
         for sample in range(RESPONSES):
             random = np.random.default_rng((index, sample))
             length = int(random.integers(2, 9))
-            token_ids = tuple(int(token) for token in random.integers(0, 100, length))
-            logprobs = tuple(random.normal(-3, 0.1, length))
-            found.append(
-                Trajectory(make_prompt(encoder, index, False), token_ids, logprobs, float(random.normal()), None, 0.5)
-            )
+            token_ids = random.integers(0, 100, length).astype(np.int32)
+            logprobs = random.normal(-3, 0.1, length).astype(np.float32)
+            advantages = np.full(length, random.normal(), np.float32)
+            found.append(Trajectory(make_prompt(encoder, index, False), token_ids, logprobs, advantages, 0.5))
     return found
 
 
@@ -84,35 +81,32 @@ def same(ours: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     return len(ours) == len(others) and all(map(torch.equal, ours, others))
 
 
-def on_last(spoil: Callable[[list], list], items: list) -> list:
-    return spoil(items) if is_last else items
+def spoilt(items: list[Trajectory], change: Callable[[Trajectory], Trajectory]) -> list[Trajectory]:
+    """The items, on the last rank with its first one changed."""
+    return [change(items[0]), *items[1:]] if is_last else items
 
 
-def first(change: Callable) -> Callable[[list], list]:
-    return lambda items: [change(items[0]), *items[1:]]
-
-
-def spoilt(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.cat([tensor[:1] * math.nan, tensor[1:]])
+def with_nan(array: np.ndarray) -> np.ndarray:
+    return np.concatenate([array[:1] * np.float32(math.nan), array[1:]])
 
 
 def update(step: int, spoil: str = "") -> dict[str, float]:
     """One optimiser step. spoil: what is not finite on the last rank."""
     mine = batch(step)
-    pairs = [(item.prompt, item.token_ids) for item in mine]
+    pairs = [item.pair for item in mine]
     old = actor.log_probs(pairs)
-    ref = [item - 0.1 for item in old]
+    mine = [replace(item, old_logprobs=old[i], ref_logprobs=old[i] - np.float32(0.1)) for i, item in enumerate(mine)]
     if spoil in ("nan", "inf"):
-        mine = on_last(first(lambda item: replace(item, advantage=float(spoil))), mine)
+        mine = spoilt(mine, lambda item: replace(item, advantages=np.full_like(item.advantages, float(spoil))))
     elif spoil == "old":  # a clamp lets no gradient of it through: the loss alone tells
-        old = on_last(first(spoilt), old)
+        mine = spoilt(mine, lambda item: replace(item, old_logprobs=with_nan(item.old_logprobs)))
     elif spoil == "ref":
-        ref = on_last(first(spoilt), ref)
+        mine = spoilt(mine, lambda item: replace(item, ref_logprobs=with_nan(item.ref_logprobs)))
     hooks = []
     if spoil == "gradient" and is_last:  # overflows in one layer's backward, the loss is as ever
         layer = actor.model.model.layers[0].mlp.down_proj
         hooks.append(layer.register_full_backward_hook(lambda *parts: tuple(g * math.inf for g in parts[1])))
-    metrics = actor.update(mine, old, ref)
+    metrics = actor.update(mine)
     for hook in hooks:
         hook.remove()
     return metrics
@@ -179,16 +173,17 @@ ranks.barrier("looked")
 
 if kind == "plain":
     config.worker.critic.optim.lr = 1e-3
-    critic = Critic(config, settings, ranks, encoder, num_steps=11, bad_batches=folder / "bad")
-    pairs = [(item.prompt, item.token_ids) for item in batch(0)]
+    critic = make_critic(config, settings, ranks, encoder, num_updates=11, bad_batches=folder / "bad")
+    pairs = [item.pair for item in batch(0)]
     values = critic.values(pairs)
-    returns = [torch.ones(len(value)) for value in values]
-    taken = critic.update(pairs, values, returns)
+    good_batch = [replace(item, values=values[i], returns=np.ones_like(values[i])) for i, item in enumerate(batch(0))]
+    taken = critic.update(good_batch)
     assert taken["critic/num_bad_updates"] == 0 and taken["critic/grad_norm"] > 0
     after_one = state(critic.engine)
-    assert critic.update(pairs, values, on_last(first(spoilt), returns)) == {"critic/num_bad_updates": 1}
+    bad_batch = spoilt(good_batch, lambda item: replace(item, returns=with_nan(item.returns)))
+    assert critic.update(bad_batch) == {"critic/num_bad_updates": 1}
     assert same(state(critic.engine), after_one) and critic.num_updates_done == 1
-    critic.update(pairs, values, returns)
+    critic.update(good_batch)
     assert not same(state(critic.engine), after_one)
     assert len(list((folder / "bad").glob(f"critic_1_step_7_rank_{ranks.rank}.*"))) == 2
 if ranks.rank == 0:

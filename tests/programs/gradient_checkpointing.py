@@ -34,13 +34,15 @@ for_actor, _ = deepspeed_configs(config, ranks.size)
 def batch(index: int) -> ModelBatch:
     random = np.random.default_rng(index)
     prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 2 == 0)
-    return collate([(prompt, tuple(int(token) for token in random.integers(10, 60, 9)))], encoder, ranks.device)
+    return collate([(prompt, random.integers(10, 60, 9).astype(np.int32))], encoder, ranks.device)
 
 
 def two_micro_batches(lora_rank: int, freeze_tower: bool, checkpoint: bool) -> dict[str, Any]:
     settings.lora.rank, settings.freeze_vision_tower = lora_rank, freeze_tower
     settings.enable_gradient_checkpointing = checkpoint
-    policy = load_policy(settings, for_actor, encoder.forbidden_token_ids, 0.7, torch.float32, trainable=True)
+    policy = load_policy(
+        config.worker.actor, for_actor, encoder.forbidden_token_ids, 0.7, torch.float32, trainable=True, ranks=ranks
+    )
     for number, adapter in enumerate(adapters(policy.model).values()):  # B = 0 would leave A without a gradient
         torch.nn.init.normal_(adapter.b, std=0.1, generator=torch.Generator().manual_seed(number))
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]

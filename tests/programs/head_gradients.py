@@ -39,7 +39,7 @@ def weighted(logprobs_T: torch.Tensor) -> torch.Tensor:
     return (logprobs_T * torch.linspace(-1, 2, len(logprobs_T))).sum()
 
 
-policy = load_policy(config.worker.actor.model, settings, FORBIDDEN, TEMPERATURE, torch.float32, trainable=True)
+policy = load_policy(config.worker.actor, settings, FORBIDDEN, TEMPERATURE, torch.float32, True, ranks)
 engine, *_ = deepspeed.initialize(model=policy, config=settings, model_parameters=list(policy.parameters()))
 batches = [batch(10 * ranks.rank + k, empty=k == 1 and ranks.rank == ranks.size - 1 > 0) for k in range(2)]
 results = []
@@ -58,7 +58,7 @@ with torch.no_grad():
     moved = engine(batches[0])[0]
 del engine
 
-frozen = load_policy(config.worker.actor.model, for_frozen, FORBIDDEN, TEMPERATURE, torch.float32, trainable=False)
+frozen = load_policy(config.worker.actor, for_frozen, FORBIDDEN, TEMPERATURE, torch.float32, False, ranks)
 reference, *_ = deepspeed.initialize(model=frozen, config=for_frozen)
 with torch.no_grad():
     of_reference = [reference(item)[0] for item in batches]

@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_actor, small_config
 
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.reference import AdapterlessReference
 from mmr1_ds.engine.weights import gathering as weights
 from mmr1_ds.exits import leave
@@ -44,7 +43,7 @@ settings_of_actor = deepspeed_configs(config, ranks.size)[0]
 if ranks.on_gpu:
     settings_of_actor["bf16"] = {"enabled": True}
     config.worker.rollout.gpu_memory_utilization = 0.2
-actor = Actor(config, settings_of_actor, ranks, encoder, num_updates=100)
+actor = make_actor(config, settings_of_actor, ranks, encoder)
 unasked = Preemption(60.0, None)
 rollout: VllmRollout | ServerRollout | TransformersRollout
 
@@ -102,18 +101,23 @@ for step in range(int(num_steps)):
         rollout.sleep(keep_weights=False)
         given_back_bytes = free_bytes() - free_awake
     trajectories = [
-        Trajectory(group.prompt, response.token_ids, response.logprobs, float(random.normal()))
+        Trajectory(
+            group.prompt,
+            np.asarray(response.token_ids, np.int32),
+            np.asarray(response.logprobs, np.float32),
+            np.full(len(response.token_ids), random.normal(), np.float32),
+        )
         for group in groups
         for response in group.responses
     ]
     moved = 0.0  # by the adapters
     if lora_rank:
-        off = torch.cat(AdapterlessReference(actor).log_probs([(item.prompt, item.token_ids) for item in trajectories]))
-        moved = float((off - torch.tensor([x for item in trajectories for x in item.rollout_logprobs])).abs().max())
-    metrics = actor.update(trajectories, None, None)
+        off = np.concatenate(AdapterlessReference(actor).log_probs([item.pair for item in trajectories]))
+        moved = float(np.abs(off - np.concatenate([item.rollout_logprobs for item in trajectories])).max())
+    metrics = actor.update(trajectories)
     rollout.sync_weights(actor)
     lengths = [len(item.token_ids) for item in trajectories]
-    tokens = [list(item.token_ids) for item in trajectories]
+    tokens = [item.token_ids.tolist() for item in trajectories]
     forbidden = sum(token in encoder.forbidden_token_ids for row in tokens for token in row)
     images = [len(prompt.images) for prompt in prompts]
     metrics |= {"moved": moved, "given_back_bytes": given_back_bytes}

@@ -5,20 +5,20 @@ is not 1, and leaves one behind. Each rank writes OUT.rank.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
 import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_actor, make_reference, small_config
 
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.model.lora import adapters
-from mmr1_ds.engine.reference import AdapterlessReference, Reference
+from mmr1_ds.engine.reference import AdapterlessReference
 from mmr1_ds.engine.weights import gathering as weights
 from mmr1_ds.engine.weights.gathering import whole_parameters
 from mmr1_ds.errors import UserError
@@ -39,19 +39,20 @@ lora.rank, lora.alpha = 3, 6.0
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 for_actor, for_reference = deepspeed_configs(config, ranks.size)
 random_state = torch.get_rng_state()
-actor = Actor(config, for_actor, ranks, encoder, num_updates=100)
+actor = make_actor(config, for_actor, ranks, encoder)
 leaves_random_state = torch.equal(random_state, torch.get_rng_state())
 reference = AdapterlessReference(actor)
-separate = Reference(config, for_reference, ranks, encoder)
+separate = make_reference(config, for_reference, ranks, encoder)
 
 
 def fixed_trajectory(index: int, sample: int) -> Trajectory:
     """Response tokens, sampling log-probabilities and advantage that depend on the two numbers alone."""
     random = np.random.default_rng((index, sample))
     length = int(random.integers(1, 15))
-    token_ids = tuple(int(token) for token in random.integers(0, 100, length))
+    token_ids = random.integers(0, 100, length).astype(np.int32)
     prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
-    return Trajectory(prompt, token_ids, tuple(random.normal(-3, 0.1, length)), float(random.normal()))
+    logprobs = random.normal(-3, 0.1, length).astype(np.float32)
+    return Trajectory(prompt, token_ids, logprobs, np.full(length, random.normal(), np.float32))
 
 
 def copies(with_adapters: bool) -> dict[str, torch.Tensor]:
@@ -91,13 +92,15 @@ for step in range(int(first), int(last) + 1):
     share = PROMPTS // ranks.size
     begin = step * PROMPTS + ranks.rank * share
     trajectories = [fixed_trajectory(i, k) for i in range(begin, begin + share) for k in range(RESPONSES)]
-    pairs = [(item.prompt, item.token_ids) for item in trajectories]
+    pairs = [item.pair for item in trajectories]
     with actor.offloaded():  # as while responses are sampled
         pass
     own, off, other = actor.log_probs(pairs), reference.log_probs(pairs), separate.log_probs(pairs)
-    metrics = actor.update(trajectories, own, off)
-    metrics["off_minus_separate"] = max(float((a - b).abs().max()) for a, b in zip(off, other, strict=True))
-    metrics["own_minus_off"] = max(float((a - b).abs().max()) for a, b in zip(own, off, strict=True))
+    metrics = actor.update(
+        [replace(item, old_logprobs=own[i], ref_logprobs=off[i]) for i, item in enumerate(trajectories)]
+    )
+    metrics["off_minus_separate"] = max(float(np.abs(a - b).max()) for a, b in zip(off, other, strict=True))
+    metrics["own_minus_off"] = max(float(np.abs(a - b).max()) for a, b in zip(own, off, strict=True))
     curve.append(metrics)
 result |= {
     "curve": curve,
@@ -115,14 +118,14 @@ errors = {}
 if int(first) == 1:
     for name, changes in {"rank": {"rank": 2}, "none": {"rank": 0}, "layers": {"target_modules": ["v_proj"]}}.items():
         lora.rank, lora.target_modules = changes.get("rank", 3), changes.get("target_modules", "all-linear")
-        other_actor = Actor(config, for_actor, ranks, encoder, num_updates=100)
+        other_actor = make_actor(config, for_actor, ranks, encoder)
         try:
             other_actor.load(Path(folder))
         except UserError as error:
             errors[name] = str(error)
     lora.target_modules = ["q_projj"]
     try:
-        Actor(config, for_actor, ranks, encoder, num_updates=100)
+        make_actor(config, for_actor, ranks, encoder)
     except UserError as error:
         errors["name"] = str(error)
 torch.save({**result, "errors": errors}, f"{out}.{ranks.rank}")

@@ -5,20 +5,19 @@ Usage: loss_curve.py MODEL OUT.json MICRO_BATCH CHECKPOINT_FOLDER|-
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_actor, make_reference, small_config
 
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.reference import Reference
 from mmr1_ds.exits import leave
 from mmr1_ds.loop.sharing import batch_slots
 from mmr1_ds.records import Trajectory
@@ -31,8 +30,8 @@ config = small_config(model, MINI_BATCH, RESPONSES, int(micro_batch))
 config.worker.actor.offload_states = ranks.size > 1
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 for_actor, for_reference = deepspeed_configs(config, ranks.size)
-actor = Actor(config, for_actor, ranks, encoder, num_updates=STEPS * BATCH // MINI_BATCH)
-reference = Reference(config, for_reference, ranks, encoder)
+actor = make_actor(config, for_actor, ranks, encoder, num_updates=STEPS * BATCH // MINI_BATCH)
+reference = make_reference(config, for_reference, ranks, encoder)
 data = DataConfig(sampling_strategy="curriculum", rollout_batch_size=BATCH, seed=7)
 coordinator = Coordinator(data, [str(i) for i in range(29)], [""] * 29, "fingerprint", 8, STEPS, ranks)
 
@@ -41,9 +40,10 @@ def fixed_trajectory(index: int, sample: int) -> Trajectory:
     """Response tokens, sampling log-probabilities and advantage that depend on the two numbers alone."""
     random = np.random.default_rng((index, sample))
     length = int(random.integers(1, 15))
-    token_ids = tuple(int(token) for token in random.integers(0, 100, length))
+    token_ids = random.integers(0, 100, length).astype(np.int32)
     prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
-    return Trajectory(prompt, token_ids, tuple(random.normal(-3, 1, length)), float(random.normal()))
+    logprobs = random.normal(-3, 1, length).astype(np.float32)
+    return Trajectory(prompt, token_ids, logprobs, np.full(length, random.normal(), np.float32))
 
 
 curve, drawn = [], []
@@ -54,9 +54,11 @@ for step in range(1, STEPS + 1):
     trajectories = [fixed_trajectory(int(i), k) for i in indices[slots] for k in range(RESPONSES)]
     with actor.offloaded():  # as while responses are sampled; on one rank the states stay
         assert len(actor.engine.optimizer.offloaded_states) == (3 if ranks.size > 1 else 0)
-    pairs = [(item.prompt, item.token_ids) for item in trajectories]
-    old = actor.log_probs(pairs)
-    curve.append(actor.update(trajectories, old, reference.log_probs(pairs)))
+    pairs = [item.pair for item in trajectories]
+    old, ref = actor.log_probs(pairs), reference.log_probs(pairs)
+    curve.append(
+        actor.update([replace(item, old_logprobs=old[i], ref_logprobs=ref[i]) for i, item in enumerate(trajectories)])
+    )
 if folder != "-":
     Path(folder).mkdir(exist_ok=True, parents=True)
     actor.save(Path(folder))

@@ -4,21 +4,20 @@ Usage: loss_modes.py MODEL OUT.npz MICRO_BATCH CHECKPOINT_FOLDER padded|packed|b
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_actor, make_reference, small_config
 
 from mmr1_ds.algorithm.importance import ImportanceSampling
 from mmr1_ds.algorithm.losses import PolicyLoss
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.reference import Reference
 from mmr1_ds.exits import leave
 from mmr1_ds.records import Trajectory
 
@@ -33,20 +32,21 @@ config.worker.actor.optim.lr = 0.0  # every mode starts from the same weights
 config.algorithm.kl_type, config.algorithm.kl_target, config.algorithm.kl_horizon = "adaptive", 0.1, 100.0
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 for_actor, for_reference = deepspeed_configs(config, ranks.size)
-actor = Actor(config, for_actor, ranks, encoder, num_updates=100)
-reference = Reference(config, for_reference, ranks, encoder)
+actor = make_actor(config, for_actor, ranks, encoder)
+reference = make_reference(config, for_reference, ranks, encoder)
 
 
 def fixed_trajectory(index: int, sample: int) -> tuple[Trajectory, np.ndarray]:
     """Tokens, advantages and log-probabilities of the rollout that follow from the two numbers; noise for the old."""
     random = np.random.default_rng((index, sample))
     length = int(random.integers(1, 15))
-    token_ids = tuple(int(token) for token in random.integers(0, 100, length))
+    token_ids = random.integers(0, 100, length).astype(np.int32)
     prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
     noise = random.normal(0, 0.4, (2, length))
-    advantage = float(random.normal())
-    by_token = tuple(random.normal(size=length).tolist()) if sample else None
-    return Trajectory(prompt, token_ids, tuple(noise[0]), advantage, by_token), noise[1]
+    advantages = np.full(length, random.normal(), np.float32)
+    if sample:
+        advantages = random.normal(size=length).astype(np.float32)
+    return Trajectory(prompt, token_ids, noise[0], advantages), noise[1]
 
 
 share = PROMPTS // ranks.size
@@ -57,17 +57,16 @@ own = [
 ]
 pairs = [(item.prompt, item.token_ids) for item, _ in own]
 current = actor.log_probs(pairs)
-old = [logprobs + torch.tensor(noise, dtype=torch.float32) for logprobs, (_, noise) in zip(current, own, strict=True)]
-ref = [logprobs - 0.3 for logprobs in reference.log_probs(pairs)]
+old = [logprobs + noise.astype(np.float32) for logprobs, (_, noise) in zip(current, own, strict=True)]
+ref = [logprobs - np.float32(0.3) for logprobs in reference.log_probs(pairs)]
 trajectories = [  # what the rollout engine says is near what the trainer does
-    Trajectory(
-        item.prompt,
-        item.token_ids,
-        tuple((logprobs.numpy() + item.rollout_logprobs).tolist()),
-        item.advantage,
-        item.token_advantages,
+    replace(
+        item,
+        rollout_logprobs=(old[i] + item.rollout_logprobs).astype(np.float32),
+        old_logprobs=old[i],
+        ref_logprobs=ref[i],
     )
-    for logprobs, (item, _) in zip(old, own, strict=True)
+    for i, (item, _) in enumerate(own)
 ]
 
 gradients: list[torch.Tensor] = []
@@ -77,7 +76,7 @@ step = actor.engine.step
 def step_and_keep_gradient() -> None:
     """In the place of the engine's step, whose last act is to forget the gradient."""
     if actor.engine.is_gradient_accumulation_boundary():
-        parts = [safe_get_full_grad(parameter).flatten() for parameter in actor.policy.parameters()]
+        parts = [safe_get_full_grad(parameter).flatten() for parameter in actor.module.parameters()]
         gradients.append(torch.cat(parts).float().cpu())
     step()
 
@@ -87,10 +86,10 @@ results = {}
 for kind in ("default", "gspo", "gspo_token", "cispo", "sapo"):
     for mode in ("token", "seq", "seq_sum"):
         level = "sequence" if mode == "seq" else "token"
-        actor._loss = PolicyLoss(kind, 0.2, 0.3, 3.0)
+        actor._policy_loss = PolicyLoss(kind, 0.2, 0.3, 3.0)
         actor._importance = ImportanceSampling(level, 2.0)
         config.worker.actor.loss_avg_mode = mode
-        metrics = actor.update(trajectories, old, ref)
+        metrics = actor.update(trajectories)
         results[f"{kind}|{mode}"] = gradients.pop().numpy()
         results[f"{kind}|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
 actor.save(Path(folder))

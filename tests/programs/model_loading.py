@@ -18,13 +18,13 @@ model, damaged, out = sys.argv[1:]
 ranks = Ranks(launch_environment(), timeout_seconds=60)
 config = small_config(model, 4, 3, 3)
 settings = exact_types({**deepspeed_configs(config, 1)[0], "bf16": {"enabled": True}})
-policy = load_policy(config.worker.actor.model, settings, (), 1.0, torch.bfloat16, trainable=True)
+policy = load_policy(config.worker.actor, settings, (), 1.0, torch.bfloat16, trainable=True, ranks=ranks)
 deepspeed.initialize(model=policy, config=settings, model_parameters=list(policy.parameters()))
 frequencies = {name: tensor for name, tensor in policy.named_buffers() if name.endswith("inv_freq")}
 config.worker.actor.model.model_path = damaged
 error = ""
 try:
-    load_policy(config.worker.actor.model, settings, (), 1.0, torch.bfloat16, trainable=True)
+    load_policy(config.worker.actor, settings, (), 1.0, torch.bfloat16, trainable=True, ranks=ranks)
 except UserError as found:
     error = str(found)
 result = {

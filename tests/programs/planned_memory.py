@@ -10,8 +10,9 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_actor, small_config
 
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
@@ -20,7 +21,6 @@ from mmr1_ds.commands.plan.activations import MicroBatch
 from mmr1_ds.commands.plan.memory import zero_engine
 from mmr1_ds.commands.plan.shapes import policy_shape
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine.actor import Actor
 from mmr1_ds.exits import leave
 from mmr1_ds.records import Trajectory
 
@@ -43,25 +43,25 @@ zero |= {"reduce_bucket_size": 1_000_000, "overlap_comm": False, "stage3_prefetc
 
 
 def trajectories(tokens: int) -> list[Trajectory]:
-    response = tuple(30 + i % 40 for i in range(tokens))
+    response, ones = (30 + np.arange(tokens) % 40).astype(np.int32), np.ones(tokens, np.float32)
     return [
-        Trajectory(make_prompt(encoder, i, False), response, (-3.0,) * tokens, 1.0 - 2 * (i % 2))
+        Trajectory(make_prompt(encoder, i, False), response, -3 * ones, (1 - 2 * (i % 2)) * ones)
         for i in range(4 // ranks.size)
     ]
 
 
 # Imports, threads and DeepSpeed's own operation are there before the first reading.
-small = Actor(config, deepspeed, ranks, encoder, num_updates=10)
-small.update(trajectories(3), None, None)
+small = make_actor(config, deepspeed, ranks, encoder, num_updates=10)
+small.update(trajectories(3))
 held_by_python = resident("VmRSS")
 gc.collect()
-actor = Actor(config, deepspeed, ranks, encoder, num_updates=10)
-actor.update(trajectories(3), None, None)
+actor = make_actor(config, deepspeed, ranks, encoder, num_updates=10)
+actor.update(trajectories(3))
 gc.collect()
 held = resident("VmRSS") - held_by_python
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-actor.update(trajectories(length), None, None)
+actor.update(trajectories(length))
 peak = resident("VmHWM") - before
 
 shape = policy_shape(config.worker.actor.model)

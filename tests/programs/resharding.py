@@ -8,13 +8,14 @@ checkpoint of every step but the first is left: there the last rank's disk fails
 import resource
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_actor, make_critic, small_config
 
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
@@ -37,22 +38,23 @@ settings = deepspeed_configs(config, ranks.size)[0]
 settings["zero_optimization"]["sub_group_size"] = 20_000  # several groups of parameters, each with a step count
 parts: dict[str, Actor | Critic] = {}
 if "actor" in wanted:
-    parts["actor"] = Actor(config, settings, ranks, encoder, num_updates=100)
+    parts["actor"] = make_actor(config, settings, ranks, encoder)
     assert len(parts["actor"].engine.optimizer.fp16_groups) > 2
 if "critic" in wanted:
-    parts["critic"] = Critic(config, settings, ranks, encoder, num_steps=100)
+    parts["critic"] = make_critic(config, settings, ranks, encoder)
 if "adapted" in wanted:
     config.worker.actor.model.lora.rank, config.worker.actor.model.lora.alpha = 3, 6.0
-    parts["adapted"] = Actor(config, settings, ranks, encoder, num_updates=100)
+    parts["adapted"] = make_actor(config, settings, ranks, encoder)
 
 
 def fixed(index: int) -> Trajectory:
     """Response tokens, sampling log-probabilities and advantage that depend on the number alone."""
     random = np.random.default_rng(index)
     length = int(random.integers(1, 15))
-    token_ids = tuple(int(token) for token in random.integers(0, 100, length))
+    token_ids = random.integers(0, 100, length).astype(np.int32)
+    logprobs = random.normal(-3, 0.1, length).astype(np.float32)
     return Trajectory(
-        make_prompt(encoder, index, False), token_ids, tuple(random.normal(-3, 0.1, length)), random.normal()
+        make_prompt(encoder, index, False), token_ids, logprobs, np.full(length, random.normal(), np.float32)
     )
 
 
@@ -81,15 +83,15 @@ share = PROMPTS // ranks.size
 for step in range(int(first), int(last) + 1):
     begin = step * PROMPTS + ranks.rank * share
     own = [fixed(index) for index in range(begin, begin + share)]
-    pairs = [(item.prompt, item.token_ids) for item in own]
     metrics = {}
     for name, part in parts.items():
         if isinstance(part, Critic):
-            values = part.values(pairs)
-            targets = [value + item.advantage for value, item in zip(values, own, strict=True)]
-            metrics[name] = part.update(pairs, values, targets)
+            values = part.values([item.pair for item in own])
+            metrics[name] = part.update(
+                [replace(item, values=values[i], returns=values[i] + item.advantages) for i, item in enumerate(own)]
+            )
         else:
-            metrics[name] = part.update(own, None, None)
+            metrics[name] = part.update(own)
     result["metrics"][step] = metrics
     result["states"][step] = state()
     if step == 1:

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_actor, small_config
 
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine.actor import Actor
 from mmr1_ds.exits import leave
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
@@ -29,7 +28,7 @@ config.trainer.run_dir = run_dir
 config.worker.actor.optim.lr = 1e-2
 config.worker.actor.model.lora.rank, config.worker.actor.model.lora.alpha = int(lora_rank), 6.0
 encoder = PromptEncoder(config.worker.actor.model, config.data)
-actor = Actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder, num_updates=100)
+actor = make_actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder)
 
 
 def prompt(index: int) -> object:
@@ -38,16 +37,15 @@ def prompt(index: int) -> object:
 
 for step in range(2):
     random = np.random.default_rng((step, ranks.rank))
-    tokens = [tuple(int(token) for token in random.integers(0, 100, 7)) for _ in range(4 // ranks.size)]
-    actor.update(
-        [Trajectory(prompt(i), part, (-3.0,) * 7, 1.0 - 2 * (i % 2)) for i, part in enumerate(tokens)], None, None
-    )
+    tokens = [random.integers(0, 100, 7).astype(np.int32) for _ in range(4 // ranks.size)]
+    ones = np.ones(7, np.float32)
+    actor.update([Trajectory(prompt(i), part, -3 * ones, (1 - 2 * (i % 2)) * ones) for i, part in enumerate(tokens)])
 checkpoints = Checkpoints(Path(run_dir) / "checkpoints", -1, ranks)
 assert checkpoints.save(2, lambda folder: actor.save(folder / "actor"))
 weights = {name: weight.clone() for name, weight in actor.weights()}
 requests = [RolloutRequest(prompt(index), 1, 0) for index in range(4)]
 groups = TransformersRollout(actor, ranks, encoder, 8).generate(requests, SamplingSettings(0.0, 1.0, -1, 8))
-pairs = [(group.prompt, group.responses[0].token_ids) for group in groups]
+pairs = [(group.prompt, np.asarray(group.responses[0].token_ids, np.int32)) for group in groups]
 logprobs = actor.log_probs(pairs)
 if ranks.rank == 0:
     (Path(run_dir) / "config.yaml").write_text(dump_config(config))

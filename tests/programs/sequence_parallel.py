@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_reference, small_config
 
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine.reference import Reference
 from mmr1_ds.exits import leave
 
 model, folder = sys.argv[1:]
@@ -20,19 +19,19 @@ config = small_config(model, 2 * ranks.size, 3, 2)
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 _, settings = deepspeed_configs(config, ranks.size)
 config.worker.actor.padding_free = False
-alone = Reference(config, settings, ranks, encoder)
+alone = make_reference(config, settings, ranks, encoder)
 config.worker.actor.padding_free, config.worker.actor.ulysses_size = True, ranks.size
-together = Reference(config, settings, ranks, encoder)
+together = make_reference(config, settings, ranks, encoder)
 
 pairs = []
 for i in range(5):
     prompt = make_prompt(encoder, 7 * ranks.rank + i, with_image=encoder.is_multimodal and i % 2 == 0, most_images=3)
-    pairs.append((prompt, tuple(range(20, 20 + 5 * (i + ranks.rank) % 13))))
+    pairs.append((prompt, np.arange(20, 20 + 5 * (i + ranks.rank) % 13, dtype=np.int32)))
 cuts: list[int] = []
 language_model = getattr(together.model.base_model, "language_model", together.model.base_model)
 language_model.norm.register_forward_hook(lambda _, args, states: cuts.append(states.shape[1]))
-found = {f"together {i}": values.numpy() for i, values in enumerate(together.log_probs(pairs))}
-found |= {f"alone {i}": values.numpy() for i, values in enumerate(alone.log_probs(pairs))}
+found = {f"together {i}": values for i, values in enumerate(together.log_probs(pairs))}
+found |= {f"alone {i}": values for i, values in enumerate(alone.log_probs(pairs))}
 lengths = [len(encoder.expand(prompt).input_ids) + len(response) for prompt, response in pairs]
 np.savez(Path(folder) / f"{ranks.rank}.npz", cuts=np.array(cuts), lengths=np.array(lengths), **found)
 ranks.barrier("end")

@@ -7,16 +7,14 @@ import json
 import sys
 from pathlib import Path
 
-import torch
+import numpy as np
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_actor, make_reference, small_config
 
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.reference import Reference
 from mmr1_ds.exits import leave
 from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
 from mmr1_ds.rollout.servers.engine import ServerRollout
@@ -36,32 +34,37 @@ rollout = ServerRollout(
     first_device=config.trainer.n_gpus_per_node, most_images=2,
     log_folder=Path(out).with_suffix(".servers"), preemption=Preemption(60.0, None),
 )  # fmt: skip
-actor = Actor(config, for_actor, ranks, encoder, num_updates=100)
-before = Reference(config, for_reference, ranks, encoder)
+actor = make_actor(config, for_actor, ranks, encoder)
+before = make_reference(config, for_reference, ranks, encoder)
 rollout.sync_weights(actor)
 settings = SamplingSettings(1.0, 1.0, -1, 8)
 requests = [RolloutRequest(make_prompt(encoder, i, i > 0, 2), RESPONSES, 50 * i) for i in range(PROMPTS)]
 groups = rollout.generate(requests, settings)  # the first compiles
 trajectories = [
-    Trajectory(group.prompt, response.token_ids, response.logprobs, 1.0 - 2.0 * (k % 2))
+    Trajectory(
+        group.prompt,
+        np.asarray(response.token_ids, np.int32),
+        np.asarray(response.logprobs, np.float32),
+        np.full(len(response.token_ids), 1 - 2 * (k % 2), np.float32),
+    )
     for group in groups
     for k, response in enumerate(group.responses)
 ]
-actor.update(trajectories, None, None)
+actor.update(trajectories)
 submitted = rollout.submit(requests, SamplingSettings(1.0, 1.0, -1, LONGEST))
 rollout.collect(rollout.submit(requests[:1], SamplingSettings(1.0, 1.0, -1, 5)))  # the others have begun by then
 rollout.sync_weights(actor)
 groups = [group for group in rollout.collect(submitted) if group is not None]
-pairs = [(group.prompt, response.token_ids) for group in groups for response in group.responses]
+pairs = [(group.prompt, np.asarray(response.token_ids, np.int32)) for group in groups for response in group.responses]
 own = {0: before.log_probs(pairs), 1: actor.log_probs(pairs)}
 rows = []
 for number, response in enumerate(response for group in groups for response in group.responses):
-    sampled, start = torch.tensor(response.logprobs), 0
+    sampled, start = np.asarray(response.logprobs, np.float32), 0
     row = {"length": len(response.token_ids), "spans": response.policy_versions, "far": {}, "other": {}}
     for version, count in response.policy_versions:
         part = slice(start, start + count)
-        row["far"][version] = float((sampled[part] - own[version][number][part]).abs().max())
-        row["other"][version] = float((sampled[part] - own[1 - version][number][part]).abs().max())
+        row["far"][version] = float(np.abs(sampled[part] - own[version][number][part]).max())
+        row["other"][version] = float(np.abs(sampled[part] - own[1 - version][number][part]).max())
         start += count
     rows.append(row)
 with open(out, "w", encoding="utf-8") as file:

@@ -12,14 +12,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, make_actor, small_config
 
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.weights import gathering as weights
 from mmr1_ds.exits import leave
 from mmr1_ds.records import Prompt
@@ -54,7 +54,7 @@ if ranks.rank == 0:
         log=Path(out).with_suffix(".log"),
     )
     server.start()
-actor = Actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder, num_updates=100)
+actor = make_actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder)
 transfer = WeightTransfer(actor, backend="shared_memory", rank=ranks.rank, key=KEY)
 url = server.url if server is not None else ""
 addresses = [ServerAddress(0, ranks.all_gather_objects(url, "share")[0], 1, 1)]
@@ -126,13 +126,13 @@ try:
         choices = [generate(prompt, 100 * i + number) for i, prompt in enumerate(prompts)] if ranks.rank == 0 else []
         choices = ranks.all_gather_objects(choices, "share responses")[0]
         pairs = [
-            (prompt, tuple(choice["token_ids"]))
+            (prompt, np.array(choice["token_ids"], np.int32))
             for prompt, group in zip(prompts, choices, strict=True)
             for choice in group
         ]
         theirs = [[x["logprob"] for x in choice["logprobs"]["content"]] for group in choices for choice in group]
         ours = actor.log_probs(pairs)
-        row["difference"] = max(float((torch.tensor(a) - b).abs().max()) for a, b in zip(theirs, ours, strict=True))
+        row["difference"] = max(float(np.abs(np.array(a) - b).max()) for a, b in zip(theirs, ours, strict=True))
         row["versions"] = sorted({x["version"] for group in choices for c in group for x in c["weight_versions"]})
         row["images"] = sum(len(prompt.images) for prompt in prompts)
         row["first"] = [float(b[0]) for b in ours]

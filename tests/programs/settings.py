@@ -1,9 +1,18 @@
-"""A small run configuration for programs that build the engine by hand."""
+"""A small run configuration, and its engines, for programs that build them by hand."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import RunConfig
+from mmr1_ds.config.derived import resolved_critic
+
+if TYPE_CHECKING:  # other programs need no engine, whose imports take seconds
+    from mmr1_ds.cluster.ranks import Ranks
+    from mmr1_ds.data.encoding import PromptEncoder
+    from mmr1_ds.engine.actor import Actor
+    from mmr1_ds.engine.critic import Critic
+    from mmr1_ds.engine.reference import Reference
+    from mmr1_ds.engine.zero_engine import Sizes
 
 
 def small_config(model: str | Path, prompts: int, responses: int, micro_batch: int) -> RunConfig:
@@ -36,3 +45,56 @@ def deepspeed_configs(config: RunConfig, num_ranks: int) -> tuple[dict[str, Any]
     }
     adam = {"lr": actor.optim.lr, "betas": list(actor.optim.betas), "weight_decay": 0.01, "torch_adam": True}
     return {**shared, "optimizer": {"type": "AdamW", "params": adam}}, shared
+
+
+def make_actor(
+    config: RunConfig,
+    deepspeed: dict[str, Any],
+    ranks: "Ranks",
+    encoder: "PromptEncoder",
+    num_updates: int = 100,
+    bad_batches: Path | None = None,
+) -> "Actor":
+    """The actor of the configuration."""
+    from mmr1_ds.engine.actor import Actor
+    from mmr1_ds.engine.bad_updates import BadUpdates
+
+    bad_updates = BadUpdates("actor", config.trainer.max_bad_updates, ranks, bad_batches)
+    temperature = config.worker.rollout.temperature
+    actor = config.worker.actor
+    return Actor(
+        actor, config.algorithm, _sizes(config), temperature, deepspeed, ranks, encoder, num_updates, bad_updates
+    )
+
+
+def make_reference(
+    config: RunConfig, deepspeed: dict[str, Any], ranks: "Ranks", encoder: "PromptEncoder"
+) -> "Reference":
+    """The reference of the configuration."""
+    from mmr1_ds.engine.reference import Reference
+
+    temperature = config.worker.rollout.temperature
+    return Reference(config.worker.actor, _sizes(config), temperature, deepspeed, ranks, encoder)
+
+
+def make_critic(
+    config: RunConfig,
+    deepspeed: dict[str, Any],
+    ranks: "Ranks",
+    encoder: "PromptEncoder",
+    num_updates: int = 100,
+    bad_batches: Path | None = None,
+) -> "Critic":
+    """The critic of the configuration."""
+    from mmr1_ds.engine.bad_updates import BadUpdates
+    from mmr1_ds.engine.critic import Critic
+
+    bad_updates = BadUpdates("critic", config.trainer.max_bad_updates, ranks, bad_batches)
+    settings, offload = resolved_critic(config), config.worker.actor.offload_states
+    return Critic(settings, _sizes(config), deepspeed, ranks, encoder, num_updates, bad_updates, offload)
+
+
+def _sizes(config: RunConfig) -> "Sizes":
+    from mmr1_ds.engine.zero_engine import Sizes
+
+    return Sizes(config.worker.rollout.n, config.data.max_prompt_length, config.data.max_response_length)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmr1_ds.records import Prompt
-
-if TYPE_CHECKING:
-    from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.records import Pair, Prompt
 
 
 @dataclass(frozen=True)
 class ModelBatch:
-    """What one forward takes. The response tokens of all rows are packed end to end, in row order."""
+    """The inputs of one forward. The response tokens of all rows are packed end to end, in row order."""
 
     input_ids: Tensor  # (S, L) int64, padded on the right
     attention_mask: Tensor  # (S, L) int64
@@ -36,9 +34,12 @@ def blank_image_prompt(encoder: PromptEncoder) -> Prompt:
     return Prompt(-1, "blank", (encoder.image_token_id,), (Image.new("RGB", (side, side)),), "")
 
 
-def collate(
-    pairs: Sequence[tuple[Prompt, tuple[int, ...]]], encoder: PromptEncoder, device: torch.device
-) -> ModelBatch:
+def end_to_end(arrays: Sequence[np.ndarray | None], device: torch.device) -> Tensor:
+    """One array (T,) a response as one float32 tensor, (T,); none of them may be None."""
+    return torch.from_numpy(np.concatenate(arrays, dtype=np.float32)).to(device)  # type: ignore[arg-type]
+
+
+def collate(pairs: Sequence[Pair], encoder: PromptEncoder, device: torch.device) -> ModelBatch:
     """Pad prompt-response pairs to one batch.
 
     Under ZeRO-3 every forward gathers parameters collectively, so the vision tower must run on all ranks or on
@@ -46,25 +47,27 @@ def collate(
     """
     assert pairs, "an empty micro-batch would skip the collectives of the other ranks"
     inputs = [encoder.expand(prompt) for prompt, _ in pairs]
-    responses = [torch.tensor(token_ids, dtype=torch.int64) for _, token_ids in pairs]
+    lengths = [len(response) for _, response in pairs]
+    targets = torch.from_numpy(np.concatenate([response for _, response in pairs], dtype=np.int64))
     if encoder.is_multimodal and all(item.pixel_values is None for item in inputs):
         inputs.append(encoder.expand(blank_image_prompt(encoder)))
-        responses.append(torch.empty(0, dtype=torch.int64))
+        lengths.append(0)
 
-    sequences = [torch.cat([item.input_ids, ids]) for item, ids in zip(inputs, responses, strict=True)]
-    shape = (len(sequences), max(len(sequence) for sequence in sequences))
+    starts = [len(item.input_ids) for item in inputs]
+    shape = (len(inputs), max(start + length for start, length in zip(starts, lengths, strict=True)))
     input_ids = torch.full(shape, encoder.eos_token_ids[0])  # masked: any token will do
     attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = sequence
-        attention_mask[row, : len(sequence)] = 1
+    for row, (item, start, response) in enumerate(zip(inputs, starts, targets.split(lengths), strict=True)):
+        input_ids[row, :start] = item.input_ids
+        input_ids[row, start : start + len(response)] = response
+        attention_mask[row, : start + len(response)] = 1
 
     vision = {}
     if encoder.is_multimodal:
         token_types = torch.zeros(shape, dtype=torch.int64)  # 0 = text, so responses need nothing
         for row, item in enumerate(inputs):
             assert item.mm_token_type_ids is not None
-            token_types[row, : len(item.input_ids)] = item.mm_token_type_ids
+            token_types[row, : starts[row]] = item.mm_token_type_ids
         vision = {
             "mm_token_type_ids": token_types,
             "pixel_values": torch.cat([item.pixel_values for item in inputs if item.pixel_values is not None]),
@@ -73,17 +76,15 @@ def collate(
     first: dict[int, int] = {}  # a group's rows have one Prompt between them: no need to compare images
     shares = [first.setdefault(id(prompt), row) for row, (prompt, _) in enumerate(pairs)]
     shares += range(len(pairs), len(inputs))
-    lengths = torch.tensor([len(ids) for ids in responses])
-    starts = torch.tensor([len(item.input_ids) for item in inputs])
-    rows = torch.repeat_interleave(torch.arange(shape[0]), lengths)
-    within = torch.cat([torch.arange(int(length)) for length in lengths])
-    columns = starts[rows] + within - 1
+    lengths_S, starts_S = torch.tensor(lengths), torch.tensor(starts)
+    rows = torch.repeat_interleave(torch.arange(len(inputs)), lengths_S)
+    within = torch.arange(len(targets)) - (lengths_S.cumsum(0) - lengths_S)[rows]
     return ModelBatch(
         input_ids.to(device),
         attention_mask.to(device),
         {name: tensor.to(device) for name, tensor in vision.items()},
         rows.to(device),
-        columns.to(device),
-        torch.cat(responses).to(device),
+        (starts_S[rows] + within - 1).to(device),
+        targets.to(device),
         torch.tensor(shares).to(device),
     )

@@ -65,7 +65,7 @@ def load_partitioned(
 
 
 def freeze_vision_tower(model: nn.Module, path: str | None, section: str) -> None:
-    """Leave its parameters out of training. Raises: UserError for a model without one."""
+    """Leave the vision tower's parameters out of training. Raises: UserError for a model without one."""
     frozen = [parameter for name, parameter in model.named_parameters() if ".visual." in f".{name}"]
     if not frozen:
         raise UserError(f"{section}.freeze_vision_tower=true but {path} has no vision tower; set it to false")
@@ -76,6 +76,6 @@ def freeze_vision_tower(model: nn.Module, path: str | None, section: str) -> Non
 def checkpoint_gradients(model: Any) -> None:
     """Recompute activations in the backward."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # transformers lets what embeds tokens and patches ask for gradients, for adapters under the reentrant kind. Here a
-    # frozen vision tower would be computed twice and run backward for nothing.
+    # transformers makes embeddings of tokens and patches require gradients, for adapters under the reentrant kind. Here
+    # a frozen vision tower would be computed twice and run backward for nothing.
     model.disable_input_require_grads()

@@ -14,7 +14,7 @@ Blocks of the vocabulary, not of the tokens: each row of the weight's gradient t
 rounded once and written once. What has to be accumulated is the gradient of the hidden states, which is small.
 
 Liger's kernels do not serve here: its fused linear cross-entropy has no temperature, no forbidden tokens and no
-entropy; its fused GRPO loss has a temperature but the other two not, and returns its own loss in place of
+entropy; its fused GRPO loss has a temperature but neither of the other two, and returns its own loss instead of
 log-probabilities. So this path runs on GPU too.
 
 Shape letters: T response tokens, H hidden size, V vocabulary, B the block's part of the vocabulary.
@@ -76,7 +76,7 @@ def plain_log_probs(
     forbidden_token_ids: Sequence[int] = (),
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The same through the logits (T, V) and autograd: what `token_log_probs` must equal, for tests and benchmark."""
+    """Compute the same through the logits (T, V) and autograd: the reference for tests and benchmark."""
     logits = nn.functional.linear(hidden_TH, weight_VH, bias_V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)

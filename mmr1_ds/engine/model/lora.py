@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,6 @@ from mmr1_ds.config import LoraConfig, ModelConfig
 from mmr1_ds.config.keys import nearest
 from mmr1_ds.errors import UserError, remedy
 
-if TYPE_CHECKING:
-    pass
-
 logger = logging.getLogger(__name__)
 
 KEY = "worker.actor.model.lora"
@@ -40,7 +37,7 @@ _BASE = ".base_layer."
 
 
 class Adapter(NamedTuple):
-    """What stands beside one weight."""
+    """The two factors beside one weight."""
 
     a: nn.Parameter  # (rank, in)
     b: nn.Parameter  # (out, rank)
@@ -55,7 +52,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype
     Args: dtype: of the weights, and so of the adapters. In bf16 no small step is lost: DeepSpeed steps its own float32
     copies of what is trained. Computing with float32 adapters would save twice the activations for the backward, and
     bring the policy no nearer to what vLLM samples from, the sum of both rounded to bf16.
-    Raises: UserError for a name that the model has not.
+    Raises: UserError for a name that the model lacks.
     """
     try:
         import peft
@@ -93,10 +90,10 @@ def _linear_layers(model: PreTrainedModel, config: ModelConfig) -> list[str]:
 
 
 def target_layers(layers: Sequence[str], config: LoraConfig, model_path: str) -> list[str]:
-    """Those of the layers that the configuration means.
+    """The layers that the configuration selects.
 
     As in peft: a name in a list means every layer that ends in it; a regex is matched with the whole name.
-    Raises: UserError for a name that means none, or when none is left.
+    Raises: UserError for a name that selects none, or when none is left.
     """
     targets = wanted_modules(config)
     if targets is None:

@@ -67,7 +67,7 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 
 
 def packed_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
-    """What `padded_states` gives, to rounding, computed without padding."""
+    """The states of `padded_states`, to rounding, computed without padding."""
     inputs, places_T = pack(model, batch, shares_prompts(model))
     return model.base_model(**inputs, use_cache=False).last_hidden_state[0, places_T]
 
@@ -216,7 +216,7 @@ def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
 def _cut_apart(
     found: Tensor, part: Sequence[int], pieces: Sequence[tuple[Tensor, ...]]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Of each piece, its place and its own outputs, (1, length, heads, size)."""
+    """Each piece's place and its own outputs, (1, length, heads, size)."""
     for i, output in zip(part, found.split(1), strict=True):
         length = pieces[i][0].shape[2]
         yield i, output if output.shape[1] == length else output[:, :length]

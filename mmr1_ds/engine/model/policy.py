@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from mmr1_ds.cluster.ranks import Neighbours
-from mmr1_ds.config import ModelConfig
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.config import ActorConfig
 from mmr1_ds.engine.model import sequence_parallel
 from mmr1_ds.engine.model.batching import ModelBatch
 from mmr1_ds.engine.model.loading import checkpoint_gradients, freeze_vision_tower, load_config, load_partitioned
@@ -36,7 +36,7 @@ class PolicyModel(nn.Module):
         temperature: float,
         parallel: SequenceParallel | None = None,
     ) -> None:
-        """parallel: the ranks that compute every sequence together; None = each rank its own."""
+        """Args: parallel: the ranks that compute every sequence together; None = each rank computes its own."""
         super().__init__()
         self.model: PreTrainedModel = model
         self.parallel = parallel
@@ -70,14 +70,13 @@ def exact_types(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_policy(
-    config: ModelConfig,
+    settings: ActorConfig,
     deepspeed_config: Mapping[str, Any],
     forbidden_token_ids: Sequence[int],
     temperature: float,
     dtype: torch.dtype,
     trainable: bool,
-    padding_free: bool = True,
-    neighbours: Neighbours | None = None,
+    ranks: Ranks,
 ) -> PolicyModel:
     """Load a model folder or hub model, each parameter partitioned as it is made.
 
@@ -85,12 +84,13 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    config = settings.model
     model_config = load_config(config)
     family = AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
-    attention: Any = attention_implementation(padding_free, model_config.model_type, dtype)
+    attention: Any = attention_implementation(settings.padding_free, model_config.model_type, dtype)
     parallel = None
-    if neighbours is not None:
-        parallel = SequenceParallel(neighbours, model_config, attention)
+    if settings.ulysses_size > 1:
+        parallel = SequenceParallel(ranks.neighbours(settings.ulysses_size), model_config, attention)
         attention = {"text_config": sequence_parallel.NAME, "vision_config": attention}
         if not hasattr(model_config, "vision_config"):
             attention = sequence_parallel.NAME

@@ -14,6 +14,7 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.batching import ModelBatch
 from mmr1_ds.engine.model.loading import checkpoint_gradients, freeze_vision_tower, load_config, load_partitioned
 from mmr1_ds.engine.model.packing import attention_implementation, response_states
+from mmr1_ds.engine.model.sequence_parallel import SequenceParallel
 from mmr1_ds.errors import UserError
 
 SECTION = "worker.critic.model"
@@ -21,9 +22,9 @@ _IMAGE_SETTINGS = ("patch_size", "temporal_patch_size", "merge_size", "image_mea
 
 
 class ValueHead(nn.Linear):
-    """From a hidden state to its value.
+    """A linear layer from a hidden state to its value.
 
-    Starts at zero: every state is worth the same, so that the first advantages are the rewards themselves and not the
+    It starts at zero: every state is worth the same, so that the first advantages are the rewards themselves, not the
     accident of a seed on hidden states whose scale differs by model. The head learns first, the model under it as soon
     as the head is not zero.
     """
@@ -34,7 +35,7 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
-        """(T,), float32 at least: rounded to bf16, values would lie a two-hundredth of themselves apart."""
+        """The values, (T,), float32 at least: rounded to bf16 they would lie a two-hundredth of themselves apart."""
         exact = torch.promote_types(hidden_TH.dtype, torch.float32)
         return nn.functional.linear(hidden_TH.to(exact), self.weight.to(exact), self.bias.to(exact)).squeeze(-1)
 
@@ -45,6 +46,7 @@ class ValueModel(nn.Module):
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.model: PreTrainedModel = model
+        self.parallel: SequenceParallel | None = None  # each rank computes its own sequences
         self.head = ValueHead(model.config.get_text_config().hidden_size, dtype)
 
     def forward(self, batch: ModelBatch) -> Tensor:
@@ -75,9 +77,9 @@ def load_value_model(settings: CriticConfig, deepspeed_config: Mapping[str, Any]
 
 
 def check_reads_alike(model: CriticModelConfig, data: DataConfig, actor: PromptEncoder) -> None:
-    """A critic of another model is given the actor's token ids and image patches: they must mean the same to it.
+    """Check that a critic of another model reads the actor's token ids and image patches as the actor does.
 
-    Raises: UserError when they do not, or when its tokenizer or processor cannot be loaded.
+    Raises: UserError when it does not, or when its tokenizer or processor cannot be loaded.
     """
     critic = PromptEncoder(ModelConfig(model_path=model.model_path, trust_remote_code=model.trust_remote_code), data)
     difference = ""

@@ -2,8 +2,8 @@
 
 A frozen weight never changes, and the model folder has it: written with every checkpoint it would be hundreds of times
 the adapters. DeepSpeed loads by position in its flat buffers, so that adapters of other layers or another rank would
-end in each other's place, or in an error from deep inside; `adapters.json` names what the checkpoint is of, and is
-compared before anything is read.
+take each other's places, or fail deep inside of it; `adapters.json` names the adapters and their base, and is compared
+before anything is read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE = "adapters.json"
 
 
 class AdapterCheckpoint:
-    """What tells a model with adapters, or without, from others."""
+    """The identity of a model's adapters: written with a checkpoint, checked before one is read."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -45,14 +45,14 @@ class AdapterCheckpoint:
         return {"base": base, "layers": layers}
 
     def write(self, folder: Path, is_main: bool) -> None:
-        """Name what the checkpoint in the folder is of. Collective; nothing is written for a model without adapters."""
+        """Name the checkpoint's adapters and their base in its folder; nothing without adapters. Collective."""
         if self._adapters:
             text = json.dumps(self._identity, indent=1)
             if is_main:
                 (folder / FILE).write_text(text, encoding="utf-8")
 
     def check(self, folder: Path) -> None:
-        """Collective. Raises: UserError when the checkpoint is of another model, or of other adapters."""
+        """Compare with what `write` wrote. Collective. Raises: UserError for another model, or other adapters."""
         path = folder / FILE
         if not self._adapters:
             if path.is_file():

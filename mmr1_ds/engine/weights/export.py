@@ -28,7 +28,7 @@ _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 def write_policy(source: Path, config: ModelConfig, out: Path, dtype: str | None, max_shard_size: str) -> None:
     """Write the weights, merged with the adapters if there are any, and all that is needed to load them.
 
-    The model folder gives what the checkpoint has not: configuration, tokenizer, processor, chat template, and the
+    The model folder gives what the checkpoint lacks: configuration, tokenizer, processor, chat template, and the
     weights under adapters.
     Args: source: the actor's part of a checkpoint; dtype: of the weights, None for the model folder's own;
         max_shard_size: as transformers takes it.
@@ -129,7 +129,7 @@ def _fill(model: Any, trained: dict[str, Tensor], config: ModelConfig) -> None:
         if name not in own or own[name].shape != tensor.shape:
             raise UserError(
                 f"the checkpoint has {name} {tuple(tensor.shape)}, worker.actor.model.model_path={config.model_path} "
-                "has not; name the model that was trained"
+                "lacks it; name the model that was trained"
             )
         own[name].copy_(tensor)
         filled.add(own[name].data_ptr())
@@ -141,7 +141,7 @@ def _fill(model: Any, trained: dict[str, Tensor], config: ModelConfig) -> None:
 
 
 def _write_processor(config: ModelConfig, model_config: Any, out: Path) -> None:
-    """With the chat template."""
+    """Write the tokenizer or processor, with the chat template."""
     from transformers import AutoProcessor, AutoTokenizer
 
     family = AutoProcessor if hasattr(model_config, "vision_config") else AutoTokenizer

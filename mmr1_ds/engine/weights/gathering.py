@@ -34,11 +34,11 @@ class Part(NamedTuple):
     adapter: Adapter | None
 
     def shards(self) -> list[nn.Parameter]:
-        """What has to be gathered for it."""
+        """The parameters that have to be gathered for it."""
         return [self.parameter] if self.adapter is None else [self.parameter, self.adapter.a, self.adapter.b]
 
     def num_bytes(self) -> int:
-        """Of all its shards when whole."""
+        """The bytes of all its shards when whole."""
         # numel() is 0 for a partitioned parameter.
         return sum(shard.ds_numel * shard.element_size() for shard in self.shards())  # type: ignore[attr-defined]
 
@@ -70,13 +70,8 @@ def weight_buckets(model: nn.Module, bucket_bytes: int | None = None) -> list[li
     ]
 
 
-def weights_metadata(model: nn.Module) -> list[WeightInfo]:
-    """What `whole_parameters` will yield, in its order, without gathering anything. Not a collective."""
-    return [info for bucket in weight_buckets(model) for info in bucket]
-
-
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Names these very weights, whatever the number of ranks."""
+    """A name for these very weights, whatever the number of ranks."""
     digest = hashlib.sha256()
     for name, weight in weights:
         bits = weight.contiguous().view({2: torch.int16, 4: torch.int32}[weight.element_size()])

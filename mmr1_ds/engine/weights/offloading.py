@@ -16,9 +16,11 @@ _OF_THE_OPTIMIZER = [OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_
 
 @contextmanager
 def states_offloaded(engine: Any, on_gpu: bool, with_weights: bool = True) -> Iterator[None]:
-    """Inside, the weights cannot be trained; nor read, unless they are left where they are (with_weights=False).
+    """Move the states to host memory, and back at the end.
 
-    On CPU all is in host memory; what can be moved there is, so that the calls are tried without a GPU. DeepSpeed moves
+    Inside, the weights cannot be trained; nor read, unless they are left where they are (with_weights=False).
+
+    On CPU all is in host memory; what can be moved there is moved, so that the calls run without a GPU. DeepSpeed moves
     optimiser states of its fused Adam only, which runs on GPU.
     """
     optimizer, module = engine.optimizer, engine.optimizer.module
@@ -42,7 +44,7 @@ def states_offloaded(engine: Any, on_gpu: bool, with_weights: bool = True) -> It
 
 
 def drop_host_copies(optimizer: Any) -> None:
-    """Before a checkpoint is written: forget the host buffers that DeepSpeed keeps in the optimiser's state.
+    """Before a checkpoint is written: drop the host buffers that DeepSpeed keeps in the optimiser's state.
 
     They would double the moments in the file, and a resumed run would load them to the device and leave its moments
     there: DeepSpeed moves them to whatever buffer it finds. Without one it makes a new one in host memory.

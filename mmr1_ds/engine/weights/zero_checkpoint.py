@@ -95,12 +95,12 @@ class ZeroCheckpoint:
         return client_state
 
     def _written_by(self, folder: Path) -> int:
-        """Number of ranks, as rank 0 sees it. Collective."""
+        """The number of ranks that wrote the folder, as rank 0 sees it. Collective."""
         number = len(list((folder / _TAG).glob("*_optim_states.pt"))) if self._ranks.rank == 0 else 0
         return self._ranks.all_gather_objects(number, "count the checkpoint's shards")[0]
 
     def _convert(self, folder: Path) -> None:
-        """Rank 0 converts; the others wait in short rounds, so that no deadline runs out. Collective."""
+        """Convert on rank 0 while the others wait in short rounds, so that no deadline runs out. Collective."""
         rounds = _to_universal(folder) if self._ranks.rank == 0 else None
         state: str | None = None
         while state != "done":
@@ -111,7 +111,7 @@ class ZeroCheckpoint:
                 raise UserError(f"{folder} could not be converted to {self._ranks.size} ranks: {state}")
 
     def _part_steps(self) -> None:
-        """DeepSpeed hands all groups of parameters one step count; torch's AdamW counts it up for each in place."""
+        """Give each group of parameters its own step count: torch's AdamW counts up in place what DeepSpeed shares."""
         for state in self._engine.optimizer.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
@@ -219,7 +219,7 @@ def _to_universal(folder: Path) -> Iterator[str]:
 
 
 def _start_conversion(folder: Path, temporary: Path, log: Any) -> subprocess.Popen[bytes]:
-    """Its paths are relative: it makes patterns of them, in which the signs of a user's path would mean something."""
+    """Start DeepSpeed's program on relative paths: it makes patterns of them, which a user's path could break."""
     program = [sys.executable, "-P", "-c", _CONVERSION, "--input_folder", _TAG, "--output_folder", temporary.name]
     program += ["--num_extract_workers", str(_WORKERS), "--num_merge_workers", str(_WORKERS)]
     return subprocess.Popen(
@@ -236,8 +236,8 @@ def _start_conversion(folder: Path, temporary: Path, log: Any) -> subprocess.Pop
 def trained_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every parameter in the shards that `ZeroCheckpoint.save` wrote, whole, one at a time, in float32.
 
-    Without an engine and without ranks. Names are the engine's module's. Tied ones come under each of their names.
-    Frozen ones come too, where they were saved.
+    Needs neither an engine nor ranks. The names are those of the engine's module; tied parameters come under each of
+    their names, and frozen ones where they were saved.
     """
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
         found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG, lazy_mode=True)
