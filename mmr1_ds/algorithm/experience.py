@@ -16,7 +16,7 @@ from mmr1_ds.algorithm import advantages
 from mmr1_ds.algorithm.kl import KLController, kl_penalty
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import AlgorithmConfig
-from mmr1_ds.records import LearningGroup, Trajectory
+from mmr1_ds.records import ScoredGroup, Trajectory
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,25 @@ class Experience:
 
 
 def make_experience(
-    groups: Sequence[LearningGroup],
+    groups: Sequence[ScoredGroup],
     algorithm: AlgorithmConfig,
     log_probs: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     controller: KLController,
     ranks: Ranks,
     values: Sequence[Tensor] | None = None,
+    baselines: Sequence[float] | None = None,
 ) -> Experience:
     """Advantages of every response of every group, in order. Collective.
 
     Args: log_probs: of the old policy and of the reference, one tensor (T,) a response each, where the KL is taken
         off the reward; its controller then takes the step's KL in. None: rewards are the reward function's own.
         values: gae: the critic's, of the state before each token, one tensor (T,) a response.
+        baselines: remax: the reward of the greedy response to each group's prompt.
     """
-    responses = [response for item in groups for response in item.scored.group.responses]
+    responses = [response for item in groups for response in item.group.responses]
     lengths_B = np.array([len(response.token_ids) for response in responses])
     cuts = np.cumsum(lengths_B)[:-1]
-    rewards_B = np.concatenate([item.scored.rewards.overall for item in groups]).astype(np.float64)
+    rewards_B = np.concatenate([item.rewards.overall for item in groups]).astype(np.float64)
     penalties_T = np.zeros(int(lengths_B.sum()))
     metrics: dict[str, float] = {}
     if log_probs is not None:
@@ -62,13 +64,17 @@ def make_experience(
         advantages_T, returns_T = advantages.gae(token_rewards_T, values_T, lengths_B, gamma, lam, ranks)
         returns = list(torch.from_numpy(returns_T).float().split(lengths_B.tolist()))
         metrics |= _value_metrics(values_T, returns_T, ranks)
-    elif algorithm.adv_estimator == "grpo" and log_probs is None:
-        advantages_T = np.repeat(np.concatenate([item.advantages for item in groups]), lengths_B)  # the kernel's
     else:
-        advantages_T = _estimate(groups, algorithm, rewards_B, token_rewards_T, lengths_B, ranks)
-    prompts = [item.scored.group.prompt for item in groups for _ in item.scored.group.responses]
+        advantages_T = _estimate(len(groups), algorithm, rewards_B, token_rewards_T, lengths_B, ranks, baselines)
+    prompts = [item.group.prompt for item in groups for _ in item.group.responses]
     trajectories = [
-        Trajectory(prompt, response.token_ids, response.logprobs, *_one_or_each(part), float(reward))
+        Trajectory(
+            prompt,
+            tuple(response.token_ids.tolist()),
+            tuple(response.logprobs.tolist()),
+            *_one_or_each(part),
+            float(reward),
+        )
         for prompt, response, part, reward in zip(
             prompts, responses, np.split(advantages_T, cuts), rewards_B, strict=True
         )
@@ -109,15 +115,16 @@ def _value_metrics(values_T: np.ndarray, returns_T: np.ndarray, ranks: Ranks) ->
 
 
 def _estimate(
-    groups: Sequence[LearningGroup],
+    num_groups: int,
     algorithm: AlgorithmConfig,
     rewards_B: np.ndarray,
     token_rewards_T: np.ndarray,
     lengths_B: np.ndarray,
     ranks: Ranks,
+    baselines: Sequence[float] | None,
 ) -> np.ndarray:
     """The advantage of each token, (T,) float64. Collective."""
-    rewards_GN = rewards_B.reshape(len(groups), -1)
+    rewards_GN = rewards_B.reshape(num_groups, -1)
     match algorithm.adv_estimator:
         case "grpo":
             return np.repeat(advantages.grpo(rewards_GN), lengths_B)
@@ -131,9 +138,9 @@ def _estimate(
             return advantages.reinforce_plus_plus(token_rewards_T, lengths_B, algorithm.gamma, ranks)[0]
         case _:
             assert algorithm.adv_estimator == "remax", algorithm.adv_estimator
-            baselines_GN = np.empty(rewards_GN.shape)
-            baselines_GN[:] = np.array([[item.baseline] for item in groups], dtype=np.float64)
-            return advantages.remax(token_rewards_T, lengths_B, baselines_GN.reshape(-1))[0]
+            assert baselines is not None
+            baselines_B = np.repeat(np.array(baselines, dtype=np.float64), rewards_GN.shape[1])
+            return advantages.remax(token_rewards_T, lengths_B, baselines_B)[0]
 
 
 def _one_or_each(advantages_T: np.ndarray) -> tuple[float, tuple[float, ...] | None]:

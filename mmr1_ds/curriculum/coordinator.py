@@ -145,7 +145,7 @@ class Coordinator:
 
     @property
     def num_probe_responses(self) -> int:
-        """Responses a probe asks for."""
+        """How many responses a probe asks for."""
         return PROBE_RESPONSES
 
     def next_probes(self, step: int) -> np.ndarray:
@@ -281,7 +281,7 @@ class Coordinator:
         assert refresh.done.all(), f"refresh at step {step} has {np.count_nonzero(~refresh.done)} prompts left"
         if self._is_rank_0:
             assert isinstance(self.table, CurriculumTable)
-            self.table.replace_scores(refresh.scores, refresh.pass_rates, refresh.num_responses, step)
+            self.table.replace_scores(refresh.scores, refresh.pass_rates, refresh.num_responses)
             self._record_table("full")
         self._last_refresh_step = step
         self._refresh = None

@@ -54,7 +54,6 @@ class OnlineTable:
         self._category_digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
         self._filter = LogitFilter(len(prompt_ids), numbers, num_responses, settings)
         self._diversity = np.full(len(prompt_ids), np.nan, dtype=np.float32)  # of the last training group
-        self._num_rollouts = np.zeros(len(prompt_ids), dtype=np.int32)
         self._weights: np.ndarray | None = None
         self._floor = data.curriculum_weight_floor
 
@@ -111,7 +110,6 @@ class OnlineTable:
         num_right = np.round(np.array([prompt.pass_rate for prompt in observed]) * num_scored, 6)
         self._filter.observe(indices, num_right, num_scored)
         self._filter.predict_step(trained)
-        np.add.at(self._num_rollouts, indices, num_responses)
         if self._diversity_metrics:
             self._remember_diversity(observed)
         self._weights = None
@@ -132,7 +130,7 @@ class OnlineTable:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `load` needs, as arrays; the prompt ids among them."""
-        own = {"diversity": self._diversity.copy(), "num_rollouts": self._num_rollouts.copy()}
+        own = {"diversity": self._diversity.copy()}
         return encode_prompt_ids(self.prompt_ids) | own | self._filter.state_dict()["arrays"]
 
     def numbers(self) -> dict[str, Any]:
@@ -154,7 +152,6 @@ class OnlineTable:
         self._diversity = arrays["diversity"][positions]
         if numbers["diversity_metrics"] != [list(pair) for pair in self._diversity_metrics]:
             self._diversity[:] = np.nan  # weighed otherwise: not comparable with what comes
-        self._num_rollouts = arrays["num_rollouts"][positions]
         self._weights = None
         return positions
 

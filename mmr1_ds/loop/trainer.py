@@ -20,7 +20,7 @@ from mmr1_ds.loop.collector import REFRESH, VALIDATION, RequestMaker
 from mmr1_ds.loop.metrics import policy_lag_metrics, reward_metrics, stage_metrics, step_metrics, validation_lengths
 from mmr1_ds.loop.parts import Parts
 from mmr1_ds.monitoring.clock import StageClock, StageMemory
-from mmr1_ds.records import LearningGroup, SamplingSettings, ScoredGroup
+from mmr1_ds.records import SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 from mmr1_ds.rollout.base import ServersGone
 
@@ -116,20 +116,19 @@ class Trainer:
             parts.batches.begin_ahead(self.step, settings)  # servers sample on while the actor learns
         metrics = parts.rollout.metrics()
         if self._config.worker.rollout.engine == "server":
-            groups = [group.scored.group for group in batch.groups]
+            groups = [item.group for item in batch.groups]
             metrics |= policy_lag_metrics(groups, parts.actor.num_updates_done, parts.ranks)
-        experience, learning = self._update(batch.groups, clock)
+        experience, learning = self._update(batch.groups, batch.baselines, clock)
         self._num_learned = self.step
         parts.metrics_logger.record("draws", self.step, {"prompts": batch.prompts.tolist()})
         records = self._record()
-        parts.samples.keep(self.step, [group.scored for group in batch.groups], records.get("observations"))
+        parts.samples.keep(self.step, batch.groups, records.get("observations"))
         with clock("sync"):
             self._sync()
         clock.seconds["step"] = time.perf_counter() - start
         parts.preemption.took(after_sampling=clock.seconds["step"] - clock.seconds.get("gen", 0.0))
-        scored = [group.scored for group in batch.groups]
         limit = self._config.data.max_prompt_length
-        metrics |= step_metrics(scored, experience.trajectories, experience.rewards_B, clock, limit, parts.ranks)
+        metrics |= step_metrics(batch.groups, experience.trajectories, experience.rewards_B, clock, limit, parts.ranks)
         metrics |= learning  # a critic's returns take the place of the others
         return batch.metrics | metrics | parts.coordinator.metrics()
 
@@ -168,10 +167,12 @@ class Trainer:
         with self._parts.actor.offloaded(with_weights), nullcontext() if critic is None else critic.offloaded():
             yield
 
-    def _update(self, groups: Sequence[LearningGroup], clock: StageClock) -> tuple[Experience, dict[str, float]]:
+    def _update(
+        self, groups: Sequence[ScoredGroup], baselines: Sequence[float] | None, clock: StageClock
+    ) -> tuple[Experience, dict[str, float]]:
         actor, critic, reference = self._parts.actor, self._parts.critic, self._parts.reference
         algorithm = self._config.algorithm
-        pairs = [(g.scored.group.prompt, response.token_ids) for g in groups for response in g.scored.group.responses]
+        pairs = [(item.group.prompt, tuple(r.token_ids.tolist())) for item in groups for r in item.group.responses]
         penalise = reference is not None and not algorithm.use_kl_loss  # the KL is taken off the reward
         old: list[Tensor] | None = None
         ref: list[Tensor] | None = None
@@ -188,7 +189,7 @@ class Trainer:
                 values = critic.values(pairs)
         with clock("adv"):
             both = (old, ref) if penalise and old is not None and ref is not None else None
-            experience = make_experience(groups, algorithm, both, actor.kl, self._parts.ranks, values)
+            experience = make_experience(groups, algorithm, both, actor.kl, self._parts.ranks, values, baselines)
         metrics = dict(experience.metrics)
         if critic is not None and values is not None and experience.returns is not None:
             with clock("update_critic"):
@@ -222,8 +223,8 @@ class Trainer:
                 own = chunk[parts.ranks.rank :: parts.ranks.size]  # interleaved: long prompts often lie together
                 requests = self._requests(parts.train_data, own, num_responses, REFRESH, self.step, own)
                 groups, _ = parts.collector.collect(requests, settings, StageClock(parts.ranks.stage))
-                scores = score_batch(groups, parts.encoder.eos_token_ids, self._config.data.curriculum_metrics)
-                parts.coordinator.observe_refresh(scores.statistics)
+                found = score_batch(groups, parts.encoder.eos_token_ids, self._config.data.curriculum_metrics)
+                parts.coordinator.observe_refresh(found)
                 parts.coordinator.save_refresh(self._kept_refresh, key)
                 advance(len(chunk))
             parts.coordinator.finish_refresh(self.step + 1)
@@ -294,7 +295,7 @@ class Trainer:
         rows = [
             {
                 "prompt": decode(item.group.prompt.token_ids),
-                "response": decode(response.token_ids),
+                "response": decode(response.token_ids.tolist()),
                 "ground_truth": item.group.prompt.ground_truth,
                 "score": float(reward),
             }

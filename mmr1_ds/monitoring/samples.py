@@ -95,7 +95,7 @@ class TrainingSamples:
             "num_responses": len(group.responses),
             "responses": [
                 {
-                    "text": self._decode(group.responses[k].token_ids)[:_MAX_CHARACTERS],
+                    "text": self._decode(group.responses[k].token_ids.tolist())[:_MAX_CHARACTERS],
                     "reward": float(rewards.overall[k]),
                     "accuracy": None if np.isnan(rewards.accuracy[k]) else float(rewards.accuracy[k]),
                 }

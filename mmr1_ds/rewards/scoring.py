@@ -40,7 +40,7 @@ def score_groups(
     for group in groups:
         prompt = decode(group.prompt.token_ids)
         items += [
-            RewardItem(decode(response.token_ids), len(response.token_ids), group.prompt.ground_truth, prompt)
+            RewardItem(decode(response.token_ids.tolist()), len(response.token_ids), group.prompt.ground_truth, prompt)
             for response in group.responses
         ]
     results = pool.score(items)

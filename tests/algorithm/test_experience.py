@@ -8,30 +8,31 @@ import torch
 from fixtures.batch_makers import SETTINGS, FakeCollector, make, rewards
 from fixtures.golden_numbers import OneRank
 from fixtures.rank_threads import SingleProcess, Threads, on_ranks
+from fixtures.responses import response
 
 from mmr1_ds.algorithm import advantages
 from mmr1_ds.algorithm.experience import make_experience
 from mmr1_ds.algorithm.kl import KLController
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.monitoring.clock import StageClock
-from mmr1_ds.records import LearningGroup, Prompt, Response, RolloutGroup, ScoredGroup
+from mmr1_ds.records import Prompt, RolloutGroup, ScoredGroup
 
 RANK = OneRank()
 REWARDS = np.array([[1.0, 0.0, 0.5], [0.25, 0.25, 0.25]])
 LENGTHS = np.array([2, 1, 3, 1, 4, 2])
 
 
-def learning_groups(baselines=(None, None)):
-    """Two groups of three; what stands for the kernel's advantages is a mark."""
+def scored_groups():
+    """Two groups of three."""
     found, at = [], 0
     for index, values in enumerate(REWARDS):
         responses = []
         for _ in values:
-            tokens = tuple(range(LENGTHS[at]))
-            responses.append(Response(tokens, tuple(-0.1 * token for token in tokens), True))
+            tokens = range(LENGTHS[at])
+            responses.append(response(tokens, [-0.1 * token for token in tokens]))
             at += 1
         group = RolloutGroup(Prompt(index, f"p{index}", (1,), (), ""), tuple(responses), 0)
-        found.append(LearningGroup(ScoredGroup(group, rewards(values)), np.array([7.0, 8.0, 9.0]), baselines[index]))
+        found.append(ScoredGroup(group, rewards(values)))
     return found
 
 
@@ -42,10 +43,10 @@ def log_probs():
     return tuple(list(row.split(LENGTHS.tolist())) for row in packed)
 
 
-def experience(groups=None, with_kl=False, values=None, **settings):
+def experience(with_kl=False, values=None, baselines=None, **settings):
     algorithm = AlgorithmConfig(**settings)
     both = log_probs() if with_kl else None
-    return make_experience(groups or learning_groups(), algorithm, both, KLController(algorithm), RANK, values)
+    return make_experience(scored_groups(), algorithm, both, KLController(algorithm), RANK, values, baselines)
 
 
 def by_token(found):
@@ -54,9 +55,10 @@ def by_token(found):
     return np.concatenate([np.array(part) for part in parts])
 
 
-def test_grpo_takes_the_kernel_s_advantages():
+def test_grpo_standardises_the_rewards_of_a_group():
     found = experience()
-    assert [item.advantage for item in found.trajectories] == [7.0, 8.0, 9.0] * 2
+    advantages = [item.advantage for item in found.trajectories]
+    np.testing.assert_allclose(advantages, [1, -1, 0, 0, 0, 0], atol=1e-5)
     assert all(item.token_advantages is None for item in found.trajectories)
     assert [len(item.token_ids) for item in found.trajectories] == LENGTHS.tolist()
     assert [item.prompt.index for item in found.trajectories] == [0, 0, 0, 1, 1, 1]
@@ -78,7 +80,7 @@ def plain_token_rewards():
     ],
 )
 def test_each_estimator_reaches_the_actor(estimator, expected):
-    found = experience(learning_groups((0.75, 0.125)), adv_estimator=estimator, gamma=0.9)
+    found = experience(baselines=[0.75, 0.125], adv_estimator=estimator, gamma=0.9)
     np.testing.assert_allclose(by_token(found), expected(), atol=1e-12)
     means = [np.mean(part) for part in np.split(expected(), np.cumsum(LENGTHS)[:-1])]
     np.testing.assert_allclose([item.advantage for item in found.trajectories], means, atol=1e-12)
@@ -154,7 +156,7 @@ def test_gae_is_the_same_on_any_number_of_ranks():
     whole = experience(values=critic_values(), adv_estimator="gae", lam=0.9)
 
     def share(control):
-        groups, values = learning_groups(), critic_values()
+        groups, values = scored_groups(), critic_values()
         part = slice(control.rank, control.rank + 1)
         controller, ranks = KLController(algorithm), Threads(control)
         mine = values[3 * control.rank : 3 * control.rank + 3]
@@ -171,7 +173,7 @@ def test_the_controller_learns_from_the_kl_off_the_reward():
         kl_penalty="mse", kl_coef=0.3, use_kl_loss=False, kl_type="adaptive", kl_target=1e-3, kl_horizon=60.0
     )
     controller = KLController(algorithm)
-    found = make_experience(learning_groups(), algorithm, log_probs(), controller, RANK)
+    found = make_experience(scored_groups(), algorithm, log_probs(), controller, RANK)
     assert found.metrics["actor/kl_coef"] == 0.3  # what this step used
     assert controller.coefficient == pytest.approx(0.3 * (1 + 0.2 * 6 / 60))  # far over the target, six responses
 
@@ -199,20 +201,19 @@ class WithGreedy(FakeCollector):
 def test_remax_takes_one_greedy_response_a_prompt():
     collector = WithGreedy()
     maker, _ = make(SingleProcess(), collector, online_filtering=False)
-    maker._config.algorithm.adv_estimator = "remax"
+    maker._algorithm.adv_estimator = "remax"
     batch = maker.make(1, dataclasses.replace(SETTINGS, top_p=0.9, top_k=5), StageClock())
     ((requests, settings),) = collector.greedy
     assert (settings.temperature, settings.top_p, settings.top_k) == (0.0, 1.0, -1)
     assert settings.max_tokens == SETTINGS.max_tokens
-    assert [request.prompt.index for request in requests] == [g.scored.group.prompt.index for g in batch.groups]
+    assert [request.prompt.index for request in requests] == [g.group.prompt.index for g in batch.groups]
     assert {request.num_responses for request in requests} == {1}
-    for group in batch.groups:
-        index = group.scored.group.prompt.index
+    for group, baseline in zip(batch.groups, batch.baselines, strict=True):
+        index = group.group.prompt.index
         # Of a reward that failed nothing is known: the mean of the group stands in.
-        expected = float(group.scored.rewards.overall.mean()) if index % 5 == 0 else index / 4
-        assert group.baseline == expected
-    assert batch.metrics["reward/baseline"] == pytest.approx(np.mean([group.baseline for group in batch.groups]))
-    num_sampled = sum(len(group.scored.group.responses) for group in batch.groups)
+        assert baseline == (float(group.rewards.overall.mean()) if index % 5 == 0 else index / 4)
+    assert batch.metrics["reward/baseline"] == pytest.approx(np.mean(batch.baselines))
+    num_sampled = sum(len(group.group.responses) for group in batch.groups)
     assert batch.metrics["reward/num_responses"] == num_sampled  # greedy ones are not counted in
 
 
@@ -220,5 +221,5 @@ def test_without_remax_nothing_is_sampled_greedily():
     collector = WithGreedy()
     maker, _ = make(SingleProcess(), collector, online_filtering=False)
     batch = maker.make(1, SETTINGS, StageClock())
-    assert collector.greedy == [] and all(group.baseline is None for group in batch.groups)
+    assert collector.greedy == [] and batch.baselines is None
     assert "reward/baseline" not in batch.metrics
