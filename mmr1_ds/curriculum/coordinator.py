@@ -40,10 +40,10 @@ class Control(Protocol):
     size: int
 
     def broadcast_array(self, array: np.ndarray | None, stage: str) -> np.ndarray:
-        """Rank 0's int64 array of one axis, on every rank."""
+        """Send rank 0's int64 array of one axis to every rank."""
 
     def all_gather_array(self, array: np.ndarray, stage: str) -> list[np.ndarray]:
-        """Every rank's array, by rank; first axes may differ."""
+        """Collect every rank's array, by rank; first axes may differ."""
 
 
 class Coordinator:
@@ -132,7 +132,7 @@ class Coordinator:
     # Drawing
 
     def next_batch(self, step: int) -> np.ndarray:
-        """The next prompts of `step` (from 1), (B,) int64. Collective: rank 0 draws, all get the same.
+        """Draw the next prompts of `step` (from 1), (B,) int64. Collective: rank 0 draws, all get the same.
 
         The second batch of a step continues the walk and draws by the same weights as the first.
         """
@@ -149,7 +149,7 @@ class Coordinator:
         return PROBE_RESPONSES
 
     def next_probes(self, step: int) -> np.ndarray:
-        """Prompts to roll out beside the batch of `step`, for what they tell alone, (K,) int64. Collective.
+        """Draw prompts to observe beside the batch of `step` without training on them, (K,) int64. Collective.
 
         Over the run they take `curriculum_probe_fraction` of the training rollouts; see `probe_budget`. Call it after
         `next_batch`: prompts of steps underway are left out.
@@ -203,7 +203,7 @@ class Coordinator:
     # Refreshing
 
     def refresh_due(self, step: int) -> bool:
-        """Whether to refresh before `step`: before the first, then every T steps; T = 0: every epoch of P // B steps.
+        """Say whether to refresh before `step`: before the first, then every T steps; T = 0 = an epoch of P // B steps.
 
         The same on every rank, without communication.
         """
@@ -217,7 +217,7 @@ class Coordinator:
         return self.data.curriculum_update_freq or self.steps_per_epoch
 
     def refresh_chunks(self) -> Iterator[np.ndarray]:
-        """Prompts to roll out, a chunk over all ranks at a time, int64; those of an interrupted refresh left out.
+        """Yield the prompts to sample, a chunk over all ranks at a time, int64; those done before a kill are left out.
 
         The same on every rank. Call `observe_refresh` for each chunk, then `finish_refresh`.
         """
@@ -253,7 +253,7 @@ class Coordinator:
             self._refresh.save_if_possible(path, key)
 
     def resume_refresh(self, path: Path, key: str) -> int:
-        """Take up the refresh that `save_refresh` left under the same key, unless one is underway. Collective.
+        """Resume the refresh that `save_refresh` left under the same key, unless one is underway. Collective.
 
         Rank 0 reads. Returns: number of prompts that are done.
         """
@@ -269,7 +269,7 @@ class Coordinator:
         return int(np.count_nonzero(self._refresh.done))
 
     def _share_done(self, stage: str) -> None:
-        """Tell every rank which prompts of the refresh are done, as rank 0 knows. Collective."""
+        """Share with every rank which prompts of the refresh are done. Collective."""
         assert self._refresh is not None
         done = self.control.broadcast_array(np.flatnonzero(self._refresh.done) if self._is_rank_0 else None, stage)
         self._refresh.done[done] = True
@@ -291,8 +291,8 @@ class Coordinator:
     def metrics(self) -> dict[str, float]:
         """The step's `curriculum/*` metrics on rank 0, nothing elsewhere.
 
-        Weights are those that prompts are drawn by, floor included. `effective_group_fraction` and `log_loss` are
-        of the last observed batch. `log_loss` is in nats a rollout, `random_position` in prompts of the epoch.
+        Weights are those that prompts are drawn by, floor included. `effective_group_fraction` and `log_loss`
+        describe the last observed batch. `log_loss` is in nats a rollout, `random_position` in prompts of the epoch.
         """
         if not self._is_rank_0:
             return {}
@@ -311,7 +311,7 @@ class Coordinator:
         return metrics | self.table.metrics() | self._batch_metrics
 
     def take_records(self) -> dict[str, dict[str, Any]]:
-        """What there is to keep of the last step or refresh, by its name in `writers.RECORDS`, on rank 0; once."""
+        """Hand out what to keep of the last step or refresh, by its name in `writers.RECORDS`, on rank 0; once."""
         records, self._records = self._records, {}
         return records
 
@@ -322,7 +322,7 @@ class Coordinator:
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs, whatever the number of ranks: numbers, and dictionaries of arrays.
+        """Collect everything a resume needs, on any number of ranks: numbers, and dictionaries of arrays.
 
         Rank 0 only. Safe at any moment, in the middle of a refresh too.
         """
@@ -342,9 +342,9 @@ class Coordinator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a saved state, which rank 0 gives and the others need not. Collective.
+        """Resume from a saved state, which rank 0 passes; the others may pass None. Collective.
 
-        Raises: UserError, on every rank, when the state is of another data set.
+        Raises: UserError, on every rank, when the state belongs to another data set.
         """
         self._load(lambda: state)
 
@@ -354,7 +354,7 @@ class Coordinator:
             storage.write_state(self.state_dict(), folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote; rank 0 reads. Collective. Raises: as `load_state_dict`."""
+        """Resume from what `save` wrote; rank 0 reads. Collective. Raises: UserError as `load_state_dict`."""
         self._load(lambda: storage.read_state(folder))
 
     def _load(self, read: Callable[[], Mapping[str, Any] | None]) -> None:

@@ -23,7 +23,7 @@ class TableHistory:
         self._bins: dict[str, np.ndarray] = {}  # (P,) uint8 by what was binned; empty before the first look
 
     def look(self, weights: np.ndarray, pass_rates: np.ndarray) -> dict[str, Any]:
-        """What a line of `curriculum.jsonl` says of the table as it is now.
+        """Make the line of `curriculum.jsonl` that describes the table as it is now.
 
         Args: weights, pass_rates: (P,); weights are scaled so that the largest is 1, a pass rate of NaN is unknown.
         """
@@ -36,11 +36,11 @@ class TableHistory:
         return line | {"num_unknown": int(np.count_nonzero(np.isnan(pass_rates)))}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `load` needs; empty before the first look."""
+        """The arrays that `load` needs; empty before the first look."""
         return {name: bins.copy() for name, bins in self._bins.items()}
 
     def load(self, arrays: Mapping[str, np.ndarray], positions: np.ndarray) -> None:
-        """Go on from a saved state. Args: positions: (P,) int64, the saved position of each of our prompts."""
+        """Resume from a saved state. Args: positions: (P,) int64, the saved position of each of our prompts."""
         self._bins = {name: bins[positions] for name, bins in arrays.items()}
 
 
@@ -59,7 +59,7 @@ def _transitions(before: np.ndarray, now: np.ndarray) -> np.ndarray:
 
 
 def observations(observed: Sequence[PromptStatistics], predicted: np.ndarray) -> dict[str, Any]:
-    """What a line of `observations.jsonl` says: the groups of a step, probes last.
+    """Make a line of `observations.jsonl`: the groups of a step, probes last.
 
     Args: predicted: pass rates before the step, in the order of `observed`; NaN unknown.
     """
@@ -76,7 +76,7 @@ def observations(observed: Sequence[PromptStatistics], predicted: np.ndarray) ->
 
 
 def batch_metrics(observed: Sequence[PromptStatistics], predicted: np.ndarray) -> dict[str, float]:
-    """`curriculum/effective_group_fraction`, and `log_loss` in nats a rollout, of a step's training groups.
+    """Compute `curriculum/effective_group_fraction`, and `log_loss` in nats a rollout, of a step's training groups.
 
     Args: predicted: as `observations`.
     """

@@ -69,7 +69,7 @@ class OnlineTable:
         return self._weights
 
     def _score(self) -> np.ndarray:
-        """VPS by expectation: outcome metrics from the beliefs, diversity as last measured, else the mean of it."""
+        """Compute the expected VPS: outcome metrics from the beliefs, diversity as last measured, else its mean."""
         if not self._diversity_metrics and len(self._outcome_metrics) == 1 and self._outcome_metrics[0][1] > 0.0:
             return self._filter.weights(self._outcome_metrics[0][0])
         score = np.zeros(len(self), dtype=np.float32)
@@ -91,7 +91,7 @@ class OnlineTable:
         return self._filter.probes(num_probes, exclude)
 
     def known_pass_rates(self) -> np.ndarray:
-        """E[p] of the prompts that were observed, (P,); NaN of the others, which the prior alone speaks of."""
+        """E[p] of each prompt that was observed, (P,); NaN for the others, of which only the prior is known."""
         seen = self._filter.last_seen_step >= 0
         rates = np.full(len(self), np.nan)
         rates[seen] = self._filter.predicted_pass_rates(np.flatnonzero(seen))
@@ -115,7 +115,7 @@ class OnlineTable:
         self._weights = None
 
     def _remember_diversity(self, observed: Sequence[PromptStatistics]) -> None:
-        """Of training groups alone: the few responses of a probe resemble each other less than a whole group's."""
+        """Keep the diversity of training groups alone: the few of a probe resemble each other less."""
         values = defaultdict(list)
         for prompt in observed:
             if not prompt.is_probe:
@@ -129,19 +129,19 @@ class OnlineTable:
         return self._filter.metrics()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `load` needs, as arrays; the prompt ids among them."""
+        """The arrays that `load` needs, the prompt ids among them."""
         own = {"diversity": self._diversity.copy()}
         return encode_prompt_ids(self.prompt_ids) | own | self._filter.state_dict()["arrays"]
 
     def numbers(self) -> dict[str, Any]:
-        """What `load` needs besides, for JSON."""
+        """The numbers that `load` needs, for JSON."""
         return self._filter.state_dict()["numbers"] | {
             "categories": self._category_digest,
             "diversity_metrics": [list(pair) for pair in self._diversity_metrics],
         }
 
     def load(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any], fingerprint: str) -> np.ndarray:
-        """Take over a saved table. Returns and raises: as `saved_positions`; UserError for other categories too."""
+        """Take over a saved table. Returns and raises as `saved_positions`; UserError for other categories too."""
         positions = saved_positions(arrays, fingerprint, self.prompt_ids, self.fingerprint)
         if numbers["categories"] != self._category_digest:
             raise UserError(

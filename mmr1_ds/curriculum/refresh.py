@@ -27,12 +27,12 @@ class Refresh:
         self.num_responses = np.zeros(num_prompts, dtype=np.int32)
 
     def chunks(self, chunk_size: int) -> Iterator[np.ndarray]:
-        """The prompts still to do, in the data set's order, at most `chunk_size` at a time, int64."""
+        """Yield the prompts still to do, in the data set's order, at most `chunk_size` at a time, int64."""
         left = np.flatnonzero(~self.done)
         return (left[start : start + chunk_size] for start in range(0, len(left), chunk_size))
 
     def save(self, path: Path, key: str) -> None:
-        """Write the columns, whole or not at all, under a key that says what they are the refresh of."""
+        """Write the columns, whole or not at all, under a key that names the refresh."""
         from safetensors.numpy import save_file
 
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class Refresh:
         temporary.rename(path)
 
     def save_if_possible(self, path: Path, key: str) -> None:
-        """As `save`; a disk that fails it is told of, no more."""
+        """Write as `save`; a disk that fails costs a warning and no more."""
         from safetensors import SafetensorError
 
         try:
