@@ -40,12 +40,12 @@ class RolloutRequest:
     can_wait: bool = False  # a probe: behind all others, and given up where sampling would hold up the training
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Response:
-    """One sampled continuation of a prompt."""
+    """One sampled continuation of a prompt. Equal to itself alone: two arrays do not compare to one answer."""
 
-    token_ids: tuple[int, ...]  # (T,), the end-of-sequence token included when it was sampled
-    logprobs: tuple[float, ...]  # (T,), natural log, of the distribution that was sampled from
+    token_ids: np.ndarray  # (T,) int32, the end-of-sequence token included when it was sampled
+    logprobs: np.ndarray  # (T,) float32, natural log, of the distribution that was sampled from
     finished: bool  # False when cut off at the length limit
     policy_versions: tuple[tuple[int, int], ...] = ()  # (version, tokens sampled by it); () = the group's
 
@@ -116,12 +116,3 @@ class WeightInfo(NamedTuple):
     name: str  # transformers' own
     dtype: torch.dtype
     shape: tuple[int, ...]  # of the whole weight
-
-
-@dataclass(frozen=True)
-class LearningGroup:
-    """A scored group with its advantages."""
-
-    scored: ScoredGroup
-    advantages: np.ndarray  # (N,) float64, of the reward function's rewards, standardised in the group (grpo)
-    baseline: float | None = None  # remax: the reward of the prompt's greedy response

@@ -110,11 +110,11 @@ def _steps(arguments: argparse.Namespace, settings: dict, ranks: Ranks):
         groups = [_group(int(index), step, arguments) for index in indices[ranks.rank :: ranks.size]]
         ranks.barrier("score")
         begin = time.perf_counter()
-        batch = score_batch(groups, (), data.curriculum_metrics)
+        found = score_batch(groups, (), data.curriculum_metrics)
         scored = time.perf_counter() - begin
         ranks.barrier("observe")
         begin = time.perf_counter()
-        coordinator.observe(step, batch.statistics)
+        coordinator.observe(step, found)
         observed = time.perf_counter() - begin
         begin = time.perf_counter()
         coordinator.finish_step(step, indices)
@@ -139,7 +139,8 @@ def _group(index: int, step: int, arguments: argparse.Namespace) -> ScoredGroup:
     random = np.random.default_rng((index, step))
     accuracy = (random.random(arguments.responses) < index / arguments.prompts).astype(np.float32)
     responses = tuple(
-        Response(tuple((random.zipf(1.3, arguments.tokens) % 150_000).tolist()), (), True) for _ in accuracy
+        Response((random.zipf(1.3, arguments.tokens) % 150_000).astype(np.int32), np.empty(0, np.float32), True)
+        for _ in accuracy
     )
     rewards = GroupRewards(accuracy, accuracy, np.zeros(len(accuracy), dtype=bool), {})
     return ScoredGroup(RolloutGroup(Prompt(index, str(index), (1,), (), ""), responses, 0), rewards)

@@ -39,7 +39,7 @@ class TurnTakingTrainer(Trainer):
 
         def watched(*arguments):
             batch = make(*arguments)
-            lengths[:] = [len(r.token_ids) for g in batch.groups for r in g.scored.group.responses]
+            lengths[:] = [len(r.token_ids) for g in batch.groups for r in g.group.responses]
             return batch
 
         self.parts.batches.make = watched

@@ -86,8 +86,8 @@ class RecordingBatches(BatchMaker):
     def make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
         """See BatchMaker."""
         batch = super().make(step, settings, clock)
-        sorts = [SORTS[str(self.kinds[group.scored.group.prompt.index])] for group in batch.groups]
-        effective = [bool(np.any(group.advantages)) for group in batch.groups]
+        sorts = [SORTS[str(self.kinds[group.group.prompt.index])] for group in batch.groups]
+        effective = [bool(np.ptp(group.rewards.overall)) for group in batch.groups]
         of_learnable = [taught for sort, taught in zip(sorts, effective, strict=True) if sort == "learnable"]
         figures = {
             "effective_fraction": sum(effective) / len(effective),

@@ -30,7 +30,7 @@ class Experience:
 def pairs_of(groups: Sequence[ScoredGroup]) -> list[Pair]:
     """The prompt and the tokens of every response of every group, in order."""
     return [
-        (item.group.prompt, np.asarray(response.token_ids, dtype=np.int32))
+        (item.group.prompt, response.token_ids)
         for item in groups
         for response in item.group.responses
     ]
@@ -89,7 +89,7 @@ def make_experience(
         Trajectory(
             prompt,
             token_ids,
-            np.asarray(sampled[i], dtype=np.float32),
+            sampled[i],
             advantages_of[i],
             float(rewards_B[i]),
             old_logprobs=None if old is None else old[i],

@@ -40,10 +40,10 @@ class Control(Protocol):
     size: int
 
     def broadcast_array(self, array: np.ndarray | None, stage: str) -> np.ndarray:
-        """Rank 0's int64 array of one axis, on every rank."""
+        """Send rank 0's int64 array of one axis to every rank."""
 
     def all_gather_array(self, array: np.ndarray, stage: str) -> list[np.ndarray]:
-        """Every rank's array, by rank; first axes may differ."""
+        """Collect every rank's array, by rank; first axes may differ."""
 
 
 class Coordinator:
@@ -132,7 +132,7 @@ class Coordinator:
     # Drawing
 
     def next_batch(self, step: int) -> np.ndarray:
-        """The next prompts of `step` (from 1), (B,) int64. Collective: rank 0 draws, all get the same.
+        """Draw the next prompts of `step` (from 1), (B,) int64. Collective: rank 0 draws, all get the same.
 
         The second batch of a step continues the walk and draws by the same weights as the first.
         """
@@ -145,7 +145,7 @@ class Coordinator:
 
     @property
     def num_probe_responses(self) -> int:
-        """Responses a probe asks for."""
+        """How many responses a probe asks for."""
         return PROBE_RESPONSES
 
     def next_probes(self, step: int) -> np.ndarray:
@@ -203,7 +203,7 @@ class Coordinator:
     # Refreshing
 
     def refresh_due(self, step: int) -> bool:
-        """Whether to refresh before `step`: before the first, then every T steps; T = 0: every epoch of P // B steps.
+        """Say whether to refresh before `step`: before the first, then every T steps; T = 0 = an epoch of P // B steps.
 
         The same on every rank, without communication.
         """
@@ -217,7 +217,7 @@ class Coordinator:
         return self.data.curriculum_update_freq or self.steps_per_epoch
 
     def refresh_chunks(self) -> Iterator[np.ndarray]:
-        """Prompts to roll out, a chunk over all ranks at a time, int64; those of an interrupted refresh left out.
+        """Yield the prompts to sample, a chunk over all ranks at a time, int64; those done before a kill are left out.
 
         The same on every rank. Call `observe_refresh` for each chunk, then `finish_refresh`.
         """
@@ -281,7 +281,7 @@ class Coordinator:
         assert refresh.done.all(), f"refresh at step {step} has {np.count_nonzero(~refresh.done)} prompts left"
         if self._is_rank_0:
             assert isinstance(self.table, CurriculumTable)
-            self.table.replace_scores(refresh.scores, refresh.pass_rates, refresh.num_responses, step)
+            self.table.replace_scores(refresh.scores, refresh.pass_rates, refresh.num_responses)
             self._record_table("full")
         self._last_refresh_step = step
         self._refresh = None
@@ -291,8 +291,8 @@ class Coordinator:
     def metrics(self) -> dict[str, float]:
         """The step's `curriculum/*` metrics on rank 0, nothing elsewhere.
 
-        Weights are those that prompts are drawn by, floor included. `effective_group_fraction` and `log_loss` are
-        of the last observed batch. `log_loss` is in nats a rollout, `random_position` in prompts of the epoch.
+        Weights are those that prompts are drawn by, floor included. `effective_group_fraction` and `log_loss`
+        describe the last observed batch. `log_loss` is in nats a rollout, `random_position` in prompts of the epoch.
         """
         if not self._is_rank_0:
             return {}
@@ -322,7 +322,7 @@ class Coordinator:
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs, whatever the number of ranks: numbers, and dictionaries of arrays.
+        """Collect everything a resume needs, on any number of ranks: numbers, and dictionaries of arrays.
 
         Rank 0 only. Safe at any moment, in the middle of a refresh too.
         """

@@ -36,7 +36,7 @@ class TableHistory:
         return line | {"num_unknown": int(np.count_nonzero(np.isnan(pass_rates)))}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `load` needs; empty before the first look."""
+        """The arrays that `load` needs; empty before the first look."""
         return {name: bins.copy() for name, bins in self._bins.items()}
 
     def load(self, arrays: Mapping[str, np.ndarray], positions: np.ndarray) -> None:
@@ -76,7 +76,7 @@ def observations(observed: Sequence[PromptStatistics], predicted: np.ndarray) ->
 
 
 def batch_metrics(observed: Sequence[PromptStatistics], predicted: np.ndarray) -> dict[str, float]:
-    """`curriculum/effective_group_fraction`, and `log_loss` in nats a rollout, of a step's training groups.
+    """Compute `curriculum/effective_group_fraction`, and `log_loss` in nats a rollout, of a step's training groups.
 
     Args: predicted: as in `observations`.
     """

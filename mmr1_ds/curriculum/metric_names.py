@@ -46,5 +46,5 @@ def check_metrics(metrics: Sequence[str], weights: Sequence[float]) -> None:
 
 
 def needs_edit_distance(metrics: Sequence[str]) -> bool:
-    """Whether the costly metric was asked for."""
+    """Say whether the costly metric was asked for."""
     return any(canonical_metric(name) == EDIT_DISTANCE for name in metrics)

@@ -54,7 +54,6 @@ class OnlineTable:
         self._category_digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
         self._filter = LogitFilter(len(prompt_ids), numbers, num_responses, settings)
         self._diversity = np.full(len(prompt_ids), np.nan, dtype=np.float32)  # of the last training group
-        self._num_rollouts = np.zeros(len(prompt_ids), dtype=np.int32)
         self._weights: np.ndarray | None = None
         self._floor = data.curriculum_weight_floor
 
@@ -70,7 +69,7 @@ class OnlineTable:
         return self._weights
 
     def _score(self) -> np.ndarray:
-        """VPS by expectation: outcome metrics from the beliefs, diversity as last measured, else the mean of it."""
+        """Compute the expected VPS: outcome metrics from the beliefs, diversity as last measured, else its mean."""
         if not self._diversity_metrics and len(self._outcome_metrics) == 1 and self._outcome_metrics[0][1] > 0.0:
             return self._filter.weights(self._outcome_metrics[0][0])
         score = np.zeros(len(self), dtype=np.float32)
@@ -111,7 +110,6 @@ class OnlineTable:
         num_right = np.round(np.array([prompt.pass_rate for prompt in observed]) * num_scored, 6)
         self._filter.observe(indices, num_right, num_scored)
         self._filter.predict_step(trained)
-        np.add.at(self._num_rollouts, indices, num_responses)
         if self._diversity_metrics:
             self._remember_diversity(observed)
         self._weights = None
@@ -131,19 +129,19 @@ class OnlineTable:
         return self._filter.metrics()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `load` needs, as arrays; the prompt ids among them."""
-        own = {"diversity": self._diversity.copy(), "num_rollouts": self._num_rollouts.copy()}
+        """The arrays that `load` needs, the prompt ids among them."""
+        own = {"diversity": self._diversity.copy()}
         return encode_prompt_ids(self.prompt_ids) | own | self._filter.state_dict()["arrays"]
 
     def numbers(self) -> dict[str, Any]:
-        """What `load` needs besides, for JSON."""
+        """The numbers that `load` needs, for JSON."""
         return self._filter.state_dict()["numbers"] | {
             "categories": self._category_digest,
             "diversity_metrics": [list(pair) for pair in self._diversity_metrics],
         }
 
     def load(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any], fingerprint: str) -> np.ndarray:
-        """Take over a saved table. Returns and raises: as `saved_positions`; UserError for other categories too."""
+        """Take over a saved table. Returns and raises as `saved_positions`; UserError for other categories too."""
         positions = saved_positions(arrays, fingerprint, self.prompt_ids, self.fingerprint)
         if numbers["categories"] != self._category_digest:
             raise UserError(
@@ -154,7 +152,6 @@ class OnlineTable:
         self._diversity = arrays["diversity"][positions]
         if numbers["diversity_metrics"] != [list(pair) for pair in self._diversity_metrics]:
             self._diversity[:] = np.nan  # weighed otherwise: not comparable with what comes
-        self._num_rollouts = arrays["num_rollouts"][positions]
         self._weights = None
         return positions
 

@@ -27,7 +27,7 @@ class Refresh:
         self.num_responses = np.zeros(num_prompts, dtype=np.int32)
 
     def chunks(self, chunk_size: int) -> Iterator[np.ndarray]:
-        """The prompts still to do, in the data set's order, at most `chunk_size` at a time, int64."""
+        """Yield the prompts still to do, in the data set's order, at most `chunk_size` at a time, int64."""
         left = np.flatnonzero(~self.done)
         return (left[start : start + chunk_size] for start in range(0, len(left), chunk_size))
 

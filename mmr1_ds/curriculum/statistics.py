@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, fields
-from itertools import chain
 
 import mmr1_kernels
 import numpy as np
@@ -17,7 +16,7 @@ from mmr1_ds.records import ScoredGroup
 class PromptStatistics:
     """Rewards and diversity of the responses to one prompt."""
 
-    index: int  # of the prompt, position in the data set
+    index: int  # of the prompt in the data set
     num_responses: int
     pass_rate: float  # [0, 1], of the responses whose accuracy is known; NaN when none is
     reward_mean: float
@@ -34,27 +33,19 @@ class PromptStatistics:
         return self.reward_variance != 0.0
 
 
-@dataclass(frozen=True)
-class ScoredBatch:
-    """What one call of the scoring kernel says of some groups, in their order."""
-
-    statistics: list[PromptStatistics]
-    advantages: list[np.ndarray]  # of each group, (N,) float64; exactly 0 where all rewards are equal
-
-
 def score_batch(
     scored_groups: Sequence[ScoredGroup], eos_token_ids: Collection[int], metrics: Sequence[str]
-) -> ScoredBatch:
-    """Statistics and advantages of each group; the edit distance only if `metrics` asks for it.
+) -> list[PromptStatistics]:
+    """The statistics of each group, in order; the edit distance only if `metrics` asks for it.
 
     Groups may differ in size. A trailing end-of-sequence is not scored: what a response says does not depend on
     whether it was cut off.
     """
     if not scored_groups:
-        return ScoredBatch([], [])
+        return []
     sizes = [len(scored.group.responses) for scored in scored_groups]
     group_offsets = np.cumsum([0, *sizes], dtype=np.int64)
-    token_ids, offsets = _pack(scored_groups, frozenset(eos_token_ids))
+    token_ids, offsets = pack(scored_groups, eos_token_ids)
     rewards = np.concatenate([scored.rewards.overall for scored in scored_groups]).astype(np.float32)
     accuracies = np.concatenate([scored.rewards.accuracy for scored in scored_groups]).astype(np.float32)
     groups = mmr1_kernels.group_statistics(
@@ -64,7 +55,7 @@ def score_batch(
         edit_distances = mmr1_kernels.mean_edit_distance(token_ids, offsets, None, group_offsets=group_offsets)
     else:
         edit_distances = np.full(len(scored_groups), np.nan)
-    statistics = [
+    return [
         PromptStatistics(
             index=scored.group.prompt.index,
             num_responses=sizes[position],
@@ -78,35 +69,33 @@ def score_batch(
         )
         for position, scored in enumerate(scored_groups)
     ]
-    return ScoredBatch(statistics, np.split(groups.advantages, group_offsets[1:-1]))
 
 
-def _pack(scored_groups: Sequence[ScoredGroup], eos_token_ids: frozenset[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Response tokens end to end, int32 (total,), and where each response begins and ends, int64 (B + 1,)."""
+def pack(scored_groups: Sequence[ScoredGroup], eos_token_ids: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Lay response tokens end to end, int32 (total,), and say where each response begins and ends, int64 (B + 1,)."""
+    eos = frozenset(eos_token_ids)
     responses = [
-        _without_trailing_eos(response.token_ids, eos_token_ids)
+        _without_trailing_eos(response.token_ids, eos)
         for scored in scored_groups
         for response in scored.group.responses
     ]
-    offsets = np.cumsum([0, *map(len, responses)], dtype=np.int64)
-    token_ids = np.fromiter(chain.from_iterable(responses), np.int32, count=int(offsets[-1]))
-    return token_ids, offsets
+    return np.concatenate(responses), np.cumsum([0, *map(len, responses)], dtype=np.int64)
 
 
-def _without_trailing_eos(token_ids: tuple[int, ...], eos_token_ids: frozenset[int]) -> tuple[int, ...]:
+def _without_trailing_eos(token_ids: np.ndarray, eos_token_ids: frozenset[int]) -> np.ndarray:
     end = len(token_ids)
-    while end and token_ids[end - 1] in eos_token_ids:
+    while end and int(token_ids[end - 1]) in eos_token_ids:
         end -= 1
     return token_ids[:end]
 
 
 def to_records(statistics: Sequence[PromptStatistics]) -> np.ndarray:
-    """As float64 (K, number of fields), for a collective. Exact: an index stays below 2^53."""
+    """Turn statistics into float64 (K, number of fields), for a collective. Exact: an index stays below 2^53."""
     return np.array([astuple(prompt) for prompt in statistics], dtype=np.float64).reshape(-1, _NUM_FIELDS)
 
 
 def from_records(records: np.ndarray) -> list[PromptStatistics]:
-    """The inverse of `to_records`."""
+    """Turn the rows of `to_records` back into statistics."""
     exact = {"index": int, "num_responses": int, "num_unscored": int, "is_probe": bool}
     convert = [exact.get(field.name, float) for field in fields(PromptStatistics)]
     return [PromptStatistics(*(kind(value) for kind, value in zip(convert, row, strict=True))) for row in records]

@@ -27,7 +27,7 @@ def write_state(state: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state that `write_state` wrote. Raises: UserError for another format, OSError for a missing file."""
+    """Read the state that `write_state` wrote. Raises: UserError for another format, OSError for a missing file."""
     from safetensors.numpy import load_file
 
     state: dict[str, Any] = json.loads((folder / _NUMBERS).read_text())

@@ -11,11 +11,9 @@ from mmr1_ds.curriculum.prompt_ids import encode_prompt_ids, saved_positions
 from mmr1_ds.curriculum.statistics import PromptStatistics
 
 _COLUMNS: dict[str, tuple[type[np.generic], float]] = {  # name -> type and the value of a prompt never seen
-    "raw_score": (np.float32, np.nan),  # last VPS as scored
     "weight": (np.float32, np.nan),  # normalised over the data set, with momentum, [0, 1]
     "pass_rate": (np.float32, np.nan),  # of the last refresh: what the weights believe
     "num_responses": (np.int32, 0),  # behind that pass rate
-    "last_seen_step": (np.int32, -1),  # rolled out last, in training or in a refresh
 }
 
 
@@ -47,7 +45,7 @@ class CurriculumTable:
         return len(self.prompt_ids)
 
     def column(self, name: str) -> np.ndarray:
-        """One column (P,), read only: raw_score, weight, pass_rate, num_responses or last_seen_step."""
+        """One column (P,), read only: weight, pass_rate or num_responses."""
         view = self._columns[name].view()
         view.flags.writeable = False
         return view
@@ -57,43 +55,43 @@ class CurriculumTable:
         """(P,) float32, floor <= w <= 1, read only; a new array whenever it changes, so its identity is its version."""
         return self._sampling_weights
 
-    def replace_scores(self, scores: np.ndarray, pass_rates: np.ndarray, num_responses: np.ndarray, step: int) -> None:
+    def replace_scores(self, scores: np.ndarray, pass_rates: np.ndarray, num_responses: np.ndarray) -> None:
         """Take the scores of a refresh of the whole data set: normalise, then blend with the old weights.
 
         As upstream, scores are min-max normalised over the data set before the momentum. A prompt whose score is
         NaN keeps its old row; without one it gets the mean weight.
 
-        Args: scores, pass_rates: (P,) float; num_responses: (P,) int; step: of the refresh.
+        Args: scores, pass_rates: (P,) float; num_responses: (P,) int.
         """
-        known = ~np.isnan(scores)
         new = min_max_normalise(scores)
         old = self._columns["weight"]
         blended = np.where(np.isnan(old), new, self.momentum * old + (1.0 - self.momentum) * new)
-        for name, values in (("raw_score", scores), ("weight", blended), ("last_seen_step", step)):
-            self._columns[name] = np.where(known, values, self._columns[name]).astype(_COLUMNS[name][0])
         known_rate = ~np.isnan(pass_rates)
-        for name, values in (("pass_rate", pass_rates), ("num_responses", num_responses)):
-            self._columns[name] = np.where(known_rate, values, self._columns[name]).astype(_COLUMNS[name][0])
+        for name, values, known in (
+            ("weight", blended, ~np.isnan(scores)),
+            ("pass_rate", pass_rates, known_rate),
+            ("num_responses", num_responses, known_rate),
+        ):
+            self._columns[name] = np.where(known, values, self._columns[name]).astype(_COLUMNS[name][0])
         self._sampling_weights = self._make_sampling_weights()
 
     def finish_step(self, step: int, observed: Sequence[PromptStatistics], trained: np.ndarray) -> None:
-        """Remember which prompts were rolled out; the weights stay: only a refresh changes them."""
-        self._columns["last_seen_step"][[prompt.index for prompt in observed]] = step
+        """Learn nothing: only a refresh changes the weights."""
 
     def probes(self, num_probes: int, exclude: np.ndarray) -> np.ndarray:
-        """None: a full refresh rolls out every prompt anyway."""
+        """No probes, (0,) int64: a full refresh rolls out every prompt anyway."""
         return np.empty(0, dtype=np.int64)
 
     def metrics(self) -> dict[str, float]:
-        """Nothing beyond the weights."""
+        """No metrics beyond those of the weights."""
         return {}
 
     def known_pass_rates(self) -> np.ndarray:
-        """(P,) of the last refresh; NaN where there is none."""
+        """The pass rates of the last refresh, (P,); NaN where there is none."""
         return self.column("pass_rate")
 
     def predicted_pass_rates(self, indices: np.ndarray) -> np.ndarray:
-        """(p N + 1/2) / (N + 1) of the last refresh's pass rates, in (0, 1); NaN where there is none."""
+        """Estimate the next: (p N + 1/2) / (N + 1) by the last refresh, (K,) in (0, 1); NaN where there is none."""
         num_responses = self._columns["num_responses"][indices].astype(np.float64)
         return (self._columns["pass_rate"][indices] * num_responses + 0.5) / (num_responses + 1.0)
 
@@ -110,14 +108,14 @@ class CurriculumTable:
         return encode_prompt_ids(self.prompt_ids) | {name: column.copy() for name, column in self._columns.items()}
 
     def numbers(self) -> dict[str, Any]:
-        """Nothing: the columns are all."""
+        """No numbers: the columns are all there is."""
         return {}
 
     def load(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any], fingerprint: str) -> np.ndarray:
-        """Take over the columns of a saved table, each value with its prompt id.
+        """Take over the columns of a saved table, each value with its prompt id; others of earlier versions are left.
 
         Returns: (P,) int64, the saved position of each of our prompts, to reorder whatever was saved beside it.
-        Raises: UserError when the table is of another data set, by fingerprint or by ids.
+        Raises: UserError when the table belongs to another data set, by fingerprint or by ids.
         """
         positions = saved_positions(arrays, fingerprint, self.prompt_ids, self.fingerprint)
         self._columns = {name: arrays[name][positions].astype(_COLUMNS[name][0]) for name in _COLUMNS}

@@ -1,49 +1,45 @@
-"""The batch of a step: draw prompts, roll out, score, let the curriculum observe; again until enough of it teaches."""
+"""The batch of a step: draw prompts, generate, score, let the curriculum observe; again until enough of it teaches."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mmr1_ds.cluster.preemption import SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
-from mmr1_ds.config import RunConfig
+from mmr1_ds.config import AlgorithmConfig, DataConfig, RolloutConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import score_batch
 from mmr1_ds.data.dataset import PromptDataset
-from mmr1_ds.engine.micro_batches import balance
-from mmr1_ds.errors import UserError
 from mmr1_ds.loop.collector import BASELINE, PROBE, TRAINING, Collector, RequestMaker
-from mmr1_ds.loop.drawn import Drawn, _by_key, _without_prompt
-from mmr1_ds.loop.in_flight import Sampling, read_samplings, write_samplings
+from mmr1_ds.loop.drawn import Drawn, check_filter_key
+from mmr1_ds.loop.in_flight import InFlight, read_in_flight, write_in_flight
 from mmr1_ds.loop.metrics import reward_metrics
-from mmr1_ds.loop.sharing import _num_tokens, batch_slots
+from mmr1_ds.loop.sharing import batch_slots, share_out
 from mmr1_ds.monitoring.clock import StageClock
-from mmr1_ds.records import LearningGroup, RolloutGroup, SamplingSettings, ScoredGroup
+from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 from mmr1_ds.rollout.base import ServersGone
 
-if TYPE_CHECKING:
-    from mmr1_ds.data.encoding import PromptEncoder
-
 logger = logging.getLogger(__name__)
 
-PARTIAL_STATE = "partial.json"  # in a checkpoint whose begun responses go on by `partial_batches`
+PARTIAL_STATE = "partial.json"  # in a checkpoint whose begun responses `partial_batches` continues
 
 
 @dataclass(frozen=True)
 class Batch:
     """This rank's part of what a step trains on."""
 
-    groups: list[LearningGroup]
-    prompts: np.ndarray  # (B,) int64, positions in the data set of the whole batch, every rank's, in the order drawn
+    groups: list[ScoredGroup]
+    baselines: list[float] | None  # remax: the reward of the greedy response to each group's prompt
+    prompts: np.ndarray  # (B,) int64, indices of the whole batch, every rank's, in the order drawn
     metrics: dict[str, float]  # reward/*, global_seqlen/*, and online_filtering/* with it; of all ranks
 
 
@@ -56,42 +52,50 @@ class BatchMaker:
 
     def __init__(
         self,
-        config: RunConfig,
+        data: DataConfig,
+        algorithm: AlgorithmConfig,
+        rollout: RolloutConfig,
+        mini_batch_size: int,
+        max_tries: int,
         ranks: Ranks,
-        encoder: PromptEncoder,
-        data: PromptDataset,
+        eos_token_ids: Collection[int],
+        prompts: PromptDataset,
         coordinator: Coordinator,
         collector: Collector,
     ) -> None:
-        self._config, self._ranks, self._encoder, self._data = config, ranks, encoder, data
+        """
+        Args:
+            mini_batch_size: prompts an optimiser step.
+            max_tries: draws a batch with online filtering; 0 or less = until it is full.
+        """
+        self._data, self._algorithm, self._rollout = data, algorithm, rollout
+        self._batch_size, self._mini_batch_size = data.rollout_batch_size, mini_batch_size
+        self._ranks, self._eos_token_ids, self._prompts = ranks, eos_token_ids, prompts
         self._coordinator, self._collector = coordinator, collector
-        self._requests = RequestMaker(config.worker.rollout.seed)
-        self._batch_size = config.data.rollout_batch_size
-        self._mini_batch_size = config.worker.actor.global_batch_size
-        self._slots = batch_slots(self._batch_size, self._mini_batch_size, ranks.rank, ranks.size)
-        self._sampling: dict[int, Sampling] = {}  # first draws of this step and of those begun ahead, by step
-        tries = config.trainer.max_try_make_batch
-        self._max_tries = 1 if not config.algorithm.online_filtering else tries if tries > 0 else None
+        self._requests = RequestMaker(rollout.seed)
+        self._slots = batch_slots(self._batch_size, mini_batch_size, ranks.rank, ranks.size)
+        self._in_flight: dict[int, InFlight] = {}  # first draws of this step and of those begun ahead, by step
+        self._max_tries = 1 if not algorithm.online_filtering else max_tries if max_tries > 0 else None
 
     def make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
-        """The batch of `step`. Collective.
+        """Make the batch of `step`. Collective.
 
         Raises: UserError, on every rank, for an unknown `filter_key`; ServersGone and SamplingAbandoned, after which a
         checkpoint has nothing of this step observed.
         """
-        before, begun = self._copy_of_curriculum(), dict(self._sampling)
+        before, begun = self._copy_of_curriculum(), dict(self._in_flight)
         try:
             return self._make(step, settings, clock)
         except (ServersGone, SamplingAbandoned):
             if self._samples_after_observing:
                 self._coordinator.load_state_dict(before)
-                self._sampling = begun
+                self._in_flight = begun
             raise
 
     @property
     def _samples_after_observing(self) -> bool:
         """Whether a step may be cut off when the curriculum has observed a part of it."""
-        return self._config.algorithm.online_filtering or self._config.algorithm.adv_estimator == "remax"
+        return self._algorithm.online_filtering or self._algorithm.adv_estimator == "remax"
 
     def _copy_of_curriculum(self) -> dict[str, Any] | None:
         if not self._samples_after_observing or self._ranks.rank > 0:
@@ -100,28 +104,35 @@ class BatchMaker:
 
     def _make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
         drawn, figures = self._fill(step, settings, clock)
-        chosen, trained, seqlen = self._choose(drawn)
+        groups, prompts, seqlen = share_out(
+            drawn, self._batch_size, self._mini_batch_size, self._prompts, self._ranks
+        )
         with clock("curriculum"):
-            self._coordinator.finish_step(step, trained)
+            self._coordinator.finish_step(step, prompts)
         metrics = reward_metrics(drawn.rewards, drawn.failures, self._ranks) | seqlen | figures
-        if self._config.algorithm.adv_estimator == "remax":
-            chosen = self._with_baselines(step, chosen, settings, clock)
-            metrics |= self._mean_baseline(chosen)
-        return Batch(chosen, trained, metrics)
+        baselines = None
+        if self._algorithm.adv_estimator == "remax":
+            baselines = self._baselines(step, groups, settings, clock)
+            own = {"baseline": sum(baselines), "groups": float(len(baselines))}
+            totals = self._ranks.sum(own, "mean of the baselines")
+            metrics["reward/baseline"] = totals["baseline"] / totals["groups"]
+        return Batch(groups, baselines, prompts, metrics)
 
     def _fill(self, step: int, settings: SamplingSettings, clock: StageClock) -> tuple[Drawn, dict[str, float]]:
         """Draw once, or until enough groups teach. Collective. Returns: what this rank has of it, and metrics."""
-        filtering = self._config.algorithm.online_filtering
+        filtering = self._algorithm.online_filtering
         drawn = Drawn()
         num_tries = num_teaching = 0
         while num_tries == 0 or (num_teaching < self._batch_size and num_tries != self._max_tries):
             if num_tries > 0:
                 logger.info("step %d: %d of %d groups teach, drawing again", step, num_teaching, self._batch_size)
-            places = num_tries * self._batch_size + self._slots
-            groups, probes, failures = self._roll(step, num_tries, settings, clock)
+            in_flight = self._wait(step, num_tries, settings, clock)
+            came_back = [group for _, group in sorted(in_flight.groups.items()) if group is not None]
+            groups, probes, failures = self._score(step, came_back, len(in_flight.slots), clock)
+            self._in_flight.pop(step, None)
             if filtering and num_tries == 0:
-                self._check_filter_key(groups)
-            drawn.add(places.tolist(), groups, probes, failures, self._batch_size, self._config.algorithm)
+                check_filter_key(self._algorithm.filter_key, groups, self._ranks)
+            drawn.add(in_flight.slots, groups, probes, failures, self._batch_size, self._algorithm)
             num_tries += 1
             if filtering:
                 own = {"teaching": len(drawn.teaching)}
@@ -141,157 +152,89 @@ class BatchMaker:
     def begin_ahead(self, step: int, settings: SamplingSettings) -> None:
         """Begin the steps after `step` that `worker.rollout.max_staleness_steps` lets the servers sample by now.
 
-        Not those behind a refresh, whose draws follow from what it finds. Collective.
+        Steps behind a refresh are left out: their draws follow from what it finds. Collective.
         """
-        last = min(step + self._config.worker.rollout.max_staleness_steps, self._coordinator.num_steps)
+        last = min(step + self._rollout.max_staleness_steps, self._coordinator.num_steps)
         for later in range(step + 1, last + 1):
             if self._coordinator.refresh_due(later):
                 break
-            if later not in self._sampling:
-                self._sampling[later] = self._begin(later, 0, settings)
+            if later not in self._in_flight:
+                self._in_flight[later] = self._begin(later, 0, settings)
 
     def finish_ahead(self) -> None:
         """Wait for all that was begun, so that a checkpoint can keep it. Collective."""
-        for _, sampling in sorted(self._sampling.items()):
-            self._collector.wait(sampling)
+        for _, in_flight in sorted(self._in_flight.items()):
+            self._collector.wait(in_flight)
 
     def save(self, folder: Path) -> None:
         """Keep what was begun in an existing folder. Not a collective."""
-        if self._sampling:
-            write_samplings(folder, self._ranks.rank, [item for _, item in sorted(self._sampling.items())])
+        if self._in_flight:
+            write_in_flight(folder, self._ranks.rank, [batch for _, batch in sorted(self._in_flight.items())])
 
     def load(self, folder: Path, settings: SamplingSettings) -> None:
-        """Go on with what `save` kept, also on another number of ranks. Not a collective."""
+        """Resume what `save` kept, also on another number of ranks. Not a collective."""
         if (folder / PARTIAL_STATE).is_file():
             logger.warning("responses that worker.rollout.partial had cut are left: this run samples whole ones")
             return
         ranks, own = self._ranks, set(self._slots.tolist())
-        for item in read_samplings(folder, self._data.__getitem__, own.__contains__, ranks.rank, ranks.size):
-            self._collector.begin(item, settings)
-            self._sampling[item.step] = item
+        for batch in read_in_flight(folder, self._prompts.__getitem__, own.__contains__, ranks.rank, ranks.size):
+            self._collector.begin(batch, settings)
+            self._in_flight[batch.step] = batch
 
-    def _begin(self, step: int, attempt: int, settings: SamplingSettings) -> Sampling:
+    def _begin(self, step: int, attempt: int, settings: SamplingSettings) -> InFlight:
         """Draw, and ask for the responses; probes ride along with the first draw, to fill the engine's tail."""
-        coordinator, ranks = self._coordinator, self._ranks
-        num_responses = self._config.worker.rollout.n
-        indices = coordinator.next_batch(step)
-        probes = coordinator.next_probes(step) if attempt == 0 else indices[:0]
-        probes = probes[ranks.rank :: ranks.size]
-        places = attempt * self._batch_size + self._slots
-        requests = self._requests(self._data, indices[self._slots], num_responses, TRAINING, step, places)
-        requests += self._requests(self._data, probes, coordinator.num_probe_responses, PROBE, step, probes)
-        sampling = Sampling(step, requests, places.tolist())
-        self._collector.begin(sampling, settings)
-        return sampling
+        indices = self._coordinator.next_batch(step)
+        slots = attempt * self._batch_size + self._slots
+        requests = self._requests(self._prompts, indices[self._slots], self._rollout.n, TRAINING, step, slots)
+        if attempt == 0:
+            requests += self._probes(step)
+        in_flight = InFlight(step, requests, slots.tolist())
+        self._collector.begin(in_flight, settings)
+        return in_flight
 
-    def _roll(
-        self, step: int, attempt: int, settings: SamplingSettings, clock: StageClock
-    ) -> tuple[list[LearningGroup], list[ScoredGroup], RewardCounts]:
-        """Draw and roll out once."""
+    def _probes(self, step: int) -> list[RolloutRequest]:
+        """This rank's requests for the probes of `step`. Collective."""
+        coordinator, ranks = self._coordinator, self._ranks
+        indices = coordinator.next_probes(step)[ranks.rank :: ranks.size]
+        return self._requests(self._prompts, indices, coordinator.num_probe_responses, PROBE, step, indices)
+
+    def _wait(self, step: int, attempt: int, settings: SamplingSettings, clock: StageClock) -> InFlight:
+        """Draw, unless the draw was begun ahead, and wait for its responses. Collective."""
         with clock("draw"):
-            sampling = self._sampling.get(step) if attempt == 0 else None
-            sampling = sampling or self._begin(step, attempt, settings)
+            in_flight = self._in_flight.get(step) if attempt == 0 else None
+            in_flight = in_flight or self._begin(step, attempt, settings)
             if attempt == 0:
-                self._sampling[step] = sampling  # a run that stops here goes on with it
+                self._in_flight[step] = in_flight  # a run that stops here resumes with it
         with clock("gen"):
-            self._collector.wait(sampling)
-        groups = [group for _, group in sorted(sampling.groups.items()) if group is not None]
-        found = self._score(step, groups, len(self._slots), clock)
-        self._sampling.pop(step, None)
-        return found
+            self._collector.wait(in_flight)
+        return in_flight
 
     def _score(
         self, step: int, groups: Sequence[RolloutGroup], num_training: int, clock: StageClock
-    ) -> tuple[list[LearningGroup], list[ScoredGroup], RewardCounts]:
-        """Reward groups, and let the curriculum observe them; those after the first `num_training` are probes."""
+    ) -> tuple[list[ScoredGroup], list[ScoredGroup], RewardCounts]:
+        """Score groups, and let the curriculum observe them; those after the first `num_training` are probes.
+
+        Collective. Returns: the training groups, the probes, and the rewards that failed.
+        """
         scored, failures = self._collector.score(groups, clock)
         with clock("curriculum"):
-            batch = score_batch(scored, self._encoder.eos_token_ids, self._config.data.curriculum_metrics)
-            of_probes = [dataclasses.replace(found, is_probe=True) for found in batch.statistics[num_training:]]
-            self._coordinator.observe(step, batch.statistics[:num_training] + of_probes)
-        learning = [LearningGroup(group, row) for group, row in zip(scored, batch.advantages, strict=True)]
-        return learning[:num_training], scored[num_training:], failures
+            found = score_batch(scored, self._eos_token_ids, self._data.curriculum_metrics)
+            of_probes = [dataclasses.replace(prompt, is_probe=True) for prompt in found[num_training:]]
+            self._coordinator.observe(step, found[:num_training] + of_probes)
+        return scored[:num_training], scored[num_training:], failures
 
-    def _with_baselines(
-        self, step: int, groups: Sequence[LearningGroup], settings: SamplingSettings, clock: StageClock
-    ) -> list[LearningGroup]:
-        """The groups with the reward of one greedy response to each prompt. Collective."""
-        indices = [item.scored.group.prompt.index for item in groups]
-        requests = self._requests(self._data, indices, 1, BASELINE, step, indices)
+    def _baselines(
+        self, step: int, groups: Sequence[ScoredGroup], settings: SamplingSettings, clock: StageClock
+    ) -> list[float]:
+        """Sample one greedy response to the prompt of each group. Returns: their rewards. Collective."""
+        indices = [item.group.prompt.index for item in groups]
+        requests = self._requests(self._prompts, indices, 1, BASELINE, step, indices)
         greedy = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=-1)
         scored, _ = self._collector.collect(requests, greedy, clock)
         found = []
         for item, answer in zip(groups, scored, strict=True):
             # A reward that failed says nothing of the prompt: 0 would count all its responses as better than greedy.
             unknown = bool(answer.rewards.failed[0])
-            rewards = item.scored.rewards.overall if unknown else answer.rewards.overall
-            found.append(dataclasses.replace(item, baseline=float(rewards.mean(dtype=np.float64))))
+            rewards = item.rewards.overall if unknown else answer.rewards.overall
+            found.append(float(rewards.mean(dtype=np.float64)))
         return found
-
-    def _mean_baseline(self, groups: Sequence[LearningGroup]) -> dict[str, float]:
-        own = {"baseline": sum(item.baseline or 0.0 for item in groups), "groups": float(len(groups))}
-        totals = self._ranks.sum(own, "mean of the baselines")
-        return {"reward/baseline": totals["baseline"] / totals["groups"]}
-
-    def _check_filter_key(self, groups: Sequence[LearningGroup]) -> None:
-        """A response whose reward failed has no parts, so no rank's groups alone say which keys there are."""
-        key = self._config.algorithm.filter_key
-        own = {name for group in groups for name in _by_key(group.scored)}
-        known = set().union(*self._ranks.all_gather_objects(own, "keys of the rewards"))
-        if key not in known:
-            raise UserError(f"algorithm.filter_key={key} is not among the reward's keys: {', '.join(sorted(known))}")
-
-    def _choose(self, drawn: Drawn) -> tuple[list[LearningGroup], np.ndarray, dict[str, float]]:
-        """This rank's share of the first groups that teach, filled up with the first of the others. Collective.
-
-        In the order they were drawn, whichever rank sampled them: the batch is the same on any number of ranks.
-        Returns: the groups, the prompts of the whole batch, (B,) int64, and metrics.
-        """
-        own = drawn.teaching | drawn.others
-        flags = [
-            (place not in drawn.teaching, place, group.scored.group.prompt.index, _num_tokens(group))
-            for place, group in own.items()
-        ]
-        everyone = [flag for part in self._ranks.all_gather_objects(flags, "choose groups") for flag in part]
-        everyone.sort()
-        chosen = everyone[: self._batch_size]
-        trained = np.array([index for _, _, index, _ in chosen], dtype=np.int64)
-        takers, metrics = self._balanced([tokens for *_, tokens in chosen])
-        # Prompts stay behind, for their images: the receiver has the same data set.
-        leaving: list[dict[int, LearningGroup]] = [{} for _ in range(self._ranks.size)]
-        for (_, place, *_), taker in zip(chosen, takers, strict=True):
-            if place in own and taker != self._ranks.rank:
-                leaving[taker][place] = _without_prompt(own[place])
-        arrived = {}
-        for part in self._ranks.exchange_objects(leaving, "exchange groups"):
-            arrived.update(part)
-        wanted = [place for (_, place, *_), taker in zip(chosen, takers, strict=True) if taker == self._ranks.rank]
-        return [self._with_prompt(own.get(place) or arrived[place]) for place in wanted], trained, metrics
-
-    def _balanced(self, tokens: Sequence[int]) -> tuple[list[int], dict[str, float]]:
-        """The rank that trains on each group of the batch, by the groups' tokens, and how even that is.
-
-        Groups change places inside their optimiser step alone, so that every step learns from the same prompts.
-        """
-        size, share = self._ranks.size, self._mini_batch_size // self._ranks.size
-        takers = np.empty(len(tokens), dtype=np.int64)
-        for start in range(0, len(tokens), self._mini_batch_size):
-            order = balance(tokens[start : start + self._mini_batch_size], size)
-            takers[start + np.array(order)] = np.arange(self._mini_batch_size) // share
-        before = np.arange(len(tokens)) % self._mini_batch_size // share
-        totals, balanced = (np.bincount(ranks, tokens, minlength=size) for ranks in (before, takers))
-        return takers.tolist(), {
-            "global_seqlen/mean": float(totals.mean()),
-            "global_seqlen/min": float(totals.min()),
-            "global_seqlen/max": float(totals.max()),
-            "global_seqlen/minmax_diff": float(np.ptp(totals)),
-            "global_seqlen/balanced_min": float(balanced.min()),
-            "global_seqlen/balanced_max": float(balanced.max()),
-        }
-
-    def _with_prompt(self, group: LearningGroup) -> LearningGroup:
-        rollout = group.scored.group
-        if rollout.prompt.token_ids:
-            return group
-        rollout = dataclasses.replace(rollout, prompt=self._data[rollout.prompt.index])
-        return dataclasses.replace(group, scored=dataclasses.replace(group.scored, group=rollout))

@@ -1,4 +1,4 @@
-"""Requests into scored groups: generation and reward, as training, refresh and validation all need them."""
+"""From requests to scored groups: generation and reward, as training, refresh and validation all need them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.errors import UserError
-from mmr1_ds.loop.in_flight import Sampling
+from mmr1_ds.loop.in_flight import InFlight
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.pool import RewardPool
@@ -40,7 +40,7 @@ class RequestMaker:
         step: int,
         slots: Sequence[int] | np.ndarray,
     ) -> list[RolloutRequest]:
-        """One request for each prompt of `data` at `indices`; its seed follows from (seed, purpose, step, slot)."""
+        """Make a request for each prompt of `data` at `indices`; its seed follows from (seed, purpose, step, slot)."""
         return [
             RolloutRequest(
                 data[int(index)],
@@ -66,7 +66,7 @@ class Collector:
     def collect(
         self, requests: Sequence[RolloutRequest], settings: SamplingSettings, clock: StageClock
     ) -> tuple[list[ScoredGroup], RewardCounts]:
-        """Groups of this rank's requests, in their order, and the count of rewards that failed.
+        """Generate and score the groups of this rank's requests. Returns: them in order, and the failed rewards.
 
         Collective: all ranks, each with its own requests (any number of them).
         Raises: UserError when no reward has worked yet: training on zeros would teach nothing.
@@ -75,18 +75,18 @@ class Collector:
             groups = self._rollout.generate(requests, settings)
         return self.score(groups, clock)
 
-    def begin(self, sampling: Sampling, settings: SamplingSettings) -> None:
+    def begin(self, in_flight: InFlight, settings: SamplingSettings) -> None:
         """Ask for the groups of a batch that are not there. Not a collective."""
-        sampling.submit(self._rollout, settings)
+        in_flight.begin(self._rollout, settings)
 
-    def wait(self, sampling: Sampling) -> None:
-        """Until its groups are there, or given up where they can wait. Collective."""
-        sampling.collect(self._rollout)
+    def wait(self, in_flight: InFlight) -> None:
+        """Wait until the groups of a batch are there, or given up where they can wait. Collective."""
+        in_flight.wait(self._rollout)
 
     def score(self, groups: Sequence[RolloutGroup], clock: StageClock) -> tuple[list[ScoredGroup], RewardCounts]:
-        """Groups with their rewards, in their order, and the count of rewards that failed. Collective.
+        """Score groups. Returns: them in order with their rewards, and the count of those that failed. Collective.
 
-        Raises: as `collect`.
+        Raises: UserError as `collect`.
         """
         with clock("reward"):
             scored, counts = score_groups(self._rewards, groups, self._encoder.decode)

@@ -7,42 +7,44 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import AlgorithmConfig
-from mmr1_ds.records import GroupRewards, LearningGroup, ScoredGroup
+from mmr1_ds.errors import UserError
+from mmr1_ds.records import GroupRewards, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 
 
 class Drawn:
-    """What a step has drawn on this rank; groups by their place among all that the step drew, over all ranks."""
+    """What a step has drawn on this rank, by slot; the slots of a further draw follow those of the one before."""
 
     def __init__(self) -> None:
-        self.teaching: dict[int, LearningGroup] = {}
-        self.others: dict[int, LearningGroup] = {}  # the first few, without their prompts: many may come
+        self.teaching: dict[int, ScoredGroup] = {}
+        self.others: dict[int, ScoredGroup] = {}  # the first few, without their prompts: many may come
         self.rewards: list[GroupRewards] = []  # of all groups, probes included
         self.failures: list[RewardCounts] = []
 
     def add(
         self,
-        places: Sequence[int],
-        groups: Sequence[LearningGroup],
+        slots: Sequence[int],
+        groups: Sequence[ScoredGroup],
         probes: Sequence[ScoredGroup],
         failures: RewardCounts,
         most_others: int,
         algorithm: AlgorithmConfig,
     ) -> None:
-        for place, group in zip(places, groups, strict=True):
-            if not algorithm.online_filtering or teaches(group.scored, algorithm):
-                self.teaching[place] = group
+        """Take in one draw. Args: slots: of the groups; most_others: groups kept of those that do not teach."""
+        for slot, group in zip(slots, groups, strict=True):
+            if not algorithm.online_filtering or teaches(group, algorithm):
+                self.teaching[slot] = group
             elif len(self.others) < most_others:
-                self.others[place] = _without_prompt(group)
-        self.rewards += [group.scored.rewards for group in groups] + [probe.rewards for probe in probes]
+                self.others[slot] = _without_prompt(group)
+        self.rewards += [group.rewards for group in (*groups, *probes)]
         self.failures.append(failures)
 
 
-def _without_prompt(group: LearningGroup) -> LearningGroup:
-    prompt = dataclasses.replace(group.scored.group.prompt, images=(), token_ids=())
-    rollout = dataclasses.replace(group.scored.group, prompt=prompt)
-    return dataclasses.replace(group, scored=dataclasses.replace(group.scored, group=rollout))
+def _without_prompt(scored: ScoredGroup) -> ScoredGroup:
+    prompt = dataclasses.replace(scored.group.prompt, images=(), token_ids=())
+    return dataclasses.replace(scored, group=dataclasses.replace(scored.group, prompt=prompt))
 
 
 def teaches(scored: ScoredGroup, algorithm: AlgorithmConfig) -> bool:
@@ -60,6 +62,17 @@ def teaches(scored: ScoredGroup, algorithm: AlgorithmConfig) -> bool:
     mean = float(values.mean(dtype=np.float64))
     low, high = algorithm.filter_low, algorithm.filter_high
     return (low is None or mean > low) and (high is None or mean < high)
+
+
+def check_filter_key(key: str, groups: Sequence[ScoredGroup], ranks: Ranks) -> None:
+    """Check that some response's reward has `key`. Collective. Raises: UserError on every rank.
+
+    A response whose reward failed has no parts, so no rank's groups alone say which keys there are.
+    """
+    own = {name for group in groups for name in _by_key(group)}
+    known = set().union(*ranks.all_gather_objects(own, "keys of the rewards"))
+    if key not in known:
+        raise UserError(f"algorithm.filter_key={key} is not among the reward's keys: {', '.join(sorted(known))}")
 
 
 def _by_key(scored: ScoredGroup) -> dict[str, np.ndarray]:

@@ -1,10 +1,14 @@
-"""A batch while its responses are sampled, and how a checkpoint keeps those that were begun ahead of their step."""
+"""A batch whose responses are being sampled, and how a checkpoint keeps one that was begun ahead of its step.
+
+An *index* is a place in the data set, a *slot* a place in the batch, a *position* a place among a rank's requests.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,48 +20,48 @@ if TYPE_CHECKING:
     from mmr1_ds.rollout.base import RolloutEngine
 
 _OPEN, _SAMPLED, _GIVEN_UP = range(3)
-_NO_PLACE = -1
+_NO_SLOT = -1
 
 
 @dataclass
-class Sampling:
+class InFlight:
     """This rank's requests of one batch and the groups that have come back."""
 
     step: int
     requests: list[RolloutRequest]
-    places: list[int]  # of the training groups in the batch, which come first; the other requests are probes
+    slots: list[int]  # of the training groups, which come first; the other requests are probes
     groups: dict[int, RolloutGroup | None] = field(default_factory=dict)  # by position; None was given up
     submitted: Any = None
     asked: list[int] = field(default_factory=list)  # positions that were submitted
 
-    def submit(self, engine: RolloutEngine, settings: Any) -> None:
+    def begin(self, engine: RolloutEngine, settings: Any) -> None:
         """Ask for every group that is not there. Not a collective."""
         self.asked = [position for position in range(len(self.requests)) if position not in self.groups]
         self.submitted = engine.submit([self.requests[position] for position in self.asked], settings)
 
-    def collect(self, engine: RolloutEngine) -> None:
+    def wait(self, engine: RolloutEngine) -> None:
         """Wait for what was submitted; a second call does nothing. Collective."""
         if self.submitted is not None:
             self.groups.update(zip(self.asked, engine.collect(self.submitted), strict=True))
             self.submitted = None
 
 
-def write_samplings(folder: Path, rank: int, samplings: Sequence[Sampling]) -> None:
-    """Write this rank's part, one safetensors file. Groups that have not been collected are asked for again later."""
+def write_in_flight(folder: Path, rank: int, batches: Sequence[InFlight]) -> None:
+    """Write this rank's part as one safetensors file. Groups that have not come back are asked for again later."""
     from safetensors.numpy import save_file
 
     arrays: dict[str, np.ndarray] = {}
-    for item in samplings:
-        arrays |= {f"{item.step}.{name}": array for name, array in _arrays(item).items()}
+    for batch in batches:
+        arrays |= {f"{batch.step}.{name}": array for name, array in _to_arrays(batch).items()}
     save_file(arrays, str(folder / f"rank_{rank}.safetensors"))
 
 
-def read_samplings(
+def read_in_flight(
     folder: Path, prompt: Callable[[int], Prompt], is_own: Callable[[int], bool], rank: int, size: int
-) -> list[Sampling]:
-    """What all ranks wrote, shared out over the ranks of this run: training groups by their place, probes in turn.
+) -> list[InFlight]:
+    """Read what all ranks wrote, shared out over the ranks of this run: training groups by slot, probes in turn.
 
-    Args: prompt: of a position in the data set; is_own: whether a place of a batch is this rank's.
+    Args: prompt: of an index; is_own: whether a slot is this rank's.
     """
     from safetensors.numpy import load_file
 
@@ -67,72 +71,82 @@ def read_samplings(
         for step in sorted({int(name.partition(".")[0]) for name in arrays}):
             training, probes = found.setdefault(step, ([], []))
             part = {name.partition(".")[2]: array for name, array in arrays.items() if name.startswith(f"{step}.")}
-            for place, request, group in _rows(part):
-                if place == _NO_PLACE:
+            for slot, request, group in _rows(part):
+                if slot == _NO_SLOT:
                     probes.append((request, group))
-                elif is_own(place):
-                    training.append((place, request, group))
-    samplings = []
+                elif is_own(slot):
+                    training.append((slot, request, group))
+    batches = []
     for step, (training, probes) in sorted(found.items()):
         training.sort(key=lambda row: row[0])
         rows = [(request, group) for _, request, group in training] + probes[rank::size]
         requests = [dataclasses.replace(request, prompt=prompt(request.prompt.index)) for request, _ in rows]
-        item = Sampling(step, requests, [place for place, *_ in training])
+        batch = InFlight(step, requests, [slot for slot, *_ in training])
         for position, (request, (_, group)) in enumerate(zip(requests, rows, strict=True)):
             if group is not _OPEN:
-                item.groups[position] = group and dataclasses.replace(group, prompt=request.prompt)
-        samplings.append(item)
-    return samplings
+                batch.groups[position] = group and dataclasses.replace(group, prompt=request.prompt)
+        batches.append(batch)
+    return batches
 
 
-def _arrays(item: Sampling) -> dict[str, np.ndarray]:
-    """R requests, G of them sampled with N responses each, T tokens in all."""
-    places = item.places + [_NO_PLACE] * (len(item.requests) - len(item.places))
-    found = [item.groups.get(position, _OPEN) for position in range(len(item.requests))]
-    states = [_OPEN if group is _OPEN else _GIVEN_UP if group is None else _SAMPLED for group in found]
-    groups = [group for group in found if isinstance(group, RolloutGroup)]
-    responses = [response for group in groups for response in group.responses]
+def pack_responses(responses: Sequence[Response]) -> dict[str, np.ndarray]:
+    """Lay B responses of T tokens in all end to end, for a file or another rank. Inverse: `unpack_responses`."""
     spans = [response.policy_versions for response in responses]
     return {
-        "place": np.array(places, dtype=np.int64),  # (R,)
-        "index": np.array([request.prompt.index for request in item.requests], dtype=np.int64),
-        "num_responses": np.array([request.num_responses for request in item.requests], dtype=np.int64),
-        "seed": np.array([request.seed for request in item.requests], dtype=np.int64),
-        "can_wait": np.array([request.can_wait for request in item.requests], dtype=np.bool_),
-        "state": np.array(states, dtype=np.int64),
-        "version": np.array([group.policy_version for group in groups], dtype=np.int64),  # (G,)
-        "length": np.array([len(response.token_ids) for response in responses], dtype=np.int64),  # (G * N,)
+        "length": np.array([len(response.token_ids) for response in responses], dtype=np.int64),  # (B,)
         "finished": np.array([response.finished for response in responses], dtype=np.bool_),
         "num_spans": np.array([len(span) for span in spans], dtype=np.int64),
         "spans": np.array([pair for span in spans for pair in span], dtype=np.int64).reshape(-1, 2),
-        "token_ids": np.array([token for r in responses for token in r.token_ids], dtype=np.int64),  # (T,)
-        "logprobs": np.array([value for r in responses for value in r.logprobs], dtype=np.float64),
+        "token_ids": np.concatenate([np.empty(0, dtype=np.int32), *(r.token_ids for r in responses)]),  # (T,)
+        "logprobs": np.concatenate([np.empty(0, dtype=np.float32), *(r.logprobs for r in responses)]),
+    }
+
+
+def unpack_responses(arrays: Mapping[str, np.ndarray]) -> list[Response]:
+    """Cut the arrays of `pack_responses` up again. Files of earlier versions have wider types, which are cast."""
+    token_ids, logprobs = arrays["token_ids"].astype(np.int32), arrays["logprobs"].astype(np.float32)
+    spans = [tuple(pair) for pair in arrays["spans"].tolist()]
+    return [
+        Response(token_ids[part], logprobs[part], finished, tuple(spans[own]))
+        for part, own, finished in zip(
+            _slices(arrays["length"]), _slices(arrays["num_spans"]), arrays["finished"].tolist(), strict=True
+        )
+    ]
+
+
+def _slices(lengths: np.ndarray) -> Iterator[slice]:
+    """Where each of some parts that lie end to end is."""
+    ends = np.cumsum(lengths)
+    return map(slice, (ends - lengths).tolist(), ends.tolist())
+
+
+def _to_arrays(batch: InFlight) -> dict[str, np.ndarray]:
+    """R requests, G of them sampled with N responses each."""
+    slots = batch.slots + [_NO_SLOT] * (len(batch.requests) - len(batch.slots))
+    found = [batch.groups.get(position, _OPEN) for position in range(len(batch.requests))]
+    states = [_OPEN if group is _OPEN else _GIVEN_UP if group is None else _SAMPLED for group in found]
+    groups = [group for group in found if isinstance(group, RolloutGroup)]
+    return {
+        "place": np.array(slots, dtype=np.int64),  # (R,); under the name that earlier checkpoints have it by
+        "index": np.array([request.prompt.index for request in batch.requests], dtype=np.int64),
+        "num_responses": np.array([request.num_responses for request in batch.requests], dtype=np.int64),
+        "seed": np.array([request.seed for request in batch.requests], dtype=np.int64),
+        "can_wait": np.array([request.can_wait for request in batch.requests], dtype=np.bool_),
+        "state": np.array(states, dtype=np.int64),
+        "version": np.array([group.policy_version for group in groups], dtype=np.int64),  # (G,)
+        **pack_responses([response for group in groups for response in group.responses]),
     }
 
 
 def _rows(arrays: dict[str, np.ndarray]) -> list[tuple[int, RolloutRequest, Any]]:
-    """(place, request, group, or None for one given up, or _OPEN), the prompts empty but for their index."""
-    cuts, span_cuts = np.cumsum(arrays["length"])[:-1], np.cumsum(arrays["num_spans"])[:-1]
-    responses = [
-        Response(
-            tuple(tokens.tolist()), tuple(logprobs.tolist()), bool(finished), tuple((a, b) for a, b in spans.tolist())
-        )
-        for tokens, logprobs, finished, spans in zip(
-            np.split(arrays["token_ids"], cuts),
-            np.split(arrays["logprobs"], cuts),
-            arrays["finished"],
-            np.split(arrays["spans"], span_cuts),
-            strict=False,  # without any response, split still gives one empty part
-        )
-    ]
-    rows, taken, num_groups = [], 0, 0
+    """(slot, request, group, or None for one given up, or _OPEN), the prompts empty but for their index."""
+    responses, versions = iter(unpack_responses(arrays)), iter(arrays["version"].tolist())
+    rows = []
     columns = (arrays[name].tolist() for name in ("place", "index", "num_responses", "seed", "can_wait", "state"))
-    for place, index, num_responses, seed, can_wait, state in zip(*columns, strict=True):
+    for slot, index, num_responses, seed, can_wait, state in zip(*columns, strict=True):
         bare = Prompt(index, "", (), (), "")
         group: Any = _OPEN if state == _OPEN else None
         if state == _SAMPLED:
-            part = tuple(responses[taken : taken + num_responses])
-            group = RolloutGroup(bare, part, int(arrays["version"][num_groups]))
-            taken, num_groups = taken + num_responses, num_groups + 1
-        rows.append((place, RolloutRequest(bare, num_responses, seed, can_wait=can_wait), group))
+            group = RolloutGroup(bare, tuple(islice(responses, num_responses)), next(versions))
+        rows.append((slot, RolloutRequest(bare, num_responses, seed, can_wait=can_wait), group))
     return rows

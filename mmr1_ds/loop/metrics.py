@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCounts], ranks: Ranks) -> dict[str, float]:
-    """`reward/<key>`: the mean of each figure the reward returned, over all responses; failures counted.
+    """Average each figure the reward returned over all responses, as `reward/<key>`, and count failures. Collective.
 
-    A key that only some responses have is averaged over those. Collective.
+    A key that only some responses have is averaged over those.
     """
     sums: dict[str, tuple[float, int]] = {}
     for group in rewards:
@@ -56,9 +56,9 @@ def step_metrics(
     max_prompt_length: int,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Score, advantage, length, time and throughput figures of a training step. Collective.
+    """Compute the score, advantage, length, time and throughput figures of a training step. Collective.
 
-    Args: rewards_B: what the trajectories were rewarded with, the KL taken off where it is taken off the reward.
+    Args: rewards_B: of the trajectories, less the KL where it is taken off the reward.
     """
     local = np.array(
         [
@@ -107,12 +107,12 @@ _STAGES_BY_TOKEN = dict.fromkeys(("gen", "reward"), "responses") | dict.fromkeys
 
 
 def stage_metrics(clock: StageClock, ranks: Ranks) -> dict[str, float]:
-    """`timing_s/*` of the slowest rank, and `memory_gb/*` of the one that held most. Collective."""
+    """Gather `timing_s/*` of the slowest rank, and `memory_gb/*` of the one that held most. Collective."""
     return ranks.max(clock.metrics(), "stages")
 
 
 def validation_lengths(groups: Sequence[RolloutGroup], max_prompt_length: int, ranks: Ranks) -> dict[str, float]:
-    """`val_response_length/*` and `val_prompt_length/*`, in tokens, over all responses. Collective."""
+    """Compute `val_response_length/*` and `val_prompt_length/*`, in tokens, over all responses. Collective."""
     own = [
         (len(response.token_ids), not response.finished, group.prompt.num_tokens)
         for group in groups
@@ -135,9 +135,9 @@ def _lengths(
 
 
 def policy_lag_metrics(groups: Sequence[RolloutGroup], version: int, ranks: Ranks) -> dict[str, float]:
-    """How far behind `version` the policies are that sampled a batch, in optimiser steps a token. Collective.
+    """Measure how far behind `version` the policies are that sampled a batch, in optimiser steps a token. Collective.
 
-    `rollout/mixed_fraction`: of responses that more than one policy sampled.
+    `rollout/mixed_fraction` is the share of responses that more than one policy sampled.
     """
     responses = [(response, group.policy_version) for group in groups for response in group.responses]
     own = {"tokens": 0.0, "lag": 0.0, "responses": float(len(responses)), "mixed": 0.0}

@@ -1,4 +1,4 @@
-"""Batches whose long responses are cut at a budget and go on in the next step (partial rollouts).
+"""Batches whose long responses are cut at a budget and continued in the next step (partial rollouts).
 
 The step then lasts as long as `worker.rollout.partial` tokens take, not as long as the longest response. A group is
 trained on when its last response is done; the policies that sampled a response are told apart by its versions, and
@@ -18,25 +18,25 @@ from typing import Any
 import numpy as np
 
 from mmr1_ds.loop.batches import PARTIAL_STATE, BatchMaker
-from mmr1_ds.loop.collector import PROBE, TRAINING
+from mmr1_ds.loop.collector import TRAINING
 from mmr1_ds.loop.drawn import Drawn
-from mmr1_ds.loop.in_flight import Sampling, read_samplings, write_samplings
+from mmr1_ds.loop.in_flight import InFlight, read_in_flight, write_in_flight
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
 
 _DECAY = 0.9  # of what earlier rounds say about how many groups finish
-_STEP = 1 << 32  # an id is step * _STEP + number of the prompt in its step: ids sort in the order of the draws
+_STEP = 1 << 32  # an id is step * _STEP + slot, and slots count the prompts of a step: ids sort as they were drawn
 
 
 @dataclass
 class FinishRates:
-    """How many groups finish in a round, of those drawn afresh and of those that go on."""
+    """How many groups finish in a round, of those drawn afresh and of those carried over from earlier rounds."""
 
     launched: dict[str, float] = field(default_factory=lambda: {"fresh": 0.0, "carried": 0.0})
     finished: dict[str, float] = field(default_factory=lambda: {"fresh": 0.0, "carried": 0.0})
 
     def rate(self, kind: str) -> float:
-        """Expected share that finishes, (0, 1]; 1 before anything is known."""
+        """The expected share that finishes, (0, 1]; 1 before anything is known."""
         return (self.finished[kind] + 1.0) / (self.launched[kind] + 1.0)
 
     def observe(self, kind: str, launched: int, finished: int) -> None:
@@ -46,7 +46,7 @@ class FinishRates:
             self.finished[kind] = _DECAY * self.finished[kind] + finished
 
     def num_fresh(self, needed: int, num_carried: int, most: int) -> int:
-        """Prompts to draw so that `needed` groups finish in the round but for bad luck, at most `most`.
+        """How many prompts to draw so that `needed` groups finish in the round but for bad luck, at most `most`.
 
         Two standard deviations above the mean: a second round for a few groups costs as long as the first, a group
         too many is trained on in the next step.
@@ -63,18 +63,18 @@ class PartialBatchMaker(BatchMaker):
     """Makes the batch of each step from the groups that finish first."""
 
     def __init__(self, *arguments: Any) -> None:
-        """As BatchMaker."""
+        """Take what BatchMaker takes."""
         super().__init__(*arguments)
-        budget, longest = self._config.worker.rollout.partial, self._config.data.max_response_length
+        budget, longest = self._rollout.partial, self._data.max_response_length
         assert budget is not None
         self._budget, self._longest = budget, longest
         self._most = math.ceil(longest / budget) * self._batch_size  # groups at once: every batch finishes by then
         self._begun: dict[int, tuple[RolloutRequest, RolloutGroup | None]] = {}  # this rank's, by id
-        self._queue: list[int] = []  # drawn, not begun: prompts come in batches; the same on every rank
+        self._queue: list[int] = []  # indices drawn, not begun: they come in batches; the same on every rank
         self._rates = FinishRates()
 
     def _fill(self, step: int, settings: SamplingSettings, clock: StageClock) -> tuple[Drawn, dict[str, float]]:
-        """Rounds of at most the budget until a batch of groups is done."""
+        """Sample in rounds of at most the budget until a batch of groups is done."""
         drawn, num_rounds = Drawn(), 0
         probes: list[RolloutGroup] = []
         finished, unfinished = self._count()
@@ -82,29 +82,28 @@ class PartialBatchMaker(BatchMaker):
         # Some are there when the step was cut off before and begins again.
         num_begun = max((id % _STEP + 1 for id in everything if id // _STEP == step), default=0)
         while len(finished) < self._batch_size:
-            most = self._most - len(finished) - sum(len(part) for part in unfinished)
-            needed, num_carried = self._batch_size - len(finished), sum(len(part) for part in unfinished)
-            num_fresh = self._rates.num_fresh(needed, num_carried, most)
             carried = {id for part in unfinished for id in part}
+            most, needed = self._most - len(finished) - len(carried), self._batch_size - len(finished)
+            num_fresh = self._rates.num_fresh(needed, len(carried), most)
             with clock("draw"):
                 self._draw(step, num_begun, num_fresh, [len(part) for part in unfinished])
-                sampling = self._sampling_of_round(step, with_probes=num_rounds == 0)
-                self._collector.begin(sampling, dataclasses.replace(settings, max_tokens=self._budget))
+                in_flight = self._round(step, with_probes=num_rounds == 0)
+                self._collector.begin(in_flight, dataclasses.replace(settings, max_tokens=self._budget))
             with clock("gen"):
-                self._collector.wait(sampling)
-            probes += self._merge(sampling)
+                self._collector.wait(in_flight)
+            probes += self._merge(in_flight)
             num_begun, num_rounds = num_begun + num_fresh, num_rounds + 1
             before = len(finished)
             finished, unfinished = self._count()
             of_carried = len(carried & set(finished))
-            self._rates.observe("carried", num_carried, of_carried)
+            self._rates.observe("carried", len(carried), of_carried)
             self._rates.observe("fresh", num_fresh, len(finished) - before - of_carried)
         chosen = [id for id in sorted(finished)[: self._batch_size] if id in self._begun]
         groups = [group for id in chosen if (group := self._begun[id][1]) is not None]
-        learning, scored_probes, failures = self._score(step, groups + probes, len(groups), clock)
+        scored, scored_probes, failures = self._score(step, groups + probes, len(groups), clock)
         for id in chosen:
             del self._begun[id]
-        drawn.add(chosen, learning, scored_probes, failures, self._batch_size, self._config.algorithm)
+        drawn.add(chosen, scored, scored_probes, failures, self._batch_size, self._algorithm)
         return drawn, {
             "partial/num_rounds": float(num_rounds),
             "partial/num_waiting": float(len(finished) - self._batch_size),  # done, for the next step
@@ -112,37 +111,38 @@ class PartialBatchMaker(BatchMaker):
         }
 
     def _count(self) -> tuple[list[int], list[list[int]]]:
-        """Ids of the groups that are done on any rank, and of the others, rank by rank. Collective."""
+        """The ids of the groups that are done on any rank, and of the others, rank by rank. Collective."""
         done = [id for id, (_, group) in self._begun.items() if self._is_done(group)]
         own = done, [id for id in self._begun if id not in set(done)]
         everyone = self._ranks.all_gather_objects(own, "count groups that are done")
         return [id for part, _ in everyone for id in part], [part for _, part in everyone]
 
     def _is_done(self, group: RolloutGroup | None) -> bool:
-        return group is not None and all(self._response_is_done(response) for response in group.responses)
+        return group is not None and not self._open(group)
 
-    def _response_is_done(self, response: Response) -> bool:
-        return response.finished or len(response.token_ids) >= self._longest
+    def _open(self, group: RolloutGroup) -> list[int]:
+        """The responses that are not done."""
+        return [
+            k
+            for k, response in enumerate(group.responses)
+            if not response.finished and len(response.token_ids) < self._longest
+        ]
 
     def _draw(self, step: int, num_begun: int, count: int, loads: list[int]) -> None:
-        """Begin `count` prompts, each on the rank that has the fewest groups to go on with. Collective."""
+        """Begin `count` prompts, each on the rank with the fewest groups to continue. Collective."""
         while len(self._queue) < count:
             self._queue += self._coordinator.next_batch(step).tolist()
         indices, self._queue = self._queue[:count], self._queue[count:]
-        numbers = range(num_begun, num_begun + count)
-        num_responses = self._config.worker.rollout.n
-        own = []
-        for place in range(count):
+        own: dict[int, int] = {}  # slot -> index
+        for slot, index in enumerate(indices, start=num_begun):
             taker = int(np.argmin(loads))
             loads[taker] += 1
             if taker == self._ranks.rank:
-                own.append(place)
-        requests = self._requests(
-            self._data, [indices[k] for k in own], num_responses, TRAINING, step, [numbers[k] for k in own]
-        )
-        self._begun.update({step * _STEP + numbers[k]: (item, None) for k, item in zip(own, requests, strict=True)})
+                own[slot] = index
+        requests = self._requests(self._prompts, [*own.values()], self._rollout.n, TRAINING, step, [*own])
+        self._begun.update({step * _STEP + slot: (item, None) for slot, item in zip(own, requests, strict=True)})
 
-    def _sampling_of_round(self, step: int, with_probes: bool) -> Sampling:
+    def _round(self, step: int, with_probes: bool) -> InFlight:
         """Requests for all that this rank has begun and not finished, and for probes. Collective with probes."""
         requests = []
         for _, (request, group) in sorted(self._begun.items()):
@@ -150,26 +150,22 @@ class PartialBatchMaker(BatchMaker):
                 limit = min(self._budget, self._longest)
                 requests.append(dataclasses.replace(request, max_tokens=limit))
             else:
-                requests += [self._go_on(request, k, group.responses[k]) for k in self._open(group)]
+                requests += [self._continue(request, k, group.responses[k]) for k in self._open(group)]
         if with_probes:
-            coordinator, ranks = self._coordinator, self._ranks
-            probes = coordinator.next_probes(step)[ranks.rank :: ranks.size]
-            requests += self._requests(self._data, probes, coordinator.num_probe_responses, PROBE, step, probes)
-        return Sampling(step, requests, [])
+            requests += self._probes(step)
+        return InFlight(step, requests, [])
 
-    def _open(self, group: RolloutGroup) -> list[int]:
-        return [k for k, response in enumerate(group.responses) if not self._response_is_done(response)]
+    def _continue(self, request: RolloutRequest, k: int, begun: Response) -> RolloutRequest:
+        """The request to sample on after what response `k` has."""
+        num_tokens = len(begun.token_ids)
+        token_ids = (*request.prompt.token_ids, *begun.token_ids.tolist())
+        seed = int(np.random.SeedSequence((request.seed, k, num_tokens)).generate_state(1)[0])
+        limit = min(self._budget, self._longest - num_tokens)
+        return RolloutRequest(dataclasses.replace(request.prompt, token_ids=token_ids), 1, seed, max_tokens=limit)
 
-    def _go_on(self, request: RolloutRequest, number: int, begun: Response) -> RolloutRequest:
-        """Sample on after what response `number` has."""
-        prompt = dataclasses.replace(request.prompt, token_ids=request.prompt.token_ids + begun.token_ids)
-        seed = int(np.random.SeedSequence((request.seed, number, len(begun.token_ids))).generate_state(1)[0])
-        limit = min(self._budget, self._longest - len(begun.token_ids))
-        return RolloutRequest(prompt, 1, seed, max_tokens=limit)
-
-    def _merge(self, sampling: Sampling) -> list[RolloutGroup]:
+    def _merge(self, in_flight: InFlight) -> list[RolloutGroup]:
         """Add what a round sampled to what there was. Returns: the groups of probes, but for those that were cut."""
-        groups = [sampling.groups[position] for position in range(len(sampling.requests))]
+        groups = [in_flight.groups[position] for position in range(len(in_flight.requests))]
         taken = 0
         for id, (request, group) in sorted(self._begun.items()):
             if group is not None and not self._open(group):
@@ -184,25 +180,27 @@ class PartialBatchMaker(BatchMaker):
 
     def _joined(self, group: RolloutGroup, parts: Sequence[RolloutGroup]) -> RolloutGroup:
         responses = list(group.responses)
-        for number, part in zip(self._open(group), parts, strict=True):
-            old, (new,) = responses[number], part.responses
-            spans = _spans(old, group.policy_version) + _spans(new, part.policy_version)
-            responses[number] = Response(
-                old.token_ids + new.token_ids, old.logprobs + new.logprobs, new.finished, spans
+        for k, part in zip(self._open(group), parts, strict=True):
+            old, (new,) = responses[k], part.responses
+            responses[k] = Response(
+                np.concatenate([old.token_ids, new.token_ids]),
+                np.concatenate([old.logprobs, new.logprobs]),
+                new.finished,
+                _spans(old, group.policy_version) + _spans(new, part.policy_version),
             )
         oldest = min(group.policy_version, *(part.policy_version for part in parts))
         return dataclasses.replace(group, responses=tuple(responses), policy_version=oldest)
 
     def save(self, folder: Path) -> None:
         """See BatchMaker."""
-        by_step: dict[int, Sampling] = {}
+        by_step: dict[int, InFlight] = {}
         for id, (request, group) in sorted(self._begun.items()):
-            item = by_step.setdefault(id // _STEP, Sampling(id // _STEP, [], []))
-            item.places.append(id % _STEP)
+            batch = by_step.setdefault(id // _STEP, InFlight(id // _STEP, [], []))
+            batch.slots.append(id % _STEP)
             if group is not None:
-                item.groups[len(item.requests)] = group
-            item.requests.append(request)
-        write_samplings(folder, self._ranks.rank, list(by_step.values()))
+                batch.groups[len(batch.requests)] = group
+            batch.requests.append(request)
+        write_in_flight(folder, self._ranks.rank, list(by_step.values()))
         if self._ranks.rank == 0:
             state = {"queue": self._queue, **dataclasses.asdict(self._rates)}
             (folder / PARTIAL_STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -215,9 +213,9 @@ class PartialBatchMaker(BatchMaker):
         self._queue = state["queue"]
         self._rates = FinishRates(state["launched"], state["finished"])
         rank, size = self._ranks.rank, self._ranks.size
-        for item in read_samplings(folder, self._data.__getitem__, lambda place: place % size == rank, rank, size):
-            for position, (place, request) in enumerate(zip(item.places, item.requests, strict=True)):
-                self._begun[item.step * _STEP + place] = request, item.groups.get(position)
+        for batch in read_in_flight(folder, self._prompts.__getitem__, lambda slot: slot % size == rank, rank, size):
+            for position, (slot, request) in enumerate(zip(batch.slots, batch.requests, strict=True)):
+                self._begun[batch.step * _STEP + slot] = request, batch.groups.get(position)
 
 
 def _spans(response: Response, version: int) -> tuple[tuple[int, int], ...]:

@@ -87,8 +87,8 @@ class CurriculumRefresh:
                 own = chunk[ranks.rank :: ranks.size]  # interleaved: long prompts often lie together
                 requests = self._requests(self._train_data, own, self._data.curriculum_rollout_n, REFRESH, step, own)
                 groups, _ = self._collector.collect(requests, self._settings, StageClock(ranks.stage))
-                scores = score_batch(groups, self._encoder.eos_token_ids, self._data.curriculum_metrics)
-                coordinator.observe_refresh(scores.statistics)
+                statistics = score_batch(groups, self._encoder.eos_token_ids, self._data.curriculum_metrics)
+                coordinator.observe_refresh(statistics)
                 coordinator.save_refresh(self._kept, key)
                 advance(len(chunk))
             coordinator.finish_refresh(step + 1)

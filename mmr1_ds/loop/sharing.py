@@ -1,14 +1,27 @@
-"""How a batch is shared out over the ranks."""
+"""How a batch is shared out over the ranks: who samples, who trains on which group, and how groups travel."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from mmr1_ds.records import LearningGroup
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.engine.micro_batches import balance
+from mmr1_ds.loop.drawn import Drawn
+from mmr1_ds.loop.in_flight import pack_responses, unpack_responses
+from mmr1_ds.records import GroupRewards, Prompt, RolloutGroup, ScoredGroup
+
+if TYPE_CHECKING:
+    from mmr1_ds.data.dataset import PromptDataset
+
+_PART, _HAS_PART = "part.", "has_part."  # before the name of a reward's part
 
 
 def batch_slots(batch_size: int, mini_batch_size: int, rank: int, size: int) -> np.ndarray:
-    """Positions of a batch that are this rank's, mini-batch by mini-batch.
+    """The slots of a batch that this rank samples, mini-batch by mini-batch.
 
     Every mini-batch is split over the ranks on its own, so that an optimiser step sees the same prompts on any
     number of ranks. Returns: int64, batch_size / size of them.
@@ -18,8 +31,115 @@ def batch_slots(batch_size: int, mini_batch_size: int, rank: int, size: int) -> 
     return (starts[:, None] + np.arange(share)).reshape(-1)
 
 
-def _num_tokens(group: LearningGroup) -> int:
-    """Of all its sequences, prompts included."""
-    rollout = group.scored.group
-    prompt = rollout.prompt.num_tokens or len(rollout.prompt.token_ids)
-    return sum(prompt + len(response.token_ids) for response in rollout.responses)
+def share_out(
+    drawn: Drawn, batch_size: int, mini_batch_size: int, data: PromptDataset, ranks: Ranks
+) -> tuple[list[ScoredGroup], np.ndarray, dict[str, float]]:
+    """Give each rank its share of the first groups that teach, filled up with the first of the others. Collective.
+
+    They are taken in the order they were drawn in, whichever rank sampled them: the batch is the same on any number of
+    ranks. Returns: this rank's groups, the indices of the whole batch, (B,) int64, and metrics.
+    """
+    own = drawn.teaching | drawn.others
+    rows = [(slot not in drawn.teaching, slot, item.group.prompt.index, num_tokens(item)) for slot, item in own.items()]
+    gathered = ranks.all_gather_array(np.array(rows, dtype=np.int64).reshape(-1, 4), "choose groups")
+    is_other, slots, indices, tokens = np.concatenate(gathered).T
+    chosen = np.lexsort((slots, is_other))[:batch_size]
+    takers, metrics = balanced(tokens[chosen], mini_batch_size, ranks.size)
+    leaving: list[dict[int, ScoredGroup]] = [{} for _ in range(ranks.size)]
+    for slot, taker in zip(slots[chosen].tolist(), takers.tolist(), strict=True):
+        if slot in own and taker != ranks.rank:
+            leaving[taker][slot] = own[slot]
+    for arrays in ranks.exchange_arrays([groups_to_arrays(part) for part in leaving], "exchange groups"):
+        own |= groups_from_arrays(arrays)
+    wanted = slots[chosen][takers == ranks.rank].tolist()
+    return [with_prompt(own[slot], data) for slot in wanted], indices[chosen], metrics
+
+
+def balanced(tokens: np.ndarray, mini_batch_size: int, size: int) -> tuple[np.ndarray, dict[str, float]]:
+    """The rank that trains on each group of the batch, by the groups' tokens, and how even that is.
+
+    Groups change places inside their optimiser step alone, so that every step learns from the same prompts.
+    """
+    share = mini_batch_size // size
+    takers = np.empty(len(tokens), dtype=np.int64)
+    for start in range(0, len(tokens), mini_batch_size):
+        order = balance(tokens[start : start + mini_batch_size].tolist(), size)
+        takers[start + np.array(order)] = np.arange(mini_batch_size) // share
+    before = np.arange(len(tokens)) % mini_batch_size // share
+    totals, after = (np.bincount(ranks, tokens, minlength=size) for ranks in (before, takers))
+    return takers, {
+        "global_seqlen/mean": float(totals.mean()),
+        "global_seqlen/min": float(totals.min()),
+        "global_seqlen/max": float(totals.max()),
+        "global_seqlen/minmax_diff": float(np.ptp(totals)),
+        "global_seqlen/balanced_min": float(after.min()),
+        "global_seqlen/balanced_max": float(after.max()),
+    }
+
+
+def num_tokens(scored: ScoredGroup) -> int:
+    """The tokens of all the group's sequences, prompts included."""
+    prompt = scored.group.prompt.num_tokens or len(scored.group.prompt.token_ids)
+    return sum(prompt + len(response.token_ids) for response in scored.group.responses)
+
+
+def with_prompt(scored: ScoredGroup, data: PromptDataset) -> ScoredGroup:
+    """The group with the prompt that the data set has at its index, where it came without."""
+    if scored.group.prompt.token_ids:
+        return scored
+    return dataclasses.replace(
+        scored, group=dataclasses.replace(scored.group, prompt=data[scored.group.prompt.index])
+    )
+
+
+def groups_to_arrays(groups: Mapping[int, ScoredGroup]) -> dict[str, np.ndarray]:
+    """Turn groups by slot into arrays for another rank: G groups, B responses. Inverse: `groups_from_arrays`.
+
+    Prompts stay behind but for their index, for their images' sake: the receiver has the same data set.
+    """
+    scored, rewards = [*groups.values()], [item.rewards for item in groups.values()]
+    arrays = {
+        "slot": np.array([*groups], dtype=np.int64),  # (G,)
+        "index": np.array([item.group.prompt.index for item in scored], dtype=np.int64),
+        "version": np.array([item.group.policy_version for item in scored], dtype=np.int64),
+        "num_responses": np.array([len(item.group.responses) for item in scored], dtype=np.int64),
+        "overall": _end_to_end([item.overall for item in rewards]),  # (B,)
+        "accuracy": _end_to_end([item.accuracy for item in rewards]),
+        "failed": np.concatenate([np.empty(0, dtype=np.bool_), *(item.failed for item in rewards)]),
+        **pack_responses([response for item in scored for response in item.group.responses]),
+    }
+    for name in sorted({name for item in rewards for name in item.parts}):  # not every group has every part
+        arrays[_HAS_PART + name] = np.array([name in item.parts for item in rewards], dtype=np.bool_)  # (G,)
+        arrays[_PART + name] = _end_to_end([item.parts[name] for item in rewards if name in item.parts])
+    return arrays
+
+
+def groups_from_arrays(arrays: Mapping[str, np.ndarray]) -> dict[int, ScoredGroup]:
+    """The groups by slot, their prompts empty but for the index."""
+    sizes, responses = arrays["num_responses"], unpack_responses(arrays)
+    parts: list[dict[str, np.ndarray]] = [{} for _ in sizes]
+    for key in arrays:
+        if key.startswith(_PART):
+            name = key.removeprefix(_PART)
+            having = np.flatnonzero(arrays[_HAS_PART + name])
+            for group, values in zip(having.tolist(), _cut(arrays[key], sizes[having]), strict=True):
+                parts[group][name] = values
+    columns = (_cut(arrays[name], sizes) for name in ("overall", "accuracy", "failed"))
+    found = {}
+    stop = 0
+    for slot, index, version, size, *rewards in zip(
+        *(arrays[name].tolist() for name in ("slot", "index", "version", "num_responses")), *columns, parts, strict=True
+    ):
+        start, stop = stop, stop + size
+        group = RolloutGroup(Prompt(index, "", (), (), ""), tuple(responses[start:stop]), version)
+        found[slot] = ScoredGroup(group, GroupRewards(*rewards))
+    return found
+
+
+def _end_to_end(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=np.float32), *parts])
+
+
+def _cut(values: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """The inverse of laying parts of these sizes end to end."""
+    return np.split(values, np.cumsum(sizes)[:-1]) if len(sizes) else []

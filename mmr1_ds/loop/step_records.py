@@ -60,13 +60,12 @@ class StepRecords:
     def keep(self, step: int, batch: Batch) -> None:
         """Write down what a step drew, saw and learned from, before the next weights are sent. Collective."""
         self._of_rollout = self._rollout.metrics()
-        scored = [group.scored for group in batch.groups]
         if self._lags:
-            groups = [item.group for item in scored]
+            groups = [item.group for item in batch.groups]
             self._of_rollout |= policy_lag_metrics(groups, self._version, self._ranks)
         self._metrics_logger.record("draws", step, {"prompts": batch.prompts.tolist()})
         observed = self.keep_of_curriculum(step).get("observations")
-        self._samples.keep(step, scored, observed)
+        self._samples.keep(step, batch.groups, observed)
 
     def keep_of_curriculum(self, step: int) -> dict[str, dict[str, Any]]:
         """Write down what the curriculum has to say of its last step or refresh. Returns: the same, on rank 0."""
@@ -81,9 +80,8 @@ class StepRecords:
         """Stop the clock. Collective. Returns: all metrics of the step, of all ranks."""
         clock.seconds["step"] = time.perf_counter() - self._began
         self._preemption.took(after_sampling=clock.seconds["step"] - clock.seconds.get("gen", 0.0))
-        scored = [group.scored for group in batch.groups]
         metrics = step_metrics(
-            scored, experience.trajectories, experience.rewards_B, clock, self._max_prompt_length, self._ranks
+            batch.groups, experience.trajectories, experience.rewards_B, clock, self._max_prompt_length, self._ranks
         )
         # A critic's returns, among what was learned, take the place of the others.
         return batch.metrics | self._of_rollout | metrics | learned | self._coordinator.metrics()

@@ -98,7 +98,7 @@ class Validation:
         rows = [
             {
                 "prompt": decode(item.group.prompt.token_ids),
-                "response": decode(response.token_ids),
+                "response": decode(response.token_ids.tolist()),
                 "ground_truth": item.group.prompt.ground_truth,
                 "score": float(reward),
             }

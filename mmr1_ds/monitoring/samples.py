@@ -41,7 +41,7 @@ class TrainingSamples:
     ) -> None:
         """
         Args:
-            run_dir: its samples.jsonl is gone on with; it ends at the step that the run goes on from.
+            run_dir: its samples.jsonl is continued; it ends at the step that the run resumes from.
             num_groups: to keep a step; 0 = none.
             decode: token ids to text.
         """
@@ -50,7 +50,7 @@ class TrainingSamples:
         self._first_pass_rates = _first_pass_rates(run_dir / "samples.jsonl") if ranks.rank == 0 else {}
 
     def keep(self, step: int, groups: Sequence[ScoredGroup], observed: Mapping[str, Any] | None) -> None:
-        """Take some of this step's groups. Collective.
+        """Keep some of this step's groups. Collective.
 
         Args:
             groups: this rank's part of what the step trains on.
@@ -71,7 +71,7 @@ class TrainingSamples:
             self._write(step, [found[index] for index in chosen], observed)
 
     def _choose(self, trained: np.ndarray, observed: Mapping[str, Any]) -> np.ndarray:
-        """Prompts among `trained`, (K,) int64, K <= num_groups."""
+        """Choose prompts among `trained`, (K,) int64, K <= num_groups."""
         ranked = []
         for index, rate in _known_rates(observed).items():
             if index not in trained:
@@ -95,7 +95,7 @@ class TrainingSamples:
             "num_responses": len(group.responses),
             "responses": [
                 {
-                    "text": self._decode(group.responses[k].token_ids)[:_MAX_CHARACTERS],
+                    "text": self._decode(group.responses[k].token_ids.tolist())[:_MAX_CHARACTERS],
                     "reward": float(rewards.overall[k]),
                     "accuracy": None if np.isnan(rewards.accuracy[k]) else float(rewards.accuracy[k]),
                 }
@@ -119,7 +119,7 @@ class TrainingSamples:
             self._first_pass_rates.setdefault(index, rates[index])
 
     def _write_image(self, path: Path, data: bytes) -> None:
-        """Whole or not at all; a disk that does not take it costs the picture and not the run."""
+        """Write a picture whole or not at all; a disk that fails costs the picture and not the run."""
         if path.exists():
             return
         partial = path.with_suffix(".partial")

@@ -40,7 +40,7 @@ def score_groups(
     for group in groups:
         prompt = decode(group.prompt.token_ids)
         items += [
-            RewardItem(decode(response.token_ids), len(response.token_ids), group.prompt.ground_truth, prompt)
+            RewardItem(decode(response.token_ids.tolist()), len(response.token_ids), group.prompt.ground_truth, prompt)
             for response in group.responses
         ]
     results = pool.score(items)
@@ -53,7 +53,7 @@ def score_groups(
 
 
 def _group_rewards(results: list[RewardResult]) -> GroupRewards:
-    """A part that some responses lack (failed ones lack all) counts 0 there.
+    """Put the results of one group together; a part that a response lacks (a failed one lacks all) counts 0 there.
 
     An unscored response takes the mean reward of the others: its advantage is 0, it teaches neither way.
     """
@@ -71,7 +71,7 @@ def _group_rewards(results: list[RewardResult]) -> GroupRewards:
 
 
 def _mean(values: np.ndarray) -> np.float32:
-    """Exactly their value where all are equal: a rounded mean would make a constant group vary."""
+    """The mean, exactly their value where all are equal: a rounded mean would make a constant group vary."""
     return np.float32(values[0] if (values == values[0]).all() else values.mean(dtype=np.float64))
 
 

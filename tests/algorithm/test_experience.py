@@ -7,13 +7,14 @@ import pytest
 from fixtures.batch_makers import SETTINGS, FakeCollector, make, rewards
 from fixtures.golden_numbers import OneRank
 from fixtures.rank_threads import SingleProcess, Threads, on_ranks
+from fixtures.responses import response
 
 from mmr1_ds.algorithm import advantages
 from mmr1_ds.algorithm.experience import make_experience
 from mmr1_ds.algorithm.kl import KLController
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.monitoring.clock import StageClock
-from mmr1_ds.records import Prompt, Response, RolloutGroup, ScoredGroup
+from mmr1_ds.records import Prompt, RolloutGroup, ScoredGroup
 
 RANK = OneRank()
 REWARDS = np.array([[1.0, 0.0, 0.5], [0.25, 0.25, 0.25]])
@@ -26,8 +27,8 @@ def scored_groups():
     for index, values in enumerate(REWARDS):
         responses = []
         for _ in values:
-            tokens = tuple(range(LENGTHS[at]))
-            responses.append(Response(tokens, tuple(-0.1 * token for token in tokens), True))
+            tokens = range(LENGTHS[at])
+            responses.append(response(tokens, [-0.1 * token for token in tokens]))
             at += 1
         group = RolloutGroup(Prompt(index, f"p{index}", (1,), (), ""), tuple(responses), 0)
         found.append(ScoredGroup(group, rewards(values)))
@@ -211,20 +212,19 @@ class WithGreedy(FakeCollector):
 def test_remax_takes_one_greedy_response_a_prompt():
     collector = WithGreedy()
     maker, _ = make(SingleProcess(), collector, online_filtering=False)
-    maker._config.algorithm.adv_estimator = "remax"
+    maker._algorithm.adv_estimator = "remax"
     batch = maker.make(1, dataclasses.replace(SETTINGS, top_p=0.9, top_k=5), StageClock())
     ((requests, settings),) = collector.greedy
     assert (settings.temperature, settings.top_p, settings.top_k) == (0.0, 1.0, -1)
     assert settings.max_tokens == SETTINGS.max_tokens
-    assert [request.prompt.index for request in requests] == [g.scored.group.prompt.index for g in batch.groups]
+    assert [request.prompt.index for request in requests] == [g.group.prompt.index for g in batch.groups]
     assert {request.num_responses for request in requests} == {1}
-    for group in batch.groups:
-        index = group.scored.group.prompt.index
+    for group, baseline in zip(batch.groups, batch.baselines, strict=True):
+        index = group.group.prompt.index
         # Of a reward that failed nothing is known: the mean of the group stands in.
-        expected = float(group.scored.rewards.overall.mean()) if index % 5 == 0 else index / 4
-        assert group.baseline == expected
-    assert batch.metrics["reward/baseline"] == pytest.approx(np.mean([group.baseline for group in batch.groups]))
-    num_sampled = sum(len(group.scored.group.responses) for group in batch.groups)
+        assert baseline == (float(group.rewards.overall.mean()) if index % 5 == 0 else index / 4)
+    assert batch.metrics["reward/baseline"] == pytest.approx(np.mean(batch.baselines))
+    num_sampled = sum(len(group.group.responses) for group in batch.groups)
     assert batch.metrics["reward/num_responses"] == num_sampled  # greedy ones are not counted in
 
 
@@ -232,5 +232,5 @@ def test_without_remax_nothing_is_sampled_greedily():
     collector = WithGreedy()
     maker, _ = make(SingleProcess(), collector, online_filtering=False)
     batch = maker.make(1, SETTINGS, StageClock())
-    assert collector.greedy == [] and all(group.baseline is None for group in batch.groups)
+    assert collector.greedy == [] and batch.baselines is None
     assert "reward/baseline" not in batch.metrics

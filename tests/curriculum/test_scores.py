@@ -4,12 +4,13 @@ import sys
 
 import numpy as np
 import pytest
+from fixtures.responses import response
 
 from mmr1_ds.curriculum.metric_names import canonical_metric, check_metrics
 from mmr1_ds.curriculum.scores import variance_promotion_score
-from mmr1_ds.curriculum.statistics import PromptStatistics, ScoredBatch, from_records, score_batch, to_records
+from mmr1_ds.curriculum.statistics import PromptStatistics, from_records, score_batch, to_records
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import GroupRewards, Prompt, Response, RolloutGroup, ScoredGroup
+from mmr1_ds.records import GroupRewards, Prompt, RolloutGroup, ScoredGroup
 
 
 def statistics(**changes):
@@ -28,7 +29,7 @@ def statistics(**changes):
 
 def scored_group(index, responses, rewards, accuracies):
     prompt = Prompt(index, f"id-{index}", (1, 2, 3), (), "42")
-    sampled = tuple(Response(tuple(tokens), (0.0,) * len(tokens), True) for tokens in responses)
+    sampled = tuple(map(response, responses))
     return ScoredGroup(
         RolloutGroup(prompt, sampled, 0),
         GroupRewards(
@@ -105,7 +106,7 @@ def test_statistics_of_groups():
         ],
         eos_token_ids=(98, 99),
         metrics=["learnability"],
-    ).statistics
+    )
     assert [prompt.index for prompt in found] == [7, 2]
     assert [prompt.num_responses for prompt in found] == [2, 2]
     assert [prompt.pass_rate for prompt in found] == [0.5, 0.0]
@@ -118,19 +119,19 @@ def test_statistics_of_groups():
 
 def test_accuracies_that_are_not_known_are_counted():
     group = scored_group(3, [[1, 2], [3], [4, 5], [6]], [1, 0.5, 0, 0.5], [1, float("nan"), 0, float("nan")])
-    found = score_batch([group], (99,), ["learnability"]).statistics[0]
+    found = score_batch([group], (99,), ["learnability"])[0]
     assert (found.num_responses, found.num_unscored, found.pass_rate) == (4, 2, 0.5)
     assert from_records(to_records([found]))[0].num_unscored == 2
 
 
 def test_edit_distance_only_when_asked():
     group = scored_group(0, [[1, 2, 3, 4], [1, 2, 3, 5, 99]], [1, 0], [1, 0])
-    found = score_batch([group], (99,), ["learnability", "edit_distance"]).statistics[0]
+    found = score_batch([group], (99,), ["learnability", "edit_distance"])[0]
     assert found.edit_distance == pytest.approx(0.25)
 
 
 def test_no_groups():
-    assert score_batch([], (99,), ["learnability"]) == ScoredBatch([], [])
+    assert score_batch([], (99,), ["learnability"]) == []
     assert from_records(to_records([])) == []
 
 

@@ -13,9 +13,9 @@ def make_table(num_prompts=5, floor=0.0, momentum=0.0, fingerprint="abc"):
     return CurriculumTable([f"p{i}" for i in range(num_prompts)], fingerprint, floor, momentum)
 
 
-def replace(table, scores, step=1, pass_rates=None, num_responses=8):
+def replace(table, scores, pass_rates=None, num_responses=8):
     rates = np.full(len(table), 0.5) if pass_rates is None else np.array(pass_rates)
-    table.replace_scores(np.array(scores, dtype=np.float32), rates, np.full(len(table), num_responses), step)
+    table.replace_scores(np.array(scores, dtype=np.float32), rates, np.full(len(table), num_responses))
 
 
 def test_nothing_known_is_uniform():
@@ -25,7 +25,6 @@ def test_nothing_known_is_uniform():
 def test_weights_are_normalised_over_the_data_set():
     table = make_table()
     replace(table, [0.1, 0.2, 0.3, 0.15, 0.1])
-    np.testing.assert_allclose(table.column("raw_score"), [0.1, 0.2, 0.3, 0.15, 0.1], rtol=1e-6)
     np.testing.assert_allclose(table.sampling_weights, [0, 0.5, 1, 0.25, 0], atol=1e-6)
 
 
@@ -44,20 +43,18 @@ def test_equal_scores_are_uniform(score):
 
 def test_momentum_blends_normalised_weights():
     table = make_table(num_prompts=3, momentum=0.75)
-    replace(table, [0.0, 0.1, 0.2], step=1)
+    replace(table, [0.0, 0.1, 0.2])
     np.testing.assert_allclose(table.sampling_weights, [0, 0.5, 1], atol=1e-6)  # nothing old to blend with
-    replace(table, [0.25, 0.0, 0.0], step=5)
+    replace(table, [0.25, 0.0, 0.0])
     np.testing.assert_allclose(table.sampling_weights, [0.25, 0.375, 0.75], atol=1e-6)
-    assert table.column("last_seen_step").tolist() == [5, 5, 5]
 
 
 def test_unknown_scores_keep_the_old_row():
     table = make_table(num_prompts=3)
-    replace(table, [0.0, 0.1, 0.2], step=1, pass_rates=[0, 0.5, 1])
-    replace(table, [NAN, 0.2, 0.0], step=2, pass_rates=[NAN, 0.25, 0])
+    replace(table, [0.0, 0.1, 0.2], pass_rates=[0, 0.5, 1])
+    replace(table, [NAN, 0.2, 0.0], pass_rates=[NAN, 0.25, 0])
     np.testing.assert_allclose(table.sampling_weights, [0, 1, 0], atol=1e-6)
     assert table.column("pass_rate").tolist() == [0.0, 0.25, 0.0]
-    assert table.column("last_seen_step").tolist() == [1, 2, 2]
 
 
 def test_a_prompt_never_scored_gets_the_mean_weight():
@@ -84,7 +81,6 @@ def test_sampling_weights_are_a_new_read_only_array_only_when_they_change():
     before = table.sampling_weights
     table.finish_step(9, [statistics(1), statistics(3)], np.array([1, 3]))
     assert table.sampling_weights is before
-    assert table.column("last_seen_step").tolist() == [-1, 9, -1, 9, -1]
     replace(table, range(5))
     assert table.sampling_weights is not before
     with pytest.raises(ValueError, match="read-only"):
@@ -99,11 +95,11 @@ def statistics(index):
 
 def test_state_round_trip():
     table = make_table(floor=0.1, momentum=0.5)
-    replace(table, [0.3, NAN, 0.1, 0.2, 0.25], step=4)
+    replace(table, [0.3, NAN, 0.1, 0.2, 0.25])
     again = make_table(floor=0.1, momentum=0.5)
     positions = again.load(table.arrays(), {}, "abc")
     assert positions.tolist() == [0, 1, 2, 3, 4]
-    for name in ("raw_score", "weight", "pass_rate", "num_responses", "last_seen_step"):
+    for name in ("weight", "pass_rate", "num_responses"):
         np.testing.assert_array_equal(again.column(name), table.column(name))
         assert again.column(name).dtype == table.column(name).dtype
     np.testing.assert_array_equal(again.sampling_weights, table.sampling_weights)
@@ -117,7 +113,15 @@ def test_values_follow_the_prompt_ids():
     assert decode_prompt_ids(state) == ids
     reordered = CurriculumTable(ids[::-1], "abc")
     assert reordered.load(state, {}, "abc").tolist() == [3, 2, 1, 0]
-    assert reordered.column("raw_score").tolist() == [3, 2, 1, 0]
+    np.testing.assert_allclose(reordered.column("weight"), [1, 2 / 3, 1 / 3, 0], atol=1e-6)
+
+
+def test_columns_of_earlier_versions_are_left():
+    table, again = make_table(), make_table()
+    replace(table, [0.3, NAN, 0.1, 0.2, 0.25])
+    again.load(table.arrays() | {"raw_score": np.zeros(5), "last_seen_step": np.zeros(5)}, {}, "abc")
+    assert table.arrays().keys() == again.arrays().keys()
+    np.testing.assert_array_equal(again.sampling_weights, table.sampling_weights)
 
 
 @pytest.mark.parametrize("num_prompts", [5, 6])

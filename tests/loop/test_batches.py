@@ -54,8 +54,8 @@ def test_filtering_draws_until_the_batch_teaches():
     maker, coordinator = make(SingleProcess(), FakeCollector())
     batch = maker.make(1, SETTINGS, StageClock())
     assert len(batch.groups) == B
-    assert all(group.scored.group.prompt.index % 3 == 0 for group in batch.groups)
-    assert all(np.abs(group.advantages).min() > 0.5 for group in batch.groups)
+    assert all(group.group.prompt.index % 3 == 0 for group in batch.groups)
+    assert all(teaches(group, AlgorithmConfig()) for group in batch.groups)
     tries = batch.metrics["online_filtering/num_tries"]
     assert 2 <= tries <= 5  # a third of 60 prompts teach: 5 tries of 12 see them all
     assert len(set(maker._collector.seeds)) == tries * B  # no try repeats the seeds of another
@@ -71,8 +71,8 @@ def test_too_few_that_teach_do_not_end_the_run(caplog):
     batch = maker.make(1, SETTINGS, StageClock())
     assert len(batch.groups) == B
     assert "step 1: 1 of 12 groups teach after 5 tries (trainer.max_try_make_batch)" in caplog.text
-    assert (batch.groups[0].advantages != 0).any()  # what teaches comes first
-    assert all((group.advantages == 0).all() for group in batch.groups[1:])
+    taught = [teaches(group, AlgorithmConfig()) for group in batch.groups]
+    assert taught == [True] + [False] * (B - 1)  # what teaches comes first
 
 
 def test_without_filtering_one_draw_is_the_batch():
@@ -92,7 +92,7 @@ def split_off(metrics):
 
 def num_tokens(group):
     prompt, responses, _ = group
-    return sum(len(prompt.token_ids) + len(response.token_ids) for response in responses)
+    return sum(len(prompt.token_ids) + len(token_ids) for token_ids, *_ in responses)
 
 
 @pytest.mark.parametrize("online_filtering", [True, False])
@@ -132,14 +132,14 @@ def test_probes_ride_along_but_do_not_train():
     strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online", "curriculum_probe_fraction": 0.25}
     maker, coordinator = make(SingleProcess(), collector, online_filtering=False, **strategy)
     batch = maker.make(1, SETTINGS, StageClock())
-    assert len(batch.groups) == B and all(len(g.scored.group.responses) == N for g in batch.groups)
+    assert len(batch.groups) == B and all(len(g.group.responses) == N for g in batch.groups)
     num_probes = len(collector.seeds) - B
     assert num_probes > 0 and len(set(collector.seeds)) == B + num_probes
     metrics = coordinator.metrics()
     extra = num_probes * coordinator.num_probe_responses
     assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(extra / (B * N))
     assert batch.metrics["reward/num_responses"] == B * N + extra
-    effective = np.mean([g.scored.group.prompt.index % 3 == 0 for g in batch.groups])
+    effective = np.mean([g.group.prompt.index % 3 == 0 for g in batch.groups])
     assert metrics["curriculum/effective_group_fraction"] == pytest.approx(effective)  # of the batch alone
 
 
@@ -150,11 +150,11 @@ class CutOff(FakeCollector):
         super().__init__()
         self.left = at
 
-    def wait(self, sampling):
+    def wait(self, in_flight):
         self.left -= 1
         if self.left == 0:
             raise SamplingAbandoned
-        super().wait(sampling)
+        super().wait(in_flight)
 
 
 @pytest.mark.parametrize("size", [1, 3])

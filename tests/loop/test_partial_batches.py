@@ -4,13 +4,17 @@ import dataclasses
 
 import numpy as np
 import pytest
-from fixtures.batch_makers import B, Data, Encoder, FakeCollector, N, P, make, rewards
+from fixtures.batch_makers import EOS, B, Data, FakeCollector, N, P, make, rewards, sections
 from fixtures.rank_threads import Ranks, SingleProcess, on_ranks
+from fixtures.responses import plain, response
 
 from mmr1_ds.cluster.preemption import SamplingAbandoned
+from mmr1_ds.config import RunConfig
+from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.loop.in_flight import InFlight
 from mmr1_ds.loop.partial_batches import FinishRates, PartialBatchMaker
 from mmr1_ds.monitoring.clock import StageClock
-from mmr1_ds.records import Response, RolloutGroup, SamplingSettings, ScoredGroup
+from mmr1_ds.records import RolloutGroup, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 
 LONGEST, BUDGET = 40, 10
@@ -24,22 +28,26 @@ def whole_response(index, number):
     return [1000 * index + 100 * number + k for k in range(length)]
 
 
+def logprobs_of(token_ids):
+    return [-0.001 * token for token in token_ids]
+
+
 class WholeKnown(FakeCollector):
     """Samples the known responses; every call is by a policy of its own version."""
 
     version = 0
     calls, cut_off = 0, ()  # batches of requests, and those of them that are abandoned
 
-    def begin(self, sampling, settings):
-        sampling.submitted = settings
+    def begin(self, in_flight, settings):
+        in_flight.submitted = settings
 
-    def wait(self, sampling):
+    def wait(self, in_flight):
         self.calls += 1
         if self.calls in self.cut_off:
             raise SamplingAbandoned
         self.version += 1
-        assert sampling.submitted.max_tokens == BUDGET
-        for position, request in enumerate(sampling.requests):
+        assert in_flight.submitted.max_tokens == BUDGET
+        for position, request in enumerate(in_flight.requests):
             asked = request.max_tokens or BUDGET
             assert 0 < asked <= BUDGET
             begun = request.prompt.token_ids[3:]  # prompts have three tokens
@@ -53,10 +61,9 @@ class WholeKnown(FakeCollector):
                 assert tuple(whole[: len(begun)]) == begun and len(begun) + asked <= LONGEST
                 new = tuple(whole[len(begun) : len(begun) + asked])
                 end = len(begun) + len(new)
-                logprobs = tuple(-0.001 * token for token in new)
-                responses.append(Response(new, logprobs, finished=end == len(whole)))
-            sampling.groups[position] = RolloutGroup(request.prompt, tuple(responses), self.version)
-        sampling.submitted = None
+                responses.append(response(new, logprobs_of(new), finished=end == len(whole)))
+            in_flight.groups[position] = RolloutGroup(request.prompt, tuple(responses), self.version)
+        in_flight.submitted = None
 
     def score(self, groups, clock):
         scored = [ScoredGroup(group, rewards(np.arange(len(group.responses)) % 2)) for group in groups]
@@ -64,31 +71,35 @@ class WholeKnown(FakeCollector):
 
 
 def maker(control):
-    plain, coordinator = make(control, None, online_filtering=False)
-    config = plain._config
+    config = RunConfig()
     config.worker.rollout.partial, config.data.max_response_length = BUDGET, LONGEST
-    return PartialBatchMaker(config, Ranks(control), Encoder(), Data(), coordinator, WholeKnown()), coordinator
+    config.data.rollout_batch_size = config.worker.actor.global_batch_size = B
+    config.data.seed, config.worker.rollout.n = 3, N
+    coordinator = Coordinator(config.data, [f"p{i}" for i in range(P)], [""] * P, "abc", N, 8, control)
+    collector = WholeKnown()
+    return PartialBatchMaker(*sections(config), Ranks(control), EOS, Data(), coordinator, collector), coordinator
 
 
-def check(group):
-    rollout = group.scored.group
+def check(scored):
+    rollout = scored.group
     assert rollout.prompt == Data()[rollout.prompt.index]
-    for number, response in enumerate(rollout.responses):
+    for number, found in enumerate(rollout.responses):
         whole = whole_response(rollout.prompt.index, number)
-        assert response.token_ids == tuple(whole[:LONGEST])
-        assert response.logprobs == tuple(-0.001 * token for token in whole[:LONGEST])
-        assert response.finished == (len(whole) <= LONGEST)
-        if response.policy_versions:
-            counts = [count for _, count in response.policy_versions]
-            assert sum(counts) == len(response.token_ids) and max(counts) <= BUDGET
-            versions = [version for version, _ in response.policy_versions]
+        token_ids, logprobs, finished, policy_versions = plain(found)
+        assert token_ids == whole[:LONGEST]
+        assert logprobs == np.float32(logprobs_of(token_ids)).tolist()
+        assert finished == (len(whole) <= LONGEST)
+        if policy_versions:
+            counts = [count for _, count in policy_versions]
+            assert sum(counts) == len(token_ids) and max(counts) <= BUDGET
+            versions = [version for version, _ in policy_versions]
             assert versions == sorted(set(versions))
     oldest = [version for response in rollout.responses for version, _ in response.policy_versions]
     assert rollout.policy_version == min([*oldest, rollout.policy_version])
 
 
 def seen(batch):
-    return [(g.scored.group.prompt.index, g.scored.group.responses) for g in batch.groups]
+    return [(g.group.prompt.index, [*map(plain, g.group.responses)]) for g in batch.groups]
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -109,7 +120,7 @@ def test_every_group_is_trained_on_once_and_whole(size, cut_off):
                     num_cut_off += 1
             for group in batch.groups:
                 check(group)
-            found += [(g.scored.group.prompt.index, id(g)) for g in batch.groups]
+            found += [(g.group.prompt.index, id(g)) for g in batch.groups]
             assert len(batch.groups) == B // size
             rounds.append(batch.metrics["partial/num_rounds"])
             waits += batch.metrics["partial/num_unfinished"] > 0
@@ -152,7 +163,7 @@ def test_a_run_without_a_budget_leaves_what_was_cut(tmp_path, caplog):
     cut.save(tmp_path)
     whole, _ = make(SingleProcess(), FakeCollector(), online_filtering=False)
     whole.load(tmp_path, SETTINGS)
-    assert whole._sampling == {} and "worker.rollout.partial" in caplog.text
+    assert whole._in_flight == {} and "worker.rollout.partial" in caplog.text
 
 
 def test_rates_draw_what_a_round_needs():
@@ -172,28 +183,26 @@ def test_rates_draw_what_a_round_needs():
 def test_long_prompts_of_every_kind_end():
     """All responses of the longest kind: a batch is there after as many rounds as they need."""
     batches, _ = maker(SingleProcess())
-    batches._collector.wait = lambda sampling: _endless(sampling)
+    batches._collector.wait = lambda in_flight: _endless(in_flight)
     batch = batches.make(1, SETTINGS, StageClock())
     assert batch.metrics["partial/num_rounds"] == LONGEST // BUDGET
-    assert {len(r.token_ids) for g in batch.groups for r in g.scored.group.responses} == {LONGEST}
+    assert {len(r.token_ids) for g in batch.groups for r in g.group.responses} == {LONGEST}
     assert len(batch.groups) == B and len(batches._begun) <= (LONGEST // BUDGET) * B
 
 
-def _endless(sampling):
-    for position, request in enumerate(sampling.requests):
+def _endless(in_flight):
+    for position, request in enumerate(in_flight.requests):
         tokens = tuple(range(request.max_tokens or BUDGET))
-        response = Response(tokens, (-1.0,) * len(tokens), False)
-        sampling.groups[position] = RolloutGroup(request.prompt, (response,) * request.num_responses, 0)
-    sampling.submitted = None
+        responses = (response(tokens, finished=False),) * request.num_responses
+        in_flight.groups[position] = RolloutGroup(request.prompt, responses, 0)
+    in_flight.submitted = None
 
 
 def test_probes_that_are_cut_say_nothing():
     batches, _ = maker(SingleProcess())
     prompt = Data()[3]
-    cut = RolloutGroup(prompt, (Response((1,) * BUDGET, (-1.0,) * BUDGET, False),), 0)
-    whole = dataclasses.replace(cut, responses=(Response((1, 2), (-1.0, -1.0), True),))
-    from mmr1_ds.loop.in_flight import Sampling
-
-    sampling = Sampling(1, [None] * 3, [], {0: cut, 1: whole, 2: None})
-    assert batches._merge(sampling) == [whole]
+    cut = RolloutGroup(prompt, (response((1,) * BUDGET, finished=False),), 0)
+    whole = dataclasses.replace(cut, responses=(response((1, 2)),))
+    in_flight = InFlight(1, [None] * 3, [], {0: cut, 1: whole, 2: None})
+    assert batches._merge(in_flight) == [whole]
     assert N > 1

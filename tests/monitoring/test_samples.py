@@ -5,12 +5,13 @@ import threading
 import numpy as np
 from fixtures.batch_makers import scored
 from fixtures.rank_threads import ThreadRank
+from fixtures.responses import response
 from PIL import Image
 
 from mmr1_ds.config import TrainerConfig
 from mmr1_ds.monitoring.logger import MetricsLogger
 from mmr1_ds.monitoring.samples import TrainingSamples
-from mmr1_ds.records import Prompt, Response, RolloutGroup, ScoredGroup
+from mmr1_ds.records import Prompt, RolloutGroup, ScoredGroup
 
 PICTURE = Image.new("RGB", (700, 350), (200, 30, 30))
 
@@ -24,7 +25,7 @@ class Rank(ThreadRank):
 
 def group(index, accuracies, images=(PICTURE,)):
     rewards = scored(accuracies).rewards
-    responses = tuple(Response((100 + k,) * 3, (-0.1,) * 3, True) for k in range(len(accuracies)))
+    responses = tuple(response((100 + k,) * 3) for k in range(len(accuracies)))
     prompt = Prompt(index, f"p{index}", (index, 7), images, str(index))
     return ScoredGroup(RolloutGroup(prompt, responses, 0), rewards)
 

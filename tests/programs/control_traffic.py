@@ -12,6 +12,9 @@ from mmr1_ds.exits import leave
 
 ranks = Ranks(launch_environment(), timeout_seconds=30)
 rank = ranks.rank
+wide = np.arange(12).reshape(3, 4)[:, ::2]  # not contiguous
+to_ranks = [{f"{rank} to {other}": wide[:rank], "flag": np.array([rank > other])} for other in range(ranks.size)]
+exchanged = ranks.exchange_arrays(to_ranks if rank else [{}] * ranks.size, "exchange")
 result = {
     "broadcast": ranks.broadcast_array(np.array([5, 7, 2**40]) if rank == 0 else None, "broadcast").tolist(),
     "gathered": [
@@ -20,7 +23,7 @@ result = {
             np.array([[rank + 0.5, row] for row in range(rank)]).reshape(-1, 2), "gather"
         )
     ],
-    "exchanged": ranks.exchange_objects([f"{rank} to {other}" * rank for other in range(ranks.size)], "exchange"),
+    "exchanged": [{name: array.tolist() for name, array in sorted(part.items())} for part in exchanged],
     "sum": ranks.sum({"a": rank, "b": 10.0}, "sum"),
     "max": ranks.max({"a": rank}, "max"),
     "any": [ranks.any(rank == 1, "any"), ranks.any(False, "any")],

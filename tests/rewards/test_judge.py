@@ -12,10 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from fixtures.responses import response
 
 from mmr1_ds.config import JudgeConfig, RewardConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import Prompt, Response, RolloutGroup
+from mmr1_ds.records import Prompt, RolloutGroup
 from mmr1_ds.rewards import chat_client
 from mmr1_ds.rewards.chat_client import ChatClient, ChatFailure, CircuitBreaker
 from mmr1_ds.rewards.judge import Judge, question_of, read_key
@@ -341,7 +342,7 @@ def test_unscored_responses_teach_nothing():
     def group(index, *answers):
         prompt = Prompt(index, str(index), tuple(map(ord, "user\nQ")), (), ground_truth="7")
         texts = [tagged(answer) for answer in answers]
-        return RolloutGroup(prompt, tuple(Response(tuple(map(ord, text)), (0.0,), True) for text in texts), 0)
+        return RolloutGroup(prompt, tuple(response([*map(ord, text)]) for text in texts), 0)
 
     groups = [group(0, "7", "what", "8", "7"), group(1, "what", "what"), group(2, "7", "7", "7", "what")]
     with serve(

@@ -13,10 +13,11 @@ import textwrap
 
 import numpy as np
 import pytest
+from fixtures.responses import response
 
 from mmr1_ds.config import RewardConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import Prompt, Response, RolloutGroup
+from mmr1_ds.records import Prompt, RolloutGroup
 from mmr1_ds.rewards import pool as pool_module
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 from mmr1_ds.rewards.scoring import RewardCounts, score_groups
@@ -370,7 +371,7 @@ def test_a_worker_ignores_ctrl_c(make_pool):
 
 def group(index, responses):
     prompt = Prompt(index, str(index), (1, 2), (), ground_truth=str(index))
-    return RolloutGroup(prompt, tuple(Response(tuple(map(ord, text)), (0.0,), True) for text in responses), 0)
+    return RolloutGroup(prompt, tuple(response([*map(ord, text)]) for text in responses), 0)
 
 
 def test_groups_get_their_own_rewards(make_pool):

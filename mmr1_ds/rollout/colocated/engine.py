@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
@@ -120,10 +122,10 @@ class VllmRollout(InTurn):
     def _group(self, prompt: Prompt, output: RequestOutput) -> RolloutGroup:
         responses = []
         for completion in output.outputs:
-            token_ids = tuple(completion.token_ids)
             found: Any = completion.logprobs
-            assert tuple(found.token_ids) == token_ids  # one entry a position
-            logprobs = tuple(found.logprobs)
+            assert list(found.token_ids) == list(completion.token_ids)  # one entry a position
+            token_ids = np.array(completion.token_ids, dtype=np.int32)
+            logprobs = np.array(found.logprobs, dtype=np.float32)
             responses.append(Response(token_ids, logprobs, finished=completion.finish_reason == "stop"))
         return RolloutGroup(prompt, tuple(responses), self._version)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -78,7 +79,7 @@ class TransformersRollout(InTurn):
         )
         for token_ids, logprobs in found:
             finished = token_ids[-1] in self._encoder.eos_token_ids
-            yield Response(tuple(token_ids), tuple(logprobs), finished)
+            yield Response(np.array(token_ids, dtype=np.int32), np.array(logprobs, dtype=np.float32), finished)
 
     def sync_weights(self, policy: Policy) -> None:
         """See RolloutEngine. Nothing to move: each generation takes the actor's own weights."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import aiohttp
 import msgspec
+import numpy as np
 
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
 
@@ -140,21 +141,22 @@ class Exchange:
         return _MOST_BYTES + _MOST_BYTES_A_TOKEN * request.num_responses * limit
 
     def _response(self, choice: _Choice, limit: int) -> Response:
-        tokens, content = tuple(choice.token_ids), choice.logprobs.content
+        tokens, content = choice.token_ids, choice.logprobs.content
         if not 0 < len(tokens) <= limit:
             raise Nonsense(f"nonsense: {len(tokens)} tokens where 1 to {limit} were asked for")
-        if [entry.token_id for entry in content] != choice.token_ids:
+        if [entry.token_id for entry in content] != tokens:
             raise Nonsense("nonsense: log-probabilities of other tokens than those of the response")
         if min(tokens) < 0 or max(tokens) >= self._vocabulary_size or not self._forbidden.isdisjoint(tokens):
             raise Nonsense("nonsense: a token that cannot be sampled")
-        logprobs = tuple([entry.logprob for entry in content])
+        logprobs = [entry.logprob for entry in content]
         # The sum is for NaN, which compares as it likes.
         if not math.isfinite(sum(logprobs)) or min(logprobs) <= _NO_LOGPROB or max(logprobs) > _MOST_ROUNDING:
             raise Nonsense("nonsense: a log-probability that is not finite or over 0")
         finished = choice.finish_reason == "stop"
         if not finished and (choice.finish_reason != "length" or len(tokens) < limit):  # an abort, for one
             raise Nonsense(f"nonsense: {len(tokens)} of {limit} tokens, ended by {choice.finish_reason[:20]!r}")
-        return Response(tokens, logprobs, finished, _versions(choice))
+        arrays = np.array(tokens, dtype=np.int32), np.array(logprobs, dtype=np.float32)
+        return Response(*arrays, finished, _versions(choice))
 
 
 class ServerClient:
