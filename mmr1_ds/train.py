@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from mmr1_ds.cluster.guard import LaunchGuard
-from mmr1_ds.cluster.launch import LaunchEnvironment, gpu_is_here, launch_environment
+from mmr1_ds.cluster.launch import LaunchEnvironment, gpu_is_here, launch_environment, put_own_programs_on_path
 from mmr1_ds.cluster.preemption import Preempted, Preemption
 from mmr1_ds.cluster.watch import EXIT_FAULT, CollectiveError
 from mmr1_ds.config import RunConfig
@@ -34,6 +34,7 @@ _HEAD_START_SECONDS = 3  # of rank 0; the deepspeed launcher looks for ended pro
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank. Returns: the exit code; 2 after a user's mistake, told in one line on stderr."""
+    put_own_programs_on_path()
     try:
         launch = launch_environment()
     except UserError as error:
