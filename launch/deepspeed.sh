@@ -6,12 +6,15 @@
 #
 # Exits with the status of the rank that failed first, 0 when none did, 130 after Ctrl-C, 143 after SIGTERM.
 # Environment: PYTHON (default: .venv/bin/python), STOP_SECONDS that ranks have to end after a signal (default: 60)
+#              CUDA_VISIBLE_DEVICES  the GPUs to take, the first NUM_RANKS of them (default: the machine's first)
 #              HOSTFILE  hosts and slots, as the launcher reads them: it starts NUM_RANKS on each, by ssh. Without ssh,
 #                        call this on every host, with NODE_RANK (its place in the file, from 0), MASTER_ADDR and
 #                        MASTER_PORT; with one host in the file that is not needed.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/visible_gpus.sh
+source "$root/launch/visible_gpus.sh"
 python="${PYTHON:-$root/.venv/bin/python}"
 num_ranks="$1" module="$2"
 shift 2
@@ -25,9 +28,18 @@ if [[ -n "${HOSTFILE:-}" ]]; then
     hosts+=(--no_ssh --node_rank 0 --master_addr "${MASTER_ADDR:-127.0.0.1}")
   fi
 fi
+devices=(--num_gpus "$num_ranks")  # of a host in the file, or processes on the CPU
+if [[ -z "${HOSTFILE:-}" && "${DS_ACCELERATOR:-}" != cpu ]]; then
+  gpus="$(take_gpus "$num_ranks")"
+  if [[ -n "$gpus" ]]; then
+    devices=(--include "localhost:$gpus")
+    # For rollout servers, whose GPUs come after the ranks'.
+    if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then export MMR1_DS_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES"; fi
+  fi
+fi
 
 set -m  # the launcher gets a process group of its own: Ctrl-C reaches it once, through us
-"$python" -m deepspeed.launcher.runner "${hosts[@]}" --num_gpus "$num_ranks" --no_local_rank \
+"$python" -m deepspeed.launcher.runner "${hosts[@]}" "${devices[@]}" --no_local_rank \
   --master_port "$port" --log_level error --module "$module" "$@" < /dev/null &
 runner=$!
 set +m

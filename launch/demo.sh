@@ -14,8 +14,10 @@ export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1  # nothing is fetched, nothing is sent
 export OMP_WAIT_POLICY=passive                 # threads that spin starve the other rank
 
-num_gpus=0
-if command -v nvidia-smi > /dev/null; then num_gpus="$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)"; fi
+# shellcheck source=launch/visible_gpus.sh
+source launch/visible_gpus.sh
+gpus="$(visible_gpus)"
+num_gpus="$(wc -w <<< "$gpus")"
 num_cores="$(nproc)"
 if (( num_gpus > 0 )); then
   num_ranks="${NUM_RANKS:-$(( num_gpus < 2 ? num_gpus : 2 ))}"

@@ -7,13 +7,15 @@
 #   JOB_NAME        names the run directory, runs/JOB_NAME               (default: the config's)
 #   MODEL_PATH      model folder or hub id                               (default: the config's)
 #   CONFIG          run config: a path, or a name in configs/            (default: mmr1_h100)
-#   NUM_GPUS        processes to start                                   (default: the GPUs nvidia-smi lists)
+#   NUM_GPUS        processes to start                                   (default: the GPUs of CUDA_VISIBLE_DEVICES, else all)
 #   PYTHON          interpreter                                          (default: .venv/bin/python, else python3)
 #   DEEPSPEED_ARGS  further arguments of the deepspeed launcher, as in "--hostfile hosts"
 # Overrides come last and win. Relative paths are relative to where you call it.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/visible_gpus.sh
+source "$root/launch/visible_gpus.sh"
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
 python="${PYTHON:-}"
@@ -23,8 +25,8 @@ fi
 
 num_gpus="${NUM_GPUS:-}"
 if [[ -z "$num_gpus" ]]; then
-  num_gpus=0
-  if command -v nvidia-smi > /dev/null; then num_gpus="$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)"; fi
+  gpus="$(visible_gpus)"
+  num_gpus="$(wc -w <<< "$gpus")"
 fi
 
 dry_run=false
@@ -48,5 +50,16 @@ if (( num_gpus <= 1 )); then
   exec "$python" -m mmr1_ds.train "${arguments[@]}" trainer.n_gpus_per_node=1 "$@"
 fi
 read -r -a launcher_arguments <<< "${DEEPSPEED_ARGS:-}"
-exec "$python" -m deepspeed.launcher.runner --num_gpus "$num_gpus" ${launcher_arguments[@]+"${launcher_arguments[@]}"} \
+case " ${DEEPSPEED_ARGS:-} " in
+  *" --include"* | *" --exclude"* | *" --num_gpus"* | *" -i "* | *" -e "*) ;;
+  *" --hostfile"* | *" -H "*) launcher_arguments+=(--num_gpus "$num_gpus") ;;  # the first of each host
+  *)
+    gpus="$(take_gpus "$num_gpus")"
+    if [[ -n "$gpus" ]]; then launcher_arguments+=(--include "localhost:$gpus"); fi
+    if [[ -z "$gpus" ]]; then launcher_arguments+=(--num_gpus "$num_gpus"); fi
+    # For rollout servers, whose GPUs come after the ranks'.
+    if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then export MMR1_DS_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES"; fi
+    ;;
+esac
+exec "$python" -m deepspeed.launcher.runner ${launcher_arguments[@]+"${launcher_arguments[@]}"} \
   --module mmr1_ds.train "${arguments[@]}" "trainer.n_gpus_per_node=$num_gpus" "$@"

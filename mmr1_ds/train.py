@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from mmr1_ds.cluster.guard import LaunchGuard
-from mmr1_ds.cluster.launch import LaunchEnvironment, gpu_is_here, launch_environment
+from mmr1_ds.cluster.launch import LaunchEnvironment, gpu_is_here, launch_environment, put_own_programs_on_path
 from mmr1_ds.cluster.preemption import Preempted, Preemption
 from mmr1_ds.cluster.watch import EXIT_FAULT, CollectiveError
 from mmr1_ds.config import RunConfig
@@ -25,6 +25,7 @@ from mmr1_ds.exits import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, lea
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs, critic_deepspeed, reference_deepspeed, resolve_deepspeed
+from mmr1_ds.preflight.machine import MachineError, check_machine, use_own_nvcc
 from mmr1_ds.preflight.plan import describe_plan
 
 logger = logging.getLogger("mmr1_ds.train")  # run with -m, __name__ is __main__
@@ -34,6 +35,7 @@ _HEAD_START_SECONDS = 3  # of rank 0; the deepspeed launcher looks for ended pro
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank. Returns: the exit code; 2 after a user's mistake, told in one line on stderr."""
+    put_own_programs_on_path()
     try:
         launch = launch_environment()
     except UserError as error:
@@ -44,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
         prepared = _prepare(argv, launch)
     except UserError as error:
         # All ranks find the same mistake. Rank 0 tells; another that ended first would make the launcher kill it.
-        if launch.rank > 0:
+        # What a machine lacks is told by the first rank on it.
+        if launch.rank > 0 and not (isinstance(error, MachineError) and launch.local_rank == 0):
             time.sleep(_HEAD_START_SECONDS)
             return EXIT_USER_ERROR
         return tell(error)
@@ -95,6 +98,10 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
     reference = reference_deepspeed(config, actor, on_gpu)
     critic = critic_deepspeed(config, actor, world_size, on_gpu) if trains_critic(config) else None
     logger.info("%s", describe_plan(config, plan, actor, reference, critic, on_gpu))
+    if on_gpu:
+        use_own_nvcc()  # before torch is imported
+        for line in check_machine(config, actor):
+            logger.warning("%s", line)
     if config.trainer.dry_run:
         logger.info("dry run: everything checked, no model loaded")
         return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,31 @@ def _by_mpi() -> LaunchEnvironment:
     launch = LaunchEnvironment(world.Get_rank(), world.Get_size(), local_rank, "mpi")
     MPI.Finalize()  # it is needed no longer; mpirun would take a process that ends before this for a crash
     return launch
+
+
+def put_own_programs_on_path(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Prepend the interpreter's folder to PATH: DeepSpeed and vLLM look for the ninja of the virtual environment there.
+
+    Launch scripts and srun call its interpreter without activating it.
+    """
+    own, path = str(Path(sys.executable).parent), environ.get("PATH", os.defpath)
+    if own not in path.split(os.pathsep):
+        environ["PATH"] = own + os.pathsep + path
+
+
+def device_number(local_rank: int, num_visible: int) -> int:
+    """The number of a rank's GPU among those it sees: its rank on the node, or 0 where it is shown one alone.
+
+    SLURM shows a task one GPU with --gpus-per-task or --gpu-bind=single. Raises: UserError when there is none for it.
+    """
+    if num_visible == 1:
+        return 0
+    if local_rank >= num_visible:
+        raise UserError(
+            f"process {local_rank + 1} of this node sees {num_visible} GPUs; start one process a GPU, or show each "
+            "process its own GPU alone"
+        )
+    return local_rank
 
 
 def gpu_is_here(environ: Mapping[str, str] = os.environ) -> bool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from mmr1_ds.cluster.launch import LaunchEnvironment
+from mmr1_ds.cluster.launch import LaunchEnvironment, device_number
 from mmr1_ds.cluster.watch import GRACE_SECONDS, CollectiveError, Watch, report_fault
 
 if TYPE_CHECKING:
@@ -48,13 +48,17 @@ class Ranks:
     """
 
     def __init__(self, launch: LaunchEnvironment, timeout_seconds: float) -> None:
-        """Raises: CollectiveError naming the ranks that have not come in time."""
+        """Raises: CollectiveError naming the ranks that have not come in time; UserError for a rank without a GPU."""
         import torch
         import torch.distributed as dist
 
         self.rank, self.size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
         self.timeout_seconds = timeout_seconds
         self.on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+        if self.on_gpu and (number := device_number(self.local_rank, torch.cuda.device_count())) != self.local_rank:
+            self.local_rank = number
+            # DeepSpeed compares it with LOCAL_RANK, by which it and vLLM take their device.
+            os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
         self._neighbours: dict[int, Neighbours] = {}
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mmr1_ds import train
+from mmr1_ds.cluster.launch import put_own_programs_on_path
 from mmr1_ds.commands import export, serve
 from mmr1_ds.commands import launch as submit
 from mmr1_ds.commands.data import command as survey
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns: the exit code; 2 after a user's mistake."""
     given = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args([word for word in given if not word.startswith(LOCAL_RANK)])
+    put_own_programs_on_path()
     if arguments.command == "score":
         return score.main(arguments)
     if arguments.command == "serve":

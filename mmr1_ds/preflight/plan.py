@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmr1_ds.config import LoraConfig, RunConfig
+from mmr1_ds.config import DataConfig, LoraConfig, RunConfig
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory, total_training_steps
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.schema import CriticConfig
@@ -68,7 +68,7 @@ def describe_plan(
     }
     lines = [f"  {topic:<11} {text}" for topic, text in topics.items() if text]
     lines += [f"  {'note':<11} {note}" for note in plan.notes]
-    return "\n".join([f"plan of {config.trainer.experiment_name}", *lines])
+    return "\n".join([f"plan of {config.trainer.experiment_name}{_first_refresh(config, plan)}", *lines])
 
 
 def _model(config: RunConfig) -> str:
@@ -184,7 +184,7 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
         fraction = data.curriculum_probe_fraction
         early = f"{EARLY_PROBING * fraction:.0%} early on"
         probes = f", and {fraction:.0%} more over the run ({early}) on prompts long unseen"
-        return f"online: from the training responses{probes if fraction > 0 else ''}"
+        return f"online: from the training responses{probes if fraction > 0 else ''}{_of_full_refresh(data)}"
     size = plan.train_data.num_rows
     every = f"every {data.curriculum_update_freq} steps" if data.curriculum_update_freq else "every epoch"
     if size is None:
@@ -195,6 +195,25 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
         f"{every}: {size:,} prompts x {data.curriculum_rollout_n} = {extra:,} responses, "
         f"{extra / training:.0%} of the {training:,} that training takes meanwhile"
     )
+
+
+def _first_refresh(config: RunConfig, plan: BatchPlan) -> str:
+    """What a full refresh rolls out before the first step, which may take longer than a day of training."""
+    data = config.data
+    if data.sampling_strategy != "curriculum" or config.trainer.val_only or data.curriculum_refresh != "full":
+        return ""
+    size, n = plan.train_data.num_rows, data.curriculum_rollout_n
+    number = f"each prompt of the data x {n}" if size is None else f"{size * n:,}"
+    share = "" if size is None else f", as many as {size * n / plan.responses_per_step:.1f} steps of training"
+    return f": before step 1 a full refresh of {number} responses{share}; data.curriculum_refresh=online needs none"
+
+
+def _of_full_refresh(data: DataConfig) -> str:
+    """Settings that a run with curriculum_refresh=online passes over."""
+    names = ("curriculum_update_freq", "curriculum_rollout_n", "curriculum_momentum")
+    default = DataConfig()
+    given = [f"data.{name}={value}" for name in names if (value := getattr(data, name)) != getattr(default, name)]
+    return f"; without effect, as data.curriculum_refresh is not full: {', '.join(given)}" if given else ""
 
 
 def _rollout(config: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
@@ -9,13 +10,17 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 # Of the KV cache. Responses to one prompt share its whole blocks: at vLLM's own 128 a short prompt is computed once for
 # each response. 32 is the least that its attention kernel likes. (On GPU it is 16.)
 _CPU_BLOCK_TOKENS = 32
+# On a B200 (compute capability 10) vLLM prefers FlashInfer's attention, whose kernels come with no wheel of ours: all
+# ranks would download and compile them at once. Kinds of layers that are not listed (MLA) keep vLLM's choice.
+_B200_ATTENTION = {"full_attention": "FLASH_ATTN", "sliding_window": "FLASH_ATTN"}
 
 
 def engine_environment(config: RolloutConfig, *, on_gpu: bool) -> tuple[dict[str, str], dict[str, str]]:
     """Environment variables of vLLM: those that the run decides, and those where the user's own value wins."""
     defaults = {"VLLM_NO_USAGE_STATS": "1"}
     if on_gpu:
-        return {}, defaults
+        # FlashInfer's would be compiled at the start, and serves no request of ours: all ask for log-probabilities.
+        return {}, defaults | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the launcher places the threads
     return {"VLLM_CPU_KVCACHE_SPACE": str(int(config.kv_cache_gb or 4))}, defaults
 
@@ -40,6 +45,8 @@ def engine_options(
         # A prompt cut in two, sampled with a seed of its own, asks the CPU's generator for an offset it has not.
         max_num_batched_tokens, chunked_prefill = max(max_num_batched_tokens, max_model_len), False
         options["block_size"] = _CPU_BLOCK_TOKENS
+    elif _compute_capability().startswith("10."):
+        options["attention_config"] = {"backend_per_kind": _B200_ATTENTION}
     if is_multimodal:
         options["limit_mm_per_prompt"] = {"image": config.limit_images or max(1, most_images), "video": 0}
     return {
@@ -61,3 +68,13 @@ def engine_options(
         "seed": config.seed,
         **options,
     }
+
+
+def _compute_capability() -> str:
+    """Of the machine's GPUs, as "9.0"; torch would take memory of one to say it."""
+    command = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return (found.splitlines() or [""])[0].strip()

@@ -1,12 +1,15 @@
 """Launch environments, and control traffic on real processes."""
 
 import json
+import os
 import sys
 
 import pytest
+import torch
 from fixtures.launching import run_ranks
 
-from mmr1_ds.cluster.launch import LaunchEnvironment, launch_environment
+from mmr1_ds.cluster.launch import LaunchEnvironment, device_number, launch_environment
+from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.errors import UserError
 
 
@@ -48,6 +51,36 @@ def test_without_mpi4py_the_remedy_is_told(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # importing it fails
     with pytest.raises(UserError, match=r"mpi4py does not import .* export MASTER_ADDR and MASTER_PORT"):
         launch_environment({name: "2"})
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(1, 0), (4, 3), (8, 3)])
+def test_a_rank_takes_its_gpu_or_the_only_one_that_it_is_shown(monkeypatch, visible, expected):
+    # srun --gpus-per-task=1, or --gpu-bind=single, shows the fourth task of a node one GPU, which is number 0 there.
+    taken = []
+
+    class Taken(Exception):
+        """What follows needs a GPU."""
+
+    def take(device):
+        taken.append(device)
+        raise Taken
+
+    for name in ("DS_ACCELERATOR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # restored after
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", take)
+    with pytest.raises(Taken):
+        Ranks(LaunchEnvironment(11, 16, 3, "slurm"), timeout_seconds=1)
+    assert taken == [torch.device("cuda", expected)]
+    assert os.environ["LOCAL_RANK"] == str(expected)  # by which DeepSpeed and vLLM take theirs
+    assert os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(expected)) == str(expected)  # DeepSpeed compares
+
+
+def test_a_rank_for_which_no_gpu_is_left_says_so():
+    with pytest.raises(UserError, match="process 3 of this node sees 2 GPUs; start one process a GPU"):
+        device_number(2, 2)
 
 
 def test_control_traffic_between_three_processes(tmp_path):

@@ -122,6 +122,9 @@ def test_without_a_launcher_a_dry_run_plans_for_the_ranks_of_the_config(valid, c
 def test_what_a_refresh_costs(valid, capfd):
     curriculum = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=2"]
     assert "every 2 steps: 7 prompts x 8 = 56 responses, 47% of the 120" in plan(valid, capfd, *curriculum)
+    first = "plan of default: before step 1 a full refresh of 56 responses, as many as 0.9 steps of training; data.curr"
+    assert first in plan(valid, capfd, *curriculum).splitlines()[0]
+    assert "before step 1" not in plan(valid, capfd, *curriculum, "data.curriculum_refresh=online")
     epoch = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=0", "data.curriculum_rollout_n=30"]
     assert "every epoch: 7 prompts x 30 = 210 responses, 350% of the 60" in plan(valid, capfd, *epoch)
 

@@ -133,7 +133,7 @@ def test_another_data_set_is_refused(num_prompts):
 
 def test_other_ids_under_one_fingerprint_are_refused():
     state = CurriculumTable(["p0", "p1", "p9"], "abc").arrays()
-    with pytest.raises(UserError, match="no prompt 'p2'"):
+    with pytest.raises(UserError, match="lacks prompt 'p2'"):
         make_table(3).load(state, {}, "abc")
 
 

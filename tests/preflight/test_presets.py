@@ -98,6 +98,11 @@ def test_configs_pass_their_checks_on_eight_ranks(name):
     assert plan.micro_batches_per_rank * plan.micro_batch_size * 8 == config.worker.actor.global_batch_size * 8
 
 
+def test_the_paper_s_refresh_is_the_paper_s_config_s_alone():
+    refresh = {name: load_config([f"config={name}"]).config.data.curriculum_refresh for name in ON_A_NODE}
+    assert refresh.pop("mmr1") == "full" and set(refresh.values()) == {"online"}
+
+
 @pytest.mark.parametrize("gpu", ["h100", "b200"])
 def test_the_optimizer_s_offload_is_the_plain_preset_with_one_section_more(gpu):
     plain, offloaded = read(f"zero3_{gpu}.json"), read(f"zero3_{gpu}{OFFLOADED}.json")

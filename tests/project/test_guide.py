@@ -31,18 +31,23 @@ def test_shuffle(tmp_path):
 def test_outcome_variance(tmp_path):
     output = guide_run(OVS, tmp_path)
     assert "256 of 512 prompts a step by score (1 learnability)" in output
-    assert "every 4 steps: 7 prompts x 8 = 56 responses" in output
+    assert "online: from the training responses" in output and "without effect" not in output
 
 
 def test_several_metrics(tmp_path):
     output = guide_run(MULTI_METRIC, tmp_path)
     assert "409 of 512 prompts a step by score (0.8 learnability + 0.2 self-bleu)" in output
-    assert "every 8 steps" in output
+    assert "without effect, as data.curriculum_refresh is not full: data.curriculum_update_freq=8" in output
 
 
 def test_custom_yaml(tmp_path):
     output = guide_run(YAML, tmp_path)
     assert "1228 of 2048 prompts a step by score (0.7 learnability + 0.3 self-bleu)" in output
+    assert "not full: data.curriculum_update_freq=10, data.curriculum_rollout_n=12" in output
+
+
+def test_custom_yaml_with_the_paper_s_refresh(tmp_path):
+    output = guide_run(f"{YAML} data.curriculum_refresh=full", tmp_path)
     assert "every 10 steps: 7 prompts x 12 = 84 responses" in output
 
 

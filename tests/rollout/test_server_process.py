@@ -151,6 +151,9 @@ def test_the_gpus_of_a_server(tmp_path, monkeypatch, visible, expected):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     server = server_process(tmp_path / "log", on_gpu=True, devices=(2, 3), tensor_parallel_size=2)
     assert server._environment["CUDA_VISIBLE_DEVICES"] == expected
+    monkeypatch.setenv("MMR1_DS_VISIBLE_DEVICES", "4,5,6,7")  # what launch/train.sh found
+    server = server_process(tmp_path / "log", on_gpu=True, devices=(2, 3), tensor_parallel_size=2)
+    assert server._environment["CUDA_VISIBLE_DEVICES"] == "6,7"
     assert server.num_workers == 2
     assert '{"backend": "nccl"}' in server._command
     assert "--distributed-executor-backend" not in server._command  # vLLM's choice

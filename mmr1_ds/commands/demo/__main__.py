@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from mmr1_ds.cluster.launch import put_own_programs_on_path
 from mmr1_ds.commands.demo.assets import prepare_assets
 from mmr1_ds.errors import UserError, require
 
@@ -19,6 +20,7 @@ logger = logging.getLogger("mmr1_ds.commands.demo")
 
 def main() -> int:
     """Returns: the exit code, 2 for a user's mistake."""
+    put_own_programs_on_path()
     parser = argparse.ArgumentParser(prog="python -m mmr1_ds.commands.demo", description=__doc__)
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/demo_assets"), help="where the assets go (%(default)s)"

@@ -37,14 +37,24 @@ class SleepCycle:
         if not self._enabled:
             return
         if not keep_weights:
+            self._drain()
             self._weights_are_current = self._weights_are_mapped = self._cache_is_mapped = False
             self._llm.sleep(level=_DISCARDED)
         elif self._cache_is_mapped:
+            self._drain()
             self._cache_is_mapped = False
-            # Until its next step vLLM counts requests that have just ended as its own, and holds on to their cache.
-            self._llm.llm_engine.step()
             self._llm.sleep(level=_PAUSED)
             self._llm.release_kv_cache_memory()
+
+    def _drain(self) -> None:
+        """Step until vLLM has forgotten its requests.
+
+        When the last response ends, vLLM still counts it as its own, and with asynchronous scheduling has one batch
+        ahead in flight: it then refuses to release the cache, or would write to memory that is gone.
+        """
+        core = self._llm.llm_engine.engine_core.engine_core  # the client's, in this process
+        while core.batch_queue or core.scheduler.has_requests():
+            self._llm.llm_engine.step()
 
     def begin_sync(self) -> None:
         """Wake the weights, which are then to be loaded whole."""

@@ -35,6 +35,7 @@ _LOG_TAIL_BYTES = 2**16
 _ERROR = re.compile(r"\b\w+(Error|Exception)\b: \S")
 _NO_CAUSE = re.compile(r"See root cause above|\b(WARNING|INFO|DEBUG) \d\d-\d\d ")
 # What a launcher tells a rank. A server is no rank; vLLM sets these for its own workers.
+_ALL_DEVICES = "MMR1_DS_VISIBLE_DEVICES"  # CUDA_VISIBLE_DEVICES as the launch script found it
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -271,7 +272,8 @@ def _environment(config: RolloutConfig, key: str, *, on_gpu: bool, devices: Sequ
         "PYTHONUNBUFFERED": "1",  # the log's last line is there when the process is not
     }
     if on_gpu:
-        decided["CUDA_VISIBLE_DEVICES"] = ",".join(_device_names(devices, inherited.get("CUDA_VISIBLE_DEVICES", "")))
+        visible = inherited.get(_ALL_DEVICES) or inherited.get("CUDA_VISIBLE_DEVICES", "")
+        decided["CUDA_VISIBLE_DEVICES"] = ",".join(_device_names(devices, visible))
     if transfer_backend(config, on_gpu=on_gpu) == "ipc":
         decided["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles are pickled; never without need
     return defaults | inherited | decided
@@ -280,7 +282,8 @@ def _environment(config: RolloutConfig, key: str, *, on_gpu: bool, devices: Sequ
 def _device_names(devices: Sequence[int], visible: str) -> list[str]:
     """What CUDA calls the devices: the entry of that number in CUDA_VISIBLE_DEVICES, where the list is that long.
 
-    The deepspeed launcher shows a rank the GPUs of the ranks alone; those after them go by their own numbers.
+    The deepspeed launcher shows a rank the GPUs of the ranks alone; those after them go by their own numbers, unless
+    launch/train.sh or deepspeed.sh handed on the list that it was started with.
     """
     names = [name.strip() for name in visible.split(",") if name.strip()]
     return [names[device] if device < len(names) else str(device) for device in devices]

@@ -1,6 +1,6 @@
 """What a step's responses cost in Python between two forward passes: as lists and tuples, and as arrays.
 
-    python benchmarks/records.py [--responses 512] [--tokens 2048] [--group 8] [--repeats 9] [--json FILE]
+    python benchmarks/loop/records.py [--responses 512] [--tokens 2048] [--group 8] [--repeats 9] [--json FILE]
 
 Old and new take turns in one process, on one thread; of the repeats the median counts. The new way calls the functions
 of the run where they are functions of their own. The old way stands here, as it was before responses were arrays.

@@ -1,0 +1,51 @@
+"""Which attention kernels vLLM takes on a GPU: its own choice, and ours where its kernels are in no lock."""
+
+import importlib.util
+import json
+import sys
+from types import ModuleType
+
+import pytest
+
+from mmr1_ds.config import RunConfig
+from mmr1_ds.rollout import options
+from mmr1_ds.rollout.servers.process import server_arguments
+
+
+def engine_options(monkeypatch, capability):
+    monkeypatch.setattr(options, "_compute_capability", lambda: capability)
+    config = RunConfig()
+    config.worker.actor.model.model_path = "model"
+    return options.engine_options(
+        config.worker.rollout, config.worker.actor.model, config.data, on_gpu=True, is_multimodal=False, most_images=0
+    )
+
+
+@pytest.mark.parametrize("capability", ["9.0", "8.0", "12.0", ""])
+def test_elsewhere_vllm_chooses(monkeypatch, capability):
+    assert "attention_config" not in engine_options(monkeypatch, capability)
+
+
+def test_a_server_on_a_b200_is_told_on_its_command_line(monkeypatch):
+    words = server_arguments(engine_options(monkeypatch, "10.0"))
+    told = json.loads(words[words.index("--attention-config") + 1])
+    assert told == {"backend_per_kind": {"full_attention": "FLASH_ATTN", "sliding_window": "FLASH_ATTN"}}
+
+
+@pytest.mark.slow
+def test_vllm_reads_the_choice_for_every_kind_of_layer_that_would_take_flashinfer(monkeypatch):
+    for name in ("vllm._C_stable_libtorch", "vllm._C"):  # what the GPU build has compiled
+        if importlib.util.find_spec(name) is None:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    cuda = pytest.importorskip("vllm.platforms.cuda")
+    from vllm.config import AttentionConfig
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.kv_cache_interface import KVCacheSpecKind
+
+    first = {major: cuda._get_backend_priorities(False, DeviceCapability(major, 0))[0] for major in (9, 10)}
+    assert first == {9: AttentionBackendEnum.FLASH_ATTN, 10: AttentionBackendEnum.FLASHINFER}
+    config = AttentionConfig(**engine_options(monkeypatch, "10.0")["attention_config"])
+    ours = {KVCacheSpecKind.FULL_ATTENTION.value, KVCacheSpecKind.SLIDING_WINDOW.value}
+    assert config.backend_per_kind == dict.fromkeys(ours, AttentionBackendEnum.FLASH_ATTN)
+    assert config.backend is None

@@ -1,0 +1,141 @@
+"""The rollout engine with vLLM's asynchronous scheduler, as on a GPU, through its sleeps; write what it did.
+
+Usage: sleeping_engine.py MODEL OUT.json
+
+vLLM's CPU build takes the synchronous scheduler. Here its EngineCore gets AsyncScheduler and a queue of two batches;
+only what gives memory back and takes it, which the CPU lacks, is a recorder in the worker.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+from fixtures.tiny_models import make_prompt
+from safetensors.torch import load_file
+from settings import small_config
+
+from mmr1_ds.cluster.launch import launch_environment
+from mmr1_ds.cluster.preemption import Preemption
+from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.exits import leave
+from mmr1_ds.records import RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.colocated.engine import VllmRollout
+from mmr1_ds.rollout.colocated.sleeping import SleepCycle
+
+model, out = sys.argv[1:]
+ranks = Ranks(launch_environment(), timeout_seconds=120)
+config = small_config(model, 2, 3, micro_batch=3)
+encoder = PromptEncoder(config.worker.actor.model, config.data)
+calls: list[str] = []
+
+
+class FolderPolicy:
+    """The weights of the model folder; a sync that is told to fails in the middle."""
+
+    num_updates_done, fails = 0, False
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        calls.append("load")
+        for place, item in enumerate(load_file(f"{model}/model.safetensors").items()):
+            if self.fails and place == 5:
+                raise OSError("lost")
+            yield item
+
+
+def schedule_asynchronously() -> None:
+    """As vLLM's configuration decides on a GPU; on the CPU the platform has overruled it by now."""
+    from vllm.config import SchedulerConfig
+
+    original = SchedulerConfig.get_scheduler_cls
+
+    def asynchronous(self: SchedulerConfig) -> type:
+        self.async_scheduling = True
+        return original(self)
+
+    SchedulerConfig.get_scheduler_cls = asynchronous  # type: ignore[method-assign]
+
+
+def record(worker: object) -> None:
+    """In place of the memory calls, none of which the CPU has."""
+    for name in ("sleep", "wake_up", "discard"):
+        setattr(worker, name, lambda *args, _name=name, **kwargs: calls.append(f"{_name} {args or kwargs}"))
+
+
+schedule_asynchronously()
+rollout = VllmRollout(
+    config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, 1, Preemption(60.0, None)
+)
+llm = rollout._llm
+llm.collective_rpc(record)
+torch.cuda.empty_cache = lambda: calls.append("empty")
+rollout._cycle = SleepCycle(llm, enabled=True)
+core = llm.llm_engine.engine_core.engine_core
+policy = FolderPolicy()
+prompts = [make_prompt(encoder, i, encoder.is_multimodal) for i in range(2)]
+requests = [RolloutRequest(prompt, 3, 1000 * i) for i, prompt in enumerate(prompts)]
+settings = SamplingSettings(1.0, 1.0, -1, 9)
+found: dict = {"scheduler": type(core.scheduler).__name__, "queue": core.batch_queue.maxlen, "tokens": [], "left": []}
+
+
+def sample() -> None:
+    groups = rollout.generate(requests, settings)
+    calls.append("sample")
+    found["tokens"].append([response.token_ids for group in groups for response in group.responses])
+    found["left"].append(len(core.batch_queue))
+
+
+def error_of(function, *args) -> str:
+    try:
+        function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def turn(name: str) -> None:
+    """Keep what was called since the last."""
+    found[name] = calls.copy()
+    calls.clear()
+
+
+# 1. A step: sync, sample, learn.
+rollout.sync_weights(policy)
+sample()
+rollout.sleep(keep_weights=False)
+turn("first step")
+# 2. A sync, a validation in two chunks, a step without a sync between.
+rollout.sync_weights(policy)
+sample()
+sample()
+found["validation"] = error_of(rollout.sleep, True)
+turn("validation calls")
+sample()
+rollout.sleep(keep_weights=False)
+turn("second step")
+# 3. Weights that are gone are not sampled from.
+found["discarded"] = error_of(sample)
+turn("refused")
+rollout.sync_weights(policy)
+sample()
+turn("third step")
+# 4. The end of a validation again; a second sleep has nothing to release.
+found["again"] = [error_of(rollout.sleep, True), error_of(rollout.sleep, True)]
+turn("again calls")
+# 5. An engine that may not sleep.
+llm.wake_up(tags=["kv_cache"])
+calls.clear()
+awake, rollout._cycle = rollout._cycle, SleepCycle(llm, enabled=False)
+for keep_weights in (True, False):
+    rollout.sleep(keep_weights)
+    sample()
+turn("never asleep")
+# 6. Nor are weights that were loaded in part.
+policy.fails, rollout._cycle = True, awake
+found["half loaded"] = [error_of(rollout.sync_weights, policy), error_of(sample)]
+with open(out, "w", encoding="utf-8") as file:
+    json.dump(found, file)
+rollout.close()
+ranks.close()
+leave(0)
