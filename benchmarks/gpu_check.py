@@ -194,7 +194,7 @@ def run_part(part: Part, folder: Path, num_gpus: int, most_seconds: float = math
         return result("skipped", 0.0, f"needs {part.num_gpus} GPU(s), {num_gpus} here")
     if part.package and not is_installed(part.package):
         return result("skipped", 0.0, f"{part.package} is not installed")
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
     variables = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
         "PYTHON": sys.executable, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),

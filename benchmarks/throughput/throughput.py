@@ -222,7 +222,7 @@ def error_in(log: str) -> str:
 
 
 def _peak(options: argparse.Namespace, on_gpu: bool) -> float | None:
-    """1e12 FLOP a second of one device: as told, else by the datasheet of a GPU whose name is known."""
+    """1e12 FLOP a second of one device: as given, else by the datasheet of a GPU whose name is known."""
     if options.peak_tflops is not None or not on_gpu:
         return options.peak_tflops
     device = describe_environment(1, on_gpu)["device"].lower()

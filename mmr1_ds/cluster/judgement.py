@@ -125,7 +125,7 @@ def elsewhere(known: Known) -> str:
 
 
 def everyone_knows(known: Known) -> bool:
-    """Whether every other rank has a verdict, has ended, or could not be told."""
+    """Whether every other rank has a verdict, has ended, or cannot be informed."""
     return all(
         heard.place.verdict or heard.place.state != RUNNING or heard.seconds_ago > known.silence_seconds
         for heard in known.others
