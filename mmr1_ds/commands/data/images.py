@@ -1,4 +1,4 @@
-"""The images of a data set, as they came and as the model gets them."""
+"""The images of a data set, as they are stored and as the model gets them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class ImageSummary:
 def summarise_images(
     widths: np.ndarray, heights: np.ndarray, num_images: np.ndarray, num_tokens: int, encoder: PromptEncoder
 ) -> ImageSummary | None:
-    """Args: widths, heights: (I,) int, all images; num_images: (P,) int, of each prompt; num_tokens: of all prompts.
+    """Summarise the images.
+
+    Args: widths, heights: (I,) int, all images; num_images: (P,) int, of each prompt; num_tokens: of all prompts.
 
     Returns: None for a model that takes text alone.
     """

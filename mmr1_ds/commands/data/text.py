@@ -29,7 +29,7 @@ _INDENT = "  "
 
 
 def in_words(report: DataReport) -> str:
-    """The whole report, ending in a line that says whether these rows would stop a run."""
+    """Return the whole report, whose last line says whether these rows would stop a run."""
     takes = "text and images" if report.takes_images else "text alone"
     lines = [*_wrapped(f"model: {report.model}, takes {takes}; rows are counted from 0", ""), ""]
     for data_set in report.data_sets:

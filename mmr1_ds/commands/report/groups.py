@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but seeds belong together; what tells the others apart is their label."""
+"""Groups of runs that differ in nothing but seeds; a group's label is what distinguishes it from the others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MOST_LETTERS = 28  # of a value
 
 @dataclass(frozen=True)
 class Group:
-    """Runs over which a mean and a band are drawn."""
+    """The runs over which a mean and a band are drawn."""
 
     label: str
     runs: Sequence[Run]
@@ -42,7 +42,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """In the order in which the runs came."""
+    """Group the runs, in the order in which they came."""
     together: dict[str, list[Run]] = {}
     for run in runs:
         together.setdefault(_identity(run), []).append(run)
@@ -58,7 +58,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def seeds(run: Run) -> dict[str, Any]:
-    """The seeds in a run's configuration, by their dotted names."""
+    """Return the seeds in a run's configuration, by their dotted names."""
     return {key: value for key, value in _flat(run.config).items() if _is_seed(key)}
 
 
