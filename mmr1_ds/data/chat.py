@@ -86,7 +86,7 @@ def load_format_prompt(value: str | None) -> FormatPrompt | None:
     except TemplateError as error:
         raise UserError(f"data.format_prompt {value!r:.80} is not a jinja template: {error}") from error
     if "content" not in _variables(prompt.source):
-        # Without `content` every row would ask the same empty question and training would go on for hours.
+        # Without `content` every row would ask the same empty question and training would continue for hours.
         raise UserError(
             f"data.format_prompt {value!r:.80} is neither a file nor a template that uses {{{{ content }}}}"
         )

@@ -99,7 +99,7 @@ def find(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
 
 
 def _refused(rows: SurveyedRows) -> list[Finding]:
-    """Rows that the loader refuses, those of like words together."""
+    """Return the rows that the loader refuses, those with the same reason together."""
     refused = np.flatnonzero(~rows.is_measured)
     groups: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
     for row, effect, problem in zip(
@@ -128,7 +128,7 @@ def _too_many_images(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
 
 
 def _overlong(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
-    """The longest are the examples."""
+    """Return the over-long rows, with the longest as examples."""
     over = np.flatnonzero(rows.is_overlong)
     if len(over) == 0:
         return []
@@ -148,7 +148,7 @@ def _overlong(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
 
 
 def _repeated(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
-    """Rows whose id an earlier row has: the trainer keeps them, with a number behind the id."""
+    """Return the rows with the id of an earlier row: the trainer keeps them, with a number behind the id."""
     first: dict[str, int] = {}
     repeated = []
     measured = np.flatnonzero(rows.is_measured)

@@ -102,7 +102,7 @@ def summarise_images(
 
 
 def _sizes(widths: np.ndarray, heights: np.ndarray, encoder: PromptEncoder) -> list[Size]:
-    """Every size that occurs, once."""
+    """Return every size that occurs, once."""
     found, counts = np.unique(np.stack([widths, heights], axis=1), axis=0, return_counts=True)
     sizes = []
     for (width, height), count in zip(found.tolist(), counts.tolist(), strict=True):
@@ -120,5 +120,5 @@ def _aspect(size: Size) -> float:
 
 
 def _scale(size: Size) -> float:
-    """Of a side, on average."""
+    """Return the mean scale of a side."""
     return math.sqrt(size.model_width * size.model_height / (size.width * size.height))

@@ -26,7 +26,7 @@ AT_ITS_START, WHEN_DRAWN = "would stop the run at its start", "would stop the ru
 
 @dataclass(frozen=True)
 class _Span:
-    """Rows of one source that are looked at in one go."""
+    """A stretch of rows of one source that is surveyed in one call."""
 
     source: int  # its place among the sources
     start: int

@@ -29,7 +29,7 @@ class Curve:
 
     name: str
     title: str
-    lines: Sequence[tuple[str, str]]  # metric, what its line is called; several are told apart by their dashes
+    lines: Sequence[tuple[str, str]]  # metric, what its line is called; several differ by their dashes
     caption: str
     is_fraction: bool = False
     with_markers: bool = False  # few values

@@ -97,7 +97,7 @@ class Heading:
     """The heading above a PNG; the page has its own."""
 
     title: str
-    of: str = ""  # what it is a figure of, where the page tells by its place
+    of: str = ""  # what it is a figure of, where the page shows it by its place
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def _movers(groups: Sequence[Group]) -> list[tuple[int, Group, list[MovedPrompt]
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each group) of what tells the groups apart."""
+    """Return (key, its value in each group) of the keys that distinguish the groups."""
     keys = dict.fromkeys(key for group in groups for key in group.values)
     return [(key, [group.values.get(key, "no config.yaml") for group in groups]) for key in keys]
 

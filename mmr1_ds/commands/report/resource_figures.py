@@ -210,7 +210,7 @@ def _place(name: str) -> int:
 
 
 def _with_legend(names: Sequence[str], stages: StagePalette) -> tuple[Figure, Axes]:
-    """Axes over steps under a legend of the stages."""
+    """Return axes over steps under a legend of the stages."""
     from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

@@ -93,7 +93,7 @@ class Run:
 
 
 def _carried(values: np.ndarray | None, otherwise: np.ndarray) -> np.ndarray:
-    """A cumulative column with its holes filled by the value before, 0 at the start."""
+    """Fill the holes of a cumulative column with the value before, 0 at the start."""
     if values is None:
         return otherwise
     return np.maximum.accumulate(np.nan_to_num(values))
@@ -135,18 +135,18 @@ def _load(run_dir: Path, name: str, config: Mapping[str, Any]) -> Run:
         for reader in readers.values()
         if reader.num_unreadable
     ]
-    reckoned = [
+    estimated = [
         what
         for what, metric in (("rollouts", "perf/num_rollouts"), ("wall clock", "perf/elapsed_seconds"))
         if metrics.column(metric) is None
     ]
-    if reckoned:
-        notes.append(f"{name}: {' and '.join(reckoned)} reckoned from other figures; the run did not log them.")
+    if estimated:
+        notes.append(f"{name}: {' and '.join(estimated)} estimated from other figures; the run did not log them.")
     return Run(run_dir, name, config, _environment(run_dir), metrics, observations, looks, samples, generations, notes)
 
 
 def _config(run_dir: Path) -> Mapping[str, Any]:
-    """Without what looks like a credential."""
+    """Return the configuration without what looks like a credential."""
     try:
         found = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
