@@ -1,4 +1,4 @@
-"""What every op asks of its input before a backend sees it."""
+"""The checks of every op's input, made before a backend sees it."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def check_max_order(max_order: int) -> None:
 
 
 def checked_tensor(name: str, tensor: Any) -> Any:
-    """A torch tensor without its gradient, after a check of its dtype, by the argument's name, layout and axes.
+    """Return a tensor without its gradient, after a check of its dtype (by the argument's name), layout and axes.
 
-    By the names that torch prints, so that this module needs no torch.
+    Types are compared by the names that torch prints, so that this module needs no torch.
     """
     dtype = TENSOR_DTYPES.get(name, "int64")
     if str(tensor.dtype) != f"torch.{dtype}":

@@ -1,4 +1,4 @@
-"""Backend `cpu`: C++ over threads (kernels/csrc), a shared library beside this module, called without the GIL.
+"""The backend `cpu`: multi-threaded C++ (kernels/csrc) in a shared library, called without the GIL.
 
 It needs neither torch nor numpy to build, and is optional: an install without a C++ compiler leaves it out.
 """
@@ -39,13 +39,13 @@ os.register_at_fork(after_in_child=_count_on_one_thread)
 
 
 def is_available() -> bool:
-    """Whether the extension was built with the installation, and loads."""
+    """Return whether the extension was built with the installation, and loads."""
     return _library() is not None
 
 
 @cache
 def warn_that_it_is_missing() -> None:
-    """Say, once a process, why scores come from the slower backend."""
+    """Warn, once in a process, why scores come from the slower backend."""
     warnings.warn(
         "mmr1_kernels is installed without its C++ extension: n-grams are counted in numpy, many times slower. "
         "Install it again where g++ is found, or ask for backend='reference' by name",
@@ -63,12 +63,12 @@ def count_ngrams(
     num_threads: int | None = None,
     max_undivided: int = MAX_UNDIVIDED,
 ) -> NgramCounts:
-    """As `reference.count_ngrams`, in O(total max_order) time.
+    """Count as `reference.count_ngrams`, in O(total max_order) time.
 
     Extra memory: 16 bytes a token of the groups being divided at a time, and up to 6 MB a thread, kept for the next
     call. A forked child counts on one thread, whatever it asks for: those of GNU OpenMP do not survive a fork. That
     does not cover a child that imports this package only after the fork: there it may wait for ever, if the parent had
-    threads of OpenMP, torch's among them. Import it in the parent, or say num_threads=1.
+    threads of OpenMP, torch's among them. Import it in the parent, or pass num_threads=1.
 
     Args:
         num_threads: default OpenMP's, that is OMP_NUM_THREADS or one a core. The result does not depend on it.

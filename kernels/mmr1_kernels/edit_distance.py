@@ -1,4 +1,4 @@
-"""Mean pairwise Levenshtein distance of the responses of a group."""
+"""The mean pairwise Levenshtein distance of the responses of a group."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from mmr1_kernels.checks import check_packing, check_tokens
 def mean_edit_distance(
     token_ids: np.ndarray, offsets: np.ndarray, group_size: int | None, *, group_offsets: np.ndarray | None = None
 ) -> np.ndarray:
-    """Levenshtein distance over the longer response's length, averaged over all pairs of each group.
+    """Return the Levenshtein distance over the longer response's length, averaged over all pairs of each group.
 
-    Two empty responses are at distance 0. A group of one has no pair: 0. Cost O(N^2 T^2 / 64) a group.
+    Two empty responses are at distance 0. A group of one has no pair, and gets 0. The cost is
+    O(N^2 T^2 / 64) a group.
 
     Args: as in `group_statistics`, numpy arrays only.
     Returns: (G,) float64 in [0, 1]; higher = more diverse.

@@ -1,4 +1,4 @@
-"""Backend `triton`: checks the batch with one copy to the host, then launches the kernels of `gpu_kernels`.
+"""The backend `triton`: checks the batch with one copy to the host, then launches the kernels of `gpu_kernels`.
 
 Groups are counted in chunks, so that the tables take WORKSPACE_BYTES at most (a larger single group takes what it
 needs: TABLE_BYTES a token and order). A chunk is three launches after the clearing of its tables; two more score the
@@ -28,7 +28,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret  # as read by triton.jit when
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched: elements a program and warps a program."""
+    """The launch parameters of a kernel: elements and warps of a program."""
 
     block: int
     num_warps: int
@@ -49,10 +49,10 @@ LAUNCHES = {
 
 
 def group_statistics(arrays: dict[str, torch.Tensor], group_size: int | None, max_order: int) -> GroupStatistics:
-    """As `mmr1_kernels.group_statistics`, for tensors on one GPU; on the CPU only in Triton's interpreter.
+    """Compute `mmr1_kernels.group_statistics` for tensors on one GPU, or on the CPU in Triton's interpreter.
 
     Memory beside input and result: WORKSPACE_BYTES or the largest group's K * TABLE_BYTES * tokens, and 12 K + 40
-    bytes a response. Synchronises once, before the first launch.
+    bytes a response. The function synchronises once, before the first launch.
 
     Args: arrays: token_ids, offsets, rewards, accuracies and maybe group_offsets.
     Raises: TypeError, ValueError naming the argument and the value; RuntimeError for tensors that are not on a GPU.
@@ -96,7 +96,7 @@ def _checked_on_host(arrays: dict[str, torch.Tensor], group_size: int | None) ->
 def launch_all(
     arrays: dict[str, torch.Tensor], offsets: np.ndarray, group_offsets: np.ndarray, max_order: int
 ) -> GroupStatistics:
-    """Launch everything; never waits for the GPU. Expects checked input, group_offsets among the arrays.
+    """Launch everything; never waits for the GPU. It expects checked input with group_offsets.
 
     Args: offsets, group_offsets: the host's copies of those in `arrays`.
     """
@@ -173,7 +173,7 @@ def _count(
 
 
 def chunks(group_starts: np.ndarray, group_offsets: np.ndarray, max_order: int) -> Iterator[tuple[int, int]]:
-    """First and last response (exclusive) of runs of groups whose tables fit WORKSPACE_BYTES, one group at least."""
+    """Yield first and last response (exclusive) of chunks of one group or more whose tables fit WORKSPACE_BYTES."""
     max_tokens = WORKSPACE_BYTES // (TABLE_BYTES * max_order)
     first = 0
     while first < len(group_offsets) - 1:

@@ -26,7 +26,7 @@ def group_statistics(
     group_offsets: Array | None = None,
     backend: str | None = None,
 ) -> GroupStatistics:
-    """Rewards, advantages and diversity of G groups of consecutive responses, in one pass.
+    """Compute rewards, advantages and diversity of G groups of consecutive responses, in one pass.
 
     Self-BLEU equals NLTK's `sentence_bleu` with `method1` smoothing of each response against all others of its
     group, averaged; advantages equal verl's GRPO (unbiased standard deviation, 1e-6 added to it).

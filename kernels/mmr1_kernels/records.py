@@ -12,7 +12,7 @@ Array = Any  # a numpy array, or a torch tensor on the device of the input
 
 @dataclass(frozen=True)
 class NgramCounts:
-    """What a backend counts; everything else follows from it. Both int64, column n - 1 for n-grams."""
+    """The counts of a backend, from which everything else follows; both int64, column n - 1 for n-grams."""
 
     matches: np.ndarray  # (B, K) sum over the response's n-grams of min(own count, largest count in another response)
     distinct: np.ndarray  # (G, K) different n-grams of the group
@@ -20,7 +20,7 @@ class NgramCounts:
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """What one pass over the responses of G groups found. All float64, of the kind and on the device of the input.
+    """The statistics of G groups, all float64, of the kind and on the device of the input.
 
     `outcome_variance` is NaN where `pass_rate` is: in groups without a single known accuracy.
     """

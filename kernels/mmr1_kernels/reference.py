@@ -1,4 +1,4 @@
-"""Backend `reference`: plain, exact numpy. Shape letters: G groups, B responses, T tokens of one, K = max_order.
+"""The backend `reference`: plain, exact numpy. Shape letters: G groups, B responses, T tokens of one, K = max_order.
 
 The mathematics. For response i of a group and order n, with c_i(g) the count of n-gram g in it:
 
@@ -20,7 +20,7 @@ from mmr1_kernels.records import NgramCounts
 
 
 def count_ngrams(token_ids: np.ndarray, offsets: np.ndarray, group_offsets: np.ndarray, max_order: int) -> NgramCounts:
-    """Matches of each response with its group, and different n-grams of each group. Expects checked input.
+    """Count matches of each response with its group, and different n-grams of each group, of checked input.
 
     Args: token_ids: (total,) int32; offsets: (B + 1,) int64, in tokens; group_offsets: (G + 1,) int64, in responses.
     """

@@ -22,7 +22,7 @@ SMOOTHED_ZERO = 0.1  # NLTK's method1
 def score_groups(
     counts: NgramCounts, offsets: np.ndarray, rewards: np.ndarray, accuracies: np.ndarray, group_offsets: np.ndarray
 ) -> GroupStatistics:
-    """The statistics of every group. Args: as in `reference.count_ngrams` and `mmr1_kernels.group_statistics`."""
+    """Compute every group's statistics. Args: as in `reference.count_ngrams` and `mmr1_kernels.group_statistics`."""
     starts_G, sizes_G = group_offsets[:-1], np.diff(group_offsets)
     group_of_B = np.repeat(np.arange(len(sizes_G)), sizes_G)
 

@@ -1,4 +1,4 @@
-"""From the prompt column's cell to chat messages: system prompt, format prompt, image markers.
+"""Turning a cell of the prompt column into chat messages: system prompt, format prompt, image markers.
 
 The conventions are EasyR1's: `<image>` in the text marks where an image goes, and `data.format_prompt` is a
 jinja template over `content`, the user's text.
@@ -27,12 +27,12 @@ Message = dict[str, Any]  # {"role": str, "content": str | list of parts}, what 
 
 @dataclass(frozen=True)
 class FormatPrompt:
-    """A jinja template over `content`; its text alone, because compiled templates cannot go to other processes."""
+    """A jinja template over `content`, kept as text because compiled templates cannot be sent to other processes."""
 
     source: str
 
     def render(self, content: str, where: str) -> str:
-        """Args: where: names the row in errors. Raises: UserError when the template fails on this content."""
+        """Fill in the template. Args: where: names the row in errors. Raises: UserError when that fails."""
         from jinja2 import TemplateError
 
         try:
@@ -43,16 +43,16 @@ class FormatPrompt:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How the user's text becomes messages."""
+    """The settings by which the user's text becomes messages."""
 
     system_prompt: str | None
     format_prompt: FormatPrompt | None
     is_multimodal: bool  # whether <image> means an image; for a text model it is only text
 
     def messages(self, cell: object, num_images: int, where: str) -> list[Message]:
-        """Chat messages of one row, ready for the chat template.
+        """Return the chat messages of one row, ready for the chat template.
 
-        Args: cell: a string or a list of {role, content}; where: names the row in errors.
+        Args: cell: a string or a list of {role, content}. where: names the row in errors.
         Returns: messages; the content is a list of parts when the row has images, a string otherwise.
         Raises: UserError when the cell is no prompt, or its markers do not fit `num_images`.
         """
@@ -71,7 +71,7 @@ class ChatFormat:
 
 
 def load_format_prompt(value: str | None) -> FormatPrompt | None:
-    """`data.format_prompt`: the path of a jinja file, or the template itself.
+    """Read `data.format_prompt`, which is the path of a jinja file or the template itself.
 
     Raises: UserError when the file is missing or no text, the template does not compile or render, or it drops the
         question.
@@ -86,7 +86,7 @@ def load_format_prompt(value: str | None) -> FormatPrompt | None:
     except TemplateError as error:
         raise UserError(f"data.format_prompt {value!r:.80} is not a jinja template: {error}") from error
     if "content" not in _variables(prompt.source):
-        # Without `content` every row would ask the same empty question and training would go on for hours.
+        # Without `content` every row would ask the same empty question and training would continue for hours.
         raise UserError(
             f"data.format_prompt {value!r:.80} is neither a file nor a template that uses {{{{ content }}}}"
         )

@@ -46,7 +46,7 @@ class TextColumn(Sequence[str]):
 
 
 class PromptDataset:
-    """P prompts, in the order of the files. Rows are read, their images decoded and sized, on access.
+    """The P prompts of a run, in the order of the files. A row is read and its images are decoded on access.
 
     `prompt_ids` and `categories` are sequences of P strings.
     """
@@ -68,7 +68,7 @@ class PromptDataset:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Prompt:
-        """The prompt at `index` in [0, P). Raises: UserError naming the row when it cannot be used."""
+        """Return the prompt at `index` in [0, P). Raises: UserError naming the row when it cannot be used."""
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         row = int(self._rows[index])
@@ -92,11 +92,11 @@ class PromptDataset:
 
     @property
     def max_images(self) -> int:
-        """Images of the prompt that has the most."""
+        """The number of images of the prompt that has the most."""
         return int(self._num_images[self._rows].max(initial=0))
 
     def check_images(self, limit: int) -> None:
-        """Raises: UserError naming the first prompt with more than `limit` images."""
+        """Check the number of images. Raises: UserError naming the first prompt with more than `limit` images."""
         over = self._rows[self._num_images[self._rows] > limit]
         if len(over):
             reader, local = self._place(int(over[0]))
@@ -120,8 +120,8 @@ def load_dataset(
 ) -> PromptDataset:
     """Open `files` and scan every row once: prompt, answer, image headers, length.
 
-    Args: files: as `data.train_files`; key: the config key they came from, for errors; limit_images: images a prompt
-        at most, 0 = any number.
+    Args: files: as `data.train_files`; key: the config key they came from, for errors; limit_images: most images a
+        prompt may have, 0 = any number.
     Raises: UserError naming the file, and the row where one is at fault.
     """
     readers = open_readers(open_sources(files, key), data)

@@ -29,7 +29,7 @@ IMAGE_TYPE = 1  # in mm_token_type_ids, as transformers' ProcessorMixin gives th
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One prompt as the transformers model takes it; the batch axis is the caller's."""
+    """One prompt as the transformers model takes it, without a batch axis, which the caller adds."""
 
     input_ids: torch.Tensor  # (T,) int64, every image expanded to its tokens
     pixel_values: torch.Tensor | None  # (patches, channels * patch volume) float32; None without images
@@ -45,7 +45,7 @@ class PromptEncoder:
     """
 
     def __init__(self, model: ModelConfig, data: DataConfig) -> None:
-        """Raises: UserError when the model folder, its tokenizer or its processor cannot be loaded."""
+        """Load tokenizer and processor. Raises: UserError when they or the model folder cannot be loaded."""
         config = _load_config(model)
         self.is_multimodal: bool = "vision_config" in config.to_dict()
         self.processor: Any = None
@@ -77,7 +77,7 @@ class PromptEncoder:
     def encode(
         self, cell: object, images: Sequence[Image], where: str = "the prompt"
     ) -> tuple[tuple[int, ...], tuple[Image, ...]]:
-        """Token ids with one placeholder an image, and the images at their final size.
+        """Return token ids with one placeholder an image, and the images at their final size.
 
         Args: cell: what the prompt column holds; images: RGB, any size; where: names the row in errors.
         Raises: UserError naming the row.
@@ -87,7 +87,7 @@ class PromptEncoder:
         return tuple(token_ids), tuple(self._sized(image, where) for image in images)
 
     def prompt_text(self, cell: object, num_images: int, where: str) -> str:
-        """The prompt after the chat template, generation prompt included.
+        """Return the prompt as text after the chat template, generation prompt included.
 
         Raises: UserError naming the row when it is no prompt, or has images for a text model.
         """
@@ -102,11 +102,11 @@ class PromptEncoder:
             raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts that already carry their special tokens."""
+        """Return the token ids of texts that already carry their special tokens."""
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def check_placeholders(self, token_ids: Sequence[int], num_images: int, where: str) -> None:
-        """Raises: UserError when the text itself spells vision tokens: models fail on those far from here."""
+        """Check a text. Raises: UserError when it spells vision tokens, on which models fail far from here."""
         if not self.is_multimodal:
             return
         counts = Counter(token for token in token_ids if token in self._vision_ids)
@@ -122,12 +122,12 @@ class PromptEncoder:
                 raise UserError(f"{where}: the text spells the vision token {spelled}; remove it")
 
     def num_image_tokens(self, width: int, height: int, where: str = "the prompt") -> int:
-        """Tokens an image of this size becomes, by the processor's arithmetic and without its pixels."""
+        """Return how many tokens an image of this size becomes, by the processor's arithmetic, without its pixels."""
         target_width, target_height = self.pixel_limits.target(width, height, where)
         return (target_width // self.pixel_limits.factor) * (target_height // self.pixel_limits.factor)
 
     def expand(self, prompt: Prompt) -> ModelInputs:
-        """What transformers takes for the prompt: equals calling the processor on its text and images."""
+        """Return what transformers takes for the prompt, equal to the processor's output on its text and images."""
         import torch
 
         if not self.is_multimodal:
@@ -142,12 +142,12 @@ class PromptEncoder:
         return ModelInputs(input_ids, pixel_values, grid, types)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The response as text: end, padding and other special tokens dropped; <think> and the like kept."""
+        """Return the response as text, without end, padding and other special tokens; <think> and the like stay."""
         shown = [int(token) for token in token_ids if int(token) not in self._hidden_ids]
         return self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def fingerprint(self) -> str:
-        """Digest of what decides a prompt's tokens: vocabulary, chat template and format, pixel limits."""
+        """Return a digest of what decides a prompt's tokens: vocabulary, chat template and format, pixel limits."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         digest.update(repr((self._template_owner.chat_template, self._format)).encode())

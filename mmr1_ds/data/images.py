@@ -1,4 +1,4 @@
-"""Images of a row: opening them, and the size they are brought to."""
+"""Opening the images of a row, and computing the size that each is resized to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ImageReference = Any  # bytes, a path, {"bytes", "path"} or a PIL image
 
 
 def image_references(cell: object) -> list[ImageReference]:
-    """The images of a row's cell: none, one, or a list of them."""
+    """Return the images of a row's cell, which holds none, one, or a list of them."""
     if cell is None or cell == "":
         return []
     return list(cell) if isinstance(cell, (list, tuple)) else [cell]
@@ -35,12 +35,12 @@ class ImageSource:
     folder: str | None
 
     def size(self, reference: ImageReference, where: str) -> tuple[int, int]:
-        """(width, height) from the header alone. Raises: UserError naming the row when it is unreadable."""
+        """Return (width, height) from the header alone. Raises: UserError naming the row when it is unreadable."""
         with self._open(reference, where) as image:
             return image.size
 
     def load(self, reference: ImageReference, where: str) -> Image.Image:
-        """The whole image as RGB. Raises: UserError naming the row when it is unreadable."""
+        """Return the whole image as RGB. Raises: UserError naming the row when it is unreadable."""
         with self._open(reference, where) as image:
             try:
                 return image.convert("RGB")
@@ -93,7 +93,7 @@ def _unreadable(reference: ImageReference, where: str, error: BaseException) -> 
 
 @dataclass(frozen=True)
 class PixelLimits:
-    """The sizes images are brought to, so that no processor resizes them again.
+    """The sizes that images are resized to, so that no processor resizes them again.
 
     The rule is that of the Qwen-VL processors (`smart_resize` in transformers, which vLLM uses too): both sides
     a multiple of `factor`, the area inside the limits, the aspect ratio kept as well as those allow. The run's
@@ -110,7 +110,7 @@ class PixelLimits:
     def of(
         factor: int, processor_min: int, processor_max: int, min_pixels: int | None, max_pixels: int | None
     ) -> PixelLimits:
-        """Limits of a run; None leaves a bound to the processor."""
+        """Return the limits of a run; None leaves a bound to the processor."""
 
         def inside(pixels: int) -> int:
             return min(max(pixels, processor_min), processor_max)
@@ -120,7 +120,7 @@ class PixelLimits:
         return PixelLimits(factor, min(low, high), high, processor_min, processor_max)
 
     def target(self, width: int, height: int, where: str) -> tuple[int, int]:
-        """(width, height) in pixels for an image: a size both processors leave alone.
+        """Return (width, height) in pixels for an image, a size that both processors leave as it is.
 
         Raises: UserError naming the row when the image is too narrow for the model (one side over 200 times
         the other) or no size satisfies the limits.

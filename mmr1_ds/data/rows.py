@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RowContent:
-    """A row, ready to be encoded."""
+    """The content of a row, ready to be encoded."""
 
     prompt: object  # the prompt column's cell: a string or a chat
     images: list[Image]  # RGB, as large as they came
@@ -36,7 +36,7 @@ class RowReader:
     """One source seen through the run's keys."""
 
     def __init__(self, source: Source, data: DataConfig) -> None:
-        """Raises: UserError naming a key that is no column, and the columns there are."""
+        """Check the keys. Raises: UserError naming a key that is no column, and the columns that exist."""
         self._source = source
         self._data = data
         check_columns(source.name, source.rows.column_names, data)
@@ -56,18 +56,18 @@ class RowReader:
         return self._source.name
 
     def where(self, row: int) -> str:
-        """Names a row in errors."""
+        """Return the name of a row, as errors give it."""
         return self._source.where(row)
 
     def read(self, index: int) -> RowContent:
-        """One row with its images decoded. Raises: UserError naming the row."""
+        """Read one row and decode its images. Raises: UserError naming the row."""
         (row,) = self.decode(self.rows[index : index + 1])
         where = self.where(index)
         images = [self.image_source.load(reference, where) for reference in self.references(row)]
         return RowContent(row[self._data.prompt_key], images, self.ground_truth(row, where))
 
     def decode(self, table: pa.Table) -> list[Row]:
-        """Rows of a table as Python values, images still encoded."""
+        """Return rows of a table as Python values, images still encoded."""
         return [self._features.decode_example(row) for row in table.to_pylist()]
 
     def prompt(self, row: Row) -> object:
@@ -77,7 +77,7 @@ class RowReader:
         return image_references(row[self._data.image_key]) if self._has_images else []
 
     def ground_truth(self, row: Row, where: str) -> str:
-        """The answer as a string. Raises: UserError when there is none."""
+        """Return the answer as a string. Raises: UserError when the row has no answer."""
         answer = row[self._data.answer_key]
         missing = answer is None or (isinstance(answer, float) and math.isnan(answer))
         if missing or (isinstance(answer, str) and not answer.strip()):
@@ -87,7 +87,7 @@ class RowReader:
         return str(answer)
 
     def prompt_id(self, row: Row, where: str) -> str:
-        """The row's own id, or a digest of prompt, answer and images: the same on every machine."""
+        """Return the row's own id, or a digest of prompt, answer and images that is the same on every machine."""
         key = self._data.id_key
         if key is None:
             return self._digest(row, where)
@@ -109,12 +109,12 @@ class RowReader:
 
 
 def open_readers(sources: list[Source], data: DataConfig) -> list[RowReader]:
-    """A reader a source. Raises: UserError naming a missing column."""
+    """Return one reader for each source. Raises: UserError naming a missing column."""
     return [RowReader(source, data) for source in sources]
 
 
 def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
-    """Raises: UserError naming the first column that `data` asks for and `name` lacks.
+    """Check the columns. Raises: UserError naming the first one that `data` asks for and `name` lacks.
 
     A text source may lack the default image column, not one asked for by name.
     """

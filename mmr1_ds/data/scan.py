@@ -31,7 +31,7 @@ ROWS_A_PROCESS = 20_000  # below this, starting processes costs more than it sav
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of every row, over-long ones included, in the order of the files (R rows)."""
+    """What the scan found about all R rows, over-long ones included, in the order of the files."""
 
     prompt_ids: pa.Array  # (R,) strings, all different
     lengths: np.ndarray  # (R,) int32 tokens, images included
@@ -60,7 +60,7 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
 
 
 class BatchScan:
-    """Scans a batch of rows; a class, so that worker processes can be handed it."""
+    """A callable that scans a batch of rows; a class, so that it can be sent to worker processes."""
 
     def __init__(self, reader: RowReader, prompt_encoder: PromptEncoder) -> None:
         self._reader = reader

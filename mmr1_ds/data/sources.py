@@ -17,7 +17,7 @@ DEFAULT_SPLIT = "train"
 
 @dataclass(frozen=True)
 class Source:
-    """One of the user's data sets, its rows read when asked for."""
+    """One of the user's data sets, whose rows are read on access."""
 
     name: str  # as the user wrote it: names the rows in errors
     rows: Dataset
@@ -28,9 +28,9 @@ class Source:
 
 
 def list_names(files: Any, key: str = "data.train_files") -> list[str]:
-    """The names in `data.train_files`: a string, comma separated, or a list.
+    """Return the names in `data.train_files`, which is a string, comma separated, or a list.
 
-    Raises: UserError when there is none, or a local one is missing. Imports nothing heavy: a dry run calls this.
+    Raises: UserError when the list is empty, or a local file is missing. Imports nothing heavy: a dry run calls this.
     """
     parts = files.split(",") if isinstance(files, str) else list(files or [])
     names = [str(part).strip() for part in parts if str(part).strip()]
@@ -44,7 +44,7 @@ def list_names(files: Any, key: str = "data.train_files") -> list[str]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`name@split` -> (name, split); a path that holds an @ itself is taken whole when it exists."""
+    """Split `name@split` into (name, split); a path that itself contains an @ stays whole when it exists."""
     name = os.path.expanduser(name)
     if "@" not in name or os.path.exists(name):
         return name, DEFAULT_SPLIT

@@ -18,7 +18,7 @@ _RESET_PEAK = "5"  # to clear_refs: the high-water mark falls to what is residen
 
 
 class StageMemory:
-    """Measures what is held at most between `begin` and `end`: on a GPU device memory, else resident memory.
+    """The peak of memory between `begin` and `end`: device memory on a GPU, else resident memory.
 
     Each stage resets torch's peak, and `perf/max_memory_*` mean the peak of the run: so those are kept here.
     """
@@ -38,7 +38,7 @@ class StageMemory:
         torch.cuda.reset_peak_memory_stats()
 
     def end(self) -> float:
-        """GB (1e9 bytes). On a GPU the larger of what torch reserved at most and what all, vLLM included, hold now."""
+        """Return GB (1e9 bytes): on a GPU the larger of torch's peak and what all, vLLM included, hold now."""
         if not self._on_gpu:
             return _resident_peak_bytes() / 1e9
         import torch
@@ -47,7 +47,7 @@ class StageMemory:
         return max(total - free, torch.cuda.max_memory_reserved()) / 1e9
 
     def peaks_of_the_run(self) -> dict[str, float]:
-        """`perf/max_memory_*_gb`, EasyR1's names; nothing on the CPU."""
+        """Return `perf/max_memory_*_gb` under EasyR1's names; empty on the CPU."""
         if not self._on_gpu:
             return {}
         self._note_peaks()
@@ -73,7 +73,7 @@ def _resident_peak_bytes() -> int:
 
 @dataclass
 class StageClock:
-    """Seconds by stage, summed over repeated entries, and the memory held at most in any of them."""
+    """The seconds of each stage, summed over repeated entries, and its peak of memory."""
 
     mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered with each stage: Ranks.stage
     memory: StageMemory | None = None  # None: not measured
@@ -94,6 +94,6 @@ class StageClock:
                 self.memory_gb[stage] = max(self.memory_gb.get(stage, 0.0), self.memory.end())
 
     def metrics(self) -> dict[str, float]:
-        """`timing_s/*` and `memory_gb/*` of this rank."""
+        """Return `timing_s/*` and `memory_gb/*` of this rank."""
         timing = {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
         return timing | {f"memory_gb/{stage}": size for stage, size in self.memory_gb.items()}

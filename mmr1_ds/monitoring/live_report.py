@@ -1,4 +1,4 @@
-"""The report of a run, written while it goes on and at its end, by a process of its own."""
+"""The report of a run, written during the run and at its end by a separate process."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NICENESS = ["nice", "-n", "10"] if shutil.which("nice") else []  # training goe
 
 
 class LiveReport:
-    """Starts `mmr1-ds report` for a run directory every few steps, unless the one before is at work still.
+    """A context manager that starts `mmr1-ds report` every few steps, unless the previous one is still running.
 
-    Nothing that goes wrong there stops the training. A context manager: what is at work when it ends is stopped.
+    A failure there does not stop the training. A report that is still running at exit is stopped.
     """
 
     def __init__(self, run_dir: Path, every_steps: int | None) -> None:
@@ -37,7 +37,7 @@ class LiveReport:
         self._process = self._start()
 
     def finish(self) -> None:
-        """The last one; waits for it, and tells where it lies."""
+        """Write the last report, wait for it, and log where it is."""
         if self._every_steps is None:
             return
         self._stop()
@@ -58,7 +58,7 @@ class LiveReport:
         )
 
     def _collect(self) -> bool:
-        """Whether the one before was written; tells why not."""
+        """Return whether the previous report was written; log why not."""
         process, self._process = self._process, None
         if process is None:
             return False

@@ -1,6 +1,6 @@
-"""What a run tells its users: log lines, figures of every step, records, progress.
+"""The output of a run for its users: log lines, metrics of every step, records, progress.
 
-Rank 0 alone speaks; the other ranks hold a logger without writers.
+Only rank 0 writes; the other ranks hold a logger without writers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mmr1_ds.monitoring.writers import (
 def configure_logging(is_main: bool, level: int = logging.INFO) -> None:
     """Send the package's log lines to stderr with the time; warnings only from ranks other than 0.
 
-    They, and the traceback of an error that ends the process, are free of credentials.
+    Credentials are removed from them, and from the traceback of an error that ends the process.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
@@ -60,7 +60,7 @@ _QUIET = {
 
 
 def quiet_libraries() -> None:
-    """Ask the libraries for errors only. Call before they are imported."""
+    """Limit the libraries' own logs to errors. Call this before they are imported."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
@@ -69,10 +69,10 @@ def quiet_libraries() -> None:
 
 
 class MetricsLogger:
-    """Hands each step's metrics to the writers named in `trainer.logger`. A context manager."""
+    """A context manager that passes each step's metrics to the writers named in `trainer.logger`."""
 
     def __init__(self, writers: Sequence[Writer] = (), elapsed_seconds: float = 0.0) -> None:
-        """Without writers it says nothing, which is what every rank but 0 wants.
+        """Take the writers; without any, as on every rank but 0, nothing is written.
 
         elapsed_seconds: of the run, before this process.
         """
@@ -89,7 +89,7 @@ class MetricsLogger:
         run_config: Mapping[str, Any],
         is_main: bool,
     ) -> MetricsLogger:
-        """The loggers of a run.
+        """Open the writers of a run.
 
         `metrics.jsonl` and the records are always written: the run directory holds all of a run.
 
@@ -99,7 +99,7 @@ class MetricsLogger:
             resumed_step: the checkpoint's step; what was logged after it is dropped. 0 for a fresh run, which
                 renames what an earlier one logged to metrics.1.jsonl and so on.
             run_config: resolved; stored with wandb, values that look like secrets left out.
-            is_main: False gives a logger that says nothing.
+            is_main: False gives a logger that writes nothing.
         Raises: UserError for an unknown name.
         """
         check_loggers(trainer.logger)
@@ -119,22 +119,22 @@ class MetricsLogger:
 
     @property
     def elapsed_seconds(self) -> float:
-        """That the run has been at work; the time between being stopped and going on does not count."""
+        """The seconds that the run has been at work; the time between a stop and its resume does not count."""
         return time.monotonic() - self._began
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One flat dictionary of a step; a second one of the same step is merged into it. Steps never fall."""
+        """Log one flat dictionary of a step; a second one of the same step is merged into it. Steps never decrease."""
         for writer in self._writers:
             writer.log(step, metrics)
 
     def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sampled responses, a mapping each (prompt, response, ground_truth, reward ...), one set of keys a call."""
+        """Log sampled responses, each a mapping (prompt, response, ground_truth, ...); all have the same keys."""
         if rows:
             for writer in self._writers:
                 writer.generations(step, rows)
 
     def record(self, name: str, step: int, row: Mapping[str, Any]) -> None:
-        """A line of `<name>.jsonl`: see `writers.RECORDS`."""
+        """Write a line of `<name>.jsonl`; see `writers.RECORDS`."""
         for writer in self._writers:
             writer.record(name, step, row)
 

@@ -1,4 +1,4 @@
-"""How far a run has come, on a terminal as bars, elsewhere as log lines now and then."""
+"""The progress of a run, as bars on a terminal and as occasional log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def is_terminal() -> bool:
 
 @contextmanager
 def progress(total: int, description: str, with_lines: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show how far a long stage has come. Yields a function that takes how many more are done.
+    """Show the progress of a long stage. Yields a function that takes how many more are done.
 
-    A bar on a terminal; elsewhere, `with_lines`, a log line about every tenth of the way.
+    A terminal shows a bar; elsewhere, with `with_lines`, a log line appears about every tenth of the way.
     """
     if is_terminal():
         with _bar(total, description, leave=False) as bar:
@@ -70,7 +70,7 @@ class _LineProgress:
 
 
 class TimeLeft:
-    """Seconds to the last step, from the clock between recent steps: refreshes, validation and saving count too."""
+    """An estimate of the seconds to the last step, from the time between recent steps, refreshes included."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -78,7 +78,7 @@ class TimeLeft:
         self._previous: tuple[int, float] | None = None  # step logged last, and when
 
     def after(self, step: int, metrics: Mapping[str, float]) -> float | None:
-        """Call once a log line. None: nothing is known yet."""
+        """Return the seconds left after `step`, None before there is an estimate. Call it once a log line."""
         now = time.monotonic()
         if self._previous is None:
             # The clock has run since before the models loaded: believe the step's own timing.
@@ -115,7 +115,7 @@ class StepBar:
 
 
 def format_duration(seconds: float) -> str:
-    """42 s, 3:05 or 1:02:03."""
+    """Return a duration like 42 s, 3:05 or 1:02:03."""
     total = round(seconds)
     if total < 60:
         return f"{total} s"

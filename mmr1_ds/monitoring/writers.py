@@ -1,4 +1,4 @@
-"""Where a run's figures and records go: files of one JSON object a line, the console, tensorboard, wandb."""
+"""The places that metrics and records are written to: JSON lines files, the console, tensorboard, wandb."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ _HISTOGRAMS = ("weight", "pass_rate")  # in a record of the curriculum
 
 
 class Writer:
-    """One place that metrics go to. What a kind does not take it passes over."""
+    """One place that metrics are written to. A writer ignores the kinds that it does not support."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One flat dictionary of a step; another one of the same step is merged into it."""
+        """Write one flat dictionary of a step; another one of the same step is merged into it."""
 
     def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sampled responses, one set of keys."""
+        """Write sampled responses, which all have the same keys."""
 
     def record(self, name: str, step: int, row: Mapping[str, Any]) -> None:
-        """One of `RECORDS`."""
+        """Write a line of one of `RECORDS`."""
 
     def close(self) -> None:
-        """Nothing is left unwritten."""
+        """Write what is left and close."""
 
 
 class _Lines:
-    """A file of lines. What the disk does not take waits in memory for the next line: a run goes on without."""
+    """A file of lines. Lines that the disk refuses wait in memory until the next one, and the run continues."""
 
     def __init__(self, path: Path, last_line_bytes: int = 0) -> None:
         """last_line_bytes: of the line that `replace_last` may put another in place of; 0 = none."""
@@ -70,7 +70,7 @@ class _Lines:
         self._write(is_final=False)
 
     def close(self) -> None:
-        """Write what still waits, or tell that it is lost."""
+        """Write what still waits, or log that it is lost."""
         if self._waiting:
             self._write(is_final=True)
         if self._waiting:
@@ -96,7 +96,7 @@ class _Lines:
 
 
 class JsonLinesWriter(Writer):
-    """`metrics.jsonl`, one flat object a step, and a file for each of `RECORDS`. Nothing stays open between calls."""
+    """Writes `metrics.jsonl`, one flat object a step, and a file for each of `RECORDS`; none stays open."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         paths = {name: run_dir / f"{name}.jsonl" for name in ("metrics", *RECORDS)}
@@ -174,7 +174,7 @@ def _json_value(value: Any) -> Any:
 
 
 class ConsoleWriter(Writer):
-    """One log line a step."""
+    """Writes one log line a step."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -201,7 +201,7 @@ class ConsoleWriter(Writer):
 
 
 class BarWriter(Writer):
-    """A bar over the steps, for a terminal."""
+    """Shows a bar over the steps on a terminal."""
 
     def __init__(self, total_steps: int, resumed_step: int) -> None:
         self._bar = StepBar(total_steps, resumed_step)
@@ -214,7 +214,7 @@ class BarWriter(Writer):
 
 
 class TensorboardWriter(Writer):
-    """Event files in `<run_dir>/tensorboard`. Responses are unreadable there: generations.jsonl has them."""
+    """Writes event files in `<run_dir>/tensorboard`, without responses, which generations.jsonl has."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         try:
@@ -247,7 +247,7 @@ class TensorboardWriter(Writer):
 
 
 class WandbWriter(Writer):
-    """Weights & Biases; offline, in `<run_dir>/wandb`, for those without an account."""
+    """Writes to Weights & Biases; offline, in `<run_dir>/wandb`, for users without an account."""
 
     def __init__(self, trainer: TrainerConfig, run_dir: Path, run_config: Mapping[str, Any]) -> None:
         try:

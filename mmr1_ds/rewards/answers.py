@@ -63,7 +63,7 @@ _COUNTED = (",", ";", "=", "<", ">", r"\pm", r"\mp", r"\lor", r"\land", r"\cup",
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last balanced `\boxed{...}`, nested braces kept; None without one. `\{` is no brace."""
+    r"""Return the content of the last balanced `\boxed{...}`, with nested braces, or None. `\{` is no brace."""
     open_braces: list[int | None] = []  # where the content begins, for those of a box
     found = None
     for token in _BRACES.finditer(text):
@@ -78,7 +78,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def answers_equal(answer: str, truth: str) -> bool:
-    """Whether the boxed `answer` is the ground truth: as text, as an exact number, or as a formula."""
+    """Return whether the boxed `answer` is the ground truth, as text, as an exact number, or as a formula."""
     if len(answer) > max(MAX_ANSWER_CHARS, len(truth)):
         return False
     answer_text, truth_text = normalise(answer), normalise(truth)
@@ -101,7 +101,7 @@ def answers_equal(answer: str, truth: str) -> bool:
 
 
 def normalise(text: str) -> str:
-    r"""The answer without what carries no meaning: dollars, spaces, `\left`, `\text{}`, a final full stop."""
+    r"""Return the answer without what has no meaning: dollars, spaces, `\left`, `\text{}`, a final full stop."""
     text = text.strip().strip("$").strip()
     text = text.replace(r"\(", "").replace(r"\)", "").replace(r"\[", "").replace(r"\]", "")
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])", "", text)
@@ -150,7 +150,7 @@ class Number:
     unit: str  # as written, "" without one
 
     def equals(self, truth: Number) -> bool:
-        """A missing unit is forgiven, a different one is not. 25% is 25 (percent as a unit) or 0.25."""
+        """Compare two numbers. One unit may be missing, but not differ; 25% is 25 (percent as a unit) or 0.25."""
         if self.unit and truth.unit and self.unit != truth.unit:
             return False
         if self.value == truth.value:

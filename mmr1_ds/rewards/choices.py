@@ -1,4 +1,4 @@
-"""Letters of multiple choice: which one an answer commits to."""
+"""Multiple choice: the letter that an answer commits to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LIST = re.compile(r"\(?[A-Z]\)?(?:(?:\s*[,;&]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-
 
 
 def choice(text: str) -> str | None:
-    """The one letter, as a capital, of `A`, `(A)`, `A.`, `(A) 12` or `A: an apple`; None for anything else.
+    """Return the one letter, as a capital, of `A`, `(A)`, `A.`, `(A) 12` or `A: an apple`; None for anything else.
 
     What follows the mark must name no other option: "(A) or (B)" and "A. B" commit to none.
     """
@@ -26,5 +26,5 @@ def choice(text: str) -> str | None:
 
 
 def choices(text: str) -> str | None:
-    """The letters of a list like `A, C` or `(A) and (C)`, in its order: AC. None for anything else."""
+    """Return the letters of a list like `A, C` or `(A) and (C)`, in its order: AC. None for anything else."""
     return re.sub(r"and|[^A-Z]", "", text) if _LIST.fullmatch(text) else None

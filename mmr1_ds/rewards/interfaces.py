@@ -1,4 +1,4 @@
-"""How a user's reward function wants to be called: EasyR1's present interface and its earlier ones.
+"""The interfaces of reward functions: EasyR1's present one and its earlier ones.
 
 present     compute_score(reward_inputs: list[dict], **kwargs) -> list[dict]     batch
             compute_score(reward_input: dict, **kwargs) -> dict                  sequential
@@ -6,7 +6,7 @@ earlier     compute_score(predicts: list[str], ground_truths: list[str]) -> list
             compute_score(predict_str: str, ground_truth: str) -> dict | float
 
 Batch or sequential is what `worker.reward.reward_type` says, else the file's `REWARD_TYPE`, else what the names of
-the arguments say. A function that takes two texts is told by its second argument: no default, and a known name.
+the arguments say. A function of two texts is recognised by its second argument, which has no default and a known name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TRUTH_NAMES = ("ground_truth", "truth", "answer", "solution", "label", "target"
 
 @dataclass(frozen=True)
 class CallStyle:
-    """How one function is called."""
+    """The way one function is called."""
 
     is_sequential: bool  # one response a call, not a list
     takes_texts: bool  # (response, ground truth), not a dictionary
@@ -37,7 +37,7 @@ class CallStyle:
 
 
 def call_style(required: Sequence[str], reward_type: str | None) -> CallStyle:
-    """Args: required: names of the positional arguments that neither a default nor the kwargs give."""
+    """Return how to call a function. Args: required: positional arguments without a default or a kwarg."""
     takes_texts = len(required) > 1 and required[1].removesuffix("s") in _TRUTH_NAMES
     if reward_type is not None:
         return CallStyle(reward_type == "sequential", takes_texts)
@@ -49,7 +49,7 @@ def call_style(required: Sequence[str], reward_type: str | None) -> CallStyle:
 def adapt(
     function: Callable[..., Any], kwargs: Mapping[str, Any], reward_type: str | None, where: str
 ) -> Callable[[list[dict[str, Any]]], Any]:
-    """The function under the present batch interface, its keyword arguments bound.
+    """Wrap the function in the present batch interface and bind its keyword arguments.
 
     Args: reward_type: batch, sequential or None; where: names the function in errors.
     Raises: UserError when the function does not take these arguments.

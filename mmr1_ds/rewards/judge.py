@@ -40,15 +40,15 @@ Reason in one or two sentences, then end with your verdict in this form, 0 for c
 
 
 class Judge:
-    """Asks a chat server whether an answer means the ground truth."""
+    """A judge that asks a chat server whether an answer means the ground truth."""
 
     def __init__(self, client: ChatClient) -> None:
         self._client = client
 
     def accepts(self, prompt: str, answer: str, truth: str) -> bool:
-        """Args: prompt: the chat as text, of which the last user turn is shown.
+        """Return the judge's verdict. Args: prompt: the chat as text, of which the last user turn is shown.
 
-        Raises: Unscored when the server does not answer, or not with a verdict.
+        Raises: Unscored when the server does not answer, or answers without a verdict.
         """
         if len(answer) > MAX_ANSWER_CHARS or _TAG.search(answer):  # no answer is long or speaks to its judge
             return False
@@ -63,13 +63,13 @@ class Judge:
 
 
 def question_of(prompt: str) -> str:
-    """The last user turn of a chat template's text; all of it where no turns can be told."""
+    """Return the last user turn of a chat template's text, or all of it where no turns are recognised."""
     _, _, turn = f"\n{prompt}".rpartition("\nuser\n")
     return re.sub(r"\s*\nassistant\s*(<think>\s*)?$", "", turn or prompt).strip()
 
 
 def build_judge(settings: Mapping[str, Any]) -> Judge:
-    """A judge from `worker.reward.judge`; its key is read from the environment here and kept nowhere else."""
+    """Build a judge from `worker.reward.judge`; its key is read from the environment here and kept nowhere else."""
     return Judge(
         ChatClient(
             settings["base_urls"],
@@ -84,7 +84,7 @@ def build_judge(settings: Mapping[str, Any]) -> Judge:
 
 
 def read_key(variable: str | None) -> str | None:
-    """The key in an environment variable, None when no variable is named.
+    """Return the key in an environment variable, None when no variable is named.
 
     Raises: UserError that names the variable, never its value.
     """

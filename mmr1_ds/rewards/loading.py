@@ -33,9 +33,9 @@ class LoadedReward:
 
 
 def split_reference(reward_function: str) -> tuple[str, str]:
-    """`path/file.py:function` -> (path, function).
+    """Split `path/file.py:function` into (path, function).
 
-    Raises: UserError when it is neither built in nor an existing file. Runs no user code.
+    Raises: UserError when it is neither built in nor an existing file. No user code runs.
     """
     path, _, name = os.path.expanduser(reward_function).rpartition(":")
     if not path.endswith(".py") or not name:
@@ -49,9 +49,9 @@ def split_reference(reward_function: str) -> tuple[str, str]:
 
 
 def check_reward_config(config: RewardConfig) -> None:
-    """Raises: UserError for an unknown name, a missing file, or a judge that cannot be asked; cheap, runs no user code.
+    """Check the section cheaply, without running user code; the judge's key must be in the environment.
 
-    Reads the judge's key from the environment to see that it is there.
+    Raises: UserError for an unknown name, a missing file, or a judge that cannot be asked.
     """
     if config.reward_type is not None and config.reward_type not in REWARD_TYPES:
         raise UserError(f"worker.reward.reward_type must be batch, sequential or null, got {config.reward_type!r}")
@@ -84,7 +84,7 @@ def _check_judge(config: RewardConfig) -> None:
 
 
 def reward_setup(config: RewardConfig, max_response_length: int) -> dict[str, Any]:
-    """What a reward process needs to know, as JSON; names the key's variable, never the key."""
+    """Return what a reward process needs, as JSON; it names the key's variable, never the key."""
     lengths = asdict(config.cos_len_reward_config)
     max_length = lengths.pop("max_length") or max_response_length
     return {
@@ -98,7 +98,7 @@ def reward_setup(config: RewardConfig, max_response_length: int) -> dict[str, An
 
 
 def load_reward_function(setup: Mapping[str, Any]) -> LoadedReward:
-    """Import the reward function and bind its keyword arguments. Runs the user's module: for worker processes.
+    """Import the reward function and bind its keyword arguments. It runs the user's module: for worker processes.
 
     Args: setup: what `reward_setup` returns.
     Raises: UserError when the function is missing or does not take these arguments; what the module itself raises.

@@ -30,7 +30,7 @@ def _score(response: str, ground_truth: str, format_weight: float) -> dict[str, 
 
 
 def format_reward(response: str) -> float:
-    r"""1 for `<think>...</think>` followed by a non-empty `\boxed{...}`, with or without one `<answer>` around it.
+    r"""Return 1 for `<think>...</think>` and then a non-empty `\boxed{...}`, with or without `<answer>` around it.
 
     Each tag occurs once, nothing but space stands before the first, between the two parts or after the last:
     nested or repeated tags are how a policy games the format.
@@ -54,7 +54,7 @@ def format_reward(response: str) -> float:
 
 
 def accuracy_reward(response: str, ground_truth: str) -> float:
-    r"""1 when the last balanced `\boxed{...}` after the reasoning equals the ground truth.
+    r"""Return 1 when the last balanced `\boxed{...}` after the reasoning equals the ground truth.
 
     Boxes inside the reasoning do not count, nor does anything when the reasoning was never closed: a response cut
     off half way has no final answer.

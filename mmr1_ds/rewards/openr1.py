@@ -15,10 +15,10 @@ from mmr1_ds.rewards.tagged import tag_format, tagged_answer
 
 
 class OpenR1Reward:
-    """Accuracy by rule first; what the rule refuses is put to the judge where there is one."""
+    """A reward by rules first; an answer that the rules refuse is put to the judge where there is one."""
 
     def __init__(self, cosine_values: Mapping[str, float], max_length: int, judge: Judge | None) -> None:
-        """Args: cosine_values: the four of `cos_len_reward_config`; max_length: tokens."""
+        """Take the settings. Args: cosine_values: the four of `cos_len_reward_config`; max_length: tokens."""
         self._cosine_values, self._max_length, self._judge = cosine_values, max_length, judge
 
     def compute_score(self, reward_inputs: list[dict[str, Any]]) -> list[dict[str, float]]:

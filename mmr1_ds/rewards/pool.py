@@ -1,4 +1,4 @@
-"""The pool of reward processes: whatever a reward does, every response has a result in bounded time."""
+"""The pool of reward processes: whatever a reward does, every response gets a result in bounded time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RewardItem:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What the reward said. A failed response has overall 0, no parts, and accuracy 0, NaN where it is unscored."""
+    """The result of a reward. A failed response has overall 0, no parts, and accuracy 0 (NaN if unscored)."""
 
     overall: float  # finite
     accuracy: float  # [0, 1]; NaN = unknown
@@ -72,8 +72,8 @@ class RewardPool:
 
     A response whose reward hangs past `timeout_seconds`, ends its process, raises, or returns no finite number is
     a failed result with the kind named, and so is one that its judge could not judge ("unscored"); its process is
-    replaced where needed, and the others go on. Of one thread. The kernel ends the workers, and what they started,
-    when this process ends in whatever way.
+    replaced where needed, and the others continue. Use the pool from one thread. The kernel ends the workers, and
+    what they started, when this process ends in whatever way.
     """
 
     def __init__(self, config: RewardConfig, max_response_length: int = MAX_RESPONSE_LENGTH) -> None:

@@ -1,4 +1,4 @@
-"""One reward worker process as its parent sees it: pipes that never block, a deadline, and a sure end."""
+"""One reward worker process as its parent sees it: pipes that never block, a deadline, and a certain end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 @dataclass(frozen=True)
 class Closed:
-    """The worker is gone, and why."""
+    """The end of a worker, and its reason."""
 
     kind: str  # crash, or invalid when it was ended for what it answered
     reason: str
@@ -61,7 +61,7 @@ class WorkerProcess:
         return self._process.pid
 
     def has_ended(self) -> bool:
-        """Whether the worker is dead. Leaves it to `close` to collect it."""
+        """Return whether the worker is dead; `close` collects it."""
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def send(self, message: dict[str, Any]) -> None:

@@ -23,6 +23,6 @@ def _score(response: str, ground_truth: str, format_weight: float) -> dict[str, 
 
 
 def accuracy_reward(response: str, ground_truth: str) -> float:
-    """1 when the committed answer equals the ground truth. Upstream gives 0.1 to wrong ones that it can read."""
+    """Return 1 when the committed answer is the ground truth. Upstream gives 0.1 to wrong ones that it can read."""
     answer = tagged_answer(response)
     return 1.0 if answer is not None and answers_equal(answer, ground_truth) else 0.0

@@ -1,4 +1,4 @@
-"""Parts of a reward that look at a response's shape: its length and its repetitions."""
+"""Parts of a reward that depend on a response's shape: its length and its repetitions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_REPETITION_PENALTY = -0.5
 
 
 def cosine_length(is_correct: bool, length: int, values: Mapping[str, float], max_length: int) -> float:
-    """Reward by length along half a cosine (arXiv 2502.03373, appendix C).
+    """Return a reward by length along half a cosine (arXiv 2502.03373, appendix C).
 
     A right answer has `max_value_correct` at length 0 and `min_value_correct` at `max_length`; a wrong one has
     `min_value_wrong` at 0 and `max_value_wrong` at `max_length`. Longer ones have the value of `max_length`: the bare
@@ -27,7 +27,7 @@ def cosine_length(is_correct: bool, length: int, values: Mapping[str, float], ma
 def repetition_penalty(
     response: str, ngram_size: int = REPETITION_NGRAM, max_penalty: float = MAX_REPETITION_PENALTY
 ) -> float:
-    """`max_penalty` times the share of word n-grams that occurred before (arXiv 2502.03373, appendix C.2).
+    """Return `max_penalty` times the share of word n-grams that occurred before (arXiv 2502.03373, appendix C.2).
 
     0 for fewer than `ngram_size` words. Words are split at white space, capitals ignored.
     """

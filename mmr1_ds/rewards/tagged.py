@@ -10,12 +10,12 @@ _TAG = re.compile(r"<\s*(?:(/)\s*)?(think|answer)\s*>")  # some models write `< 
 
 
 def clean_tags(response: str) -> str:
-    """The tags without spaces inside."""
+    """Remove the spaces inside the tags."""
     return _TAG.sub(lambda tag: f"<{tag[1] or ''}{tag[2]}>", response)
 
 
 def tag_format(response: str) -> float:
-    """1 for one think block and one answer block in this order, with nothing but space around them.
+    """Return 1 for one think block and one answer block in this order, with nothing but space around them.
 
     Upstream's pattern lets tags repeat inside a block; each must occur once here, because nested and repeated ones
     are how a policy games the format.
@@ -30,7 +30,7 @@ def tag_format(response: str) -> float:
 def tagged_answer(response: str) -> str | None:
     r"""The committed answer: the last `\boxed{...}` of the answer block, or all of its text where nothing is boxed.
 
-    Returns: None without exactly one closed answer block after the reasoning: no answer was given.
+    Returns: None without exactly one closed answer block after the reasoning, since no answer was given then.
     """
     _, closed, final = clean_tags(response).rpartition("</think>")
     if not closed and "<think>" in final:

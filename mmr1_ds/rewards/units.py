@@ -1,4 +1,4 @@
-"""Units that answers carry, under one spelling each."""
+"""Units of answers, each under one spelling."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _BARE = re.compile(
 
 
 def canonical_unit(text: str) -> str:
-    """One spelling for each unit: `metres` is m, `square feet` is ft^2. An unknown one stays as it is written."""
+    """Return a unit's one spelling: `metres` is m, `square feet` is ft^2. An unknown unit stays as it is."""
     words = text.split()
     power = _POWER_WORDS.get(words[0].lower(), "") if len(words) > 1 else ""
     name = " ".join(words[1:] if power else words)
@@ -66,7 +66,7 @@ def canonical_unit(text: str) -> str:
 
 
 def split_bare_unit(text: str) -> tuple[str, str] | None:
-    """`5 cm^2` -> (`5`, `cm^2`): a number and a unit in plain letters. None without a unit that is known."""
+    """Split `5 cm^2` into (`5`, `cm^2`), a number and a unit in plain letters. None without a known unit."""
     match = _BARE.fullmatch(text)
     if match is None:
         return None

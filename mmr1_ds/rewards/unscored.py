@@ -1,4 +1,4 @@
-"""What a reward raises when it cannot tell right from wrong."""
+"""The exception that a reward raises when it cannot decide between right and wrong."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_generations_are_those_of_the_last_validation(runs):
 # Axes, means, bands
 
 
-def test_axes_are_logged_or_reckoned(tmp_path, runs):
+def test_axes_are_logged_or_estimated(tmp_path, runs):
     (run,) = load_runs([runs / "vas_1"])
     lines = rows(runs / "vas_1" / "metrics.jsonl")
     assert run.axis("rollouts").tolist() == [line["perf/num_rollouts"] for line in lines]
@@ -118,14 +118,14 @@ def test_axes_are_logged_or_reckoned(tmp_path, runs):
         for line in lines:
             kept = {name: v for name, v in line.items() if name not in ("perf/num_rollouts", "perf/elapsed_seconds")}
             file.write(json.dumps(kept) + "\n")
-    (reckoned,) = load_runs([old])
+    (estimated,) = load_runs([old])
     # The fraction was logged before the refresh that followed the same step: the last refresh is not in it.
-    assert reckoned.axis("rollouts")[-1] == pytest.approx(60 * 8 * GROUP + 4 * NUM_PROMPTS * GROUP)
+    assert estimated.axis("rollouts")[-1] == pytest.approx(60 * 8 * GROUP + 4 * NUM_PROMPTS * GROUP)
     stages = ("step", "testing", "refresh", "save_checkpoint")
-    assert reckoned.axis("seconds")[-1] == pytest.approx(
+    assert estimated.axis("seconds")[-1] == pytest.approx(
         sum(line.get(f"timing_s/{stage}", 0.0) for line in lines for stage in stages)
     )
-    assert any("reckoned" in note for note in reckoned.notes)
+    assert any("estimated" in note for note in estimated.notes)
 
 
 @pytest.mark.parametrize("reach", [0, 1, 3])

@@ -484,8 +484,8 @@ def test_a_link_is_followed(capsys, tmp_path):
 # --- documentation -----------------------------------------------------------------------------------------------
 
 
-def test_the_readme_s_example(tmp_path):
-    section = (ROOT / "README.md").read_text().split("## Scoring responses without training")[1].split("\n## ")[0]
+def test_the_documentation_s_example(tmp_path):
+    section = (ROOT / "docs" / "scoring.md").read_text()
     (lines,) = re.findall(r"```jsonl\n(.*?)```", section, re.DOTALL)
     (command,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
     (tmp_path / "responses.jsonl").write_text(lines)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -26,6 +27,7 @@ KEYS = {key.name: key.default for section in sections() for key in section.keys}
 SECTIONS = {name.rsplit(".", depth)[0] for name in KEYS for depth in range(1, name.count(".") + 1)}
 KEY = re.compile(r"(?:data|algorithm|worker|trainer)\.[a-z_][\w.*]*")
 STAGES = "gen|reward|curriculum|draw|old|ref|values|adv|update_critic|update_actor|sync|testing|refresh|save_checkpoint"
+OUR_FOLDERS = ("tests", "benchmarks", "launch", "configs", "mmr1_ds", "kernels", "requirements")
 METRIC = re.compile(
     r"(actor|critic|reward|val|rollout|curriculum|partial|checkpoint|online_filtering|global_seqlen|perf|timing_s|"
     r"memory_gb|response_length|prompt_length)/[\w/]+"
@@ -141,11 +143,64 @@ def test_commands_and_files_in_the_text_exist(page):
             assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in targets), span
         if words[0] == "mmr1-ds" and len(words) > 1 and not words[1].endswith(":"):
             assert words[1] in cli._parser()._subparsers._group_actions[0].choices, span
-        for word in words:
-            named = re.fullmatch(r"((?:tests|benchmarks|launch|configs|mmr1_ds|kernels|requirements)/[\w./]*\w)", word)
-            assert not named or (ROOT / word).exists(), span
         if re.fullmatch(r"\w+/[\w/]+\.py", span) and not span.startswith(("path/", "verl/", "examples/")):
             assert (ROOT / span).exists() or (ROOT / "mmr1_ds" / span).exists(), span
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_exist(page):
+    """In the text and in the blocks; `*` stands for any part of a name, braces are not looked into."""
+    named = re.findall(rf"(?<![\w./-])((?:{'|'.join(OUR_FOLDERS)})/[\w./*-]*[\w*/])(?![\w{{])", page.read_text())
+    assert [path for path in named if not list(ROOT.glob(path.rstrip("/")))] == []
+
+
+# --- the architecture -----------------------------------------------------------------------------------------------
+
+
+def layers() -> list[list[str]]:
+    """The list that test_layers checks the imports against, read without importing another test."""
+    tree = ast.parse((ROOT / "tests" / "project" / "test_layers.py").read_text())
+    (found,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
+    )
+    return found
+
+
+def test_the_rooms_are_those_of_the_layer_test():
+    floors: dict[int, list[str]] = {}
+    for floor, room, _, _ in table("architecture.md", "floor"):
+        floors.setdefault(int(floor), []).append(room.strip("`"))
+    expected = {
+        floor: sorted(name.removeprefix("mmr1_ds.") for name in names) for floor, names in enumerate(layers(), 1)
+    }
+    assert {floor: sorted(rooms) for floor, rooms in sorted(floors.items())} == expected
+
+
+def test_rooms_hold_what_the_table_says():
+    for _, room, _, holds in table("architecture.md", "floor"):
+        name = room.strip("`")
+        folder = ROOT / "kernels" / name if name == "mmr1_kernels" else ROOT / "mmr1_ds" / name
+        missing = [held for held in code_spans(holds) if not list(folder.glob(held)) + list(folder.glob(f"{held}.py"))]
+        assert missing == [], name
+
+
+def test_excerpts_are_the_source_s_text():
+    excerpts = docs_module("excerpts")
+    pages = [page for page in DOCS.glob("*.md") if "# from mmr1_ds/" in page.read_text()]
+    assert pages != []
+    for page in pages:
+        assert excerpts.filled(page.read_text()) == page.read_text(), "python docs/excerpts.py writes it anew"
+
+
+def docs_module(name: str) -> ModuleType:
+    """A script of docs/."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # --- messages -----------------------------------------------------------------------------------------------------
@@ -270,11 +325,7 @@ def test_the_plan_s_assumptions_are_all_there():
 
 
 def test_the_figures_of_the_recorded_runs():
-    spec = importlib.util.spec_from_file_location("pass_rates", DOCS / "pass_rates.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    printed = module.table()
+    printed = docs_module("pass_rates").table()
     page = " ".join((DOCS / "variance_aware_sampling.md").read_text().split())
     sentence = page[page.index("In the upper run") : page.index("The picture and these figures")]
     figures = re.findall(r"(?<!\d)\.\d{3}", sentence)

@@ -242,12 +242,8 @@ def test_json_is_of_a_known_kind(block, tmp_path):
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_python_runs(block, reader, monkeypatch):
-    excerpt = re.match(r"# from (\S+)\n", block.text)
-    if excerpt:  # lines of the source, in their order
-        source = iter([line.strip() for line in (ROOT / excerpt[1]).read_text().splitlines()])
-        for line in block.text.splitlines()[1:]:
-            assert line.strip() in source, f"{excerpt[1]} has no line {line.strip()!r} there"
-        return
+    if block.text.startswith("# from "):
+        return  # the source's own text, which test_docs compares
     monkeypatch.chdir(reader)
     monkeypatch.syspath_prepend(str(reader))
     scope: dict = {}

@@ -274,8 +274,8 @@ def run(tmp_path) -> list[str]:
 
 @pytest.mark.slow
 def test_commands_of_the_base_installation(base, run, tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    (responses,) = re.findall(r"```jsonl\n(.*?)```", readme, re.DOTALL)
+    page = (ROOT / "docs" / "scoring.md").read_text()
+    (responses,) = re.findall(r"```jsonl\n(.*?)```", page, re.DOTALL)
     (tmp_path / "responses.jsonl").write_text(responses)
     for words, expected in [
         (["--help"], "usage: mmr1-ds"),

@@ -20,7 +20,7 @@ BY_RULE = ("math", "r1v", "openr1_wo_LMM")  # built-in rewards that ask nobody
 
 @dataclass(frozen=True)
 class AnswerSummary:
-    """Of the rows that a run can use."""
+    """The answers of the rows that a run can use."""
 
     num_distinct: int  # compared as texts
     most_frequent: list[tuple[str, int]]  # answer, rows
@@ -30,7 +30,7 @@ class AnswerSummary:
 
 @dataclass(frozen=True)
 class RewardCheck:
-    """Distinct answers given to the reward as right responses, boxed as they are."""
+    """The reward's verdict on the distinct answers, each boxed as it is and given as a right response."""
 
     reward_function: str
     num_answers: int
@@ -39,7 +39,7 @@ class RewardCheck:
 
 
 def summarise_answers(answers: Sequence[str]) -> AnswerSummary | None:
-    """Returns: None for no answers."""
+    """Count the answers. Returns: None for no answers."""
     if not answers:
         return None
     counts = Counter(answers)
@@ -53,10 +53,10 @@ def summarise_answers(answers: Sequence[str]) -> AnswerSummary | None:
 
 
 def check_reward(answers: Sequence[str], reward: RewardConfig, seed: int) -> RewardCheck | None:
-    """Whether a response that boxes the ground truth itself is right: if not, nothing ever is.
+    """Check that a response which boxes the ground truth itself is right: if it is not, no response can be.
 
-    Of more than NUM_SCORED distinct answers, a seeded choice. Returns: None where the form of a right response is
-    not known: for rewards of one's own, and for those that ask a judge.
+    Of more than NUM_SCORED distinct answers a seeded choice is checked. Returns: None where the form of a right
+    response is not known: for a user's own reward, and for those that ask a judge.
     """
     distinct = list(dict.fromkeys(answers))
     if reward.reward_function not in BY_RULE or not distinct:
@@ -72,5 +72,5 @@ def check_reward(answers: Sequence[str], reward: RewardConfig, seed: int) -> Rew
 
 
 def right_response(answer: str) -> str:
-    r"""In the form that all of BY_RULE read: reasoning, then an <answer> with a \boxed{}."""
+    r"""Return a response in the form that all of BY_RULE read: reasoning, then an <answer> with a \boxed{}."""
     return f"<think>\n</think>\n<answer>\\boxed{{{answer}}}</answer>"

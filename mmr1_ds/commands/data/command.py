@@ -78,7 +78,7 @@ def _keys(file: str | None, config: RunConfig) -> list[str]:
 
 
 def look(config: RunConfig, keys: Sequence[str], num_samples: int, decode_images: bool) -> DataReport:
-    """Everything about the data sets `keys`, TRAIN, VALIDATION or both.
+    """Summarise the data sets `keys`, TRAIN, VALIDATION or both.
 
     Raises: UserError for what stops a run before it comes to the rows: settings, files, columns, the tokenizer.
     """

@@ -1,4 +1,4 @@
-"""Rows that the trainer does not take as they are: refused, dropped, or renamed."""
+"""Finding the rows that the trainer does not take as they are: refused, dropped, or renamed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _VARIES = re.compile(r"0x[0-9a-f]+|\d+|'[^']*'|\"[^\"]*\"")  # in a message, fro
 
 @dataclass(frozen=True)
 class Example:
-    """A row of a finding."""
+    """A row that shows a finding."""
 
     row: str
     detail: str
@@ -33,7 +33,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Finding:
-    """Rows that the trainer does not take as they are, for one reason."""
+    """The rows that the trainer does not take as they are, for one reason."""
 
     effect: str  # one of _EFFECTS
     reason: str
@@ -50,7 +50,7 @@ class SurveyedRows:
     """The R rows of a survey, and which of them a run can use."""
 
     def __init__(self, table: pa.Table, readers: Sequence[RowReader], config: RunConfig) -> None:
-        """Args: table: as `survey_rows` returns it for the readers."""
+        """Take a survey. Args: table: as `survey_rows` returns it for the readers."""
         self.table, self.readers = table, readers
         limit = config.worker.rollout.limit_images
         self.is_measured = table["problem"].is_null().to_numpy(zero_copy_only=False)
@@ -63,11 +63,11 @@ class SurveyedRows:
         self.usable = np.flatnonzero(self.is_measured & ~self.is_overlong & ~self.has_too_many)
 
     def place(self, row: int) -> tuple[RowReader, int]:
-        """The source of a row, and its number there."""
+        """Return the source of a row, and its number there."""
         return self.readers[self.table["source"][row].as_py()], self.table["row"][row].as_py()
 
     def name(self, row: int) -> str:
-        """Of a row, for readers; with the file where there are several."""
+        """Return the name of a row for people, with the file where there are several."""
         reader, local = self.place(row)
         return f"row {local}" if len(self.readers) == 1 else f"{reader.name} row {local}"
 
@@ -76,7 +76,7 @@ class SurveyedRows:
         return found
 
     def flat(self, column: str) -> np.ndarray:
-        """All numbers of a column of lists, in the order of the rows."""
+        """Return all numbers of a column of lists, in the order of the rows."""
         import pyarrow.compute as pc
 
         return pc.list_flatten(self.table[column]).to_numpy()
@@ -93,13 +93,13 @@ def _finding(
 
 
 def find(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
-    """Everything of the kind, what stops a run first."""
+    """Return all findings, those that stop a run first."""
     found = [*_refused(rows), *_too_many_images(rows, config), *_overlong(rows, config), *_repeated(rows, config)]
     return sorted(found, key=lambda finding: _EFFECTS.index(finding.effect))
 
 
 def _refused(rows: SurveyedRows) -> list[Finding]:
-    """Rows that the loader refuses, those of like words together."""
+    """Return the rows that the loader refuses, those with the same reason together."""
     refused = np.flatnonzero(~rows.is_measured)
     groups: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
     for row, effect, problem in zip(
@@ -128,7 +128,7 @@ def _too_many_images(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
 
 
 def _overlong(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
-    """The longest are the examples."""
+    """Return the over-long rows, with the longest as examples."""
     over = np.flatnonzero(rows.is_overlong)
     if len(over) == 0:
         return []
@@ -148,7 +148,7 @@ def _overlong(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
 
 
 def _repeated(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
-    """Rows whose id an earlier row has: the trainer keeps them, with a number behind the id."""
+    """Return the rows with the id of an earlier row: the trainer keeps them, with a number behind the id."""
     first: dict[str, int] = {}
     repeated = []
     measured = np.flatnonzero(rows.is_measured)

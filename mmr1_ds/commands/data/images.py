@@ -1,4 +1,4 @@
-"""The images of a data set, as they came and as the model gets them."""
+"""The images of a data set, as they are stored and as the model gets them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class ImageSummary:
 def summarise_images(
     widths: np.ndarray, heights: np.ndarray, num_images: np.ndarray, num_tokens: int, encoder: PromptEncoder
 ) -> ImageSummary | None:
-    """Args: widths, heights: (I,) int, all images; num_images: (P,) int, of each prompt; num_tokens: of all prompts.
+    """Summarise the images.
+
+    Args: widths, heights: (I,) int, all images; num_images: (P,) int, of each prompt; num_tokens: of all prompts.
 
     Returns: None for a model that takes text alone.
     """
@@ -100,7 +102,7 @@ def summarise_images(
 
 
 def _sizes(widths: np.ndarray, heights: np.ndarray, encoder: PromptEncoder) -> list[Size]:
-    """Every size that occurs, once."""
+    """Return every size that occurs, once."""
     found, counts = np.unique(np.stack([widths, heights], axis=1), axis=0, return_counts=True)
     sizes = []
     for (width, height), count in zip(found.tolist(), counts.tolist(), strict=True):
@@ -118,5 +120,5 @@ def _aspect(size: Size) -> float:
 
 
 def _scale(size: Size) -> float:
-    """Of a side, on average."""
+    """Return the mean scale of a side."""
     return math.sqrt(size.model_width * size.model_height / (size.width * size.height))

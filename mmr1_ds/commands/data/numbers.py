@@ -1,4 +1,4 @@
-"""Figures of many values: order statistics, histograms, counts."""
+"""Summaries of many values: order statistics, histograms, counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Bin:
-    """Whole numbers from `low` to `high`, both included."""
+    """A bin of the whole numbers from `low` to `high`, both included."""
 
     low: int
     high: int
@@ -32,7 +32,7 @@ class Bin:
 
 
 def spread(values: np.ndarray) -> Spread | None:
-    """Args: values: any number of them. Returns: None for none."""
+    """Return the order statistics of any number of values; None for no values."""
     if len(values) == 0:
         return None
     found = np.quantile(values, [0.0, 0.5, 0.9, 0.99, 1.0], method="inverted_cdf")
@@ -40,7 +40,7 @@ def spread(values: np.ndarray) -> Spread | None:
 
 
 def histogram(values: np.ndarray, limit: int) -> list[Bin]:
-    """Counts of whole numbers in about NUM_BINS equal bins up to `limit`, and in one more beyond it."""
+    """Count whole numbers in about NUM_BINS equal bins up to `limit`, and in one more beyond it."""
     inside, beyond = values[values <= limit], values[values > limit]
     bins = []
     if len(inside):

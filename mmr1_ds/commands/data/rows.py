@@ -1,4 +1,4 @@
-"""One pass over the rows by the trainer's own scan, which goes on where training would stop."""
+"""One pass over the rows by the trainer's own scan, which continues where training would stop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AT_ITS_START, WHEN_DRAWN = "would stop the run at its start", "would stop the ru
 
 @dataclass(frozen=True)
 class _Span:
-    """Rows of one source that are looked at in one go."""
+    """A stretch of rows of one source that is surveyed in one call."""
 
     source: int  # its place among the sources
     start: int
@@ -42,7 +42,7 @@ def survey_rows(
 ) -> pa.Table:
     """Look at every row of every source, in their order.
 
-    Args: decode_images: read the images whole, not only their headers; advance: is told how many rows are done.
+    Args: decode_images: read the images whole, not only their headers; advance: takes how many more are done.
     Returns: R rows of `schema()`.
     """
     import pyarrow as pa
@@ -62,7 +62,7 @@ def survey_rows(
 
 
 def schema() -> pa.Schema:
-    """A row as the survey tells of it; what could not be measured is null."""
+    """Return the columns of a surveyed row; what could not be measured is null."""
     import pyarrow as pa
 
     return pa.schema(

@@ -1,4 +1,4 @@
-"""What is told of data sets, in numbers: the records that both the text and the JSON are written from."""
+"""The figures of data sets: the records that both the text and the JSON are written from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ASKED_FOR = {"math": "\\boxed", "r1v": "<answer>", "openr1_wo_LMM": "<answer>"}
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the prompts that could be measured, over-long ones included."""
+    """The tokens of the prompts that could be measured, over-long ones included."""
 
     limit: int  # data.max_prompt_length
     spread: Spread
@@ -52,7 +52,7 @@ class TrainingBatches:
 
 @dataclass(frozen=True)
 class ValidationBatches:
-    """What one validation samples."""
+    """The prompts and responses of one validation."""
 
     num_prompts: int
     responses_per_prompt: int
@@ -61,7 +61,7 @@ class ValidationBatches:
 
 @dataclass(frozen=True)
 class DataSetSummary:
-    """One of data.train_files and data.val_files."""
+    """The summary of data.train_files or of data.val_files."""
 
     key: str
     num_rows_by_file: dict[str, int]
@@ -79,7 +79,7 @@ class DataSetSummary:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Everything that is told."""
+    """The whole report."""
 
     model: str
     takes_images: bool
@@ -89,7 +89,7 @@ class DataReport:
 
     @property
     def stops_run(self) -> bool:
-        """Whether a row that was looked at would end a training run."""
+        """Return whether a row that was looked at would end a training run."""
         return any(
             any(finding.stops_run for finding in data_set.findings)
             or any(sample.problem is not None for sample in data_set.samples)
@@ -100,7 +100,7 @@ class DataReport:
 def summarise(
     key: str, rows: SurveyedRows, config: RunConfig, encoder: PromptEncoder, num_samples: int
 ) -> DataSetSummary:
-    """Args: key: TRAIN or VALIDATION; num_samples: prompts to render, at most."""
+    """Summarise a data set. Args: key: TRAIN or VALIDATION; num_samples: prompts to render, at most."""
     measured = rows.lengths[rows.is_measured]
     answers = rows.texts("answer", rows.usable)
     return DataSetSummary(
@@ -122,13 +122,13 @@ def summarise(
 
 
 def count_shared(train: SurveyedRows, validation: SurveyedRows) -> int:
-    """Usable rows of the validation data whose prompt, answer and images training has too."""
+    """Count usable rows of the validation data whose prompt, answer and images training has too."""
     known = set(train.texts("prompt_id", train.usable))
     return sum(prompt_id in known for prompt_id in validation.texts("prompt_id", validation.usable))
 
 
 def notes(data_sets: Sequence[DataSetSummary], config: RunConfig, encoder: PromptEncoder) -> list[str]:
-    """What may be meant and may be a mistake, one line each."""
+    """Return what may be intended and may be a mistake, one line each."""
     found = []
     for data_set in data_sets:
         batches = data_set.batches

@@ -29,7 +29,7 @@ _INDENT = "  "
 
 
 def in_words(report: DataReport) -> str:
-    """The whole report, ending in a line that says whether these rows would stop a run."""
+    """Return the whole report, whose last line says whether these rows would stop a run."""
     takes = "text and images" if report.takes_images else "text alone"
     lines = [*_wrapped(f"model: {report.model}, takes {takes}; rows are counted from 0", ""), ""]
     for data_set in report.data_sets:
@@ -227,7 +227,7 @@ def _sample(data_set: DataSetSummary, sample: Sample) -> Iterator[str]:
 
 
 def _quoted(text: str) -> Iterator[str]:
-    """Every line behind a bar; one that is too long goes on behind a colon."""
+    """Put every line behind a bar; one that is too long continues behind a colon."""
     if len(text) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         left_out = len(text) - 2 * half
@@ -242,7 +242,7 @@ def _quoted(text: str) -> Iterator[str]:
 
 
 def _break(line: str, room: int) -> int:
-    """How much of a line fits: up to a space, or cut anywhere where there is none."""
+    """Return how much of a line fits: up to a space, or a cut anywhere where the line has no space."""
     return len(line) if len(line) <= room else line.rfind(" ", 1, room) + 1 or room
 
 
@@ -272,6 +272,6 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _printable(text: str, most: int | None = None) -> str:
-    """Control characters as escapes, which could rewrite the terminal; cut to `most` characters."""
+    """Escape control characters, which could rewrite the terminal, and cut the text to `most` characters."""
     shown = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
     return shown if most is None or len(shown) <= most else f"{shown[: most - 3]}..."

@@ -1,4 +1,4 @@
-"""What the observations tell of the curriculum: were its predictions right, and which prompts have moved."""
+"""What the observations show of the curriculum: whether its predictions were right, and which prompts moved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NORMAL_95 = 1.96
 
 @dataclass(frozen=True)
 class Calibration:
-    """Predicted against observed pass rates, by ten equal bins of the prediction; bins without a group left out."""
+    """Predicted and observed pass rates in ten equal bins of the prediction; bins without a group are left out."""
 
     bins: np.ndarray  # (K,) int64, 0 to 9
     predicted: np.ndarray  # (K,) mean prediction, weighed by responses
@@ -27,7 +27,7 @@ class Calibration:
 
 
 def calibrate(observations: Sequence[Observations]) -> Calibration | None:
-    """Over all given runs; groups without prediction or observation are left out. None when no group is left.
+    """Compare predictions with observations over all given runs. None when no group has both.
 
     The band is that of independent responses, each right with the predicted probability:
     1.96 sqrt(sum n p (1 - p)) / sum n.
@@ -64,14 +64,14 @@ class Mover:
 
     @property
     def change(self) -> float:
-        """From the first to the last observation."""
+        """The change of the pass rate from the first to the last observation."""
         return float(self.pass_rates[-1] - self.pass_rates[0])
 
 
 def movers(observations: Observations, sampled: set[int], most: int) -> list[Mover]:
-    """Those of the prompts in `sampled` whose pass rate moved most from the first to the last observation.
+    """Return the prompts in `sampled` whose pass rate moved most from the first to the last observation.
 
-    Of equal ones that observed more often first, as it is surer, then the lower position.
+    Of equal ones the prompt observed more often comes first, as it is surer, then the lower index.
     """
     known = np.isfinite(observations.pass_rates) & np.isin(observations.prompts, list(sampled))
     prompts, steps, rates = (
@@ -90,7 +90,7 @@ def movers(observations: Observations, sampled: set[int], most: int) -> list[Mov
 
 
 def transitions(looks: Sequence[TableLook], name: str) -> list[tuple[int, int, np.ndarray]]:
-    """(step before, step after, (10, 10) counts) of each two consecutive looks. Args: name: weight or pass_rate."""
+    """Return (step before, step after, (10, 10) counts) of consecutive looks. Args: name: weight or pass_rate."""
     found = []
     for before, after in itertools.pairwise(looks):
         counts = after.weight_transitions if name == "weight" else after.pass_rate_transitions

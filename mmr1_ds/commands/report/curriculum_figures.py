@@ -1,4 +1,4 @@
-"""The curriculum in pictures: histograms over time, transition matrices, calibration, a prompt's way."""
+"""Figures of the curriculum: histograms over time, transition matrices, calibration, a prompt's pass rates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_MARKERS = 30  # on a prompt's way
 
 
 def draw_histograms(looks: Sequence[TableLook], name: str, heading: Heading, slug: str, png: bool) -> Picture:
-    """Heat map over the refreshes: a column each, the fullest cell in full colour. Args: name: weight or pass_rate."""
+    """Draw a heat map with a column a refresh, the fullest cell in full colour. Args: name: weight or pass_rate."""
     shown = [looks[place] for place in evenly(len(looks), _MOST_COLUMNS)]
     counts = np.stack([look.weight_counts if name == "weight" else look.pass_rate_counts for look in shown], axis=1)
     labels = [f"{low / NUM_BINS:.1f}" for low in range(NUM_BINS)]
@@ -51,7 +51,7 @@ def draw_histograms(looks: Sequence[TableLook], name: str, heading: Heading, slu
 def draw_transitions(
     looks: Sequence[TableLook], name: str, most: int, prefix: str, heading: Heading, png: bool
 ) -> list[tuple[str, Picture]]:
-    """(steps, picture) of up to `most` matrices, evenly chosen; full colour is all of a row."""
+    """Return (steps, picture) of up to `most` matrices, evenly chosen; full colour is all of a row."""
     found = transitions(looks, name)
     pictures = []
     for place in evenly(len(found), most):
@@ -73,7 +73,7 @@ def draw_transitions(
 
 
 def draw_calibration(found: Calibration, heading: Heading, slug: str, png: bool) -> Picture:
-    """Reliability diagram over a histogram of the groups."""
+    """Draw a reliability diagram over a histogram of the groups."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure = drawing.canvas(_MATRIX_HEIGHT)
@@ -101,7 +101,7 @@ def draw_calibration(found: Calibration, heading: Heading, slug: str, png: bool)
 
 
 def draw_way(mover: Mover, slug: str, last_step: int) -> Picture:
-    """A prompt's observed pass rates over the steps of the run, small."""
+    """Draw a prompt's observed pass rates over the steps of the run, small."""
     figure = drawing.canvas(height=56, width=220)
     ax = drawing.axes(figure, left=6, top=8, right=6, bottom=8)
     marker = "o" if len(mover.steps) <= _MOST_MARKERS else None

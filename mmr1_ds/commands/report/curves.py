@@ -25,11 +25,11 @@ _SETTLED = 1.6  # how far above what a curve settles at its figure reaches
 
 @dataclass(frozen=True)
 class Curve:
-    """What one figure shows."""
+    """The description of one figure."""
 
     name: str
     title: str
-    lines: Sequence[tuple[str, str]]  # metric, what its line is called; several are told apart by their dashes
+    lines: Sequence[tuple[str, str]]  # metric, what its line is called; several differ by their dashes
     caption: str
     is_fraction: bool = False
     with_markers: bool = False  # few values
@@ -41,7 +41,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class CurveFigure:
-    """A curve drawn: axis -> picture."""
+    """A drawn curve: axis -> picture."""
 
     curve: Curve
     pictures: Mapping[str, Picture]
@@ -162,12 +162,12 @@ THROUGHPUT = (
 
 
 def draw_curves(curves: Sequence[Curve], groups: Sequence[Group], png: bool) -> list[CurveFigure]:
-    """Those that any run has values for. Call within `drawing.drawing()`."""
+    """Draw the curves that any run has values for. Call it within `drawing.drawing()`."""
     return [figure for curve in curves if (figure := _draw(curve, groups, png)) is not None]
 
 
 def constant(curve: Curve, groups: Sequence[Group]) -> str | None:
-    """The value of a curve that never changes in any run, as text; None for one worth drawing."""
+    """Return the value of a curve that never changes in any run, as text; None for a curve worth drawing."""
     found = np.concatenate([*(v for metric, _ in curve.lines for v in _values(groups, metric)), np.empty(0)])
     if len(found) < 2 or found.min() != found.max():
         return None
@@ -175,7 +175,7 @@ def constant(curve: Curve, groups: Sequence[Group]) -> str | None:
 
 
 def legend_of(groups: Sequence[Group]) -> list[LegendEntry]:
-    """Colour and dashes of each group; empty for a single one."""
+    """Return colour and dashes of each group; empty for a single group."""
     if len(groups) == 1:
         return []
     return [LegendEntry(group.label, colour_of(place), dashes_of(place)) for place, group in enumerate(groups)]
@@ -190,7 +190,7 @@ def dashes_of(place: int) -> Any:
 
 
 def axis_unit(groups: Sequence[Group], axis: str) -> tuple[float, str]:
-    """What values of the axis are divided by, and the label."""
+    """Return what values of the axis are divided by, and its label."""
     if axis != "seconds":
         return 1.0, {"steps": "step", "rollouts": "rollouts, extra ones included"}[axis]
     longest = max(run.axis(axis)[-1] for group in groups for run in group.runs)
@@ -201,7 +201,7 @@ def axis_unit(groups: Sequence[Group], axis: str) -> tuple[float, str]:
 
 
 def points(run: Run, metric: str, axis: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """x and y of a run's values, those that are there; None without any."""
+    """Return x and y of the values that a run has; None without any."""
     values = run.metrics.column(metric)
     if values is None and metric in _OLDER:
         values = run.metrics.column(_OLDER[metric])
@@ -323,7 +323,7 @@ def _last(curve: Curve, groups: Sequence[Group]) -> str:
 
 
 def how_to_read(groups: Sequence[Group]) -> str:
-    """What is averaged in the curves, over what; "" where nothing is."""
+    """Return a sentence on what the curves average, and over what; "" where they average nothing."""
     words = []
     reach = smoothing_reach(max(len(run.metrics.steps) for group in groups for run in group.runs))
     several = any(len(group.runs) > 1 for group in groups)

@@ -85,7 +85,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished figure."""
+    """A finished figure, as SVG and as PNG."""
 
     name: str  # of its PNG, and of its element on the page
     svg: str
@@ -94,15 +94,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Heading:
-    """Above a PNG; on the page a heading of the page's."""
+    """The heading above a PNG; the page has its own."""
 
     title: str
-    of: str = ""  # what it is a figure of, where the page tells by its place
+    of: str = ""  # what it is a figure of, where the page shows it by its place
 
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """What a PNG says of a colour; on the page one legend serves all figures."""
+    """An entry of a PNG's legend; on the page one legend serves all figures."""
 
     label: str
     colour: str
@@ -116,7 +116,7 @@ def canvas(height: float = HEIGHT, width: float = WIDTH) -> Figure:
 
 
 def axes(figure: Figure, left: float, top: float, right: float, bottom: float) -> Axes:
-    """Axes with these margins, in pixels."""
+    """Return axes with these margins, in pixels."""
     width, height = (size * _INCH for size in figure.get_size_inches())
     rectangle = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
     found = figure.add_axes(rectangle)
@@ -126,7 +126,7 @@ def axes(figure: Figure, left: float, top: float, right: float, bottom: float) -
 
 
 def compact(value: float) -> str:
-    """A number for a tick: 0.25, 1,500, 20k, 2e-5."""
+    """Return a number as a tick shows it: 0.25, 1,500, 20k, 2e-5."""
     size = abs(value)
     if size >= 999_950:
         return f"{value / 1e6:.3g}M"
@@ -143,14 +143,14 @@ def compact(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A fraction for a tick."""
+    """Return a fraction as a tick shows it, in percent."""
     return f"{compact(round(100 * value, 6))}%"
 
 
 def picture(
     figure: Figure, name: str, heading: Heading, description: str, legend: Sequence[LegendEntry] = (), png: bool = True
 ) -> Picture:
-    """Finish a figure. Call within `drawing()`. Args: heading, legend: the PNG's; description: for those who listen."""
+    """Finish a figure. Call within `drawing()`. Args: heading, legend: the PNG's; description: for screen readers."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = _page_svg(stream.getvalue(), name, description)
@@ -158,7 +158,7 @@ def picture(
 
 
 def drawing() -> Any:
-    """Context in which the figures' style holds."""
+    """A context in which the figures have the report's style."""
     import logging
 
     import matplotlib

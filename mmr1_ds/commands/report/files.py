@@ -1,6 +1,6 @@
-"""Files of one JSON object a line, as a run leaves them: perhaps long, perhaps with a line that is still being written.
+"""Reading a run's JSON lines files, which may be long and may end in a line that is still being written.
 
-They are read line by line. A step that comes again (the run went on from a checkpoint) takes the place of what the
+They are read line by line. A step that occurs again (the run resumed from a checkpoint) replaces what the
 file has from that step on.
 """
 
@@ -23,7 +23,7 @@ _NAN = math.nan
 class LineReader:
     """Yields (offset in bytes, object) of each line that holds an object with a step.
 
-    The last line is passed over when it is torn: a live or killed run. `num_unreadable`: lines before it that are.
+    A torn last line, of a live or killed run, is skipped. `num_unreadable`: lines before it that are.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +46,7 @@ class LineReader:
                     yield start, found
 
     def at(self, offset: int) -> dict[str, Any]:
-        """The object of the line that begins there."""
+        """Return the object of the line that begins at this offset."""
         with self.path.open("rb") as file:
             file.seek(offset)
             found = _object(file.readline())
@@ -64,14 +64,14 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 class MetricsTable:
-    """metrics.jsonl as columns; steps rise strictly."""
+    """The columns of metrics.jsonl; steps rise strictly."""
 
     def __init__(self) -> None:
         self._steps = array("q")
         self._columns: dict[str, array[float]] = {}
 
     def add(self, line: dict[str, Any]) -> None:
-        """One step. It replaces what is there from this step on."""
+        """Add one step. It replaces what the table has from this step on."""
         keep = bisect_left(self._steps, line["step"])
         if keep < len(self._steps):
             del self._steps[keep:]
@@ -87,11 +87,11 @@ class MetricsTable:
 
     @property
     def steps(self) -> np.ndarray:
-        """(S,) int64."""
+        """The steps, (S,) int64."""
         return np.array(self._steps, dtype=np.int64)
 
     def column(self, name: str) -> np.ndarray | None:
-        """(S,) float64, NaN where a step has no value; None when no step has one."""
+        """Return a column, (S,) float64 with NaN where a step has no value; None when no step has one."""
         found = self._columns.get(name)
         if found is None:
             return None
@@ -100,13 +100,13 @@ class MetricsTable:
         return values if np.isfinite(values).any() else None
 
     def names(self, prefix: str) -> list[str]:
-        """Columns that begin so, without the prefix, in the order in which they came."""
+        """Return the columns with this prefix, without it, in the order in which they came."""
         return [name.removeprefix(prefix) for name in self._columns if name.startswith(prefix)]
 
 
 @dataclass(frozen=True)
 class Observations:
-    """observations.jsonl: one entry for each group that the curriculum observed, in the order of the steps."""
+    """The groups that the curriculum observed, from observations.jsonl, in the order of the steps."""
 
     steps: np.ndarray  # (K,) int64
     prompts: np.ndarray  # (K,) int64, positions in the data set
@@ -123,7 +123,7 @@ def read_metrics(reader: LineReader) -> MetricsTable:
 
 
 def read_observations(reader: LineReader) -> Observations:
-    """A line whose lists do not fit together is not there."""
+    """Read observations.jsonl; a line whose lists differ in length is skipped."""
     steps, prompts, num_responses = array("q"), array("q"), array("q")
     predicted, pass_rates = array("d"), array("d")
     columns = (steps, prompts, num_responses, predicted, pass_rates)
@@ -148,7 +148,7 @@ def read_observations(reader: LineReader) -> Observations:
 
 @dataclass(frozen=True)
 class TableLook:
-    """A line of curriculum.jsonl: the table after a refresh."""
+    """The table after a refresh, a line of curriculum.jsonl."""
 
     step: int
     kind: str  # full or online
@@ -184,7 +184,7 @@ def _counts(values: Any, dimensions: int) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """Where samples.jsonl has the samples of each prompt: prompt -> [(step, offset in bytes)], steps rising."""
+    """The places of each prompt's samples in samples.jsonl: prompt -> [(step, offset in bytes)], steps rising."""
 
     reader: LineReader
     places: dict[int, list[tuple[int, int]]]
@@ -209,7 +209,7 @@ def index_samples(reader: LineReader) -> SampleIndex:
 
 
 def last_generations(reader: LineReader, most: int) -> list[dict[str, Any]]:
-    """The samples of the last validation, `most` of them."""
+    """Return at most `most` samples of the last validation."""
     found: list[dict[str, Any]] = []
     for _, line in reader:
         if found and line["step"] != found[0]["step"]:

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but seeds belong together; what tells the others apart is their label."""
+"""Groups of runs that differ in nothing but seeds; a group's label is what distinguishes it from the others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MOST_LETTERS = 28  # of a value
 
 @dataclass(frozen=True)
 class Group:
-    """Runs over which a mean and a band are drawn."""
+    """The runs over which a mean and a band are drawn."""
 
     label: str
     runs: Sequence[Run]
@@ -42,7 +42,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """In the order in which the runs came."""
+    """Group the runs, in the order in which they came."""
     together: dict[str, list[Run]] = {}
     for run in runs:
         together.setdefault(_identity(run), []).append(run)
@@ -58,7 +58,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def seeds(run: Run) -> dict[str, Any]:
-    """The seeds in a run's configuration, by their dotted names."""
+    """Return the seeds in a run's configuration, by their dotted names."""
     return {key: value for key, value in _flat(run.config).items() if _is_seed(key)}
 
 
@@ -68,7 +68,7 @@ def _identity(run: Run) -> str:
 
 
 def _counted(run: Run) -> dict[str, Any]:
-    """What makes a run of another kind than the next: no names, no seeds, nothing that is not used."""
+    """Return the keys that can distinguish runs: no names, no seeds, no unused keys."""
     flat = {key: value for key, value in _flat(run.config).items() if key not in _NAMES and not _is_seed(key)}
     if flat.get(_STRATEGY, "curriculum") == "curriculum":
         return flat
@@ -80,7 +80,7 @@ def _is_seed(key: str) -> bool:
 
 
 def _differing(flats: Sequence[Mapping[str, Any]]) -> list[str]:
-    """In the order of the configurations; keys that only later ones have come at the end."""
+    """Return the differing keys in the order of the configurations; keys that only later ones have come last."""
     missing = object()
     keys = dict.fromkeys(key for flat in flats for key in flat)
     return [key for key in keys if any(flat.get(key, missing) != flats[0].get(key, missing) for flat in flats)]
@@ -93,7 +93,7 @@ def _value(flat: Mapping[str, Any], key: str) -> str:
 
 
 def _labels(members: Sequence[Sequence[Run]], values: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
-    """With the fewest keys that tell the groups apart; and with the run's name where these do not."""
+    """Label the groups with the fewest keys that distinguish them, and with the run's name where no key does."""
     chosen = [_STRATEGY] if _STRATEGY in keys else []
 
     def written() -> list[str]:
@@ -125,7 +125,7 @@ def _label(run: Run, values: Mapping[str, str], chosen: Sequence[str], keys: Seq
 
 
 def _words(value: Any) -> str:
-    """Short: of a path its last part."""
+    """Return a value in a short form: the last part of a path."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     if isinstance(value, str) and "/" in value:
         text = PurePath(value).name or value

@@ -27,7 +27,7 @@ _MOST_MOVERS, _MOST_MOVERS_EACH = 8, 4  # of one run; of each of several
 def write_report(run_dirs: Sequence[Path], output: Path, pngs: bool) -> Path:
     """Write the report of these runs, and with `pngs` its figures into the folder `report` beside it.
 
-    Each file appears whole or not at all. Returns: the report's path. Raises: UserError for what is no run.
+    Each file appears whole or not at all. Returns: the report's path. Raises: UserError for a folder that is no run.
     """
     require("report", "matplotlib", purpose="mmr1-ds report")
     groups = group_runs(load_runs(run_dirs))
@@ -113,7 +113,7 @@ def _movers(groups: Sequence[Group]) -> list[tuple[int, Group, list[MovedPrompt]
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each group) of what tells the groups apart."""
+    """Return (key, its value in each group) of the keys that distinguish the groups."""
     keys = dict.fromkeys(key for group in groups for key in group.values)
     return [(key, [group.values.get(key, "no config.yaml") for group in groups]) for key in keys]
 

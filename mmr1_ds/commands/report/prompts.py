@@ -1,4 +1,4 @@
-"""The prompts that moved most, with their images and what was answered early and late."""
+"""The prompts that moved most, with their images and an early and a late response."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class MovedPrompt:
-    """A prompt's card."""
+    """The content of a prompt's card."""
 
     title: str
     prompt: str
@@ -54,7 +54,7 @@ class ValidationSample:
 
 
 def moved_prompts(run: Run, most: int, prefix: str) -> list[MovedPrompt]:
-    """Those with two samples; where there is none, those with one. Call within `drawing.drawing()`."""
+    """Return the prompts with two samples, or else those with one. Call it within `drawing.drawing()`."""
     places = run.samples.places
     twice = {prompt for prompt, found in places.items() if len({step for step, _ in found}) > 1}
     found = movers(run.observations, twice or set(places), most)
@@ -62,7 +62,7 @@ def moved_prompts(run: Run, most: int, prefix: str) -> list[MovedPrompt]:
 
 
 def validation_samples(run: Run) -> list[ValidationSample]:
-    """Of the last validation."""
+    """Return samples of the last validation."""
     return [
         ValidationSample(
             step=int(row["step"]),

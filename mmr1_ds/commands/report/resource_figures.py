@@ -1,4 +1,4 @@
-"""Where time and memory went, by stage."""
+"""Figures of time and memory by stage."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _BAR, _BETWEEN_BARS, _MOST_BAR, _MOST_ROW = 16, 8, 24, 40  # pixels
 
 @dataclass(frozen=True)
 class StagePalette:
-    """Which stages are told apart, and by which colours: the same ones in all figures."""
+    """The stages that all figures distinguish, and their colours."""
 
     names: Sequence[str]  # that take time, in the order of a step; the others are drawn as one
     colours: Mapping[str, str]  # of these, and of others as far as there are colours
@@ -56,14 +56,14 @@ class StagePalette:
         return self.colours.get(name, OTHER)
 
     def gathered(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Values of the named stages that are there, and the sum of the others."""
+        """Return the values of the named stages, and the sum of the others."""
         named = {name: values[name] for name in self.names if name in values}
         others = [found for name, found in values.items() if name not in self.names]
         return named | ({_REST: np.sum(others, axis=0)} if others else {})
 
 
 def stage_seconds(run: Run) -> dict[str, np.ndarray]:
-    """Stage -> (S,) float64 seconds; `other` is what a step took beside its stages."""
+    """Return stage -> (S,) float64 seconds; `other` is what a step took beside its stages."""
     found = _by_stage(run, "timing_s/")
     step = found.pop("step", None)
     if step is not None:
@@ -73,7 +73,7 @@ def stage_seconds(run: Run) -> dict[str, np.ndarray]:
 
 
 def palette(groups: Sequence[Group]) -> StagePalette:
-    """Those that took most, of all the runs together."""
+    """Choose the stages that took most time over all runs."""
     shares: dict[str, float] = {}
     for group in groups:
         for run in group.runs:
@@ -92,7 +92,7 @@ def palette(groups: Sequence[Group]) -> StagePalette:
 
 
 def draw_step_times(run: Run, stages: StagePalette, slug: str, heading: Heading, png: bool) -> Picture | None:
-    """Seconds of each step, stacked; what happens between steps left out."""
+    """Draw the seconds of each step, stacked, without what happens between steps."""
     inside = {name: values for name, values in stage_seconds(run).items() if name not in BETWEEN_STEPS}
     total = np.sum([*inside.values()], axis=0) if inside else np.zeros(0)
     stepped = total > 0  # step 0 has a validation alone
@@ -112,7 +112,7 @@ def draw_step_times(run: Run, stages: StagePalette, slug: str, heading: Heading,
 
 
 def draw_cumulative_times(run: Run, stages: StagePalette, slug: str, heading: Heading, png: bool) -> Picture | None:
-    """Seconds since the start, stacked, with refreshes, validation and checkpoints."""
+    """Draw the seconds since the start, stacked, with refreshes, validation and checkpoints."""
     seconds = stage_seconds(run)
     if not seconds or len(run.metrics.steps) < 2:
         return None
@@ -130,7 +130,7 @@ def draw_cumulative_times(run: Run, stages: StagePalette, slug: str, heading: He
 
 
 def draw_totals(groups: Sequence[Group], slug: str, heading: Heading, png: bool) -> Picture | None:
-    """A bar for each stage and group: its seconds, of several seeds their mean."""
+    """Draw a bar for each stage and group: its seconds, averaged over seeds."""
     totals = []
     for group in groups:
         sums = [{name: float(values.sum()) for name, values in stage_seconds(run).items()} for run in group.runs]
@@ -151,7 +151,7 @@ def draw_totals(groups: Sequence[Group], slug: str, heading: Heading, png: bool)
 
 
 def draw_memory(run: Run, stages: StagePalette, slug: str, heading: Heading, png: bool) -> Picture | None:
-    """Peak of each stage over the steps; peaks do not add up, so these are lines."""
+    """Draw the peak of each stage over the steps, as lines, since peaks do not add up."""
     peaks = _by_stage(run, "memory_gb/", fill=False)
     if peaks and _alike(peaks):
         highest = np.fmax.reduce([*peaks.values()])
@@ -172,7 +172,7 @@ def draw_memory(run: Run, stages: StagePalette, slug: str, heading: Heading, png
 
 
 def draw_memory_peaks(groups: Sequence[Group], slug: str, heading: Heading, png: bool) -> Picture | None:
-    """A bar for each stage and group: its highest peak of any step, seed and rank. None where all are alike."""
+    """Draw a bar for each stage and group: its highest peak over steps, seeds and ranks. None if all are alike."""
     peaks = [
         {
             name: max(float(np.nanmax(found[name])) for found in of_runs if name in found)
@@ -210,7 +210,7 @@ def _place(name: str) -> int:
 
 
 def _with_legend(names: Sequence[str], stages: StagePalette) -> tuple[Figure, Axes]:
-    """Axes over steps under a legend of the stages."""
+    """Return axes over steps under a legend of the stages."""
     from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

@@ -1,4 +1,4 @@
-"""A run, as its directory tells it: configuration, environment, figures, and the three axes they are drawn against."""
+"""A run as its directory shows it: configuration, environment, metrics, and the three axes of the curves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MOST_GENERATIONS = 6
 
 @dataclass(frozen=True)
 class Run:
-    """All that the report says of one run."""
+    """The content of one run's directory, as the report reads it."""
 
     run_dir: Path
     name: str
@@ -47,7 +47,7 @@ class Run:
     notes: Sequence[str]  # what the reader must know of the files
 
     def setting(self, key: str) -> Any:
-        """Of the configuration, by its dotted name; None when it is not there."""
+        """Return a value of the configuration by its dotted name; None when it is missing."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -55,34 +55,34 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """Done so far."""
+        """The number of steps done so far."""
         return int(self.metrics.steps[-1])
 
     @property
     def total_steps(self) -> int | None:
-        """Of the whole run; None where neither the configuration nor the environment tells."""
+        """The steps of the whole run; None where neither the configuration nor the environment has them."""
         total = self.environment.get("total_steps", self.setting("trainer.max_steps"))
         return total if isinstance(total, int) else None
 
     def axis(self, name: str) -> np.ndarray:
-        """(S,) float64, rising: steps, rollouts sampled, or seconds at work when each line of metrics was written."""
+        """Return (S,) float64, rising: the steps, rollouts or seconds at work when each line of metrics was written."""
         if name == "steps":
             return self.metrics.steps.astype(np.float64)
         if name == "rollouts":
-            return _carried(self.metrics.column("perf/num_rollouts"), self._reckoned_rollouts())
-        return _carried(self.metrics.column("perf/elapsed_seconds"), self._reckoned_seconds())
+            return _carried(self.metrics.column("perf/num_rollouts"), self._estimated_rollouts())
+        return _carried(self.metrics.column("perf/elapsed_seconds"), self._estimated_seconds())
 
     def training_rollouts(self) -> np.ndarray:
-        """(S,) float64: responses that the run has learned from so far."""
+        """Return (S,) float64, the responses that the run has learned from so far."""
         return np.cumsum(self._filled("reward/num_responses"))
 
-    def _reckoned_rollouts(self) -> np.ndarray:
-        """Of a run from before perf/num_rollouts: the fraction is of all extra rollouts so far to the training ones."""
+    def _estimated_rollouts(self) -> np.ndarray:
+        """Estimate the rollouts of a run older than perf/num_rollouts, from its fraction of extra to training ones."""
         extra = self._filled("curriculum/extra_rollout_fraction")
         return np.maximum.accumulate(self.training_rollouts() * (1 + extra))
 
-    def _reckoned_seconds(self) -> np.ndarray:
-        """Of a run from before perf/elapsed_seconds: without loading, and without the time between the stages."""
+    def _estimated_seconds(self) -> np.ndarray:
+        """Estimate the time of a run older than perf/elapsed_seconds, without loading or the time between stages."""
         stages = ("step", *BETWEEN_STEPS)
         return np.cumsum(sum((self._filled(f"timing_s/{stage}") for stage in stages), np.zeros(1)))
 
@@ -93,14 +93,14 @@ class Run:
 
 
 def _carried(values: np.ndarray | None, otherwise: np.ndarray) -> np.ndarray:
-    """A cumulative column with its holes filled by the value before, 0 at the start."""
+    """Fill the holes of a cumulative column with the value before, 0 at the start."""
     if values is None:
         return otherwise
     return np.maximum.accumulate(np.nan_to_num(values))
 
 
 def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
-    """Raises: UserError for a folder that is no run, or is named twice."""
+    """Read the runs in these folders. Raises: UserError for a folder that is no run, or is named twice."""
     seen: set[Path] = set()
     for run_dir in run_dirs:
         if run_dir.resolve() in seen:
@@ -135,18 +135,18 @@ def _load(run_dir: Path, name: str, config: Mapping[str, Any]) -> Run:
         for reader in readers.values()
         if reader.num_unreadable
     ]
-    reckoned = [
+    estimated = [
         what
         for what, metric in (("rollouts", "perf/num_rollouts"), ("wall clock", "perf/elapsed_seconds"))
         if metrics.column(metric) is None
     ]
-    if reckoned:
-        notes.append(f"{name}: {' and '.join(reckoned)} reckoned from other figures; the run did not log them.")
+    if estimated:
+        notes.append(f"{name}: {' and '.join(estimated)} estimated from other figures; the run did not log them.")
     return Run(run_dir, name, config, _environment(run_dir), metrics, observations, looks, samples, generations, notes)
 
 
 def _config(run_dir: Path) -> Mapping[str, Any]:
-    """Without what looks like a credential."""
+    """Return the configuration without what looks like a credential."""
     try:
         found = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):

@@ -1,4 +1,4 @@
-"""What the page shows, in its order: blocks of figures with what they say."""
+"""The content of the page in its order: blocks of figures with their captions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Block:
-    """Cards side by side, under a heading."""
+    """A row of cards under a heading."""
 
     title: str
     place: int | None = None  # of its group among several

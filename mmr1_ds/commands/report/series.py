@@ -13,15 +13,15 @@ _FEWEST_TO_SMOOTH = 12
 
 
 def smoothing_reach(num_values: int) -> int:
-    """Values on each side that a moving average takes in: of a short curve a twentieth, of a long one less.
+    """Return how many values on each side a moving average takes: a twentieth of a short curve, less of a long one.
 
-    0 for a curve that is too short to smooth.
+    It is 0 for a curve that is too short to smooth.
     """
     return max(1, min(num_values // 20, 10 + num_values // 100)) if num_values >= _FEWEST_TO_SMOOTH else 0
 
 
 def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean of the values at most `reach` places away, NaNs left out. Args: values: (S,). Returns: (S,)."""
+    """Return the mean of the values at most `reach` places away, NaNs left out. Args: values: (S,). Returns: (S,)."""
     if not reach:
         return values
     known = np.isfinite(values)
@@ -33,7 +33,7 @@ def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points, of each stretch the lowest and the highest, so that no spike is lost."""
+    """Return at most `most` points, the lowest and the highest of each stretch, so that no spike is lost."""
     if len(x) <= most:
         return x, y
     kept: list[int] = []
@@ -50,7 +50,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.n
 def band(
     curves: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Mean, least and largest over seeds.
+    """Return mean, least and largest value over seeds.
 
     Args: curves: (x, y) of each, (S,) each, x rising, without NaN.
     Returns: x, mean, low, high, (M,) each; where the seeds' x differ on a grid over the stretch that all of them
@@ -69,7 +69,7 @@ def band(
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most `most` of 0 ... count - 1, evenly spread, the first and the last among them."""
+    """Return at most `most` of 0 ... count - 1, evenly spread, the first and the last among them."""
     if count <= most:
         return list(range(count))
     return [round(position) for position in np.linspace(0, count - 1, most)]

@@ -1,4 +1,4 @@
-"""A run in words and figures: what it is, how far it came, what it reached."""
+"""A run in words and figures: what it is, how many steps it did, and what it reached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LAST_STEPS = 10  # over which final figures of training are averaged
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that matters, large."""
+    """A large figure at the top of the page."""
 
     label: str
     value: str
@@ -26,7 +26,7 @@ class Tile:
 
 
 def tiles(run: Run) -> list[Tile]:
-    """What a reader asks first."""
+    """Return the figures that a reader looks for first."""
     found = [Tile("Steps", *_progress(run))]
     validation = _known(run, VALIDATION)
     if validation is not None:
@@ -51,7 +51,7 @@ def tiles(run: Run) -> list[Tile]:
 
 
 def facts(group: Group) -> list[tuple[str, str]]:
-    """What was run on what: (name, value), those that are known."""
+    """Return what was run and on what, as (name, value), as far as it is known."""
     run = group.first
     environment, versions = run.environment, run.environment.get("versions")
     ranks = environment.get("num_ranks")
@@ -76,7 +76,7 @@ def facts(group: Group) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Row:
-    """Of the table of final figures."""
+    """A row of the table of final figures."""
 
     place: int  # of the group
     is_mean: bool  # of the group's runs, which follow
@@ -84,7 +84,7 @@ class Row:
 
 
 def final_figures(groups: Sequence[Group]) -> list[Row]:
-    """A row for each run, before those of several seeds their mean. Columns without a value are not there."""
+    """Return a row for each run, and before several seeds their mean. Columns without a value are left out."""
     columns: dict[str, tuple[Callable[[Run], float | None], str]] = {
         "Val. accuracy": (lambda run: _of(run, VALIDATION, lambda values: values[-1]), ".3f"),
         "Best": (lambda run: _of(run, VALIDATION, np.max), ".3f"),
@@ -130,13 +130,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def progress_in_words(run: Run) -> str:
-    """Step 60 of 60, or where the run is by now."""
+    """Return "step 60 of 60", or where the run is now."""
     done, rest = _progress(run)
     return f"Step {done} {rest}" if run.total_steps is not None else f"Step {done}"
 
 
 def duration(seconds: float) -> str:
-    """57 s, 15.9 min, 9.2 h or 3.1 days."""
+    """Return a duration like 57 s, 15.9 min, 9.2 h or 3.1 days."""
     for size, unit in ((2 * 86400, "days"), (2 * 3600, "h"), (120, "min")):
         if seconds >= size:
             return f"{seconds / _SECONDS[unit]:,.1f} {unit}"
