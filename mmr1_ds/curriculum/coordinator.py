@@ -335,6 +335,8 @@ class Coordinator:
             "num_training_rollouts": self._num_training_rollouts,
             "num_extra_rollouts": self._num_extra_rollouts,
             "num_probe_rollouts": self._num_probe_rollouts,
+            # Of steps begun ahead: their prompts are no probes of later steps, in a resumed run neither.
+            "drawn": {str(step): np.concatenate(draws).tolist() for step, draws in self._drawn.items()},
             "numbers": self.table.numbers(),
             "table": self.table.arrays(),
             "refresh": self._refresh.state_dict() if self._refresh is not None else {},
@@ -397,6 +399,8 @@ class Coordinator:
         self._num_training_rollouts = state["num_training_rollouts"]
         self._num_extra_rollouts = state["num_extra_rollouts"]
         self._num_probe_rollouts = state["num_probe_rollouts"]
+        drawn = state.get("drawn", {})  # earlier versions did not keep it
+        self._drawn = {int(step): [np.array(indices, dtype=np.int64)] for step, indices in drawn.items()}
         self._batch_metrics, self._records = {}, {}
         self._history.load(state.get("history", {}), positions)
         header = [state["last_refresh_step"], state["last_step"], state["num_draws"], bool(state["refresh"])]

@@ -325,3 +325,18 @@ def test_unscored_responses_say_nothing():
     full = table()
     full.finish_step(1, [outcome(2, 0.4, num_responses=8)], np.array([2]))
     assert full.predicted_pass_rates(np.array([2])) != whole.predicted_pass_rates(np.array([2]))
+
+
+def test_a_resumed_run_leaves_out_the_prompts_of_steps_begun_ahead(tmp_path):
+    """Step 2 was drawn when step 1 was saved: no probe of step 3 may be one of its prompts."""
+    first = make(curriculum_probe_fraction=1.0, **ONLINE)
+    batch, ahead = first.next_batch(1), first.next_batch(2)
+    first.observe(1, [answer(i, 1) for i in batch])
+    first.finish_step(1, batch)
+    first.save(tmp_path)
+    second = make(curriculum_probe_fraction=1.0, **ONLINE)
+    second.load(tmp_path)
+    taken = {*ahead.tolist(), *first.next_batch(3).tolist()}
+    assert second.next_batch(3).tolist() and len(taken) < P
+    probes = second.next_probes(3).tolist()
+    assert probes == first.next_probes(3).tolist() != [] and not taken & set(probes)
