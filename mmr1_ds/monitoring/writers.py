@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 RECORDS = (  # besides metrics.jsonl; a line each
     "generations",  # of a validation's response
-    "draws",  # a step: the prompts that it learned from
-    "observations",  # a step: predicted and observed pass rates of the groups that the curriculum saw
-    "curriculum",  # a renewal of the table: histograms, and who moved since the last
-    "samples",  # of a group of training: what was asked and answered
+    "draws",  # a line a step: the prompts that it learned from
+    "observations",  # a line a step: predicted and observed pass rates of the groups that the curriculum saw
+    "curriculum",  # a line a refresh of the table: histograms, and the prompts that moved since the last
+    "samples",  # a line a training group: what was asked and answered
 )
 _HISTOGRAMS = ("weight", "pass_rate")  # in a record of the curriculum
 
@@ -255,7 +255,7 @@ class WandbWriter(Writer):
         except ImportError as error:
             raise UserError(f"trainer.logger has wandb, which does not import ({error}); {remedy('gpu')}") from error
         self._wandb = wandb
-        mode: Literal["offline"] | None = None  # None: wandb's own rules
+        mode: Literal["offline"] | None = None  # None leaves it to wandb's own rules
         if "WANDB_API_KEY" not in os.environ and "WANDB_MODE" not in os.environ:
             mode = "offline"
             logger.info(

@@ -18,7 +18,7 @@ from mmr1_ds.rewards.units import canonical_unit, split_bare_unit
 
 MAX_ANSWER_CHARS = 2000  # beyond this nothing is compared: no answer is that long
 MAX_FORMULA_CHARS = 300  # beyond this only equal strings are equal
-MAX_EXPONENT = 300  # of a power of ten; more would build gigabytes of digits
+MAX_EXPONENT = 300  # the largest exponent of ten; more would build gigabytes of digits
 
 MINUS_SIGN = "\N{MINUS SIGN}"
 

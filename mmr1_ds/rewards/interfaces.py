@@ -20,7 +20,7 @@ from typing import Any
 from mmr1_ds.errors import UserError
 
 REWARD_TYPES = ("batch", "sequential")
-_ONE_ITEM_NAMES = ("reward_input", "item", "sample")  # of a function's only argument; any other name takes a list
+_ONE_ITEM_NAMES = ("reward_input", "item", "sample")  # names of a function's only argument; any other name takes a list
 _TRUTH_NAMES = ("ground_truth", "truth", "answer", "solution", "label", "target", "reference")  # or their plurals
 
 

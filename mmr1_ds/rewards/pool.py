@@ -20,11 +20,11 @@ from mmr1_ds.rewards.process import Closed, WorkerProcess
 logger = logging.getLogger(__name__)
 
 STARTUP_SECONDS = 120.0  # a worker may import much before it is ready
-MAX_RESTART_FAILURES = 3  # in a row; then the reward is broken for good and the run must say so
-LOGGED_FAILURES = 3  # of each kind, with their reasons; later ones are only counted
+MAX_RESTART_FAILURES = 3  # failed starts in a row; then the reward is broken for good, and the run must report it
+LOGGED_FAILURES = 3  # failures of each kind logged with their reasons; later ones are only counted
 MAX_REWARD = 1.0e30  # larger ones would not be finite as float32 sums
 FAILURE_KINDS = ("timeout", "crash", "invalid", "error", "unscored")
-MAX_RESPONSE_LENGTH = 2048  # tokens, where nobody says
+MAX_RESPONSE_LENGTH = 2048  # tokens, where the caller gives no limit
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RewardResult:
     accuracy: float  # [0, 1]; NaN = unknown
     parts: Mapping[str, float]  # every further number the reward returned, finite
     failure: str | None = None  # one of FAILURE_KINDS
-    reason: str = ""  # of the failure, one line
+    reason: str = ""  # why it failed, one line
 
 
 @dataclass
@@ -53,9 +53,9 @@ class _Worker:
     """A process and what it is doing."""
 
     process: WorkerProcess
-    deadline: float  # monotonic seconds; of the start while not ready, of the item while busy
+    deadline: float  # monotonic seconds: the deadline of the start while not ready, of the item while busy
     is_ready: bool = False
-    item: int | None = None  # position of the item being scored
+    item: int | None = None  # slot of the item being scored
 
 
 @dataclass

@@ -14,8 +14,8 @@ from mmr1_ds.config import RewardConfig
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 
 MOST_FREQUENT = 5
-NUM_SCORED = 1000  # answers at most that the reward is asked about
-BY_RULE = ("math", "r1v", "openr1_wo_LMM")  # built-in rewards that ask nobody
+NUM_SCORED = 1000  # at most so many answers are given to the reward
+BY_RULE = ("math", "r1v", "openr1_wo_LMM")  # built-in rewards without a judge
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class AnswerSummary:
 
     num_distinct: int  # compared as texts
     most_frequent: list[tuple[str, int]]  # answer, rows
-    majority_fraction: float  # of rows with the most frequent answer: what always giving it scores, [0, 1]
+    majority_fraction: float  # share of rows with the most frequent answer: the score of always giving it, [0, 1]
     longest: int  # characters
 
 

@@ -38,8 +38,8 @@ class Finding:
     effect: str  # one of _EFFECTS
     reason: str
     num_rows: int
-    rows_by_file: dict[str, list[int]]  # all of them
-    examples: list[Example]  # SHOWN at most
+    rows_by_file: dict[str, list[int]]  # all rows of the finding
+    examples: list[Example]  # at most SHOWN rows
 
     @property
     def stops_run(self) -> bool:

@@ -21,12 +21,12 @@ MOST_FREQUENT = 5  # sizes
 class Size:
     """One size of image before and after the pixel limits."""
 
-    width: int  # pixels, as it came
+    width: int  # pixels as stored
     height: int
     model_width: int  # pixels, as the model gets it
     model_height: int
     num_tokens: int
-    num_images: int  # of this size
+    num_images: int  # images of this size
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class ImageSummary:
     num_unchanged: int
     largest_enlargement: float  # of a side, >= 1
     strongest_shrinking: float  # of a side, >= 1
-    width: Spread | None  # pixels, as they came; None without images, as those below
+    width: Spread | None  # pixels as stored; None without images, like the fields below
     height: Spread | None
     aspect: Spread | None  # longer side by shorter
-    num_extreme: int  # with an aspect over EXTREME_ASPECT
+    num_extreme: int  # images with an aspect over EXTREME_ASPECT
     tokens: Spread | None  # an image
-    token_fraction: float  # of all prompts' tokens that are images', [0, 1]
+    token_fraction: float  # share of all prompts' tokens that belong to images, [0, 1]
     most_frequent: list[Size]
     smallest: Size | None  # by pixels, as they came
     largest: Size | None

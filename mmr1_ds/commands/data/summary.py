@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
 
 TRAIN, VALIDATION = "data.train_files", "data.val_files"
-NEAR_LIMIT = 0.9  # of data.max_prompt_length
+NEAR_LIMIT = 0.9  # share of data.max_prompt_length
 _ASKED_FOR = {"math": "\\boxed", "r1v": "<answer>", "openr1_wo_LMM": "<answer>"}  # reward -> what it looks for
 
 
@@ -47,7 +47,7 @@ class TrainingBatches:
     responses_per_prompt: int
     steps_per_epoch: int  # P // B, at least 1
     total_steps: int
-    prompts_by_score: int  # of a step: drawn by the curriculum, the others come in turn
+    prompts_by_score: int  # prompts of a step drawn by the curriculum; the others come in turn
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ValidationBatches:
 
     num_prompts: int
     responses_per_prompt: int
-    num_calls: int  # of data.val_batch_size prompts
+    num_calls: int  # number of batches of data.val_batch_size prompts
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class DataSetSummary:
     num_usable: int  # rows that are neither dropped nor stop the run
     findings: list[Finding]
     lengths: Lengths | None  # None where nothing could be measured
-    images: ImageSummary | None  # of the same prompts; None for a text model
-    categories: dict[str, int]  # of usable rows, most frequent first; empty without data.category_key
-    answers: AnswerSummary | None  # of usable rows; None without any
-    reward_check: RewardCheck | None  # None where it cannot be done
+    images: ImageSummary | None  # images of the same prompts; None for a text model
+    categories: dict[str, int]  # counts over usable rows, most frequent first; empty without data.category_key
+    answers: AnswerSummary | None  # summary over usable rows; None without any
+    reward_check: RewardCheck | None  # None where the check cannot be done
     batches: TrainingBatches | ValidationBatches | None
     samples: list[Sample]
 
@@ -85,7 +85,7 @@ class DataReport:
     takes_images: bool
     data_sets: list[DataSetSummary]
     num_shared: int | None  # validation rows that training has too, by content; None = not looked for
-    notes: list[str]  # what may be meant, and may be a mistake
+    notes: list[str]  # what may be intended, and may be a mistake
 
     @property
     def stops_run(self) -> bool:

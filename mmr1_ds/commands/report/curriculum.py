@@ -58,7 +58,7 @@ def calibrate(observations: Sequence[Observations]) -> Calibration | None:
 class Mover:
     """A prompt and the pass rates observed for it."""
 
-    prompt: int  # position in the data set
+    prompt: int  # index in the data set
     steps: np.ndarray  # (K,) int64
     pass_rates: np.ndarray  # (K,) float64
 

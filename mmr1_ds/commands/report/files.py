@@ -109,7 +109,7 @@ class Observations:
     """The groups that the curriculum observed, from observations.jsonl, in the order of the steps."""
 
     steps: np.ndarray  # (K,) int64
-    prompts: np.ndarray  # (K,) int64, positions in the data set
+    prompts: np.ndarray  # (K,) int64, indices in the data set
     predicted: np.ndarray  # (K,) float64, NaN = never seen before
     pass_rates: np.ndarray  # (K,) float64, NaN = unscored
     num_responses: np.ndarray  # (K,) int64

@@ -11,7 +11,7 @@ from typing import Any
 from mmr1_ds.commands.report.runs import Run
 from mmr1_ds.config.redaction import redacted
 
-_NAMES = (  # and directories, and what is logged: they change nothing of what is learned
+_NAMES = (  # names, directories and logging, which do not change what is learned
     "trainer.project_name",
     "trainer.experiment_name",
     "trainer.run_dir",
@@ -34,7 +34,7 @@ class Group:
 
     label: str
     runs: Sequence[Run]
-    values: Mapping[str, str]  # of the keys that differ between groups; empty without config.yaml
+    values: Mapping[str, str]  # the values of keys that differ between groups; empty without config.yaml
 
     @property
     def first(self) -> Run:

@@ -39,7 +39,7 @@ STAGES = {  # in the order of a step, with what the page calls them
 _REST, _ALL = "other", "all stages, within 5%"
 _MOST_STAGES, _MOST_BARS = 7, 8  # that have a colour, that have a bar
 _FEW = 0.005  # a stage with a smaller share counts as other
-_TALL = 2.5  # a step so many times longer than 95 in 100 is cut off
+_TALL = 2.5  # a step that is so many times longer than 95 % of the steps is cut off
 _LEGEND_COLUMNS, _LEGEND_ROW = 3, 17
 _HEIGHT = drawing.HEIGHT + 40
 _BAR, _BETWEEN_BARS, _MOST_BAR, _MOST_ROW = 16, 8, 24, 40  # pixels
@@ -49,7 +49,7 @@ _BAR, _BETWEEN_BARS, _MOST_BAR, _MOST_ROW = 16, 8, 24, 40  # pixels
 class StagePalette:
     """The stages that all figures distinguish, and their colours."""
 
-    names: Sequence[str]  # that take time, in the order of a step; the others are drawn as one
+    names: Sequence[str]  # stages that take time, in the order of a step; the others are drawn as one
     colours: Mapping[str, str]  # of these, and of others as far as there are colours
 
     def colour(self, name: str) -> str:
