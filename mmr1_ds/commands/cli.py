@@ -4,57 +4,62 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
 from mmr1_ds import train
 from mmr1_ds.cluster.launch import put_own_programs_on_path
-from mmr1_ds.commands import export, serve
-from mmr1_ds.commands import launch as submit
-from mmr1_ds.commands.data import command as survey
-from mmr1_ds.commands.plan import command as planning
+from mmr1_ds.commands import export, launch, serve
+from mmr1_ds.commands.data import command as data
+from mmr1_ds.commands.plan import command as plan
 from mmr1_ds.commands.report import command as report
 from mmr1_ds.commands.score import command as score
-from mmr1_ds.config import reference as config_reference
+from mmr1_ds.config import reference
 from mmr1_ds.config.loading import LOCAL_RANK
-from mmr1_ds.exits import leave
+from mmr1_ds.errors import UserError
+from mmr1_ds.exits import leave, tell
 
-_ARGUMENTS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
-_EVAL = ("trainer.val_only=true", "trainer.save_freq=-1")
+_SETTINGS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
+
+
+class Command(NamedTuple):
+    """One word after `mmr1-ds`."""
+
+    main: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None
+    takes_settings: bool
+    help: str
+    example: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns: the exit code; 2 after a user's mistake."""
+    """Run one command. Returns: the exit code; 2 after a user's mistake."""
     given = sys.argv[1:] if argv is None else argv
-    arguments = _parser().parse_args([word for word in given if not word.startswith(LOCAL_RANK)])
+    arguments = parse([word for word in given if not word.startswith(LOCAL_RANK)])
     put_own_programs_on_path()
-    if arguments.command == "score":
-        return score.main(arguments)
-    if arguments.command == "serve":
-        return serve.main(arguments)
-    if arguments.command == "launch":
-        return submit.main(arguments)
-    if arguments.command == "plan":
-        return planning.main(arguments)
-    if arguments.command == "export":
-        return export.main(arguments)
-    if arguments.command == "data":
-        return survey.main(arguments)
-    if arguments.command == "report":
-        return report.main(arguments)
-    if arguments.command == "keys":
-        return _print_keys(arguments.part)
-    settings = [*arguments.settings, *_EVAL] if arguments.command == "eval" else arguments.settings
-    return train.main(settings)
+    return COMMANDS[arguments.command].main(arguments)
 
 
-def _print_keys(part: str) -> int:
-    found = config_reference.plain(part)
-    if not found:
-        sys.stderr.write(f"mmr1-ds: error: no key has {part!r} in its name; `mmr1-ds keys` prints all\n")
-        return 2
-    sys.stdout.write(found)
-    return 0
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Read a command, its options and settings in any order. Exits, as argparse does, after --help or a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="mmr1-ds",
+        description="Variance-aware GRPO on DeepSpeed ZeRO-3 and vLLM. "
+        "On several GPUs start it with launch/*.sh, or: deepspeed --module mmr1_ds.train config=FILE ...",
+        epilog="example: mmr1-ds train config=demo",
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="command")
+    for name, command in COMMANDS.items():
+        own = subparsers.add_parser(name, help=command.help, description=command.help, epilog="")
+        own.set_defaults(command=name)
+        if command.takes_settings:
+            own.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
+        if command.add_arguments is not None:
+            command.add_arguments(own)
+        own.epilog = f"{own.epilog}\n\nexample: mmr1-ds {name} {command.example}".strip()
+    if words and words[0] in COMMANDS:  # argparse itself does not intermix the arguments of a subparser
+        return subparsers.choices[words[0]].parse_intermixed_args(words[1:])
+    return parser.parse_args(words)
 
 
 def console() -> NoReturn:
@@ -62,38 +67,69 @@ def console() -> NoReturn:
     leave(main())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mmr1-ds",
-        description="Variance-aware GRPO on DeepSpeed ZeRO-3 and vLLM. "
-        "On several GPUs start it with launch/*.sh, or: deepspeed --module mmr1_ds.train config=FILE ...",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, words in (
-        ("train", "train, going on from the newest checkpoint; trainer.dry_run=true only prints the plan"),
-        ("eval", "validate the model, or the newest checkpoint of the run, on data.val_files"),
-    ):
-        command = commands.add_parser(name, help=words, description=words)
-        command.add_argument("settings", nargs="*", metavar="key=value", help=_ARGUMENTS)
-    serve.add_arguments(
-        commands.add_parser("serve", help="run a rollout server for a run that trains elsewhere"), _ARGUMENTS
-    )
-    words = "print the sbatch command of a run, checked; with --submit call it"
-    submit.add_arguments(commands.add_parser("launch", help=words), _ARGUMENTS)
-    export.add_arguments(commands.add_parser("export", help="write a checkpoint as Hugging Face safetensors"))
-    planning.add_arguments(
-        commands.add_parser("plan", help="reckon memory, time a step and the curriculum's cost, before queueing"),
-        _ARGUMENTS,
-    )
-    words = "look at the data as the trainer will: what it drops and why, lengths, images, answers, prompts rendered"
-    survey.add_arguments(commands.add_parser("data", help=words), _ARGUMENTS)
-    words = "write the report of a run, or of several side by side, as one HTML file and pictures"
-    report.add_arguments(commands.add_parser("report", help=words, description=words))
-    words = "every configuration key with its default and meaning"
-    keys = commands.add_parser("keys", help=words, description=words)
-    keys.add_argument("part", nargs="?", default="", help="only names that contain it, as curriculum or trainer.save")
-    score.add_arguments(commands.add_parser("score", help="score given responses, without a model or training"))
-    return parser
+def _train(arguments: argparse.Namespace) -> int:
+    return train.main(arguments.settings)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    return train.main([*arguments.settings, "trainer.val_only=true", "trainer.save_freq=-1"])
+
+
+def _add_part(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("part", nargs="?", default="", help="only names that contain it, as curriculum or trainer.save")
+
+
+def _print_keys(arguments: argparse.Namespace) -> int:
+    found = reference.plain(arguments.part)
+    if not found:
+        return tell(UserError(f"no key has {arguments.part!r} in its name; `mmr1-ds keys` prints all"))
+    sys.stdout.write(found)
+    return 0
+
+
+COMMANDS = {
+    "train": Command(
+        _train, None, True, "train, from the newest checkpoint on; trainer.dry_run=true only prints the plan",
+        "config=demo trainer.max_steps=4",
+    ),
+    "eval": Command(
+        _evaluate, None, True, "validate the model, or the newest checkpoint of the run, on data.val_files",
+        "config=runs/my_run/config.yaml",
+    ),
+    "serve": Command(
+        serve.main, serve.add_arguments, True, "run a rollout server for a run that trains elsewhere",
+        "config=my_run.yaml --port 8000 worker.rollout.server_host=10.0.0.7",
+    ),
+    "launch": Command(
+        launch.main, launch.add_arguments, True, "print the sbatch command of a run, checked; with --submit call it",
+        "config=my_run.yaml --time 24:00:00 --partition h100 trainer.nnodes=2",
+    ),
+    "export": Command(
+        export.main, export.add_arguments, False, "write a checkpoint as Hugging Face safetensors",
+        "runs/my_run/checkpoints/global_step_40 out/ --dtype bf16",
+    ),
+    "plan": Command(
+        plan.main, plan.add_arguments, True, "estimate memory, seconds a step and the curriculum's cost",
+        "config=mmr1_h100 --gpu h100 data.train_files=train.parquet",
+    ),
+    "data": Command(
+        data.main, data.add_arguments, True,
+        "show the data as the trainer will see it: dropped rows and why, lengths, images, answers, rendered prompts",
+        "config=demo --file train --show 1",
+    ),
+    "report": Command(
+        report.main, report.add_arguments, False,
+        "write the report of a run, or of several side by side, as one HTML file and pictures", "runs/demo",
+    ),
+    "keys": Command(
+        _print_keys, _add_part, False, "print every configuration key with its default, meaning and values",
+        "curriculum",
+    ),
+    "score": Command(
+        score.main, score.add_arguments, False, "score given responses, without a model or training",
+        "responses.jsonl --tokenizer sacrebleu:13a",
+    ),
+}  # fmt: skip
 
 
 if __name__ == "__main__":

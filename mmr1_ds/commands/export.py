@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from mmr1_ds.cluster.launch import LaunchEnvironment
@@ -15,7 +14,7 @@ from mmr1_ds.config import ModelConfig
 from mmr1_ds.config.derived import checkpoint_directory
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.exits import EXIT_USER_ERROR
+from mmr1_ds.exits import tell
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 
@@ -52,8 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         _export(arguments)
     except UserError as error:
-        sys.stderr.write(f"mmr1-ds: error: {' '.join(str(error).split())}\n")
-        return EXIT_USER_ERROR
+        return tell(error)
     return 0
 
 

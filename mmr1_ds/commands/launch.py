@@ -16,7 +16,7 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.redaction import redacted, without_secrets
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import EXIT_USER_ERROR
+from mmr1_ds.exits import tell
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 
@@ -46,10 +46,9 @@ class Submission:
         return variables + " \\\n    ".join(shlex.quote(word) for word in self.command) + "\n"
 
 
-def add_arguments(parser: argparse.ArgumentParser, settings_help: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.description = DESCRIPTION
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=settings_help)
     parser.add_argument("--time", required=True, help="limit of the job, as 24:00:00; the run saves 300 s before it")
     parser.add_argument("--partition", help="default: the cluster's")
     parser.add_argument("--account", help="that pays; default: yours")
@@ -66,7 +65,7 @@ def main(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     try:
         submission = plan_submission(arguments, environ)
     except UserError as error:
-        return _tell(error)
+        return tell(error)
     sys.stdout.write(submission.in_words())
     sys.stdout.flush()
     if not arguments.submit:
@@ -74,7 +73,7 @@ def main(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ)
     try:
         return subprocess.run(submission.command, env={**environ, **submission.variables}, check=False).returncode
     except FileNotFoundError:
-        return _tell(UserError("sbatch is not installed here; call this where jobs are submitted, or without --submit"))
+        return tell(UserError("sbatch is not installed here; call this where jobs are submitted, or without --submit"))
 
 
 def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Submission:
@@ -152,8 +151,3 @@ def _refuse_secrets(settings: list[str]) -> None:
                 f"{key}: its value is a credential, and everybody can read the arguments of a job; leave it out and "
                 "put it into a variable of the environment"
             )
-
-
-def _tell(error: UserError) -> int:
-    sys.stderr.write(f"mmr1-ds: error: {redacted(' '.join(str(error).split()))}\n")
-    return EXIT_USER_ERROR

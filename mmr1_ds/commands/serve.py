@@ -18,9 +18,8 @@ from mmr1_ds.config import RolloutConfig, RunConfig
 from mmr1_ds.config.derived import run_directory
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.ranges import check_choices, check_ranges
-from mmr1_ds.config.redaction import redacted
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.exits import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from mmr1_ds.exits import EXIT_INTERRUPTED, tell
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 from mmr1_ds.preflight.files import check_data, check_format_prompt, check_model
 from mmr1_ds.rollout.servers.address import ServerPort
@@ -44,10 +43,9 @@ from other nodes, name the address of the cluster's own interface. A server that
 Ctrl-C end it."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, settings_help: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.description = DESCRIPTION
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=settings_help)
     parser.add_argument("--port", type=int, help=f"to listen on, also written {_PORT}N; default: {DEFAULT_PORT}")
 
 
@@ -59,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
         config, port = _read(arguments.settings, arguments.port)
         server = _server(config, port)
     except UserError as error:
-        return _tell(str(error), EXIT_USER_ERROR)
+        return tell(error)
     return _run(server, config.worker.rollout.server_start_seconds, stopped)
 
 
@@ -169,7 +167,8 @@ def _run(server: ServerProcess, start_seconds: float, stopped: _Signals) -> int:
     try:
         while not supervisor.ready():
             if failure := supervisor.failed_start():
-                return _tell(failure, EXIT_FAILED)
+                tell(UserError(failure))
+                return EXIT_FAILED
             if stopped.wait(_POLL_SECONDS):
                 break
         else:
@@ -180,8 +179,3 @@ def _run(server: ServerProcess, start_seconds: float, stopped: _Signals) -> int:
     finally:
         supervisor.close()
     return EXIT_INTERRUPTED if stopped.received == signal.SIGINT else 0
-
-
-def _tell(message: str, code: int) -> int:
-    sys.stderr.write(f"mmr1-ds: error: {redacted(' '.join(message.split()))}\n")
-    return code

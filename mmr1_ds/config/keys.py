@@ -1,4 +1,4 @@
-"""What the typed tree of `config` says of each dotted key: its type, its name in words, its nearest neighbours."""
+"""What the schema states about each dotted key: its type, in words too, its limit, and its nearest neighbours."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from mmr1_ds.config.schema import RunConfig
+from mmr1_ds.config.schema import OneOf, Range, RunConfig
 
+_UNIONS = (types.UnionType, typing.Union)  # `Annotated[int, ...] | None` is the second
 _WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -23,8 +24,14 @@ _WORDS: dict[Any, str] = {
 
 @cache
 def leaf_types() -> Mapping[str, Any]:
-    """Dotted key -> annotation, for every key that is not a section."""
-    return dict(_leaves(RunConfig, ""))
+    """Dotted key -> type, for every key that is not a section."""
+    return {key: hint for key, hint, _ in _leaves(RunConfig, "")}
+
+
+@cache
+def limits() -> Mapping[str, Range | OneOf]:
+    """Dotted key -> range or choices, for every key that has such."""
+    return {key: limit for key, _, annotated in _leaves(RunConfig, "") for limit in _limits(annotated)}
 
 
 @cache
@@ -33,14 +40,21 @@ def sections() -> frozenset[str]:
     return frozenset(key.rsplit(".", depth)[0] for key in leaf_types() for depth in range(1, key.count(".") + 1))
 
 
-def _leaves(cls: type, prefix: str) -> Iterable[tuple[str, Any]]:
-    hints = typing.get_type_hints(cls)
+def _leaves(cls: type, prefix: str) -> Iterable[tuple[str, Any, Any]]:
+    """Each key with its type, and with its annotation as it stands in the schema."""
+    hints, annotated = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     for item in fields(cls):
         hint = hints[item.name]
         if isinstance(hint, type) and is_dataclass(hint):
             yield from _leaves(hint, f"{prefix}{item.name}.")
         else:
-            yield prefix + item.name, hint
+            yield prefix + item.name, hint, annotated[item.name]
+
+
+def _limits(annotated: Any) -> Iterable[Range | OneOf]:
+    """The limit in `Annotated[T, limit]` and in `Annotated[T, limit] | None`."""
+    for part in (annotated, *typing.get_args(annotated)):
+        yield from (item for item in getattr(part, "__metadata__", ()) if isinstance(item, Range | OneOf))
 
 
 def holds_mapping(hint: Any) -> bool:
@@ -50,17 +64,17 @@ def holds_mapping(hint: Any) -> bool:
 
 def is_text(hint: Any) -> bool:
     """Whether a word on the command line is the value itself, not YAML: `str` and `str | None`."""
-    return hint is str or (isinstance(hint, types.UnionType) and str in typing.get_args(hint))
+    return hint is str or (typing.get_origin(hint) in _UNIONS and str in typing.get_args(hint))
 
 
 def is_optional(hint: Any) -> bool:
     """Whether null is a value of this type."""
-    return hint is Any or (isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint))
+    return hint is Any or (typing.get_origin(hint) in _UNIONS and type(None) in typing.get_args(hint))
 
 
 def in_words(hint: Any) -> str:
     """The type as a user would say it: 'a whole number or null', 'a list of text'."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in _UNIONS:
         return " or ".join(in_words(part) for part in typing.get_args(hint))
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is list:

@@ -1,4 +1,4 @@
-"""Every key of the configuration with its default and its meaning, read from the comments in `config.py`.
+"""Every key of the configuration with its default, its values and its meaning, read from `schema`.
 
 `mmr1-ds keys` prints it; docs/configuration.md is its `markdown()`, which a test compares.
 """
@@ -14,7 +14,7 @@ import tokenize
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
-from mmr1_ds.config import schema as config
+from mmr1_ds.config.keys import limits
 from mmr1_ds.config.schema import RunConfig
 
 
@@ -23,7 +23,8 @@ class Key(NamedTuple):
 
     name: str  # dotted, as on the command line
     default: str  # as YAML
-    meaning: str  # values, range and unit; empty would be a mistake
+    meaning: str  # with its unit; empty would be a mistake
+    values: str  # range or choices, in words; empty where the type says all
 
 
 class Section(NamedTuple):
@@ -46,13 +47,15 @@ def markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key, its default, and what it means. `mmr1-ds keys [PART OF A NAME]` prints it.",
+        "Every key, its default, the values it takes, and what it means. `mmr1-ds keys [PART OF A NAME]` prints it.",
         "",
     ]
     for section in sections():
-        lines += [f"## {section.name}", "", section.meaning, "", "| key | default | meaning |", "|---|---|---|"]
+        lines += [f"## {section.name}", "", section.meaning, "", "| key | default | values | meaning |"]
+        lines.append("|---|---|---|---|")
         lines += [
-            f"| `{key.name}` | `{key.default}` | {key.meaning.replace('|', chr(92) + '|')} |" for key in section.keys
+            f"| `{key.name}` | `{key.default}` | {key.values} | {key.meaning.replace('|', chr(92) + '|')} |"
+            for key in section.keys
         ]
         lines.append("")
     return "\n".join(lines)
@@ -61,27 +64,30 @@ def markdown() -> str:
 def plain(part: str = "") -> str:
     """One line a key whose name contains `part`; empty when there is none."""
     keys = [key for section in sections() for key in section.keys if part in key.name]
-    return "".join(f"{key.name}={key.default}  # {key.meaning}\n" for key in keys)
+    return "".join(f"{key.name}={key.default}  # {'; '.join(filter(None, key[2:]))}\n" for key in keys)
 
 
 def _collect(kind: type, prefix: str, found: list[Section]) -> None:
-    comments, hints = _comments(kind), get_type_hints(kind, vars(config))
+    comments, hints = _comments(kind), get_type_hints(kind)
     section = Section(prefix.rstrip("."), inspect.cleandoc(kind.__doc__ or ""), [])
     if prefix:
         found.append(section)
     for field in fields(kind):
         if is_dataclass(hints[field.name]):
             if field.name in comments:  # a remark on the whole section
-                section.keys.append(Key(f"{prefix}{field.name}", "...", comments[field.name]))
+                section.keys.append(Key(f"{prefix}{field.name}", "...", comments[field.name], ""))
             _collect(hints[field.name], f"{prefix}{field.name}.", found)
         else:
-            section.keys.append(Key(prefix + field.name, _yaml(_default(field)), comments.get(field.name, "")))
+            key = prefix + field.name
+            default, limit = _default(field), limits().get(key, "")
+            values = f"each {limit}" if limit and isinstance(default, list | tuple) else str(limit)
+            section.keys.append(Key(key, json.dumps(default), comments.get(field.name, ""), values))
     if prefix and not section.keys:
         found.remove(section)
 
 
 def _comments(kind: type) -> dict[str, str]:
-    """Field -> the comment at the end of its definition."""
+    """Field -> the comment at the end of its definition, or in the line above."""
     source = textwrap.dedent(inspect.getsource(kind))
     by_line = {
         token.start[0]: token.string.removeprefix("#").strip()
@@ -90,16 +96,14 @@ def _comments(kind: type) -> dict[str, str]:
     }
     (definition,) = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
-    return {
-        node.target.id: by_line[node.end_lineno]
-        for node in definition.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno in by_line
-    }
+    found, end = {}, 0
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            above = by_line.get(node.lineno - 1, "") if node.lineno - 1 > end else ""
+            found[node.target.id] = by_line.get(node.end_lineno or 0, above)
+        end = node.end_lineno or 0
+    return {name: comment for name, comment in found.items() if comment}
 
 
 def _default(field: Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
-
-
-def _yaml(value: Any) -> str:
-    return json.dumps(value)  # which YAML reads

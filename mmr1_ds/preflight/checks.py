@@ -103,12 +103,6 @@ def _check_curriculum(config: RunConfig) -> None:
             f"data.curriculum_metrics lists {next(name for name in names if names.count(name) > 1)} twice, "
             f"got {data.curriculum_metrics}; give each metric once, with one weight"
         )
-    for name, weight in zip(data.curriculum_metrics, data.curriculum_metric_weights, strict=True):
-        if weight < 0:
-            raise UserError(
-                f"data.curriculum_metric_weights must be >= 0, got {weight} for {name}: "
-                "every metric here is higher for prompts to sample more (self-bleu counts as 1 - self-BLEU)"
-            )
 
 
 def _check_lora(lora: LoraConfig) -> None:

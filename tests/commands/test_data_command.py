@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import json
@@ -20,6 +19,7 @@ from fixtures.doc_blocks import DOCS, blocks
 from PIL import Image
 from pyarrow import parquet
 
+from mmr1_ds.commands import cli
 from mmr1_ds.commands.data import answers, command, rows
 from mmr1_ds.commands.data.numbers import histogram, spread
 from mmr1_ds.commands.data.text import WIDTH
@@ -54,9 +54,7 @@ def text_model(tmp_path_factory):
 
 def run(*words):
     """The exit code of the command. Settings and options as on the command line."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser, "")
-    return command.main(parser.parse_args([str(word) for word in words]))
+    return cli.main(["data", *map(str, words)])
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_whole_sequences_must_fit_without_chunked_prefill(valid):
         (["data.curriculum_metrics=[learnabillity]"], "unknown metric 'learnabillity'; known: learnability, "),
         (["data.curriculum_metrics=[learnability,self-bleu]"], "one weight a metric"),
         (["data.curriculum_metrics=[self-bleu,self_bleu_123]", "data.curriculum_metric_weights=[1,1]"], "lists self"),
-        (["data.curriculum_metric_weights=[-1.0]"], "data.curriculum_metric_weights must be >= 0, got -1.0"),
+        (["data.curriculum_metric_weights=[-1.0]"], "data.curriculum_metric_weights must each be 0 or more, got -1.0"),
     ],
 )
 def test_metrics(valid, arguments, expected):

@@ -142,7 +142,10 @@ def test_commands_and_files_in_the_text_exist(page):
             targets = [word for word in words[1:] if "=" not in word]
             assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in targets), span
         if words[0] == "mmr1-ds" and len(words) > 1 and not words[1].endswith(":"):
-            assert words[1] in cli._parser()._subparsers._group_actions[0].choices, span
+            assert words[1] in cli.COMMANDS, span
+        for word in words:
+            named = re.fullmatch(r"((?:tests|benchmarks|launch|configs|mmr1_ds|kernels|requirements)/[\w./]*\w)", word)
+            assert not named or (ROOT / word).exists(), span
         if re.fullmatch(r"\w+/[\w/]+\.py", span) and not span.startswith(("path/", "verl/", "examples/")):
             assert (ROOT / span).exists() or (ROOT / "mmr1_ds" / span).exists(), span
 

@@ -139,7 +139,7 @@ def ours(command: str, folder: Path) -> None:
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
-    return cli._parser().parse_args(words)
+    return cli.parse(words)
 
 
 def script(command: str, folder: Path) -> None:

@@ -31,10 +31,9 @@ refuses, lengths against the limits, images, categories, answers, and some promp
 GPU, and of the model its config.json, tokenizer and processor alone. Exits 1 when a row would stop a run."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, settings_help: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.description = DESCRIPTION
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=settings_help)
     parser.add_argument("--file", choices=("train", "val"), help="only this one; default: both")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="prompts of each to show; default: 3")
     parser.add_argument(

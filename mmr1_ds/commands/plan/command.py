@@ -19,12 +19,13 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import resolved_critic, trains_critic
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError, require
+from mmr1_ds.exits import tell
 from mmr1_ds.monitoring.logger import quiet_libraries
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import critic_deepspeed, reference_deepspeed, resolve_deepspeed
 from mmr1_ds.preflight.plan import BatchPlan
 
-EXIT_DOES_NOT_FIT, EXIT_USER_ERROR = 1, 2
+EXIT_DOES_NOT_FIT = 1
 DESCRIPTION = f"""Reckon a run's memory on each GPU, the seconds of a step, and what refreshing the curriculum costs,
 from the model's config.json alone. Nothing is loaded and no GPU is needed. Known without a download:
 {", ".join(PUBLISHED)}. Exits 1 when something does not fit.
@@ -65,10 +66,9 @@ class Reckoning:
         }
 
 
-def add_arguments(parser: argparse.ArgumentParser, settings_help: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.description = DESCRIPTION
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=settings_help)
     parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)}; default: h100")
     parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="of another size than the datasheet's")
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="see docs/presets.md")
@@ -82,8 +82,7 @@ def main(arguments: argparse.Namespace) -> int:
         gpu = find_gpu(arguments.gpu, arguments.gpu_memory_gb)
         found = reckon(arguments.settings, gpu, Assumptions().with_settings(arguments.assume))
     except UserError as error:
-        sys.stderr.write(f"mmr1-ds: error: {' '.join(str(error).split())}\n")
-        return EXIT_USER_ERROR
+        return tell(error)
     sys.stdout.write(in_words(found))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found.as_json(), indent=1), encoding="utf-8")
