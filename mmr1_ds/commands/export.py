@@ -1,4 +1,4 @@
-"""`mmr1-ds export`: a checkpoint as a model folder that transformers and vLLM load."""
+"""`mmr1-ds export`: write a checkpoint as a model folder that transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Write a checkpoint's policy as Hugging Face safetensors, with configuration, tokenizer, processor and
 chat template, for transformers and vLLM. Name the run by its configuration (config=FILE key=value ...: its newest
-checkpoint) or the checkpoint's folder (then the config.yaml of its run must be there; or name it too). No GPU and no
-other rank is needed. Memory: the whole model on the CPU, in the type that is written and once in float32."""
+checkpoint) or the checkpoint's folder (then its run's config.yaml must exist; or name it too). Needs no GPU and no
+other rank. Memory: the whole model on the CPU, in the type that is written and in float32."""
 _CONFIG = "config.yaml"
 _SECONDS = 600.0  # there is one rank: nothing waits
 _FOLDER = "CHECKPOINT_FOLDER"
@@ -33,18 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.description = DESCRIPTION
     parser.add_argument("source", nargs="+", metavar="SOURCE", help=f"config=FILE key=value ..., or {_FOLDER}, or both")
-    parser.add_argument("out", metavar="OUT", help="folder to write; it must not be there")
+    parser.add_argument("out", metavar="OUT", help="folder to write, which must not exist")
     parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights; default: as in the model's own config.json"
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights; default: as in the model's config.json"
     )
     parser.add_argument(
-        "--merge-lora", action="store_true", help="add the adapters to the weights; else they are alone"
+        "--merge-lora", action="store_true", help="add the adapters to the weights; else they are written alone"
     )
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file; default: 5GB")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest size of a file; default: 5GB")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Returns: the exit code; 2 after a user's mistake."""
+    """Run the command. Returns: the exit code; 2 after a user's mistake."""
     configure_logging(True)
     quiet_libraries()
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -58,7 +58,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if out.exists() or out.is_symlink():
-        raise UserError(f"OUT={out} is there already; name another folder, or delete it")
+        raise UserError(f"OUT={out} exists already; name another folder, or delete it")
     settings = [word for word in arguments.source if "=" in word]
     folders = [Path(word) for word in arguments.source if "=" not in word]
     if len(folders) > 1:
@@ -75,7 +75,7 @@ def _export(arguments: argparse.Namespace) -> None:
     logger.info("%s is undamaged; writing %s", folder, out)
     temporary = out.with_name(f".{out.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a kill
+        shutil.rmtree(temporary, ignore_errors=True)  # a killed export left it
         temporary.mkdir(parents=True)
         _write(folder / "actor", config.worker.actor.model, temporary, arguments)
         for path in temporary.rglob("*"):
@@ -92,24 +92,24 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _checkpoint(checkpoints: Checkpoints, named: list[Path]) -> Path:
-    """Raises: UserError when there is none, or the one that was named is damaged."""
+    """Return the checkpoint's folder. Raises: UserError when none exists, or the named one is damaged."""
     if named:
         checkpoints.require(named[0], _FOLDER)
         return named[0]
     found = checkpoints.newest()
     if found is None:
-        raise UserError(f"there is no undamaged checkpoint in {checkpoints.root}; name a {_FOLDER}")
+        raise UserError(f"no undamaged checkpoint exists in {checkpoints.root}; name a {_FOLDER}")
     return found[1]
 
 
 def _config_of(folder: Path) -> Path:
-    """The resolved configuration beside a checkpoint. Raises: UserError when there is none."""
+    """Return the resolved configuration beside a checkpoint. Raises: UserError when it is missing."""
     if not folder.is_dir():
-        raise UserError(f"{_FOLDER}={folder} is not there; name a global_step_N folder of a run")
+        raise UserError(f"{_FOLDER}={folder} does not exist; name a global_step_N folder of a run")
     places = (folder / _CONFIG, folder.resolve().parent.parent / _CONFIG)
     found = next((path for path in places if path.is_file()), None)
     if found is None:
-        raise UserError(f"{_FOLDER}={folder}: its run's {_CONFIG} is not there; name the configuration, config=FILE")
+        raise UserError(f"{_FOLDER}={folder}: its run's {_CONFIG} is missing; name the configuration, config=FILE")
     return found
 
 

@@ -1,4 +1,4 @@
-"""`mmr1-ds launch`: the sbatch command of a run, from its configuration; checked, shown, and submitted when asked."""
+"""`mmr1-ds launch`: the sbatch command of a run, from its configuration; checked, shown, submitted on request."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ROOT = PACKAGE.parent
 SCRIPT = (PACKAGE if (PACKAGE / "launch").is_dir() else ROOT) / "launch" / "slurm.sbatch"
 DESCRIPTION = """Check a run and print the sbatch command that starts it, launch/slurm.sbatch with nodes and GPUs as
 trainer.nnodes and trainer.n_gpus_per_node say; with --submit also call it. Credentials belong into the environment,
-which sbatch hands on. On machines without GPUs export DS_ACCELERATOR=cpu: then none is asked for."""
-_CPUS_BESIDE_REWARDS = 4  # of a rank: itself, the loading of its data, vLLM
+which sbatch hands on. On machines without GPUs export DS_ACCELERATOR=cpu: then the job requests none."""
+_CPUS_BESIDE_REWARDS = 4  # a rank needs them for itself, the loading of its data, vLLM
 # sbatch's own forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
 _SERVERS = ("worker.rollout.engine=server", "worker.rollout.server_urls=[http://servers:8000]")
@@ -35,13 +35,13 @@ _SERVERS = ("worker.rollout.engine=server", "worker.rollout.server_urls=[http://
 
 @dataclass(frozen=True)
 class Submission:
-    """What is called, and the variables it needs beside the environment that is there."""
+    """The command, and the variables that it needs beside the present environment."""
 
     variables: Mapping[str, str]
     command: tuple[str, ...]
 
     def in_words(self) -> str:
-        """As a shell takes it, an option a line."""
+        """Write it as a shell takes it, an option a line."""
         variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.variables.items())
         return variables + " \\\n    ".join(shlex.quote(word) for word in self.command) + "\n"
 
@@ -49,19 +49,19 @@ class Submission:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.description = DESCRIPTION
-    parser.add_argument("--time", required=True, help="limit of the job, as 24:00:00; the run saves 300 s before it")
-    parser.add_argument("--partition", help="default: the cluster's")
-    parser.add_argument("--account", help="that pays; default: yours")
-    parser.add_argument("--server-nodes", type=int, default=0, metavar="N", help="more nodes, of rollout servers")
-    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="of a rank; default: its reward workers and 4")
-    parser.add_argument("--container", metavar="IMAGE", help="for srun with pyxis; its python3 runs then")
+    parser.add_argument("--time", required=True, help="limit of the job, as 24:00:00; the run saves 300 s earlier")
+    parser.add_argument("--partition", help="partition; default: the cluster's")
+    parser.add_argument("--account", help="account that pays; default: yours")
+    parser.add_argument("--server-nodes", type=int, default=0, metavar="N", help="further nodes, for rollout servers")
+    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="for a rank; default: its reward workers and 4")
+    parser.add_argument("--container", metavar="IMAGE", help="image for srun with pyxis, whose python3 then runs")
     parser.add_argument("--mounts", help="FROM:TO,... in the container; default: the project's folder")
     parser.add_argument("--sbatch", default="", metavar="OPTIONS", help='further options of sbatch: "--qos=high -x n3"')
-    parser.add_argument("--submit", action="store_true", help="call it; else it is only printed")
+    parser.add_argument("--submit", action="store_true", help="call the command, instead of only printing it")
 
 
 def main(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
-    """Returns: the exit code; 2 after a user's mistake, sbatch's own after --submit."""
+    """Run the command. Returns: the exit code; 2 after a user's mistake, sbatch's own after --submit."""
     try:
         submission = plan_submission(arguments, environ)
     except UserError as error:
@@ -104,7 +104,7 @@ def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -
 def _component(
     config: RunConfig, arguments: argparse.Namespace, nodes: int, tasks_per_node: int, on_gpu: bool
 ) -> list[str]:
-    """Options of one component of the job: sbatch does not hand all of them from one to the next."""
+    """Return the options of one component of the job: sbatch does not hand all of them from one to the next."""
     cpus = arguments.cpus_per_task or config.worker.reward.num_workers + _CPUS_BESIDE_REWARDS
     options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks_per_node}", f"--cpus-per-task={cpus}"]
     if on_gpu:
@@ -117,7 +117,7 @@ def _component(
 
 
 def _variables(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
-    """What launch/slurm.sbatch reads from its environment."""
+    """Return the variables that launch/slurm.sbatch reads."""
     found = {"MMR1_DS_ROOT": str(ROOT)}
     if arguments.container:
         found |= {"CONTAINER_IMAGE": arguments.container, "PYTHON": environ.get("PYTHON", "python3")}
@@ -129,7 +129,7 @@ def _variables(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dic
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises: UserError."""
+    """Check the options. Raises: UserError."""
     if not SCRIPT.is_file():
         raise UserError(f"{SCRIPT} is missing; install the project from its folder (pip install --editable)")
     if not _TIME.fullmatch(arguments.time):
@@ -143,11 +143,11 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def _refuse_secrets(settings: list[str]) -> None:
-    """Raises: UserError. Whoever uses the cluster can read the arguments of a job."""
+    """Refuse credentials, as every user of the cluster can read the arguments of a job. Raises: UserError."""
     for word in settings:
         key, _, value = word.partition("=")
         if without_secrets({key: value}) != {key: value} or redacted(value) != value:
             raise UserError(
                 f"{key}: its value is a credential, and everybody can read the arguments of a job; leave it out and "
-                "put it into a variable of the environment"
+                "put it into an environment variable"
             )

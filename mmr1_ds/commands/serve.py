@@ -36,21 +36,21 @@ DEFAULT_PORT = 8000
 _PORT = "port="
 _POLL_SECONDS = 0.25
 
-DESCRIPTION = """Run one rollout server in the foreground, for the worker.rollout.server_urls of a run elsewhere. Give
-it the configuration of that run. Clients need the key in the environment variable that
-worker.rollout.server_key_variable names; set it here and there. It listens on worker.rollout.server_host: to be reached
-from other nodes, name the address of the cluster's own interface. A server that dies is started anew; SIGTERM and
+DESCRIPTION = """Run one rollout server in the foreground, for the worker.rollout.server_urls of a run elsewhere, with
+the configuration of that run. Clients need the key in the environment variable that
+worker.rollout.server_key_variable names; set it here and there. The server listens on worker.rollout.server_host: for
+clients on other nodes, name the address of the cluster's own interface. A server that dies is restarted; SIGTERM and
 Ctrl-C end it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.description = DESCRIPTION
-    parser.add_argument("--port", type=int, help=f"to listen on, also written {_PORT}N; default: {DEFAULT_PORT}")
+    parser.add_argument("--port", type=int, help=f"port to listen on, also written {_PORT}N; default: {DEFAULT_PORT}")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Returns: the exit code; 0 after SIGTERM, 2 after a user's mistake, 1 when the server does not start."""
+    """Run the server. Returns: the exit code; 0 after SIGTERM, 2 after a user's mistake, 1 when it does not start."""
     configure_logging(is_main=True)
     stopped = _Signals()
     try:
@@ -62,12 +62,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 class _Signals:
-    """SIGTERM and SIGINT as something to wait for."""
+    """SIGTERM and SIGINT as an event to wait for."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._event = threading.Event()
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it warns the run, which may need the server yet
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it warns the run, which may still need the server
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
@@ -76,12 +76,12 @@ class _Signals:
         self._event.set()
 
     def wait(self, seconds: float) -> bool:
-        """Whether one has come."""
+        """Return whether one has come."""
         return self._event.wait(seconds)
 
 
 def _read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
-    """The configuration and the port, with all checks that need nothing heavy. Raises: UserError."""
+    """Return the configuration and the port, after all checks that need nothing heavy. Raises: UserError."""
     ports = [word for word in settings if word.startswith(_PORT)]
     loaded = load_config([word for word in settings if word not in ports])
     for line in loaded.warnings:
@@ -118,7 +118,7 @@ def _port_number(text: str) -> int:
 
 
 def _devices(rollout: RolloutConfig) -> list[int]:
-    """The GPUs of this machine that the server takes. Raises: UserError when they are too few or too many."""
+    """Return the GPUs of this machine that the server takes. Raises: UserError for too few or too many."""
     devices, size = rollout.server_devices, rollout.tensor_parallel_size
     if devices and len(devices) != size:
         raise UserError(
@@ -129,7 +129,7 @@ def _devices(rollout: RolloutConfig) -> list[int]:
 
 
 def _server(config: RunConfig, port: int) -> ServerProcess:
-    """Raises: UserError for a model or data that cannot be read."""
+    """Build the server. Raises: UserError for a model or data that cannot be read."""
     quiet_libraries()
     from mmr1_ds.data.encoding import PromptEncoder
 
@@ -152,7 +152,7 @@ def _server(config: RunConfig, port: int) -> ServerProcess:
 
 
 def _most_images(config: RunConfig, encoder: PromptEncoder) -> int:
-    """Images of the prompt that has the most, of all data the run reads."""
+    """Return the largest number of images in a prompt, over all data of the run."""
     from mmr1_ds.data.dataset import load_dataset
 
     found = [load_dataset(config.data.train_files, config.data, encoder).max_images]

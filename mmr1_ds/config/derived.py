@@ -1,4 +1,4 @@
-"""What follows from the configuration: the critic's full section, the number of steps, the run's folders."""
+"""Values that follow from the configuration: the critic's full section, the number of steps, the run's folders."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SHARED = (
 
 
 def trains_critic(config: RunConfig) -> bool:
-    """Whether the run has a critic at all."""
+    """Return whether the run has a critic."""
     return config.algorithm.adv_estimator == "gae" and not config.trainer.val_only
 
 
 def resolved_critic(config: RunConfig) -> CriticConfig:
-    """worker.critic, nothing null that the actor decides: its batches, and its model where no other is named.
+    """Fill in worker.critic what is null there and the actor decides: its batches, and its model.
 
     The actor's model comes with the actor's override_config (the critic's own keys lie over it) and its permission to
     run code.
@@ -41,19 +41,19 @@ def resolved_critic(config: RunConfig) -> CriticConfig:
 
 
 def total_training_steps(config: RunConfig, num_prompts: int) -> int:
-    """Steps of the whole run: trainer.max_steps, or total_episodes times P // B, but at least 1 an episode."""
+    """Return the steps of the whole run: trainer.max_steps, or total_episodes times P // B, at least 1 an episode."""
     if config.trainer.max_steps is not None:
         return config.trainer.max_steps
     return config.trainer.total_episodes * max(1, num_prompts // config.data.rollout_batch_size)
 
 
 def run_directory(config: RunConfig) -> Path:
-    """Where everything of the run lies: trainer.run_dir, or runs/<experiment_name>."""
+    """Return the folder of the run: trainer.run_dir, or runs/<experiment_name>."""
     trainer = config.trainer
     return Path(trainer.run_dir) if trainer.run_dir else Path("runs") / trainer.experiment_name
 
 
 def checkpoint_directory(config: RunConfig) -> Path:
-    """Where the checkpoints lie: trainer.save_checkpoint_path, or checkpoints/ in the run directory."""
+    """Return the folder of the checkpoints: trainer.save_checkpoint_path, or checkpoints/ in the run directory."""
     path = config.trainer.save_checkpoint_path
     return Path(path) if path else run_directory(config) / "checkpoints"

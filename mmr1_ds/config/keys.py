@@ -24,24 +24,24 @@ _WORDS: dict[Any, str] = {
 
 @cache
 def leaf_types() -> Mapping[str, Any]:
-    """Dotted key -> type, for every key that is not a section."""
+    """Return the type of every key that is not a section, by dotted name."""
     return {key: hint for key, hint, _ in _leaves(RunConfig, "")}
 
 
 @cache
 def limits() -> Mapping[str, Range | OneOf]:
-    """Dotted key -> range or choices, for every key that has such."""
+    """Return the range or choices of every key that has such, by dotted name."""
     return {key: limit for key, _, annotated in _leaves(RunConfig, "") for limit in _limits(annotated)}
 
 
 @cache
 def sections() -> frozenset[str]:
-    """Every dotted prefix that holds keys."""
+    """Return every dotted prefix that holds keys."""
     return frozenset(key.rsplit(".", depth)[0] for key in leaf_types() for depth in range(1, key.count(".") + 1))
 
 
 def _leaves(cls: type, prefix: str) -> Iterable[tuple[str, Any, Any]]:
-    """Each key with its type, and with its annotation as it stands in the schema."""
+    """Yield each key with its type, and with its annotation as it stands in the schema."""
     hints, annotated = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     for item in fields(cls):
         hint = hints[item.name]
@@ -52,28 +52,28 @@ def _leaves(cls: type, prefix: str) -> Iterable[tuple[str, Any, Any]]:
 
 
 def _limits(annotated: Any) -> Iterable[Range | OneOf]:
-    """The limit in `Annotated[T, limit]` and in `Annotated[T, limit] | None`."""
+    """Yield the limit in `Annotated[T, limit]` and in `Annotated[T, limit] | None`."""
     for part in (annotated, *typing.get_args(annotated)):
         yield from (item for item in getattr(part, "__metadata__", ()) if isinstance(item, Range | OneOf))
 
 
 def holds_mapping(hint: Any) -> bool:
-    """Whether a mapping is a value of this type, not a section."""
+    """Return whether a mapping is a value of this type, not a section."""
     return hint is Any or typing.get_origin(hint) is dict
 
 
 def is_text(hint: Any) -> bool:
-    """Whether a word on the command line is the value itself, not YAML: `str` and `str | None`."""
+    """Return whether a word on the command line is the value itself, not YAML: `str` and `str | None`."""
     return hint is str or (typing.get_origin(hint) in _UNIONS and str in typing.get_args(hint))
 
 
 def is_optional(hint: Any) -> bool:
-    """Whether null is a value of this type."""
+    """Return whether null is a value of this type."""
     return hint is Any or (typing.get_origin(hint) in _UNIONS and type(None) in typing.get_args(hint))
 
 
 def in_words(hint: Any) -> str:
-    """The type as a user would say it: 'a whole number or null', 'a list of text'."""
+    """Write the type as a user would: 'a whole number or null', 'a list of text'."""
     if typing.get_origin(hint) in _UNIONS:
         return " or ".join(in_words(part) for part in typing.get_args(hint))
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
@@ -91,14 +91,14 @@ def _plural(element: Any) -> str:
 
 
 def elements_fit(hint: Any, value: Any) -> bool:
-    """Whether a list's elements are scalars. OmegaConf lets a mapping into a list of text."""
+    """Return whether a list's elements are scalars. OmegaConf lets a mapping into a list of text."""
     if typing.get_origin(hint) not in (list, tuple):
         return True
     return not isinstance(value, list | tuple) or not any(isinstance(item, list | dict) for item in value)
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
-    """The known key most likely meant: nearest in spelling, or the only one that ends the same."""
+    """Return the known key that is most likely meant: nearest in spelling, or the only one that ends the same."""
     known = sorted(set(known))
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if close:

@@ -1,4 +1,4 @@
-"""From `config=FILE key=value ...` to one typed configuration.
+"""Read `config=FILE key=value ...` into one typed configuration.
 
 A later source wins: the files a file names under `defaults:` in their order, then the file itself, then the command
 line. Files are looked up as given, then beside the file that names them, then among the configs of the project.
@@ -41,14 +41,14 @@ _PATH_KEYS = ("data.format_prompt", "worker.actor.deepspeed", "worker.reward.rew
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A configuration and what its reader should be told."""
+    """A configuration and the warnings for its reader."""
 
     config: RunConfig
     warnings: tuple[str, ...]  # one line each
 
 
 def config_folders() -> list[Path]:
-    """Where the project's own configs lie: inside the package when installed, beside it in the repository."""
+    """Return where the project's own configs lie: inside the package when installed, beside it in the repository."""
     package = Path(__file__).resolve().parents[1]
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 
@@ -88,7 +88,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """The value with `${` in its texts written so that reading it back is no interpolation; tuples as lists."""
+    """Escape `${` in texts, so that reading them back is no interpolation; tuples become lists."""
     if isinstance(value, Mapping):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -98,7 +98,7 @@ def _escaped(value: Any) -> Any:
 
 
 def _expand_home(config: RunConfig) -> None:
-    """A leading ~ is the shell's, which leaves it alone in key=~/path; vLLM and transformers do not know it."""
+    """Expand a leading ~, which the shell leaves alone in key=~/path, and vLLM and transformers do not know."""
     model, trainer = config.worker.actor.model, config.trainer
     model.model_path, model.tokenizer_path = _at_home(model.model_path), _at_home(model.tokenizer_path)
     config.data.image_dir, trainer.run_dir = _at_home(config.data.image_dir), _at_home(trainer.run_dir)
@@ -147,7 +147,7 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _parse_value(key: str, text: str) -> Any:
-    """A word of the command line: the text itself where the key holds text, YAML elsewhere."""
+    """Read a word of the command line: the text itself where the key holds text, YAML elsewhere."""
     hint = leaf_types().get(ours(key))
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if hint is not None and is_text(hint) and not quoted and "${" not in text:
@@ -168,9 +168,9 @@ def _yaml_value(text: str) -> Any:
 
 
 def find_config(name: str, beside: Path) -> Path:
-    """The file called `name`: as given, in the folder `beside`, or among the project's configs; .yaml may be left out.
+    """Find the file `name`: as given, in the folder `beside`, or among the project's configs; .yaml may be left out.
 
-    Raises: UserError that says where it was looked for and what is there.
+    Raises: UserError that lists where it was searched for and the known names.
     """
     folders = [Path.cwd(), beside, *config_folders()]
     for folder in folders:
@@ -187,7 +187,7 @@ def _listed(folders: Sequence[Path]) -> str:
 
 
 def _read_with_defaults(path: Path, chain: tuple[Path, ...]) -> list[Translation]:
-    """The file's sources in the order they are merged: what it names under `defaults:`, then itself."""
+    """Return the file's sources in the order they are merged: what it names under `defaults:`, then itself."""
     if path in chain:
         loop = " -> ".join(file.name for file in (*chain[chain.index(path) :], path))
         raise UserError(f"defaults form a cycle: {loop}; remove one of them")
@@ -221,7 +221,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections -> dotted keys. A mapping that is a value (override_config, deepspeed) stays whole."""
+    """Turn nested sections into dotted keys. A mapping that is a value (override_config, deepspeed) stays whole."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -234,7 +234,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _translated(flat: Mapping[str, Any], where: str) -> Translation:
-    """One source in our names, each of its keys known."""
+    """Read one source in our names. Raises: UserError for an unknown key."""
     translation = translate(flat, where)
     for key, value in translation.values.items():
         if key not in leaf_types() and _mapping_above(key) is None:
@@ -336,7 +336,7 @@ def _shown(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """The type of a given value, in words."""
+    """Return the type of a given value, in words."""
     names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return names.get(type(value), "a list" if isinstance(value, list) else "a mapping")
 

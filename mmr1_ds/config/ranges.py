@@ -12,16 +12,16 @@ from mmr1_ds.config.redaction import check_variable
 from mmr1_ds.config.schema import OneOf, Range, RunConfig
 from mmr1_ds.errors import UserError
 
-MOST_ERROR = 0.2  # of an adaptive KL: a relative error counts for this at most
+MOST_ERROR = 0.2  # adaptive KL: a relative error counts for this at most
 
 
 def value_at(config: RunConfig, key: str) -> Any:
-    """The value of a dotted key."""
+    """Return the value of a dotted key."""
     return reduce(getattr, key.split("."), config)
 
 
 def check_choices(config: RunConfig) -> None:
-    """Raises: UserError for a word that its key does not take."""
+    """Check every key that takes one of several words. Raises: UserError for another word."""
     for key, limit in limits().items():
         if isinstance(limit, OneOf):
             _check(key, value_at(config, key), limit)
@@ -30,7 +30,7 @@ def check_choices(config: RunConfig) -> None:
 
 
 def check_ranges(config: RunConfig) -> None:
-    """Raises: UserError for a number outside its key's range, or one that is not finite."""
+    """Check every number. Raises: UserError for one outside its key's range, or not finite."""
     for key in leaf_types():
         value = value_at(config, key)
         for number in value if isinstance(value, list | tuple) else [value]:

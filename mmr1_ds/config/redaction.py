@@ -1,7 +1,7 @@
 """Credentials: where they may be, and how texts are written without them.
 
-They belong into environment variables, of which the configuration holds the names. One that lands elsewhere all the
-same, in a value of the configuration or quoted in an error, is not to be read in a log or a file of the run.
+They belong into environment variables, whose names the configuration holds. One that lands elsewhere, in a value of
+the configuration or quoted in an error, must not appear in a log or a file of the run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"]+@")
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which values under names that mean a secret (api_key, password, *_token ...) read `***`.
+    """Return a copy in which values under names that mean a secret (api_key, password, *_token ...) read `***`.
 
     So do user and password inside an address, wherever it stands.
     """
@@ -49,7 +49,7 @@ def remember(config: Mapping[str, Any]) -> None:
 
 
 def redacted(text: str) -> str:
-    """The text with `***` for every credential of this process's environment, remembered, or inside an address.
+    """Return the text with `***` for every credential of this process's environment, remembered, or inside an address.
 
     Cut a text after this, not before: a part of a credential is not known as one.
     """
@@ -60,7 +60,7 @@ def redacted(text: str) -> str:
 
 
 def shown(key: str, text: str) -> str:
-    """The text that the user gave for a key of the configuration, as a message may show it."""
+    """Return the text that the user gave for a key of the configuration, as a message may show it."""
     return HIDDEN if _SECRET.search(key) or _SECRET_VARIABLE.search(text) else redacted(text)
 
 
@@ -71,7 +71,7 @@ def hide_in_tracebacks() -> None:
 
 
 def check_variable(key: str, name: str | None) -> None:
-    """Raises: UserError where the configuration's `key` does not hold a variable's name: it may hold the secret."""
+    """Raises: UserError where the configuration's `key` holds no variable's name: it may hold the secret."""
     if name and not _VARIABLE.fullmatch(name):
         raise UserError(
             f"{key} must be the name of an environment variable, in capitals, like JUDGE_KEY; the value given is not "
@@ -88,7 +88,7 @@ def _cleaned(value: Any) -> Any:
 
 
 def _credentials() -> list[str]:
-    """The longest first: one may be a part of another. A path, as of a key's file, is none."""
+    """Return the credentials, longest first: one may be a part of another. A path, as to a key's file, is left out."""
     found = _remembered | {value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
     return sorted((v for v in found if len(v) >= _SHORTEST and not os.path.exists(v)), key=len, reverse=True)
 

@@ -36,14 +36,14 @@ class Section(NamedTuple):
 
 
 def sections() -> list[Section]:
-    """The whole tree, in its order; sections without keys of their own are left out."""
+    """Return the whole tree, in its order, without sections that hold no keys themselves."""
     found: list[Section] = []
     _collect(RunConfig, "", found)
     return found
 
 
 def markdown() -> str:
-    """The reference as a page."""
+    """Write the reference as a page."""
     lines = [
         "# Configuration",
         "",
@@ -62,7 +62,7 @@ def markdown() -> str:
 
 
 def plain(part: str = "") -> str:
-    """One line a key whose name contains `part`; empty when there is none."""
+    """Write a line for each key whose name contains `part`; empty when there is none."""
     keys = [key for section in sections() for key in section.keys if part in key.name]
     return "".join(f"{key.name}={key.default}  # {'; '.join(filter(None, key[2:]))}\n" for key in keys)
 
@@ -87,7 +87,7 @@ def _collect(kind: type, prefix: str, found: list[Section]) -> None:
 
 
 def _comments(kind: type) -> dict[str, str]:
-    """Field -> the comment at the end of its definition, or in the line above."""
+    """Return by field the comment at the end of its definition, or in the line above."""
     source = textwrap.dedent(inspect.getsource(kind))
     by_line = {
         token.start[0]: token.string.removeprefix("#").strip()

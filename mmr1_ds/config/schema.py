@@ -55,10 +55,10 @@ Share = Annotated[float, Range("[0, 1]")]
 
 @dataclass
 class DataConfig:
-    """What is asked, how it is read, and in which order prompts are drawn."""
+    """The prompts: where they lie, how they are read, and in which order they are drawn."""
 
     train_files: Any = ""  # path, directory, hub name, each with an optional @split, or a list of them
-    val_files: Any = ""  # the same; "" = no validation
+    val_files: Any = ""  # as train_files; "" = no validation
     prompt_key: str = "prompt"  # column with the question
     answer_key: str = "answer"  # column with the ground truth the reward compares with
     image_key: str = "images"  # column with the images (bytes, paths or PIL); text-only data has none
@@ -72,7 +72,7 @@ class DataConfig:
     rollout_batch_size: PositiveInt = 512  # prompts a step, a multiple of worker.actor.global_batch_size
     val_batch_size: PositiveOrMinusOne = -1  # prompts a validation call; -1 = all at once
     shuffle: bool = True  # false with no sampling_strategy given means sequential
-    seed: NonNegativeInt = 1  # of the order and the draws
+    seed: NonNegativeInt = 1  # seed of the order and the draws
     min_pixels: PositiveInt | None = 262144  # smaller images are enlarged to so many pixels; null = as they are
     max_pixels: PositiveInt | None = 4194304  # larger images are shrunk to so many, >= min_pixels; null = as they are
     filter_overlong_prompts: bool = True  # drop prompts over max_prompt_length, and say how many
@@ -115,17 +115,17 @@ class AlgorithmConfig:
     # truncated importance sampling, rollout engine to trainer
     rollout_is: Annotated[str, OneOf("token", "sequence", "none")] = "token"
     rollout_is_threshold: Annotated[float, Range("[1, inf)")] = 2.0  # importance weights are cut to this
-    online_filtering: bool = False  # draw again until a batch of groups that teach has come together (DAPO)
-    filter_key: str = "overall"  # the reward's key that a kept group must differ in
+    online_filtering: bool = False  # draw again until a batch of groups with unequal rewards is full (DAPO)
+    filter_key: str = "overall"  # key of the reward in which a kept group must differ
     filter_low: float | None = None  # keep only groups whose mean is above; null = no bound
-    filter_high: float | None = None  # and below
+    filter_high: float | None = None  # keep only groups whose mean is below; null = no bound
 
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters beside frozen weights. Rollouts sample from the sum; without adapters it is the reference."""
+    """Low-rank adapters beside frozen weights. Rollouts sample from the sum; the weights alone are the reference."""
 
-    rank: NonNegativeInt = 0  # of the adapters; 0 = none, every weight is trained
+    rank: NonNegativeInt = 0  # rank of the adapters; 0 = no adapters, every weight is trained
     alpha: PositiveFloat = 16.0  # what an adapter computes is scaled by alpha / rank
     target_modules: Any = "all-linear"  # all-linear (but the output layer), or a list of names like [q_proj,v_proj]
     exclude_modules: Any = None  # layers to leave out: a regex of whole names like .*visual.*, or a list; null = none
@@ -136,7 +136,7 @@ class ModelConfig:
     """The model that is trained; the reference starts as a copy of it."""
 
     model_path: str | None = None  # folder with *.safetensors, or a hub id org/name; required
-    tokenizer_path: str | None = None  # null = model_path
+    tokenizer_path: str | None = None  # folder or hub id of the tokenizer; null = model_path
     override_config: dict[str, Any] = field(default_factory=dict)  # keys of the model's own config.json to replace
     enable_gradient_checkpointing: bool = True  # recompute activations in the backward: less memory, a third slower
     trust_remote_code: bool = False  # run code that comes with the model
@@ -150,7 +150,7 @@ class OptimConfig:
 
     lr: PositiveFloat = 1.0e-6  # highest learning rate
     betas: Annotated[tuple[float, float], Range("[0, 1)")] = (0.9, 0.999)  # decay of the two moments
-    weight_decay: NonNegativeFloat = 1.0e-2  # decoupled
+    weight_decay: NonNegativeFloat = 1.0e-2  # decoupled weight decay
     strategy: Annotated[str, OneOf("adamw", reason="other optimisers are not implemented")] = "adamw"  # optimiser
     lr_warmup_ratio: Share = 0.0  # share of the run's optimiser steps spent warming up
     lr_warmup_steps: NonNegativeInt | None = None  # optimiser steps, instead of the ratio
@@ -161,30 +161,30 @@ class OptimConfig:
 
 @dataclass
 class OffloadConfig:
-    """What ZeRO-3 keeps in host memory. On a CPU run everything is there already."""
+    """What ZeRO-3 keeps in host memory. A CPU run keeps everything there."""
 
-    offload_params: bool = False  # parameters
-    offload_optimizer: bool = False  # optimiser states, and the optimiser step with them
+    offload_params: bool = False  # parameters wait in host memory
+    offload_optimizer: bool = False  # optimiser states wait and are updated in host memory
 
 
 @dataclass
 class ActorConfig:
-    """The update."""
+    """The policy and its update."""
 
     global_batch_size: PositiveInt = 256  # prompts (n responses each) an optimiser step, a multiple of the ranks
     micro_batch_size_per_device_for_update: PositiveInt = 4  # responses a forward and backward
     micro_batch_size_per_device_for_experience: PositiveInt = 16  # responses a forward for log-probabilities
-    padding_free: bool = True  # sequences end to end, without padding; families not tested so are padded
+    padding_free: bool = True  # sequences end to end, without padding; untested families are padded
     ulysses_size: PositiveInt = 1  # ranks that compute each sequence together, a divisor of their number
-    dynamic_batching: bool = True  # as many responses a micro-batch as have the tokens of its size at full length
+    dynamic_batching: bool = True  # fill a micro-batch up to the tokens that its size has at full length
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     # default: clipped PPO
     loss_type: Annotated[str, OneOf("default", "gspo", "gspo_token", "cispo", "sapo")] = "default"
     clip_ratio_low: Share = 0.2  # all but sapo: the ratio is clipped below at 1 - this
-    clip_ratio_high: NonNegativeFloat = 0.3  # all but sapo: and above at 1 + this
+    clip_ratio_high: NonNegativeFloat = 0.3  # all but sapo: the ratio is clipped above at 1 + this
     clip_ratio_dual: Annotated[float, Range("(1, inf)")] = 3.0  # default: bound of the loss for negative advantages
     tau_positive: PositiveFloat = 1.0  # sapo: temperature of the gate for positive advantages
-    tau_negative: PositiveFloat = 1.05  # sapo: and for negative ones; higher forgets off-policy tokens sooner
+    tau_negative: PositiveFloat = 1.05  # sapo: the same for negative ones; higher forgets off-policy tokens sooner
     # over an optimiser step: mean over tokens, mean over responses, or their sum
     loss_avg_mode: Annotated[str, OneOf("token", "seq", "seq_sum")] = "token"
     loss_scale_factor: PositiveFloat | None = None  # seq_sum: what a sum is divided by; null = data.max_response_length
@@ -209,7 +209,7 @@ class CriticModelConfig:
 
 @dataclass
 class CriticConfig:
-    """The model of what a state is worth; it exists with algorithm.adv_estimator=gae only."""
+    """The model that values states; only algorithm.adv_estimator=gae has it."""
 
     # prompts an optimiser step, a multiple of the actor's; null = the actor's
     global_batch_size: PositiveInt | None = None
@@ -256,7 +256,7 @@ class RolloutConfig:
     temperature: PositiveFloat = 1.0  # logits are divided by it
     top_p: Annotated[float, Range("(0, 1]")] = 1.0  # probability of the most likely tokens to choose from
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all
-    seed: NonNegativeInt = 1  # of the sampled responses
+    seed: NonNegativeInt = 1  # seed of the sampled responses
     limit_images: NonNegativeInt = 0  # images a prompt at most, more are an error; 0 = as many as the data has
     # auto: bf16 on GPU, fp32 on CPU
     dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"
@@ -271,12 +271,12 @@ class RolloutConfig:
     sleep: bool = True  # vllm on GPU: its weights and cache leave the GPU while the actor trains
     num_servers: PositiveInt = 1  # server: vLLM servers that the run starts, each on tensor_parallel_size GPUs
     server_devices: list[int] = field(default_factory=list)  # server: GPUs of rank 0's node; [] = after the ranks'
-    server_urls: list[str] = field(default_factory=list)  # server: those of `mmr1-ds serve`; none is started then
+    server_urls: list[str] = field(default_factory=list)  # server: those of `mmr1-ds serve`; the run starts none then
     server_host: str = "127.0.0.1"  # server: the interface that started servers listen on
     server_key_variable: str = "MMR1_DS_SERVER_KEY"  # server: environment variable with their key; unset = a new one
     server_start_seconds: PositiveFloat = 900.0  # server: time to load a model
-    server_timeout_seconds: PositiveFloat = 60.0  # server: it is restarted after so long without a sign of life
-    request_timeout_seconds: PositiveFloat = 3600.0  # server: the responses to a prompt; then they are requested anew
+    server_timeout_seconds: PositiveFloat = 60.0  # server: without a sign of life for so long it is restarted
+    request_timeout_seconds: PositiveFloat = 3600.0  # server: time for the responses to a prompt, then requested again
     servers_gone_seconds: PositiveFloat = 1800.0  # server: with none left for so long the run saves and stops
     max_in_flight: PositiveInt | None = None  # server: responses one samples at once, >= n; null = twice max_num_seqs
     # server: auto = nccl on GPU, shared_memory on CPU
@@ -292,34 +292,34 @@ class RolloutConfig:
 class CosineLengthConfig:
     """The openr1 rewards' part by length: along half a cosine from length 0 to max_length."""
 
-    min_value_wrong: float = -1.0  # of a wrong answer of length 0
-    max_value_wrong: float = -0.5  # of a wrong answer of max_length or more
-    min_value_correct: float = 0.0  # of a right answer of max_length or more
-    max_value_correct: float = 0.0  # of a right answer of length 0
+    min_value_wrong: float = -1.0  # reward of a wrong answer of length 0
+    max_value_wrong: float = -0.5  # reward of a wrong answer of max_length or more
+    min_value_correct: float = 0.0  # reward of a right answer of max_length or more
+    max_value_correct: float = 0.0  # reward of a right answer of length 0
     max_length: PositiveInt | None = None  # tokens; null = data.max_response_length
 
 
 @dataclass
 class JudgeConfig:
-    """The language model that openr1 and openr1_vllm ask about answers which the rules refuse."""
+    """The language model that openr1 and openr1_vllm ask about answers that the rules refuse."""
 
     base_urls: list[str] = field(default_factory=list)  # OpenAI-compatible servers, like [http://localhost:8000/v1]
-    model: str | None = None  # its name at the server
+    model: str | None = None  # name of the model at the server
     key_variable: str | None = None  # environment variable that holds the key; null = no key is sent
-    timeout_seconds: PositiveFloat = 60.0  # a response, retries included; past it the response is unscored
-    request_timeout_seconds: PositiveFloat = 30.0  # a request
+    timeout_seconds: PositiveFloat = 60.0  # time for a response, retries included; past it the response is unscored
+    request_timeout_seconds: PositiveFloat = 30.0  # time for a request
     max_retries: NonNegativeInt = 3  # requests after the first
     max_tokens: PositiveInt = 512  # tokens of the judge's reply
 
 
 @dataclass
 class RewardConfig:
-    """What scores a response."""
+    """The function that scores responses."""
 
     reward_function: str = "math"  # math | r1v | openr1 | openr1_wo_LMM | openr1_vllm, or path/file.py:function
     reward_function_kwargs: dict[str, Any] = field(default_factory=dict)  # passed to every call
     num_workers: PositiveInt = 4  # processes a rank; each asks a judge about one response at a time
-    timeout_seconds: PositiveFloat = 10.0  # a response; past it the response counts as failed; a judge has its own
+    timeout_seconds: PositiveFloat = 10.0  # time for a response, which fails past it; a judge has its own
     reward_type: str | None = None  # how a file's function is called: batch | sequential; null = as the file says
     cos_len_reward_config: CosineLengthConfig = field(default_factory=CosineLengthConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -338,13 +338,13 @@ class WorkerConfig:
 
 @dataclass
 class TrainerConfig:
-    """How long, how often, where."""
+    """The length of a run, what it does how often, and where it writes."""
 
     total_episodes: PositiveInt = 15  # passes over the data set
     max_steps: PositiveInt | None = None  # steps, instead of total_episodes
     critic_warmup: NonNegativeInt = 0  # gae: steps at first in which only the critic learns
     max_try_make_batch: Annotated[int, Range("[-1, inf)")] = 20  # draws a batch (online_filtering); -1, 0 = no bound
-    project_name: str = "mmr1_ds"  # for wandb
+    project_name: str = "mmr1_ds"  # name of the project at wandb
     experiment_name: str = "default"  # names the run directory
     run_dir: str | None = None  # null = runs/<experiment_name>
     logger: Annotated[list[str], OneOf("console", "jsonl", "file", "tensorboard", "wandb")] = field(
@@ -366,7 +366,7 @@ class TrainerConfig:
     dry_run: bool = False  # check everything, print the plan, load no model
     collective_timeout_seconds: PositiveFloat = 1800.0  # deadline of every collective
     max_wall_seconds: PositiveFloat | None = None  # after so long save and end with exit code 75; null = never
-    preemption_seconds: PositiveFloat = 30.0  # from SIGTERM or SIGUSR1 until the job is killed
+    preemption_seconds: PositiveFloat = 30.0  # time from SIGTERM or SIGUSR1 until the job is killed
     max_bad_updates: PositiveInt = 3  # updates skipped in a row (loss or gradient not finite) that end the run
 
 

@@ -204,12 +204,12 @@ def _set(result: Translation, key: str, value: Any, where: str) -> None:
 
 
 def _translate_special(key: str, value: Any, result: Translation) -> bool:
-    """The keys with a rule of their own. Returns whether `key` was one."""
+    """Translate a key that has a rule of its own. Returns whether `key` is one."""
     match key:
         case "worker.actor.clip_ratio":
             result.values["worker.actor.clip_ratio_low"] = result.values["worker.actor.clip_ratio_high"] = value
         case "algorithm.filter_low" | "algorithm.filter_high":
-            # Upstream's defaults are its test for groups of equal rewards, which are told by comparison here; as
+            # Upstream's defaults are its test for groups of equal rewards, which are found by comparison here; as
             # bounds of the mean they would drop groups whose rewards are not in [0, 1].
             result.values[key] = None if (key, value) in _FILTER_DEFAULTS else value
         case "data.curriculum_metric":
@@ -234,14 +234,14 @@ def _translate_special(key: str, value: Any, result: Translation) -> bool:
         case "worker.reward.api_key":
             result.ignored.append(key)
             if value not in (None, "", "none", "EMPTY"):
-                result.notes.append(f"{key} is not read: export the key, name the variable in {_KEY_VARIABLE}")
+                result.notes.append(f"{key} is not read: export the key and name its variable in {_KEY_VARIABLE}")
         case _:
             return False
     return True
 
 
 def replace_example_files(values: dict[str, Any], configs: list[Path]) -> list[str]:
-    """Upstream's YAML names files of its own repository; where they are not there, ours take their place.
+    """Upstream's YAML names files of its own repository; where they are missing, ours take their place.
 
     Changes `values` (dotted key -> value) in place. Returns a note for each replacement.
     """
@@ -252,14 +252,14 @@ def replace_example_files(values: dict[str, Any], configs: list[Path]) -> list[s
         for example, name in _EXAMPLE_REWARDS.items():
             if path.as_posix().endswith(example) and not os.path.isfile(path):
                 values["worker.reward.reward_function"] = name
-                notes.append(f"worker.reward.reward_function={reward} is not here; the built-in {name} is used")
+                notes.append(f"worker.reward.reward_function={reward} is missing; the built-in {name} is used")
     template = values.get("data.format_prompt")
     if isinstance(template, str) and "examples/format_prompt/" in template and not os.path.isfile(template):
         for folder in configs:
             candidate = folder / "format_prompt" / Path(template).name
             if os.path.isfile(candidate):
                 values["data.format_prompt"] = str(candidate)
-                notes.append(f"data.format_prompt={template} is not here; {candidate} is used")
+                notes.append(f"data.format_prompt={template} is missing; {candidate} is used")
                 break
     return notes
 

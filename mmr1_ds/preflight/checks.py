@@ -1,4 +1,4 @@
-"""What must hold of a configuration before any model is loaded: ranges, choices, batch arithmetic, input files."""
+"""Checks of a configuration before any model is loaded: ranges, choices, batch arithmetic, input files."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     train_data = check_data(config.data, "train_files")
     val_data = check_data(config.data, "val_files") if config.data.val_files else None
     if config.trainer.val_only and val_data is None:
-        raise UserError("trainer.val_only=true needs data.val_files; it is empty")
+        raise UserError("trainer.val_only=true needs data.val_files, which is empty; set it")
     plan = _plan(config, world_size, train_data, val_data)
     warmup = config.trainer.critic_warmup
     if plan.total_steps is not None and 0 < plan.total_steps <= warmup:
-        raise UserError(f"trainer.critic_warmup={warmup} leaves the actor none of the run's {plan.total_steps} steps")
+        raise UserError(f"trainer.critic_warmup={warmup} leaves the actor none of {plan.total_steps} steps; lower it")
     return plan
 
 
@@ -66,15 +66,15 @@ def _check_algorithm(config: RunConfig) -> None:
         _check_adaptive_kl(config)
     if actor.loss_scale_factor is not None and actor.loss_avg_mode != "seq_sum":
         raise UserError(
-            f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} is of worker.actor.loss_avg_mode=seq_sum, "
-            f"which is {actor.loss_avg_mode}; set the mode or leave the factor out"
+            f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} needs "
+            f"worker.actor.loss_avg_mode=seq_sum, got {actor.loss_avg_mode}; set the mode or leave the factor out"
         )
     if not config.data.shuffle and config.data.sampling_strategy == "shuffle":
         raise UserError(
             "data.shuffle=false contradicts data.sampling_strategy=shuffle; set data.sampling_strategy=sequential"
         )
     if not config.trainer.experiment_name:
-        raise UserError("trainer.experiment_name is empty; it names the run directory")
+        raise UserError("trainer.experiment_name is empty, but names the run directory; set it")
 
 
 def _check_adaptive_kl(config: RunConfig) -> None:
@@ -95,7 +95,7 @@ def _check_curriculum(config: RunConfig) -> None:
     data, algorithm = config.data, config.algorithm
     low, high = algorithm.filter_low, algorithm.filter_high
     if low is not None and high is not None and not low < high:
-        raise UserError(f"algorithm.filter_low={low} must be below algorithm.filter_high={high}")
+        raise UserError(f"algorithm.filter_low={low} must be below algorithm.filter_high={high}; lower it")
     check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
     names = [canonical_metric(name) for name in data.curriculum_metrics]
     if len(set(names)) < len(names):
@@ -106,7 +106,7 @@ def _check_curriculum(config: RunConfig) -> None:
 
 
 def _check_lora(lora: LoraConfig) -> None:
-    """The kinds of its values; whether the model has the layers shows once it is loaded."""
+    """Check the types of its values; whether the model has the layers shows once it is loaded."""
     if lora.rank == 0:
         return
     key, targets, exclude = "worker.actor.model.lora", lora.target_modules, lora.exclude_modules
@@ -137,7 +137,7 @@ def _check_validation(config: RunConfig) -> None:
 def _check_lengths(config: RunConfig) -> None:
     data, rollout = config.data, config.worker.rollout
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
-        raise UserError(f"data.min_pixels={data.min_pixels} is over data.max_pixels={data.max_pixels}")
+        raise UserError(f"data.min_pixels={data.min_pixels} is over data.max_pixels={data.max_pixels}; lower it")
     length = data.max_prompt_length + data.max_response_length
     if rollout.max_model_len is not None and rollout.max_model_len < length:
         raise UserError(
@@ -166,13 +166,13 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
     _check_sequence_parallel(config, world_size)
     if config.worker.actor.offload_states and config.worker.rollout.engine == "hf":
         raise UserError(
-            "worker.actor.offload_states=true moves the weights away that worker.rollout.engine=hf samples from; "
+            "worker.actor.offload_states=true moves away the weights that worker.rollout.engine=hf samples from; "
             "set it to false, or use vllm"
         )
     parallel = config.worker.rollout.tensor_parallel_size
     if parallel > 1 and config.worker.rollout.engine == "hf":
         raise UserError(
-            f"worker.rollout.tensor_parallel_size={parallel} is vLLM's, worker.rollout.engine=hf has none; set it to 1"
+            f"worker.rollout.tensor_parallel_size={parallel} needs vLLM, got worker.rollout.engine=hf; set it to 1"
         )
     if world_size % parallel and config.worker.rollout.engine != "server":
         raise UserError(
@@ -225,7 +225,7 @@ def _check_critic(config: RunConfig, world_size: int) -> None:
         if config.trainer.critic_warmup:
             raise UserError(
                 f"trainer.critic_warmup={config.trainer.critic_warmup} needs a critic, which "
-                f"algorithm.adv_estimator={config.algorithm.adv_estimator} has not; set it to 0 or the estimator to gae"
+                f"algorithm.adv_estimator={config.algorithm.adv_estimator} lacks; set it to 0 or the estimator to gae"
             )
         return
     critic, n = resolved_critic(config), config.worker.rollout.n
@@ -235,7 +235,7 @@ def _check_critic(config: RunConfig, world_size: int) -> None:
     if batch % of_actor or prompts % batch:
         raise UserError(
             f"worker.critic.global_batch_size={batch} must be a multiple of worker.actor.global_batch_size={of_actor} "
-            f"and divide data.rollout_batch_size={prompts}: ranks share the batch out by the actor's steps; "
+            f"and divide data.rollout_batch_size={prompts}: the ranks split the batch by the actor's steps; "
             "leave it out to take the actor's"
         )
     responses = batch * n // world_size

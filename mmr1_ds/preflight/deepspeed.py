@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: the user's JSON, "auto" filled in, contradictions refused by name.
+"""The DeepSpeed config of a run: the user's JSON with "auto" filled in and contradictions refused by name.
 
 DeepSpeed itself is not imported: a dry run resolves everything in milliseconds.
 """
@@ -43,7 +43,7 @@ _SCHEDULE = "the learning rate follows worker.actor.optim (lr_scheduler_type, lr
 
 @dataclass(frozen=True)
 class _Setting:
-    """A value the run decides, and the config keys it comes from."""
+    """A value that the run decides, and the config keys it comes from."""
 
     value: Any
     source: str
@@ -51,7 +51,7 @@ class _Setting:
 
 @dataclass(frozen=True)
 class DeepspeedConfigs:
-    """What each engine of a run is started with, nothing left to guess."""
+    """The complete DeepSpeed config of each engine of a run."""
 
     actor: Mapping[str, Any]
     reference: Mapping[str, Any]
@@ -59,7 +59,7 @@ class DeepspeedConfigs:
 
 
 def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
-    """The actor's DeepSpeed config, nothing left to guess: what `deepspeed.initialize(config=...)` takes.
+    """Return the actor's complete DeepSpeed config, as `deepspeed.initialize(config=...)` takes it.
 
     Raises: UserError, one line, for a file that is missing or not JSON, a stage other than ZeRO-3, fp16, a scheduler,
         an optimizer other than Adam and AdamW, and any number that contradicts the run config.
@@ -77,12 +77,12 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     _check_offload_states(resolved, config, on_gpu)
     left = [key for key in _autos(resolved) if key not in _KNOWN_TO_DEEPSPEED]
     if left:
-        raise UserError(f'{name}: {left[0]}="auto" is not a key this trainer fills in; give its value or remove it')
+        raise UserError(f'{name}: {left[0]}="auto" is no key that this trainer fills in; give its value or remove it')
     return resolved
 
 
 def reference_deepspeed(config: RunConfig, actor: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:
-    """The frozen reference's DeepSpeed config: ZeRO-3 like the actor's, no optimizer.
+    """Return the frozen reference's DeepSpeed config: ZeRO-3 like the actor's, no optimizer.
 
     Its parameters are offloaded when worker.ref.offload.offload_params says so, whatever the actor's are.
     """
@@ -102,9 +102,9 @@ def reference_deepspeed(config: RunConfig, actor: Mapping[str, Any], on_gpu: boo
 
 
 def critic_deepspeed(config: RunConfig, actor: Mapping[str, Any], world_size: int, on_gpu: bool) -> dict[str, Any]:
-    """The critic's DeepSpeed config: the actor's with the batch sizes, the clipping and the optimiser of its own.
+    """Return the critic's DeepSpeed config: the actor's, with the critic's batch sizes, clipping and optimiser.
 
-    Offloaded is what worker.critic.offload says, whatever the actor's config has.
+    worker.critic.offload alone says what is offloaded.
     """
     critic, n = resolved_critic(config), config.worker.rollout.n
     assert critic.global_batch_size is not None and critic.micro_batch_size_per_device_for_update is not None
@@ -167,7 +167,7 @@ def _find(name: str) -> Path:
 
 
 def _check_kinds(resolved: dict[str, Any], name: str) -> None:
-    """Sections must be mappings, and sizes numbers. A section that is null is taken out: it counts as absent."""
+    """Check that sections are mappings, and sizes numbers. A section that is null is taken out: it counts as absent."""
     for dotted in _SECTIONS:
         parent, key = _parent(resolved, dotted)
         if parent.get(key) is None:
@@ -182,7 +182,7 @@ def _check_kinds(resolved: dict[str, Any], name: str) -> None:
 
 
 def _parent(resolved: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
-    """The mapping that holds the last part of a dotted key (empty when it is absent), and that part."""
+    """Return the mapping that holds the last part of a dotted key (empty when it is absent), and that part."""
     *path, key = dotted.split(".")
     section = resolved
     for part in path:
@@ -232,12 +232,12 @@ def _same(given: Any, value: Any) -> bool:
 
 
 def _settle_precision(resolved: dict[str, Any], on_gpu: bool, name: str) -> None:
-    """bf16 on GPU, fp32 on CPU. fp16's loss scaling skips optimiser steps, on which rollout and actor would part."""
+    """Settle on bf16 on GPU, fp32 on CPU. fp16's loss scaling skips optimiser steps: rollout and actor diverge."""
     fp16 = resolved.pop("fp16", {})
     if fp16.get("enabled", False) is True:
         raise UserError(
             f"{name}: fp16.enabled=true is not supported: its loss scaling skips optimiser steps and the weights of "
-            'actor and rollout part; use bf16 ({"bf16": {"enabled": "auto"}})'
+            'actor and rollout diverge; use bf16 ({"bf16": {"enabled": "auto"}})'
         )
     bf16 = resolved.setdefault("bf16", {})
     for key, value in resolved.pop("bfloat16", {}).items():  # DeepSpeed's older name of the section
@@ -248,7 +248,7 @@ def _settle_precision(resolved: dict[str, Any], on_gpu: bool, name: str) -> None
     elif on_gpu and bf16["enabled"] is not True:
         raise UserError(f'{name}: bf16.enabled={bf16["enabled"]}, but the model is loaded in bf16 on GPU; write "auto"')
     elif not on_gpu and bf16["enabled"] is not False:
-        logger.warning("%s: bf16 is switched off, there is no GPU here", name)
+        logger.warning("%s: bf16 is off: no GPU is here", name)
         bf16["enabled"] = False
 
 
@@ -261,7 +261,7 @@ def _settle_optimizer(resolved: dict[str, Any], config: RunConfig, on_gpu: bool,
     params = optimizer.setdefault("params", {})
     if params.get("adam_w_mode", True) is False:
         raise UserError(f"{name}: optimizer.params.adam_w_mode=false is not supported: weight decay is decoupled here")
-    optimizer["type"] = "AdamW"  # DeepSpeed's Adam is AdamW unless told otherwise
+    optimizer["type"] = "AdamW"  # DeepSpeed's Adam is AdamW unless adam_w_mode is false
     params.pop("adam_w_mode", None)
     settings = {
         "lr": _Setting(optim.lr, "worker.actor.optim.lr"),
@@ -277,7 +277,7 @@ def _settle_optimizer(resolved: dict[str, Any], config: RunConfig, on_gpu: bool,
 
 
 def _drop_scheduler(resolved: dict[str, Any], name: str) -> None:
-    """A scheduler of "auto" values only is Hugging Face's habit and says nothing; another would fight ours."""
+    """Drop a scheduler of "auto" values only, as Hugging Face writes it; refuse another, which contradicts ours."""
     if "scheduler" not in resolved:
         return
     scheduler = resolved.pop("scheduler")
@@ -291,7 +291,7 @@ def _drop_scheduler(resolved: dict[str, Any], name: str) -> None:
 
 
 def _settle_buckets(zero: dict[str, Any], config: RunConfig) -> None:
-    """Sizes from the model's width h, as transformers has them (h^2, 0.9 h^2, 10 h); DeepSpeed's own without one."""
+    """Fill in the sizes from the model's width h, as transformers does (h^2, 0.9 h^2, 10 h); without it DeepSpeed's."""
     width = model_hidden_size(config.worker.actor.model)
     sizes = {
         "reduce_bucket_size": lambda h: h * h,
@@ -306,7 +306,7 @@ def _settle_buckets(zero: dict[str, Any], config: RunConfig) -> None:
 
 
 def _settle_offload(zero: dict[str, Any], config: RunConfig, on_gpu: bool) -> None:
-    """Lay the run config's offload flags over the JSON's. On CPU everything is in host memory: none is left."""
+    """Lay the run config's offload flags over the JSON's. On CPU everything is in host memory: no flag stays."""
     offload = config.worker.actor.offload
     for key, asked in (("offload_param", offload.offload_params), ("offload_optimizer", offload.offload_optimizer)):
         device = zero.get(key, {}).get("device", "none")
@@ -328,8 +328,8 @@ def _check_offload_states(resolved: Mapping[str, Any], config: RunConfig, on_gpu
         device = resolved["zero_optimization"].get(key, {}).get("device", "none")
         if device != "none":
             raise UserError(
-                f"worker.actor.offload_states=true: DeepSpeed moves no states of which zero_optimization.{key} keeps a "
-                f"part in {device} memory already; switch one of the two off"
+                f"worker.actor.offload_states=true: DeepSpeed moves no states while zero_optimization.{key} keeps a "
+                f"part of them in {device} memory; switch one of the two off"
             )
 
 
@@ -338,7 +338,7 @@ def _host_memory() -> dict[str, Any]:
 
 
 def _autos(section: Any, prefix: str = "") -> list[str]:
-    """Dotted keys still "auto"."""
+    """Return the dotted keys that are still "auto"."""
     if not isinstance(section, Mapping):
         return []
     found = [prefix + key for key, value in section.items() if value == _AUTO]

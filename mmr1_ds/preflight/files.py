@@ -1,4 +1,4 @@
-"""The files a run names, looked at without loading a model: data, model folder, reward file, format prompt."""
+"""Checks of the files that a run names, without loading a model: data, model, reward file, format prompt."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class FileSummary:
     """One data set as the user named it."""
 
     name: str
-    is_local: bool  # False: taken for a hub name, not looked at
+    is_local: bool  # False: taken for a hub name, not checked
     num_rows: int | None  # before over-long prompts are dropped; None = not counted
-    has_images: bool | None  # None = not looked at
+    has_images: bool | None  # None = unknown
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DataSummary:
 
     @property
     def num_rows(self) -> int | None:
-        """P before filtering, None when a part of it is unknown."""
+        """Return P before filtering, None when a part of it is unknown."""
         counts = [file.num_rows for file in self.files]
         return None if None in counts else sum(count for count in counts if count is not None)
 
@@ -52,9 +52,9 @@ class DataSummary:
 
 
 def check_data(data: DataConfig, key: str) -> DataSummary:
-    """Look at data.train_files or data.val_files (`key`): the files exist, their first rows have the columns.
+    """Check that the files of data.train_files or data.val_files (`key`) exist and their first rows have the columns.
 
-    Raises: UserError naming the file, the key, and the columns there are.
+    Raises: UserError naming the file, the key, and the columns of the file.
     """
     files = data.train_files if key == "train_files" else data.val_files
     if not isinstance(files, str) and not (isinstance(files, list) and all(isinstance(name, str) for name in files)):
@@ -83,7 +83,7 @@ def _look_at(name: str, data: DataConfig, key: str) -> FileSummary:
 
 
 def _data_files(folder: Path, split: str, key: str) -> list[Path]:
-    """The files of one split of a folder: a saved data set, or files that carry the split in their names or none."""
+    """List the files of one split of a folder: a saved data set, or files named after the split or after none."""
     if (folder / split / "state.json").is_file():
         folder = folder / split
     if (folder / "state.json").is_file():
@@ -99,7 +99,7 @@ def _data_files(folder: Path, split: str, key: str) -> list[Path]:
 
 
 def _readable(read: Callable[[Path], Result], path: Path, key: str) -> Result:
-    """What `read` says of a data file. Raises: UserError naming the file it cannot read."""
+    """Return what `read` finds in a data file. Raises: UserError naming the file it cannot read."""
     if path.suffix not in BUILDERS:
         raise UserError(f"{key}: unknown kind of file {str(path)!r}; known: {', '.join(BUILDERS)}")
     try:
@@ -120,7 +120,7 @@ def _json_object(path: Path, key: str) -> dict[str, Any]:
 
 
 def _columns(path: Path) -> list[str] | None:
-    """Column names of a data file, from its schema or first row; None when that takes reading it all."""
+    """Return the column names of a data file, from its schema or first row; None if that takes reading it all."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -134,7 +134,7 @@ def _columns(path: Path) -> list[str] | None:
 
 
 def _open_arrow(path: Path) -> Any:
-    """A reader of an Arrow stream (what `datasets` writes) or file."""
+    """Open an Arrow stream (what `datasets` writes) or file."""
     import pyarrow
 
     source = pyarrow.memory_map(str(path))
@@ -145,7 +145,7 @@ def _open_arrow(path: Path) -> Any:
 
 
 def _first_json_keys(path: Path) -> list[str] | None:
-    """Keys of the first object of JSON lines or of a JSON list."""
+    """Return the keys of the first object of JSON lines or of a JSON list."""
     with path.open(encoding=_TEXT) as file:
         head = file.read(2**20).lstrip()
     if head.startswith("["):
@@ -190,9 +190,9 @@ def _arrow_batches(path: Path) -> Iterator[int]:
 
 
 def check_model(model: ModelConfig) -> None:
-    """The model is a folder with safetensors weights, or looks like a hub id.
+    """Check that the model is a folder with safetensors weights, or looks like a hub id.
 
-    Raises: UserError that says what is missing and how to get it.
+    Raises: UserError naming what is missing and how to get it.
     """
     check_model_path(model.model_path, "worker.actor.model.model_path")
     if model.tokenizer_path and _is_folder(model.tokenizer_path, "worker.actor.model.tokenizer_path"):
@@ -200,7 +200,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_model_path(path: str | None, key: str) -> None:
-    """The same of a path or id alone. Raises: UserError that names `key`."""
+    """Check a path or hub id alone. Raises: UserError that names `key`."""
     if not path:
         raise UserError(f"{key} is not set; give a model folder, or a hub id like Qwen/Qwen2.5-VL-3B-Instruct")
     if _is_folder(path, key):
@@ -208,7 +208,7 @@ def check_model_path(path: str | None, key: str) -> None:
 
 
 def _is_folder(name: str, key: str) -> bool:
-    """True for a path that exists, False for a hub id. Raises: UserError for neither."""
+    """Return True for a path that exists, False for a hub id. Raises: UserError for neither."""
     if os.path.exists(name):
         return True
     if _HUB_ID.fullmatch(name):
@@ -231,7 +231,7 @@ def _check_model_folder(name: str, key: str) -> None:
 
 
 def _check_json_files(folder: Path, key: str) -> None:
-    """transformers fails on these somewhere inside when they hold anything but an object."""
+    """Check files on which transformers fails somewhere inside when they hold anything but an object."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
         content = _json_object(folder / name, key) if (folder / name).is_file() else {}
         if not isinstance(content.get("text_config") or {}, dict):
@@ -239,7 +239,7 @@ def _check_json_files(folder: Path, key: str) -> None:
 
 
 def model_hidden_size(model: ModelConfig) -> int | None:
-    """The width of a local model's text part; None for a hub model, which is not looked at."""
+    """Return the width of a local model's text part; None for a hub model, which is not read."""
     path = Path(model.model_path or "") / "config.json"
     if not model.model_path or not os.path.isfile(path):
         return None
@@ -252,9 +252,9 @@ def model_hidden_size(model: ModelConfig) -> int | None:
 
 
 def check_reward(reward: RewardConfig) -> None:
-    """The reward is built in, or a function that its file defines and that takes the list of responses.
+    """Check that the reward is built in, or a function of its file that takes the list of responses.
 
-    Reads the file, does not run it: a function that it may define in other ways is left to the reward processes.
+    The file is read, not run: a function that it may define in other ways is left to the reward processes.
     Raises: UserError.
     """
     if reward.reward_function in BUILT_IN:
@@ -279,7 +279,7 @@ def check_reward(reward: RewardConfig) -> None:
 
 
 def _top_level_names(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | None]]:
-    """What the module defines: functions with their node; decorated ones, and what else may be callable, with None."""
+    """Yield a module's names: functions with their node; decorated ones, and what else may be callable, with None."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             yield node.name, None if node.decorator_list else node
@@ -292,7 +292,7 @@ def _top_level_names(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | 
 
 
 def _binds(tree: ast.Module, name: str) -> bool:
-    """Whether anything in the module may bind the name: a definition inside if or try, any assignment, import *."""
+    """Return whether the module may bind the name anywhere: inside if or try, by assignment, by import *."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return True
@@ -304,7 +304,7 @@ def _binds(tree: ast.Module, name: str) -> bool:
 
 
 def _check_signature(node: ast.FunctionDef, reward: RewardConfig, where: str) -> None:
-    """One argument, or two texts; the others have defaults or are in reward_function_kwargs."""
+    """Check for one argument, or two texts; the others need defaults or stand in reward_function_kwargs."""
     arguments = node.args
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     given = reward.reward_function_kwargs
@@ -322,7 +322,7 @@ def _check_signature(node: ast.FunctionDef, reward: RewardConfig, where: str) ->
 
 
 def check_format_prompt(data: DataConfig) -> None:
-    """Raises: UserError when data.format_prompt is a missing file or no template."""
+    """Check data.format_prompt. Raises: UserError for a missing file, or no template."""
     load_format_prompt(data.format_prompt)
 
 
@@ -330,7 +330,7 @@ def check_format_prompt(data: DataConfig) -> None:
 
 
 def check_output_folder(path: Path, key: str) -> None:
-    """The folder is there or can be made. Raises: UserError naming what is in the way."""
+    """Check that the folder exists or can be made. Raises: UserError naming what is in the way."""
     nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not nearest.is_dir():
         raise UserError(f"{key}: {str(path)!r} cannot be made, {str(nearest)!r} is not a folder; name another")

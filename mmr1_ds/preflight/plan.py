@@ -1,4 +1,4 @@
-"""The plan of a run in words: what a dry run prints and a real one logs before it loads anything."""
+"""The plan of a run in words, which a dry run prints and a real one logs before it loads anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmr1_ds.preflight.files import DataSummary, FileSummary
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What a step is made of, in numbers that all divide."""
+    """The sizes of a step, all divisible."""
 
     world_size: int
     prompts_per_step: int
@@ -32,7 +32,7 @@ class BatchPlan:
     train_data: DataSummary
     val_data: DataSummary | None
     total_steps: int | None  # of the run; None while the size of the data is unknown
-    notes: tuple[str, ...]  # what a reader of the plan should know, one line each
+    notes: tuple[str, ...]  # remarks for the reader of the plan, one line each
 
     @property
     def responses_per_step(self) -> int:
@@ -47,7 +47,7 @@ def describe_plan(
     critic: Mapping[str, Any] | None,
     on_gpu: bool,
 ) -> str:
-    """Several lines, one a topic. Args: actor, reference, critic: the resolved DeepSpeed configs."""
+    """Write the plan, a line a topic. Args: actor, reference, critic: the resolved DeepSpeed configs."""
     topics = {
         "model": _model(config),
         "ranks": _ranks(config, plan, on_gpu),
@@ -99,7 +99,7 @@ def _data(data: DataSummary) -> str:
 
 def _file(file: FileSummary) -> str:
     if not file.is_local:
-        return f"{file.name} (no such local path, so a hub data set: not looked at)"
+        return f"{file.name} (no such local path, so a hub data set: not checked)"
     count = "not counted" if file.num_rows is None else f"{file.num_rows:,} prompts"
     images = {True: ", with images", False: ", text only", None: ""}[file.has_images]
     return f"{file.name} ({count}{images})"
@@ -226,7 +226,7 @@ def _rollout(config: RunConfig) -> str:
         return text
     servers = f"{rollout.num_servers} started on {rollout.server_host}"
     if rollout.server_urls:
-        servers = f"{len(rollout.server_urls)} that run already"
+        servers = f"{len(rollout.server_urls)} already running"
     swap = "between requests" if rollout.weight_swap == "boundary" else "in the middle of responses"
     ahead = f"up to {rollout.max_staleness_steps} step(s) ahead, new weights {swap}"
     return f"{text}; servers: {servers}, {ahead if rollout.max_staleness_steps else 'in turn with training'}"
@@ -295,7 +295,7 @@ def _output(config: RunConfig) -> str:
 
 
 def _unused(config: RunConfig) -> list[str]:
-    """A note for each key that was set and that the run's algorithm does not read."""
+    """Return a note for each key that is set and that the run's algorithm does not read."""
     algorithm, actor = config.algorithm, config.worker.actor
     estimator, loss = algorithm.adv_estimator, actor.loss_type
     read_by = {
@@ -348,7 +348,7 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
     if rollout.top_p < 1 or rollout.top_k != -1:
         notes.append(
             f"worker.rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k} cut the sampled distribution; "
-            "the actor's log-probabilities are of the whole one"
+            "the actor's log-probabilities belong to the whole one"
         )
     algorithm = config.algorithm
     if algorithm.kl_penalty == "kl" and algorithm.use_kl_loss and not algorithm.disable_kl:
@@ -360,7 +360,7 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
         notes.append(f"worker.critic is not used: algorithm.adv_estimator={algorithm.adv_estimator} has no critic")
     notes += _unused(config)
     if config.worker.actor.model.lora.rank > 0 and config.worker.ref.offload.offload_params:
-        notes.append("worker.ref.offload.offload_params: LoRA's reference is the actor, there is nothing to offload")
+        notes.append("worker.ref.offload.offload_params: LoRA's reference is the actor: nothing to offload")
     if val_data is None and (trainer.val_freq > 0 or trainer.val_before_train):
         notes.append("data.val_files is empty: no validation")
     return notes

@@ -1,4 +1,4 @@
-"""What must hold between the keys of the rollout servers, and between them and the rest of the run."""
+"""Checks between the keys of the rollout servers, and between them and the rest of the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def check_servers(config: RunConfig) -> None:
-    """Raises: UserError for keys of worker.rollout that contradict each other or the launch."""
+    """Check the keys of worker.rollout. Raises: UserError for those that contradict each other or the launch."""
     rollout = config.worker.rollout
     _check_partial(config)
     if rollout.engine != "server":
@@ -20,7 +20,7 @@ def check_servers(config: RunConfig) -> None:
     if config.worker.actor.offload_states:
         raise UserError(
             "worker.actor.offload_states=true makes room for an engine on the ranks' own GPUs, "
-            "worker.rollout.engine=server has others; set it to false"
+            "which worker.rollout.engine=server does not use; set it to false"
         )
     if rollout.n > rollout.max_num_seqs:
         raise UserError(
@@ -46,24 +46,24 @@ def _check_partial(config: RunConfig) -> None:
     if rollout.partial >= longest:
         raise UserError(f"{key} cuts nothing, data.max_response_length is {longest}; set it lower or leave it out")
     if rollout.engine == "hf":
-        raise UserError(f"{key} needs vLLM, worker.rollout.engine=hf cannot go on with a response; leave it out")
+        raise UserError(f"{key} needs vLLM, worker.rollout.engine=hf cannot resume a response; leave it out")
     if rollout.max_staleness_steps > 0:
         raise UserError(
-            f"{key} and max_staleness_steps={rollout.max_staleness_steps} both let responses be of older policies; "
+            f"{key} and max_staleness_steps={rollout.max_staleness_steps} both let responses come from older policies; "
             "use one of them"
         )
     if config.algorithm.online_filtering:
-        raise UserError(f"{key}: algorithm.online_filtering draws batches whole; use one of them")
+        raise UserError(f"{key}: algorithm.online_filtering draws whole batches; use one of them")
 
 
 def _check_unused(rollout: RolloutConfig) -> None:
     if rollout.max_staleness_steps > 0:
         raise UserError(
             f"worker.rollout.max_staleness_steps={rollout.max_staleness_steps}: engine={rollout.engine} samples on the "
-            "ranks themselves, which cannot train meanwhile; set it to 0 or engine=server"
+            "ranks themselves, which cannot train at the same time; set it to 0 or engine=server"
         )
     if rollout.server_urls:
-        raise UserError(f"worker.rollout.server_urls is for engine=server, the run has engine={rollout.engine}")
+        raise UserError(f"worker.rollout.server_urls needs engine=server, got engine={rollout.engine}; leave it out")
 
 
 def _check_urls(rollout: RolloutConfig) -> None:
@@ -71,7 +71,7 @@ def _check_urls(rollout: RolloutConfig) -> None:
         parts = urlsplit(url)
         is_plain = parts.path in ("", "/") and not parts.query and "@" not in parts.netloc
         if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
-            # Never the whole of it: it may hold a key.
+            # The whole address is never shown: it may hold a key.
             raise UserError(
                 f"worker.rollout.server_urls: {parts.scheme or 'no scheme'}://{parts.hostname or ''} is not an address "
                 "like http://node7:8000, without path or credentials"
@@ -79,7 +79,7 @@ def _check_urls(rollout: RolloutConfig) -> None:
         if rollout.weight_transfer in ("ipc", "shared_memory") and parts.hostname not in LOOPBACK:
             raise UserError(
                 f"worker.rollout.weight_transfer={rollout.weight_transfer} needs the servers on rank 0's machine, "
-                f"{parts.hostname} is named as another; set it to nccl"
+                f"{parts.hostname} is another; set it to nccl"
             )
     if len(set(rollout.server_urls)) < len(rollout.server_urls):
         raise UserError("worker.rollout.server_urls names a server twice; name each once")
@@ -105,5 +105,5 @@ def _check_started(config: RunConfig) -> None:
     if taken and rollout.weight_transfer != "ipc":
         raise UserError(
             f"worker.rollout.server_devices={devices}: {taken} are the GPUs of ranks; name others, or set "
-            "weight_transfer=ipc and a gpu_memory_utilization that leaves both their room"
+            "weight_transfer=ipc and a gpu_memory_utilization that leaves room for both"
         )

@@ -18,11 +18,11 @@ NAME = "global_step_2"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["{folder}/there", "{folder}"], "is there already"),
-        (["{folder}/nowhere", "{folder}/out"], "nowhere is not there"),
-        (["{folder}/there", "{folder}/out"], "config.yaml is not there; name the configuration"),
+        (["{folder}/there", "{folder}"], "exists already"),
+        (["{folder}/nowhere", "{folder}/out"], "nowhere does not exist"),
+        (["{folder}/there", "{folder}/out"], "config.yaml is missing; name the configuration"),
         (["{folder}/there", "{folder}/there", "{folder}/out"], "name one CHECKPOINT_FOLDER, not 2"),
-        (["config={folder}/config.yaml", "{folder}/out"], "there is no undamaged checkpoint in {folder}/run"),
+        (["config={folder}/config.yaml", "{folder}/out"], "no undamaged checkpoint exists in {folder}/run"),
         (["config={folder}/config.yaml", "{folder}/there", "{folder}/out"], "is not a checkpoint"),
     ],
 )
@@ -112,7 +112,7 @@ def test_nothing_is_written_from_a_damaged_one_or_over_anything(vision, capsys, 
     said = capsys.readouterr().err
     assert "is damaged" in said and file.name in said
     assert cli.main(["export", str(vision / "run" / "checkpoints" / NAME), str(vision / "out")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
     def full(*_arguments, **_settings):
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""Bytes that the backward keeps, as the planner reckons them, against what autograd saves of real models."""
+"""Bytes that the backward keeps, as the planner estimates them, against what autograd saves of real models."""
 
 import pytest
 import torch

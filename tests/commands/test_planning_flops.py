@@ -1,4 +1,4 @@
-"""FLOP that the planner reckons, against torch's own counter on real models."""
+"""FLOP that the planner estimates, against torch's own counter on real models."""
 
 from contextlib import nullcontext
 

@@ -11,7 +11,7 @@ from fixtures.launching import run_ranks
 from fixtures.tiny_models import save_text_model
 
 from mmr1_ds.commands import cli
-from mmr1_ds.commands.plan.command import reckon
+from mmr1_ds.commands.plan.command import estimate
 from mmr1_ds.commands.plan.hardware import GPUS, Assumptions, find_gpu
 from mmr1_ds.engine.model.policy import exact_types
 from mmr1_ds.errors import UserError
@@ -50,17 +50,17 @@ def settings(tmp_path, *more: str) -> list[str]:
 def test_parts_follow_from_the_model_and_the_ranks(tmp_path):
     """7B, full training: 18 bytes a parameter over the ranks, by the count on the model's card."""
     number = 8_292_166_656
-    found = reckon(settings(tmp_path), GPUS["h100"], Assumptions())
+    found = estimate(settings(tmp_path), GPUS["h100"], Assumptions())
     learning = found.memory.learning.bytes
     assert found.shape.num_parameters == number
     assert learning["optimiser states"] == 12 * number / 8
     assert 2 * number / 8 < learning["actor weights"] < 2 * number / 8 + 0.1e9  # and what is kept whole
     buckets = 2 * 2 * 2e8  # two of the preset's, in bf16
     assert learning["gradients and buckets"] == 4 * number / 8 + buckets
-    on_16 = reckon(settings(tmp_path, "trainer.nnodes=2"), GPUS["h100"], Assumptions()).memory.learning.bytes
+    on_16 = estimate(settings(tmp_path, "trainer.nnodes=2"), GPUS["h100"], Assumptions()).memory.learning.bytes
     assert on_16["optimiser states"] == 12 * number / 16
     assert on_16["activations"] == learning["activations"]
-    offloaded = reckon(settings(tmp_path, "worker.actor.offload.offload_optimizer=true"), GPUS["h100"], Assumptions())
+    offloaded = estimate(settings(tmp_path, "worker.actor.offload.offload_optimizer=true"), GPUS["h100"], Assumptions())
     assert offloaded.memory.learning.bytes["optimiser states"] == 0
     assert offloaded.memory.host_per_rank > 12 * number / 8
     assert offloaded.seconds["update_actor"] > found.seconds["update_actor"]
@@ -72,36 +72,36 @@ def test_gradients_are_summed_in_float32():
 
 
 def test_what_leaves_the_gpu_while_vllm_samples_is_there_when_it_starts(tmp_path):
-    plain = reckon(settings(tmp_path), GPUS["h100"], Assumptions()).memory
-    moved = reckon(settings(tmp_path, "worker.actor.offload_states=true"), GPUS["h100"], Assumptions()).memory
+    plain = estimate(settings(tmp_path), GPUS["h100"], Assumptions()).memory
+    moved = estimate(settings(tmp_path, "worker.actor.offload_states=true"), GPUS["h100"], Assumptions()).memory
     assert moved.sampling == plain.sampling and moved.host_per_rank > plain.host_per_rank
 
 
 @pytest.mark.parametrize("dynamic", ["true", "false"])
 def test_ranks_that_share_sequences_take_more_of_them(tmp_path, dynamic):
     more = [f"worker.actor.dynamic_batching={dynamic}"]
-    one = reckon(settings(tmp_path, *more), GPUS["h100"], Assumptions()).memory.learning.bytes
-    two = reckon(settings(tmp_path, *more, "worker.actor.ulysses_size=2"), GPUS["h100"], Assumptions())
+    one = estimate(settings(tmp_path, *more), GPUS["h100"], Assumptions()).memory.learning.bytes
+    two = estimate(settings(tmp_path, *more, "worker.actor.ulysses_size=2"), GPUS["h100"], Assumptions())
     assert two.memory.learning.bytes["activations"] == one["activations"]
 
 
 def test_time_follows_from_flops_and_bandwidth(tmp_path):
     given = {"prompt_tokens": 1000.0, "response_tokens": 1000.0, "images_per_prompt": 0.0}
-    h100 = reckon(settings(tmp_path), GPUS["h100"], dataclasses.replace(Assumptions(), **given))
+    h100 = estimate(settings(tmp_path), GPUS["h100"], dataclasses.replace(Assumptions(), **given))
     # 2 x parameters x tokens for a forward, nearly all of it, at 45 % of 989 TFLOP/s.
     tokens = h100.responses_per_step / 8 * 2000
     text = 6.5e9 + 0.5e9  # the layers; the head for half of the tokens is .27e9 more
     assert h100.seconds["ref"] == pytest.approx(2 * text * tokens / (0.45 * 989.4e12), rel=0.15)
     assert h100.seconds["update_actor"] > 3 * h100.seconds["ref"]
     faster = dataclasses.replace(GPUS["h100"], bf16_tflops=2 * 989.4)
-    twice = reckon(settings(tmp_path), faster, dataclasses.replace(Assumptions(), **given))
+    twice = estimate(settings(tmp_path), faster, dataclasses.replace(Assumptions(), **given))
     assert twice.seconds["ref"] == pytest.approx(h100.seconds["ref"] / 2, rel=0.3)
 
 
 def test_what_a_refresh_costs_is_the_paper_s_share_of_training(tmp_path):
     """Of n prompts every T steps, r responses each: n r / T beside B R a step."""
     more = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=5", "data.curriculum_rollout_n=12"]
-    found = reckon(settings(tmp_path, *more), GPUS["h100"], dataclasses.replace(Assumptions(), num_prompts=7000))
+    found = estimate(settings(tmp_path, *more), GPUS["h100"], dataclasses.replace(Assumptions(), num_prompts=7000))
     assert found.refresh["full"] == pytest.approx(7000 * 12 / 5)
     assert found.refresh["online"] == pytest.approx(0.1 * found.responses_per_step)
     assert found.refresh_seconds["full"] / found.refresh_seconds["online"] == pytest.approx(
@@ -113,7 +113,7 @@ def test_the_command_names_what_does_not_fit_and_the_remedy(tmp_path, capsys):
     arguments = ["plan", *settings(tmp_path)]
     assert cli.main([*arguments, "--json", str(tmp_path / "plan.json")]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("reckoned, not measured:") and said.rstrip().splitlines()[-1] == "fits"
+    assert said.startswith("estimated, not measured:") and said.rstrip().splitlines()[-1] == "fits"
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["problems"] == [] and written["memory_gb"]["learning"]["optimiser states"] == pytest.approx(
         12.44, 0.01
@@ -124,7 +124,7 @@ def test_the_command_names_what_does_not_fit_and_the_remedy(tmp_path, capsys):
     assert cli.main([*arguments, "worker.rollout.gpu_memory_utilization=0.2"]) == 1
     assert "vLLM's cache holds" in capsys.readouterr().out
     assert cli.main([*arguments, "--gpu", "h1000"]) == 2
-    assert "--gpu h1000: unknown; there are a100, h100" in capsys.readouterr().err
+    assert "--gpu h1000: unknown; known: a100, h100" in capsys.readouterr().err
     assert cli.main([*arguments, "--assume", "speed=3"]) == 2
     assert "no such assumption" in capsys.readouterr().err
     assert cli.main([*arguments, "worker.actor.model.model_path=/nowhere"]) == 2

@@ -37,7 +37,7 @@ def test_keys_are_printed(capsys):
         "worker.actor.optim.betas=[0.9, 0.999]  # decay of the two moments; each in [0, 1)\n"
     )
     assert cli.main(["keys"]) == 0
-    assert "data.seed=1  # of the order and the draws; 0 or more\n" in capsys.readouterr().out
+    assert "data.seed=1  # seed of the order and the draws; 0 or more\n" in capsys.readouterr().out
     assert cli.main(["keys", "no_such"]) == 2
     assert "no key has 'no_such' in its name" in capsys.readouterr().err
 

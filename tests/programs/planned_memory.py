@@ -1,4 +1,4 @@
-"""Resident bytes that an actor holds, and takes at most in an update, beside what the planner reckons.
+"""Resident bytes that an actor holds, and takes at most in an update, beside what the planner estimates.
 
 Usage: planned_memory.py MODEL OUT.json RESPONSE_TOKENS CHECKPOINTING
 """

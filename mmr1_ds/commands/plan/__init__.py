@@ -1,1 +1,1 @@
-"""What a run will take of memory and time, reckoned from shapes and datasheets before anything is queued."""
+"""The memory and time of a run, estimated from shapes and datasheets before anything is queued."""

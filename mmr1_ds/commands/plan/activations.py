@@ -24,7 +24,7 @@ EXACT_BYTES = 4  # of float32, inside norms and the log-probability head
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a rank computes at once."""
+    """The sequences that a rank computes at once."""
 
     tokens: float  # of all sequences, prompts included
     response_tokens: float
@@ -45,7 +45,7 @@ class Activations:
 
 
 def training(shape: ModelShape, batch: MicroBatch, element: int, checkpointed: bool, device: str) -> Activations:
-    """Of a forward and backward. Args: element: bytes of one; device: cuda or cpu, for the head's blocks."""
+    """Return what a forward and backward hold. Args: element: its bytes; device: cuda or cpu, for the head's blocks."""
     text = text_layer(shape, element) * batch.tokens
     layer = temporaries(shape, element) * batch.tokens
     kept = shape.layers * (element * shape.hidden * batch.tokens if checkpointed else text)
@@ -66,7 +66,7 @@ def training(shape: ModelShape, batch: MicroBatch, element: int, checkpointed: b
 
 
 def scoring(shape: ModelShape, batch: MicroBatch, element: int, device: str) -> Activations:
-    """Of a forward without gradient: nothing is kept but the states that go from layer to layer."""
+    """Return what a forward without gradient holds: only the states that go from layer to layer are kept."""
     kept = 2 * element * shape.hidden * batch.tokens
     layer = (2 * EXACT_BYTES * shape.hidden + 3 * element * shape.mlp_width) * batch.tokens
     if shape.vision is not None and batch.patches:
@@ -77,7 +77,7 @@ def scoring(shape: ModelShape, batch: MicroBatch, element: int, device: str) -> 
 
 
 def text_layer(shape: ModelShape, element: int) -> float:
-    """Bytes a token that a decoder layer keeps for its backward."""
+    """Return the bytes a token that a decoder layer keeps for its backward."""
     norms = 2 * (EXACT_BYTES + 2 * element) * shape.hidden
     attention = element * (2 * shape.query_width + 2 * shape.key_width) + EXACT_BYTES * shape.heads
     if shape.has_qk_norm:
@@ -86,12 +86,12 @@ def text_layer(shape: ModelShape, element: int) -> float:
 
 
 def temporaries(shape: ModelShape, element: int) -> float:
-    """Bytes a token of gradients that stand beside what is kept, at the MLP of a layer: the widest place."""
+    """Return the bytes a token of gradients beside what is kept, at the MLP of a layer: the widest place."""
     return element * (2 * shape.mlp_width + shape.hidden)
 
 
 def vision_block(vision: VisionShape, element: int) -> float:
-    """Bytes a patch that a block of the vision tower keeps for its backward."""
+    """Return the bytes a patch that a block of the vision tower keeps for its backward."""
     norm = (EXACT_BYTES + 2 * element) if vision.is_gated else 2 * element
     mlp = 4 if vision.is_gated else 2
     return (
@@ -103,18 +103,18 @@ def vision_block(vision: VisionShape, element: int) -> float:
 
 
 def vision_temporaries(vision: VisionShape, element: int) -> float:
-    """As `temporaries`, a patch."""
+    """Return the same as `temporaries`, a patch."""
     return element * (2 * vision.mlp_width + vision.width)
 
 
 def merger(vision: VisionShape, hidden: int, element: int) -> float:
-    """Bytes a patch that the way into the text model keeps: a norm, the wide states before and after GELU."""
+    """Return the bytes a patch that the merger keeps: a norm, the wide states before and after GELU."""
     norm = (EXACT_BYTES + 2 * element) if vision.is_gated else 2 * element
     return norm * vision.width + 2 * element * vision.width + element * hidden / vision.merge**2
 
 
 def head(shape: ModelShape, batch: MicroBatch, element: int, device: str, backward: bool) -> float:
-    """Blocks of logits and what stands beside them, without the weight and its gradient."""
+    """Return the bytes of the blocks of logits and what they need beside them, without the weight and its gradient."""
     from mmr1_ds.engine.model.log_probs import block_width  # imports torch
 
     tokens = max(1, int(batch.response_tokens))

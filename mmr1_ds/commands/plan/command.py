@@ -1,4 +1,4 @@
-"""`mmr1-ds plan`: does a run fit its GPUs, and where will its time go, before anything is queued."""
+"""`mmr1-ds plan`: estimate whether a run fits its GPUs and where its time goes, before anything is queued."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from mmr1_ds.preflight.deepspeed import critic_deepspeed, reference_deepspeed, r
 from mmr1_ds.preflight.plan import BatchPlan
 
 EXIT_DOES_NOT_FIT = 1
-DESCRIPTION = f"""Reckon a run's memory on each GPU, the seconds of a step, and what refreshing the curriculum costs,
-from the model's config.json alone. Nothing is loaded and no GPU is needed. Known without a download:
+DESCRIPTION = f"""Estimate a run's memory on each GPU, the seconds of a step, and what refreshing the curriculum costs,
+from the model's config.json alone. Loads nothing and needs no GPU. Known without a download:
 {", ".join(PUBLISHED)}. Exits 1 when something does not fit.
-Everything is reckoned, not measured; what is assumed can be changed with --assume."""
+Everything is estimated, not measured; --assume changes what is assumed."""
 
 
 @dataclass(frozen=True)
-class Reckoning:
-    """All that the command tells."""
+class Estimate:
+    """All figures of the command."""
 
     gpu: Gpu
     world_size: int
@@ -43,7 +43,7 @@ class Reckoning:
     seconds: dict[str, float]  # of a step, by stage
     refresh: dict[str, float]  # responses a step beside training's, by curriculum_refresh
     responses_per_step: int
-    refresh_seconds: dict[str, float]  # and their seconds a step
+    refresh_seconds: dict[str, float]  # seconds a step of those responses
     problems: list[str]  # what does not fit, with the remedy
     warnings: list[str]
 
@@ -70,17 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.description = DESCRIPTION
     parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)}; default: h100")
-    parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="of another size than the datasheet's")
+    parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="memory of a GPU; default: the datasheet's")
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="see docs/presets.md")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Returns: the exit code; 1 when something does not fit, 2 after a user's mistake."""
+    """Run the command. Returns: the exit code; 1 when something does not fit, 2 after a user's mistake."""
     quiet_libraries()
     try:
         gpu = find_gpu(arguments.gpu, arguments.gpu_memory_gb)
-        found = reckon(arguments.settings, gpu, Assumptions().with_settings(arguments.assume))
+        found = estimate(arguments.settings, gpu, Assumptions().with_settings(arguments.assume))
     except UserError as error:
         return tell(error)
     sys.stdout.write(in_words(found))
@@ -89,8 +89,8 @@ def main(arguments: argparse.Namespace) -> int:
     return EXIT_DOES_NOT_FIT if found.problems else 0
 
 
-def reckon(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Reckoning:
-    """Everything for the run that `settings` describe. Raises: UserError, as training would."""
+def estimate(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Estimate:
+    """Estimate the run that `settings` describe. Raises: UserError, as training would."""
     require("models", "torch", "transformers", purpose="mmr1-ds plan")
     config = load_config(settings).config
     world_size = config.trainer.nnodes * config.trainer.n_gpus_per_node
@@ -111,14 +111,14 @@ def reckon(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Reckoning
     refresh = refresh_rollouts(config, plan, assumed.num_prompts or plan.train_data.num_rows)
     a_response = generation(config, actor, gpu, assumed, load, memory.cache_tokens) / load.responses
     problems, warnings = _judge(config, actor, memory, gpu, assumed)
-    return Reckoning(
+    return Estimate(
         gpu, world_size, actor, memory, seconds, refresh, plan.responses_per_step,
         {name: count / world_size * a_response for name, count in refresh.items()}, problems, warnings,
     )  # fmt: skip
 
 
 def _patches(config: RunConfig, plan: BatchPlan, shape: ModelShape, assumed: Assumptions) -> float:
-    """Of the images of a prompt: as large as the run allows, no more than the prompt's length allows."""
+    """Return the patches of a prompt's images: as large as the run and the prompt's length allow."""
     if shape.vision is None or all(file.has_images is False for file in plan.train_data.files):
         return 0.0
     tokens = assumed.images_per_prompt * (config.data.max_pixels or math.inf) / shape.vision.pixels_per_token
@@ -128,7 +128,7 @@ def _patches(config: RunConfig, plan: BatchPlan, shape: ModelShape, assumed: Ass
 def _judge(
     config: RunConfig, shape: ModelShape, memory: Plan, gpu: Gpu, assumed: Assumptions
 ) -> tuple[list[str], list[str]]:
-    """What does not fit and what is tight, one line each with the remedy."""
+    """Return what does not fit and what is tight, a line each with the remedy."""
     problems, warnings = [], []
     size = gpu.memory_gb * GB
     remedies = {
@@ -162,11 +162,11 @@ def _judge(
     return problems, warnings
 
 
-def in_words(found: Reckoning) -> str:
-    """The tables."""
+def in_words(found: Estimate) -> str:
+    """Write the tables."""
     shape, memory = found.shape, found.memory
     lines = [
-        f"reckoned, not measured: {shape.name}, {shape.num_parameters / 1e9:.2f} billion parameters, "
+        f"estimated, not measured: {shape.name}, {shape.num_parameters / 1e9:.2f} billion parameters, "
         f"{found.world_size} x {found.gpu.name} of {found.gpu.memory_gb:g} GB ({found.gpu.source})",
         "",
     ]

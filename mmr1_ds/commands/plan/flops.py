@@ -21,7 +21,7 @@ ATTENTION_BACKWARD = 2.5  # of its forward
 
 @dataclass(frozen=True)
 class Work:
-    """Sequences to be computed: tokens of each, response tokens of all, images as grids of patches (height, width)."""
+    """Sequences to compute: tokens of each, response tokens of all, images as grids of patches (height, width)."""
 
     lengths: Sequence[float]
     response_tokens: float
@@ -42,14 +42,14 @@ class Flops:
 
 
 def forward(shape: ModelShape, work: Work, causal: float = 1.0, with_head: bool = True) -> Flops:
-    """Of one forward."""
+    """Count the FLOP of one forward."""
     matrices, attention = _text(shape, work.lengths)
     vision = _vision_parts(shape.vision, work.images) if shape.vision is not None else _NONE
     return Flops(matrices + causal * attention, sum(vision), _head(shape, work) if with_head else 0.0)
 
 
 def backward(shape: ModelShape, work: Work, causal: float = 1.0, with_head: bool = True) -> Flops:
-    """Of the backward alone, with LoRA and frozen towers left out of it as far as they can be."""
+    """Count the FLOP of the backward alone, without what LoRA and frozen towers save."""
     products = 1.0 if shape.adapters else 2.0  # frozen matrices have no gradient of their own
     matrices, attention = _text(shape, work.lengths)
     text = products * matrices + ATTENTION_BACKWARD * causal * attention
@@ -64,8 +64,8 @@ def backward(shape: ModelShape, work: Work, causal: float = 1.0, with_head: bool
 
 
 def recomputed(shape: ModelShape, work: Work, causal: float = 1.0) -> Flops:
-    """What gradient checkpointing adds: the layers' forwards once more, but for each one's last product, which none
-    of its gradients needs (torch's non-reentrant kind stops before it)."""
+    """Count the FLOP that gradient checkpointing adds: the layers' forwards once more, without each one's last product,
+    which no gradient of it needs (torch's non-reentrant kind stops before it)."""
     matrices, attention = _text(shape, work.lengths)
     matrices -= 2.0 * shape.layers * shape.mlp_width * shape.hidden * sum(work.lengths)
     vision = 0.0
@@ -78,7 +78,7 @@ def recomputed(shape: ModelShape, work: Work, causal: float = 1.0) -> Flops:
 
 
 def decode_token(shape: ModelShape, context: float) -> float:
-    """Of one sampled token after `context` others."""
+    """Count the FLOP of one sampled token after `context` others."""
     return 2.0 * (shape.layer_matrix + shape.vocabulary * shape.hidden) + (
         4.0 * shape.layers * shape.query_width * context
     )
@@ -88,7 +88,7 @@ _NONE = (0.0, 0.0, 0.0)
 
 
 def _text(shape: ModelShape, lengths: Sequence[float]) -> tuple[float, float]:
-    """Matrices and attention."""
+    """Count the FLOP of matrices and attention."""
     squares = sum(length * length for length in lengths)
     return 2.0 * shape.layer_matrix * sum(lengths), 4.0 * shape.layers * shape.query_width * squares
 
@@ -102,7 +102,7 @@ def _patches(images: Sequence[tuple[int, int]]) -> int:
 
 
 def _vision_parts(vision: VisionShape, images: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
-    """The patches' embedding, the matrices after it, attention."""
+    """Count the FLOP of the patches' embedding, the matrices after it, and attention."""
     patches = _patches(images)
     matrices = 2.0 * (vision.block_matrix * patches + vision.merger_matrix * patches / vision.merge**2)
     whole = sum((height * width) ** 2 for height, width in images)
@@ -116,5 +116,5 @@ def _vision_parts(vision: VisionShape, images: Sequence[tuple[int, int]]) -> tup
 
 
 def _squares(length: int, side: int) -> int:
-    """Sum of the squares of the pieces of at most `side` that a length is cut into."""
+    """Return the sum of the squares of the pieces of at most `side` that a length is cut into."""
     return length // side * side**2 + (length % side) ** 2

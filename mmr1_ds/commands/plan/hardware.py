@@ -1,4 +1,4 @@
-"""What the reckoning takes as given: a GPU's datasheet, how much of its rates is reached, what a batch looks like.
+"""What the estimate takes as given: a GPU's datasheet, the share of its rates that is reached, the look of a batch.
 
 Every number is overridable from the command line (`--assume NAME=VALUE`).
 """
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from mmr1_ds.errors import UserError
 
-GB = 1e9  # bytes: datasheets count so, and so does everything here
+GB = 1e9  # bytes, as in datasheets
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of a node of eight, by its maker's datasheet. Rates are of one direction, dense, without sparsity."""
+    """One GPU of a node of eight, by its maker's datasheet. Rates count one direction and dense matrices."""
 
     name: str
     memory_gb: float
@@ -43,7 +43,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no datasheet says. Fractions are of the peak rate; they are careful guesses, not measurements."""
+    """What no datasheet says. Efficiencies are shares of the peak rate: careful guesses, not measurements."""
 
     # What a batch looks like. None: half of the longest that the run allows.
     prompt_tokens: float | None = None  # mean tokens of a prompt, its images included
@@ -66,25 +66,25 @@ class Assumptions:
     context_gb: float = 1.5  # CUDA context, NCCL buffers, library workspaces of a training process
     vllm_overhead_gb: float = 2.0  # CUDA graphs and workspaces of an engine; they stay while it sleeps
     fragmentation: float = 0.05  # of the largest part that torch's allocator holds: lost between blocks
-    host_memory_gb: float | None = None  # of a node; None: told, not checked
+    host_memory_gb: float | None = None  # of a node; None: printed, not checked
 
     def with_settings(self, settings: Sequence[str]) -> Assumptions:
-        """Replace some, each given as NAME=VALUE. Raises: UserError, one line."""
+        """Return them with some replaced, each given as NAME=VALUE. Raises: UserError, one line."""
         known = {field.name for field in dataclasses.fields(self)}
         changes = {}
         for setting in settings:
             name, _, text = setting.partition("=")
             if name not in known:
-                raise UserError(f"--assume {setting}: no such assumption; there are {', '.join(sorted(known))}")
+                raise UserError(f"--assume {setting}: no such assumption; known: {', '.join(sorted(known))}")
             changes[name] = _positive(text, f"--assume {name}")
         return dataclasses.replace(self, **changes)
 
 
 def find_gpu(name: str, memory_gb: float | None) -> Gpu:
-    """A GPU by its name, with other memory where that is given. Raises: UserError for an unknown name."""
+    """Return a GPU by its name, with other memory where that is given. Raises: UserError for an unknown name."""
     found = GPUS.get(name.lower())
     if found is None:
-        raise UserError(f"--gpu {name}: unknown; there are {', '.join(GPUS)}")
+        raise UserError(f"--gpu {name}: unknown; known: {', '.join(GPUS)}")
     if memory_gb is None:
         return found
     if not memory_gb > 0:
@@ -98,5 +98,5 @@ def _positive(text: str, name: str) -> float:
     except ValueError:
         value = -1.0
     if not value >= 0:
-        raise UserError(f"{name} must be a number of at least 0, got {text!r}")
+        raise UserError(f"{name} must be a number, 0 or more, got {text!r}")
     return value

@@ -1,4 +1,4 @@
-"""Bytes of a GPU's memory, part by part, when most is held: while the actor learns, and when vLLM starts.
+"""Bytes of a GPU's memory, part by part, at its two peaks: while the actor learns, and when vLLM starts.
 
 ZeRO-3 with W ranks, P parameters of e bytes, P' of them trained, and the sizes that the DeepSpeed config gives:
 
@@ -11,7 +11,7 @@ ZeRO-3 with W ranks, P parameters of e bytes, P' of them trained, and the sizes 
     update        4 bytes for each element of a sub_group (at most P' / W): its gradient in float32, one at a time;
                   three times that with torch's own Adam, which makes copies
 
-vLLM claims its share once, as it starts, and refuses to start without it: by then the engines are on the GPU whole,
+vLLM claims its share once, as it starts, and refuses to start without it: by then the whole engines are on the GPU,
 with worker.actor.offload_states too.
 """
 
@@ -48,7 +48,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """What one ZeRO-3 engine holds on a rank, in bytes."""
+    """The memory of one ZeRO-3 engine on a rank, in bytes."""
 
     weights: float
     gathered: float  # while it computes
@@ -61,7 +61,7 @@ class EngineMemory:
 def zero_engine(
     shape: ModelShape, zero: Mapping[str, Any], ranks: int, element: int, trained: bool, torch_adam: bool = False
 ) -> EngineMemory:
-    """Of an engine with the section `zero_optimization`.
+    """Return the memory of an engine with the section `zero_optimization`.
 
     Args: element: bytes of a weight; trained: False = frozen; torch_adam: in place of DeepSpeed's fused one.
     """
@@ -102,7 +102,7 @@ class Plan:
 
 
 def micro_batch(config: RunConfig, responses: int, image_patches: float) -> MicroBatch:
-    """The fullest one: as long as the run allows. With Ulysses it is a rank's cut of ulysses_size times as many."""
+    """Return the fullest micro-batch: as long as the run allows. Ulysses cuts ulysses_size times as many."""
     longest = config.data.max_prompt_length + config.data.max_response_length
     return MicroBatch(responses * longest, responses * config.data.max_response_length, responses * image_patches)
 
@@ -119,7 +119,7 @@ def plan_memory(
     element: int = 2,
     device: str = "cuda",
 ) -> Plan:
-    """Of one rank's GPU. Args: zero: `zero_optimization` of actor, reference and critic; image_patches: of a prompt."""
+    """Plan one rank's GPU. Args: zero: `zero_optimization` by engine; image_patches: those of a prompt."""
     settings, rollout = config.worker.actor, config.worker.rollout
     own = zero_engine(actor, zero["actor"], ranks, element, trained=True)
     engines = {"actor": own}
@@ -171,10 +171,10 @@ def plan_memory(
 
 
 def forward_head(found: activations.Activations) -> float:
-    """The part of the peak that the log-probability head's blocks are."""
+    """Return the log-probability head's part of the peak."""
     return found.head if found.head > found.layer else 0.0
 
 
 def cache_bytes(shape: ModelShape, element: int) -> float:
-    """Of the key-value cache, a token."""
+    """Return the bytes a token of the key-value cache."""
     return 2.0 * shape.layers * shape.key_width * element

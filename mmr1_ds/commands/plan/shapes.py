@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-# Families whose layers are as the formulas have them: attention with grouped keys, a gated MLP, norms.
-KNOWN_FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 GATED_VISION = {"qwen2_5_vl"}  # the vision tower's MLP is gated and its norms are RMS; else plain and LayerNorm
 
 
@@ -32,9 +30,9 @@ class VisionShape:
     pixels_per_token: int  # of an image, in one token of the text model
     patch_elements: int  # numbers that a patch is made of
     block_matrix: int  # entries of the matrices that every patch goes through
-    merger_matrix: int  # and of those that every token goes through
+    merger_matrix: int  # entries of the matrices that every merged token goes through
     full_blocks: int  # blocks whose attention sees the whole image; the others see windows
-    window_patches: int  # side of a window, in patches; 0: there are none
+    window_patches: int  # side of a window, in patches; 0: no windows
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class ModelShape:
     has_qk_norm: bool
     layer_matrix: int  # entries of all layers' matrices, without embedding and output layer
     trained: int  # elements that are trained
-    adapters: int  # of them, elements of LoRA's adapters
+    adapters: int  # trained elements that belong to LoRA's adapters
     vision_is_trained: bool
     vision: VisionShape | None
 
@@ -68,22 +66,22 @@ class ModelShape:
 
     @property
     def largest_layer(self) -> int:
-        """Elements of one decoder layer."""
+        """Return the elements of one decoder layer."""
         return self.layer_matrix // self.layers
 
     def persistent(self, threshold: float) -> int:
-        """Elements of the parameters that ZeRO-3 keeps whole on every rank."""
+        """Return the elements of the parameters that ZeRO-3 keeps whole on every rank."""
         return sum(size for size in self.sizes if size <= threshold)
 
 
 def policy_shape(model: ModelConfig) -> ModelShape:
-    """Of the actor: the whole model, its output layer included. Raises: UserError when its config cannot be read."""
+    """Return the actor's shape: the whole model with its output layer. Raises: UserError for an unreadable config."""
     config = read_config(model)
     return shape_of(config, str(model.model_path), model.lora, model.freeze_vision_tower)
 
 
 def critic_shape(model: CriticModelConfig) -> ModelShape:
-    """Of the critic: the model without its output layer; the value head, one row, is left out."""
+    """Return the critic's shape: the model without its output layer; the value head, one row, is left out."""
     config = read_config(model)
     return shape_of(config, str(model.model_path), None, model.freeze_vision_tower, with_head=False)
 
@@ -95,7 +93,7 @@ def shape_of(
     freeze_vision_tower: bool = False,
     with_head: bool = True,
 ) -> ModelShape:
-    """The shape of the model that transformers builds from `config`."""
+    """Return the shape of the model that transformers builds from `config`."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -137,9 +135,9 @@ def shape_of(
 
 
 def read_config(model: ModelConfig | CriticModelConfig) -> PreTrainedConfig:
-    """The model's config.json: the built-in copy of a published model, else the folder's or the hub's.
+    """Read the model's config.json: the built-in copy of a published model, else the folder's or the hub's.
 
-    Raises: UserError, one line, when there is none to read.
+    Raises: UserError, one line, when it cannot be read.
     """
     from transformers import AutoConfig
 

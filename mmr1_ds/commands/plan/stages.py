@@ -1,6 +1,6 @@
 """Seconds of a training step by stage, from peak rates and the fractions of them that are assumed to be reached.
 
-Every rank does the same, so one rank's share is reckoned. Where two things overlap the longer one counts.
+Every rank does the same, so one rank's share is estimated. Where two things overlap the longer one counts.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mmr1_ds.commands.plan.shapes import ModelShape
 from mmr1_ds.config import RunConfig
 from mmr1_ds.preflight.plan import BatchPlan
 
-_CAUSAL = 0.5  # of the attention is computed
+_CAUSAL = 0.5  # share of the attention that is computed
 _GPUS_PER_NODE = 8  # reached by NVLink
 _ADAM_BYTES = 28  # a parameter: gradient, float32 copy and moments read, all but the gradient written
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one rank has to do in a step."""
+    """The work of one rank in a step."""
 
     responses: float
     prompts: float
@@ -39,7 +39,7 @@ class Load:
 
 
 def load_of(config: RunConfig, plan: BatchPlan, assumed: Assumptions, patches: float) -> Load:
-    """A rank's share of a step; lengths are assumed to be half of the longest unless told."""
+    """Return a rank's share of a step; lengths that no assumption gives are half of the longest."""
     prompt = assumed.prompt_tokens or config.data.max_prompt_length / 2
     response = assumed.response_tokens or config.data.max_response_length / 2
     return Load(
@@ -58,7 +58,7 @@ def step_seconds(
     load: Load,
     cache_tokens: float | None,
 ) -> dict[str, float]:
-    """By stage, in the names of `timing_s/*`."""
+    """Return the seconds by stage, in the names of `timing_s/*`."""
     settings = config.worker.actor
     rate = gpu.bf16_tflops * 1e12
     link = _link(plan.world_size, gpu, assumed)
@@ -112,7 +112,7 @@ def step_seconds(
 def generation(
     config: RunConfig, shape: ModelShape, gpu: Gpu, assumed: Assumptions, load: Load, cache_tokens: float | None
 ) -> float:
-    """Prompts, then token by token. The longest responses are assumed not to keep the others waiting."""
+    """Return the seconds of the prompts and all tokens, as if the longest responses kept no others waiting."""
     rollout = config.worker.rollout
     size = rollout.tensor_parallel_size
     work = Work([load.prompt_tokens] * math.ceil(load.prompts), 0.0, _grids(load.patches, load.prompts))
@@ -132,7 +132,7 @@ def generation(
 
 
 def refresh_rollouts(config: RunConfig, plan: BatchPlan, num_prompts: float | None) -> dict[str, float]:
-    """Responses beside training's own, a step: of the full refresh, and of online probes.
+    """Return the responses a step beside training's own: of the full refresh, and of online probes.
 
     Empty without a curriculum. `full` is left out while the size of the data is unknown.
     """
@@ -147,20 +147,20 @@ def refresh_rollouts(config: RunConfig, plan: BatchPlan, num_prompts: float | No
 
 
 def _work(load: Load) -> Work:
-    """Equal sequences: what attention costs more for unequal ones is left out."""
+    """Return equal sequences, which leaves out what attention costs more for unequal ones."""
     count = max(1, math.ceil(load.responses))
     length = load.tokens / count
     return Work([length] * count, load.responses * load.response_tokens, _grids(load.patches, load.responses))
 
 
 def _grids(patches: float, sequences: float) -> list[tuple[int, int]]:
-    """One square image a sequence."""
+    """Return one square image a sequence."""
     side = round(math.sqrt(patches))
     return [(side, side)] * math.ceil(sequences) if side else []
 
 
 def _passes(config: RunConfig, load: Load, responses_at_once: int) -> float:
-    """Micro-batches of a step on a rank."""
+    """Return the micro-batches of a step on a rank."""
     if config.worker.actor.dynamic_batching:
         longest = config.data.max_prompt_length + config.data.max_response_length
         return max(1.0, math.ceil(load.tokens / (responses_at_once * longest)))
@@ -168,7 +168,7 @@ def _passes(config: RunConfig, load: Load, responses_at_once: int) -> float:
 
 
 def _link(ranks: int, gpu: Gpu, assumed: Assumptions) -> float:
-    """Bytes a second of the slowest link that a collective over all ranks crosses."""
+    """Return the bytes a second of the slowest link that a collective over all ranks crosses."""
     if ranks == 1:
         return math.inf
     if ranks <= _GPUS_PER_NODE:
