@@ -18,6 +18,7 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import InTurn, Policy
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
+from mmr1_ds.rollout.colocated.starting import phases_logged
 from mmr1_ds.rollout.options import engine_environment, engine_options
 from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
 
@@ -169,7 +170,8 @@ def _start_engine(
     )
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
-    return LLM(distributed_executor_backend="external_launcher", **options)
+    with phases_logged():
+        return LLM(distributed_executor_backend="external_launcher", **options)
 
 
 def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:
