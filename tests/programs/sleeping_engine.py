@@ -7,6 +7,7 @@ only what gives memory back and takes it, which the CPU lacks, is a recorder in 
 """
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 
@@ -63,6 +64,20 @@ def record(worker: object) -> None:
         setattr(worker, name, lambda *args, _name=name, **kwargs: calls.append(f"{_name} {args or kwargs}"))
 
 
+class Lines(logging.Handler):
+    """Of our own log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+lines = Lines()
+logging.getLogger("mmr1_ds").addHandler(lines)
+logging.getLogger("mmr1_ds").setLevel(logging.INFO)
 schedule_asynchronously()
 rollout = VllmRollout(
     config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, 1, Preemption(60.0, None)
@@ -77,6 +92,7 @@ prompts = [make_prompt(encoder, i, encoder.is_multimodal) for i in range(2)]
 requests = [RolloutRequest(prompt, 3, 1000 * i) for i, prompt in enumerate(prompts)]
 settings = SamplingSettings(1.0, 1.0, -1, 9)
 found: dict = {"scheduler": type(core.scheduler).__name__, "queue": core.batch_queue.maxlen, "tokens": [], "left": []}
+found["lines"] = [line for line in lines.found if line.startswith("vLLM: ")]
 
 
 def sample() -> None:

@@ -1,6 +1,7 @@
 """In which order vLLM inside a rank gives memory back and takes it: its own engine core, scheduled as on a GPU."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,13 @@ def test_each_part_of_the_memory_wakes_when_it_is_needed(found):
     assert found["second step"] == ["empty", WAKE_CACHE, "sample", DISCARD]
     assert found["again calls"] == [RELEASE]
     assert found["never asleep"] == ["sample", "sample"]
+
+
+@pytest.mark.slow
+def test_a_start_logs_its_phases(found):
+    begun, ended = found["lines"][::2], found["lines"][1::2]
+    assert [line.split()[1] for line in begun] == ["loading", "compiling", "capturing"]
+    assert all(re.fullmatch(re.escape(first) + r" took \d+ s", last) for first, last in zip(begun, ended, strict=True))
 
 
 @pytest.mark.slow

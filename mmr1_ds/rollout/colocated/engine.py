@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
@@ -18,6 +19,7 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import InTurn, Policy
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
+from mmr1_ds.rollout.colocated.starting import phases_logged
 from mmr1_ds.rollout.options import engine_environment, engine_options
 from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
 
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
 
 logger = logging.getLogger(__name__)
-
-_FORBID = -100.0  # vLLM clamps logit biases here; e^-100 is 0 beside any float32 probability
 
 
 class VllmRollout(InTurn):
@@ -51,11 +51,11 @@ class VllmRollout(InTurn):
         self._ranks, self._encoder, self._preemption = ranks, encoder, preemption
         self._tensor_parallel_size = config.tensor_parallel_size
         self._version = 0
-        self._forbidden = dict.fromkeys(encoder.forbidden_token_ids, _FORBID)
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
         self._llm: LLM = _start_engine(config, model, data, ranks, encoder, most_images)
         _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
+        self._llm.collective_rpc(_forbid, args=(encoder.forbidden_token_ids,))
         self._cycle = SleepCycle(self._llm, enabled=config.sleep and ranks.on_gpu)
 
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
@@ -81,7 +81,6 @@ class VllmRollout(InTurn):
                     seed=request.seed,
                     logprobs=0,  # the sampled token's only
                     flat_logprobs=True,  # lists of numbers, in place of a dictionary and an object for each token
-                    logit_bias=self._forbidden,
                     stop_token_ids=list(self._encoder.eos_token_ids),
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
@@ -172,7 +171,8 @@ def _start_engine(
     )
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
-    return LLM(distributed_executor_backend="external_launcher", **options)
+    with phases_logged():
+        return LLM(distributed_executor_backend="external_launcher", **options)
 
 
 def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:
@@ -188,6 +188,23 @@ def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:
     group = "-".join(str(ranks.rank - place + i) for i in range(tensor_parallel_size))
     for path in Path("/dev/shm").glob(f"*-[[]{group}[]]-cpushm_{place}"):
         path.unlink(missing_ok=True)
+
+
+def _forbid(worker: Any, token_ids: Sequence[int]) -> None:
+    """Make vLLM's output layer give these tokens no chance, in every request. Runs in vLLM's worker.
+
+    As biases of each request they would be limited to 1,024 on a GPU (V2 model runner), where one more ends the engine,
+    and copied for every request. The logits come masked to all that follows: sampling, and the log-probabilities.
+    """
+    model = worker.get_model()
+    compute_logits, columns = model.compute_logits, torch.tensor(token_ids, dtype=torch.int64, device=worker.device)
+
+    def without_forbidden(*args: Any, **kwargs: Any) -> Any:
+        logits = compute_logits(*args, **kwargs)
+        # A tensor-parallel worker that does not sample has none.
+        return logits if logits is None else logits.index_fill_(-1, columns, float("-inf"))
+
+    model.compute_logits = without_forbidden
 
 
 def _reload(worker: Any, weights: Any, tied: bool) -> None:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25  # how often the ranks agree on what is there and which servers to use
 _LONGEST_POLL_SECONDS = 5.0
 _SECONDS_TO_LEAVE = 2.0  # without a server, for a run that was told to end
+_MOST_BIASES = 1024  # of a request, in vLLM's V2 model runner, which GPUs have: one more ends the server
 _TRAINING, _PROBE = 0, 1  # priorities, the lower first
 
 
@@ -77,7 +78,15 @@ class ServerRollout:
             first_device: of the servers' GPUs where `server_devices` names none: the number of ranks on this node.
             most_images: of the prompt that has the most.
             log_folder: where started servers write.
+        Raises: UserError for more forbidden tokens than a server takes.
         """
+        num_forbidden = len(encoder.forbidden_token_ids)
+        if ranks.on_gpu and num_forbidden > _MOST_BIASES and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0":
+            raise UserError(
+                f"this model has {num_forbidden:,} tokens that are not to be sampled, and a request to a server names "
+                f"at most {_MOST_BIASES:,}; take worker.rollout.engine=vllm, or export VLLM_USE_V2_MODEL_RUNNER=0 to "
+                "the run and its servers"
+            )
         self._config, self._ranks, self._preemption = config, ranks, preemption
         self._policy: Policy | None = None
         self._transfer: WeightTransfer | None = None
