@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-# Families whose layers are as the formulas have them: attention with grouped keys, a gated MLP, norms.
-KNOWN_FAMILIES = {"llama", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 GATED_VISION = {"qwen2_5_vl"}  # the vision tower's MLP is gated and its norms are RMS; else plain and LayerNorm
 
 
