@@ -14,10 +14,7 @@ import numpy as np
 
 # What a generator is for; each stream is independent of the others.
 _WALK, _WEIGHTED, _MIX = range(3)
-# Up to here an epoch's order is a shuffled array, beyond it a permutation computed where it is needed.
-_MAX_SHUFFLED = 2**20
 _MAX_ROUNDS = 4  # of drawing without replacement by passing over repeats
-_NUM_ROUNDS = 6  # of the Feistel network; 4 make a pseudo-random permutation (Luby and Rackoff, 1988)
 
 
 class PromptSampler:
@@ -90,11 +87,7 @@ class PromptSampler:
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
     def _in_epoch(self, epoch: int, offset: int, count: int) -> np.ndarray:
-        """Places `offset` to `offset + count` of an epoch's order, int64."""
-        if self.num_prompts > _MAX_SHUFFLED:
-            # Shuffling ten million prompts takes seconds and 40 MB at the start of each epoch.
-            keys = self._generator(epoch, _WALK).integers(0, 2**64, size=_NUM_ROUNDS, dtype=np.uint64)
-            return permute(np.arange(offset, offset + count), self.num_prompts, keys)
+        """Places `offset` to `offset + count` of an epoch's order, int32; 4 bytes a prompt are kept."""
         if self._permutation is None or self._permutation[0] != epoch:
             order = np.arange(self.num_prompts, dtype=np.int32)
             self._generator(epoch, _WALK).shuffle(order)
@@ -158,32 +151,3 @@ class PromptSampler:
     def _generator(self, counter: int, stream: int) -> np.random.Generator:
         key = np.array([self.seed % 2**64, counter * 8 + stream], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key))
-
-
-def permute(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """What a pseudo-random permutation of [0, size) has at some places: a Feistel network over the next power of 4.
-
-    An image outside [0, size) is sent through again until it falls inside, which keeps it one to one.
-
-    Args: places: (K,) int64 in [0, size); keys: (rounds,) uint64, which choose the permutation.
-    Returns: (K,) int64, all different where the places are.
-    """
-    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
-    mask = np.uint64((1 << int(half)) - 1)
-    result = places.astype(np.uint64)
-    outside = np.ones(len(result), dtype=bool)
-    while outside.any():
-        value = result[outside]
-        left, right = value >> half, value & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
-        result[outside] = (left << half) | right
-        outside[outside] = result[outside] >= size
-    return result.astype(np.int64)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of MurmurHash3: every bit of the input changes half the bits of the output."""
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    return values ^ (values >> np.uint64(33))

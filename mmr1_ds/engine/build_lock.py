@@ -1,7 +1,7 @@
 """DeepSpeed compiles its operators at the first start. A process that is killed meanwhile must not lock out all others.
 
-torch's own lock is a file that is there or not: every later start waits for one that a killed process left behind, for
-ever. Here the lock is the kernel's (flock) on that file, which ends with the process.
+torch's own lock is a file that is there or not: one that a killed process left behind is waited for by every later
+start, for ever. Here the lock is the kernel's on that file, which ends with the process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 
 class KernelLock:
-    """Takes the place of torch.utils.file_baton.FileBaton, whose methods these are."""
+    """In place of torch.utils.file_baton.FileBaton, whose methods these are."""
 
     def __init__(self, lock_file_path: str, wait_seconds: float = 0.1, warn_after_seconds: float | None = None) -> None:
         self._path, self._lock = lock_file_path, FileLock(lock_file_path, poll_interval=wait_seconds)
@@ -27,18 +27,14 @@ class KernelLock:
         return True
 
     def wait(self) -> None:
-        """Return when whoever builds is done, or has ended."""
-        with self._lock:
-            self._remove()
+        """Wait until whoever builds has done so, or has ended."""
+        self._lock.acquire()
+        self.release()
 
     def release(self) -> None:
-        """Let the others go on."""
-        self._remove()
-        self._lock.release()
-
-    def _remove(self) -> None:
-        """Remove the file as well: to torch's own kind it is the lock."""
+        """Let the others go on. The file goes as well: to torch's own kind it is the lock."""
         Path(self._path).unlink(missing_ok=True)
+        self._lock.release()
 
 
 def lock_builds_by_kernel() -> None:

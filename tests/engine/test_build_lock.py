@@ -13,7 +13,7 @@ from mmr1_ds.engine.build_lock import KernelLock, lock_builds_by_kernel
 HOLDER = """
 import sys
 from mmr1_ds.engine.build_lock import KernelLock
-lock = KernelLock(sys.argv[1])
+lock = KernelLock(sys.argv[1])  # kept, as torch keeps its own: filelock releases one that is dropped
 assert lock.try_acquire()
 print("held", flush=True)
 sys.stdin.read()

@@ -6,24 +6,16 @@ import argparse
 import heapq
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import mmr1_kernels
 import numpy as np
 
-from mmr1_ds.commands.score.files import (
-    ResponseFile,
-    ResponseGroup,
-    forget_stdout,
-    open_output,
-    open_responses,
-    read_groups,
-    write_stdout,
-)
+from mmr1_ds.commands.score.files import ResponseGroup, open_output, open_responses, read_groups, shown_name
 from mmr1_ds.commands.score.tokens import Tokenize, open_tokenizer
 from mmr1_ds.curriculum.metric_names import (
     LEARNABILITY,
@@ -36,7 +28,7 @@ from mmr1_ds.curriculum.metric_names import (
 from mmr1_ds.curriculum.scores import metric_value, variance_promotion_score
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from mmr1_ds.exits import EXIT_INTERRUPTED, tell
 
 EXIT_BROKEN_PIPE = 141  # the shell's number for a reader that went away
 BATCH_SIZE = 2**20  # tokens, or characters of text, of one call of the kernel; a larger group goes alone
@@ -104,11 +96,12 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         _run(arguments)
     except UserError as error:
-        sys.stderr.write(f"mmr1-ds: error: {' '.join(str(error).split())}\n")
-        return EXIT_USER_ERROR
-    except BrokenPipeError:  # ... | head
-        forget_stdout()
-        return EXIT_BROKEN_PIPE
+        return tell(error)
+    except OSError as error:  # stdout's: all others are UserErrors. What it still holds would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # ... | head
+            return EXIT_BROKEN_PIPE
+        return tell(UserError(f"stdout: cannot be written: {error.strerror or error}"))
     except KeyboardInterrupt:
         sys.stderr.write("mmr1-ds: interrupted\n")
         return EXIT_INTERRUPTED
@@ -125,24 +118,23 @@ def _run(arguments: argparse.Namespace) -> None:
             tokenize = None if arguments.tokenizer is None else open_tokenizer(arguments.tokenizer)
             summary = Summary(arguments.top)
             needs_accuracies = any(metric in OUTCOME_METRICS for metric in metrics)
-            groups = read_groups(file, needs_accuracies, has_tokenizer=tokenize is not None)
-            with _progress(file, writes_to_terminal=arguments.output == "-" and sys.stdout.isatty()) as advance:
-                for batch in _batches(groups):
-                    packed = _pack(batch, tokenize)
-                    kernel_started = time.perf_counter()
-                    scores = score_groups(batch, *packed, metrics, weights)
-                    summary.kernel_seconds += time.perf_counter() - kernel_started
-                    for score in scores:
-                        write(_json_line(score))
-                        summary.add(score)
-                    advance()
+            groups = read_groups(file, shown_name(arguments.file), needs_accuracies, tokenize is not None)
+            for batch in _batches(groups):
+                packed = _pack(batch, tokenize)
+                kernel_started = time.perf_counter()
+                scores = score_groups(batch, *packed, metrics, weights)
+                summary.kernel_seconds += time.perf_counter() - kernel_started
+                for score in scores:
+                    write(_json_line(score))
+                    summary.add(score)
             if summary.num_prompts == 0:
-                raise UserError(f"{file.name}: holds no groups of responses")
+                raise UserError(f"{shown_name(arguments.file)}: holds no groups of responses")
     told = summary.text(time.perf_counter() - started)
     if arguments.output == "-":
         sys.stderr.write(told)
     else:
-        write_stdout(told if arguments.output is not None else f"{summary.table()}\n{told}", flush=True)
+        sys.stdout.write(told if arguments.output is not None else f"{summary.table()}\n{told}")
+    sys.stdout.flush()
 
 
 def _metrics(names: str | None, weights: str | None) -> tuple[list[str], list[float]]:
@@ -319,19 +311,6 @@ def _decimal(value: float) -> str:
 def _printable(prompt_id: str | int) -> str:
     text = "".join(character if character.isprintable() else "?" for character in str(prompt_id))
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-@contextmanager
-def _progress(file: ResponseFile, writes_to_terminal: bool) -> Iterator[Callable[[], None]]:
-    """A bar of the bytes read, where stderr is a terminal and rows do not run down it. Yields what moves it on."""
-    if writes_to_terminal or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from tqdm.auto import tqdm
-
-    # disable=False: our own quiet_libraries asks all others to be silent.
-    with tqdm(total=file.num_bytes, unit="B", unit_scale=True, leave=False, disable=False) as bar:
-        yield lambda: bar.update(file.bytes_read - bar.n) and None
 
 
 def _json_line(score: PromptScore) -> str:

@@ -1,6 +1,6 @@
 """Files of groups of responses, one JSON object a line, read one line at a time: a file may be larger than memory.
 
-And where the scores of them go: a file that appears whole, a device or a pipe.
+And where the scores of them go: a file that appears whole, or the standard output.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import itertools
 import json
 import math
 import os
-import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -49,60 +48,38 @@ class ResponseGroup:
         return sum(map(len, responses)) + len(responses)
 
 
-class ResponseFile:
-    """An open file of responses."""
-
-    def __init__(self, name: str, raw: BinaryIO, file: BinaryIO, num_bytes: int | None) -> None:
-        """`raw` is the file as it lies on disk, `file` what it holds."""
-        self.name = name  # as errors show it
-        self.num_bytes = num_bytes  # of the file as it lies on disk; None where that is unknown, as for a pipe
-        self._raw, self._file = raw, file
-        self._bytes_of_lines = 0
-
-    @property
-    def bytes_read(self) -> int:
-        """Of num_bytes; of the text where that is None."""
-        return self._bytes_of_lines if self.num_bytes is None else self._raw.tell()
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Number, from 1, and line. Raises: UserError where the file is damaged."""
-        for number in itertools.count(1):
-            try:
-                line = self._file.readline()
-            except (OSError, EOFError, zlib.error) as error:
-                raise UserError(f"{self.name} line {number}: cannot be read: {error}") from error
-            if not line:
-                return
-            self._bytes_of_lines += len(line)
-            yield number, line
-
-
 @contextmanager
-def open_responses(path: str) -> Iterator[ResponseFile]:
+def open_responses(path: str) -> Iterator[BinaryIO]:
     """Open a file, plain or compressed with gzip; `-` is the standard input. Raises: UserError when it cannot."""
-    name = "stdin" if path == "-" else path
-    if path == "-" and sys.stdin is None:  # as Python has it when the descriptor was closed before it started
-        raise UserError("stdin: is closed; give a file, or redirect one into it")
     with ExitStack() as stack:
         try:
-            raw: BinaryIO = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
-            is_gzip = raw.peek(2)[:2] == _GZIP_MAGIC  # type: ignore[attr-defined]
-            status = os.fstat(raw.fileno())
+            raw: Any = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
+            is_gzip = raw.peek(2)[:2] == _GZIP_MAGIC
         except OSError as error:
-            raise UserError(f"{name}: cannot be read: {error.strerror or error}") from error
-        file: Any = stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb")) if is_gzip else raw
-        yield ResponseFile(name, raw, file, status.st_size if stat.S_ISREG(status.st_mode) else None)
+            raise UserError(f"{shown_name(path)}: cannot be read: {error.strerror or error}") from error
+        yield stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb")) if is_gzip else raw  # type: ignore[misc]
 
 
-def read_groups(file: ResponseFile, needs_accuracies: bool, has_tokenizer: bool) -> Iterator[ResponseGroup]:
+def shown_name(path: str) -> str:
+    """What errors call a file."""
+    return "stdin" if path == "-" else path
+
+
+def read_groups(file: BinaryIO, name: str, needs_accuracies: bool, has_tokenizer: bool) -> Iterator[ResponseGroup]:
     """The groups of a file, in order; empty lines are passed over.
 
     Raises: UserError naming file, line, what is wrong and the remedy.
     """
-    for number, line in file.lines():
+    for number in itertools.count(1):
+        where = f"{name} line {number}"
+        try:
+            line = file.readline()
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{where}: cannot be read: {error}") from error
+        if not line:
+            return
         if not line.strip():
             continue
-        where = f"{file.name} line {number}"
         group = _group(_parse(line, where), where, number, needs_accuracies)
         if group.texts is not None and not has_tokenizer:
             raise UserError(
@@ -218,92 +195,29 @@ def _shown(value: Any) -> str:
 def open_output(output: str | None, read_from: str, force: bool) -> Iterator[Callable[[str], Any]]:
     """Yields what writes text to --output. A file appears when all is done, under its name, or not at all.
 
-    A device or a FIFO is written straight to, for no file may take its place; a link stays, and its target is written.
-
     Args: output: a path, gzip if it ends in .gz, `-` for the standard output, None for nowhere. read_from: the file
         that is read, which is never overwritten. force: overwrite an existing file.
-    Raises: UserError when it cannot be written; BrokenPipeError when its reader went away.
+    Raises: UserError when it cannot be written.
     """
-    if output is None:
-        yield lambda text: None
+    if output is None or output == "-":
+        yield sys.stdout.write if output == "-" else lambda text: None
         return
-    if output == "-":
-        yield write_stdout
-        write_stdout("", flush=True)
-        return
-    named = Path(output)
-    compressed = named.suffix == ".gz"
+    path = Path(output)
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise UserError(f"--output {output}: must be a file in a folder that exists")
+    if path.exists() and read_from != "-" and path.samefile(read_from):
+        raise UserError(f"--output {output}: is the file that is read; give another")
+    if path.exists() and not force:
+        raise UserError(f"--output {output}: exists; add --force to overwrite it")
+    path = path.resolve()  # a link stays, and its target is written
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        if _is_special(named):
-            _refuse_the_file_read(named, output, read_from)
-            with _open_text(named, compressed) as file:
-                yield file.write
-            return
-        path = named.resolve()
-        _refuse_overwriting(path, output, read_from, force)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            with _open_text(partial, compressed) as file:
-                yield file.write
-                file.flush()
-                os.fsync(file.fileno())
-            _refuse_overwriting(path, output, read_from, force)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except BrokenPipeError:
-        raise
+        with gzip.open(partial, "wt", encoding="utf-8") if path.suffix == ".gz" else partial.open("w") as file:
+            yield file.write
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from error
-
-
-def _is_special(path: Path) -> bool:
-    """Whether it exists, at the end of its links, and is neither a regular file nor a folder."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return False
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
-
-
-def _refuse_the_file_read(path: Path, output: str, read_from: str) -> None:
-    if read_from != "-" and path.samefile(read_from):
-        raise UserError(f"--output {output}: is the file that is read; give another")
-
-
-def _refuse_overwriting(path: Path, output: str, read_from: str, force: bool) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--output {output}: must be a file in a folder that exists")
-    if not path.exists():
-        return
-    _refuse_the_file_read(path, output, read_from)
-    if _is_special(path):
-        raise UserError(f"--output {output}: has become a device or a pipe meanwhile; give another")
-    if not force:
-        raise UserError(f"--output {output}: exists; add --force to overwrite it")
-
-
-def _open_text(path: Path, compressed: bool) -> IO[str]:
-    if compressed:
-        return gzip.open(path, "wt", encoding="utf-8")  # type: ignore[return-value]
-    return path.open("w", encoding="utf-8")
-
-
-def write_stdout(text: str, flush: bool = False) -> None:
-    """Raises: UserError where the standard output takes nothing more; BrokenPipeError when its reader went away."""
-    if sys.stdout is None:
-        raise UserError("stdout: is closed; give --output FILE, or redirect it")
-    try:
-        sys.stdout.write(text)
-        if flush:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        forget_stdout()
-        raise UserError(f"stdout: cannot be written: {error.strerror or error}") from error
-
-
-def forget_stdout() -> None:
-    """Send it nowhere: what it still holds would fail again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        partial.unlink(missing_ok=True)
