@@ -117,7 +117,7 @@ GAE = "algorithm.adv_estimator=gae"
     "arguments, expected",
     [
         (["worker.critic.global_batch_size=3"], "=3 must be a multiple of worker.actor.global_batch_size=6 and divide"),
-        (["worker.critic.global_batch_size=24"], "divide data.rollout_batch_size=12: ranks share"),
+        (["worker.critic.global_batch_size=24"], "divide data.rollout_batch_size=12: the ranks split"),
         (
             ["worker.critic.global_batch_size=12", "worker.critic.micro_batch_size_per_device_for_update=4"],
             "12 * 5 / 2 = 30, 30 % 4 = 2; set the micro-batch to 3",
