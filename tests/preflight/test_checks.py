@@ -147,7 +147,7 @@ def test_a_critic_takes_the_actor_s_batches_and_model_unless_told(valid):
 
 
 def test_without_gae_there_is_no_critic(valid):
-    assert "trainer.critic_warmup=2 needs a critic, which algorithm.adv_estimator=rloo has not" in refused(
+    assert "trainer.critic_warmup=2 needs a critic, which algorithm.adv_estimator=rloo lacks" in refused(
         valid, "algorithm.adv_estimator=rloo", "trainer.critic_warmup=2"
     )
     note = "worker.critic is not used: algorithm.adv_estimator=grpo has no critic"
