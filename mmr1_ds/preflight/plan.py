@@ -99,7 +99,7 @@ def _data(data: DataSummary) -> str:
 
 def _file(file: FileSummary) -> str:
     if not file.is_local:
-        return f"{file.name} (no such local path, so a hub data set: not checked)"
+        return f"{file.name} (no such local path, so a hub data set: not looked at)"
     count = "not counted" if file.num_rows is None else f"{file.num_rows:,} prompts"
     images = {True: ", with images", False: ", text only", None: ""}[file.has_images]
     return f"{file.name} ({count}{images})"

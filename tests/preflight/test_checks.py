@@ -99,7 +99,7 @@ def test_both_spellings_of_metrics(valid, names):
         ("worker.critic.optim.betas=[0.9,1]", "worker.critic.optim.betas must each be in [0, 1), got 1.0"),
         ("worker.actor.loss_type=ppo2", "worker.actor.loss_type must be default or gspo or gspo_token or cispo or"),
         ("worker.actor.loss_avg_mode=batch", "worker.actor.loss_avg_mode must be token or seq or seq_sum, got batch"),
-        ("worker.actor.loss_scale_factor=512", "loss_scale_factor=512 is of worker.actor.loss_avg_mode=seq_sum, whi"),
+        ("worker.actor.loss_scale_factor=512", "loss_scale_factor=512 needs worker.actor.loss_avg_mode=seq_sum, got "),
         ("worker.actor.tau_negative=0", "worker.actor.tau_negative must be over 0, got 0.0"),
         ("worker.actor.optim.strategy=adamw_bf16", "worker.actor.optim.strategy must be adamw"),
         ("worker.rollout.name=sglang", "worker.rollout.engine must be auto or vllm or server or hf, got"),
@@ -117,13 +117,13 @@ GAE = "algorithm.adv_estimator=gae"
     "arguments, expected",
     [
         (["worker.critic.global_batch_size=3"], "=3 must be a multiple of worker.actor.global_batch_size=6 and divide"),
-        (["worker.critic.global_batch_size=24"], "divide data.rollout_batch_size=12: ranks share"),
+        (["worker.critic.global_batch_size=24"], "divide data.rollout_batch_size=12: the ranks split"),
         (
             ["worker.critic.global_batch_size=12", "worker.critic.micro_batch_size_per_device_for_update=4"],
             "12 * 5 / 2 = 30, 30 % 4 = 2; set the micro-batch to 3",
         ),
         (["worker.critic.model.model_path=./none"], "worker.critic.model.model_path: no such folder './none'"),
-        (["trainer.critic_warmup=9", "trainer.max_steps=9"], "leaves the actor none of the run's 9 steps"),
+        (["trainer.critic_warmup=9", "trainer.max_steps=9"], "leaves the actor none of 9 steps"),
     ],
 )
 def test_a_critic_that_cannot_work(valid, arguments, expected):
@@ -147,7 +147,7 @@ def test_a_critic_takes_the_actor_s_batches_and_model_unless_told(valid):
 
 
 def test_without_gae_there_is_no_critic(valid):
-    assert "trainer.critic_warmup=2 needs a critic, which algorithm.adv_estimator=rloo has not" in refused(
+    assert "trainer.critic_warmup=2 needs a critic, which algorithm.adv_estimator=rloo lacks" in refused(
         valid, "algorithm.adv_estimator=rloo", "trainer.critic_warmup=2"
     )
     note = "worker.critic is not used: algorithm.adv_estimator=grpo has no critic"
@@ -158,9 +158,9 @@ def test_without_gae_there_is_no_critic(valid):
 
 def test_transformers_has_no_tensor_parallelism(valid):
     message = refused(valid, "worker.rollout.engine=hf", "worker.rollout.tensor_parallel_size=2")
-    assert "worker.rollout.tensor_parallel_size=2 is vLLM's, worker.rollout.engine=hf has none" in message
+    assert "worker.rollout.tensor_parallel_size=2 needs vLLM, got worker.rollout.engine=hf" in message
     message = refused(valid, "worker.rollout.engine=hf", "worker.actor.offload_states=true")
-    assert "worker.actor.offload_states=true moves the weights away that worker.rollout.engine=hf samples" in message
+    assert "worker.actor.offload_states=true moves away the weights that worker.rollout.engine=hf samples" in message
 
 
 @pytest.mark.parametrize(

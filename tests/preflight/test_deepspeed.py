@@ -309,7 +309,7 @@ def test_deepspeed_reads_every_preset(preset, on_gpu, monkeypatch):
 def test_states_that_are_offloaded_already_cannot_be_moved():
     offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}}
     message = refused({**AUTO, "zero_optimization": offload}, "worker.actor.offload_states=true")
-    assert "DeepSpeed moves no states of which zero_optimization.offload_optimizer keeps a part in nvme" in message
+    assert "DeepSpeed moves no states while zero_optimization.offload_optimizer keeps a part of them in nvme" in message
     resolve({**AUTO, "zero_optimization": {"stage": 3}}, "worker.actor.offload_states=true", on_gpu=True)
     of_torch = {**AUTO, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
     assert "DeepSpeed moves the states of its own Adam only" in refused(of_torch, "worker.actor.offload_states=true")

@@ -13,7 +13,7 @@ AHEAD = "worker.rollout.max_staleness_steps=1"
     ("arguments", "expected"),
     [
         ([AHEAD], "engine=auto samples on the ranks themselves"),
-        (["worker.rollout.server_urls=['http://a:1']"], "server_urls is for engine=server, the run has engine=auto"),
+        (["worker.rollout.server_urls=['http://a:1']"], "server_urls needs engine=server, got engine=auto"),
         ([SERVER, "worker.actor.offload_states=true"], "worker.actor.offload_states=true"),
         ([SERVER, "worker.rollout.max_num_seqs=4"], "worker.rollout.n=5 is over max_num_seqs=4"),
         ([SERVER, "worker.rollout.max_in_flight=4"], "max_in_flight=4 is under the responses to one prompt"),
@@ -29,10 +29,10 @@ AHEAD = "worker.rollout.max_staleness_steps=1"
         ([SERVER, "worker.rollout.num_servers=2", "worker.rollout.server_devices=[6,6]"], "need 2 different ones"),
         ([SERVER, "worker.rollout.server_devices=[1]"], "[1] are the GPUs of ranks"),
         ([SERVER, "worker.rollout.weight_swap=never"], "must be boundary or in_flight, got never"),
-        ([SERVER, AHEAD, "worker.rollout.partial=8"], "both let responses be of older policies"),
+        ([SERVER, AHEAD, "worker.rollout.partial=8"], "both let responses come from older policies"),
         (["worker.rollout.partial=512"], "cuts nothing, data.max_response_length is 512"),
-        (["worker.rollout.partial=8", "algorithm.online_filtering=true"], "draws batches whole"),
-        (["worker.rollout.partial=8", "worker.rollout.engine=hf"], "engine=hf cannot go on with a response"),
+        (["worker.rollout.partial=8", "algorithm.online_filtering=true"], "draws whole batches"),
+        (["worker.rollout.partial=8", "worker.rollout.engine=hf"], "engine=hf cannot resume a response"),
     ],
 )
 def test_contradictions_are_refused_by_name(valid, arguments, expected):
