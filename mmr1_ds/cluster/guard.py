@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
+
+import psutil
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_SECONDS = 0.5
@@ -46,14 +47,13 @@ class LaunchGuard:
 
 def _parent_of(pid: int) -> int | None:
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return int(psutil.Process(pid).ppid())
+    except psutil.Error:
         return None
-    return int(stat.rpartition(")")[2].split()[1])  # the command in brackets may hold spaces
 
 
 def _command_of(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
+        return " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
         return ""
