@@ -68,6 +68,7 @@ sanitize:
 	$(SANITIZED) $(SMALL) $(LARGE) $(SEED)
 
 docs: setup
+	$(PYTHON) docs/excerpts.py
 	$(PYTHON) -c "from mmr1_ds.config.reference import markdown; open('docs/configuration.md', 'w').write(markdown())"
 	$(PYTHON) -m sphinx -q -W --keep-going -b html -d build/docs_trees docs build/docs
 	@echo "docs: build/docs/index.html"
