@@ -146,6 +146,7 @@ class RecordingTrainer(Trainer):
     rollout_limit: int  # responses after which the run ends
     trace: TraceRecorder | None
     trace_collector: Collector  # past the counter
+    validate_every: int  # steps
     ended_early = False
 
     def fit(self) -> None:
@@ -155,7 +156,7 @@ class RecordingTrainer(Trainer):
             self.parts.turns.sync_weights()
             self._measure()
         super().fit()
-        if self.ended_early:  # a figure of its end, which no validation was due at
+        if self.ended_early and self.step % self.validate_every:  # no validation was due at its end
             self.parts.state.log(self.parts.validation.run(self.step))
 
     def train_step(self) -> dict[str, float]:

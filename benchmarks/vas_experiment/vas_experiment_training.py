@@ -42,7 +42,7 @@ from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.zero_engine import Sizes
 from mmr1_ds.loop.collector import Collector
-from mmr1_ds.loop.composition import make_trainer
+from mmr1_ds.loop.composition import make_batches, make_trainer
 from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
@@ -181,7 +181,9 @@ class Session:
         counter = CountingRollout(self._rollout)
         reward_name = config.worker.reward.reward_function
         collector = Collector(counter, self._rewards, reward_name, self._encoder, self._ranks)
-        batches = RecordingBatches(config, self._ranks, self._encoder, train_data, coordinator, collector)
+        batches = make_batches(
+            config, RecordingBatches, self._ranks, self._encoder, train_data, coordinator, collector
+        )
         coordinator.steps = batches.steps = steps
         coordinator.kinds = batches.kinds = kinds
         metrics_logger = MetricsLogger([steps])
@@ -206,6 +208,7 @@ class Session:
             preemption=self._never_asked,
         )
         trainer.steps, trainer.counter, trainer.trace = steps, counter, None
+        trainer.validate_every = config.trainer.val_freq
         trainer.trace_collector = Collector(self._rollout, self._rewards, reward_name, self._encoder, self._ranks)
         shuffled = trial.steps * BATCH * RESPONSES
         trainer.rollout_limit = int(FILTERING_LIMIT * shuffled) if trial.arm == "filtering" else 10**12
@@ -215,6 +218,6 @@ class Session:
 def free(actor: Actor) -> None:
     """Take an actor's ZeRO-3 engine down; without it hooks and buffers keep the model alive."""
     actor.engine.destroy()
-    for name in ("engine", "policy"):
+    for name in ("engine", "module"):
         delattr(actor, name)
     gc.collect()

@@ -52,6 +52,7 @@ from mmr1_ds.rollout.hf.engine import TransformersRollout
 
 logger = logging.getLogger(__name__)
 
+B = TypeVar("B", bound=BatchMaker)
 T = TypeVar("T", bound=Trainer)
 
 _LOADED_PARTS = 3  # for their bar: actor (and critic), reference, rollout engine
@@ -130,18 +131,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             train_data=train_data,
             val_data=val_data,
             coordinator=coordinator,
-            batches=batch_maker(
-                config.data,
-                config.algorithm,
-                config.worker.rollout,
-                config.worker.actor.global_batch_size,
-                config.trainer.max_try_make_batch,
-                ranks,
-                encoder.eos_token_ids,
-                train_data,
-                coordinator,
-                collector,
-            ),
+            batches=make_batches(config, batch_maker, ranks, encoder, train_data, coordinator, collector),
             collector=collector,
             rollout=rollout,
             actor=actor,
@@ -156,6 +146,30 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             trainer.parts.state.load(*start, None if config.trainer.val_only else trainer.parts.settings)
         loaded.close()
         trainer.fit()
+
+
+def make_batches(
+    config: RunConfig,
+    batch_maker: type[B],
+    ranks: Ranks,
+    encoder: PromptEncoder,
+    train_data: PromptDataset,
+    coordinator: Coordinator,
+    collector: Collector,
+) -> B:
+    """Make what draws and samples the batches of a run."""
+    return batch_maker(
+        config.data,
+        config.algorithm,
+        config.worker.rollout,
+        config.worker.actor.global_batch_size,
+        config.trainer.max_try_make_batch,
+        ranks,
+        encoder.eos_token_ids,
+        train_data,
+        coordinator,
+        collector,
+    )
 
 
 def make_trainer(
@@ -235,6 +249,7 @@ def make_trainer(
     )
     state = RunState(
         trainer.save_freq,
+        not trainer.val_only,
         num_steps,
         dump_config(config),
         kept_refresh,

@@ -107,7 +107,8 @@ def unpack_responses(arrays: Mapping[str, np.ndarray]) -> list[Response]:
     token_ids, logprobs = arrays["token_ids"].astype(np.int32), arrays["logprobs"].astype(np.float32)
     spans = [tuple(pair) for pair in arrays["spans"].tolist()]
     return [
-        Response(token_ids[part], logprobs[part], finished, tuple(spans[own]))
+        # Copies: a view of one response would keep the arrays of all.
+        Response(token_ids[part].copy(), logprobs[part].copy(), finished, tuple(spans[own]))
         for part, own, finished in zip(
             _slices(arrays["length"]), _slices(arrays["num_spans"]), arrays["finished"].tolist(), strict=True
         )

@@ -31,6 +31,7 @@ class RunState:
     def __init__(
         self,
         save_freq: int,
+        saves_when_interrupted: bool,
         num_steps: int,
         config_yaml: str,
         kept_refresh: Path,
@@ -49,11 +50,14 @@ class RunState:
         """
         Args:
             save_freq: steps between checkpoints, -1 = only after the last.
+            saves_when_interrupted: False for a validation alone, which learns nothing: its curriculum is empty, and a
+                save would put that in place of the checkpoint that it validates.
             num_steps: of the whole run.
             config_yaml: the resolved configuration, kept for `mmr1-ds export`.
             kept_refresh: the file that an unfinished refresh is kept in; a checkpoint has it as well.
         """
         self._save_freq, self._num_steps = save_freq, num_steps
+        self._saves_when_interrupted = saves_when_interrupted
         self._config_yaml, self._kept_refresh = config_yaml, kept_refresh
         self._actor, self._critic, self._coordinator, self._batches = actor, critic, coordinator, batches
         self._learners, self._checkpoints, self._preemption = learners, checkpoints, preemption
@@ -83,7 +87,7 @@ class RunState:
             yield
         except (ServersGone, SamplingAbandoned) as stop:
             self.begin(self._learners.num_steps_done)
-            if self.step > 0:
+            if self._saves_when_interrupted and self.step > 0:
                 self.log(self.save(in_full=False))
             if self._is_asked_to_end():
                 raise self._preempted() from stop
@@ -96,6 +100,17 @@ class RunState:
             if self.step > 0 and self._last_saved != self.step:
                 self.log(self.save())
             raise self._preempted()
+
+    def take_refresh(self, metrics: dict[str, float]) -> None:
+        """Log a refresh after the current step, if there was one, and save it where this step is saved anyway.
+
+        Raises: as `end_if_asked`.
+        """
+        if metrics:
+            self.log(metrics)
+            if self.step > 0 and self._save_freq > 0 and self.step % self._save_freq == 0:
+                self.log(self.save())
+            self.end_if_asked()
 
     def save_if_due(self) -> None:
         """Save after the last step, every `save_freq` steps, and before a refresh, which may take very long.
@@ -168,6 +183,8 @@ class RunState:
         self._check_saved()
         reason = self._preemption.reason or "another rank was told to end"
         where = f"saved in {self._checkpoints.root}" if self.step else "nothing was learned yet"
+        if not self._saves_when_interrupted:
+            where = "this validation is not finished"
         return Preempted(f"{reason}: {self.step} of {self._num_steps} steps are done, {where}; start again to go on")
 
     def _check_saved(self) -> None:

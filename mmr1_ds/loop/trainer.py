@@ -30,7 +30,7 @@ class Trainer:
             state.log(parts.validation.before_training(self.step))
             while self.step < self.num_steps:
                 state.end_if_asked()
-                state.log(parts.refresh.run_if_due(self.step))
+                state.take_refresh(parts.refresh.run_if_due(self.step))
                 state.begin(self.step + 1)
                 state.log(self.train_step())
                 state.log(parts.validation.run_if_due(self.step))

@@ -70,7 +70,7 @@ class _LineProgress:
 
 
 class TimeLeft:
-    """An estimate of the seconds to the last step, from the time between recent steps, refreshes included."""
+    """An estimate of the seconds to the last step, from the time between recent steps and all that is done there."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -86,7 +86,9 @@ class TimeLeft:
                 self._recent_seconds.append(metrics["timing_s/step"])
         elif step > self._previous[0]:
             self._recent_seconds.append((now - self._previous[1]) / (step - self._previous[0]))
-        self._previous = (step, now)
+        # What a step logs later, as its validation, is part of the time to the next.
+        if self._previous is None or step > self._previous[0]:
+            self._previous = (step, now)
         if not self._recent_seconds:
             return None
         return sum(self._recent_seconds) / len(self._recent_seconds) * max(0, self._total_steps - step)

@@ -165,10 +165,16 @@ def test_time_left_follows_the_clock(monkeypatch, messages):
     for step in (1, 2):
         now[0] += 3.0
         console.log(step, {"timing_s/step": 1.0})  # the clock also counts what is outside the step
+    now[0] += 6.0
+    console.log(2, {"val/accuracy_reward": 0.5})  # a validation is part of the time to the next step
+    now[0] += 3.0
+    console.log(3, {"timing_s/step": 1.0})
     assert [record.getMessage().split(" | ")[-1] for record in messages.records] == [
         "val accuracy 0.500",
         "27 s left",
         "24 s left",
+        "24 s left",
+        "35 s left",
     ]
 
 

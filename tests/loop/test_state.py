@@ -1,0 +1,102 @@
+"""When a run is saved: at its steps, around a refresh, and when it is stopped. The real thing is in test_run.py."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mmr1_ds.cluster.preemption import Preempted, SamplingAbandoned
+from mmr1_ds.loop.state import RunState
+from mmr1_ds.monitoring.clock import StageClock
+
+
+class Parts:
+    """A run of 9 steps on one rank, which notes what it saves and logs; a refresh is due before `refreshes`."""
+
+    def __init__(self, save_freq=-1, saves_when_interrupted=True, refreshes=(), asked=False):
+        self.saved, self.logged = [], []
+        nothing = SimpleNamespace(save=lambda folder: None, load=lambda folder: None, finish_ahead=lambda: None)
+        self.learners = SimpleNamespace(num_steps_done=0)
+        self.preemption = SimpleNamespace(
+            begin_training=lambda: None, is_asked=asked, reason="SIGTERM received", took=lambda **seconds: None
+        )
+        self.state = RunState(
+            save_freq,
+            saves_when_interrupted,
+            9,
+            "",
+            Path("none"),
+            actor=nothing,
+            critic=None,
+            coordinator=SimpleNamespace(refresh_due=lambda step: step in refreshes, save=lambda folder: None),
+            batches=nothing,
+            learners=self.learners,
+            checkpoints=SimpleNamespace(root=Path("root"), failure="", save=self.save),
+            preemption=self.preemption,
+            records=SimpleNamespace(clock=StageClock, stages=lambda clock: {"timing_s/save_checkpoint": 1.0}),
+            metrics_logger=SimpleNamespace(
+                elapsed_seconds=0.0,
+                log=lambda step, metrics: self.logged.append(step),
+                progress=lambda *_, **__: nullcontext(lambda count: None),
+            ),
+            ranks=SimpleNamespace(rank=0, step=0, any=lambda flag, stage: flag),
+        )
+
+    def save(self, step, write, folders):
+        self.saved.append(step)
+        return Path("root")
+
+    def learn(self, steps):
+        for step in steps:
+            self.state.begin(step)
+            self.learners.num_steps_done = step
+            self.state.save_if_due()
+
+
+@pytest.mark.parametrize(
+    ("save_freq", "refreshes", "expected"), [(-1, (4,), [9]), (4, (), [4, 8, 9]), (4, (4, 7), [3, 4, 6, 8, 9])]
+)
+def test_steps_that_are_saved(save_freq, refreshes, expected):
+    parts = Parts(save_freq, refreshes=refreshes)
+    parts.learn(range(1, 10))
+    assert parts.saved == expected
+
+
+def test_a_refresh_is_saved_where_its_step_is_saved_anyway():
+    """Else a run that falls back to this checkpoint would have to sample the whole data set again."""
+    parts = Parts(save_freq=3, refreshes=(4, 6))
+    parts.learn(range(1, 4))
+    assert parts.saved == [3]  # before the refresh
+    parts.state.take_refresh({"timing_s/refresh": 1.0})
+    assert parts.saved == [3, 3]  # and after it
+    parts.learn([4, 5])
+    parts.state.take_refresh({"timing_s/refresh": 1.0})
+    assert parts.saved == [3, 3, 5]
+    parts.state.take_refresh({})  # none was due
+    assert parts.saved == [3, 3, 5]
+
+
+def test_a_request_to_end_that_came_in_a_refresh_is_heeded_before_the_next_step():
+    parts = Parts(save_freq=3, asked=True)
+    parts.state.begin(2)
+    with pytest.raises(Preempted, match="SIGTERM received: 2 of 9 steps are done, saved in root"):
+        parts.state.take_refresh({"timing_s/refresh": 1.0})
+    assert parts.saved == [2]
+
+
+def test_a_run_that_is_stopped_in_a_step_saves_the_steps_that_are_learned():
+    parts = Parts(asked=True)
+    with pytest.raises(Preempted, match="4 of 9 steps are done, saved in root"), parts.state.saved_when_interrupted():
+        parts.learn(range(1, 5))
+        parts.state.begin(5)
+        raise SamplingAbandoned
+    assert parts.saved == [4] and parts.state.step == 4
+
+
+def test_a_validation_that_is_stopped_leaves_the_checkpoint_as_it_is():
+    parts = Parts(saves_when_interrupted=False, asked=True)
+    with pytest.raises(Preempted, match="validation is not finished"), parts.state.saved_when_interrupted():
+        parts.state.load(7, Path("none"), None)
+        raise SamplingAbandoned
+    assert parts.saved == []
