@@ -95,7 +95,9 @@ for step in range(int(num_steps)):
         assert rollout._llm.llm_engine.is_sleeping()
         before, groups = groups, rollout.generate(requests, settings)
         if not ranks.on_gpu:  # in bf16 a near tie may fall the other way
-            tokens_before, tokens_after = ([r.token_ids for g in x for r in g.responses] for x in (before, groups))
+            tokens_before, tokens_after = (
+                [r.token_ids.tolist() for g in x for r in g.responses] for x in (before, groups)
+            )
             assert tokens_after == tokens_before
         free_awake = free_bytes()
         rollout.sleep(keep_weights=False)
@@ -103,8 +105,8 @@ for step in range(int(num_steps)):
     trajectories = [
         Trajectory(
             group.prompt,
-            np.asarray(response.token_ids, np.int32),
-            np.asarray(response.logprobs, np.float32),
+            response.token_ids,
+            response.logprobs,
             np.full(len(response.token_ids), random.normal(), np.float32),
         )
         for group in groups

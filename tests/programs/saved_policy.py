@@ -49,9 +49,8 @@ pairs = [(group.prompt, np.asarray(group.responses[0].token_ids, np.int32)) for 
 logprobs = actor.log_probs(pairs)
 if ranks.rank == 0:
     (Path(run_dir) / "config.yaml").write_text(dump_config(config))
-    torch.save(
-        {"weights": weights, "tokens": [pair[1] for pair in pairs], "logprobs": logprobs}, f"{run_dir}/policy.pt"
-    )
+    answers = {"tokens": [tuple(pair[1].tolist()) for pair in pairs], "logprobs": list(map(torch.tensor, logprobs))}
+    torch.save({"weights": weights, **answers}, f"{run_dir}/policy.pt")
 ranks.barrier("end")
 ranks.close()
 leave(0)

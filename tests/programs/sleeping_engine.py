@@ -98,7 +98,7 @@ found["lines"] = [line for line in lines.found if line.startswith("vLLM: ")]
 def sample() -> None:
     groups = rollout.generate(requests, settings)
     calls.append("sample")
-    found["tokens"].append([response.token_ids for group in groups for response in group.responses])
+    found["tokens"].append([response.token_ids.tolist() for group in groups for response in group.responses])
     found["left"].append(len(core.batch_queue))
 
 
