@@ -14,7 +14,7 @@ from fixtures.tiny_models import save_text_model
 from torch import nn
 
 from mmr1_ds.cluster.preemption import Preemption
-from mmr1_ds.config import RunConfig
+from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.colocated import engine
@@ -69,7 +69,10 @@ def test_servers_that_could_not_take_them_are_not_started(monkeypatch):
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     encoder = SimpleNamespace(forbidden_token_ids=range(NUM_FORBIDDEN))
     with pytest.raises(UserError, match="1,500 tokens that are not to be sampled, and a request to a server names"):
-        ServerRollout(RunConfig(), SimpleNamespace(on_gpu=True), encoder, 1, Path("logs"), Preemption(60.0, None))
+        ServerRollout(
+            RolloutConfig(), ModelConfig(), DataConfig(), SimpleNamespace(on_gpu=True), encoder,
+            first_device=1, most_images=1, log_folder=Path("logs"), preemption=Preemption(60.0, None),
+        )  # fmt: skip
 
 
 @pytest.mark.slow

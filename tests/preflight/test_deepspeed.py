@@ -205,7 +205,7 @@ def test_adam_is_adamw():
 def test_bf16_is_switched_off_with_a_warning_where_there_is_no_gpu(caplog):
     logging.getLogger("mmr1_ds").propagate = True
     assert resolve(changed(bf16__enabled=True), on_gpu=False)["bf16"] == {"enabled": False}
-    assert "there is no GPU here" in caplog.text
+    assert "no GPU is here" in caplog.text
 
 
 def test_file_that_is_not_json_names_file_and_line(tmp_path):
