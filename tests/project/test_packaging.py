@@ -337,4 +337,4 @@ def test_the_extra_for_reports_is_enough_for_one(dist, tmp_path):
     code, out, err = outcome(programs, tmp_path, "report", "run")
     assert (code, out) == (0, "run/report.html\n"), err
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "<svg" in page and (ROOT / "mmr1_ds" / "report" / "page.css").read_text().split("\n")[1] in page
+    assert "<svg" in page and (ROOT / "mmr1_ds" / "commands" / "report" / "page.css").read_text().split("\n")[1] in page
