@@ -378,22 +378,3 @@ class RunConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-
-
-__all__ = [
-    "ActorConfig",
-    "AlgorithmConfig",
-    "CriticConfig",
-    "CriticModelConfig",
-    "DataConfig",
-    "ModelConfig",
-    "OffloadConfig",
-    "OptimConfig",
-    "RefConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "TrainerConfig",
-    "ValidationSampling",
-    "WorkerConfig",
-]
