@@ -12,6 +12,7 @@ visible_gpus() {
   fi
   for name in ${CUDA_VISIBLE_DEVICES//,/ }; do
     if [[ "$name" == -1 ]]; then return 0; fi  # CUDA reads no further
+    if [[ "$name" == MIG-* ]]; then return 0; fi  # a part of a GPU: one process, which CUDA shows it to
     number="$name"
     if [[ ! "$name" =~ ^[0-9]+$ ]]; then number="$(sed -n "s/^GPU \([0-9]*\):.*UUID: $name.*/\1/p" <<< "$listed")"; fi
     if ! grep -q "^GPU $number:" <<< "$listed"; then

@@ -48,7 +48,7 @@ class Machine:
     """What was found; empty or None for what was not."""
 
     host: str
-    gpus: tuple[Gpu, ...]  # those that CUDA_VISIBLE_DEVICES shows
+    gpus: tuple[Gpu, ...] | None  # those that CUDA_VISIBLE_DEVICES shows; None: nvidia-smi does not say
     cuda_of_torch: str  # as "13.0"
     nvcc: str  # its version, as "13.0"
     has_ninja: bool
@@ -89,21 +89,20 @@ def check_machine(config: RunConfig, actor: Mapping[str, Any]) -> tuple[str, ...
 def lacking(found: Machine, needs: Needs) -> list[str]:
     """What stops a run, each with its remedy."""
     problems = []
-    if not found.gpus:
+    gpus = found.gpus or ()
+    if found.gpus == ():
         problems.append("nvidia-smi lists no GPU that CUDA_VISIBLE_DEVICES shows: see `nvidia-smi -L`")
     major = int(found.cuda_of_torch.partition(".")[0] or 0)
     oldest = _DRIVER_OF_CUDA.get(major, 0)
-    for driver in sorted({gpu.driver for gpu in found.gpus}):
+    for driver in sorted({gpu.driver for gpu in gpus}):
         if int(driver.partition(".")[0] or 0) < oldest:
             problems.append(f"its driver is {driver} and CUDA {found.cuda_of_torch} needs {oldest} or newer: update it")
-    if not needs.compiles:
-        pass
-    elif not found.nvcc:
+    if needs.compiles and not found.nvcc:
         problems.append(
             f"nvcc is missing: install the CUDA toolkit {found.cuda_of_torch} and export CUDA_HOME, or install "
             "nvidia-cuda-nvcc of requirements/gpu.lock"
         )
-    elif found.cuda_of_torch and found.nvcc.partition(".")[0] != str(major):
+    elif needs.compiles and found.cuda_of_torch and found.nvcc.partition(".")[0] != str(major):
         problems.append(
             f"nvcc is of CUDA {found.nvcc} and torch of {found.cuda_of_torch}: export CUDA_HOME of a {major}.x"
         )
@@ -111,7 +110,7 @@ def lacking(found: Machine, needs: Needs) -> list[str]:
         problems.append("g++ is missing: install it (package g++)")
     if needs.compiles and not found.has_ninja:
         problems.append("ninja is missing: pip install ninja")
-    for gpu in found.gpus:
+    for gpu in gpus:
         if gpu.free_bytes < needs.gpu_fraction * gpu.total_bytes:
             problems.append(
                 f"GPU {gpu.name} has {gpu.free_bytes / _GIB:.0f} of {gpu.total_bytes / _GIB:.0f} GiB free, and vLLM "
@@ -123,20 +122,25 @@ def lacking(found: Machine, needs: Needs) -> list[str]:
 
 def doubts(found: Machine, needs: Needs) -> tuple[str, ...]:
     """What may stop a run, or may not."""
+    lines = []
+    if found.gpus is None:
+        lines.append(f"{found.host}: nvidia-smi says nothing of its GPUs, so driver and memory are not checked")
     if needs.pins_memory and found.memlock_bytes is not None:
-        limit = found.memlock_bytes / _GIB
-        return (f"{found.host}: only {limit:.3g} GiB may be locked in memory, and offloaded states are pinned; "
-                "if that fails: ulimit -l unlimited",)  # fmt: skip
-    return ()
+        lines.append(
+            f"{found.host}: only {found.memlock_bytes / _GIB:.3g} GiB may be locked in memory, and offloaded states are "
+            "pinned; if that fails: ulimit -l unlimited"
+        )
+    return tuple(lines)
 
 
 def gather(environ: Mapping[str, str]) -> Machine:
     """Ask nvidia-smi, nvcc and the system; a second or so."""
     home, own = _cuda_home(environ), environ.get("PATH")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    table = _output("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits")
     return Machine(
         host=socket.gethostname(),
-        gpus=visible(_gpus(_output("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits")), environ),
+        gpus=visible(_gpus(table), environ) if table else None,
         cuda_of_torch=_cuda_of_torch(),
         nvcc=_release(_output(str(home / "bin" / "nvcc"), "--version")) if home else "",
         has_ninja=shutil.which("ninja", path=own) is not None,
@@ -145,10 +149,15 @@ def gather(environ: Mapping[str, str]) -> Machine:
     )
 
 
-def visible(gpus: tuple[Gpu, ...], environ: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """Those that CUDA_VISIBLE_DEVICES names, by number or by the beginning of the UUID; all when it is not set."""
+def visible(gpus: tuple[Gpu, ...], environ: Mapping[str, str]) -> tuple[Gpu, ...] | None:
+    """Those that CUDA_VISIBLE_DEVICES names, by number or by the beginning of the UUID; all when it is not set.
+
+    None when it names a part of a GPU (MIG): nvidia-smi's table has whole ones alone.
+    """
     if "CUDA_VISIBLE_DEVICES" not in environ:
         return gpus
+    if "MIG-" in environ["CUDA_VISIBLE_DEVICES"]:
+        return None
     names = [name.strip() for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
     return tuple(
         gpu for name in names for gpu in gpus if name == gpu.name or (not name.isdigit() and gpu.uuid.startswith(name))

@@ -72,6 +72,14 @@ def test_the_gpus_looked_at_are_those_that_the_run_sees(shown, expected):
     assert "".join(gpu.name for gpu in visible(GPUS, environ)) == expected
 
 
+def test_what_nvidia_smi_does_not_say_stops_no_run():
+    assert visible(GPUS, {"CUDA_VISIBLE_DEVICES": "MIG-3f,MIG-4f"}) is None
+    unknown = replace(GOOD, gpus=None)
+    assert lacking(unknown, NEEDS) == []
+    (line,) = doubts(unknown, NEEDS)
+    assert "driver and memory are not checked" in line
+
+
 def program(path: Path, prints: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\nprintf '{prints}'\n")
