@@ -124,11 +124,11 @@ def doubts(found: Machine, needs: Needs) -> tuple[str, ...]:
     """What may stop a run, or may not."""
     lines = []
     if found.gpus is None:
-        lines.append(f"{found.host}: nvidia-smi says nothing of its GPUs, so driver and memory are not checked")
+        lines.append(f"{found.host}: nvidia-smi says nothing of the GPUs; driver and memory are not checked")
     if needs.pins_memory and found.memlock_bytes is not None:
         lines.append(
-            f"{found.host}: only {found.memlock_bytes / _GIB:.3g} GiB may be locked in memory, and offloaded states are "
-            "pinned; if that fails: ulimit -l unlimited"
+            f"{found.host}: only {found.memlock_bytes / _GIB:.3g} GiB may be locked in memory, and offloaded states "
+            "are pinned; if that fails: ulimit -l unlimited"
         )
     return tuple(lines)
 
