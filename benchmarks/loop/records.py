@@ -24,12 +24,18 @@ import torch
 from safetensors.numpy import load, save
 
 from mmr1_ds.algorithm import advantages
+from mmr1_ds.algorithm.experience import make_experience
+from mmr1_ds.algorithm.kl import KLController
+from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.curriculum.statistics import pack
+from mmr1_ds.engine.model.batching import end_to_end
 from mmr1_ds.loop.in_flight import pack_responses
 from mmr1_ds.loop.sharing import groups_from_arrays, groups_to_arrays
 from mmr1_ds.records import GroupRewards, Prompt, Response, RolloutGroup, ScoredGroup
 
 EOS = 151_645
+CPU = torch.device("cpu")
+ALGORITHM = AlgorithmConfig(disable_kl=True)
 Tuples = list[tuple[tuple[int, ...], tuple[float, ...]]]  # token ids and log-probabilities of each response
 
 
@@ -111,7 +117,7 @@ def old_importance(step: Step) -> torch.Tensor:
 
 
 def new_importance(step: Step) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([response.logprobs for response in step.responses]))
+    return end_to_end([response.logprobs for response in step.responses], CPU)
 
 
 def old_advantages(step: Step) -> torch.Tensor:
@@ -124,7 +130,10 @@ def old_advantages(step: Step) -> torch.Tensor:
 
 
 def new_advantages(step: Step) -> torch.Tensor:
-    return torch.from_numpy(np.repeat(step.advantages, step.lengths).astype(np.float32))
+    """All of it: from the rewards to trajectories, and these end to end. Without a KL no rank is asked."""
+    groups = [*step.groups.values()]
+    found = make_experience(groups, ALGORITHM, KLController(ALGORITHM), None)  # type: ignore[arg-type]
+    return end_to_end([item.advantages for item in found.trajectories], CPU)
 
 
 STAGES: dict[str, tuple[Callable[[Step], Any], Callable[[Step], Any]]] = {

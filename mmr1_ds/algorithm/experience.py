@@ -17,6 +17,8 @@ from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.records import Pair, ScoredGroup, Trajectory
 
+_BY_TOKEN = ("reinforce_plus_plus", "remax", "gae")  # estimators that look at the reward of each token
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -70,11 +72,13 @@ def make_experience(
         token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, penalties_T)
         rewards_B = np.array([part.sum() for part in np.split(token_rewards_T, cuts)])
         ref = None  # the loss does not hold the policy to it once more
-    else:
+    elif algorithm.adv_estimator in _BY_TOKEN:
         token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, np.zeros(int(lengths_B.sum())))
+    else:
+        token_rewards_T = None  # a million float64 that nobody would read
     returns: list[np.ndarray] | None = None
     if algorithm.adv_estimator == "gae":
-        assert values is not None
+        assert values is not None and token_rewards_T is not None
         values_T = np.concatenate(values).astype(np.float64)
         gamma, lam = algorithm.gamma, algorithm.lam
         advantages_T, returns_T = advantages.gae(token_rewards_T, values_T, lengths_B, gamma, lam, ranks)
@@ -84,7 +88,7 @@ def make_experience(
         rewards_GN = rewards_B.reshape(len(groups), -1)
         advantages_T = _estimate(algorithm, rewards_GN, token_rewards_T, lengths_B, baselines, ranks)
     sampled = [response.logprobs for item in groups for response in item.group.responses]
-    advantages_of = np.split(advantages_T.astype(np.float32), cuts)
+    advantages_of = np.split(advantages_T.astype(np.float32, copy=False), cuts)
     trajectories = [
         Trajectory(
             prompt,
@@ -138,25 +142,26 @@ def _value_metrics(values_T: np.ndarray, returns_T: np.ndarray, ranks: Ranks) ->
 def _estimate(
     algorithm: AlgorithmConfig,
     rewards_GN: np.ndarray,
-    token_rewards_T: np.ndarray,
+    token_rewards_T: np.ndarray | None,
     lengths_B: np.ndarray,
     baselines_G: Sequence[float] | None,
     ranks: Ranks,
 ) -> np.ndarray:
-    """The advantage of each token, (T,) float64, by every estimator without a critic. Collective."""
+    """The advantage of each token, (T,), by every estimator without a critic. Collective."""
     match algorithm.adv_estimator:
         case "grpo":
-            return np.repeat(advantages.grpo(rewards_GN), lengths_B)
+            return np.repeat(advantages.grpo(rewards_GN).astype(np.float32), lengths_B)
         case "dr_grpo":
-            return np.repeat(advantages.dr_grpo(rewards_GN), lengths_B)
+            return np.repeat(advantages.dr_grpo(rewards_GN).astype(np.float32), lengths_B)
         case "rloo":
-            return np.repeat(advantages.rloo(rewards_GN), lengths_B)
+            return np.repeat(advantages.rloo(rewards_GN).astype(np.float32), lengths_B)
         case "reinforce_plus_plus_baseline":
             return advantages.reinforce_plus_plus_baseline(rewards_GN, lengths_B, ranks)
         case "reinforce_plus_plus":
+            assert token_rewards_T is not None
             return advantages.reinforce_plus_plus(token_rewards_T, lengths_B, algorithm.gamma, ranks)[0]
         case _:
             assert algorithm.adv_estimator == "remax", algorithm.adv_estimator
-            assert baselines_G is not None
+            assert baselines_G is not None and token_rewards_T is not None
             baselines_B = np.repeat(np.array(baselines_G, dtype=np.float64), rewards_GN.shape[1])
             return advantages.remax(token_rewards_T, lengths_B, baselines_B)[0]
