@@ -22,6 +22,7 @@ from mmr1_ds.errors import UserError, require
 from mmr1_ds.exits import EXIT_INTERRUPTED, tell
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 from mmr1_ds.preflight.files import check_data, check_format_prompt, check_model
+from mmr1_ds.rollout.options import image_bounds
 from mmr1_ds.rollout.servers.address import ServerPort
 from mmr1_ds.rollout.servers.process import ServerProcess, check_key
 from mmr1_ds.rollout.servers.supervisor import Supervisor
@@ -143,8 +144,9 @@ def _server(config: RunConfig, port: int) -> ServerProcess:
         key=os.environ[rollout.server_key_variable],
         on_gpu=gpu_is_here(),
         devices=_devices(rollout),
-        is_multimodal=encoder.is_multimodal,
-        most_images=_most_images(config, encoder) if encoder.is_multimodal and rollout.limit_images == 0 else 0,
+        images=image_bounds(
+            encoder, _most_images(config, encoder) if encoder.is_multimodal and rollout.limit_images == 0 else 0
+        ),
         # Machines may share the run directory.
         log=run_directory(config) / "servers" / f"{socket.gethostname()}_{port}.log",
         port=port,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig, ModelConfig
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 # A policy must be able to write these, and a reward to read them, even where a tokenizer calls them special.
 REASONING_TAGS = frozenset(("<think>", "</think>", "<answer>", "</answer>"))
 VISION_ID_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+_IMAGE_THREADS = 4  # a rank: the image processor leaves the interpreter to others while it computes
 IMAGE_TYPE = 1  # in mm_token_type_ids, as transformers' ProcessorMixin gives them
 
 
@@ -73,6 +77,7 @@ class PromptEncoder:
         self._hidden_ids = frozenset(special | {*self.eos_token_ids})
         self._vision_ids = frozenset(_vision_ids(config))
         self._video_token_id = config.to_dict().get("video_token_id")
+        self._expanded: dict[int, Future[ModelInputs]] = {}  # by the id of a prompt with images, while it lives
 
     def encode(
         self, cell: object, images: Sequence[Image], where: str = "the prompt"
@@ -127,19 +132,17 @@ class PromptEncoder:
         return (target_width // self.pixel_limits.factor) * (target_height // self.pixel_limits.factor)
 
     def expand(self, prompt: Prompt) -> ModelInputs:
-        """Return what transformers takes for the prompt, equal to the processor's output on its text and images."""
-        import torch
+        """Return what transformers takes for the prompt, equal to the processor's output on its text and images.
 
-        if not self.is_multimodal:
-            return ModelInputs(torch.tensor(prompt.token_ids, dtype=torch.int64), None, None, None)
-        pixel_values, grid = None, None
-        if prompt.images:
-            pixels = self.processor.image_processor(images=list(prompt.images), return_tensors="pt")
-            pixel_values, grid = pixels["pixel_values"], pixels["image_grid_thw"]
-        input_ids = self._expand_ids(prompt, grid)
-        types = torch.zeros_like(input_ids)
-        types[input_ids == self.image_token_id] = IMAGE_TYPE
-        return ModelInputs(input_ids, pixel_values, grid, types)
+        Images are processed once for as long as the prompt lives, whichever of its responses asks.
+        """
+        return self._expansion(prompt).result() if prompt.images else self._expand(prompt)
+
+    def expand_ahead(self, prompts: Iterable[Prompt]) -> None:
+        """Begin to process the images of prompts in threads, so that `expand` need not wait. Returns at once."""
+        for prompt in prompts:
+            if prompt.images:
+                self._expansion(prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the response as text, without end, padding and other special tokens; <think> and the like stay."""
@@ -153,6 +156,31 @@ class PromptEncoder:
         digest.update(repr((self._template_owner.chat_template, self._format)).encode())
         digest.update(repr(self.pixel_limits if self.is_multimodal else None).encode())
         return digest.hexdigest()
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:  # made late: a scan hands the encoder to its processes
+        return ThreadPoolExecutor(_IMAGE_THREADS, "images")
+
+    def _expansion(self, prompt: Prompt) -> Future[ModelInputs]:
+        found = self._expanded.get(id(prompt))
+        if found is None:
+            found = self._expanded[id(prompt)] = self._threads.submit(self._expand, prompt)
+            weakref.finalize(prompt, self._expanded.pop, id(prompt), None).atexit = False
+        return found
+
+    def _expand(self, prompt: Prompt) -> ModelInputs:
+        import torch
+
+        if not self.is_multimodal:
+            return ModelInputs(torch.tensor(prompt.token_ids, dtype=torch.int64), None, None, None)
+        pixel_values, grid = None, None
+        if prompt.images:
+            pixels = self.processor.image_processor(images=list(prompt.images), return_tensors="pt")
+            pixel_values, grid = pixels["pixel_values"], pixels["image_grid_thw"]
+        input_ids = self._expand_ids(prompt, grid)
+        types = torch.zeros_like(input_ids)
+        types[input_ids == self.image_token_id] = IMAGE_TYPE
+        return ModelInputs(input_ids, pixel_values, grid, types)
 
     def _expand_ids(self, prompt: Prompt, grid: torch.Tensor | None) -> torch.Tensor:
         import torch

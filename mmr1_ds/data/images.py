@@ -104,7 +104,6 @@ class PixelLimits:
     min_pixels: int
     max_pixels: int
     processor_min_pixels: int
-    processor_max_pixels: int
 
     @staticmethod
     def of(
@@ -117,10 +116,12 @@ class PixelLimits:
 
         low = processor_min if min_pixels is None else inside(min_pixels)
         high = processor_max if max_pixels is None else inside(max_pixels)
-        return PixelLimits(factor, min(low, high), high, processor_min, processor_max)
+        return PixelLimits(factor, min(low, high), high, processor_min)
 
     def target(self, width: int, height: int, where: str) -> tuple[int, int]:
         """Return (width, height) in pixels for an image, a size that both processors leave as it is.
+
+        vLLM's is bound by `max_pixels` too: it keeps memory for the largest image that its processor lets through.
 
         Raises: UserError naming the row when the image is too narrow for the model (one side over 200 times
         the other) or no size satisfies the limits.
@@ -130,7 +131,7 @@ class PixelLimits:
         try:
             high, wide = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
             for _ in range(MAX_RESIZE_ROUNDS):
-                settled = smart_resize(high, wide, self.factor, self.processor_min_pixels, self.processor_max_pixels)
+                settled = smart_resize(high, wide, self.factor, self.processor_min_pixels, self.max_pixels)
                 if settled == (high, wide):
                     return wide, high
                 high, wide = settled
@@ -138,5 +139,5 @@ class PixelLimits:
             raise UserError(f"{where}: an image of {width} x {height} pixels is refused: {error}") from error
         raise UserError(
             f"{where}: no size for an image of {width} x {height} pixels is a multiple of {self.factor} and within "
-            f"{self.processor_min_pixels}..{self.processor_max_pixels} pixels; widen the processor's limits"
+            f"{self.processor_min_pixels}..{self.max_pixels} pixels; raise data.max_pixels or the processor's limits"
         )

@@ -78,6 +78,8 @@ class Collector:
     def begin(self, in_flight: InFlight, settings: SamplingSettings) -> None:
         """Ask for the groups of a batch that are not there. Not a collective."""
         in_flight.begin(self._rollout, settings)
+        # Beside the sampling; a probe is not trained on.
+        self._encoder.expand_ahead(request.prompt for request in in_flight.requests if not request.can_wait)
 
     def wait(self, in_flight: InFlight) -> None:
         """Wait until the groups of a batch are there, or given up where they can wait. Collective."""

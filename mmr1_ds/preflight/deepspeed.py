@@ -72,6 +72,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     _settle_precision(resolved, on_gpu, name)
     _settle_optimizer(resolved, config, on_gpu, name)
     _drop_scheduler(resolved, name)
+    _settle_linear(resolved["zero_optimization"], config, on_gpu, name)
     _settle_buckets(resolved["zero_optimization"], config)
     _settle_offload(resolved["zero_optimization"], config, on_gpu)
     _check_offload_states(resolved, config, on_gpu)
@@ -288,6 +289,22 @@ def _drop_scheduler(resolved: dict[str, Any], name: str) -> None:
 
 
 # --- what ZeRO-3 is given -----------------------------------------------------------------------------------------
+
+
+def _settle_linear(zero: dict[str, Any], config: RunConfig, on_gpu: bool, name: str) -> None:
+    """Keep torch's linear: DeepSpeed's, its default, takes torch's place in the whole process, for vLLM's layers too.
+
+    It spares what torch's keeps for the backward pass, the gathered weights. So does gradient checkpointing, all but
+    those of one layer.
+    """
+    if zero.get("memory_efficient_linear"):
+        logger.warning("%s: memory_efficient_linear is set to false: it would replace vLLM's linear layers too", name)
+    if on_gpu and not config.worker.actor.model.enable_gradient_checkpointing:
+        logger.warning(
+            "worker.actor.model.enable_gradient_checkpointing=false: every rank keeps the gathered weights of the "
+            "whole model from the forward to the backward pass"
+        )
+    zero["memory_efficient_linear"] = False
 
 
 def _settle_buckets(zero: dict[str, Any], config: RunConfig) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
+from mmr1_ds.data.images import PixelLimits
+
+if TYPE_CHECKING:
+    from mmr1_ds.data.encoding import PromptEncoder
 
 # Of the KV cache. Responses to one prompt share its whole blocks: at vLLM's own 128 a short prompt is computed once for
 # each response. 32 is the least that its attention kernel likes. (On GPU it is 16.)
@@ -13,6 +18,19 @@ _CPU_BLOCK_TOKENS = 32
 # On a B200 (compute capability 10) vLLM prefers FlashInfer's attention, whose kernels come with no wheel of ours: all
 # ranks would download and compile them at once. Kinds of layers that are not listed (MLA) keep vLLM's choice.
 _B200_ATTENTION = {"full_attention": "FLASH_ATTN", "sliding_window": "FLASH_ATTN"}
+
+
+@dataclass(frozen=True)
+class ImageBounds:
+    """The images that an engine must be ready for, and keeps memory for."""
+
+    most: int  # of the prompt that has the most; the run config may allow more
+    limits: PixelLimits
+
+
+def image_bounds(encoder: PromptEncoder, most: int) -> ImageBounds | None:
+    """The bounds on images of a run; None for a model that takes none."""
+    return ImageBounds(most, encoder.pixel_limits) if encoder.is_multimodal else None
 
 
 def engine_environment(config: RolloutConfig, *, on_gpu: bool) -> tuple[dict[str, str], dict[str, str]]:
@@ -31,13 +49,9 @@ def engine_options(
     data: DataConfig,
     *,
     on_gpu: bool,
-    is_multimodal: bool,
-    most_images: int,
+    images: ImageBounds | None,
 ) -> dict[str, Any]:
-    """Arguments of vLLM's engine, by the names of its Python interface.
-
-    most_images: images of the prompt that has the most; the run config may allow more.
-    """
+    """Arguments of vLLM's engine, by the names of its Python interface. images: None for a model that takes none."""
     options: dict[str, Any] = {}
     max_model_len = config.max_model_len or data.max_prompt_length + data.max_response_length
     max_num_batched_tokens, chunked_prefill = config.max_num_batched_tokens, config.enable_chunked_prefill
@@ -47,8 +61,10 @@ def engine_options(
         options["block_size"] = _CPU_BLOCK_TOKENS
     elif _compute_capability().startswith("10."):
         options["attention_config"] = {"backend_per_kind": _B200_ATTENTION}
-    if is_multimodal:
-        options["limit_mm_per_prompt"] = {"image": config.limit_images or max(1, most_images), "video": 0}
+    if images is not None:
+        options["limit_mm_per_prompt"] = {"image": config.limit_images or max(1, images.most), "video": 0}
+        size = {"shortest_edge": images.limits.processor_min_pixels, "longest_edge": images.limits.max_pixels}
+        options["mm_processor_kwargs"] = {"images_kwargs": {"size": size}}
     return {
         "model": model.model_path,
         "tokenizer": model.tokenizer_path or model.model_path,

@@ -95,8 +95,8 @@ def test_the_settings_of_a_run_are_accepted_on_a_gpu(tmp_path, monkeypatch, name
         return
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, of_ranks)))  # as deepspeed's launcher does
     (server,) = run_servers(
-        config.worker.rollout, config.worker.actor.model, config.data, key="key", on_gpu=True, is_multimodal=True,
-        first_device=config.trainer.n_gpus_per_node, most_images=2, log_folder=tmp_path / "logs",
+        config.worker.rollout, config.worker.actor.model, config.data, key="key", on_gpu=True,
+        first_device=config.trainer.n_gpus_per_node, images=None, log_folder=tmp_path / "logs",
     )  # fmt: skip
     of_server = {int(device) for device in server._environment["CUDA_VISIBLE_DEVICES"].split(",")}
     assert of_ranks | of_server == set(range(part.num_gpus))

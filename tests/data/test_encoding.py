@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from fixtures.data_fixtures import NUM_UNUSED_IDS, VOCABULARY, image, write_text_model, write_vision_model
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
@@ -113,6 +116,34 @@ def test_limits_no_size_can_meet_are_refused():
     limits = PixelLimits.of(28, 1000, 1000, None, None)
     with pytest.raises(UserError, match="row 3: no size for an image of 28 x 28"):
         limits.target(28, 28, "row 3")
+
+
+def test_images_are_processed_once_for_as_long_as_their_prompt_lives(vision_model, monkeypatch):
+    encoder = encoder_of(vision_model)
+    processor, calls = encoder.processor.image_processor, []
+    monkeypatch.setattr(encoder.processor, "image_processor", lambda **given: calls.append(1) or processor(**given))
+    encoder.processor.image_processor.merge_size = processor.merge_size
+    prompts = [prompt_of(encoder, "<image>", [image(60, 90, seed=i)]) for i in range(3)]
+    encoder.expand_ahead(prompts)
+    found = [encoder.expand(prompt) for prompt in prompts for _ in range(4)]
+    assert len(calls) == 3 and found[0] is found[3] is not found[4]
+    direct = processor(images=list(prompts[1].images), return_tensors="pt")["pixel_values"]
+    assert torch.equal(found[4].pixel_values, direct)
+    kept = weakref.ref(found[0])
+    found.clear()
+    assert kept() is not None
+    prompts.clear()
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("size", [(10, 1900), (28, 3785), (28, 28), (1000, 1000)])
+def test_vllm_leaves_images_alone_within_the_run_s_limits(size):
+    """It is told the run's largest image, so as to keep no memory for larger ones; elongated ones exceed it."""
+    limits = PixelLimits.of(28, 28 * 28, 12_845_056, None, 100_000)
+    width, height = limits.target(*size, "row")
+    assert smart_resize(height, width, 28, limits.processor_min_pixels, limits.max_pixels) == (height, width)
+    assert smart_resize(height, width, 28, limits.processor_min_pixels, 12_845_056) == (height, width)
 
 
 def test_too_narrow_an_image_names_the_row(vision_model):

@@ -17,7 +17,7 @@ def engine_options(monkeypatch, capability):
     config = RunConfig()
     config.worker.actor.model.model_path = "model"
     return options.engine_options(
-        config.worker.rollout, config.worker.actor.model, config.data, on_gpu=True, is_multimodal=False, most_images=0
+        config.worker.rollout, config.worker.actor.model, config.data, on_gpu=True, images=None
     )
 
 

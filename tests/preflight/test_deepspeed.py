@@ -71,7 +71,8 @@ def test_every_auto_is_filled_in():
         "gradient_accumulation_steps": 5,  # 30 responses over 2 ranks, 3 at once
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3},  # the model is on the hub: DeepSpeed's own bucket sizes
+        # The model is on the hub: DeepSpeed's own bucket sizes.
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": 3e-5, "betas": [0.8, 0.95], "eps": 1e-8, "weight_decay": 0.02},
@@ -100,6 +101,13 @@ def test_the_user_s_content_is_left_alone():
 def test_other_settings_pass_through():
     resolved = resolve(changed(comms_logger__enabled=True, zero_optimization__overlap_comm=False))
     assert resolved["comms_logger"] == {"enabled": True} and resolved["zero_optimization"]["overlap_comm"] is False
+
+
+def test_torch_s_linear_stays_in_its_place(caplog):
+    asked = changed(zero_optimization__memory_efficient_linear=True)
+    kept = "worker.actor.model.enable_gradient_checkpointing=false"
+    assert resolve(asked, kept)["zero_optimization"]["memory_efficient_linear"] is False
+    assert "memory_efficient_linear is set to false" in caplog.text and "keeps the gathered weights" in caplog.text
 
 
 def test_bucket_sizes_from_the_width_of_a_local_model(tmp_path):
@@ -256,7 +264,8 @@ def test_reference_has_no_optimizer_and_its_own_offload():
     reference = reference_deepspeed(config, actor, on_gpu=True)
     assert reference["train_micro_batch_size_per_gpu"] == 7 and reference["bf16"] == {"enabled": True}
     assert "optimizer" not in reference and "train_batch_size" not in reference
-    assert reference["zero_optimization"] == {"stage": 3}  # the actor's offload is not the reference's
+    # The actor's offload is not the reference's.
+    assert reference["zero_optimization"] == {"stage": 3, "memory_efficient_linear": False}
 
     config.worker.ref.offload.offload_params = True
     assert reference_deepspeed(config, actor, on_gpu=True)["zero_optimization"]["offload_param"]["device"] == "cpu"
@@ -277,7 +286,7 @@ def test_the_critic_has_an_optimizer_and_offload_of_its_own():
     assert critic["gradient_accumulation_steps"] == 6 and critic["gradient_clipping"] == 0.25
     params = critic["optimizer"]["params"]
     assert (params["lr"], params["betas"], params["weight_decay"]) == (7e-6, [0.7, 0.9], 0.03)
-    assert critic["zero_optimization"] == {"stage": 3}
+    assert critic["zero_optimization"] == {"stage": 3, "memory_efficient_linear": False}
     assert actor["optimizer"]["params"]["lr"] == 3e-5 and "offload_optimizer" in actor["zero_optimization"]
 
     config.worker.critic.offload.offload_optimizer = True

@@ -12,7 +12,7 @@ from settings import small_config
 
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.exits import leave
-from mmr1_ds.rollout.options import engine_environment, engine_options
+from mmr1_ds.rollout.options import engine_environment, engine_options, image_bounds
 
 folder, out = sys.argv[1:]
 config = small_config(folder, prompts=2, responses=2, micro_batch=1)
@@ -26,7 +26,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
 from vllm import LLM, SamplingParams  # noqa: E402  reads the environment
 
 llm = LLM(
-    **engine_options(settings, model, config.data, on_gpu=False, is_multimodal=encoder.is_multimodal, most_images=1)
+    **engine_options(settings, model, config.data, on_gpu=False, images=image_bounds(encoder, 1))
 )
 bias = dict.fromkeys(encoder.forbidden_token_ids, -100.0)
 parameters = SamplingParams(

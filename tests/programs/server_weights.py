@@ -23,6 +23,7 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.weights import gathering as weights
 from mmr1_ds.exits import leave
 from mmr1_ds.records import Prompt
+from mmr1_ds.rollout.options import image_bounds
 from mmr1_ds.rollout.servers.address import ServerAddress
 from mmr1_ds.rollout.servers.process import ServerProcess
 from mmr1_ds.rollout.servers.weights.transfer import ServerControl, WeightTransfer
@@ -49,8 +50,7 @@ if ranks.rank == 0:
         key=KEY,
         on_gpu=False,
         devices=[],
-        is_multimodal=encoder.is_multimodal,
-        most_images=MOST_IMAGES,
+        images=image_bounds(encoder, MOST_IMAGES),
         log=Path(out).with_suffix(".log"),
     )
     server.start()

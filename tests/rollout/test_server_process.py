@@ -22,8 +22,9 @@ from fixtures.tiny_models import save_vision_model
 
 from mmr1_ds.commands import cli, serve
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
+from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.errors import UserError
-from mmr1_ds.rollout.options import engine_options
+from mmr1_ds.rollout.options import engine_options, image_bounds
 from mmr1_ds.rollout.servers import process as module
 from mmr1_ds.rollout.servers.address import ServerPort
 from mmr1_ds.rollout.servers.guard import ServerGuard
@@ -489,12 +490,13 @@ def check_options(log, model):
     given = re.search(r"non-default args: (\{.*\})", log)[1]
     rollout = RolloutConfig(limit_images=2, kv_cache_gb=1, enforce_eager=True, max_num_seqs=5)
     data = DataConfig(max_prompt_length=150, max_response_length=50)
-    options = engine_options(
-        rollout, ModelConfig(model_path=str(model)), data, on_gpu=False, is_multimodal=True, most_images=0
-    )
+    model_config = ModelConfig(model_path=str(model))
+    images = image_bounds(PromptEncoder(model_config, data), 0)
+    options = engine_options(rollout, model_config, data, on_gpu=False, images=images)
     said = {name for name in options if f"'{name}': " in given}
     assert {name for name in said if f"'{name}': {options[name]!r}" not in given} == set()
-    assert {"max_model_len", "max_num_seqs", "dtype", "enforce_eager", "logprobs_mode", "limit_mm_per_prompt"} <= said
+    assert {"max_model_len", "max_num_seqs", "dtype", "enforce_eager", "logprobs_mode"} <= said
+    assert {"limit_mm_per_prompt", "mm_processor_kwargs"} <= said
 
 
 def check_guard(url, log):

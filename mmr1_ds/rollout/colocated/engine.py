@@ -20,7 +20,7 @@ from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, Samp
 from mmr1_ds.rollout.base import InTurn, Policy
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import phases_logged
-from mmr1_ds.rollout.options import engine_environment, engine_options
+from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds
 from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class VllmRollout(InTurn):
         most_images: int,
         preemption: Preemption,
     ) -> None:
-        """Collective: start the engine. Its weights are the model folder's until the first sync.
+        """Collective: start the engine. Its weights are arbitrary until the first sync: reading them would be vain.
 
         most_images: images of the prompt that has the most; the run config may allow more.
         """
@@ -52,7 +52,7 @@ class VllmRollout(InTurn):
         self._tensor_parallel_size = config.tensor_parallel_size
         self._version = 0
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
-        self._llm: LLM = _start_engine(config, model, data, ranks, encoder, most_images)
+        self._llm: LLM = _start_engine(config, model, data, ranks, image_bounds(encoder, most_images))
         _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
         self._llm.collective_rpc(_forbid, args=(encoder.forbidden_token_ids,))
@@ -157,8 +157,7 @@ def _start_engine(
     model: ModelConfig,
     data: DataConfig,
     ranks: Ranks,
-    encoder: PromptEncoder,
-    most_images: int,
+    images: ImageBounds | None,
 ) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher runs the engine in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -166,13 +165,11 @@ def _start_engine(
     os.environ |= defaults | os.environ | decided
     from vllm import LLM
 
-    options = engine_options(
-        config, model, data, on_gpu=ranks.on_gpu, is_multimodal=encoder.is_multimodal, most_images=most_images
-    )
+    options = engine_options(config, model, data, on_gpu=ranks.on_gpu, images=images)
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
     with phases_logged():
-        return LLM(distributed_executor_backend="external_launcher", **options)
+        return LLM(distributed_executor_backend="external_launcher", load_format="dummy", **options)
 
 
 def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:

@@ -19,6 +19,7 @@ from mmr1_ds.config.redaction import remember
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import Policy, ServersGone
+from mmr1_ds.rollout.options import ImageBounds, image_bounds
 from mmr1_ds.rollout.servers.address import ServerAddress
 from mmr1_ds.rollout.servers.group import ServerGroup, Ticket
 from mmr1_ds.rollout.servers.process import ExternalServer, ServerProcess, check_key
@@ -105,9 +106,8 @@ class ServerRollout:
                 data,
                 key=key,
                 on_gpu=ranks.on_gpu,
-                is_multimodal=encoder.is_multimodal,
+                images=image_bounds(encoder, most_images),
                 first_device=first_device,
-                most_images=most_images,
                 log_folder=log_folder,
             )
             self._supervisor = Supervisor(servers, self._config.server_start_seconds)
@@ -316,9 +316,8 @@ def run_servers(
     *,
     key: str,
     on_gpu: bool,
-    is_multimodal: bool,
+    images: ImageBounds | None,
     first_device: int,
-    most_images: int,
     log_folder: Path,
 ) -> list[WatchedServer]:
     """The servers of a run: those of `server_urls`, else processes on GPUs of their own, not started yet."""
@@ -336,8 +335,7 @@ def run_servers(
             key=key,
             on_gpu=on_gpu,
             devices=devices[number * size : (number + 1) * size],
-            is_multimodal=is_multimodal,
-            most_images=most_images,
+            images=images,
             log=log_folder / f"server_{number}.log",
         )
         for number in range(config.num_servers)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.rollout.options import engine_environment, engine_options
+from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options
 from mmr1_ds.rollout.servers.address import WILDCARDS, ServerPort, host_in_url
 from mmr1_ds.rollout.servers.guard import KEY_VARIABLE
 from mmr1_ds.rollout.servers.minder import KILL_SECONDS
@@ -83,15 +83,14 @@ class ServerProcess:
         key: str,
         on_gpu: bool,
         devices: Sequence[int],
-        is_multimodal: bool,
-        most_images: int,
+        images: ImageBounds | None,
         log: Path,
         port: int | None = None,
     ) -> None:
         """Choose the address; nothing is started.
 
         Args: number: among the run's servers; key: what every request must carry; devices: numbers of its GPUs, unused
-            on the CPU; most_images: of the prompt that has the most; log: file that its output is appended to; port:
+            on the CPU; images: None for a model that takes none; log: file that its output is appended to; port:
             None for a free one.
         Raises: UserError for an address that cannot be listened on.
         """
@@ -106,9 +105,7 @@ class ServerProcess:
                 "guarded by its key alone; name the address of the cluster's own interface instead",
                 config.server_host or "''",
             )
-        options = engine_options(
-            config, model, data, on_gpu=on_gpu, is_multimodal=is_multimodal, most_images=most_images
-        )
+        options = engine_options(config, model, data, on_gpu=on_gpu, images=images)
         options |= {
             "host": config.server_host,
             "port": self._port.number,
