@@ -15,13 +15,15 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 ARGS ?=
 PYTEST_ARGS ?=
+# Two modules of tests at a time, what a module has started shared by its tests; the slow ones come first.
+SIDE_BY_SIDE := -n 2 --dist loadscope --no-loadscope-reorder
 
 SMALL ?= 100000
 LARGE ?= 150
 SEED ?= 7
 SANITIZED ?= build/fuzz_count_ngrams
 
-.PHONY: demo check lint types fast test slow slow-others slow-servers chaos gpu-check sanitize docs setup clean distclean
+.PHONY: demo check lint types fast test slow chaos gpu-check sanitize docs setup clean distclean
 
 demo: setup
 	@bash launch/demo.sh $(ARGS)
@@ -38,20 +40,13 @@ types: setup
 	$(PYTHON) -m mypy
 
 fast: setup
-	$(PYTHON) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m "not slow" $(PYTEST_ARGS)
 
-# Side by side, two at a time: the slow ones spend half of their time in one thread.
 test: setup
-	@$(MAKE) --no-print-directory --output-sync=target --jobs=2 slow-others slow-servers fast PYTEST_ARGS=--durations=10
+	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) --durations=20 $(PYTEST_ARGS)
 
 slow: setup
-	$(PYTHON) -m pytest -q -m slow $(PYTEST_ARGS)
-
-slow-others: setup
-	$(PYTHON) -m pytest -q -m "slow and not servers and not cluster" $(PYTEST_ARGS)
-
-slow-servers: setup
-	$(PYTHON) -m pytest -q -m "slow and (servers or cluster)" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m slow $(PYTEST_ARGS)
 
 # Ranks of short runs are killed at random moments, KILLS times; see tests/cluster/test_chaos.py.
 KILLS ?= 100

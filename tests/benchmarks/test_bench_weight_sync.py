@@ -7,8 +7,6 @@ import sys
 import pytest
 from fixtures.launching import ROOT, environment
 
-pytestmark = pytest.mark.servers
-
 BENCHMARK = ROOT / "benchmarks" / "weights" / "bench_weight_sync.py"
 
 

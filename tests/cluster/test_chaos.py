@@ -16,7 +16,7 @@ import pytest
 from fixtures.launching import ROOT, WarmProcess, environment, processes_with, wait_until
 from fixtures.tiny_run import assert_same_run, write_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pytest
 from fixtures.launching import ROOT, environment, processes_with, wait_until
 from fixtures.tiny_run import assert_same_run, write_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 
 NUM_STEPS = 12
 

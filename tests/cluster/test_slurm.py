@@ -12,7 +12,7 @@ from fixtures.launching import ROOT, environment, processes_with, wait_until
 from fixtures.slurm_cluster import missing, slurm_cluster
 from fixtures.tiny_run import assert_same_run, write_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 
 NUM_STEPS = 12
 OPTIONS = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=30"]

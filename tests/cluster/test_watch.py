@@ -21,8 +21,6 @@ from mmr1_ds.cluster.judgement import Place
 from mmr1_ds.cluster.watch import GRACE_SECONDS, Watch, report_fault
 from mmr1_ds.errors import UserError
 
-pytestmark = pytest.mark.cluster
-
 LIMIT_SECONDS = 4
 SIZE = 3
 END_SECONDS = 60  # far beyond what the ranks have: the tests tell a hang, not a slow machine

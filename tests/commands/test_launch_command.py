@@ -14,8 +14,6 @@ from fixtures.slurm_cluster import NODES, missing, slurm_cluster
 
 from mmr1_ds.commands import cli
 
-pytestmark = pytest.mark.cluster
-
 KEY = "sk-7f3a91c04be2d855"
 
 

@@ -8,8 +8,6 @@ import pytest
 from fixtures.launching import ROOT, environment
 from fixtures.tiny_run import write_run
 
-pytestmark = pytest.mark.cluster
-
 # The folder of the checkpoints turns into a file when the run is under way.
 TAKES_THE_FOLDER = """
 from pathlib import Path

@@ -15,8 +15,6 @@ from fixtures.tiny_models import save_text_model
 from mmr1_ds.config import JudgeConfig, RewardConfig
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 
-pytestmark = pytest.mark.servers
-
 KEY = "sk-test-do-not-show"
 START_SECONDS = 240
 

@@ -6,7 +6,7 @@ import pytest
 from fixtures.launching import run_ranks
 from fixtures.tiny_models import save_vision_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.servers]
+pytestmark = pytest.mark.slow
 
 
 def run(folder, engine, num_ranks):

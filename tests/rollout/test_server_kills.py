@@ -16,7 +16,7 @@ import yaml
 from fixtures.launching import ROOT, environment, processes_with, wait_until
 from fixtures.tiny_models import save_vision_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.servers]
+pytestmark = pytest.mark.slow
 
 NUM_KILLS = int(os.environ.get("MMR1_DS_SERVER_KILLS", "1"))
 PROMPTS, BATCH, RESPONSES = 12, 4, 3

@@ -30,8 +30,6 @@ from mmr1_ds.rollout.servers.address import ServerPort
 from mmr1_ds.rollout.servers.guard import ServerGuard
 from mmr1_ds.rollout.servers.process import ExternalServer, RolloutServerError, server_arguments
 
-pytestmark = pytest.mark.servers
-
 
 def group_members(group: int) -> list[int]:
     """Processes of a process group that are not over."""

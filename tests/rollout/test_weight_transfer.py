@@ -28,8 +28,6 @@ from mmr1_ds.rollout.servers.weights.shared_memory import (
 from mmr1_ds.rollout.servers.weights.shared_memory_transfer import SharedMemoryTransfer
 from mmr1_ds.rollout.servers.weights.transfer import WeightTransfer
 
-pytestmark = pytest.mark.servers
-
 
 class Actor:
     """Weights of odd shapes and types in three buckets; they change with `step`."""
