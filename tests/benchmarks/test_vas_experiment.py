@@ -183,6 +183,7 @@ def test_the_first_crossing_is_interpolated():
     assert np.isnan(first_crossing(positions, curve, 0.7))
 
 
+@pytest.mark.slow
 def test_the_report_has_tables_json_and_plots(tmp_path):
     sys_path = [sys.executable, str(BENCHMARKS / "vas_experiment.py"), "report", str(tmp_path)]
     for arm in ("shuffle", "full", "online", "filtering"):

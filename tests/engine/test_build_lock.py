@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 
+import pytest
 from fixtures.launching import ROOT, environment
 from torch.utils import cpp_extension
 
@@ -29,6 +30,7 @@ def holder(path) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_a_killed_builder_locks_nobody_out(tmp_path):
     path = tmp_path / "lock"
     process = holder(path)

@@ -171,6 +171,7 @@ def count_in_child(batch, results):
     results.put(cpu.count_ngrams(*batch, 3, num_threads=3, max_undivided=64))
 
 
+@pytest.mark.slow
 def test_a_fork_can_count():
     batch = zipf_batch((8, 3), 300, 50, seed=3)
     expected = cpu.count_ngrams(*batch, 3, num_threads=3, max_undivided=64)  # the parent has threads now

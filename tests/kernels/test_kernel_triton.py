@@ -13,6 +13,8 @@ import torch
 from fixtures.launching import PROGRAMS, environment
 from mmr1_kernels import gpu
 
+pytestmark = pytest.mark.slow  # Triton's interpreter takes half a minute
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "diversity.json").read_text())["cases"]
 LARGEST_ID = 2**31 - 1
 ENOUGH = 1 << 30

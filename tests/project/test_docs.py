@@ -43,6 +43,7 @@ FOREIGN = {  # words of others that troubleshooting.md quotes -> whose
 # --- the site -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path):
     built = tmp_path / "site"
     done = subprocess.run(

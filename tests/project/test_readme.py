@@ -80,6 +80,7 @@ def test_commands_before_a_run(tmp_path, capsys, monkeypatch, page, name, said):
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     reports = [shlex.split(command)[1:] for command in commands_of(DOCS / "report.md")]
