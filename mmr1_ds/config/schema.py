@@ -92,6 +92,8 @@ class DataConfig:
     curriculum_refresh: Annotated[str, OneOf("full", "online")] = "full"
     curriculum_probe_fraction: Share = 0.1  # online: rollouts on prompts long unseen, as a share of training's
     curriculum_replacement: bool = True  # draw the scored part with replacement, as the paper does
+    # what computes the scores of groups: auto takes the Triton kernel on a GPU, else the C++ one
+    curriculum_kernel: Annotated[str, OneOf("auto", "cpu", "triton")] = "auto"
     curriculum_weight_floor: Share = 0.01  # share of the largest weight, before sharpening, that all keep
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import mmr1_kernels
 import numpy as np
 
 from mmr1_ds.curriculum.metric_names import needs_edit_distance
 from mmr1_ds.records import ScoredGroup
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,15 @@ class PromptStatistics:
 
 
 def score_batch(
-    scored_groups: Sequence[ScoredGroup], eos_token_ids: Collection[int], metrics: Sequence[str]
+    scored_groups: Sequence[ScoredGroup],
+    eos_token_ids: Collection[int],
+    metrics: Sequence[str],
+    device: torch.device | None = None,
 ) -> list[PromptStatistics]:
     """The statistics of each group, in order; the edit distance only if `metrics` asks for it.
 
     Groups may differ in size. A trailing end-of-sequence is not scored: what a response says does not depend on
-    whether it was cut off.
+    whether it was cut off. device: where the Triton kernel runs; None = the C++ one, in this process.
     """
     if not scored_groups:
         return []
@@ -48,9 +55,7 @@ def score_batch(
     token_ids, offsets = pack(scored_groups, eos_token_ids)
     rewards = np.concatenate([scored.rewards.overall for scored in scored_groups]).astype(np.float32)
     accuracies = np.concatenate([scored.rewards.accuracy for scored in scored_groups]).astype(np.float32)
-    groups = mmr1_kernels.group_statistics(
-        token_ids, offsets, rewards, accuracies, group_size=None, group_offsets=group_offsets
-    )
+    groups = _group_statistics(token_ids, offsets, rewards, accuracies, group_offsets, device)
     if needs_edit_distance(metrics):
         edit_distances = mmr1_kernels.mean_edit_distance(token_ids, offsets, None, group_offsets=group_offsets)
     else:
@@ -69,6 +74,35 @@ def score_batch(
         )
         for position, scored in enumerate(scored_groups)
     ]
+
+
+def _group_statistics(
+    token_ids: np.ndarray,
+    offsets: np.ndarray,
+    rewards: np.ndarray,
+    accuracies: np.ndarray,
+    group_offsets: np.ndarray,
+    device: torch.device | None,
+) -> mmr1_kernels.GroupStatistics:
+    def placed(array: np.ndarray) -> Any:
+        if device is None:
+            return array
+        import torch
+
+        return torch.from_numpy(array).to(device)
+
+    found = mmr1_kernels.group_statistics(
+        placed(token_ids),
+        placed(offsets),
+        placed(rewards),
+        placed(accuracies),
+        group_size=None,
+        group_offsets=placed(group_offsets),
+        backend=None if device is None else "triton",
+    )
+    if device is None:
+        return found
+    return mmr1_kernels.GroupStatistics(**{name: values.cpu().numpy() for name, values in vars(found).items()})
 
 
 def pack(scored_groups: Sequence[ScoredGroup], eos_token_ids: Collection[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mmr1_ds.cluster.preemption import SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import AlgorithmConfig, DataConfig, RolloutConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
-from mmr1_ds.curriculum.statistics import score_batch
+from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.loop.collector import BASELINE, PROBE, TRAINING, Collector, RequestMaker
 from mmr1_ds.loop.drawn import Drawn, check_filter_key
@@ -58,7 +58,7 @@ class BatchMaker:
         mini_batch_size: int,
         max_tries: int,
         ranks: Ranks,
-        eos_token_ids: Collection[int],
+        score: Callable[[Sequence[ScoredGroup]], list[PromptStatistics]],
         prompts: PromptDataset,
         coordinator: Coordinator,
         collector: Collector,
@@ -66,11 +66,12 @@ class BatchMaker:
         """
         Args:
             mini_batch_size: prompts an optimiser step.
+            score: what the curriculum observes of scored groups.
             max_tries: draws a batch with online filtering; 0 or less = until it is full.
         """
         self._data, self._algorithm, self._rollout = data, algorithm, rollout
         self._batch_size, self._mini_batch_size = data.rollout_batch_size, mini_batch_size
-        self._ranks, self._eos_token_ids, self._prompts = ranks, eos_token_ids, prompts
+        self._ranks, self._score_groups, self._prompts = ranks, score, prompts
         self._coordinator, self._collector = coordinator, collector
         self._requests = RequestMaker(rollout.seed)
         self._slots = batch_slots(self._batch_size, mini_batch_size, ranks.rank, ranks.size)
@@ -218,7 +219,7 @@ class BatchMaker:
         """
         scored, failures = self._collector.score(groups, clock)
         with clock("curriculum"):
-            found = score_batch(scored, self._eos_token_ids, self._data.curriculum_metrics)
+            found = self._score_groups(scored)
             of_probes = [dataclasses.replace(prompt, is_probe=True) for prompt in found[num_training:]]
             self._coordinator.observe(step, found[:num_training] + of_probes)
         return scored[:num_training], scored[num_training:], failures

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
-from mmr1_ds.config import RunConfig
+from mmr1_ds.config import DataConfig, RunConfig
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory, total_training_steps
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.curriculum.statistics import PromptStatistics, score_batch
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
@@ -43,7 +45,7 @@ from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
 from mmr1_ds.monitoring.samples import TrainingSamples
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
-from mmr1_ds.records import SamplingSettings
+from mmr1_ds.records import SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.loading import BUILT_IN
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
@@ -165,10 +167,23 @@ def make_batches(
         config.worker.actor.global_batch_size,
         config.trainer.max_try_make_batch,
         ranks,
-        encoder.eos_token_ids,
+        _scorer(config.data, ranks, encoder),
         train_data,
         coordinator,
         collector,
+    )
+
+
+def _scorer(
+    data: DataConfig, ranks: Ranks, encoder: PromptEncoder
+) -> Callable[[Sequence[ScoredGroup]], list[PromptStatistics]]:
+    """What turns scored groups into what the curriculum observes, with the kernel of this device."""
+    on_gpu = data.curriculum_kernel == "triton" or (data.curriculum_kernel == "auto" and ranks.on_gpu)
+    return partial(
+        score_batch,
+        eos_token_ids=encoder.eos_token_ids,
+        metrics=data.curriculum_metrics,
+        device=ranks.device if on_gpu else None,
     )
 
 
@@ -238,7 +253,7 @@ def make_trainer(
         coordinator=coordinator,
         collector=collector,
         train_data=train_data,
-        encoder=encoder,
+        score=_scorer(data, ranks, encoder),
         turns=turns,
         weights_digest=actor.weights_digest,
         kept=kept_refresh,
@@ -403,6 +418,8 @@ def _check_ranks(
     transfer = config.worker.rollout.weight_transfer
     if config.worker.rollout.engine == "server" and transfer in ("nccl", "ipc") and not ranks.on_gpu:
         raise UserError(f"worker.rollout.weight_transfer={transfer} needs GPUs, there is none; set it to auto")
+    if config.data.curriculum_kernel == "triton" and not ranks.on_gpu:
+        raise UserError("data.curriculum_kernel=triton needs a GPU, there is none; set it to auto")
     if len(set(ranks.all_gather_objects(train_data.fingerprint, "compare the data sets"))) > 1:
         raise UserError(f"data.train_files={config.data.train_files} differs between ranks; give all the same files")
 

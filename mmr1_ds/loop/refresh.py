@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, RewardConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
-from mmr1_ds.curriculum.statistics import score_batch
+from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.loop.collector import REFRESH, Collector, RequestMaker
 from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.loop.turns import Turns
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.monitoring.logger import MetricsLogger
-from mmr1_ds.records import SamplingSettings
-
-if TYPE_CHECKING:
-    from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.records import SamplingSettings, ScoredGroup
 
 KEPT = "refresh.safetensors"  # beside the checkpoints: what an unfinished refresh has found
 
@@ -43,7 +39,7 @@ class CurriculumRefresh:
         coordinator: Coordinator,
         collector: Collector,
         train_data: PromptDataset,
-        encoder: PromptEncoder,
+        score: Callable[[Sequence[ScoredGroup]], list[PromptStatistics]],
         turns: Turns,
         weights_digest: Callable[[], str],
         kept: Path,
@@ -62,7 +58,7 @@ class CurriculumRefresh:
         self._key_parts = (settings, seed, data, reward)
         self._requests = RequestMaker(seed)
         self._coordinator, self._collector, self._train_data = coordinator, collector, train_data
-        self._encoder, self._turns, self._weights_digest, self._kept = encoder, turns, weights_digest, kept
+        self._score, self._turns, self._weights_digest, self._kept = score, turns, weights_digest, kept
         self._preemption, self._records, self._ranks = preemption, records, ranks
         self._progress: Callable[[int, str], AbstractContextManager[Callable[[int], None]]] = metrics_logger.progress
 
@@ -87,8 +83,7 @@ class CurriculumRefresh:
                 own = chunk[ranks.rank :: ranks.size]  # interleaved: long prompts often lie together
                 requests = self._requests(self._train_data, own, self._data.curriculum_rollout_n, REFRESH, step, own)
                 groups, _ = self._collector.collect(requests, self._settings, StageClock(ranks.stage))
-                statistics = score_batch(groups, self._encoder.eos_token_ids, self._data.curriculum_metrics)
-                coordinator.observe_refresh(statistics)
+                coordinator.observe_refresh(self._score(groups))
                 coordinator.save_refresh(self._kept, key)
                 advance(len(chunk))
             coordinator.finish_refresh(step + 1)

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from fixtures.launching import environment
 from fixtures.responses import response
 
 from mmr1_ds.curriculum.metric_names import canonical_metric, check_metrics
@@ -128,6 +129,39 @@ def test_edit_distance_only_when_asked():
     group = scored_group(0, [[1, 2, 3, 4], [1, 2, 3, 5, 99]], [1, 0], [1, 0])
     found = score_batch([group], (99,), ["learnability", "edit_distance"])[0]
     assert found.edit_distance == pytest.approx(0.25)
+
+
+TRITON_ALIKE = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import dataclasses
+import numpy as np
+import torch
+from fixtures.launching import environment
+from fixtures.responses import response
+from mmr1_ds.curriculum.statistics import score_batch
+from mmr1_ds.records import GroupRewards, Prompt, RolloutGroup, ScoredGroup
+
+random = np.random.default_rng(5)
+groups = []
+for index, size in enumerate((3, 1, 4, 2)):
+    overall = random.choice([0.1, 0.7], size if index % 2 else 1).repeat(1 if index % 2 else size).astype(np.float32)
+    unknown = np.where(np.arange(size) % 3 == 1, np.nan, overall > 0.5).astype(np.float32)
+    rewards = GroupRewards(overall, unknown, np.zeros(size, dtype=np.bool_), {})
+    tokens = [random.integers(0, 5, random.integers(0, 12)).tolist() for _ in range(size)]
+    groups.append(ScoredGroup(RolloutGroup(Prompt(index, "", (), (), ""), tuple(map(response, tokens)), 0), rewards))
+one = score_batch(groups, (4,), ["learnability", "edit_distance"])
+other = score_batch(groups, (4,), ["learnability", "edit_distance"], torch.device("cpu"))
+for a, b in zip(one, other, strict=True):
+    np.testing.assert_allclose(dataclasses.astuple(a), dataclasses.astuple(b), rtol=1e-9, atol=1e-12)
+    assert a.is_effective is b.is_effective
+"""
+
+
+@pytest.mark.slow
+def test_the_triton_kernel_gives_the_same_statistics():
+    done = subprocess.run([sys.executable, "-c", TRITON_ALIKE], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_groups():

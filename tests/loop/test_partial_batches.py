@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from fixtures.batch_makers import EOS, B, Data, FakeCollector, N, P, make, rewards, sections
+from fixtures.batch_makers import B, Data, FakeCollector, N, P, make, rewards, score, sections
 from fixtures.rank_threads import Ranks, SingleProcess, on_ranks
 from fixtures.responses import plain, response
 
@@ -77,7 +77,7 @@ def maker(control):
     config.data.seed, config.worker.rollout.n = 3, N
     coordinator = Coordinator(config.data, [f"p{i}" for i in range(P)], [""] * P, "abc", N, 8, control)
     collector = WholeKnown()
-    return PartialBatchMaker(*sections(config), Ranks(control), EOS, Data(), coordinator, collector), coordinator
+    return PartialBatchMaker(*sections(config), Ranks(control), score, Data(), coordinator, collector), coordinator
 
 
 def check(scored):
