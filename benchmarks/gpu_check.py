@@ -133,7 +133,7 @@ def all_parts() -> list[Part]:
         short_run("nccl", 2, 3, transfer, "an NCCL group of rank 0 and the server; vLLM's own engine",
                   server, "worker.rollout.weight_transfer=nccl", eager, num_ranks=1),
         bench("kernel/bench_group_statistics", "--quick", num_gpus=1),
-        bench("engine/bench_attention", num_gpus=1),
+        bench("engine/bench_attention", num_gpus=1, seconds=60),
         bench("engine/bench_log_probs", "--tokens", "0", "--time-tokens", "64"),
         bench("weights/bench_weight_sync", "--quick", "--rounds", "1"),
         bench("step/bench_step", "--setups", "zero3_two_ranks_transformers", "--steps", "2", "--warm-up", "1",
