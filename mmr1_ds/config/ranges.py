@@ -23,8 +23,9 @@ def value_at(config: RunConfig, key: str) -> Any:
 def check_choices(config: RunConfig) -> None:
     """Check every key that takes one of several words. Raises: UserError for another word."""
     for key, limit in limits().items():
-        if isinstance(limit, OneOf):
-            _check(key, value_at(config, key), limit)
+        value = value_at(config, key)
+        if isinstance(limit, OneOf) and value is not None:
+            _check(key, value, limit)
     for key in ("worker.rollout.server_key_variable", "worker.reward.judge.key_variable"):
         check_variable(key, value_at(config, key))
 

@@ -177,6 +177,8 @@ class ActorConfig:
     micro_batch_size_per_device_for_update: PositiveInt = 4  # responses a forward and backward
     micro_batch_size_per_device_for_experience: PositiveInt = 16  # responses a forward for log-probabilities
     padding_free: bool = True  # sequences end to end, without padding; untested families are padded
+    # of packed sequences: varlen = one call of flash-attention for all (GPU, bf16), sdpa = torch's, one by one
+    attention: Annotated[str, OneOf("auto", "varlen", "sdpa")] = "auto"  # auto: varlen where it can run
     ulysses_size: PositiveInt = 1  # ranks that compute each sequence together, a divisor of their number
     dynamic_batching: bool = True  # fill a micro-batch up to the tokens that its size has at full length
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
@@ -220,6 +222,8 @@ class CriticConfig:
     # responses a forward for values; null = the actor's
     micro_batch_size_per_device_for_experience: PositiveInt | None = None
     padding_free: bool | None = None  # as worker.actor.padding_free; null = the actor's
+    # as worker.actor.attention; null = the actor's
+    attention: Annotated[str | None, OneOf("auto", "varlen", "sdpa")] = None
     dynamic_batching: bool | None = None  # as worker.actor.dynamic_batching; null = the actor's
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     cliprange_value: PositiveFloat = 0.5  # how far from its value at the rollout a value is rewarded for moving

@@ -43,7 +43,7 @@ class Critic(Learner):
             offload_states: as worker.actor.offload_states.
         """
         dtype = start_deepspeed(ranks)
-        module = load_value_model(settings, exact_types(deepspeed_config), dtype)
+        module = load_value_model(settings, exact_types(deepspeed_config), dtype, ranks.device)
         super().__init__(
             module, settings, sizes, deepspeed_config, ranks, encoder, num_updates, bad_updates, offload_states
         )

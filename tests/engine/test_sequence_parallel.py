@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from fixtures.launching import run_ranks
 from fixtures.tiny_models import save_text_model, save_vision_model
-from torch import nn
-from transformers import AttentionInterface, AutoConfig, Qwen2Config
+from transformers import AutoConfig
 
 from mmr1_ds.cluster.ranks import Neighbours
-from mmr1_ds.engine.model.packing import PACKED
-from mmr1_ds.engine.model.sequence_parallel import NAME, SequenceParallel, under_its_name
+from mmr1_ds.engine.model.attention import PACKED
+from mmr1_ds.engine.model.sequence_parallel import SequenceParallel
 from mmr1_ds.errors import UserError
 
 
@@ -28,16 +27,6 @@ def test_log_probs_are_those_of_a_rank_alone(tmp_path, family):
     total = sum(found["lengths"].sum() for found in results)
     for found in results:
         assert 0 <= 2 * found["cuts"].sum() - total <= len(found["cuts"])
-
-
-def test_the_attention_inside_is_asked_under_its_own_name():
-    """transformers' flash-attention loads its kernels by that name."""
-    AttentionInterface.register("probe", lambda module, *_, **options: (module.config._attn_implementation, options))
-    layer = nn.Module()
-    layer.config = Qwen2Config()
-    layer.config._attn_implementation = NAME
-    assert under_its_name("probe")(layer, 1, 2, scaling=3) == ("probe", {"scaling": 3})
-    assert layer.config._attn_implementation == NAME
 
 
 def test_heads_that_cannot_be_shared_out_are_refused(tmp_path):

@@ -15,7 +15,10 @@ from mmr1_ds.records import Pair, Prompt
 
 @dataclass(frozen=True)
 class ModelBatch:
-    """The inputs of one forward. The response tokens of all rows are packed end to end, in row order."""
+    """The inputs of one forward. The response tokens of all rows are packed end to end, in row order.
+
+    Pixels and targets are on the device. The rest stays on the host, where rows are laid out without waiting for it.
+    """
 
     input_ids: Tensor  # (S, L) int64, padded on the right
     attention_mask: Tensor  # (S, L) int64
@@ -79,12 +82,7 @@ def collate(pairs: Sequence[Pair], encoder: PromptEncoder, device: torch.device)
     lengths_S, starts_S = torch.tensor(lengths), torch.tensor(starts)
     rows = torch.repeat_interleave(torch.arange(len(inputs)), lengths_S)
     within = torch.arange(len(targets)) - (lengths_S.cumsum(0) - lengths_S)[rows]
-    return ModelBatch(
-        input_ids.to(device),
-        attention_mask.to(device),
-        {name: tensor.to(device) for name, tensor in vision.items()},
-        rows.to(device),
-        (starts_S[rows] + within - 1).to(device),
-        targets.to(device),
-        torch.tensor(shares).to(device),
-    )
+    if vision:
+        vision["pixel_values"] = vision["pixel_values"].to(device)
+    columns = starts_S[rows] + within - 1
+    return ModelBatch(input_ids, attention_mask, vision, rows, columns, targets.to(device), torch.tensor(shares))

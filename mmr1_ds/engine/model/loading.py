@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mmr1_ds.config import CriticModelConfig, ModelConfig
+from mmr1_ds.engine.model.attention import attend_images_at_once
 from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def load_partitioned(
             f"{section}.model_path={config.model_path} lacks {len(missing)} of the model's tensors, "
             f"as {missing[0]}; they would start random: complete the download or the export"
         )
+    attend_images_at_once(model)
     return model
 
 

@@ -12,11 +12,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import ActorConfig
 from mmr1_ds.engine.model import sequence_parallel
+from mmr1_ds.engine.model.attention import attention_implementation
 from mmr1_ds.engine.model.batching import ModelBatch
 from mmr1_ds.engine.model.loading import checkpoint_gradients, freeze_vision_tower, load_config, load_partitioned
 from mmr1_ds.engine.model.log_probs import LogProbHead
 from mmr1_ds.engine.model.lora import add_adapters
-from mmr1_ds.engine.model.packing import attention_implementation, response_states
+from mmr1_ds.engine.model.packing import response_states
 from mmr1_ds.engine.model.sequence_parallel import SequenceParallel
 
 _SECTION = "worker.actor.model"
@@ -87,7 +88,9 @@ def load_policy(
     config = settings.model
     model_config = load_config(config)
     family = AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
-    attention: Any = attention_implementation(settings.padding_free, model_config.model_type, dtype)
+    attention: Any = attention_implementation(
+        settings.attention, settings.padding_free, model_config.model_type, dtype, ranks.device
+    )
     parallel = None
     if settings.ulysses_size > 1:
         parallel = SequenceParallel(ranks.neighbours(settings.ulysses_size), model_config, attention)

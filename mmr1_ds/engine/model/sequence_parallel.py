@@ -8,19 +8,20 @@ Shape letters: K tokens of a packed row, T response tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmr1_ds.cluster.ranks import Neighbours
+from mmr1_ds.engine.model.attention import PACKED, VARLEN, Row
 from mmr1_ds.engine.model.batching import ModelBatch
-from mmr1_ds.engine.model.packing import FLASH, PACKED, causal_by_itself, pack
+from mmr1_ds.engine.model.packing import pack
 from mmr1_ds.errors import UserError
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class SequenceParallel:
         Args: config: of the model; core: the name of the attention that each rank runs on its heads.
         Raises: UserError when the model cannot be packed, or its heads cannot be shared out.
         """
-        if core not in (PACKED, FLASH):
+        if core not in (PACKED, VARLEN):
             raise UserError(
                 f"{KEY}={neighbours.size} needs packed sequences, but {config.model_type} models are padded"
             )
@@ -50,7 +51,7 @@ class SequenceParallel:
                 "it must divide the former, and divide or be a multiple of the latter"
             )
         ulysses = UlyssesSPAttentionHF(
-            attn=under_its_name(core),
+            attn=ALL_ATTENTION_FUNCTIONS[core],
             batch_size=1,  # a packed row
             attn_head_count=heads,
             attn_head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
@@ -61,10 +62,9 @@ class SequenceParallel:
         )
 
         def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-            return ulysses(module, query, key, value, None, **options)  # no mask: positions say where sequences begin
+            return ulysses(module, query, key, value, None, **options)  # the row says where sequences begin
 
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, causal_by_itself)
+        AttentionInterface.register(NAME, attention)  # and no mask, so that transformers makes none
 
     @property
     def size(self) -> int:
@@ -101,6 +101,8 @@ class SequenceParallel:
         inputs["input_ids"] = pad(inputs["input_ids"], (0, spare), value=filler or 0)
         positions = torch.arange(spare, device=places_T.device).expand(*inputs["position_ids"].shape[:-1], spare)
         inputs["position_ids"] = torch.cat([inputs["position_ids"], positions], dim=-1)
+        row = inputs["row"]
+        inputs["row"] = Row.of([*row.lengths, spare], [*row.firsts, 0], row.device)
         states = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
         start = self._neighbours.rank * cut
         own = ((places_T >= start) & (places_T < start + cut)).nonzero().squeeze(1)
@@ -130,20 +132,3 @@ class SequenceParallel:
                 features[before : before + inside] for features in kwargs["deepstack_visual_embeds"]
             ]
         return args, kwargs
-
-
-def under_its_name(core: str) -> Callable[..., Any]:
-    """The attention `core`, for layers whose configuration names another.
-
-    transformers' flash-attention loads its kernels by the name in the layer's configuration; by `NAME` it finds none.
-    """
-    function = ALL_ATTENTION_FUNCTIONS[core]
-
-    def attention(module: Any, *inputs: Any, **options: Any) -> Any:
-        given, module.config._attn_implementation = module.config._attn_implementation, core
-        try:
-            return function(module, *inputs, **options)
-        finally:
-            module.config._attn_implementation = given
-
-    return attention

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from mmr1_ds.config import CriticConfig, CriticModelConfig, DataConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine.model.attention import attention_implementation
 from mmr1_ds.engine.model.batching import ModelBatch
 from mmr1_ds.engine.model.loading import checkpoint_gradients, freeze_vision_tower, load_config, load_partitioned
-from mmr1_ds.engine.model.packing import attention_implementation, response_states
+from mmr1_ds.engine.model.packing import response_states
 from mmr1_ds.engine.model.sequence_parallel import SequenceParallel
 from mmr1_ds.errors import UserError
 
@@ -57,7 +58,9 @@ class ValueModel(nn.Module):
         return self.head(response_states(self.model, batch))
 
 
-def load_value_model(settings: CriticConfig, deepspeed_config: Mapping[str, Any], dtype: torch.dtype) -> ValueModel:
+def load_value_model(
+    settings: CriticConfig, deepspeed_config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> ValueModel:
     """Load a model folder or hub model without its output layer, each parameter partitioned as it is made.
 
     Args: settings: resolved. Collective: all ranks, same order. Rank 0's copy of the file is the one that counts.
@@ -65,9 +68,11 @@ def load_value_model(settings: CriticConfig, deepspeed_config: Mapping[str, Any]
     from transformers import AutoModel
 
     config = settings.model
-    assert settings.padding_free is not None
+    assert settings.padding_free is not None and settings.attention is not None
     model_config = load_config(config)
-    attention = attention_implementation(settings.padding_free, model_config.model_type, dtype)
+    attention = attention_implementation(
+        settings.attention, settings.padding_free, model_config.model_type, dtype, device
+    )
     model = load_partitioned(AutoModel, config, model_config, attention, deepspeed_config, dtype, SECTION)
     if config.freeze_vision_tower:
         freeze_vision_tower(model, config.model_path, SECTION)

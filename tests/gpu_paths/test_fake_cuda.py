@@ -1,0 +1,110 @@
+"""Forward and backward as on a GPU, in bf16: devices, types, shapes, and every wait of the host for the device."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from fixtures.fake_cuda import CUDA, FakeCuda, backward
+from fixtures.tiny_models import make_prompt, save_text_model, save_vision_model
+
+from mmr1_ds.config import DataConfig, ModelConfig
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine.model.attention import PACKED, VARLEN, attend_images_at_once
+from mmr1_ds.engine.model.batching import collate
+from mmr1_ds.engine.model.policy import PolicyModel
+from mmr1_ds.engine.model.value_model import ValueModel
+
+ROWS = [(7, 5), (1, 4), (7, 0), (3, 1), (1, 9), (7, 11)]  # prompt, response tokens
+# transformers' own, once a micro-batch, whatever its size: grids, the longest image and window, a check of the inputs.
+OF_A_TOWER = {
+    "vision_utils.py:get_vision_position_ids": 2,
+    "vision_utils.py:get_vision_cu_seqlens": 1,
+    "generic.py:get_max_seqlen": 1,
+    "import_utils.py:torch_compilable_check": 1,
+}
+WAITS = {
+    ("qwen2", VARLEN): {},
+    ("qwen2", PACKED): {},  # but one in find_packed_sequence_indices, left out where transformers takes it for tracing
+    ("qwen2_5_vl", VARLEN): OF_A_TOWER
+    | {
+        "vision_utils.py:get_vision_window_index": 2,
+        "generic.py:get_max_seqlen": 2,
+        "modeling_qwen2_5_vl.py:get_image_features": 1,
+    },
+}
+
+
+@pytest.fixture
+def on_gpu(tmp_path, monkeypatch):
+    """make(family, attention): a tiny bf16 model as on a GPU, and inputs that share prompts."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+
+    def make(family, attention):
+        sees = family.endswith("vl")
+        folder = str((save_vision_model if sees else save_text_model)(tmp_path, family=family))
+        encoder = PromptEncoder(ModelConfig(model_path=folder), DataConfig(min_pixels=28 * 28, max_pixels=112 * 112))
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = kind.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=attention)
+        attend_images_at_once(model)
+        prompts = {i: make_prompt(encoder, i, sees and i % 3 != 0, most_images=4) for i, _ in ROWS}
+        return model, encoder, [(prompts[i], np.arange(20, 20 + n, dtype=np.int32)) for i, n in ROWS]
+
+    return make
+
+
+def check_gradients(model):
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None, name
+        assert (gradient.device, gradient.dtype) == (CUDA, parameter.dtype), name
+        assert gradient.shape == parameter.shape, name
+
+
+@pytest.mark.parametrize(("family", "attention"), WAITS)
+def test_a_policy_waits_for_the_device_a_handful_of_times(on_gpu, family, attention):
+    model, encoder, pairs = on_gpu(family, attention)
+    policy = PolicyModel(model, (3, 5), 0.7)
+    with FakeCuda() as gpu:
+        policy.to(CUDA)
+        with torch.no_grad():  # the reference
+            policy(collate(pairs, encoder, CUDA))
+        before = len(gpu.waits)
+        logprobs, entropies = policy(collate(pairs, encoder, CUDA))
+        for found in (logprobs, entropies):
+            assert (found.device, found.dtype, found.shape) == (CUDA, torch.float32, (30,))
+        assert logprobs.requires_grad and not entropies.requires_grad
+        found = gpu.waits[before:]
+        assert gpu.waits[:before] == found
+        assert not any(in_layer for _, in_layer in found)
+        assert Counter(place for place, _ in found) == WAITS[family, attention]
+        del gpu.waits[:]
+        backward(logprobs)
+        assert gpu.waits == []
+    check_gradients(policy)
+
+
+def test_a_critic_waits_for_nothing(on_gpu):
+    model, encoder, pairs = on_gpu("qwen2", VARLEN)
+    critic = ValueModel(model.base_model, torch.bfloat16)
+    with FakeCuda() as gpu:
+        critic.to(CUDA)
+        values = critic(collate(pairs, encoder, CUDA))
+        assert (values.device, values.dtype, values.shape) == (CUDA, torch.float32, (30,))
+        backward(values)
+        assert gpu.waits == []
+    check_gradients(critic)
+
+
+def test_what_reads_the_device_is_counted():
+    with FakeCuda() as gpu:
+        numbers = torch.arange(6).to(CUDA)
+        assert numbers.view(2, 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert int((numbers * 2).sum()) == 30
+        assert numbers[numbers > 2].shape == (3,)
+        assert numbers.cpu().tolist() == [0, 1, 2, 3, 4, 5]
+        with pytest.raises(AssertionError, match="reads what only the device knows"):
+            torch.rand(3, device=CUDA).sum().item()
+    assert len(gpu.waits) == 5
