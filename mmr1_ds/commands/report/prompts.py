@@ -41,18 +41,6 @@ class MovedPrompt:
     answers: Sequence[Answer]  # early, late; one where the prompt was sampled once
 
 
-@dataclass(frozen=True)
-class ValidationSample:
-    """A response to a held-out prompt."""
-
-    step: int
-    prompt: str
-    response: str
-    ground_truth: str
-    reward: str
-    is_right: bool
-
-
 def moved_prompts(run: Run, most: int, prefix: str) -> list[MovedPrompt]:
     """Return the prompts with two samples, or else those with one. Call it within `drawing.drawing()`."""
     places = run.samples.places
@@ -61,33 +49,18 @@ def moved_prompts(run: Run, most: int, prefix: str) -> list[MovedPrompt]:
     return [_card(run, mover, f"{prefix}_{number}") for number, mover in enumerate(found)]
 
 
-def validation_samples(run: Run) -> list[ValidationSample]:
-    """Return samples of the last validation."""
-    return [
-        ValidationSample(
-            step=int(row["step"]),
-            prompt=_text(row.get("prompt")),
-            response=_text(row.get("response")),
-            ground_truth=_text(row.get("ground_truth")),
-            reward="unscored" if row.get("score") is None else _text(row["score"]),
-            is_right=_number(row.get("score")) > 0.5,
-        )
-        for row in run.generations
-    ]
-
-
 def _card(run: Run, mover: Mover, slug: str) -> MovedPrompt:
     places = run.samples.places[mover.prompt]
-    samples = [run.samples.read(offset) for _, offset in (places[:1] if len(places) == 1 else [places[0], places[-1]])]
-    first, last = mover.pass_rates[0], mover.pass_rates[-1]
+    samples = [run.samples.reader.at(offset) for _, offset in dict.fromkeys([places[0], places[-1]])]
+    rates, steps = mover.pass_rates, mover.steps
     change = (
-        f"Pass rate {first:.2f} at step {mover.steps[0]:,}, {last:.2f} at step {mover.steps[-1]:,}; "
-        f"observed {len(mover.steps)} times"
+        f"Pass rate {rates[0]:.2f} at step {steps[0]:,}, {rates[-1]:.2f} at step {steps[-1]:,}; "
+        f"observed {len(steps)} times"
     )
     return MovedPrompt(
         title=str(samples[-1].get("prompt_id") or mover.prompt),
         prompt=str(samples[-1].get("prompt", "")),
-        ground_truth=_text(samples[-1].get("ground_truth")),
+        ground_truth=shown(samples[-1].get("ground_truth")),
         images=_images(run.run_dir, samples[-1].get("images")),
         way=draw_way(mover, slug, run.num_steps).svg,
         change=change,
@@ -106,7 +79,7 @@ def _answer(sample: Mapping[str, Any]) -> Answer | None:
     return Answer(
         step=int(sample["step"]),
         text=str(chosen.get("text", "")),
-        reward=_text(chosen.get("reward")),
+        reward=shown(chosen.get("reward")),
         pass_rate="unscored" if rate is None else f"{_number(rate):.2f}",
         is_right=_number(chosen.get("accuracy")) > 0.5,
     )
@@ -130,7 +103,8 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _text(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value of a sample as the page shows it."""
     if value is None:
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
