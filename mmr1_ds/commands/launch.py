@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.redaction import redacted, without_secrets
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import tell
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 
@@ -28,8 +26,6 @@ DESCRIPTION = """Check a run and print the sbatch command that starts it, launch
 trainer.nnodes and trainer.n_gpus_per_node say; with --submit also call it. Credentials belong into the environment,
 which sbatch hands on. On machines without GPUs export DS_ACCELERATOR=cpu: then the job requests none."""
 _CPUS_BESIDE_REWARDS = 4  # a rank needs them for itself, the loading of its data, vLLM
-# sbatch's own forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]
-_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
 _SERVERS = ("worker.rollout.engine=server", "worker.rollout.server_urls=[http://servers:8000]")
 
 
@@ -61,19 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
-    """Run the command. Returns: the exit code; 2 after a user's mistake, sbatch's own after --submit."""
-    try:
-        submission = plan_submission(arguments, environ)
-    except UserError as error:
-        return tell(error)
+    """Print the command. Returns: the exit code, sbatch's own after --submit. Raises: UserError."""
+    submission = plan_submission(arguments, environ)
     sys.stdout.write(submission.in_words())
     sys.stdout.flush()
     if not arguments.submit:
         return 0
     try:
         return subprocess.run(submission.command, env={**environ, **submission.variables}, check=False).returncode
-    except FileNotFoundError:
-        return tell(UserError("sbatch is not installed here; call this where jobs are submitted, or without --submit"))
+    except FileNotFoundError as error:
+        remedy = "call this where jobs are submitted, or without --submit"
+        raise UserError(f"sbatch is not installed here; {remedy}") from error
 
 
 def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Submission:
@@ -132,12 +126,6 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     """Check the options. Raises: UserError."""
     if not SCRIPT.is_file():
         raise UserError(f"{SCRIPT} is missing; install the project from its folder (pip install --editable)")
-    if not _TIME.fullmatch(arguments.time):
-        raise UserError(f"--time {arguments.time}: expected minutes, hours:minutes:seconds or days-hours, as 24:00:00")
-    if arguments.server_nodes < 0:
-        raise UserError(f"--server-nodes must be >= 0, got {arguments.server_nodes}")
-    if arguments.cpus_per_task is not None and arguments.cpus_per_task < 1:
-        raise UserError(f"--cpus-per-task must be >= 1, got {arguments.cpus_per_task}")
     if arguments.mounts and not arguments.container:
         raise UserError("--mounts is for a container; name its image by --container")
 

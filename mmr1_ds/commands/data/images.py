@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,21 +11,6 @@ from mmr1_ds.commands.data.numbers import Spread, spread
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
-
-EXTREME_ASPECT = 10.0  # of the longer side to the shorter; the models refuse 200
-MOST_FREQUENT = 5  # sizes
-
-
-@dataclass(frozen=True)
-class Size:
-    """One size of image before and after the pixel limits."""
-
-    width: int  # pixels as stored
-    height: int
-    model_width: int  # pixels, as the model gets it
-    model_height: int
-    num_tokens: int
-    num_images: int  # images of this size
 
 
 @dataclass(frozen=True)
@@ -42,18 +26,11 @@ class ImageSummary:
     num_shrunk: int  # had more than max_pixels
     num_rounded: int  # between the limits, but sides were no multiples of `factor`
     num_unchanged: int
-    largest_enlargement: float  # of a side, >= 1
     strongest_shrinking: float  # of a side, >= 1
     width: Spread | None  # pixels as stored; None without images, like the fields below
     height: Spread | None
-    aspect: Spread | None  # longer side by shorter
-    num_extreme: int  # images with an aspect over EXTREME_ASPECT
     tokens: Spread | None  # an image
     token_fraction: float  # share of all prompts' tokens that belong to images, [0, 1]
-    most_frequent: list[Size]
-    smallest: Size | None  # by pixels, as they came
-    largest: Size | None
-    longest: Size | None  # by aspect
 
 
 def summarise_images(
@@ -67,14 +44,14 @@ def summarise_images(
     """
     if not encoder.is_multimodal:
         return None
-    sizes, limits = _sizes(widths, heights, encoder), encoder.pixel_limits
-    counts = np.array([size.num_images for size in sizes], dtype=np.int64)
-    pixels = np.array([size.width * size.height for size in sizes], dtype=np.int64)
+    limits = encoder.pixel_limits
+    sizes, counts = np.unique(np.stack([widths, heights], axis=1), axis=0, return_counts=True)
+    found = [limits.target(width, height, "an image") for width, height in sizes.tolist()]
+    targets = np.array(found, dtype=np.int64).reshape(-1, 2)
+    pixels = sizes.prod(axis=1)
     enlarged, shrunk = pixels < limits.min_pixels, pixels > limits.max_pixels
-    unchanged = ~enlarged & ~shrunk & np.array([_is_unchanged(size) for size in sizes], dtype=bool)
-    scales = np.array([_scale(size) for size in sizes])
-    tokens = np.repeat(np.array([size.num_tokens for size in sizes], dtype=np.int64), counts)
-    aspects = np.repeat(np.array([_aspect(size) for size in sizes]), counts)
+    rounded = ~enlarged & ~shrunk & (sizes != targets).any(axis=1)
+    tokens = np.array([encoder.num_image_tokens(*size) for size in sizes.tolist()], dtype=np.int64).repeat(counts)
     per_prompt, prompts = np.unique(num_images, return_counts=True)
     return ImageSummary(
         num_images=len(widths),
@@ -84,41 +61,11 @@ def summarise_images(
         factor=limits.factor,
         num_enlarged=int(counts[enlarged].sum()),
         num_shrunk=int(counts[shrunk].sum()),
-        num_rounded=int(counts[~enlarged & ~shrunk & ~unchanged].sum()),
-        num_unchanged=int(counts[unchanged].sum()),
-        largest_enlargement=float(scales[enlarged].max(initial=1.0)),
-        strongest_shrinking=float((1 / scales[shrunk]).max(initial=1.0)),
+        num_rounded=int(counts[rounded].sum()),
+        num_unchanged=int(counts[~enlarged & ~shrunk & ~rounded].sum()),
+        strongest_shrinking=float(np.sqrt(pixels[shrunk] / targets[shrunk].prod(axis=1)).max(initial=1.0)),
         width=spread(widths),
         height=spread(heights),
-        aspect=spread(aspects),
-        num_extreme=int((aspects > EXTREME_ASPECT).sum()),
         tokens=spread(tokens),
         token_fraction=float(tokens.sum()) / num_tokens if num_tokens else 0.0,
-        most_frequent=sorted(sizes, key=lambda size: -size.num_images)[:MOST_FREQUENT],
-        smallest=min(sizes, key=lambda size: size.width * size.height, default=None),
-        largest=max(sizes, key=lambda size: size.width * size.height, default=None),
-        longest=max(sizes, key=_aspect, default=None),
     )
-
-
-def _sizes(widths: np.ndarray, heights: np.ndarray, encoder: PromptEncoder) -> list[Size]:
-    """Return every size that occurs, once."""
-    found, counts = np.unique(np.stack([widths, heights], axis=1), axis=0, return_counts=True)
-    sizes = []
-    for (width, height), count in zip(found.tolist(), counts.tolist(), strict=True):
-        target = encoder.pixel_limits.target(width, height, "an image")
-        sizes.append(Size(width, height, *target, encoder.num_image_tokens(width, height), count))
-    return sizes
-
-
-def _is_unchanged(size: Size) -> bool:
-    return (size.width, size.height) == (size.model_width, size.model_height)
-
-
-def _aspect(size: Size) -> float:
-    return max(size.width, size.height) / min(size.width, size.height)
-
-
-def _scale(size: Size) -> float:
-    """Return the mean scale of a side."""
-    return math.sqrt(size.model_width * size.model_height / (size.width * size.height))

@@ -1,8 +1,7 @@
-"""Summaries of many values: order statistics, histograms, counts."""
+"""Summaries of many values: order statistics and a histogram."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,22 +39,14 @@ def spread(values: np.ndarray) -> Spread | None:
 
 
 def histogram(values: np.ndarray, limit: int) -> list[Bin]:
-    """Count whole numbers in about NUM_BINS equal bins up to `limit`, and in one more beyond it."""
-    inside, beyond = values[values <= limit], values[values > limit]
-    bins = []
-    if len(inside):
-        width = _round_width((int(inside.max()) - int(inside.min()) + 1) / NUM_BINS)
-        first = int(inside.min()) // width * width
-        counts = np.bincount((inside - first) // width)
-        for place, count in enumerate(counts.tolist()):
-            low = first + place * width
-            bins.append(Bin(low, min(low + width - 1, limit), count))
-    if len(beyond):
-        bins.append(Bin(limit + 1, int(beyond.max()), len(beyond)))
-    return bins
-
-
-def _round_width(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50 ... that is not below `least`."""
-    power = 10 ** max(0, math.floor(math.log10(least)))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+    """Count whole numbers >= 1 by tenths of `limit`, and in one more bin beyond it. Empty ends are left out."""
+    tenths = np.minimum((values - 1) * NUM_BINS // limit, NUM_BINS)
+    counts = np.bincount(tenths, minlength=NUM_BINS + 1)
+    edges = [-(-place * limit // NUM_BINS) + 1 for place in range(NUM_BINS + 1)]
+    edges.append(max(int(values.max()), limit) + 1)
+    filled = np.flatnonzero(counts)
+    return [
+        Bin(edges[place], edges[place + 1] - 1, int(counts[place]))
+        for place in range(filled[0], filled[-1] + 1)
+        if edges[place] < edges[place + 1]
+    ]

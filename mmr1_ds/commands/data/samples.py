@@ -43,24 +43,15 @@ def render(reader: RowReader, row: int, encoder: PromptEncoder) -> tuple[str | N
         token_ids, images = encoder.encode(content.prompt, content.images, where)
     except UserError as error:
         return None, " ".join(str(error).split()).removeprefix(f"{where}: ")
-    shown = [
-        f"<image {image.width}x{image.height}, {encoder.num_image_tokens(*image.size, where)} tokens>"
-        for image in images
-    ]
-    return _with_images(token_ids, shown, encoder), None
 
+    def decoded(token_ids: Sequence[int]) -> str:
+        text: str = encoder.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
-def _with_images(token_ids: Sequence[int], shown: Sequence[str], encoder: PromptEncoder) -> str:
-    """The ids as text, each image's placeholder replaced by what is `shown` of it."""
-    texts: list[str] = []
-    start = 0
-    places = [place for place, token in enumerate(token_ids) if shown and token == encoder.image_token_id]
-    for place, words in zip(places, shown, strict=True):
-        texts += [_decoded(token_ids[start:place], encoder), words]
+    text, start = "", 0
+    places = [place for place, token in enumerate(token_ids) if images and token == encoder.image_token_id]
+    for place, image in zip(places, images, strict=True):
+        tokens = encoder.num_image_tokens(*image.size, where)
+        text += f"{decoded(token_ids[start:place])}<image {image.width}x{image.height}, {tokens} tokens>"
         start = place + 1
-    return "".join(texts) + _decoded(token_ids[start:], encoder)
-
-
-def _decoded(token_ids: Sequence[int], encoder: PromptEncoder) -> str:
-    text: str = encoder.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
+    return text + decoded(token_ids[start:]), None

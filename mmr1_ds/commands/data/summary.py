@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from mmr1_ds.commands.data.images import ImageSummary, summarise_images
 from mmr1_ds.commands.data.numbers import Bin, Spread, histogram, spread
 from mmr1_ds.commands.data.samples import Sample, choose, render
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import total_training_steps
-from mmr1_ds.curriculum.sampler import PromptSampler
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -39,27 +36,6 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class TrainingBatches:
-    """What the usable prompts make of a run, by the configuration."""
-
-    num_prompts: int
-    prompts_per_step: int
-    responses_per_prompt: int
-    steps_per_epoch: int  # P // B, at least 1
-    total_steps: int
-    prompts_by_score: int  # prompts of a step drawn by the curriculum; the others come in turn
-
-
-@dataclass(frozen=True)
-class ValidationBatches:
-    """The prompts and responses of one validation."""
-
-    num_prompts: int
-    responses_per_prompt: int
-    num_calls: int  # number of batches of data.val_batch_size prompts
-
-
-@dataclass(frozen=True)
 class DataSetSummary:
     """The summary of data.train_files or of data.val_files."""
 
@@ -73,7 +49,6 @@ class DataSetSummary:
     categories: dict[str, int]  # counts over usable rows, most frequent first; empty without data.category_key
     answers: AnswerSummary | None  # summary over usable rows; None without any
     reward_check: RewardCheck | None  # None where the check cannot be done
-    batches: TrainingBatches | ValidationBatches | None
     samples: list[Sample]
 
 
@@ -116,7 +91,6 @@ def summarise(
         categories=dict(Counter(rows.texts("category", rows.usable)).most_common()) if config.data.category_key else {},
         answers=summarise_answers(answers),
         reward_check=check_reward(answers, config.worker.reward, config.data.seed),
-        batches=_batches(key, len(rows.usable), config) if len(rows.usable) else None,
         samples=_samples(rows, encoder, num_samples, config.data.seed),
     )
 
@@ -131,11 +105,10 @@ def notes(data_sets: Sequence[DataSetSummary], config: RunConfig, encoder: Promp
     """Return what may be intended and may be a mistake, one line each."""
     found = []
     for data_set in data_sets:
-        batches = data_set.batches
-        if isinstance(batches, TrainingBatches) and batches.num_prompts < batches.prompts_per_step:
+        if data_set.key == TRAIN and 0 < data_set.num_usable < config.data.rollout_batch_size:
             found.append(
-                f"{data_set.key}: {batches.num_prompts} usable prompts, and a step takes data.rollout_batch_size="
-                f"{batches.prompts_per_step}: each step repeats prompts"
+                f"{TRAIN}: {data_set.num_usable} usable prompts, and a step takes data.rollout_batch_size="
+                f"{config.data.rollout_batch_size}: each step repeats prompts"
             )
     if encoder.is_multimodal and any(data_set.images and data_set.images.num_images for data_set in data_sets):
         limits = encoder.pixel_limits
@@ -163,24 +136,6 @@ def _lengths(lengths: np.ndarray, limit: int) -> Lengths | None:
         return None
     num_near = int(((lengths > NEAR_LIMIT * limit) & (lengths <= limit)).sum())
     return Lengths(limit, found, num_near, num_near / len(lengths), histogram(lengths, limit))
-
-
-def _batches(key: str, num_prompts: int, config: RunConfig) -> TrainingBatches | ValidationBatches:
-    data = config.data
-    if key == VALIDATION:
-        chunk = data.val_batch_size if data.val_batch_size > 0 else num_prompts
-        num_responses = config.worker.rollout.val_override_config.n
-        return ValidationBatches(num_prompts, num_responses, math.ceil(num_prompts / chunk))
-    batch = data.rollout_batch_size
-    sampler = PromptSampler(num_prompts, batch, data.seed, data.sampling_strategy, data.curriculum_mixture_ratio)
-    return TrainingBatches(
-        num_prompts=num_prompts,
-        prompts_per_step=batch,
-        responses_per_prompt=config.worker.rollout.n,
-        steps_per_epoch=max(1, num_prompts // batch),
-        total_steps=total_training_steps(config, num_prompts),
-        prompts_by_score=sampler.num_weighted,
-    )
 
 
 def _samples(rows: SurveyedRows, encoder: PromptEncoder, num_samples: int, seed: int) -> list[Sample]:

@@ -12,7 +12,7 @@ from mmr1_ds.commands.report import drawing
 from mmr1_ds.commands.report.drawing import Picture
 from mmr1_ds.commands.report.groups import Group
 from mmr1_ds.commands.report.runs import AXES, Run
-from mmr1_ds.commands.report.series import MOST_POINTS, band, evenly, smoothed, smoothing_reach, thinned
+from mmr1_ds.commands.report.series import MOST_POINTS, band, evenly, smoothed, smoothing_reach
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -233,8 +233,8 @@ def _draw_group(
     for (x, y), (_, mean) in zip(found, averages, strict=True):
         if not curve.exact and smoothing_reach(len(y)):
             width = 1.0 if len(x) <= MOST_POINTS else 0.6
-            ax.plot(*thinned(x, y), color=style["color"], linewidth=width, alpha=0.35 / num_groups)
-        plot(*thinned(x, mean))
+            ax.plot(x, y, color=style["color"], linewidth=width, alpha=0.35 / num_groups)
+        plot(x, mean)
 
 
 def _scale(ax: Axes, curve: Curve, found: Sequence[np.ndarray]) -> None:

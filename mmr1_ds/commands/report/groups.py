@@ -93,14 +93,14 @@ def _value(flat: Mapping[str, Any], key: str) -> str:
 
 
 def _labels(members: Sequence[Sequence[Run]], values: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
-    """Label the groups with a few of the keys that differ, and with the run's name where these are the same."""
+    """Label the groups with a few of the keys whose values differ, and with the run's name where these are the same."""
 
-    def rank(key: str) -> tuple[bool, bool, bool]:
-        # The strategy first. Keys that some configurations lack are of another version of the project: they come last.
-        of_all = [of.get(key) for of in values]
-        return key != _STRATEGY, _NOT_SET in of_all, not key.startswith(_CURRICULUM)
+    def num_values(key: str) -> int:
+        return len({of.get(key) for of in values} - {_NOT_USED, _NOT_SET, None})
 
-    chosen = sorted(keys, key=rank)[:_MOST_IN_LABEL]
+    chosen = [key for key in keys if num_values(key) > 1][:_MOST_IN_LABEL]
+    if _STRATEGY in keys:
+        chosen = [_STRATEGY, *(key for key in chosen if key != _STRATEGY)][:_MOST_IN_LABEL]
     last = [key.rpartition(".")[2] for key in keys]
     labels = []
     for runs, of in zip(members, values, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,19 +38,6 @@ _HEIGHT = drawing.HEIGHT + 40
 _BAR, _BETWEEN_BARS, _MOST_BAR, _MOST_ROW = 16, 8, 24, 40  # pixels
 
 
-@dataclass(frozen=True)
-class StagePalette:
-    """The stages that all figures distinguish, and their colours."""
-
-    colours: Mapping[str, str]  # of stages that take time, in the order of a step; the others are drawn as one
-
-    def gathered(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the values of the named stages, and the sum of the others."""
-        named = {name: values[name] for name in self.colours if name in values}
-        others = [found for name, found in values.items() if name not in self.colours]
-        return named | ({_REST: np.sum(others, axis=0)} if others else {})
-
-
 def stage_seconds(run: Run) -> dict[str, np.ndarray]:
     """Return stage -> (S,) float64 seconds; `other` is what a step took beside its stages."""
     found = {name: np.nan_to_num(values) for name, values in _by_stage(run, "timing_s/").items()}
@@ -62,8 +48,8 @@ def stage_seconds(run: Run) -> dict[str, np.ndarray]:
     return found
 
 
-def palette(groups: Sequence[Group]) -> StagePalette:
-    """Choose the stages that took most time over all runs."""
+def palette(groups: Sequence[Group]) -> dict[str, str]:
+    """Return the colours of the stages that took most time over all runs, in the order of a step."""
     shares: dict[str, float] = {}
     for group in groups:
         for run in group.runs:
@@ -73,11 +59,14 @@ def palette(groups: Sequence[Group]) -> StagePalette:
                 shares[name] = max(shares.get(name, 0.0), float(value / total))
     shares.pop(_REST, None)
     first = [name for name in sorted(shares, key=lambda name: -shares[name]) if shares[name] >= _FEW][:_MOST_STAGES]
-    return StagePalette({name: colour_of(number) for number, name in enumerate(sorted(first, key=_place))})
+    return {name: colour_of(number) for number, name in enumerate(sorted(first, key=_place))}
 
 
-def draw_step_times(run: Run, stages: StagePalette, title: str, slug: str, png: bool) -> Picture | None:
-    """Draw the seconds of each step, stacked, without what happens between steps."""
+def draw_step_times(run: Run, stages: Mapping[str, str], title: str, slug: str, png: bool) -> Picture | None:
+    """Draw the seconds of each step, stacked, without what happens between steps.
+
+    Args: stages: with their colours; the others are drawn as one.
+    """
     inside = {name: values for name, values in stage_seconds(run).items() if name not in BETWEEN_STEPS}
     total = np.sum([*inside.values()], axis=0) if inside else np.zeros(0)
     stepped = total > 0  # step 0 has a validation alone
@@ -86,8 +75,10 @@ def draw_step_times(run: Run, stages: StagePalette, title: str, slug: str, png: 
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    shown = stages.gathered({name: values[stepped] for name, values in inside.items()})
-    colours = {name: stages.colours.get(name, OTHER) for name in shown}
+    shown = {name: inside[name][stepped] for name in stages if name in inside}
+    if others := [values[stepped] for name, values in inside.items() if name not in stages]:
+        shown[_REST] = np.sum(others, axis=0)
+    colours = {name: stages.get(name, OTHER) for name in shown}
     figure = drawing.canvas(_HEIGHT)
     above = -(-len(shown) // _LEGEND_COLUMNS) * _LEGEND_ROW + 10
     ax = drawing.axes(figure, left=58, top=above, right=14, bottom=44)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,7 @@ from mmr1_ds.monitoring.logger import quiet_libraries
 Tokenize = Callable[[Sequence[str]], list[np.ndarray]]  # texts -> one (T,) int32 array a text, ids not negative
 
 SACREBLEU = "sacrebleu:"
-_SACREBLEU_CLASSES = {
-    "13a": ("tokenizer_13a", "Tokenizer13a"),
-    "intl": ("tokenizer_intl", "TokenizerV14International"),
-    "zh": ("tokenizer_zh", "TokenizerZh"),
-    "char": ("tokenizer_char", "TokenizerChar"),
-}
+_SACREBLEU_NAMES = ("13a", "intl", "zh", "char")
 
 
 def open_tokenizer(name: str) -> Tokenize:
@@ -45,16 +39,16 @@ class SacrebleuWords:
     """Splits as sacrebleu's BLEU does, so that counts of n-grams equal its counts."""
 
     def __init__(self, name: str) -> None:
-        if name not in _SACREBLEU_CLASSES:
-            known = ", ".join(SACREBLEU + known for known in _SACREBLEU_CLASSES)
+        if name not in _SACREBLEU_NAMES:
+            known = ", ".join(SACREBLEU + known for known in _SACREBLEU_NAMES)
             raise UserError(f"--tokenizer: unknown {SACREBLEU + name!r}; known: {known}")
-        module, kind = _SACREBLEU_CLASSES[name]
         try:
-            self._split = getattr(import_module(f"sacrebleu.tokenizers.{module}"), kind)()
-            shared = import_module("sacrebleu.tokenizers.tokenizer_re").TokenizerRegexp
+            from sacrebleu.metrics import BLEU
+            from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
         except ImportError as error:
             raise UserError(f"--tokenizer {SACREBLEU + name} does not import ({error}); install sacrebleu") from error
-        self._caches = [type(self._split).__call__, shared.__call__]
+        self._split: Any = BLEU(tokenize=name).tokenizer
+        self._caches: list[Any] = [type(self._split).__call__, TokenizerRegexp.__call__]
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Numbers the words of all texts together, from 0; (T,) int32 a text."""
@@ -73,12 +67,10 @@ class ModelTokens:
         quiet_libraries()
         try:
             from transformers import AutoTokenizer
-        except ImportError as error:
-            raise UserError(
-                f"--tokenizer {name!r}: transformers does not import ({error}); {remedy('models')}"
-            ) from error
-        try:
+
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except ImportError as error:
+            raise UserError(f"--tokenizer {name!r}: transformers does not import; {remedy('models')}") from error
         except Exception as error:  # whatever a damaged folder makes it raise: TypeError, KeyError, its own
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
@@ -88,15 +80,11 @@ class ModelTokens:
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """No special token is added; (T,) int32 a text."""
         encoded = self._tokenizer(
-            [_without_lone_surrogates(text) for text in texts],
+            # JSON can hold half an emoji, cut off by a token limit; tokenizers take UTF-8, which cannot.
+            [text.encode("utf-8", "replace").decode() for text in texts],
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # it would warn of every text longer than the model's window
         )
         return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
-
-
-def _without_lone_surrogates(text: str) -> str:
-    """JSON can hold half an emoji, cut off by a token limit; tokenizers take UTF-8, which cannot."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
