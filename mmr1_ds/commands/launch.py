@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from mmr1_ds.config import RunConfig
@@ -29,19 +28,6 @@ _CPUS_BESIDE_REWARDS = 4  # a rank needs them for itself, the loading of its dat
 _SERVERS = ("worker.rollout.engine=server", "worker.rollout.server_urls=[http://servers:8000]")
 
 
-@dataclass(frozen=True)
-class Submission:
-    """The command, and the variables that it needs beside the present environment."""
-
-    variables: Mapping[str, str]
-    command: tuple[str, ...]
-
-    def in_words(self) -> str:
-        """Write it as a shell takes it, an option a line."""
-        variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.variables.items())
-        return variables + " \\\n    ".join(shlex.quote(word) for word in self.command) + "\n"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.description = DESCRIPTION
@@ -58,20 +44,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
     """Print the command. Returns: the exit code, sbatch's own after --submit. Raises: UserError."""
-    submission = plan_submission(arguments, environ)
-    sys.stdout.write(submission.in_words())
+    variables, command = plan_submission(arguments, environ)
+    words = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
+    sys.stdout.write(words + " \\\n    ".join(map(shlex.quote, command)) + "\n")
     sys.stdout.flush()
     if not arguments.submit:
         return 0
     try:
-        return subprocess.run(submission.command, env={**environ, **submission.variables}, check=False).returncode
+        return subprocess.run(command, env={**environ, **variables}, check=False).returncode
     except FileNotFoundError as error:
         remedy = "call this where jobs are submitted, or without --submit"
         raise UserError(f"sbatch is not installed here; {remedy}") from error
 
 
-def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Submission:
-    """Check the run as its ranks will. Raises: UserError, one line."""
+def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Check the run as its ranks will.
+
+    Returns: the variables that the command needs beside the present environment, the command. Raises: UserError.
+    """
     settings, num_servers = list(arguments.settings), arguments.server_nodes
     _refuse_secrets(settings)
     _check_arguments(arguments)
@@ -92,7 +82,7 @@ def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -
             )
         tasks = trainer.n_gpus_per_node // size
         command += [":", *_component(config, arguments, num_servers, tasks, on_gpu)]
-    return Submission(_variables(arguments, environ), (*command, str(SCRIPT), *settings))
+    return _variables(arguments, environ), [*command, str(SCRIPT), *settings]
 
 
 def _component(

@@ -375,14 +375,6 @@ def test_the_prompts_shown_are_a_seeded_choice(tmp_path, text_model, look):
     assert chosen[0] == chosen[1] != chosen[2] and list(map(len, chosen)) == [5, 5, 5, 23, 0]
 
 
-def test_long_prompts_are_cut_in_the_text_alone(tmp_path, text_model, look):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x" * 5001, "answer": "1"}])
-    _, text, found = look(path, text_model, "data.max_prompt_length=6000")
-    assert "x" * 5001 in found["data_sets"][0]["samples"][0]["prompt"]
-    left_out = len(found["data_sets"][0]["samples"][0]["prompt"]) - 4000
-    assert f"[{left_out:,} characters left out here; --json has them]" in text and len(text) < 6000
-
-
 # --- the reward ---------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from mmr1_ds.commands.report.files import LineReader, Observations, last_generat
 from mmr1_ds.commands.report.groups import group_runs
 from mmr1_ds.commands.report.resource_figures import stage_seconds
 from mmr1_ds.commands.report.runs import load_runs
-from mmr1_ds.commands.report.series import band, evenly, smoothed, smoothing_reach, thinned
+from mmr1_ds.commands.report.series import band, evenly, smoothed, smoothing_reach
 from mmr1_ds.commands.report.summary import final_figures, tiles
 from mmr1_ds.errors import UserError
 
@@ -121,12 +121,7 @@ def test_smoothing_is_the_mean_of_the_neighbours_and_keeps_gaps(reach):
     assert [smoothing_reach(count) for count in (1, 11, 12, 60, 3000)] == [0, 0, 1, 3, 40]
 
 
-def test_thinned_curves_keep_their_spikes_and_even_choices_both_ends():
-    x, y = np.arange(5001.0), np.zeros(5001)
-    y[1234], y[4321] = 7.0, -5.0
-    short_x, short_y = thinned(x, y)
-    assert len(short_x) <= 400 and (np.diff(short_x) > 0).all()
-    assert dict(zip(short_x, short_y, strict=True))[1234] == 7.0 and short_y.min() == -5.0
+def test_even_choices_keep_both_ends():
     assert evenly(3, 6) == [0, 1, 2] and evenly(0, 6) == []
     assert evenly(401, 7)[0] == 0 and evenly(401, 7)[-1] == 400 and len(set(evenly(401, 7))) == 7
 

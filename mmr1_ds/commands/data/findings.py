@@ -137,7 +137,7 @@ def _overlong(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
         reason += "; raise it, or set data.filter_overlong_prompts=true"
         return _finding(rows, WHEN_DRAWN, reason, over, examples)
     found = _finding(rows, DROPPED, reason, over, examples)
-    if len(over) == rows.is_measured.sum():
+    if len(over) and len(over) == rows.is_measured.sum():
         shortest = rows.lengths[over].min()
         reason = f"no prompt is left: the shortest has {shortest:,} tokens; raise data.max_prompt_length"
         found += _finding(rows, AT_ITS_START, reason, over, [])

@@ -17,7 +17,6 @@ from mmr1_ds.commands.data.summary import NEAR_LIMIT, DataReport, DataSetSummary
 WIDTH = 100
 BAR_WIDTH = 40
 MOST_LINES = 12  # of categories
-MOST_CHARACTERS = 4000  # of a prompt shown; --json has all
 _INDENT = "  "
 
 
@@ -168,10 +167,6 @@ def _sample(data_set: DataSetSummary, sample: Sample) -> Iterator[str]:
 
 def _quoted(text: str) -> Iterator[str]:
     """Put every line behind a bar; one that is too long continues behind a colon."""
-    if len(text) > MOST_CHARACTERS:
-        half = MOST_CHARACTERS // 2
-        left_out = len(text) - 2 * half
-        text = f"{text[:half]}\n[{left_out:,} characters left out here; --json has them]\n{text[-half:]}"
     for line in text.split("\n"):
         first, *rest = textwrap.wrap(_printable(line), WIDTH - 4, drop_whitespace=False) or [""]
         yield f"  | {first}".rstrip()

@@ -122,14 +122,6 @@ def draw_curves(curves: Sequence[Curve], groups: Sequence[Group], png: bool) -> 
     return [figure for curve in curves if (figure := _draw(curve, groups, png)) is not None]
 
 
-def constant(curve: Curve, groups: Sequence[Group]) -> str | None:
-    """Return the value of a curve that never changes in any run, as text; None for a curve worth drawing."""
-    found = np.concatenate([*(values for metric in curve.lines for values in _values(groups, metric)), np.empty(0)])
-    if len(found) < 2 or found.min() != found.max():
-        return None
-    return _shown(curve, float(found[0]))
-
-
 def legend_of(groups: Sequence[Group]) -> list[Line2D]:
     """Return the legend's entry of each group; empty for a single group."""
     from matplotlib.lines import Line2D
@@ -271,17 +263,3 @@ def _last(curve: Curve, groups: Sequence[Group]) -> str:
     if len(groups) > 1 or len(groups[0].runs) > 1 or not values:
         return ""
     return _shown(curve, round(float(values[0][-1]), 4) if curve.is_fraction else float(values[0][-1]))
-
-
-def how_to_read(groups: Sequence[Group]) -> str:
-    """Return a sentence on what the curves average, and over what; "" where they average nothing."""
-    words = []
-    reach = smoothing_reach(max(len(run.metrics.steps) for group in groups for run in group.runs))
-    several = any(len(group.runs) > 1 for group in groups)
-    if reach and several:
-        words.append(f"Noisy curves are averaged over {2 * reach + 1} steps.")
-    elif reach:
-        words.append(f"Thin lines: each step; thick lines: mean over {2 * reach + 1} steps.")
-    if several:
-        words.append("Of several seeds the line is the mean, and the band goes from the lowest to the highest.")
-    return " ".join(words)

@@ -18,7 +18,7 @@ from mmr1_ds.commands.report.groups import Group, group_runs
 from mmr1_ds.commands.report.prompts import MovedPrompt, moved_prompts, shown
 from mmr1_ds.commands.report.runs import AXES, load_runs
 from mmr1_ds.commands.report.sections import MOST_GROUPS, Block
-from mmr1_ds.commands.report.summary import facts, final_figures, progress_in_words, tiles
+from mmr1_ds.commands.report.summary import facts, final_figures, tiles
 from mmr1_ds.config.redaction import redacted
 from mmr1_ds.errors import require
 
@@ -82,7 +82,6 @@ def _render(groups: Sequence[Group], blocks: Mapping[str, Sequence[Block]]) -> s
         blocks=blocks,
         tiles=tiles(runs[0]) if len(runs) == 1 else [],
         facts=facts,
-        progress=progress_in_words,
         figures=final_figures(groups),
         differences=_differences(groups),
         movers=_movers(groups),

@@ -18,27 +18,14 @@ _MOST_BYTES = 200_000  # of an image
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One sampled response."""
-
-    step: int
-    text: str
-    reward: str
-    pass_rate: str  # of its group
-    is_right: bool
-
-
-@dataclass(frozen=True)
 class MovedPrompt:
     """The content of a prompt's card."""
 
-    title: str
-    prompt: str
-    ground_truth: str
+    mover: Mover
+    sample: Mapping[str, Any]  # the last that was kept
     images: Sequence[str]  # data URIs
     way: str  # SVG
-    change: str
-    answers: Sequence[Answer]  # early, late; one where the prompt was sampled once
+    answers: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]  # (sample, response), early and late
 
 
 def moved_prompts(run: Run, most: int, prefix: str) -> list[MovedPrompt]:
@@ -52,37 +39,22 @@ def moved_prompts(run: Run, most: int, prefix: str) -> list[MovedPrompt]:
 def _card(run: Run, mover: Mover, slug: str) -> MovedPrompt:
     places = run.samples.places[mover.prompt]
     samples = [run.samples.reader.at(offset) for _, offset in dict.fromkeys([places[0], places[-1]])]
-    rates, steps = mover.pass_rates, mover.steps
-    change = (
-        f"Pass rate {rates[0]:.2f} at step {steps[0]:,}, {rates[-1]:.2f} at step {steps[-1]:,}; "
-        f"observed {len(steps)} times"
-    )
     return MovedPrompt(
-        title=str(samples[-1].get("prompt_id") or mover.prompt),
-        prompt=str(samples[-1].get("prompt", "")),
-        ground_truth=shown(samples[-1].get("ground_truth")),
+        mover,
+        samples[-1],
         images=_images(run.run_dir, samples[-1].get("images")),
         way=draw_way(mover, slug, run.num_steps).svg,
-        change=change,
-        answers=[answer for sample in samples if (answer := _answer(sample)) is not None],
+        answers=[(sample, answer) for sample in samples if (answer := _answer(sample)) is not None],
     )
 
 
-def _answer(sample: Mapping[str, Any]) -> Answer | None:
+def _answer(sample: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The better of the two kept responses where the group was right more often than not, else the worse."""
     responses = [found for found in sample.get("responses") or () if isinstance(found, Mapping)]
-    if not responses:
-        return None
-    rate = sample.get("pass_rate")
     ordered = sorted(responses, key=lambda response: _number(response.get("reward")))
-    chosen = ordered[-1] if _number(rate) >= 0.5 else ordered[0]
-    return Answer(
-        step=int(sample["step"]),
-        text=str(chosen.get("text", "")),
-        reward=shown(chosen.get("reward")),
-        pass_rate="unscored" if rate is None else f"{_number(rate):.2f}",
-        is_right=_number(chosen.get("accuracy")) > 0.5,
-    )
+    if not ordered:
+        return None
+    return ordered[-1] if _number(sample.get("pass_rate")) >= 0.5 else ordered[0]
 
 
 def _images(run_dir: Path, names: Any) -> list[str]:

@@ -37,7 +37,10 @@ class Block:
 
 
 def learning(groups: Sequence[Group], png: bool) -> list[Block]:
-    return [_curves(curves.LEARNING, groups, png, curves.how_to_read(groups))]
+    note = "Of noisy curves the thin lines are the steps, the thick ones a moving average."
+    if any(len(group.runs) > 1 for group in groups):
+        note += " Of several seeds the line is the mean, and the band goes from the lowest to the highest."
+    return [_curves(curves.LEARNING, groups, png, note)]
 
 
 def curriculum(groups: Sequence[Group], png: bool) -> list[Block]:
@@ -45,7 +48,9 @@ def curriculum(groups: Sequence[Group], png: bool) -> list[Block]:
     for place, group in enumerate(groups[:MOST_GROUPS]):
         blocks += _table(group, place if len(groups) > 1 else None, png)
     if not any(block.cards for block in blocks[1:]):
-        blocks.append(Block("", note=_why_no_table(groups)))
+        remedy = "data.sampling_strategy=curriculum turns it on."
+        note = f"No curriculum.jsonl or observations.jsonl: without variance-aware sampling there is no table; {remedy}"
+        blocks.append(Block("", note=note))
     return blocks
 
 
@@ -70,17 +75,13 @@ def resources(groups: Sequence[Group], png: bool) -> list[Block]:
         picture = resource_figures.draw_step_times(group.first, stages, title, slug, png)
         caption = "Stages of a step, stacked; what comes between steps is left out." + (f" Run {own}." if own else "")
         cards += _cards((steps, caption, picture))
-    rest = _curves(curves.THROUGHPUT, groups, png)
-    return [Block("", cards=[*cards, *rest.cards], note=rest.note)]
+    return [Block("", cards=[*cards, *_curves(curves.THROUGHPUT, groups, png).cards])]
 
 
 def _curves(shown: Sequence[Curve], groups: Sequence[Group], png: bool, note: str = "") -> Block:
-    """Those that change; the others in a line."""
-    still = {curve.title: value for curve in shown if (value := curves.constant(curve, groups)) is not None}
-    drawn = curves.draw_curves([curve for curve in shown if curve.title not in still], groups, png)
+    drawn = curves.draw_curves(shown, groups, png)
     cards = [Card(figure.curve.title, figure.last, figure.curve.caption, figure.pictures) for figure in drawn]
-    words = ", ".join(f"{name.lower()} {value}" for name, value in still.items())
-    return Block("", cards=cards, note=f"{note} The same at all times: {words}.".strip() if still else note)
+    return Block("", cards=cards, note=note)
 
 
 def _table(group: Group, place: int | None, png: bool) -> list[Block]:
@@ -129,13 +130,6 @@ def _table(group: Group, place: int | None, png: bool) -> list[Block]:
 def _cards(*found: tuple[str, str, Picture | None]) -> list[Card]:
     """(title, caption, picture) of those that have a picture."""
     return [Card(title, "", caption, {"": picture}) for title, caption, picture in found if picture is not None]
-
-
-def _why_no_table(groups: Sequence[Group]) -> str:
-    strategies = {run.setting("data.sampling_strategy") for group in groups for run in group.runs}
-    if "curriculum" in strategies:
-        return "Weights, moves and calibration are missing: the run left no curriculum.jsonl and observations.jsonl."
-    return "Without variance-aware sampling there is no table to show; data.sampling_strategy=curriculum turns it on."
 
 
 def _slug(name: str, place: int | None) -> str:

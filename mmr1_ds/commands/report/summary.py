@@ -86,7 +86,11 @@ def tiles(run: Run) -> list[Tile]:
     """Return the figures that a reader looks for first."""
     found = [(figure, figure.of(run)) for figure in FIGURES]
     known = [Tile(figure.name, figure.write(value), figure.detail) for figure, value in found if value is not None]
-    return [Tile("Steps", *_progress(run)), *known]
+    done, total = run.num_steps, run.total_steps
+    rest = "so far, or in all"
+    if total is not None:
+        rest = f"of {total:,}" + ("" if done >= total else "; still going, or stopped")
+    return [Tile("Steps", f"{done:,}", rest), *known]
 
 
 @dataclass(frozen=True)
@@ -136,20 +140,6 @@ def facts(group: Group) -> list[tuple[str, str]]:
         for name, value in found.items()
         if value not in (None, "", [])
     ]
-
-
-def progress_in_words(run: Run) -> str:
-    """Return "Step 60 of 60", or where the run is now."""
-    done, rest = _progress(run)
-    return f"Step {done} {rest}" if run.total_steps is not None else f"Step {done}"
-
-
-def _progress(run: Run) -> tuple[str, str]:
-    """Steps done, and what is to be said of them."""
-    done, total = run.num_steps, run.total_steps
-    if total is None:
-        return f"{done:,}", "so far, or in all"
-    return f"{done:,}", f"of {total:,}" + ("" if done >= total else "; still going, or stopped")
 
 
 def _seed(run: Run) -> str:

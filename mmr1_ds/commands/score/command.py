@@ -11,7 +11,7 @@ import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from typing import Any
 
 import mmr1_kernels
 import numpy as np
@@ -57,23 +57,7 @@ reward_mean, reward_variance, self_bleu, self_bleu_by_order and distinct (1-, 2-
 unknown. Without it a table of the highest VPS."""
 
 
-@dataclass(frozen=True)
-class PromptScore:
-    """What is told of one prompt. NaN = unknown."""
-
-    prompt_id: str | int
-    num_responses: int
-    num_tokens: int
-    vps: float
-    ovs: float  # [0, 0.25]
-    tds: float  # [0, 1]
-    pass_rate: float  # [0, 1]
-    reward_mean: float
-    reward_variance: float  # exactly 0 if and only if all rewards are equal
-    self_bleu: float  # [0, 1]
-    self_bleu_by_order: list[float]  # 3
-    distinct: list[float]  # 3
-    edit_distance: float  # [0, 1]
+Score = dict[str, Any]  # of one prompt, the fields of FORMAT; NaN = unknown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +168,7 @@ def score_groups(
     group_offsets: np.ndarray,
     metrics: Sequence[str],
     weights: Sequence[float],
-) -> list[PromptScore]:
+) -> list[Score]:
     """Scores of each group, in order, by one call of the kernel. Args: as `_pack` and `_metrics` give them."""
     rewards = np.concatenate([group.rewards for group in batch])
     accuracies = np.concatenate([group.accuracies for group in batch])
@@ -198,7 +182,7 @@ def score_groups(
             edit_distances = mmr1_kernels.mean_edit_distance(token_ids, offsets, None, group_offsets=group_offsets)
         except ImportError as error:
             raise UserError(f"--metrics: edit-distance does not import ({error}); install rapidfuzz") from error
-    scores = []
+    scores: list[Score] = []
     for g, group in enumerate(batch):
         knows_rewards = not np.isnan(group.rewards).any()
         statistics = PromptStatistics(
@@ -211,22 +195,18 @@ def score_groups(
             distinct_3=float(found.distinct[g, 2]),
             edit_distance=float(edit_distances[g]),
         )
+        shared = ("num_responses", "pass_rate", "reward_mean", "reward_variance", "self_bleu", "edit_distance")
         scores.append(
-            PromptScore(
-                prompt_id=group.prompt_id,
-                num_responses=group.num_responses,
-                num_tokens=int(offsets[group_offsets[g + 1]] - offsets[group_offsets[g]]),
-                vps=variance_promotion_score(statistics, metrics, weights),
-                ovs=float(found.outcome_variance[g]),
-                tds=metric_value(statistics, SELF_BLEU),
-                pass_rate=statistics.pass_rate,
-                reward_mean=statistics.reward_mean,
-                reward_variance=statistics.reward_variance,
-                self_bleu=statistics.self_bleu,
-                self_bleu_by_order=found.self_bleu_by_order[g].tolist(),
-                distinct=found.distinct[g].tolist(),
-                edit_distance=statistics.edit_distance,
-            )
+            {
+                "prompt_id": group.prompt_id,
+                "num_tokens": int(offsets[group_offsets[g + 1]] - offsets[group_offsets[g]]),
+                "vps": variance_promotion_score(statistics, metrics, weights),
+                "ovs": float(found.outcome_variance[g]),
+                "tds": metric_value(statistics, SELF_BLEU),
+                **{name: getattr(statistics, name) for name in shared},
+                "self_bleu_by_order": found.self_bleu_by_order[g].tolist(),
+                "distinct": found.distinct[g].tolist(),
+            }
         )
     return scores
 
@@ -239,20 +219,20 @@ class Summary:
         self.kernel_seconds = 0.0
         self._columns = {name: array("d") for name in ("ovs", "tds", "vps", "reward_variance")}
         self._num_rows = num_rows
-        self._highest: list[PromptScore] = []
+        self._highest: list[Score] = []
 
     @property
     def num_prompts(self) -> int:
         return len(self._columns["vps"])
 
-    def add(self, scores: Sequence[PromptScore]) -> None:
-        self.num_responses += sum(score.num_responses for score in scores)
-        self.num_tokens += sum(score.num_tokens for score in scores)
+    def add(self, scores: Sequence[Score]) -> None:
+        self.num_responses += sum(score["num_responses"] for score in scores)
+        self.num_tokens += sum(score["num_tokens"] for score in scores)
         for name, column in self._columns.items():
-            column.extend(getattr(score, name) for score in scores)
+            column.extend(score[name] for score in scores)
 
-        def rank(score: PromptScore) -> float:
-            return -math.inf if math.isnan(score.vps) else score.vps
+        def rank(score: Score) -> float:
+            return -math.inf if math.isnan(score["vps"]) else score["vps"]
 
         self._highest = heapq.nlargest(self._num_rows, [*self._highest, *scores], key=rank)  # of equals the earlier
 
@@ -260,9 +240,9 @@ class Summary:
         """The rows of the highest VPS, highest first."""
         rows: list[tuple[str, ...]] = [("prompt_id", "responses", "tokens", "pass rate", "OVS", "TDS", "VPS")]
         for score in self._highest:
-            numbers = (score.pass_rate, score.ovs, score.tds, score.vps)
-            counts = f"{score.num_responses:,}", f"{score.num_tokens:,}"
-            rows.append((_printable(score.prompt_id), *counts, *map(_decimal, numbers)))
+            counts = (f"{score[name]:,}" for name in ("num_responses", "num_tokens"))
+            numbers = (_decimal(score[name]) for name in ("pass_rate", "ovs", "tds", "vps"))
+            rows.append((_printable(score["prompt_id"]), *counts, *numbers))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for first, *others in rows:
@@ -300,9 +280,6 @@ def _printable(prompt_id: str | int) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _json_line(score: PromptScore) -> str:
+def _json_line(score: Score) -> str:
     """JSON has no NaN: null. Half an emoji in an id stays escaped, as it came."""
-    values = {
-        name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(score).items()
-    }
-    return json.dumps(values) + "\n"
+    return json.dumps({name: None if value != value else value for name, value in score.items()}) + "\n"
