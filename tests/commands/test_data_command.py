@@ -12,16 +12,14 @@ from collections import Counter
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pytest
-from fixtures.data_fixtures import image, png, write_jsonl, write_text_model, write_vision_model
+from fixtures.data_fixtures import image, write_jsonl, write_text_model, write_vision_model
 from fixtures.doc_blocks import DOCS, blocks
 from PIL import Image
-from pyarrow import parquet
 
 from mmr1_ds.commands import cli
-from mmr1_ds.commands.data import answers, command, rows
-from mmr1_ds.commands.data.numbers import histogram, spread
+from mmr1_ds.commands.data import command, figures, rows
+from mmr1_ds.commands.data.figures import histogram, spread
 from mmr1_ds.commands.data.text import WIDTH
 from mmr1_ds.config import DataConfig, ModelConfig, RewardConfig
 from mmr1_ds.data.dataset import load_dataset
@@ -164,16 +162,15 @@ def test_images_are_told_as_the_processor_takes_them(tmp_path, vision_model, loo
 
 
 def test_images_a_prompt(tmp_path, vision_model, look):
-    one = {"bytes": png(28, 28)}
-    path = tmp_path / "rows.parquet"
+    image(28, 28).save(tmp_path / "one.png")
     counts = [0, 1, 3, 1, 0, 2, 1]
-    data = [{"prompt": f"p{row}", "answer": "1", "images": [one] * count} for row, count in enumerate(counts)]
-    parquet.write_table(pa.Table.from_pylist(data), path)
+    data = [{"prompt": f"p{row}", "answer": "1", "images": ["one.png"] * count} for row, count in enumerate(counts)]
+    path = write_jsonl(tmp_path / "rows.jsonl", data)
     code, text, found = look(path, vision_model, "worker.rollout.limit_images=2")
     assert found["data_sets"][0]["images"]["num_prompts_by_images"] == {"0": 2, "1": 3, "2": 1, "3": 1}
     assert "images: 8 in 7 prompts: 2 with none, 3 with 1, 1 with 2, 1 with 3" in text
     (finding,) = found["data_sets"][0]["findings"]
-    assert finding["rows_by_file"] == {str(path): [2]} and code == command.EXIT_STOPS
+    assert finding["rows_by_file"] == {path: [2]} and code == command.EXIT_STOPS
     assert "in row 2 (3 images)" in text and found["data_sets"][0]["num_usable"] == 6
     assert look(path, vision_model, "worker.rollout.limit_images=3")[0] == 0
 
@@ -194,13 +191,6 @@ def test_categories_and_answers(tmp_path, text_model, look):
     }
     assert "most frequent one is right for 42.9%" in " ".join(text.split())
     assert look(path, text_model)[2]["data_sets"][0]["categories"] == {}
-
-
-def test_a_batch_larger_than_the_data_is_noted(tmp_path, text_model, look):
-    path = write_jsonl(tmp_path / "a.jsonl", text_rows(23))
-    _, text, _ = look(path, text_model, "data.rollout_batch_size=24")
-    assert "23 usable prompts, and a step takes data.rollout_batch_size=24: each step repeats" in " ".join(text.split())
-    assert "each step repeats" not in look(path, text_model, "data.rollout_batch_size=23")[1]
 
 
 @pytest.mark.parametrize("limit", [1, 7, 77, 401])
@@ -307,24 +297,27 @@ def test_overlong_prompts_without_the_filter_and_a_limit_that_leaves_none(tmp_pa
     assert found["data_sets"][0]["samples"] == []
 
 
-def test_rows_of_several_files_and_repeats(tmp_path, text_model, look):
+def test_rows_of_several_files_repeats_and_rows_that_training_has(tmp_path, text_model, look):
     first = write_jsonl(tmp_path / "a.jsonl", text_rows(5))
     second = write_jsonl(tmp_path / "b.jsonl", [*text_rows(2), {"prompt": "other", "answer": " "}])
-    code, text, found = look(f"[{first},{second}]", text_model)
-    refused, kept = found["data_sets"][0]["findings"]
+    val = write_jsonl(tmp_path / "c.jsonl", [*text_rows(2), {"prompt": "what is 3?", "answer": "three"}])
+    files, settings = f"[{first},{second}]", [f"data.val_files={val}", "data.rollout_batch_size=8"]
+    code, text, found = look(files, text_model, *settings)
+    text = " ".join(text.split())
+    train, validation = found["data_sets"]
+    refused, kept = train["findings"]
     assert refused["rows_by_file"] == {second: [2]} and kept["rows_by_file"] == {second: [0, 1]}
-    assert kept["effect"] == "kept" and f"{second} row 0 (as {first} row 0)" in " ".join(text.split())
-    assert found["data_sets"][0]["num_rows_by_file"] == {first: 5, second: 3}
-    assert found["data_sets"][0]["num_usable"] == 7 and code == command.EXIT_STOPS
-
-
-def test_validation_rows_that_training_has(tmp_path, text_model, look):
-    train = write_jsonl(tmp_path / "a.jsonl", text_rows(5))
-    val = write_jsonl(tmp_path / "b.jsonl", [*text_rows(2), {"prompt": "what is 3?", "answer": "three"}])
-    _, text, found = look(train, text_model, f"data.val_files={val}")
+    assert kept["effect"] == "kept" and f"{second} row 0 (as {first} row 0)" in text
+    assert train["num_rows_by_file"] == {first: 5, second: 3} and train["num_usable"] == 7
     assert found["num_shared"] == 2 and "2 validation rows with the prompt, answer and images of a training" in text
-    _, _, found = look(train, text_model, f"data.val_files={val}", "data.id_key=answer")
-    assert found["num_shared"] is None
+    assert "7 usable prompts, and a step takes data.rollout_batch_size=8: each step repeats" in text
+    assert (train["key"], validation["key"], code) == ("data.train_files", "data.val_files", command.EXIT_STOPS)
+    for name in ("train", "val"):
+        _, text, found = look(files, text_model, *settings, f"--file={name}")
+        assert [data_set["key"] for data_set in found["data_sets"]] == [f"data.{name}_files"]
+        assert (f"data.{name}_files: " in text) and found["num_shared"] is None
+    _, text, found = look(first, text_model, f"data.val_files={val}", "data.id_key=answer", "data.rollout_batch_size=5")
+    assert found["num_shared"] is None and "each step repeats" not in text
 
 
 def test_several_processes_find_the_same(tmp_path, vision_model, look, monkeypatch):
@@ -380,8 +373,8 @@ def test_the_prompts_shown_are_a_seeded_choice(tmp_path, text_model, look):
 
 @pytest.mark.parametrize("truth", ["7", "-1,234.5", "\\frac{1}{2}", "(A)", "x^2 + 1", "\\{1, 2\\}", "Paris"])
 def test_a_boxed_truth_is_right_in_every_reward_that_goes_by_rule(truth):
-    item = {"response": answers.right_response(truth), "ground_truth": truth, "response_length": 5}
-    for name in answers.BY_RULE:
+    item = {"response": figures.right_response(truth), "ground_truth": truth, "response_length": 5}
+    for name in figures.BY_RULE:
         reward = load_reward_function(reward_setup(RewardConfig(reward_function=name), 100))
         assert reward.score([item])[0]["accuracy"] == 1.0
         assert reward.score([item | {"ground_truth": "8"}])[0]["accuracy"] == 0.0
@@ -400,8 +393,8 @@ def test_truths_that_no_response_can_give(tmp_path, text_model, look):
 
 def test_the_reward_is_not_asked_where_that_says_nothing():
     for name in ("own.py:score", "openr1"):
-        assert answers.check_reward(["7"], RewardConfig(reward_function=name), seed=1) is None
-    assert answers.check_reward([], RewardConfig(reward_function="math"), seed=1) is None
+        assert figures.check_reward(["7"], RewardConfig(reward_function=name), seed=1) is None
+    assert figures.check_reward([], RewardConfig(reward_function="math"), seed=1) is None
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -428,15 +421,6 @@ def test_mistakes_are_told_in_one_line(tmp_path, text_model, capsys, monkeypatch
     printed = capsys.readouterr()
     assert code == 2 and printed.out == ""
     assert printed.err.startswith("mmr1-ds: error: ") and printed.err.count("\n") == 1 and message in printed.err
-
-
-def test_one_of_the_files_alone(tmp_path, text_model, look):
-    train, val = write_jsonl(tmp_path / "a.jsonl", text_rows(5)), write_jsonl(tmp_path / "b.jsonl", text_rows(3))
-    for words, keys in [([], ["data.train_files", "data.val_files"]), (["--file=val"], ["data.val_files"]),
-                        (["--file=train"], ["data.train_files"])]:  # fmt: skip
-        _, text, found = look(train, text_model, f"data.val_files={val}", *words)
-        assert [data_set["key"] for data_set in found["data_sets"]] == keys
-        assert [key for key in ("data.train_files", "data.val_files") if f"{key}: " in text] == keys
 
 
 # --- the documentation --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmr1_ds.commands.data.numbers import SHOWN
+from mmr1_ds.commands.data.figures import SHOWN
 from mmr1_ds.commands.data.rows import AT_ITS_START, WHEN_DRAWN
 from mmr1_ds.config import RunConfig
 from mmr1_ds.data.rows import RowReader

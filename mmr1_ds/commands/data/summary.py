@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmr1_ds.commands.data.answers import AnswerSummary, RewardCheck, check_reward, summarise_answers
+from mmr1_ds.commands.data.figures import (
+    AnswerSummary,
+    Bin,
+    ImageSummary,
+    RewardCheck,
+    Spread,
+    check_reward,
+    histogram,
+    spread,
+    summarise_answers,
+    summarise_images,
+)
 from mmr1_ds.commands.data.findings import Finding, SurveyedRows, find
-from mmr1_ds.commands.data.images import ImageSummary, summarise_images
-from mmr1_ds.commands.data.numbers import Bin, Spread, histogram, spread
-from mmr1_ds.commands.data.samples import Sample, choose, render
 from mmr1_ds.config import RunConfig
+from mmr1_ds.data.rows import RowReader
+from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -33,6 +43,19 @@ class Lengths:
     num_near_limit: int  # over NEAR_LIMIT of it, and not over it
     near_limit_fraction: float  # of all measured, [0, 1]
     histogram: list[Bin]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt."""
+
+    row: str  # names it
+    prompt_id: str
+    category: str
+    num_tokens: int
+    prompt: str | None  # from its token ids; the placeholder of an image reads <image 448x448, 256 tokens>
+    problem: str | None  # why there is no prompt: what stops a run that draws it
+    ground_truth: str
 
 
 @dataclass(frozen=True)
@@ -140,10 +163,35 @@ def _lengths(lengths: np.ndarray, limit: int) -> Lengths | None:
 
 def _samples(rows: SurveyedRows, encoder: PromptEncoder, num_samples: int, seed: int) -> list[Sample]:
     samples = []
-    for row in choose(rows.usable, num_samples, seed):
+    chosen = rows.usable
+    if len(chosen) > num_samples:
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, num_samples, replace=False))
+    for row in chosen:
         (prompt_id,), (category,), (answer,) = (
             rows.texts(column, np.array([row])) for column in ("prompt_id", "category", "answer")
         )
-        prompt, problem = render(*rows.place(row), encoder)
+        prompt, problem = _rendered(*rows.place(row), encoder)
         samples.append(Sample(rows.name(row), prompt_id, category, int(rows.lengths[row]), prompt, problem, answer))
     return samples
+
+
+def _rendered(reader: RowReader, row: int, encoder: PromptEncoder) -> tuple[str | None, str | None]:
+    """The prompt of a row, by the way that it takes to the model; None, and why, when its images cannot be read."""
+    where = reader.where(row)
+    try:
+        content = reader.read(row)
+        token_ids, images = encoder.encode(content.prompt, content.images, where)
+    except UserError as error:
+        return None, " ".join(str(error).split()).removeprefix(f"{where}: ")
+
+    def decoded(token_ids: Sequence[int]) -> str:
+        text: str = encoder.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    text, start = "", 0
+    places = [place for place, token in enumerate(token_ids) if images and token == encoder.image_token_id]
+    for place, image in zip(places, images, strict=True):
+        tokens = encoder.num_image_tokens(*image.size, where)
+        text += f"{decoded(token_ids[start:place])}<image {image.width}x{image.height}, {tokens} tokens>"
+        start = place + 1
+    return text + decoded(token_ids[start:]), None

@@ -6,13 +6,10 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping
 
-from mmr1_ds.commands.data.answers import AnswerSummary, RewardCheck
+from mmr1_ds.commands.data.figures import AnswerSummary, ImageSummary, RewardCheck, Spread
 from mmr1_ds.commands.data.findings import Finding
-from mmr1_ds.commands.data.images import ImageSummary
-from mmr1_ds.commands.data.numbers import Spread
 from mmr1_ds.commands.data.rows import WHEN_DRAWN
-from mmr1_ds.commands.data.samples import Sample
-from mmr1_ds.commands.data.summary import NEAR_LIMIT, DataReport, DataSetSummary, Lengths
+from mmr1_ds.commands.data.summary import NEAR_LIMIT, DataReport, DataSetSummary, Lengths, Sample
 
 WIDTH = 100
 BAR_WIDTH = 40

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmr1_ds.commands.report import drawing
-from mmr1_ds.commands.report.drawing import Picture
+from mmr1_ds.commands.report.drawing import Card
 from mmr1_ds.commands.report.groups import Group
 from mmr1_ds.commands.report.runs import AXES, Run
 from mmr1_ds.commands.report.series import MOST_POINTS, band, evenly, smoothed, smoothing_reach
@@ -37,15 +37,6 @@ class Curve:
     @property
     def name(self) -> str:
         return self.title.lower().replace(" ", "_")
-
-
-@dataclass(frozen=True)
-class CurveFigure:
-    """A drawn curve: axis -> picture."""
-
-    curve: Curve
-    pictures: Mapping[str, Picture]
-    last: str  # value of the only run, "" for several
 
 
 LEARNING = (
@@ -117,7 +108,7 @@ THROUGHPUT = (
 )  # fmt: skip
 
 
-def draw_curves(curves: Sequence[Curve], groups: Sequence[Group], png: bool) -> list[CurveFigure]:
+def draw_curves(curves: Sequence[Curve], groups: Sequence[Group], png: bool) -> list[Card]:
     """Draw the curves that any run has values for. Call it within `drawing.drawing()`."""
     return [figure for curve in curves if (figure := _draw(curve, groups, png)) is not None]
 
@@ -165,7 +156,7 @@ def points(run: Run, metric: str, axis: str) -> tuple[np.ndarray, np.ndarray] | 
     return x[known], values[known]
 
 
-def _draw(curve: Curve, groups: Sequence[Group], png: bool) -> CurveFigure | None:
+def _draw(curve: Curve, groups: Sequence[Group], png: bool) -> Card | None:
     lines = {metric: label for metric, label in curve.lines.items() if _values(groups, metric)}
     if not lines:
         return None
@@ -190,7 +181,7 @@ def _draw(curve: Curve, groups: Sequence[Group], png: bool) -> CurveFigure | Non
         description = f"by {axis_label}. {curve.caption}"
         with_png = png and (axis == "steps" or curve.is_validation)
         pictures[axis] = drawing.picture(figure, name, curve.title, description, with_png, legend_of(groups))
-    return CurveFigure(curve, pictures, _last(curve, groups))
+    return Card(curve.title, _last(curve, groups), curve.caption, pictures)
 
 
 def _values(groups: Sequence[Group], metric: str) -> list[np.ndarray]:

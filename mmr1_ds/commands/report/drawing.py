@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,16 @@ class Picture:
     name: str  # of its PNG, and of its element on the page
     svg: str
     png: bytes | None
+
+
+@dataclass(frozen=True)
+class Card:
+    """A figure on the page."""
+
+    title: str
+    last: str  # a value to show beside the title
+    caption: str
+    pictures: Mapping[str, Picture]  # by axis; "" where there is one
 
 
 def canvas(height: float = HEIGHT, width: float = WIDTH) -> Figure:

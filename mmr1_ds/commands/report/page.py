@@ -74,6 +74,7 @@ def _render(groups: Sequence[Group], blocks: Mapping[str, Sequence[Block]]) -> s
     )
     environment.filters["shown"] = shown
     runs = [run for group in groups for run in group.runs]
+    keys = dict.fromkeys(key for group in groups for key in group.values)  # that distinguish the groups
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
         title=groups[0].first.name if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -83,7 +84,7 @@ def _render(groups: Sequence[Group], blocks: Mapping[str, Sequence[Block]]) -> s
         tiles=tiles(runs[0]) if len(runs) == 1 else [],
         facts=facts,
         figures=final_figures(groups),
-        differences=_differences(groups),
+        differences=[(key, [group.values.get(key, "no config.yaml") for group in groups]) for key in keys],
         movers=_movers(groups),
         has_observations=any(len(run.observations.steps) for run in runs),
         axes={axis: AXES[axis] for axis in shared_axes(groups)},
@@ -107,12 +108,6 @@ def _movers(groups: Sequence[Group]) -> list[tuple[int, Group, list[MovedPrompt]
         for place, group in enumerate(groups[:MOST_GROUPS])
     ]
     return [entry for entry in found if entry[2]]
-
-
-def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """Return (key, its value in each group) of the keys that distinguish the groups."""
-    keys = dict.fromkeys(key for group in groups for key in group.values)
-    return [(key, [group.values.get(key, "no config.yaml") for group in groups]) for key in keys]
 
 
 def _look(place: int) -> dict[str, str]:

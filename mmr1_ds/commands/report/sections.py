@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmr1_ds.commands.report import curves, resource_figures
 from mmr1_ds.commands.report.curriculum import calibrate, transitions
 from mmr1_ds.commands.report.curriculum_figures import draw_calibration, draw_histograms, draw_transitions
-from mmr1_ds.commands.report.curves import Curve
-from mmr1_ds.commands.report.drawing import Picture
+from mmr1_ds.commands.report.drawing import Card, Picture
 from mmr1_ds.commands.report.groups import Group
 
 MOST_GROUPS = 6  # groups beyond have their curves alone
 _MOST_MATRICES = {"weight": 6, "pass_rate": 3}
-
-
-@dataclass(frozen=True)
-class Card:
-    """A figure on the page."""
-
-    title: str
-    last: str  # a value to show beside the title
-    caption: str
-    pictures: Mapping[str, Picture]  # by axis; "" where there is one
 
 
 @dataclass(frozen=True)
@@ -40,11 +29,11 @@ def learning(groups: Sequence[Group], png: bool) -> list[Block]:
     note = "Of noisy curves the thin lines are the steps, the thick ones a moving average."
     if any(len(group.runs) > 1 for group in groups):
         note += " Of several seeds the line is the mean, and the band goes from the lowest to the highest."
-    return [_curves(curves.LEARNING, groups, png, note)]
+    return [Block("", cards=curves.draw_curves(curves.LEARNING, groups, png), note=note)]
 
 
 def curriculum(groups: Sequence[Group], png: bool) -> list[Block]:
-    blocks = [_curves(curves.CURRICULUM, groups, png)]
+    blocks = [Block("", cards=curves.draw_curves(curves.CURRICULUM, groups, png))]
     for place, group in enumerate(groups[:MOST_GROUPS]):
         blocks += _table(group, place if len(groups) > 1 else None, png)
     if not any(block.cards for block in blocks[1:]):
@@ -75,13 +64,7 @@ def resources(groups: Sequence[Group], png: bool) -> list[Block]:
         picture = resource_figures.draw_step_times(group.first, stages, title, slug, png)
         caption = "Stages of a step, stacked; what comes between steps is left out." + (f" Run {own}." if own else "")
         cards += _cards((steps, caption, picture))
-    return [Block("", cards=[*cards, *_curves(curves.THROUGHPUT, groups, png).cards])]
-
-
-def _curves(shown: Sequence[Curve], groups: Sequence[Group], png: bool, note: str = "") -> Block:
-    drawn = curves.draw_curves(shown, groups, png)
-    cards = [Card(figure.curve.title, figure.last, figure.curve.caption, figure.pictures) for figure in drawn]
-    return Block("", cards=cards, note=note)
+    return [Block("", cards=[*cards, *curves.draw_curves(curves.THROUGHPUT, groups, png)])]
 
 
 def _table(group: Group, place: int | None, png: bool) -> list[Block]:
