@@ -17,7 +17,7 @@ from mmr1_ds.commands.score import command as score
 from mmr1_ds.config import reference
 from mmr1_ds.config.loading import LOCAL_RANK
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import leave, tell
+from mmr1_ds.exits import EXIT_INTERRUPTED, leave, tell
 
 _SETTINGS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
 
@@ -33,11 +33,17 @@ class Command(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns: the exit code; 2 after a user's mistake."""
+    """Run one command. Returns: the exit code; 2 after a user's mistake, which it tells in one line on stderr."""
     given = sys.argv[1:] if argv is None else argv
     arguments = parse([word for word in given if not word.startswith(LOCAL_RANK)])
     put_own_programs_on_path()
-    return COMMANDS[arguments.command].main(arguments)
+    try:
+        return COMMANDS[arguments.command].main(arguments)
+    except UserError as error:
+        return tell(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("mmr1-ds: interrupted\n")
+        return EXIT_INTERRUPTED
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -82,7 +88,7 @@ def _add_part(parser: argparse.ArgumentParser) -> None:
 def _print_keys(arguments: argparse.Namespace) -> int:
     found = reference.plain(arguments.part)
     if not found:
-        return tell(UserError(f"no key has {arguments.part!r} in its name; `mmr1-ds keys` prints all"))
+        raise UserError(f"no key has {arguments.part!r} in its name; `mmr1-ds keys` prints all")
     sys.stdout.write(found)
     return 0
 

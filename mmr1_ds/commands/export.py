@@ -14,7 +14,6 @@ from mmr1_ds.config import ModelConfig
 from mmr1_ds.config.derived import checkpoint_directory
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.exits import tell
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 
@@ -44,18 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the command. Returns: the exit code; 2 after a user's mistake."""
+    """Write the model folder. Returns: the exit code. Raises: UserError."""
     configure_logging(True)
     quiet_libraries()
     os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
-        _export(arguments)
-    except UserError as error:
-        return tell(error)
-    return 0
-
-
-def _export(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if out.exists() or out.is_symlink():
         raise UserError(f"OUT={out} exists already; name another folder, or delete it")
@@ -89,6 +80,7 @@ def _export(arguments: argparse.Namespace) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob("*"))
     logger.info("wrote %s: %.3f GB", out, size / 1e9)
+    return 0
 
 
 def _checkpoint(checkpoints: Checkpoints, named: list[Path]) -> Path:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.redaction import redacted, without_secrets
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import tell
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 
@@ -28,22 +25,7 @@ DESCRIPTION = """Check a run and print the sbatch command that starts it, launch
 trainer.nnodes and trainer.n_gpus_per_node say; with --submit also call it. Credentials belong into the environment,
 which sbatch hands on. On machines without GPUs export DS_ACCELERATOR=cpu: then the job requests none."""
 _CPUS_BESIDE_REWARDS = 4  # a rank needs them for itself, the loading of its data, vLLM
-# sbatch's own forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]
-_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
 _SERVERS = ("worker.rollout.engine=server", "worker.rollout.server_urls=[http://servers:8000]")
-
-
-@dataclass(frozen=True)
-class Submission:
-    """The command, and the variables that it needs beside the present environment."""
-
-    variables: Mapping[str, str]
-    command: tuple[str, ...]
-
-    def in_words(self) -> str:
-        """Write it as a shell takes it, an option a line."""
-        variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.variables.items())
-        return variables + " \\\n    ".join(shlex.quote(word) for word in self.command) + "\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,23 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
-    """Run the command. Returns: the exit code; 2 after a user's mistake, sbatch's own after --submit."""
-    try:
-        submission = plan_submission(arguments, environ)
-    except UserError as error:
-        return tell(error)
-    sys.stdout.write(submission.in_words())
+    """Print the command. Returns: the exit code, sbatch's own after --submit. Raises: UserError."""
+    variables, command = plan_submission(arguments, environ)
+    words = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
+    sys.stdout.write(words + " \\\n    ".join(map(shlex.quote, command)) + "\n")
     sys.stdout.flush()
     if not arguments.submit:
         return 0
     try:
-        return subprocess.run(submission.command, env={**environ, **submission.variables}, check=False).returncode
-    except FileNotFoundError:
-        return tell(UserError("sbatch is not installed here; call this where jobs are submitted, or without --submit"))
+        return subprocess.run(command, env={**environ, **variables}, check=False).returncode
+    except FileNotFoundError as error:
+        remedy = "call this where jobs are submitted, or without --submit"
+        raise UserError(f"sbatch is not installed here; {remedy}") from error
 
 
-def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Submission:
-    """Check the run as its ranks will. Raises: UserError, one line."""
+def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Check the run as its ranks will.
+
+    Returns: the variables that the command needs beside the present environment, the command. Raises: UserError.
+    """
     settings, num_servers = list(arguments.settings), arguments.server_nodes
     _refuse_secrets(settings)
     _check_arguments(arguments)
@@ -98,7 +82,7 @@ def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -
             )
         tasks = trainer.n_gpus_per_node // size
         command += [":", *_component(config, arguments, num_servers, tasks, on_gpu)]
-    return Submission(_variables(arguments, environ), (*command, str(SCRIPT), *settings))
+    return _variables(arguments, environ), [*command, str(SCRIPT), *settings]
 
 
 def _component(
@@ -132,12 +116,6 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     """Check the options. Raises: UserError."""
     if not SCRIPT.is_file():
         raise UserError(f"{SCRIPT} is missing; install the project from its folder (pip install --editable)")
-    if not _TIME.fullmatch(arguments.time):
-        raise UserError(f"--time {arguments.time}: expected minutes, hours:minutes:seconds or days-hours, as 24:00:00")
-    if arguments.server_nodes < 0:
-        raise UserError(f"--server-nodes must be >= 0, got {arguments.server_nodes}")
-    if arguments.cpus_per_task is not None and arguments.cpus_per_task < 1:
-        raise UserError(f"--cpus-per-task must be >= 1, got {arguments.cpus_per_task}")
     if arguments.mounts and not arguments.container:
         raise UserError("--mounts is for a container; name its image by --container")
 

@@ -51,15 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the server. Returns: the exit code; 0 after SIGTERM, 2 after a user's mistake, 1 when it does not start."""
+    """Run the server. Returns: the exit code; 0 after SIGTERM, 1 when it does not start. Raises: UserError."""
     configure_logging(is_main=True)
     stopped = _Signals()
-    try:
-        config, port = _read(arguments.settings, arguments.port)
-        server = _server(config, port)
-    except UserError as error:
-        return tell(error)
-    return _run(server, config.worker.rollout.server_start_seconds, stopped)
+    config, port = _read(arguments.settings, arguments.port)
+    return _run(_server(config, port), config.worker.rollout.server_start_seconds, stopped)
 
 
 class _Signals:

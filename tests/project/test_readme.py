@@ -86,7 +86,7 @@ def test_reports(tmp_path, monkeypatch, capsys):
     reports = [shlex.split(command)[1:] for command in commands_of(DOCS / "report.md")]
     assert len(reports) == 2
     for name in {Path(word).name for words in reports for word in words if word.startswith("runs/")}:
-        write_run(tmp_path / "runs" / name, num_steps=7, total_steps=7)
+        write_run(tmp_path / "runs" / name, num_steps=7)
     for words in reports:
         assert cli.main([*words, "--no-png"]) == 0
         assert Path(capsys.readouterr().out.splitlines()[-1]).stat().st_size > 10_000

@@ -25,7 +25,7 @@ from mmr1_ds.preflight.files import check_data, check_format_prompt
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
 
-EXIT_STOPS, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_STOPS = 1
 DESCRIPTION = """Look at data.train_files and data.val_files as the trainer will see them: which rows it drops or
 refuses, lengths against the limits, images, categories, answers, and some prompts as the model gets them. Needs no
 GPU, and of the model its config.json, tokenizer and processor alone. Exits 1 when a row would stop a run."""
@@ -43,23 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Returns: the exit code; 1 when a row would stop a run, 2 after a user's mistake."""
+    """Print the report. Returns: the exit code; 1 when a row would stop a run. Raises: UserError."""
     quiet_libraries()
-    try:
-        found = _look(arguments)
-        if arguments.json is not None:
-            _write_json(arguments.json, found)
-    except UserError as error:
-        sys.stderr.write(f"mmr1-ds: error: {' '.join(str(error).split())}\n")
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("mmr1-ds: interrupted\n")
-        return EXIT_INTERRUPTED
-    sys.stdout.write(in_words(found))
-    return EXIT_STOPS if found.stops_run else 0
-
-
-def _look(arguments: argparse.Namespace) -> DataReport:
     if arguments.show < 0:
         raise UserError(f"--show must be 0 or more, got {arguments.show}")
     if arguments.json is not None and not arguments.json.parent.is_dir():
@@ -67,7 +52,15 @@ def _look(arguments: argparse.Namespace) -> DataReport:
     loaded = load_config(arguments.settings)
     for line in loaded.warnings:
         sys.stderr.write(f"mmr1-ds: {line}\n")
-    return look(loaded.config, _keys(arguments.file, loaded.config), arguments.show, arguments.decode)
+    found = look(loaded.config, _keys(arguments.file, loaded.config), arguments.show, arguments.decode)
+    if arguments.json is not None:
+        content = dataclasses.asdict(found) | {"stops_run": found.stops_run}
+        try:
+            arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json: cannot write {str(arguments.json)!r}: {error}") from error
+    sys.stdout.write(in_words(found))
+    return EXIT_STOPS if found.stops_run else 0
 
 
 def _keys(file: str | None, config: RunConfig) -> list[str]:
@@ -111,11 +104,3 @@ def _survey(key: str, config: RunConfig, encoder: PromptEncoder, decode_images: 
     readers = open_readers(open_sources(files, key), config.data)
     with progress(sum(map(len, readers)), f"looking at {key}", with_lines=False) as advance:
         return SurveyedRows(survey_rows(readers, config.data, encoder, decode_images, advance), readers, config)
-
-
-def _write_json(path: Path, found: DataReport) -> None:
-    content = dataclasses.asdict(found) | {"stops_run": found.stops_run}
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json: cannot write {str(path)!r}: {error}") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmr1_ds.commands.data.numbers import SHOWN
+from mmr1_ds.commands.data.figures import SHOWN
 from mmr1_ds.commands.data.rows import AT_ITS_START, WHEN_DRAWN
 from mmr1_ds.config import RunConfig
 from mmr1_ds.data.rows import RowReader
@@ -84,12 +84,13 @@ class SurveyedRows:
 
 def _finding(
     rows: SurveyedRows, effect: str, reason: str, concerned: Sequence[int] | np.ndarray, examples: list[Example]
-) -> Finding:
+) -> list[Finding]:
+    """Return the one finding about these rows; none without any."""
     by_file: dict[str, list[int]] = defaultdict(list)
     for row in concerned:
         reader, local = rows.place(row)
         by_file[reader.name].append(local)
-    return Finding(effect, reason, len(concerned), dict(by_file), examples)
+    return [Finding(effect, reason, len(concerned), dict(by_file), examples)] if len(concerned) else []
 
 
 def find(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
@@ -111,39 +112,35 @@ def _refused(rows: SurveyedRows) -> list[Finding]:
         problems = {problem for _, problem in members}
         examples = [Example(rows.name(row), problem) for row, problem in members[:SHOWN]]
         reason = problems.pop() if len(problems) == 1 else words
-        found.append(_finding(rows, effect, reason, [row for row, _ in members], examples))
+        found += _finding(rows, effect, reason, [row for row, _ in members], examples)
     return found
 
 
 def _too_many_images(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
     over = np.flatnonzero(rows.has_too_many)
-    if len(over) == 0:
-        return []
     reason = (
         f"more images than worker.rollout.limit_images={config.worker.rollout.limit_images}; raise it, or set it to 0 "
         "for as many as the data has"
     )
     examples = [Example(rows.name(row), f"{rows.num_images[row]} images") for row in over[:SHOWN]]
-    return [_finding(rows, AT_ITS_START, reason, over, examples)]
+    return _finding(rows, AT_ITS_START, reason, over, examples)
 
 
 def _overlong(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
     """Return the over-long rows, with the longest as examples."""
     over = np.flatnonzero(rows.is_overlong)
-    if len(over) == 0:
-        return []
     limit = config.data.max_prompt_length
     longest = over[np.argsort(-rows.lengths[over], kind="stable")][:SHOWN]
     examples = [Example(rows.name(row), f"{rows.lengths[row]:,} tokens") for row in longest]
     reason = f"longer than data.max_prompt_length={limit} tokens"
     if not config.data.filter_overlong_prompts:
         reason += "; raise it, or set data.filter_overlong_prompts=true"
-        return [_finding(rows, WHEN_DRAWN, reason, over, examples)]
-    found = [_finding(rows, DROPPED, reason, over, examples)]
-    if len(over) == rows.is_measured.sum():
+        return _finding(rows, WHEN_DRAWN, reason, over, examples)
+    found = _finding(rows, DROPPED, reason, over, examples)
+    if len(over) and len(over) == rows.is_measured.sum():
         shortest = rows.lengths[over].min()
         reason = f"no prompt is left: the shortest has {shortest:,} tokens; raise data.max_prompt_length"
-        found.append(_finding(rows, AT_ITS_START, reason, over, []))
+        found += _finding(rows, AT_ITS_START, reason, over, [])
     return found
 
 
@@ -155,9 +152,7 @@ def _repeated(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
     for row, prompt_id in zip(measured, rows.texts("prompt_id", measured), strict=True):
         if first.setdefault(prompt_id, row) != row:
             repeated.append((row, first[prompt_id]))
-    if not repeated:
-        return []
     same = "prompt, answer and images" if config.data.id_key is None else f"id in column {config.data.id_key!r}"
     examples = [Example(rows.name(row), f"as {rows.name(earlier)}") for row, earlier in repeated[:SHOWN]]
     reason = f"the same {same} as an earlier row; each counts as a prompt"
-    return [_finding(rows, KEPT, reason, [row for row, _ in repeated], examples)]
+    return _finding(rows, KEPT, reason, [row for row, _ in repeated], examples)

@@ -6,12 +6,10 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig
-from mmr1_ds.data.images import ImageReference
 from mmr1_ds.data.rows import Row, RowReader
 from mmr1_ds.data.scan import BATCH_ROWS, ROWS_A_PROCESS, BatchScan
 from mmr1_ds.errors import UserError
@@ -24,13 +22,7 @@ if TYPE_CHECKING:
 AT_ITS_START, WHEN_DRAWN = "would stop the run at its start", "would stop the run when drawn"
 
 
-@dataclass(frozen=True)
-class _Span:
-    """A stretch of rows of one source that is surveyed in one call."""
-
-    source: int  # its place among the sources
-    start: int
-    stop: int
+_Span = tuple[int, range]  # rows of one source that are surveyed in one call: the source's place, the rows
 
 
 def survey_rows(
@@ -49,7 +41,7 @@ def survey_rows(
 
     survey = _SpanSurvey(readers, prompt_encoder, decode_images)
     spans = [
-        _Span(source, start, min(start + BATCH_ROWS, len(reader)))
+        (source, range(start, min(start + BATCH_ROWS, len(reader))))
         for source, reader in enumerate(readers)
         for start in range(0, len(reader), BATCH_ROWS)
     ]
@@ -57,7 +49,7 @@ def survey_rows(
     parts = []
     for span, part in zip(spans, _run(survey, spans, processes), strict=True):
         parts.append(part)
-        advance(span.stop - span.start)
+        advance(len(span[1]))
     return pa.concat_tables(parts).combine_chunks()
 
 
@@ -91,10 +83,10 @@ class _SpanSurvey:
     def __call__(self, span: _Span) -> pa.Table:
         import pyarrow as pa
 
-        reader = self._readers[span.source]
-        table = reader.rows[span.start : span.stop]
+        source, indices = span
+        reader = self._readers[source]
+        table = reader.rows[indices.start : indices.stop]
         scan = BatchScan(reader, self._encoder)
-        indices = range(span.start, span.stop)
         try:
             measured: list[dict[str, Any]] = scan(table, indices).to_pylist()
         except UserError:  # of one row at least: which ones?
@@ -104,14 +96,15 @@ class _SpanSurvey:
         for index, row, found in zip(indices, rows, measured, strict=True):
             if "problem" not in found:
                 found = self._looked_at(row, found, reader, index)
-            lines.append({"source": span.source, "row": index, **found})
+            lines.append({"source": source, "row": index, **found})
         return pa.Table.from_pylist(lines, schema=schema())
 
     def _looked_at(self, row: Row, measured: dict[str, Any], reader: RowReader, index: int) -> dict[str, Any]:
         where, references = reader.where(index), reader.references(row)
         if self._decode_images:
             try:
-                _decode(reader, references, where)
+                for reference in references:
+                    reader.image_source.load(reference, where).close()
             except UserError as error:
                 return _refused(error, WHEN_DRAWN, where)
         sizes = [reader.image_source.size(reference, where) for reference in references]
@@ -128,11 +121,6 @@ def _measured_alone(scan: BatchScan, table: pa.Table, place: int, reader: RowRea
     except UserError as error:
         return _refused(error, AT_ITS_START, reader.where(index))
     return measured
-
-
-def _decode(reader: RowReader, references: list[ImageReference], where: str) -> None:
-    for reference in references:
-        reader.image_source.load(reference, where).close()
 
 
 def _refused(error: UserError, effect: str, where: str) -> dict[str, Any]:

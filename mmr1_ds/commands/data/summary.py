@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +9,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmr1_ds.commands.data.answers import AnswerSummary, RewardCheck, check_reward, summarise_answers
+from mmr1_ds.commands.data.figures import (
+    AnswerSummary,
+    Bin,
+    ImageSummary,
+    RewardCheck,
+    Spread,
+    check_reward,
+    histogram,
+    spread,
+    summarise_answers,
+    summarise_images,
+)
 from mmr1_ds.commands.data.findings import Finding, SurveyedRows, find
-from mmr1_ds.commands.data.images import ImageSummary, summarise_images
-from mmr1_ds.commands.data.numbers import Bin, Spread, histogram, spread
-from mmr1_ds.commands.data.samples import Sample, choose, render
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import total_training_steps
-from mmr1_ds.curriculum.sampler import PromptSampler
+from mmr1_ds.data.rows import RowReader
+from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -39,24 +46,16 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class TrainingBatches:
-    """What the usable prompts make of a run, by the configuration."""
+class Sample:
+    """One prompt."""
 
-    num_prompts: int
-    prompts_per_step: int
-    responses_per_prompt: int
-    steps_per_epoch: int  # P // B, at least 1
-    total_steps: int
-    prompts_by_score: int  # prompts of a step drawn by the curriculum; the others come in turn
-
-
-@dataclass(frozen=True)
-class ValidationBatches:
-    """The prompts and responses of one validation."""
-
-    num_prompts: int
-    responses_per_prompt: int
-    num_calls: int  # number of batches of data.val_batch_size prompts
+    row: str  # names it
+    prompt_id: str
+    category: str
+    num_tokens: int
+    prompt: str | None  # from its token ids; the placeholder of an image reads <image 448x448, 256 tokens>
+    problem: str | None  # why there is no prompt: what stops a run that draws it
+    ground_truth: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ class DataSetSummary:
     categories: dict[str, int]  # counts over usable rows, most frequent first; empty without data.category_key
     answers: AnswerSummary | None  # summary over usable rows; None without any
     reward_check: RewardCheck | None  # None where the check cannot be done
-    batches: TrainingBatches | ValidationBatches | None
     samples: list[Sample]
 
 
@@ -116,7 +114,6 @@ def summarise(
         categories=dict(Counter(rows.texts("category", rows.usable)).most_common()) if config.data.category_key else {},
         answers=summarise_answers(answers),
         reward_check=check_reward(answers, config.worker.reward, config.data.seed),
-        batches=_batches(key, len(rows.usable), config) if len(rows.usable) else None,
         samples=_samples(rows, encoder, num_samples, config.data.seed),
     )
 
@@ -131,11 +128,10 @@ def notes(data_sets: Sequence[DataSetSummary], config: RunConfig, encoder: Promp
     """Return what may be intended and may be a mistake, one line each."""
     found = []
     for data_set in data_sets:
-        batches = data_set.batches
-        if isinstance(batches, TrainingBatches) and batches.num_prompts < batches.prompts_per_step:
+        if data_set.key == TRAIN and 0 < data_set.num_usable < config.data.rollout_batch_size:
             found.append(
-                f"{data_set.key}: {batches.num_prompts} usable prompts, and a step takes data.rollout_batch_size="
-                f"{batches.prompts_per_step}: each step repeats prompts"
+                f"{TRAIN}: {data_set.num_usable} usable prompts, and a step takes data.rollout_batch_size="
+                f"{config.data.rollout_batch_size}: each step repeats prompts"
             )
     if encoder.is_multimodal and any(data_set.images and data_set.images.num_images for data_set in data_sets):
         limits = encoder.pixel_limits
@@ -165,30 +161,37 @@ def _lengths(lengths: np.ndarray, limit: int) -> Lengths | None:
     return Lengths(limit, found, num_near, num_near / len(lengths), histogram(lengths, limit))
 
 
-def _batches(key: str, num_prompts: int, config: RunConfig) -> TrainingBatches | ValidationBatches:
-    data = config.data
-    if key == VALIDATION:
-        chunk = data.val_batch_size if data.val_batch_size > 0 else num_prompts
-        num_responses = config.worker.rollout.val_override_config.n
-        return ValidationBatches(num_prompts, num_responses, math.ceil(num_prompts / chunk))
-    batch = data.rollout_batch_size
-    sampler = PromptSampler(num_prompts, batch, data.seed, data.sampling_strategy, data.curriculum_mixture_ratio)
-    return TrainingBatches(
-        num_prompts=num_prompts,
-        prompts_per_step=batch,
-        responses_per_prompt=config.worker.rollout.n,
-        steps_per_epoch=max(1, num_prompts // batch),
-        total_steps=total_training_steps(config, num_prompts),
-        prompts_by_score=sampler.num_weighted,
-    )
-
-
 def _samples(rows: SurveyedRows, encoder: PromptEncoder, num_samples: int, seed: int) -> list[Sample]:
     samples = []
-    for row in choose(rows.usable, num_samples, seed):
+    chosen = rows.usable
+    if len(chosen) > num_samples:
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, num_samples, replace=False))
+    for row in chosen:
         (prompt_id,), (category,), (answer,) = (
             rows.texts(column, np.array([row])) for column in ("prompt_id", "category", "answer")
         )
-        prompt, problem = render(*rows.place(row), encoder)
+        prompt, problem = _rendered(*rows.place(row), encoder)
         samples.append(Sample(rows.name(row), prompt_id, category, int(rows.lengths[row]), prompt, problem, answer))
     return samples
+
+
+def _rendered(reader: RowReader, row: int, encoder: PromptEncoder) -> tuple[str | None, str | None]:
+    """The prompt of a row, by the way that it takes to the model; None, and why, when its images cannot be read."""
+    where = reader.where(row)
+    try:
+        content = reader.read(row)
+        token_ids, images = encoder.encode(content.prompt, content.images, where)
+    except UserError as error:
+        return None, " ".join(str(error).split()).removeprefix(f"{where}: ")
+
+    def decoded(token_ids: Sequence[int]) -> str:
+        text: str = encoder.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    text, start = "", 0
+    places = [place for place, token in enumerate(token_ids) if images and token == encoder.image_token_id]
+    for place, image in zip(places, images, strict=True):
+        tokens = encoder.num_image_tokens(*image.size, where)
+        text += f"{decoded(token_ids[start:place])}<image {image.width}x{image.height}, {tokens} tokens>"
+        start = place + 1
+    return text + decoded(token_ids[start:]), None

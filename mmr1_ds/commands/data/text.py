@@ -6,25 +6,14 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping
 
-from mmr1_ds.commands.data.answers import AnswerSummary, RewardCheck
+from mmr1_ds.commands.data.figures import AnswerSummary, ImageSummary, RewardCheck, Spread
 from mmr1_ds.commands.data.findings import Finding
-from mmr1_ds.commands.data.images import EXTREME_ASPECT, ImageSummary
-from mmr1_ds.commands.data.numbers import Spread
 from mmr1_ds.commands.data.rows import WHEN_DRAWN
-from mmr1_ds.commands.data.samples import Sample
-from mmr1_ds.commands.data.summary import (
-    NEAR_LIMIT,
-    DataReport,
-    DataSetSummary,
-    Lengths,
-    TrainingBatches,
-    ValidationBatches,
-)
+from mmr1_ds.commands.data.summary import NEAR_LIMIT, DataReport, DataSetSummary, Lengths, Sample
 
 WIDTH = 100
 BAR_WIDTH = 40
 MOST_LINES = 12  # of categories
-MOST_CHARACTERS = 4000  # of a prompt shown; --json has all
 _INDENT = "  "
 
 
@@ -56,16 +45,13 @@ def _data_set(found: DataSetSummary) -> Iterator[str]:
     for finding in found.findings:
         yield from _finding(finding, found.num_rows)
     for section in (
-        [] if found.lengths is None else _lengths(found.lengths, found.images is not None),
-        [] if found.images is None else _images(found.images),
-        [] if not found.categories else _categories(found.categories, found.num_usable),
-        [] if found.answers is None else _answers(found.answers, found.reward_check, found.num_usable),
-        _batches(found.batches),
+        _lengths(found.lengths, found.images is not None),
+        _images(found.images),
+        _categories(found.categories, found.num_usable),
+        _answers(found.answers, found.reward_check, found.num_usable),
     ):
-        lines = list(section)
-        if lines:
-            yield ""
-            yield from lines
+        if lines := list(section):
+            yield from ["", *lines]
 
 
 def _finding(finding: Finding, num_rows: int) -> Iterator[str]:
@@ -74,18 +60,17 @@ def _finding(finding: Finding, num_rows: int) -> Iterator[str]:
     more = finding.num_rows - len(finding.examples)
     ending = [f"{more:,} more"] if more else []
     if "..." in finding.reason:  # each row's own words say more
-        for example in finding.examples:
-            yield from _wrapped(f"{example.row}: {example.detail}", _INDENT * 3)
-        yield from (_INDENT * 3 + words for words in ending)
-    elif finding.examples:
-        shown = [
-            example.row if example.detail == finding.reason else f"{example.row} ({example.detail})"
-            for example in finding.examples
-        ]
-        yield from _wrapped(f"in {', '.join(shown + ending)}", _INDENT * 3)
+        for words in [*(f"{example.row}: {example.detail}" for example in finding.examples), *ending]:
+            yield from _wrapped(words, _INDENT * 3)
+        return
+    details = ["" if example.detail == finding.reason else f" ({example.detail})" for example in finding.examples]
+    shown = [example.row + detail for example, detail in zip(finding.examples, details, strict=True)]
+    yield from _wrapped(f"in {', '.join(shown + ending)}", _INDENT * 3)
 
 
-def _lengths(found: Lengths, has_images: bool) -> Iterator[str]:
+def _lengths(found: Lengths | None, has_images: bool) -> Iterator[str]:
+    if found is None:
+        return
     included = ", images included" if has_images else ""
     yield f"  tokens of a prompt{included} (data.max_prompt_length={found.limit})"
     near = f"{found.num_near_limit:,} ({found.near_limit_fraction:.1%}) over {NEAR_LIMIT:.0%} of the limit"
@@ -99,53 +84,36 @@ def _lengths(found: Lengths, has_images: bool) -> Iterator[str]:
         yield f"    {label:>{width}}  {marks:<{BAR_WIDTH}}  {bar.count:,}{beyond}"
 
 
-def _images(found: ImageSummary) -> Iterator[str]:
+def _images(found: ImageSummary | None) -> Iterator[str]:
+    if found is None:
+        return
     per_prompt = ", ".join(
         f"{prompts:,} with {number or 'none'}" for number, prompts in found.num_prompts_by_images.items()
     )
     prompts = _count(sum(found.num_prompts_by_images.values()), "prompt")
     yield from _wrapped(f"images: {found.num_images:,} in {prompts}: {per_prompt}", _INDENT)
-    if found.width is None or found.height is None or found.aspect is None or found.tokens is None:
+    if found.width is None or found.height is None or found.tokens is None:
         return
     yield f"    width   {_spread(found.width)} pixels"
     yield f"    height  {_spread(found.height)} pixels"
     yield f"    tokens  {_spread(found.tokens)}; {found.token_fraction:.1%} of all tokens of the prompts"
-    yield from _wrapped(
-        f"longer side by shorter: median {found.aspect.median:.1f}, max {found.aspect.maximum:.1f}; "
-        f"{found.num_extreme:,} over {EXTREME_ASPECT:g} (over 200 is refused)",
-        _INDENT * 2,
+    kinds = (
+        (found.num_enlarged, "enlarged"),
+        (found.num_shrunk, f"shrunk, a side by up to {found.strongest_shrinking:.1f} times"),
+        (found.num_rounded, "only rounded to the multiples"),
+        (found.num_unchanged, "left as they came"),
     )
     yield from _wrapped(
-        f"{found.min_pixels:,} to {found.max_pixels:,} pixels (data.min_pixels and max_pixels, inside the processor's "
-        f"own), sides in multiples of {found.factor}:",
+        f"brought to {found.min_pixels:,} to {found.max_pixels:,} pixels (data.min_pixels and max_pixels, inside the "
+        f"processor's own), sides in multiples of {found.factor}: "
+        + "; ".join(f"{count:,} ({_percent(count, found.num_images)}) {words}" for count, words in kinds if count),
         _INDENT * 2,
     )
-    for words, count, scale in (
-        (f"enlarged, having under {found.min_pixels:,} pixels", found.num_enlarged, found.largest_enlargement),
-        (f"shrunk, having over {found.max_pixels:,} pixels", found.num_shrunk, found.strongest_shrinking),
-        ("only rounded to the multiples", found.num_rounded, None),
-        ("left as they came", found.num_unchanged, None),
-    ):
-        if count:
-            by = "" if scale is None else f", a side by up to {scale:.1f} times"
-            yield f"    {count:>9,}  {_percent(count, found.num_images):>6}  {words}{by}"
-    yield from _sizes(found)
-
-
-def _sizes(found: ImageSummary) -> Iterator[str]:
-    named = [("frequent", size) for size in found.most_frequent]
-    named += [
-        (name, size)
-        for name, size in (("smallest", found.smallest), ("largest", found.largest), ("longest", found.longest))
-        if size is not None and size not in found.most_frequent
-    ]
-    yield f"    {'':<10}{'as it came':>15}{'to the model':>15}{'tokens':>9}{'images':>11}"
-    for name, size in named:
-        came, goes = f"{size.width} x {size.height}", f"{size.model_width} x {size.model_height}"
-        yield f"    {name:<10}{came:>15}{goes:>15}{size.num_tokens:>9,}{size.num_images:>11,}"
 
 
 def _categories(found: Mapping[str, int], num_usable: int) -> Iterator[str]:
+    if not found:
+        return
     yield f"  categories: {len(found):,}"
     names = {name: _printable(name, 60) or "(none)" for name in list(found)[:MOST_LINES]}
     width = max(map(len, names.values()))
@@ -156,7 +124,9 @@ def _categories(found: Mapping[str, int], num_usable: int) -> Iterator[str]:
         yield f"    and {len(found) - len(names):,} more with {_count(rest, 'row')}"
 
 
-def _answers(found: AnswerSummary, check: RewardCheck | None, num_usable: int) -> Iterator[str]:
+def _answers(found: AnswerSummary | None, check: RewardCheck | None, num_usable: int) -> Iterator[str]:
+    if found is None:
+        return
     yield from _wrapped(
         f"answers: {found.num_distinct:,} different, the longest of {_count(found.longest, 'character')}; "
         f"giving always the most frequent one is right for {found.majority_fraction:.1%} of rows",
@@ -164,52 +134,18 @@ def _answers(found: AnswerSummary, check: RewardCheck | None, num_usable: int) -
     )
     for answer, count in found.most_frequent:
         yield f"    {count:>9,}  {_percent(count, num_usable):>6}  {_printable(answer, 70)}"
-    if check is not None:
-        yield from _reward_check(check)
-
-
-def _reward_check(found: RewardCheck) -> Iterator[str]:
-    asked = f"{found.num_answers:,} different answers, boxed as they are, given to the reward {found.reward_function}"
-    if found.num_refused == 0:
-        yield from _wrapped(f"{asked}: all are right", _INDENT * 2)
+    if check is None:
         return
-    shown = ", ".join(repr(answer[:60]) for answer in found.refused)
-    more = found.num_refused - len(found.refused)
-    yield from _wrapped(
-        f"{asked}: {found.num_refused:,} of them wrong, so that no response to their prompts can be right: {shown}"
-        + (f", {more:,} more" if more else ""),
-        _INDENT * 2,
-    )
-
-
-def _batches(found: TrainingBatches | ValidationBatches | None) -> Iterator[str]:
-    if isinstance(found, TrainingBatches):
-        yield from _training(found)
-    if isinstance(found, ValidationBatches):
-        yield from _validation(found)
-
-
-def _training(found: TrainingBatches) -> Iterator[str]:
-    responses = found.prompts_per_step * found.responses_per_prompt
-    yield from _wrapped(
-        f"a step: {_count(found.prompts_per_step, 'prompt')} x {found.responses_per_prompt} responses = {responses:,}; "
-        f"an epoch of {_count(found.num_prompts, 'prompt')}: {_count(found.steps_per_epoch, 'step')}; "
-        f"the run: {_count(found.total_steps, 'step')}",
-        _INDENT,
-    )
-    if found.prompts_by_score:
-        in_turn = found.prompts_per_step - found.prompts_by_score
-        rounds = f": all come round in {found.num_prompts / in_turn:,.1f} steps" if in_turn else ""
-        yield f"    {found.prompts_by_score:,} of a step's prompts are drawn by score, {in_turn:,} in turn{rounds}"
-
-
-def _validation(found: ValidationBatches) -> Iterator[str]:
-    responses = found.num_prompts * found.responses_per_prompt
-    yield from _wrapped(
-        f"a validation: {_count(found.num_prompts, 'prompt')} x {found.responses_per_prompt} = "
-        f"{_count(responses, 'response')}, in {_count(found.num_calls, 'call')}",
-        _INDENT,
-    )
+    asked = f"{check.num_answers:,} different answers, boxed as they are, given to the reward {check.reward_function}"
+    verdict = "all are right"
+    if check.num_refused:
+        shown = ", ".join(repr(answer[:60]) for answer in check.refused)
+        more = check.num_refused - len(check.refused)
+        verdict = (
+            f"{check.num_refused:,} of them wrong, so that no response to their prompts can be right: {shown}"
+            + (f", {more:,} more" if more else "")
+        )
+    yield from _wrapped(f"{asked}: {verdict}", _INDENT * 2)
 
 
 def _sample(data_set: DataSetSummary, sample: Sample) -> Iterator[str]:
@@ -228,22 +164,10 @@ def _sample(data_set: DataSetSummary, sample: Sample) -> Iterator[str]:
 
 def _quoted(text: str) -> Iterator[str]:
     """Put every line behind a bar; one that is too long continues behind a colon."""
-    if len(text) > MOST_CHARACTERS:
-        half = MOST_CHARACTERS // 2
-        left_out = len(text) - 2 * half
-        text = f"{text[:half]}\n[{left_out:,} characters left out here; --json has them]\n{text[-half:]}"
-    room = WIDTH - 4
     for line in text.split("\n"):
-        shown = _printable(line)
-        yield f"  | {shown[: _break(shown, room)]}".rstrip()
-        while len(shown) > room:
-            shown = shown[_break(shown, room) :]
-            yield f"  : {shown[: _break(shown, room)]}".rstrip()
-
-
-def _break(line: str, room: int) -> int:
-    """Return how much of a line fits: up to a space, or a cut anywhere where the line has no space."""
-    return len(line) if len(line) <= room else line.rfind(" ", 1, room) + 1 or room
+        first, *rest = textwrap.wrap(_printable(line), WIDTH - 4, drop_whitespace=False) or [""]
+        yield f"  | {first}".rstrip()
+        yield from (f"  : {part}".rstrip() for part in rest)
 
 
 # --- words --------------------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ import logging
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
 from mmr1_ds.cluster.launch import put_own_programs_on_path
 from mmr1_ds.commands.demo.assets import prepare_assets
 from mmr1_ds.errors import UserError, require
+from mmr1_ds.exits import EXIT_INTERRUPTED, tell
 
 logger = logging.getLogger("mmr1_ds.commands.demo")
 
@@ -32,19 +32,14 @@ def main() -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _exit)
-    start = time.perf_counter()
     try:
         require("gpu", "torch", "transformers", "sklearn", purpose="the demo")
         built = prepare_assets(arguments.folder, arguments.seed)
     except UserError as error:
-        sys.stderr.write(f"mmr1-ds: error: {error}\n")
-        return 2
+        return tell(error)
     except KeyboardInterrupt:
-        return 130
-    if built:
-        logger.info("demo assets: built in %s in %.0f s", arguments.folder, time.perf_counter() - start)
-    else:
-        logger.info("demo assets: found in %s", arguments.folder)
+        return EXIT_INTERRUPTED
+    logger.info("demo assets: %s in %s", "built" if built else "found", arguments.folder)
     return 0
 
 

@@ -12,20 +12,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from mmr1_ds.commands.demo import digits, model, warmup
 from mmr1_ds.commands.demo.warmup import WarmupSettings
 from mmr1_ds.errors import UserError
-
-logger = logging.getLogger(__name__)
+from mmr1_ds.monitoring.progress import progress
 
 RECIPE_FILE = "recipe.json"
-REPORT_STEPS = 50
 
 
 def prepare_assets(folder: Path, seed: int = 0, settings: WarmupSettings | None = None) -> bool:
@@ -79,12 +75,7 @@ def _build(folder: Path, seed: int, settings: WarmupSettings) -> None:
         digits.write_parquet(folder / f"{name}.parquet", digits.training_questions(pool, seed), name)
     digits.write_parquet(folder / "val.parquet", digits.validation_questions(seed), "val")
     network = model.build_model(seed)
-    start, total = time.perf_counter(), 0.0
-    for step, loss in warmup.warm_up(network, seed, settings):
-        total += loss
-        if step % REPORT_STEPS == 0 or step == settings.num_steps:
-            seconds_left = (time.perf_counter() - start) / step * (settings.num_steps - step)
-            mean = total / ((step - 1) % REPORT_STEPS + 1)
-            logger.info("warm-up step %d/%d | loss %.3f | %.0f s left", step, settings.num_steps, mean, seconds_left)
-            total = 0.0
+    with progress(settings.num_steps, "warm-up") as advance:
+        for _ in warmup.warm_up(network, seed, settings):
+            advance(1)
     model.save_model(folder / "model", network)

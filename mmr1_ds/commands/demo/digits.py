@@ -15,8 +15,6 @@ Three sorts of questions, by what a model can do with them after the warm-up:
 from __future__ import annotations
 
 import functools
-import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,32 +137,23 @@ def proportional_counts(weights: Sequence[int], total: int) -> list[int]:
     return counts
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """Encode an image as PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def write_parquet(path: Path, questions: Sequence[Question], name: str) -> None:
-    """Write questions as a parquet file with the columns problem, answer, images, category and id.
+    """Write questions as a parquet file with the columns problem, answer, images (as PNG), category and id.
 
-    Images are PNG bytes, marked as Hugging Face `datasets` marks an image feature. Ids are `name`-0000, ...
+    Ids are `name`-0000, ...
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from datasets import Dataset, Features, Image, List, Value
 
-    image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    columns = {
-        "problem": pa.array([question.problem for question in questions], pa.string()),
-        "answer": pa.array([question.answer for question in questions], pa.string()),
-        "images": pa.array(
-            [[{"bytes": png_bytes(render(question)), "path": None}] for question in questions], pa.list_(image_type)
-        ),
-        "category": pa.array([question.kind for question in questions], pa.string()),
-        "id": pa.array([f"{name}-{i:04d}" for i in range(len(questions))], pa.string()),
-    }
-    text = {"dtype": "string", "_type": "Value"}
-    features = dict.fromkeys(columns, text) | {"images": {"feature": {"_type": "Image"}, "_type": "List"}}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
+    rows = [
+        {
+            "problem": question.problem,
+            "answer": question.answer,
+            "images": [render(question)],
+            "category": question.kind,
+            "id": f"{name}-{number:04d}",
+        }
+        for number, question in enumerate(questions)
+    ]
+    text = Value("string")
+    features = Features(problem=text, answer=text, images=List(Image()), category=text, id=text)
+    Dataset.from_list(rows, features=features).to_parquet(path)

@@ -46,21 +46,25 @@ class Activations:
 
 def training(shape: ModelShape, batch: MicroBatch, element: int, checkpointed: bool, device: str) -> Activations:
     """Return what a forward and backward hold. Args: element: its bytes; device: cuda or cpu, for the head's blocks."""
-    text = text_layer(shape, element) * batch.tokens
-    layer = temporaries(shape, element) * batch.tokens
+    text = batch.tokens * layer_bytes(
+        shape.hidden, shape.query_width, shape.key_width, shape.heads, shape.mlp_width, element,
+        qk_norm=shape.has_qk_norm,
+    )  # fmt: skip
+    layer = temporaries(shape.hidden, shape.mlp_width, element) * batch.tokens
     kept = shape.layers * (element * shape.hidden * batch.tokens if checkpointed else text)
     kept += (EXACT_BYTES + 2 * element) * shape.hidden * batch.tokens  # the last norm, and the states of the responses
     if checkpointed:
         layer += text
     if shape.vision is not None and batch.patches:
         vision = shape.vision
-        block = vision_block(vision, element) * batch.patches
+        width, mlp_width = vision.width, vision.mlp_width
+        block = batch.patches * layer_bytes(width, width, width, vision.heads, mlp_width, element, vision.is_gated)
         tower = element * vision.patch_elements * batch.patches
         if shape.vision_is_trained:
             tower += vision.depth * (element * vision.width * batch.patches if checkpointed else block)
             tower += merger(vision, shape.hidden, element) * batch.patches
         kept += tower
-        own = vision_temporaries(vision, element) * batch.patches + (block if checkpointed else 0.0)
+        own = temporaries(width, mlp_width, element) * batch.patches + (block if checkpointed else 0.0)
         layer = max(layer, own)
     return Activations(kept, layer, head(shape, batch, element, device, backward=True))
 
@@ -76,40 +80,32 @@ def scoring(shape: ModelShape, batch: MicroBatch, element: int, device: str) -> 
     return Activations(kept, layer, head(shape, batch, element, device, backward=False))
 
 
-def text_layer(shape: ModelShape, element: int) -> float:
-    """Return the bytes a token that a decoder layer keeps for its backward."""
-    norms = 2 * (EXACT_BYTES + 2 * element) * shape.hidden
-    attention = element * (2 * shape.query_width + 2 * shape.key_width) + EXACT_BYTES * shape.heads
-    if shape.has_qk_norm:
-        norms += (EXACT_BYTES + element) * (shape.query_width + shape.key_width)
-    return norms + attention + 4 * element * shape.mlp_width
+def layer_bytes(
+    width: int, queries: int, keys: int, heads: int, mlp: int, element: int, gated: bool = True, qk_norm: bool = False
+) -> float:
+    """Return the bytes a token, or a patch, that a layer keeps for its backward.
+
+    Args: queries, keys: their widths; gated: its MLP, and then its norms are RMS; else LayerNorm.
+    """
+    norms = 2 * _norm(element, gated) * width
+    if qk_norm:
+        norms += (EXACT_BYTES + element) * (queries + keys)
+    attention = element * (2 * queries + 2 * keys) + EXACT_BYTES * heads
+    return norms + attention + (4 if gated else 2) * element * mlp
 
 
-def temporaries(shape: ModelShape, element: int) -> float:
+def _norm(element: int, is_rms: bool) -> int:
+    return (EXACT_BYTES if is_rms else 0) + 2 * element
+
+
+def temporaries(width: int, mlp_width: int, element: int) -> float:
     """Return the bytes a token of gradients beside what is kept, at the MLP of a layer: the widest place."""
-    return element * (2 * shape.mlp_width + shape.hidden)
-
-
-def vision_block(vision: VisionShape, element: int) -> float:
-    """Return the bytes a patch that a block of the vision tower keeps for its backward."""
-    norm = (EXACT_BYTES + 2 * element) if vision.is_gated else 2 * element
-    mlp = 4 if vision.is_gated else 2
-    return (
-        2 * norm * vision.width
-        + element * 4 * vision.width
-        + EXACT_BYTES * vision.heads
-        + mlp * element * vision.mlp_width
-    )
-
-
-def vision_temporaries(vision: VisionShape, element: int) -> float:
-    """Return the same as `temporaries`, a patch."""
-    return element * (2 * vision.mlp_width + vision.width)
+    return element * (2 * mlp_width + width)
 
 
 def merger(vision: VisionShape, hidden: int, element: int) -> float:
     """Return the bytes a patch that the merger keeps: a norm, the wide states before and after GELU."""
-    norm = (EXACT_BYTES + 2 * element) if vision.is_gated else 2 * element
+    norm = _norm(element, vision.is_gated)
     return norm * vision.width + 2 * element * vision.width + element * hidden / vision.merge**2
 
 
@@ -123,6 +119,5 @@ def head(shape: ModelShape, batch: MicroBatch, element: int, device: str, backwa
     if not backward:
         return block * (2 + low)  # logits and their exponentials
     states = shape.hidden * tokens
-    return block * (1 + low) + states * (
-        EXACT_BYTES + 2 * element
-    )  # their gradient, scaled states, one block's product
+    # The states' gradient, scaled states, one block's product.
+    return block * (1 + low) + states * (EXACT_BYTES + 2 * element)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mmr1_ds.commands.plan.hardware import GB, GPUS, Assumptions, Gpu, find_gpu
 from mmr1_ds.commands.plan.memory import Plan, plan_memory
@@ -18,8 +18,7 @@ from mmr1_ds.commands.plan.stages import generation, load_of, refresh_rollouts, 
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import resolved_critic, trains_critic
 from mmr1_ds.config.loading import load_config
-from mmr1_ds.errors import UserError, require
-from mmr1_ds.exits import tell
+from mmr1_ds.errors import require
 from mmr1_ds.monitoring.logger import quiet_libraries
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import critic_deepspeed, reference_deepspeed, resolve_deepspeed
@@ -47,24 +46,6 @@ class Estimate:
     problems: list[str]  # what does not fit, with the remedy
     warnings: list[str]
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "gpu": self.gpu.name,
-            "gpu_memory_gb": self.gpu.memory_gb,
-            "ranks": self.world_size,
-            "parameters": self.shape.num_parameters,
-            "memory_gb": {
-                "learning": {name: size / GB for name, size in self.memory.learning.bytes.items()},
-                "sampling": {name: size / GB for name, size in self.memory.sampling.bytes.items()},
-                "host_per_rank": self.memory.host_per_rank / GB,
-            },
-            "cache_tokens": self.memory.cache_tokens,
-            "step_seconds": self.seconds,
-            "refresh_responses_per_step": self.refresh,
-            "problems": self.problems,
-            "warnings": self.warnings,
-        }
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
@@ -76,16 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the command. Returns: the exit code; 1 when something does not fit, 2 after a user's mistake."""
+    """Print the estimate. Returns: the exit code; 1 when something does not fit. Raises: UserError."""
     quiet_libraries()
-    try:
-        gpu = find_gpu(arguments.gpu, arguments.gpu_memory_gb)
-        found = estimate(arguments.settings, gpu, Assumptions().with_settings(arguments.assume))
-    except UserError as error:
-        return tell(error)
+    gpu = find_gpu(arguments.gpu, arguments.gpu_memory_gb)
+    found = estimate(arguments.settings, gpu, Assumptions().with_settings(arguments.assume))
     sys.stdout.write(in_words(found))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found.as_json(), indent=1), encoding="utf-8")
+        figures = dataclasses.asdict(found) | {"shape": {"num_parameters": found.shape.num_parameters}}
+        arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return EXIT_DOES_NOT_FIT if found.problems else 0
 
 
@@ -138,10 +117,11 @@ def _judge(
         "worker.actor.offload.offload_optimizer=true, or more GPUs",
     }
     for moment, parts in (("learning", memory.learning), ("sampling", memory.sampling)):
-        if parts.total > size:
-            problems.append(f"{moment} takes {parts.total / GB:.1f} of {gpu.memory_gb:g} GB: {remedies[moment]}")
-        elif parts.total > 0.92 * size:
-            warnings.append(f"{moment} leaves {(size - parts.total) / GB:.1f} GB: {remedies[moment]}")
+        total = sum(parts.values())
+        if total > size:
+            problems.append(f"{moment} takes {total / GB:.1f} of {gpu.memory_gb:g} GB: {remedies[moment]}")
+        elif total > 0.92 * size:
+            warnings.append(f"{moment} leaves {(size - total) / GB:.1f} GB: {remedies[moment]}")
     longest = config.data.max_prompt_length + config.data.max_response_length
     if memory.cache_tokens is not None:
         if memory.cache_tokens < longest:
@@ -170,12 +150,9 @@ def in_words(found: Estimate) -> str:
         f"{found.world_size} x {found.gpu.name} of {found.gpu.memory_gb:g} GB ({found.gpu.source})",
         "",
     ]
-    for moment, parts in (
-        ("while the actor learns", memory.learning),
-        ("when vLLM starts and samples", memory.sampling),
-    ):
-        if parts.bytes:
-            lines += _table(f"GB of a GPU {moment}", {name: size / GB for name, size in parts.bytes.items()}, ".2f")
+    for moment, parts in (("while the actor learns", memory.learning), ("when vLLM starts", memory.sampling)):
+        if parts:
+            lines += _table(f"GB of a GPU {moment}", {name: size / GB for name, size in parts.items()}, ".2f")
     if memory.host_per_rank:
         lines += [f"host memory: {memory.host_per_rank / GB:.1f} GB a rank", ""]
     if memory.cache_tokens is not None:

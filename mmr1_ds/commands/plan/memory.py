@@ -18,7 +18,7 @@ with worker.actor.offload_states too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mmr1_ds.commands.plan import activations
@@ -33,17 +33,6 @@ _SUB_GROUP = 1e9  # DeepSpeed's own sizes, in elements
 _BUCKET = 5e8
 _LIVE = 1e9
 _PERSISTENT = 1e5
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Named parts, in bytes."""
-
-    bytes: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        return sum(self.bytes.values())
 
 
 @dataclass(frozen=True)
@@ -95,8 +84,8 @@ def _device(zero: Mapping[str, Any], key: str) -> str:
 class Plan:
     """A GPU's memory at both moments, and what follows from it for vLLM."""
 
-    learning: Parts
-    sampling: Parts
+    learning: dict[str, float]  # bytes of each part
+    sampling: dict[str, float]
     host_per_rank: float
     cache_tokens: float | None  # of the key-value cache of one engine, tokens; None without an engine on these GPUs
 
@@ -167,7 +156,7 @@ def plan_memory(
         weights = element * actor.num_parameters / rollout.tensor_parallel_size
         room = engine_size - weights - assumed.vllm_overhead_gb * GB
         tokens = room * rollout.tensor_parallel_size / cache_bytes(actor, element)
-    return Plan(Parts(learning), Parts(sampling), host, tokens)
+    return Plan(learning, sampling, host, tokens)
 
 
 def forward_head(found: activations.Activations) -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 from mmr1_ds.commands.report.page import write_report
 from mmr1_ds.errors import UserError
 
-EXIT_USER_ERROR = 2
 DESCRIPTION = """Write one HTML file that opens offline in any browser, and PNGs of its figures: curves, the curriculum,
 time and memory by stage, samples. Reads the runs' directories alone, also of a run that is still going. Runs that
 differ in nothing but seeds and names become one curve with a band. Prints the path of the report."""
@@ -29,17 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Returns: the exit code; 2 after a user's mistake."""
-    try:
-        path = _write(arguments)
-    except UserError as error:
-        sys.stderr.write(f"mmr1-ds: error: {' '.join(str(error).split())}\n")
-        return EXIT_USER_ERROR
-    sys.stdout.write(f"{path}\n")
-    return 0
-
-
-def _write(arguments: argparse.Namespace) -> Path:
+    """Write the report and print its path. Raises: UserError."""
     output = arguments.output
     if output is None:
         folder = arguments.runs[0] if len(arguments.runs) == 1 else Path()
@@ -48,4 +37,5 @@ def _write(arguments: argparse.Namespace) -> Path:
         raise UserError(f"--output {output}: expected the name of an HTML file, as report.html")
     elif output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file in it, as {output / 'report.html'}")
-    return write_report(arguments.runs, output, pngs=not arguments.no_png)
+    sys.stdout.write(f"{write_report(arguments.runs, output, pngs=not arguments.no_png)}\n")
+    return 0

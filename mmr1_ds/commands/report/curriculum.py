@@ -78,13 +78,11 @@ def movers(observations: Observations, sampled: set[int], most: int) -> list[Mov
         values[known] for values in (observations.prompts, observations.steps, observations.pass_rates)
     )
     order = np.argsort(prompts, kind="stable")
-    starts = np.flatnonzero(np.diff(prompts[order], prepend=-1))
-    found = []
-    for place, start in enumerate(starts):
-        own = order[start : starts[place + 1] if place + 1 < len(starts) else len(order)]
-        mover = Mover(int(prompts[own[0]]), steps[own], rates[own])
-        if mover.change:
-            found.append(mover)
+    edges = np.flatnonzero(np.diff(prompts[order])) + 1
+    found = [
+        Mover(int(prompts[own[0]]), steps[own], rates[own]) for own in np.split(order, edges) if len(own)
+    ]
+    found = [mover for mover in found if mover.change]
     found.sort(key=lambda mover: (-abs(round(mover.change, 6)), -len(mover.steps), mover.prompt))
     return found[:most]
 
@@ -93,7 +91,6 @@ def transitions(looks: Sequence[TableLook], name: str) -> list[tuple[int, int, n
     """Return (step before, step after, (10, 10) counts) of consecutive looks. Args: name: weight or pass_rate."""
     found = []
     for before, after in itertools.pairwise(looks):
-        counts = after.weight_transitions if name == "weight" else after.pass_rate_transitions
-        if counts is not None:
+        if (counts := after.transitions[name]) is not None:
             found.append((before.step, after.step, counts))
     return found

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmr1_ds.commands.report import drawing
 from mmr1_ds.commands.report.curriculum import NUM_BINS, Calibration, Mover, transitions
-from mmr1_ds.commands.report.drawing import HEAT, INK, MUTED, ON_HEAT, WIDTH, Heading, Picture
+from mmr1_ds.commands.report.drawing import HEAT, INK, MUTED, ON_HEAT, Picture
 from mmr1_ds.commands.report.files import TableLook
 from mmr1_ds.commands.report.series import evenly
 
@@ -26,78 +26,75 @@ _MATRIX_HEIGHT = 352
 _MOST_MARKERS = 30  # on a prompt's way
 
 
-def draw_histograms(looks: Sequence[TableLook], name: str, heading: Heading, slug: str, png: bool) -> Picture:
+def draw_histograms(looks: Sequence[TableLook], name: str, title: str, slug: str, png: bool) -> Picture:
     """Draw a heat map with a column a refresh, the fullest cell in full colour. Args: name: weight or pass_rate."""
     shown = [looks[place] for place in evenly(len(looks), _MOST_COLUMNS)]
-    counts = np.stack([look.weight_counts if name == "weight" else look.pass_rate_counts for look in shown], axis=1)
-    labels = [f"{low / NUM_BINS:.1f}" for low in range(NUM_BINS)]
-    if name == "pass_rate" and any(look.num_unknown for look in shown):
-        counts = np.vstack([[look.num_unknown for look in shown], counts])
-        labels = ["unknown", *labels]
+    counts = np.stack([look.counts[name] for look in shown], axis=1)
+    unknown = [look.num_unknown for look in shown]
+    skipped = int(name == "pass_rate" and any(unknown))  # cells before the first bin
+    if skipped:
+        counts = np.vstack([unknown, counts])
     shares = counts / np.maximum(counts.sum(axis=0), 1)
     figure = drawing.canvas(_MATRIX_HEIGHT)
-    ax = drawing.axes(figure, left=64 if len(labels) > NUM_BINS else 40, top=8, right=14, bottom=42)
+    ax = drawing.axes(figure, left=64 if skipped else 40, top=8, right=14, bottom=42)
     _shade(ax, shares / shares.max(), counts if len(shown) <= _COLUMNS_WITH_COUNTS else None)
     ticks = evenly(len(shown), 7)
     ax.set_xticks([place + 0.5 for place in ticks], [f"{shown[place].step:,}" for place in ticks])
-    skipped = len(labels) - NUM_BINS
-    _bin_ticks(ax.set_yticks, skipped)
-    if skipped:
-        ax.set_yticks([0.5, *(skipped + np.arange(0, NUM_BINS + 1, 2))], ["unknown", *_edges()])
+    ax.set_yticks([*[0.5] * skipped, *(skipped + _edges(NUM_BINS))], ["unknown"] * skipped + _edge_labels())
     ax.set_xlabel("steps done at the refresh")
-    return drawing.picture(figure, slug, heading, f"{heading.title}: a heat map over the refreshes.", png=png)
+    return drawing.picture(figure, slug, title, "a heat map over the refreshes.", png)
 
 
 def draw_transitions(
-    looks: Sequence[TableLook], name: str, most: int, prefix: str, heading: Heading, png: bool
+    looks: Sequence[TableLook], name: str, most: int, prefix: str, title: str, label: str, png: bool
 ) -> list[tuple[str, Picture]]:
-    """Return (steps, picture) of up to `most` matrices, evenly chosen; full colour is all of a row."""
+    """Return (steps, picture) of up to `most` matrices, evenly chosen; full colour is all of a row.
+
+    Args: label: of the group, in the PNGs.
+    """
+    from matplotlib.patches import Rectangle
+
     found = transitions(looks, name)
     pictures = []
     for place in evenly(len(found), most):
         before, after, counts = found[place]
         figure = drawing.canvas(_MATRIX_HEIGHT)
         ax = drawing.axes(figure, left=48, top=8, right=14, bottom=42)
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        _shade(ax, shares, counts)
-        _frame_diagonal(ax)
-        _bin_ticks(ax.set_xticks, 0)
-        _bin_ticks(ax.set_yticks, 0)
+        _shade(ax, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), counts)
+        for number in range(NUM_BINS):  # the cells of those that did not move
+            corner = (number + 0.05, number + 0.05)
+            ax.add_patch(Rectangle(corner, 0.9, 0.9, facecolor="none", edgecolor=MUTED, linewidth=1))
+        ax.set_xticks(_edges(NUM_BINS), _edge_labels())
+        ax.set_yticks(_edges(NUM_BINS), _edge_labels())
         ax.set_xlabel(f"after step {after:,}")
         ax.set_ylabel(f"after step {before:,}", labelpad=4)
         words = f"step {before:,} to {after:,}"
-        description = f"{heading.title}, {words}: a matrix of counts."
-        own = Heading(f"{heading.title}, {words}", heading.of)
-        pictures.append((words, drawing.picture(figure, f"{prefix}_{after}", own, description, png=png)))
+        own = f"{title}, {words}\n{label}".strip()
+        pictures.append((words, drawing.picture(figure, f"{prefix}_{after}", own, "a matrix of counts.", png)))
     return pictures
 
 
-def draw_calibration(found: Calibration, heading: Heading, slug: str, png: bool) -> Picture:
+def draw_calibration(found: Calibration, title: str, slug: str, png: bool) -> Picture:
     """Draw a reliability diagram over a histogram of the groups."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     figure = drawing.canvas(_MATRIX_HEIGHT)
     ax = drawing.axes(figure, left=52, top=8, right=14, bottom=126)
     low, high = (np.clip(found.predicted + side * found.half_band, 0, 1) for side in (-1, 1))
     ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     ax.vlines(found.predicted, low, high, color=MUTED, alpha=0.3, linewidth=9)
     ax.plot(found.predicted, found.observed, color=drawing.SERIES[0], marker="o", markersize=5, linewidth=1.5)
-    ax.grid(axis="y")
-    ax.set_xlim(-0.02, 1.02)
     ax.set_ylim(-0.03, 1.03)
-    ax.set_yticks(np.arange(6) / 5, _edges())
-    ax.set_xticks(np.arange(6) / 5, [""] * 6)
+    ax.set_yticks(_edges(1), _edge_labels())
     ax.set_ylabel("observed", labelpad=4)
     below = drawing.axes(figure, left=52, top=_MATRIX_HEIGHT - 110, right=14, bottom=42)
     below.bar((found.bins + 0.5) / NUM_BINS, found.num_groups, width=0.86 / NUM_BINS, color=drawing.OTHER)
-    below.set_xlim(-0.02, 1.02)
-    below.grid(axis="y")
-    below.yaxis.set_major_locator(MaxNLocator(nbins=2, integer=True))
-    below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: drawing.compact(value)))
-    below.set_xticks(np.arange(6) / 5, _edges())
+    drawing.count_ticks(below.yaxis, 2)
     below.set_xlabel("predicted pass rate")
     below.set_ylabel("groups", labelpad=4)
-    return drawing.picture(figure, slug, heading, "Observed against predicted pass rates, ten bins.", png=png)
+    for part, labels in ((ax, [""] * 6), (below, _edge_labels())):
+        part.grid(axis="y")
+        part.set_xlim(-0.02, 1.02)
+        part.set_xticks(_edges(1), labels)
+    return drawing.picture(figure, slug, title, "observed against predicted pass rates, ten bins.", png)
 
 
 def draw_way(mover: Mover, slug: str, last_step: int) -> Picture:
@@ -112,41 +109,26 @@ def draw_way(mover: Mover, slug: str, last_step: int) -> Picture:
     ax.set_ylim(-0.15, 1.15)
     ax.set_axis_off()
     rates = ", ".join(f"{rate:.2f}" for rate in mover.pass_rates[evenly(len(mover.pass_rates), 12)])
-    return drawing.picture(figure, slug, Heading(""), f"Observed pass rates: {rates}.", png=False)
+    return drawing.picture(figure, slug, "Observed pass rates", f"{rates}.", png=False)
 
 
 def _shade(ax: Axes, shades: np.ndarray, counts: np.ndarray | None) -> None:
     """Cells from (0, 0) up, in a colour by the square root of the shade in [0, 1]: small shares are to be seen.
 
-    One path for all cells of a colour keeps the file small. Args: counts: to be written into the cells.
+    Args: counts: to be written into the cells.
     """
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
+    from matplotlib.colors import ListedColormap, to_rgb
 
-    num_rows, num_columns = shades.shape
-    gap_x, gap_y = (min(0.06, 0.3 * size / WIDTH) for size in (num_columns, num_rows))
-    corners = np.array([(gap_x, gap_y), (1 - gap_x, gap_y), (1 - gap_x, 1 - gap_y), (gap_x, 1 - gap_y), (0, 0)])
-    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
     levels = np.ceil(np.sqrt(np.clip(shades, 0, 1)) * (len(_STRENGTHS) - 1)).astype(np.int64)
-    ax.set_xlim(0, num_columns)
-    ax.set_ylim(0, num_rows)
-    for level, strength in enumerate(_STRENGTHS):
-        cells = np.argwhere(levels == level)
-        if not len(cells):
-            continue
-        vertices = (cells[:, None, ::-1] + corners).reshape(-1, 2)
-        path = Path(vertices, codes * len(cells))
-        ax.add_patch(PathPatch(path, facecolor=HEAT, alpha=strength, linewidth=0))
-    if counts is not None:
-        for row, column in np.argwhere(counts > 0):
-            ax.text(
-                column + 0.5,
-                row + 0.5,
-                _short(int(counts[row, column])),
-                ha="center",
-                va="center_baseline",
-                color=ON_HEAT if levels[row, column] >= _STRONG else INK,
-            )
+    colours = ListedColormap([(*to_rgb(HEAT), strength) for strength in _STRENGTHS])
+    gap = drawing.COLOURS["card"][0]
+    ax.pcolormesh(levels, cmap=colours, vmin=0, vmax=len(_STRENGTHS) - 1, edgecolors=gap, linewidth=1)
+    if counts is None:
+        counts = np.zeros_like(levels)
+    for row, column in np.argwhere(counts > 0):
+        colour = ON_HEAT if levels[row, column] >= _STRONG else INK
+        words = _short(int(counts[row, column]))
+        ax.text(column + 0.5, row + 0.5, words, ha="center", va="center_baseline", color=colour)
     for spine in ax.spines.values():
         spine.set_visible(False)
 
@@ -159,22 +141,10 @@ def _short(count: int) -> str:
     return str(count)
 
 
-def _frame_diagonal(ax: Axes) -> None:
-    """The cells of those that did not move."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    near, far = 0.05, 0.95  # so that frames do not touch
-    square = np.array([(near, near), (far, near), (far, far), (near, far), (near, near)])
-    vertices = np.concatenate([square + place for place in range(NUM_BINS)])
-    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * NUM_BINS
-    ax.add_patch(PathPatch(Path(vertices, codes), facecolor="none", edgecolor=MUTED, linewidth=1))
+def _edges(of: float) -> Any:
+    """Return every second edge of the bins, where all bins together are `of` wide."""
+    return np.linspace(0, of, NUM_BINS // 2 + 1)
 
 
-def _edges() -> list[str]:
-    return [f"{edge / NUM_BINS:g}" for edge in range(0, NUM_BINS + 1, 2)]
-
-
-def _bin_ticks(set_ticks: Any, skipped: int) -> None:
-    """Every second edge of the bins. Args: skipped: cells before the first bin."""
-    set_ticks(skipped + np.arange(0, NUM_BINS + 1, 2), _edges())
+def _edge_labels() -> list[str]:
+    return [f"{edge:g}" for edge in _edges(1)]

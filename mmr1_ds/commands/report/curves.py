@@ -9,176 +9,120 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmr1_ds.commands.report import drawing
-from mmr1_ds.commands.report.drawing import Heading, LegendEntry, Picture
+from mmr1_ds.commands.report.drawing import Card
 from mmr1_ds.commands.report.groups import Group
 from mmr1_ds.commands.report.runs import AXES, Run
-from mmr1_ds.commands.report.series import MOST_POINTS, band, evenly, smoothed, smoothing_reach, thinned
+from mmr1_ds.commands.report.series import MOST_POINTS, band, evenly, smoothed, smoothing_reach
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 _SPIKED = 30.0  # a curve whose largest value is so many times the median is drawn on a logarithmic scale
-_OLDER = {"actor/ref_kl": "actor/kl_loss"}  # what runs logged that do not have the first
 _MOST_MARKERS, _FEW_POINTS = 40, 3  # values a line has markers at, and every line has, else a first step is not seen
-_SETTLED = 1.6  # how far above what a curve settles at its figure reaches
 
 
 @dataclass(frozen=True)
 class Curve:
     """The description of one figure."""
 
-    name: str
     title: str
-    lines: Sequence[tuple[str, str]]  # metric, what its line is called; several differ by their dashes
+    lines: Mapping[str, str]  # metric -> what its line is called; several differ by their dashes
     caption: str
     is_fraction: bool = False
-    with_markers: bool = False  # few values
+    is_validation: bool = False  # few values, drawn with markers
     exact: bool = False  # without noise: not averaged
     may_spike: bool = False
-    settles: bool = False  # begins so high that the rest would be flat: the beginning is cut off
-    png_of_all_axes: bool = False
 
-
-@dataclass(frozen=True)
-class CurveFigure:
-    """A drawn curve: axis -> picture."""
-
-    curve: Curve
-    pictures: Mapping[str, Picture]
-    last: str  # value of the only run, "" for several
+    @property
+    def name(self) -> str:
+        return self.title.lower().replace(" ", "_")
 
 
 LEARNING = (
     Curve(
-        "validation_accuracy",
-        "Validation accuracy",
-        [("val/accuracy_reward", "accuracy")],
-        "Share of held-out prompts answered right.",
-        with_markers=True,
-        exact=True,
-        png_of_all_axes=True,
+        "Validation accuracy", {"val/accuracy_reward": "accuracy"}, "Share of held-out prompts answered right.",
+        is_validation=True, exact=True,
     ),
     Curve(
-        "reward",
-        "Training reward",
-        [("reward/overall", "reward")],
+        "Training reward", {"reward/overall": "reward"},
         "Mean reward of the responses of each step. The sampler chooses the prompts, so compare runs by validation.",
-        png_of_all_axes=True,
     ),
     Curve(
-        "accuracy",
-        "Training accuracy",
-        [("reward/accuracy", "accuracy"), ("reward/format", "format")],
+        "Training accuracy", {"reward/accuracy": "accuracy", "reward/format": "format"},
         "Share of right, and of well-formed, responses of each step.",
     ),
     Curve(
-        "grad_norm",
-        "Gradient norm",
-        [("actor/grad_norm", "gradient norm")],
-        "Before clipping; spikes mean unstable updates.",
+        "Gradient norm", {"actor/grad_norm": "gradient norm"}, "Before clipping; spikes mean unstable updates.",
         may_spike=True,
     ),
     Curve(
-        "clip_fraction",
-        "Clip fraction",
-        [("actor/pg_clipfrac_higher", "clip"), ("actor/pg_clipfrac_lower", "dual clip")],
-        "Share of tokens that the clip holds back; 0 where each batch is used for one update.",
-        is_fraction=True,
+        "Clip fraction", {"actor/pg_clipfrac_higher": "clip", "actor/pg_clipfrac_lower": "dual clip"},
+        "Share of tokens that the clip holds back; 0 where each batch is used for one update.", is_fraction=True,
     ),
     Curve(
-        "kl",
-        "KL to the reference",
-        [("actor/ref_kl", "KL")],
-        "How far the policy has gone from the reference model, nats per token.",
-        may_spike=True,
+        "KL to the reference", {"actor/ref_kl": "KL"},
+        "How far the policy has gone from the reference model, nats per token.", may_spike=True,
     ),
     Curve(
-        "entropy",
-        "Entropy",
-        [("actor/entropy_loss", "entropy")],
+        "Entropy", {"actor/entropy_loss": "entropy"},
         "Of the policy, nats per token; a fall to 0 means that it has stopped exploring.",
     ),
     Curve(
-        "response_length",
-        "Response length",
-        [("response_length/mean", "mean"), ("response_length/max", "longest")],
-        "Tokens per response.",
+        "Response length", {"response_length/mean": "mean", "response_length/max": "longest"}, "Tokens per response.",
     ),
     Curve(
-        "length_clipped",
-        "Responses cut off",
-        [("response_length/clip_ratio", "cut off")],
-        "Share of responses that reached data.max_response_length.",
-        is_fraction=True,
+        "Responses cut off", {"response_length/clip_ratio": "cut off"},
+        "Share of responses that reached data.max_response_length.", is_fraction=True,
     ),
     Curve(
-        "policy_agreement",
-        "Rollout against trainer",
-        [("rollout/logprob_diff_max", "largest"), ("rollout/logprob_diff_mean", "mean")],
+        "Rollout against trainer", {"rollout/logprob_diff_max": "largest", "rollout/logprob_diff_mean": "mean"},
         "Difference of the log-probabilities of the engine that sampled and the one that learns, per token.",
         may_spike=True,
     ),
-    Curve("learning_rate", "Learning rate", [("actor/lr", "learning rate")], "Of the optimiser.", exact=True),
-)
+    Curve("Learning rate", {"actor/lr": "learning rate"}, "Of the optimiser.", exact=True),
+)  # fmt: skip
 CURRICULUM = (
     Curve(
-        "effective_groups",
-        "Effective groups",
-        [("curriculum/effective_group_fraction", "effective")],
-        "Share of groups whose rewards differ. The others teach nothing.",
-        is_fraction=True,
+        "Effective groups", {"curriculum/effective_group_fraction": "effective"},
+        "Share of groups whose rewards differ. The others teach nothing.", is_fraction=True,
     ),
     Curve(
-        "extra_rollouts",
-        "Extra rollouts",
-        [("curriculum/extra_rollout_fraction", "extra")],
+        "Extra rollouts", {"curriculum/extra_rollout_fraction": "extra"},
         "Responses sampled for the curriculum alone so far, as a share of those trained on.",
-        is_fraction=True,
-        exact=True,
-        settles=True,
+        is_fraction=True, exact=True, may_spike=True,
     ),
     Curve(
-        "log_loss",
-        "Log loss of predictions",
-        [("curriculum/log_loss", "log loss")],
+        "Log loss of predictions", {"curriculum/log_loss": "log loss"},
         "Of the predicted pass rates against the responses, in nats; 0.69 is a coin's.",
     ),
-)
+)  # fmt: skip
 THROUGHPUT = (
     Curve(
-        "throughput",
-        "Throughput",
-        [("perf/throughput", "tokens")],
-        "Prompt and response tokens per second and rank, of whole steps.",
+        "Throughput", {"perf/throughput": "tokens"}, "Prompt and response tokens per second and rank, of whole steps.",
     ),
     Curve(
-        "host_memory",
-        "Host memory",
-        [("perf/cpu_memory_used_gb", "resident")],
-        "Resident memory of all ranks together, GB. One that keeps rising is a leak.",
-        exact=True,
+        "Host memory", {"perf/cpu_memory_used_gb": "resident"},
+        "Resident memory of all ranks together, GB. One that keeps rising is a leak.", exact=True,
     ),
-)
+)  # fmt: skip
 
 
-def draw_curves(curves: Sequence[Curve], groups: Sequence[Group], png: bool) -> list[CurveFigure]:
+def draw_curves(curves: Sequence[Curve], groups: Sequence[Group], png: bool) -> list[Card]:
     """Draw the curves that any run has values for. Call it within `drawing.drawing()`."""
     return [figure for curve in curves if (figure := _draw(curve, groups, png)) is not None]
 
 
-def constant(curve: Curve, groups: Sequence[Group]) -> str | None:
-    """Return the value of a curve that never changes in any run, as text; None for a curve worth drawing."""
-    found = np.concatenate([*(v for metric, _ in curve.lines for v in _values(groups, metric)), np.empty(0)])
-    if len(found) < 2 or found.min() != found.max():
-        return None
-    return drawing.percent(float(found[0])) if curve.is_fraction else drawing.compact(float(found[0]))
+def legend_of(groups: Sequence[Group]) -> list[Line2D]:
+    """Return the legend's entry of each group; empty for a single group."""
+    from matplotlib.lines import Line2D
 
-
-def legend_of(groups: Sequence[Group]) -> list[LegendEntry]:
-    """Return colour and dashes of each group; empty for a single group."""
     if len(groups) == 1:
         return []
-    return [LegendEntry(group.label, colour_of(place), dashes_of(place)) for place, group in enumerate(groups)]
+    return [
+        Line2D([], [], color=colour_of(place), linestyle=dashes_of(place), linewidth=2, label=group.label)
+        for place, group in enumerate(groups)
+    ]
 
 
 def colour_of(place: int) -> str:
@@ -189,38 +133,39 @@ def dashes_of(place: int) -> Any:
     return drawing.DASHES[place % len(drawing.DASHES)]
 
 
+def shared_axes(groups: Sequence[Group]) -> list[str]:
+    """Return the axes that all runs have."""
+    return [axis for axis in AXES if all(run.axis(axis) is not None for group in groups for run in group.runs)]
+
+
 def axis_unit(groups: Sequence[Group], axis: str) -> tuple[float, str]:
     """Return what values of the axis are divided by, and its label."""
     if axis != "seconds":
         return 1.0, {"steps": "step", "rollouts": "rollouts, extra ones included"}[axis]
-    longest = max(run.axis(axis)[-1] for group in groups for run in group.runs)
-    for seconds, name in ((2 * 86400, "days"), (2 * 3600, "hours"), (2 * 60, "minutes")):
-        if longest >= seconds:
-            return {"days": 86400.0, "hours": 3600.0, "minutes": 60.0}[name], f"wall clock ({name})"
-    return 1.0, "wall clock (seconds)"
+    found = [seconds for group in groups for run in group.runs if (seconds := run.axis(axis)) is not None]
+    divisor, unit = drawing.time_unit(max(float(seconds[-1]) for seconds in found))
+    return divisor, f"wall clock ({unit})"
 
 
 def points(run: Run, metric: str, axis: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Return x and y of the values that a run has; None without any."""
-    values = run.metrics.column(metric)
-    if values is None and metric in _OLDER:
-        values = run.metrics.column(_OLDER[metric])
-    if values is None:
+    x, values = run.axis(axis), run.metrics.column(metric)
+    if x is None or values is None:
         return None
     known = np.isfinite(values)
-    return run.axis(axis)[known], values[known]
+    return x[known], values[known]
 
 
-def _draw(curve: Curve, groups: Sequence[Group], png: bool) -> CurveFigure | None:
-    lines = [(metric, label) for metric, label in curve.lines if _values(groups, metric)]
+def _draw(curve: Curve, groups: Sequence[Group], png: bool) -> Card | None:
+    lines = {metric: label for metric, label in curve.lines.items() if _values(groups, metric)}
     if not lines:
         return None
     pictures = {}
-    for axis in AXES:
+    for axis in shared_axes(groups):
         divisor, axis_label = axis_unit(groups, axis)
         figure = drawing.canvas()
         ax = drawing.axes(figure, left=48, top=24 if len(lines) > 1 else 10, right=14, bottom=42)
-        for number, (metric, label) in enumerate(lines):
+        for number, (metric, label) in enumerate(lines.items()):
             for place, group in enumerate(groups):
                 found = [pair for run in group.runs if (pair := points(run, metric, axis)) is not None]
                 style = _style(place, number, len(groups), len(lines))
@@ -230,13 +175,13 @@ def _draw(curve: Curve, groups: Sequence[Group], png: bool) -> CurveFigure | Non
             ax.plot([], [], color=colour, linestyle=dashes_of(number), linewidth=2, label=label)
         if len(lines) > 1:
             ax.legend(loc="lower left", bbox_to_anchor=(0, 1.03), ncols=len(lines))
-        _scale(ax, curve, [values for metric, _ in lines for values in _values(groups, metric)])
+        _scale(ax, curve, [values for metric in lines for values in _values(groups, metric)])
         ax.set_xlabel(axis_label)
         name = curve.name if axis == "steps" else f"{curve.name}_by_{axis}"
-        description = f"{curve.title} by {axis_label}. {curve.caption}"
-        with_png = png and (axis == "steps" or curve.png_of_all_axes)
-        pictures[axis] = drawing.picture(figure, name, Heading(curve.title), description, legend_of(groups), with_png)
-    return CurveFigure(curve, pictures, _last(curve, groups))
+        description = f"by {axis_label}. {curve.caption}"
+        with_png = png and (axis == "steps" or curve.is_validation)
+        pictures[axis] = drawing.picture(figure, name, curve.title, description, with_png, legend_of(groups))
+    return Card(curve.title, _last(curve, groups), curve.caption, pictures)
 
 
 def _values(groups: Sequence[Group], metric: str) -> list[np.ndarray]:
@@ -253,31 +198,26 @@ def _style(place: int, number: int, num_groups: int, num_lines: int) -> dict[str
 
 
 def _draw_group(
-    ax: Axes, found: Sequence[tuple[np.ndarray, np.ndarray]], style: Mapping[str, Any], curve: Curve, num_groups: int
+    ax: Axes, found: Sequence[tuple[np.ndarray, np.ndarray]], style: dict[str, Any], curve: Curve, num_groups: int
 ) -> None:
     """One metric of one group: mean and band; of a single run, the values and their moving average."""
-    if not found:
-        return
-    longest = max(len(x) for x, _ in found)
-    if longest <= (_MOST_MARKERS if curve.with_markers else _FEW_POINTS):
-        style = {**style, "marker": "o", "markersize": 4.5}
+    most_markers = _MOST_MARKERS if curve.is_validation else _FEW_POINTS
+
+    def plot(x: np.ndarray, y: np.ndarray) -> None:
+        ax.plot(x, y, **style, marker="o" if len(x) <= most_markers else None, markersize=4.5)
+
     averages = [(x, y if curve.exact else smoothed(y, smoothing_reach(len(y)))) for x, y in found]
     joined = band(averages) if len(averages) > 1 else None
     if joined is not None:
         x, mean, low, high = (values[evenly(len(joined[0]), MOST_POINTS)] for values in joined)
         ax.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
-        ax.plot(x, mean, **style, markevery=_validations(x, found[0][0]) if "marker" in style else None)
+        plot(x, mean)
         return
     for (x, y), (_, mean) in zip(found, averages, strict=True):
         if not curve.exact and smoothing_reach(len(y)):
             width = 1.0 if len(x) <= MOST_POINTS else 0.6
-            ax.plot(*thinned(x, y), color=style["color"], linewidth=width, alpha=0.35 / num_groups)
-        ax.plot(*thinned(x, mean), **style)
-
-
-def _validations(grid: np.ndarray, x: np.ndarray) -> list[int]:
-    """Places on a grid where the first of the seeds has a value: there the markers go."""
-    return sorted({int(np.abs(grid - value).argmin()) for value in x})
+            ax.plot(x, y, color=style["color"], linewidth=width, alpha=0.35 / num_groups)
+        plot(x, mean)
 
 
 def _scale(ax: Axes, curve: Curve, found: Sequence[np.ndarray]) -> None:
@@ -285,7 +225,6 @@ def _scale(ax: Axes, curve: Curve, found: Sequence[np.ndarray]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     low, high = min(float(values.min()) for values in found), max(float(values.max()) for values in found)
-    formatter = drawing.percent if curve.is_fraction else drawing.compact
     ax.grid(axis="y")
     ax.margins(x=0.02, y=0.08)
     if curve.may_spike and low >= 0 and high > _SPIKED * max(float(np.median(np.concatenate(found))), 1e-12):
@@ -298,39 +237,20 @@ def _scale(ax: Axes, curve: Curve, found: Sequence[np.ndarray]) -> None:
         if low == high == 0:
             highest = 0.01 if curve.is_fraction else 1.0
             ax.set_ylim(-0.03 * highest, highest)
-        settled = max(float(values[len(values) // 3 :].max()) for values in found)
-        if curve.settles and high > 2 * _SETTLED * settled > 0:
-            ax.set_ylim(-0.05 * settled, _SETTLED * settled)
-            words = f"begins at {formatter(high)}"
-            ax.text(0.99, 0.98, words, transform=ax.transAxes, ha="right", va="top", color=drawing.MUTED)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _shown(curve, value)))
     left, right = ax.dataLim.intervalx
     if left == right:
         ax.set_xlim(max(0, left - 1), right + 1)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: drawing.compact(value)))
+    drawing.count_ticks(ax.xaxis)
+
+
+def _shown(curve: Curve, value: float) -> str:
+    return drawing.percent(value) if curve.is_fraction else drawing.compact(value)
 
 
 def _last(curve: Curve, groups: Sequence[Group]) -> str:
     """Of the first metric, the last value there is; "" for several runs."""
-    if len(groups) > 1 or len(groups[0].runs) > 1:
+    values = _values(groups, next(iter(curve.lines)))
+    if len(groups) > 1 or len(groups[0].runs) > 1 or not values:
         return ""
-    values = _values(groups, curve.lines[0][0])
-    if not values:
-        return ""
-    last = float(values[0][-1])
-    return drawing.percent(round(last, 4)) if curve.is_fraction else drawing.compact(last)
-
-
-def how_to_read(groups: Sequence[Group]) -> str:
-    """Return a sentence on what the curves average, and over what; "" where they average nothing."""
-    words = []
-    reach = smoothing_reach(max(len(run.metrics.steps) for group in groups for run in group.runs))
-    several = any(len(group.runs) > 1 for group in groups)
-    if reach and several:
-        words.append(f"Noisy curves are averaged over {2 * reach + 1} steps.")
-    elif reach:
-        words.append(f"Thin lines: each step; thick lines: mean over {2 * reach + 1} steps.")
-    if several:
-        words.append("Of several seeds the line is the mean, and the band goes from the lowest to the highest.")
-    return " ".join(words)
+    return _shown(curve, round(float(values[0][-1]), 4) if curve.is_fraction else float(values[0][-1]))

@@ -8,19 +8,23 @@ of the page, and text in them about as large as text beside them. Text stays tex
 from __future__ import annotations
 
 import io
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 WIDTH, HEIGHT = 380, 236  # pixels
 _INCH = 72
 _PNG_SCALE = 2
-_TITLE_HEIGHT, _SUBTITLE_HEIGHT, _LEGEND_ROW_HEIGHT = 30, 18, 19  # pixels that a PNG has more
+_TITLE_HEIGHT, _LEGEND_ROW_HEIGHT = 19, 19  # pixels of a line above and below a PNG
 
 # Light and dark. After Okabe and Ito, darkened and brightened until each has 3:1 against its background (text 4.5:1).
 COLOURS = {
@@ -79,7 +83,7 @@ STYLE: Any = {
     "lines.solid_capstyle": "round",
     "svg.fonttype": "none",
     "svg.hashsalt": "mmr1-ds report",  # the same figure gives the same file
-    "figure.max_open_warning": 0,
+    "path.simplify_threshold": 0.5,  # pixels: no spike is lost, and a long run makes no long file
 }
 
 
@@ -93,20 +97,13 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Heading:
-    """The heading above a PNG; the page has its own."""
+class Card:
+    """A figure on the page."""
 
     title: str
-    of: str = ""  # what it is a figure of, where the page shows it by its place
-
-
-@dataclass(frozen=True)
-class LegendEntry:
-    """An entry of a PNG's legend; on the page one legend serves all figures."""
-
-    label: str
-    colour: str
-    dashes: Any
+    last: str  # a value to show beside the title
+    caption: str
+    pictures: Mapping[str, Picture]  # by axis; "" where there is one
 
 
 def canvas(height: float = HEIGHT, width: float = WIDTH) -> Figure:
@@ -147,46 +144,61 @@ def percent(value: float) -> str:
     return f"{compact(round(100 * value, 6))}%"
 
 
+def time_unit(longest: float) -> tuple[float, str]:
+    """Return the seconds of the unit that suits durations up to `longest` seconds, and its name."""
+    units = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"))
+    return next(((size, name) for size, name in units if longest >= 2 * size), (1.0, "s"))
+
+
+def duration(seconds: float) -> str:
+    """Return a duration like 57.4 s, 15.9 min, 9.2 h or 3.1 days."""
+    size, unit = time_unit(seconds)
+    return f"{seconds:.3g} s" if size == 1 else f"{seconds / size:,.1f} {unit}"
+
+
+def count_ticks(axis: Axis, most: int = 6) -> None:
+    """Put ticks at whole numbers, `most` intervals of them."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+
+
 def picture(
-    figure: Figure, name: str, heading: Heading, description: str, legend: Sequence[LegendEntry] = (), png: bool = True
+    figure: Figure, name: str, title: str, description: str, png: bool, legend: Sequence[Line2D] = ()
 ) -> Picture:
-    """Finish a figure. Call within `drawing()`. Args: heading, legend: the PNG's; description: for screen readers."""
+    """Finish a figure. Call within `drawing()`.
+
+    Args: title: a line or two; on the page the figure's place shows it; legend: the PNG's, on the page one legend
+        serves all figures; description: for screen readers.
+    """
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = _page_svg(stream.getvalue(), name, description)
-    return Picture(name, svg, _png(figure, heading, legend) if png else None)
+    svg = _page_svg(stream.getvalue(), name, f"{' '.join(title.split())}: {description}")
+    return Picture(name, svg, _png(figure, title, legend) if png else None)
 
 
 def drawing() -> Any:
     """A context in which the figures have the report's style."""
-    import logging
-
     import matplotlib
 
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     return matplotlib.rc_context(STYLE)
 
 
-def _png(figure: Figure, heading: Heading, legend: Sequence[LegendEntry]) -> bytes:
-    from matplotlib.lines import Line2D
+def _png(figure: Figure, title: str, legend: Sequence[Line2D]) -> bytes:
     from matplotlib.transforms import Bbox
 
     width, height = figure.get_size_inches()
-    above, left = 10 / _INCH / height, 10 / _INCH / width
-    if heading.of:
-        figure.text(left, 1 + above, heading.of, fontsize=11, color=MUTED)
-        above += _SUBTITLE_HEIGHT / _INCH / height
-    figure.text(left, 1 + above, heading.title, fontsize=13, fontweight="bold")
-    bottom = 0.0
+    gap = 10 / _INCH
+    figure.text(gap / width, 1 + gap / height, title, fontsize=13, fontweight="bold")
+    above = 2 * gap + len(title.splitlines()) * _TITLE_HEIGHT / _INCH
+    below = 0.0
     if legend:
-        handles = [
-            Line2D([], [], color=entry.colour, linestyle=entry.dashes, linewidth=2, label=entry.label)
-            for entry in legend
-        ]
-        bottom = (len(legend) * _LEGEND_ROW_HEIGHT + 8) / _INCH
-        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(left, 0.0))
+        below = (len(legend) * _LEGEND_ROW_HEIGHT + 8) / _INCH
+        figure.legend(handles=legend, loc="upper left", bbox_to_anchor=(gap / width, 0.0))
     stream = io.BytesIO()
-    box = Bbox([[0, -bottom], [width, height * (1 + above) + (_TITLE_HEIGHT - 10) / _INCH]])
+    box = Bbox([[0, -below], [width, height + above]])
     figure.savefig(stream, format="png", dpi=_PNG_SCALE * _INCH, bbox_inches=box, facecolor=COLOURS["card"][0])
     return stream.getvalue()
 
@@ -201,8 +213,6 @@ _ID = re.compile(r'(?<= id=")[^"]*')
 
 def _page_svg(svg: str, name: str, description: str) -> str:
     """Matplotlib's file as an element of the page: half as long, its ids its own, its colours the page's."""
-    from html import escape
-
     body = svg[svg.index("<svg") :]
     body = body[body.index(">") + 1 :].strip()
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)

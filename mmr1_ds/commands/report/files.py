@@ -1,7 +1,6 @@
 """Reading a run's JSON lines files, which may be long and may end in a line that is still being written.
 
-They are read line by line. A step that occurs again (the run resumed from a checkpoint) replaces what the
-file has from that step on.
+A step that occurs again (the run resumed from a checkpoint) replaces what the file has from that step on.
 """
 
 from __future__ import annotations
@@ -9,15 +8,12 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-_NAN = math.nan
 
 
 class LineReader:
@@ -31,26 +27,23 @@ class LineReader:
         self.num_unreadable = 0
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        self.num_unreadable = 0
+        self.num_unreadable, offset, is_torn = 0, 0, False
         if not self.path.is_file():
             return
-        pending, offset = 0, 0
         with self.path.open("rb") as file:
             for line in file:
-                start, offset = offset, offset + len(line)
-                self.num_unreadable, pending = self.num_unreadable + pending, 0
+                self.num_unreadable += is_torn
                 found = _object(line)
-                if found is None:
-                    pending = int(bool(line.strip()))
-                else:
-                    yield start, found
+                is_torn = found is None and bool(line.strip())
+                if found is not None:
+                    yield offset, found
+                offset += len(line)
 
     def at(self, offset: int) -> dict[str, Any]:
         """Return the object of the line that begins at this offset."""
         with self.path.open("rb") as file:
             file.seek(offset)
-            found = _object(file.readline())
-        return found or {}
+            return _object(file.readline()) or {}
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
@@ -58,50 +51,48 @@ def _object(line: bytes) -> dict[str, Any] | None:
         found = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(found, dict) or type(found.get("step")) is not int:
-        return None
-    return found
+    return found if isinstance(found, dict) and type(found.get("step")) is int else None
 
 
+def _held(steps: Sequence[int], several_a_step: bool = False) -> np.ndarray:
+    """Return (L,) bool, whether each line still holds: no later line begins at its step or before it.
+
+    Args: several_a_step: lines of one step that follow each other belong together.
+    """
+    starts = np.flatnonzero(np.diff(steps, prepend=-1)) if several_a_step else np.arange(len(steps))
+    begun = np.array(steps, dtype=np.int64)[starts]
+    later = np.append(np.minimum.accumulate(begun[::-1])[::-1], np.iinfo(np.int64).max)[1:]
+    return np.repeat(begun < later, np.diff(starts, append=len(steps)))
+
+
+@dataclass(frozen=True)
 class MetricsTable:
-    """The columns of metrics.jsonl; steps rise strictly."""
+    """The columns of metrics.jsonl."""
 
-    def __init__(self) -> None:
-        self._steps = array("q")
-        self._columns: dict[str, array[float]] = {}
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Add one step. It replaces what the table has from this step on."""
-        keep = bisect_left(self._steps, line["step"])
-        if keep < len(self._steps):
-            del self._steps[keep:]
-            for column in self._columns.values():
-                del column[keep:]
-        self._steps.append(line["step"])
-        for name, value in line.items():
-            if name == "step" or isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            column = self._columns.setdefault(name, array("d"))
-            column.extend([_NAN] * (keep - len(column)))
-            column.append(value if math.isfinite(value) else _NAN)
-
-    @property
-    def steps(self) -> np.ndarray:
-        """The steps, (S,) int64."""
-        return np.array(self._steps, dtype=np.int64)
+    steps: np.ndarray  # (S,) int64, rising strictly
+    columns: Mapping[str, np.ndarray]  # (S,) float64, NaN where a step has no value; only those with any
 
     def column(self, name: str) -> np.ndarray | None:
-        """Return a column, (S,) float64 with NaN where a step has no value; None when no step has one."""
-        found = self._columns.get(name)
-        if found is None:
-            return None
-        values = np.full(len(self._steps), np.nan)
-        values[: len(found)] = found
-        return values if np.isfinite(values).any() else None
+        return self.columns.get(name)
 
-    def names(self, prefix: str) -> list[str]:
-        """Return the columns with this prefix, without it, in the order in which they came."""
-        return [name.removeprefix(prefix) for name in self._columns if name.startswith(prefix)]
+
+def read_metrics(reader: LineReader) -> MetricsTable:
+    steps, columns = array("q"), dict[str, "array[float]"]()
+    for _, line in reader:
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                column = columns.setdefault(name, array("d"))
+                column.extend([math.nan] * (len(steps) - len(column)))
+                column.append(value if math.isfinite(value) else math.nan)
+        steps.append(line["step"])
+    held = _held(steps)
+    found = {}
+    for name, column in columns.items():
+        values = np.full(len(steps), np.nan)
+        values[: len(column)] = column
+        if np.isfinite(values[held]).any():
+            found[name] = values[held]
+    return MetricsTable(np.array(steps, dtype=np.int64)[held], found)
 
 
 @dataclass(frozen=True)
@@ -115,35 +106,27 @@ class Observations:
     num_responses: np.ndarray  # (K,) int64
 
 
-def read_metrics(reader: LineReader) -> MetricsTable:
-    table = MetricsTable()
-    for _, line in reader:
-        table.add(line)
-    return table
-
-
 def read_observations(reader: LineReader) -> Observations:
     """Read observations.jsonl; a line whose lists differ in length is skipped."""
-    steps, prompts, num_responses = array("q"), array("q"), array("q")
-    predicted, pass_rates = array("d"), array("d")
-    columns = (steps, prompts, num_responses, predicted, pass_rates)
+    steps, counts = array("q"), array("q")
+    columns = {name: array("d") for name in ("prompts", "predicted", "pass_rates", "num_responses")}
     for _, line in reader:
-        keep = bisect_left(steps, line["step"])
-        if keep < len(steps):
-            for column in columns:
-                del column[keep:]
-        lists = [line.get(name) for name in ("prompts", "num_responses", "predicted", "pass_rates")]
+        lists = [line.get(name) for name in columns]
         if not all(isinstance(values, list) and len(values) == len(lists[0] or ()) for values in lists):
-            continue
-        indices, counts, before, after = ([*(values or ())] for values in lists)
-        steps.extend([line["step"]] * len(indices))
-        prompts.extend(indices)
-        num_responses.extend(counts)
-        predicted.extend(_NAN if value is None else value for value in before)
-        pass_rates.extend(_NAN if value is None else value for value in after)
-    integers = (np.array(column, dtype=np.int64) for column in (steps, prompts, num_responses))
-    step, prompt, count = integers
-    return Observations(step, prompt, np.array(predicted), np.array(pass_rates), count)
+            lists = [[] for _ in columns]
+        steps.append(line["step"])
+        counts.append(len(lists[0] or ()))
+        for column, values in zip(columns.values(), lists, strict=True):
+            column.extend(math.nan if value is None else value for value in values or ())
+    held = np.repeat(_held(steps), counts)
+    prompts, predicted, pass_rates, num_responses = (np.array(column)[held] for column in columns.values())
+    return Observations(
+        np.repeat(np.array(steps, dtype=np.int64), counts)[held],
+        prompts.astype(np.int64),
+        predicted,
+        pass_rates,
+        num_responses.astype(np.int64),
+    )
 
 
 @dataclass(frozen=True)
@@ -151,25 +134,20 @@ class TableLook:
     """The table after a refresh, a line of curriculum.jsonl."""
 
     step: int
-    kind: str  # full or online
-    weight_counts: np.ndarray  # (10,) int64
-    pass_rate_counts: np.ndarray  # (10,) int64
+    counts: Mapping[str, np.ndarray]  # (10,) int64 of "weight" and "pass_rate"
     num_unknown: int
-    weight_transitions: np.ndarray | None  # (10, 10) int64, from row to column
-    pass_rate_transitions: np.ndarray | None
+    transitions: Mapping[str, np.ndarray | None]  # of the same, (10, 10) int64, from row to column
 
 
 def read_curriculum(reader: LineReader) -> list[TableLook]:
-    found: list[TableLook] = []
-    for _, line in reader:
-        while found and found[-1].step >= line["step"]:
-            found.pop()
-        weights, pass_rates = _counts(line.get("weight_counts"), 1), _counts(line.get("pass_rate_counts"), 1)
-        if weights is None or pass_rates is None:
-            continue
-        moves = [_counts(line.get(f"{name}_transitions"), 2) for name in ("weight", "pass_rate")]
-        unknown = int(line.get("num_unknown") or 0)
-        found.append(TableLook(line["step"], str(line.get("kind")), weights, pass_rates, unknown, *moves))
+    lines = [line for _, line in reader]
+    found = []
+    for line, holds in zip(lines, _held([line["step"] for line in lines]), strict=True):
+        counts = {name: _counts(line.get(f"{name}_counts"), 1) for name in ("weight", "pass_rate")}
+        known = {name: values for name, values in counts.items() if values is not None}
+        if holds and len(known) == 2:
+            moves = {name: _counts(line.get(f"{name}_transitions"), 2) for name in counts}
+            found.append(TableLook(line["step"], known, int(line.get("num_unknown") or 0), moves))
     return found
 
 
@@ -189,22 +167,13 @@ class SampleIndex:
     reader: LineReader
     places: dict[int, list[tuple[int, int]]]
 
-    def read(self, offset: int) -> dict[str, Any]:
-        return self.reader.at(offset)
-
 
 def index_samples(reader: LineReader) -> SampleIndex:
-    entries: list[tuple[int, int, int]] = []  # step, prompt, offset
-    last = -1
-    for offset, line in reader:
-        if line["step"] < last:
-            entries = [entry for entry in entries if entry[0] < line["step"]]
-        last = line["step"]
-        if isinstance(line.get("index"), int):
-            entries.append((line["step"], line["index"], offset))
+    entries = [(line["step"], line.get("index"), offset) for offset, line in reader]
     places: dict[int, list[tuple[int, int]]] = {}
-    for step, prompt, offset in entries:
-        places.setdefault(prompt, []).append((step, offset))
+    for (step, prompt, offset), holds in zip(entries, _held([entry[0] for entry in entries], True), strict=True):
+        if holds and isinstance(prompt, int):
+            places.setdefault(prompt, []).append((step, offset))
     return SampleIndex(reader, places)
 
 

@@ -93,35 +93,27 @@ def _value(flat: Mapping[str, Any], key: str) -> str:
 
 
 def _labels(members: Sequence[Sequence[Run]], values: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
-    """Label the groups with the fewest keys that distinguish them, and with the run's name where no key does."""
-    chosen = [_STRATEGY] if _STRATEGY in keys else []
+    """Label the groups with a few of the keys whose values differ, and with the run's name where these are the same."""
 
-    def written() -> list[str]:
-        return [_label(runs[0], of, chosen, keys) for runs, of in zip(members, values, strict=True)]
+    def num_values(key: str) -> int:
+        return len({of.get(key) for of in values} - {_NOT_USED, _NOT_SET, None})
 
-    # A key that some configurations do not have is of another version of the project: it comes last.
-    candidates = sorted(keys, key=lambda key: any(of.get(key) == _NOT_SET for of in values))
-    while len(set(written())) < len(members) and len(chosen) < _MOST_IN_LABEL:
-        counts = {key: len({(*(of.get(name) for name in (*chosen, key)),) for of in values}) for key in candidates}
-        best = max(candidates, key=lambda key: counts[key], default=None)
-        if best is None or best in chosen:
-            break
-        chosen.append(best)
-    labels = written()
+    chosen = [key for key in keys if num_values(key) > 1][:_MOST_IN_LABEL]
+    if _STRATEGY in keys:
+        chosen = [_STRATEGY, *(key for key in chosen if key != _STRATEGY)][:_MOST_IN_LABEL]
+    last = [key.rpartition(".")[2] for key in keys]
+    labels = []
+    for runs, of in zip(members, values, strict=True):
+        parts = []
+        for key in chosen:
+            name = key.rpartition(".")[2]
+            if of.get(key, _NOT_USED) != _NOT_USED:
+                parts.append(f"{name if last.count(name) == 1 else '.'.join(key.split('.')[-2:])}={of[key]}")
+        labels.append(", ".join(parts) or runs[0].name)
     return [
         f"{label} ({runs[0].name})" if labels.count(label) > 1 else label
         for label, runs in zip(labels, members, strict=True)
     ]
-
-
-def _label(run: Run, values: Mapping[str, str], chosen: Sequence[str], keys: Sequence[str]) -> str:
-    last = [key.rpartition(".")[2] for key in keys]
-    parts = []
-    for key in chosen:
-        name = key.rpartition(".")[2]
-        if values.get(key, _NOT_USED) != _NOT_USED:
-            parts.append(f"{name if last.count(name) == 1 else '.'.join(key.split('.')[-2:])}={values[key]}")
-    return ", ".join(parts) if parts else run.name if chosen or not values else ""
 
 
 def _words(value: Any) -> str:

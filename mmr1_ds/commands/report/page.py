@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import yaml
+
 from mmr1_ds.commands.report import drawing, sections
-from mmr1_ds.commands.report.curves import colour_of, dashes_of
-from mmr1_ds.commands.report.drawing import COLOURS, VARIABLES, Picture
+from mmr1_ds.commands.report.curves import colour_of, dashes_of, shared_axes
+from mmr1_ds.commands.report.drawing import COLOURS, VARIABLES
 from mmr1_ds.commands.report.groups import Group, group_runs
-from mmr1_ds.commands.report.prompts import MovedPrompt, moved_prompts, validation_samples
-from mmr1_ds.commands.report.runs import load_runs
+from mmr1_ds.commands.report.prompts import MovedPrompt, moved_prompts, shown
+from mmr1_ds.commands.report.runs import AXES, load_runs
 from mmr1_ds.commands.report.sections import MOST_GROUPS, Block
-from mmr1_ds.commands.report.summary import facts, final_figures, progress_in_words, tiles
+from mmr1_ds.commands.report.summary import facts, final_figures, tiles
 from mmr1_ds.config.redaction import redacted
 from mmr1_ds.errors import require
 
@@ -39,7 +41,8 @@ def write_report(run_dirs: Sequence[Path], output: Path, pngs: bool) -> Path:
         }
         html = redacted(_render(groups, found))
     output.parent.mkdir(parents=True, exist_ok=True)
-    for picture in _pictures(found.values()):
+    cards = [card for blocks in found.values() for block in blocks for card in block.cards]
+    for picture in (picture for card in cards for picture in card.pictures.values()):
         if picture.png is not None:
             folder = output.parent / "report"
             folder.mkdir(exist_ok=True)
@@ -47,13 +50,6 @@ def write_report(run_dirs: Sequence[Path], output: Path, pngs: bool) -> Path:
     # Texts of a run may hold half a character, which no encoding has.
     _write(output, html.encode("utf-8", "replace"))
     return output
-
-
-def _pictures(found: Iterable[Sequence[Block]]) -> Iterator[Picture]:
-    for blocks in found:
-        for block in blocks:
-            for card in block.cards:
-                yield from card.pictures.values()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -76,7 +72,9 @@ def _render(groups: Sequence[Group], blocks: Mapping[str, Sequence[Block]]) -> s
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["shown"] = shown
     runs = [run for group in groups for run in group.runs]
+    keys = dict.fromkeys(key for group in groups for key in group.values)  # that distinguish the groups
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
         title=groups[0].first.name if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -85,13 +83,13 @@ def _render(groups: Sequence[Group], blocks: Mapping[str, Sequence[Block]]) -> s
         blocks=blocks,
         tiles=tiles(runs[0]) if len(runs) == 1 else [],
         facts=facts,
-        progress=progress_in_words,
         figures=final_figures(groups),
-        differences=_differences(groups),
+        differences=[(key, [group.values.get(key, "no config.yaml") for group in groups]) for key in keys],
         movers=_movers(groups),
         has_observations=any(len(run.observations.steps) for run in runs),
-        samples=[(group.first, validation_samples(group.first)) for group in groups[:MOST_GROUPS]],
-        configs=_configs(groups),
+        axes={axis: AXES[axis] for axis in shared_axes(groups)},
+        sampled=[group.first for group in groups[:MOST_GROUPS]],
+        to_yaml=lambda config: yaml.safe_dump(dict(config), sort_keys=False),
         notes=[note for run in runs for note in run.notes],
         colours=COLOURS,
         look_of=_look,
@@ -110,23 +108,6 @@ def _movers(groups: Sequence[Group]) -> list[tuple[int, Group, list[MovedPrompt]
         for place, group in enumerate(groups[:MOST_GROUPS])
     ]
     return [entry for entry in found if entry[2]]
-
-
-def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """Return (key, its value in each group) of the keys that distinguish the groups."""
-    keys = dict.fromkeys(key for group in groups for key in group.values)
-    return [(key, [group.values.get(key, "no config.yaml") for group in groups]) for key in keys]
-
-
-def _configs(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """(name, YAML) of the first run of each group."""
-    import yaml
-
-    return [
-        (group.first.name, yaml.safe_dump(dict(group.first.config), sort_keys=False))
-        for group in groups
-        if group.first.config
-    ]
 
 
 def _look(place: int) -> dict[str, str]:

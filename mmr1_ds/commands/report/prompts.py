@@ -18,39 +18,14 @@ _MOST_BYTES = 200_000  # of an image
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One sampled response."""
-
-    step: int
-    text: str
-    reward: str
-    pass_rate: str  # of its group
-    is_right: bool
-
-
-@dataclass(frozen=True)
 class MovedPrompt:
     """The content of a prompt's card."""
 
-    title: str
-    prompt: str
-    ground_truth: str
+    mover: Mover
+    sample: Mapping[str, Any]  # the last that was kept
     images: Sequence[str]  # data URIs
     way: str  # SVG
-    change: str
-    answers: Sequence[Answer]  # early, late; one where the prompt was sampled once
-
-
-@dataclass(frozen=True)
-class ValidationSample:
-    """A response to a held-out prompt."""
-
-    step: int
-    prompt: str
-    response: str
-    ground_truth: str
-    reward: str
-    is_right: bool
+    answers: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]  # (sample, response), early and late
 
 
 def moved_prompts(run: Run, most: int, prefix: str) -> list[MovedPrompt]:
@@ -61,55 +36,25 @@ def moved_prompts(run: Run, most: int, prefix: str) -> list[MovedPrompt]:
     return [_card(run, mover, f"{prefix}_{number}") for number, mover in enumerate(found)]
 
 
-def validation_samples(run: Run) -> list[ValidationSample]:
-    """Return samples of the last validation."""
-    return [
-        ValidationSample(
-            step=int(row["step"]),
-            prompt=_text(row.get("prompt")),
-            response=_text(row.get("response")),
-            ground_truth=_text(row.get("ground_truth")),
-            reward="unscored" if row.get("score") is None else _text(row["score"]),
-            is_right=_number(row.get("score")) > 0.5,
-        )
-        for row in run.generations
-    ]
-
-
 def _card(run: Run, mover: Mover, slug: str) -> MovedPrompt:
     places = run.samples.places[mover.prompt]
-    samples = [run.samples.read(offset) for _, offset in (places[:1] if len(places) == 1 else [places[0], places[-1]])]
-    first, last = mover.pass_rates[0], mover.pass_rates[-1]
-    change = (
-        f"Pass rate {first:.2f} at step {mover.steps[0]:,}, {last:.2f} at step {mover.steps[-1]:,}; "
-        f"observed {len(mover.steps)} times"
-    )
+    samples = [run.samples.reader.at(offset) for _, offset in dict.fromkeys([places[0], places[-1]])]
     return MovedPrompt(
-        title=str(samples[-1].get("prompt_id") or mover.prompt),
-        prompt=str(samples[-1].get("prompt", "")),
-        ground_truth=_text(samples[-1].get("ground_truth")),
+        mover,
+        samples[-1],
         images=_images(run.run_dir, samples[-1].get("images")),
         way=draw_way(mover, slug, run.num_steps).svg,
-        change=change,
-        answers=[answer for sample in samples if (answer := _answer(sample)) is not None],
+        answers=[(sample, answer) for sample in samples if (answer := _answer(sample)) is not None],
     )
 
 
-def _answer(sample: Mapping[str, Any]) -> Answer | None:
+def _answer(sample: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The better of the two kept responses where the group was right more often than not, else the worse."""
     responses = [found for found in sample.get("responses") or () if isinstance(found, Mapping)]
-    if not responses:
-        return None
-    rate = sample.get("pass_rate")
     ordered = sorted(responses, key=lambda response: _number(response.get("reward")))
-    chosen = ordered[-1] if _number(rate) >= 0.5 else ordered[0]
-    return Answer(
-        step=int(sample["step"]),
-        text=str(chosen.get("text", "")),
-        reward=_text(chosen.get("reward")),
-        pass_rate="unscored" if rate is None else f"{_number(rate):.2f}",
-        is_right=_number(chosen.get("accuracy")) > 0.5,
-    )
+    if not ordered:
+        return None
+    return ordered[-1] if _number(sample.get("pass_rate")) >= 0.5 else ordered[0]
 
 
 def _images(run_dir: Path, names: Any) -> list[str]:
@@ -130,7 +75,8 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _text(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value of a sample as the page shows it."""
     if value is None:
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mmr1_ds.commands.report import curves, resource_figures
 from mmr1_ds.commands.report.curriculum import calibrate, transitions
 from mmr1_ds.commands.report.curriculum_figures import draw_calibration, draw_histograms, draw_transitions
-from mmr1_ds.commands.report.curves import Curve
-from mmr1_ds.commands.report.drawing import Heading, Picture
+from mmr1_ds.commands.report.drawing import Card, Picture
 from mmr1_ds.commands.report.groups import Group
 
 MOST_GROUPS = 6  # groups beyond have their curves alone
-_MOST_MATRICES = 6
-_TOTALS, _PEAKS = "Where the time went", "Peak memory by stage"
-
-
-@dataclass(frozen=True)
-class Card:
-    """A figure on the page."""
-
-    title: str
-    last: str  # a value to show beside the title
-    caption: str
-    pictures: Mapping[str, Picture]  # by axis; "" where there is one
+_MOST_MATRICES = {"weight": 6, "pass_rate": 3}
 
 
 @dataclass(frozen=True)
@@ -38,66 +26,61 @@ class Block:
 
 
 def learning(groups: Sequence[Group], png: bool) -> list[Block]:
-    return [_curves(curves.LEARNING, groups, png, curves.how_to_read(groups))]
+    note = "Of noisy curves the thin lines are the steps, the thick ones a moving average."
+    if any(len(group.runs) > 1 for group in groups):
+        note += " Of several seeds the line is the mean, and the band goes from the lowest to the highest."
+    return [Block("", cards=curves.draw_curves(curves.LEARNING, groups, png), note=note)]
 
 
 def curriculum(groups: Sequence[Group], png: bool) -> list[Block]:
-    blocks = [_curves(curves.CURRICULUM, groups, png)]
+    blocks = [Block("", cards=curves.draw_curves(curves.CURRICULUM, groups, png))]
     for place, group in enumerate(groups[:MOST_GROUPS]):
         blocks += _table(group, place if len(groups) > 1 else None, png)
     if not any(block.cards for block in blocks[1:]):
-        blocks.append(Block("", note=_why_no_table(groups)))
+        remedy = "data.sampling_strategy=curriculum turns it on."
+        note = f"No curriculum.jsonl or observations.jsonl: without variance-aware sampling there is no table; {remedy}"
+        blocks.append(Block("", note=note))
     return blocks
 
 
 def resources(groups: Sequence[Group], png: bool) -> list[Block]:
     stages = resource_figures.palette(groups)
-    totals = "The stages that took longest over the whole run, with refreshes, validation and checkpoints."
-    peaks = "Highest peak of any step and rank; device memory on GPUs, resident memory on the CPU."
+    totals, peaks, steps = "Where the time went", "Peak memory by stage", "Time of a step by stage"
     cards = _cards(
-        (_TOTALS, totals, resource_figures.draw_totals(groups, "time_by_stage", Heading(_TOTALS), png)),
-        (_PEAKS, peaks, resource_figures.draw_memory_peaks(groups, "memory_by_stage", Heading(_PEAKS), png)),
+        (
+            totals,
+            "The stages that took longest over the whole run, with refreshes, validation and checkpoints.",
+            resource_figures.draw_totals(groups, totals, "time_by_stage", png),
+        ),
+        (
+            peaks,
+            "Highest peak of any step and rank; device memory on GPUs, resident memory on the CPU.",
+            resource_figures.draw_memory_peaks(groups, peaks, "memory_by_stage", png),
+        ),
     )
-    rest = _curves(curves.THROUGHPUT, groups, png)
-    if len(groups) == 1:
-        timeline = _timeline(groups[0], None, stages, png)
-        return [replace(timeline, cards=[*timeline.cards, *cards, *rest.cards])]
-    blocks = [replace(rest, cards=[*cards, *rest.cards])]
-    blocks += [_timeline(group, place, stages, png) for place, group in enumerate(groups[:MOST_GROUPS])]
-    return [block for block in blocks if block.cards]
-
-
-def _curves(shown: Sequence[Curve], groups: Sequence[Group], png: bool, note: str = "") -> Block:
-    """Those that change; the others in a line."""
-    still = {curve.title: value for curve in shown if (value := curves.constant(curve, groups)) is not None}
-    drawn = curves.draw_curves([curve for curve in shown if curve.title not in still], groups, png)
-    cards = [Card(figure.curve.title, figure.last, figure.curve.caption, figure.pictures) for figure in drawn]
-    words = ", ".join(f"{name.lower()} {value}" for name, value in still.items())
-    return Block("", cards=cards, note=f"{note} The same at all times: {words}.".strip() if still else note)
+    for place, group in enumerate(groups[:MOST_GROUPS]):
+        own = group.first.name if len(groups) > 1 or len(group.runs) > 1 else ""
+        title, slug = f"{steps}\n{own}".strip(), _slug("step_times", place if len(groups) > 1 else None)
+        picture = resource_figures.draw_step_times(group.first, stages, title, slug, png)
+        caption = "Stages of a step, stacked; what comes between steps is left out." + (f" Run {own}." if own else "")
+        cards += _cards((steps, caption, picture))
+    return [Block("", cards=[*cards, *curves.draw_curves(curves.THROUGHPUT, groups, png)])]
 
 
 def _table(group: Group, place: int | None, png: bool) -> list[Block]:
     """What became of the table in the first run of a group; its predictions, in all runs."""
-    looks, title = group.first.looks, "" if place is None else group.label
+    looks, label = group.first.looks, "" if place is None else group.label
     cards = []
-    if looks:
-        shade = "A column is the table after a refresh; the stronger its colour, the more prompts a cell holds."
-        cards = _cards(
-            (
-                "Sampling weights over time",
-                f"{shade} Weights relative to the largest: prompts high up are sampled more.",
-                draw_histograms(
-                    looks, "weight", Heading("Sampling weights over time", title), _slug("weights", place), png
-                ),
-            ),
-            (
-                "Pass rates over time",
-                f"{shade} Prompts wander from 0 (too hard) towards 1 (solved); those between teach most.",
-                draw_histograms(
-                    looks, "pass_rate", Heading("Pass rates over time", title), _slug("pass_rates", place), png
-                ),
-            ),
-        )
+    for name, title, slug, caption in (
+        ("weight", "Sampling weights over time", "weights",
+         "Weights relative to the largest: prompts high up are sampled more."),
+        ("pass_rate", "Pass rates over time", "pass_rates",
+         "Prompts wander from 0 (too hard) towards 1 (solved); those between teach most."),
+    ):  # fmt: skip
+        if looks:
+            shade = "A column is the table after a refresh; the stronger its colour, the more prompts a cell holds."
+            picture = draw_histograms(looks, name, f"{title}\n{label}".strip(), _slug(slug, place), png)
+            cards += _cards((title, f"{shade} {caption}", picture))
     calibration = calibrate([run.observations for run in group.runs])
     if calibration is not None:
         words = (
@@ -105,21 +88,16 @@ def _table(group: Group, place: int | None, png: bool) -> list[Block]:
             f"prediction holds, within the grey bars 95% of the time by chance. Mean distance "
             f"{calibration.mean_distance:.3f}."
         )
-        cards += _cards(
-            (
-                "Calibration",
-                words,
-                draw_calibration(calibration, Heading("Calibration", title), _slug("calibration", place), png),
-            )
-        )
+        picture = draw_calibration(calibration, f"Calibration\n{label}".strip(), _slug("calibration", place), png)
+        cards += _cards(("Calibration", words, picture))
     note = (
         f"The tables are those of {group.first.name}, the calibration is of all seeds." if len(group.runs) > 1 else ""
     )
-    blocks = [Block(title, place, cards, note)] if cards else []
+    blocks = [Block(label, place, cards, note)] if cards else []
     moves, notes = [], []
-    for name, words, most in (("weight", "Weights", _MOST_MATRICES), ("pass_rate", "Pass rates", _MOST_MATRICES // 2)):
-        heading = Heading(f"Moves of {words.lower()}", title)
-        found = draw_transitions(looks, name, most, _slug(f"{name}_moves", place), heading, png)
+    for name, words in (("weight", "Weights"), ("pass_rate", "Pass rates")):
+        slug, title = _slug(f"{name}_moves", place), f"Moves of {words.lower()}"
+        found = draw_transitions(looks, name, _MOST_MATRICES[name], slug, title, label, png)
         moves += [Card(f"{words}, {steps}", "", "", {"": picture}) for steps, picture in found]
         if (count := len(transitions(looks, name))) > len(found):
             notes.append(f"{len(found)} of {count} of {words.lower()}")
@@ -128,45 +106,13 @@ def _table(group: Group, place: int | None, png: bool) -> list[Block]:
             "How many prompts went from the bin of a row to that of a column between two refreshes, coloured by their "
             "share of the row. Those in the framed cells stayed."
         ) + (f" Shown are {' and '.join(notes)}, evenly chosen." if notes else "")
-        blocks.append(Block("Moves between refreshes" + (f": {title}" if title else ""), place, moves, note))
+        blocks.append(Block("Moves between refreshes" + (f": {label}" if label else ""), place, moves, note))
     return blocks
-
-
-def _timeline(group: Group, place: int | None, stages: resource_figures.StagePalette, png: bool) -> Block:
-    title, run = "" if place is None else group.label, group.first
-    words = ("Time of a step by stage", "Time since the start by stage", "Peak memory over steps")
-    cards = _cards(
-        (
-            words[0],
-            "Stages of a step, stacked; what comes between steps is left out.",
-            resource_figures.draw_step_times(run, stages, _slug("step_times", place), Heading(words[0], title), png),
-        ),
-        (
-            words[1],
-            "Stacked, with refreshes, validation and checkpoints: a jump is time in which nothing was learned.",
-            resource_figures.draw_cumulative_times(
-                run, stages, _slug("run_times", place), Heading(words[1], title), png
-            ),
-        ),
-        (
-            words[2],
-            "Of the fullest rank, for the stages that take most time. Peaks do not add up, so they are lines.",
-            resource_figures.draw_memory(run, stages, _slug("memory", place), Heading(words[2], title), png),
-        ),
-    )
-    return Block(title, place, cards, f"Of the run {run.name}." if len(group.runs) > 1 else "")
 
 
 def _cards(*found: tuple[str, str, Picture | None]) -> list[Card]:
     """(title, caption, picture) of those that have a picture."""
     return [Card(title, "", caption, {"": picture}) for title, caption, picture in found if picture is not None]
-
-
-def _why_no_table(groups: Sequence[Group]) -> str:
-    strategies = {run.setting("data.sampling_strategy") for group in groups for run in group.runs}
-    if "curriculum" in strategies:
-        return "Weights, moves and calibration are missing: the run left no curriculum.jsonl and observations.jsonl."
-    return "Without variance-aware sampling there is no table to show; data.sampling_strategy=curriculum turns it on."
 
 
 def _slug(name: str, place: int | None) -> str:

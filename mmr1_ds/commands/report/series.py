@@ -1,8 +1,7 @@
-"""Arithmetic of curves: smoothing, thinning, mean and band over seeds."""
+"""Arithmetic of curves: smoothing, mean and band over seeds."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,21 +29,6 @@ def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
     sums = np.convolve(np.where(known, values, 0.0), ones)[middle]
     counts = np.convolve(known.astype(np.float64), ones)[middle]
     return np.where(known, sums / np.maximum(counts, 1), np.nan)
-
-
-def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most `most` points, the lowest and the highest of each stretch, so that no spike is lost."""
-    if len(x) <= most:
-        return x, y
-    kept: list[int] = []
-    edges = np.linspace(0, len(x), most // 2 + 1).astype(np.int64)
-    for start, end in itertools.pairwise(edges):
-        stretch = y[start:end]
-        if np.isfinite(stretch).any():
-            kept += sorted({start + int(np.nanargmin(stretch)), start + int(np.nanargmax(stretch))})
-        else:
-            kept.append(int(start))  # stays a gap
-    return x[kept], y[kept]
 
 
 def band(

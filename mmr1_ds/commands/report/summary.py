@@ -8,12 +8,69 @@ from typing import Any
 
 import numpy as np
 
+from mmr1_ds.commands.report.drawing import duration
 from mmr1_ds.commands.report.groups import Group, seeds
 from mmr1_ds.commands.report.runs import Run
 
-VALIDATION = "val/accuracy_reward"
-_SECONDS = {"min": 60, "h": 3600, "days": 86400}
 _LAST_STEPS = 10  # over which final figures of training are averaged
+_LATE = f"mean of the last {_LAST_STEPS} steps"
+_SETTINGS = {
+    "Model": "worker.actor.model.model_path",
+    "Training data": "data.train_files",
+    "Validation data": "data.val_files",
+    "Sampling": "data.sampling_strategy",
+    "Prompts a step": "data.rollout_batch_size",
+    "Responses a prompt": "worker.rollout.n",
+    "Estimator": "algorithm.adv_estimator",
+    "Rollout engine": "worker.rollout.engine",
+}
+_CURRICULUM = {
+    "Metrics": "data.curriculum_metrics",
+    "Their weights": "data.curriculum_metric_weights",
+    "Mixture": "data.curriculum_mixture_ratio",
+    "Refresh": "data.curriculum_refresh",
+    "Steps between refreshes": "data.curriculum_update_freq",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A final figure of a run: a tile of its own report, a column where several are compared."""
+
+    name: str
+    of: Callable[[Run], float | None]
+    write: Callable[[float], str]
+    detail: str = ""
+
+
+def _of(metric: str, summarise: Callable[[np.ndarray], Any]) -> Callable[[Run], float | None]:
+    def found(run: Run) -> float | None:
+        values = run.metrics.column(metric)
+        return None if values is None else float(summarise(values[np.isfinite(values)]))
+
+    return found
+
+
+def _last(values: np.ndarray) -> float:
+    return float(values[-1])
+
+
+def _late_mean(values: np.ndarray) -> float:
+    return float(values[-_LAST_STEPS:].mean())
+
+
+FIGURES = (
+    Figure("Val. accuracy", _of("val/accuracy_reward", _last), "{:.3f}".format, "the last"),
+    Figure("Best", _of("val/accuracy_reward", np.max), "{:.3f}".format, "validation accuracy"),
+    Figure("Train reward", _of("reward/overall", _late_mean), "{:.3f}".format, _LATE),
+    Figure("Effective groups", _of("curriculum/effective_group_fraction", np.mean), "{:.0%}".format, "mean of steps"),
+    Figure("Rollouts", _of("perf/num_rollouts", _last), "{:,.0f}".format, "refreshes and probes included"),
+    Figure("Extra", _of("curriculum/extra_rollout_fraction", _last), "{:.0%}".format, "of the rollouts trained on"),
+    Figure("Length", _of("response_length/mean", _late_mean), "{:,.0f}".format, _LATE),
+    Figure("Wall clock", _of("perf/elapsed_seconds", _last), duration),
+    Figure("Step", _of("timing_s/step", np.median), duration, "median"),
+    Figure("Tokens/s/rank", _of("perf/throughput", np.median), "{:,.0f}".format, "median step"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,51 +84,13 @@ class Tile:
 
 def tiles(run: Run) -> list[Tile]:
     """Return the figures that a reader looks for first."""
-    found = [Tile("Steps", *_progress(run))]
-    validation = _known(run, VALIDATION)
-    if validation is not None:
-        steps, values = validation
-        before = f"{values[0]:.3f} at step {steps[0]:,}, " if len(values) > 1 else ""
-        found.append(Tile("Validation accuracy", f"{values[-1]:.3f}", f"{before}best {values.max():.3f}"))
-    reward = _known(run, "reward/overall")
-    if reward is not None:
-        found.append(Tile("Training reward", f"{reward[1][-_LAST_STEPS:].mean():.3f}", _averaged(reward[1])))
-    rollouts, training = run.axis("rollouts")[-1], run.training_rollouts()[-1]
-    if rollouts:
-        detail = f"{training:,.0f} trained on, {max(0.0, rollouts - training):,.0f} extra"
-        found.append(Tile("Rollouts", f"{rollouts:,.0f}", detail))
-    effective = _known(run, "curriculum/effective_group_fraction")
-    if effective is not None:
-        found.append(Tile("Effective groups", f"{effective[1].mean():.0%}", "mean over the run"))
-    found.append(Tile("Wall clock", duration(run.axis("seconds")[-1]), _step_seconds(run)))
-    throughput = _known(run, "perf/throughput")
-    if throughput is not None:
-        found.append(Tile("Throughput", f"{np.median(throughput[1]):,.0f}", "tokens/s per rank, median step"))
-    return found
-
-
-def facts(group: Group) -> list[tuple[str, str]]:
-    """Return what was run and on what, as (name, value), as far as it is known."""
-    run = group.first
-    environment, versions = run.environment, run.environment.get("versions")
-    ranks = environment.get("num_ranks")
-    device = environment.get("device")
-    if environment.get("num_gpus"):
-        device = f"{environment['num_gpus']} x {device}" if device else None
-    found = [
-        ("Model", run.setting("worker.actor.model.model_path")),
-        ("Training data", run.setting("data.train_files")),
-        ("Validation data", run.setting("data.val_files")),
-        ("Sampling", _sampling(run)),
-        ("Batch", _batch(run)),
-        ("Estimator", run.setting("algorithm.adv_estimator")),
-        ("Rollout engine", run.setting("worker.rollout.engine")),
-        ("Ranks", ranks),
-        ("Device", device),
-        ("Seeds", ", ".join(_seed(member) for member in group.runs) if len(group.runs) > 1 else _seed(run)),
-        ("Versions", _versions(versions) if isinstance(versions, Mapping) else None),
-    ]
-    return [(name, _joined(value)) for name, value in found if value not in (None, "", [])]
+    found = [(figure, figure.of(run)) for figure in FIGURES]
+    known = [Tile(figure.name, figure.write(value), figure.detail) for figure, value in found if value is not None]
+    done, total = run.num_steps, run.total_steps
+    rest = "so far, or in all"
+    if total is not None:
+        rest = f"of {total:,}" + ("" if done >= total else "; still going, or stopped")
+    return [Tile("Steps", f"{done:,}", rest), *known]
 
 
 @dataclass(frozen=True)
@@ -85,133 +104,44 @@ class Row:
 
 def final_figures(groups: Sequence[Group]) -> list[Row]:
     """Return a row for each run, and before several seeds their mean. Columns without a value are left out."""
-    columns: dict[str, tuple[Callable[[Run], float | None], str]] = {
-        "Val. accuracy": (lambda run: _of(run, VALIDATION, lambda values: values[-1]), ".3f"),
-        "Best": (lambda run: _of(run, VALIDATION, np.max), ".3f"),
-        "Train reward": (lambda run: _of(run, "reward/overall", lambda values: values[-_LAST_STEPS:].mean()), ".3f"),
-        "Effective groups": (lambda run: _of(run, "curriculum/effective_group_fraction", np.mean), ".0%"),
-        "Rollouts": (lambda run: run.axis("rollouts")[-1] or None, ",.0f"),
-        "Extra": (_extra, ".0%"),
-        "Length": (lambda run: _of(run, "response_length/mean", lambda values: values[-_LAST_STEPS:].mean()), ",.0f"),
-        "Wall clock": (lambda run: run.axis("seconds")[-1], ""),
-        "Tokens/s/rank": (lambda run: _of(run, "perf/throughput", np.median), ",.0f"),
-    }
-    values = {run.run_dir: {name: of(run) for name, (of, _) in columns.items()} for g in groups for run in g.runs}
-    known = [name for name in columns if any(found[name] is not None for found in values.values())]
+    known = [figure for figure in FIGURES if any(figure.of(run) is not None for group in groups for run in group.runs)]
 
-    def cells(found: Mapping[str, float | None]) -> dict[str, str]:
-        return {name: _cell(found[name], columns[name][1]) for name in known}
+    def cells(runs: Sequence[Run]) -> dict[str, str]:
+        found = {}
+        for figure in known:
+            values = [value for run in runs if (value := figure.of(run)) is not None]
+            found[figure.name] = figure.write(float(np.mean(values))) if values else ""
+        return found
 
     rows = []
     for place, group in enumerate(groups):
         if len(group.runs) > 1:
-            means = {name: _mean([values[run.run_dir][name] for run in group.runs]) for name in known}
             first = {"Run": group.label, "Seed": "mean", "Steps": ""}
-            rows.append(Row(place, True, first | cells(means)))
+            rows.append(Row(place, True, first | cells(group.runs)))
         for run in group.runs:
-            first = {"Run": run.name, "Seed": _seed(run), "Steps": _steps(run)}
-            rows.append(Row(place, False, first | cells(values[run.run_dir])))
+            steps = f"{run.num_steps:,}" + (f"/{run.total_steps:,}" if run.total_steps is not None else "")
+            rows.append(Row(place, False, {"Run": run.name, "Seed": _seed(run), "Steps": steps} | cells([run])))
     return rows
 
 
-def _steps(run: Run) -> str:
-    return f"{run.num_steps:,}" + (f"/{run.total_steps:,}" if run.total_steps is not None else "")
-
-
-def _cell(value: float | None, form: str) -> str:
-    if value is None:
-        return ""
-    return format(value, form) if form else duration(value)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def progress_in_words(run: Run) -> str:
-    """Return "step 60 of 60", or where the run is now."""
-    done, rest = _progress(run)
-    return f"Step {done} {rest}" if run.total_steps is not None else f"Step {done}"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration like 57 s, 15.9 min, 9.2 h or 3.1 days."""
-    for size, unit in ((2 * 86400, "days"), (2 * 3600, "h"), (120, "min")):
-        if seconds >= size:
-            return f"{seconds / _SECONDS[unit]:,.1f} {unit}"
-    return f"{seconds:.3g} s"
-
-
-def _progress(run: Run) -> tuple[str, str]:
-    """Steps done, and what is to be said of them."""
-    done, total = run.num_steps, run.total_steps
-    if total is None:
-        return f"{done:,}", "so far, or in all"
-    return f"{done:,}", f"of {total:,}" + ("" if done >= total else "; still going, or stopped")
-
-
-def _known(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps and values, those that are there."""
-    values = run.metrics.column(metric)
-    if values is None:
-        return None
-    known = np.isfinite(values)
-    return run.metrics.steps[known], values[known]
-
-
-def _of(run: Run, metric: str, summarise: Callable[[np.ndarray], float]) -> float | None:
-    found = _known(run, metric)
-    return None if found is None else float(summarise(found[1]))
-
-
-def _extra(run: Run) -> float | None:
-    """Rollouts that were not trained on, as a share of those that were."""
-    rollouts, training = run.axis("rollouts")[-1], run.training_rollouts()[-1]
-    return float(max(0.0, rollouts / training - 1)) if training else None
-
-
-def _averaged(values: np.ndarray) -> str:
-    return f"mean of the last {min(len(values), _LAST_STEPS)} steps" if len(values) > 1 else "of the first step"
-
-
-def _step_seconds(run: Run) -> str:
-    found = _known(run, "timing_s/step")
-    return "" if found is None else f"{np.median(found[1]):.3g} s a step, median"
+def facts(group: Group) -> list[tuple[str, str]]:
+    """Return what was run and on what, as (name, value), as far as it is known."""
+    run, environment = group.first, group.first.environment
+    settings = _SETTINGS | (_CURRICULUM if run.setting("data.sampling_strategy") == "curriculum" else {})
+    found = {name: run.setting(key) for name, key in settings.items()}
+    for name in ("num_ranks", "num_gpus", "device"):
+        found[name.removeprefix("num_").capitalize()] = environment.get(name)
+    found["Seeds"] = ", ".join(map(_seed, group.runs))
+    versions = environment.get("versions")
+    if isinstance(versions, Mapping):
+        found["Versions"] = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in found.items()
+        if value not in (None, "", [])
+    ]
 
 
 def _seed(run: Run) -> str:
     values = dict.fromkeys(str(value) for value in seeds(run).values() if value is not None)
     return "/".join(values)
-
-
-def _sampling(run: Run) -> str | None:
-    strategy = run.setting("data.sampling_strategy")
-    if strategy != "curriculum":
-        return strategy if isinstance(strategy, str) else None
-    frequency = run.setting("data.curriculum_update_freq")
-    rhythm = "at the end of each epoch" if frequency == 0 else f"every {frequency} steps"
-    metrics = _weighed(run.setting("data.curriculum_metrics"), run.setting("data.curriculum_metric_weights"))
-    parts = [f"variance-aware, {run.setting('data.curriculum_refresh')} refresh {rhythm}", metrics]
-    return "; ".join([*(part for part in parts if part), f"mixture {run.setting('data.curriculum_mixture_ratio')}"])
-
-
-def _weighed(metrics: Any, weights: Any) -> str:
-    if not isinstance(metrics, list) or not isinstance(weights, list) or len(metrics) != len(weights):
-        return _joined(metrics) if metrics else ""
-    return " + ".join(f"{weight} {metric}" for metric, weight in zip(metrics, weights, strict=True))
-
-
-def _batch(run: Run) -> str | None:
-    prompts, responses = run.setting("data.rollout_batch_size"), run.setting("worker.rollout.n")
-    return f"{prompts} prompts x {responses} responses" if prompts and responses else None
-
-
-def _versions(versions: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-
-
-def _joined(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(str(item) for item in value)
-    return str(value)

@@ -9,8 +9,9 @@ import math
 import os
 import sys
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from typing import Any
 
 import mmr1_kernels
 import numpy as np
@@ -28,7 +29,6 @@ from mmr1_ds.curriculum.metric_names import (
 from mmr1_ds.curriculum.scores import metric_value, variance_promotion_score
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import EXIT_INTERRUPTED, tell
 
 EXIT_BROKEN_PIPE = 141  # the shell's number for a reader that went away
 BATCH_SIZE = 2**20  # tokens, or characters of text, of one call of the kernel; a larger group goes alone
@@ -57,23 +57,7 @@ reward_mean, reward_variance, self_bleu, self_bleu_by_order and distinct (1-, 2-
 unknown. Without it a table of the highest VPS."""
 
 
-@dataclass(frozen=True)
-class PromptScore:
-    """What is told of one prompt. NaN = unknown."""
-
-    prompt_id: str | int
-    num_responses: int
-    num_tokens: int
-    vps: float
-    ovs: float  # [0, 0.25]
-    tds: float  # [0, 1]
-    pass_rate: float  # [0, 1]
-    reward_mean: float
-    reward_variance: float  # exactly 0 if and only if all rewards are equal
-    self_bleu: float  # [0, 1]
-    self_bleu_by_order: list[float]  # 3
-    distinct: list[float]  # 3
-    edit_distance: float  # [0, 1]
+Score = dict[str, Any]  # of one prompt, the fields of FORMAT; NaN = unknown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,43 +76,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Returns: the exit code; 2 after a user's mistake, told in one line on stderr."""
+    """Write the scores. Returns: the exit code. Raises: UserError."""
+    metrics, weights = _metrics(arguments.metrics, arguments.weights)
+    if arguments.top < 1:
+        raise UserError(f"--top must be at least 1, got {arguments.top}")
     try:
-        _run(arguments)
-    except UserError as error:
-        return tell(error)
+        _score(arguments, metrics, weights)
     except OSError as error:  # stdout's: all others are UserErrors. What it still holds would fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # ... | head
             return EXIT_BROKEN_PIPE
-        return tell(UserError(f"stdout: cannot be written: {error.strerror or error}"))
-    except KeyboardInterrupt:
-        sys.stderr.write("mmr1-ds: interrupted\n")
-        return EXIT_INTERRUPTED
+        raise UserError(f"stdout: cannot be written: {error.strerror or error}") from error
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    metrics, weights = _metrics(arguments.metrics, arguments.weights)
-    if arguments.top < 1:
-        raise UserError(f"--top must be at least 1, got {arguments.top}")
+def _score(arguments: argparse.Namespace, metrics: Sequence[str], weights: Sequence[float]) -> None:
     started = time.perf_counter()
-    with open_responses(arguments.file) as file:
-        with open_output(arguments.output, arguments.file, arguments.force) as write:
-            tokenize = None if arguments.tokenizer is None else open_tokenizer(arguments.tokenizer)
-            summary = Summary(arguments.top)
-            needs_accuracies = any(metric in OUTCOME_METRICS for metric in metrics)
-            groups = read_groups(file, shown_name(arguments.file), needs_accuracies, tokenize is not None)
-            for batch in _batches(groups):
-                packed = _pack(batch, tokenize)
-                kernel_started = time.perf_counter()
-                scores = score_groups(batch, *packed, metrics, weights)
-                summary.kernel_seconds += time.perf_counter() - kernel_started
-                for score in scores:
-                    write(_json_line(score))
-                    summary.add(score)
-            if summary.num_prompts == 0:
-                raise UserError(f"{shown_name(arguments.file)}: holds no groups of responses")
+    name, summary = shown_name(arguments.file), Summary(arguments.top)
+    output = open_output(arguments.output, arguments.file, arguments.force)
+    with open_responses(arguments.file) as file, output as write:
+        tokenize = None if arguments.tokenizer is None else open_tokenizer(arguments.tokenizer)
+        needs_accuracies = any(metric in OUTCOME_METRICS for metric in metrics)
+        for batch in _batches(read_groups(file, name, needs_accuracies, tokenize is not None)):
+            packed = _pack(batch, tokenize)
+            kernel_started = time.perf_counter()
+            scores = score_groups(batch, *packed, metrics, weights)
+            summary.kernel_seconds += time.perf_counter() - kernel_started
+            for score in scores:
+                write(_json_line(score))
+            summary.add(scores)
+        if summary.num_prompts == 0:
+            raise UserError(f"{name}: holds no groups of responses")
     told = summary.text(time.perf_counter() - started)
     if arguments.output == "-":
         sys.stderr.write(told)
@@ -190,7 +168,7 @@ def score_groups(
     group_offsets: np.ndarray,
     metrics: Sequence[str],
     weights: Sequence[float],
-) -> list[PromptScore]:
+) -> list[Score]:
     """Scores of each group, in order, by one call of the kernel. Args: as `_pack` and `_metrics` give them."""
     rewards = np.concatenate([group.rewards for group in batch])
     accuracies = np.concatenate([group.accuracies for group in batch])
@@ -204,7 +182,7 @@ def score_groups(
             edit_distances = mmr1_kernels.mean_edit_distance(token_ids, offsets, None, group_offsets=group_offsets)
         except ImportError as error:
             raise UserError(f"--metrics: edit-distance does not import ({error}); install rapidfuzz") from error
-    scores = []
+    scores: list[Score] = []
     for g, group in enumerate(batch):
         knows_rewards = not np.isnan(group.rewards).any()
         statistics = PromptStatistics(
@@ -217,22 +195,18 @@ def score_groups(
             distinct_3=float(found.distinct[g, 2]),
             edit_distance=float(edit_distances[g]),
         )
+        shared = ("num_responses", "pass_rate", "reward_mean", "reward_variance", "self_bleu", "edit_distance")
         scores.append(
-            PromptScore(
-                prompt_id=group.prompt_id,
-                num_responses=group.num_responses,
-                num_tokens=int(offsets[group_offsets[g + 1]] - offsets[group_offsets[g]]),
-                vps=variance_promotion_score(statistics, metrics, weights),
-                ovs=float(found.outcome_variance[g]),
-                tds=metric_value(statistics, SELF_BLEU),
-                pass_rate=statistics.pass_rate,
-                reward_mean=statistics.reward_mean,
-                reward_variance=statistics.reward_variance,
-                self_bleu=statistics.self_bleu,
-                self_bleu_by_order=found.self_bleu_by_order[g].tolist(),
-                distinct=found.distinct[g].tolist(),
-                edit_distance=statistics.edit_distance,
-            )
+            {
+                "prompt_id": group.prompt_id,
+                "num_tokens": int(offsets[group_offsets[g + 1]] - offsets[group_offsets[g]]),
+                "vps": variance_promotion_score(statistics, metrics, weights),
+                "ovs": float(found.outcome_variance[g]),
+                "tds": metric_value(statistics, SELF_BLEU),
+                **{name: getattr(statistics, name) for name in shared},
+                "self_bleu_by_order": found.self_bleu_by_order[g].tolist(),
+                "distinct": found.distinct[g].tolist(),
+            }
         )
     return scores
 
@@ -241,40 +215,34 @@ class Summary:
     """Totals of all prompts, and the highest few."""
 
     def __init__(self, num_rows: int) -> None:
-        self.num_prompts = self.num_responses = self.num_tokens = 0
+        self.num_responses = self.num_tokens = 0
         self.kernel_seconds = 0.0
-        self._sums = {"ovs": 0.0, "tds": 0.0, "vps": 0.0}
-        self._known = dict.fromkeys(self._sums, 0)
-        self._known_rewards = self._varied_rewards = 0
+        self._columns = {name: array("d") for name in ("ovs", "tds", "vps", "reward_variance")}
         self._num_rows = num_rows
-        self._highest: list[tuple[float, int, PromptScore]] = []  # a heap, the lowest first
+        self._highest: list[Score] = []
 
-    def add(self, score: PromptScore) -> None:
-        self.num_prompts += 1
-        self.num_responses += score.num_responses
-        self.num_tokens += score.num_tokens
-        for name in self._sums:
-            value = getattr(score, name)
-            if not math.isnan(value):
-                self._sums[name] += value
-                self._known[name] += 1
-        if not math.isnan(score.reward_variance):
-            self._known_rewards += 1
-            self._varied_rewards += score.reward_variance > 0
-        # Of equal scores the earlier one is shown; an unknown score comes last.
-        entry = (-math.inf if math.isnan(score.vps) else score.vps, -self.num_prompts, score)
-        if len(self._highest) < self._num_rows:
-            heapq.heappush(self._highest, entry)
-        else:
-            heapq.heappushpop(self._highest, entry)
+    @property
+    def num_prompts(self) -> int:
+        return len(self._columns["vps"])
+
+    def add(self, scores: Sequence[Score]) -> None:
+        self.num_responses += sum(score["num_responses"] for score in scores)
+        self.num_tokens += sum(score["num_tokens"] for score in scores)
+        for name, column in self._columns.items():
+            column.extend(score[name] for score in scores)
+
+        def rank(score: Score) -> float:
+            return -math.inf if math.isnan(score["vps"]) else score["vps"]
+
+        self._highest = heapq.nlargest(self._num_rows, [*self._highest, *scores], key=rank)  # of equals the earlier
 
     def table(self) -> str:
         """The rows of the highest VPS, highest first."""
         rows: list[tuple[str, ...]] = [("prompt_id", "responses", "tokens", "pass rate", "OVS", "TDS", "VPS")]
-        for _, _, score in sorted(self._highest, reverse=True):
-            numbers = (score.pass_rate, score.ovs, score.tds, score.vps)
-            counts = f"{score.num_responses:,}", f"{score.num_tokens:,}"
-            rows.append((_printable(score.prompt_id), *counts, *map(_decimal, numbers)))
+        for score in self._highest:
+            counts = (f"{score[name]:,}" for name in ("num_responses", "num_tokens"))
+            numbers = (_decimal(score[name]) for name in ("pass_rate", "ovs", "tds", "vps"))
+            rows.append((_printable(score["prompt_id"]), *counts, *numbers))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for first, *others in rows:
@@ -286,21 +254,20 @@ class Summary:
 
     def text(self, seconds: float) -> str:
         """Totals, one thing a line."""
+        known = {name: (values := np.array(column))[~np.isnan(values)] for name, column in self._columns.items()}
+        variances = known.pop("reward_variance")
         means = []
-        for name, total in self._sums.items():
-            known = self._known[name]
-            unknown = self.num_prompts - known
+        for name, values in known.items():
+            unknown = self.num_prompts - len(values)
             noted = f" ({unknown:,} unknown)" if 0 < unknown < self.num_prompts else ""
-            means.append(f"{name.upper()} {_decimal(total / known if known else math.nan)}{noted}")
-        share = f"{self._varied_rewards / self._known_rewards:.1%}" if self._known_rewards else "-"
-        speed = self.num_tokens / max(seconds, 1e-9)
-        kernel_speed = self.num_tokens / max(self.kernel_seconds, 1e-9)
+            means.append(f"{name.upper()} {_decimal(values.mean() if len(values) else math.nan)}{noted}")
+        share = f"{(variances > 0).mean():.1%}" if len(variances) else "-"
         return (
             f"{self.num_prompts:,} prompts, {self.num_responses:,} responses, {self.num_tokens:,} tokens\n"
             f"mean {', '.join(means)}\n"
             f"groups with reward variance: {share}\n"
-            f"{seconds:.2f} s, {speed:,.0f} tokens/s; scoring alone {self.kernel_seconds:.2f} s, "
-            f"{kernel_speed:,.0f} tokens/s\n"
+            f"{seconds:.2f} s, {self.num_tokens / max(seconds, 1e-9):,.0f} tokens/s; scoring alone "
+            f"{self.kernel_seconds:.2f} s, {self.num_tokens / max(self.kernel_seconds, 1e-9):,.0f} tokens/s\n"
         )
 
 
@@ -313,9 +280,6 @@ def _printable(prompt_id: str | int) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _json_line(score: PromptScore) -> str:
+def _json_line(score: Score) -> str:
     """JSON has no NaN: null. Half an emoji in an id stays escaped, as it came."""
-    values = {
-        name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(score).items()
-    }
-    return json.dumps(values) + "\n"
+    return json.dumps({name: None if value != value else value for name, value in score.items()}) + "\n"

@@ -31,7 +31,6 @@ class ResponseGroup:
     """The responses to one prompt (N of them), as one line gave them."""
 
     prompt_id: str | int
-    where: str  # names the line in errors
     texts: list[str] | None  # N, or None for responses of token ids
     token_ids: list[np.ndarray] | None  # N arrays (T,) int32, not negative; None for responses of text
     accuracies: np.ndarray  # (N,) float32 in [0, 1], NaN = unknown
@@ -71,35 +70,63 @@ def read_groups(file: BinaryIO, name: str, needs_accuracies: bool, has_tokenizer
     Raises: UserError naming file, line, what is wrong and the remedy.
     """
     for number in itertools.count(1):
-        where = f"{name} line {number}"
         try:
             line = file.readline()
+            if not line:
+                return
+            if line.strip():
+                yield _group(line, number, needs_accuracies, has_tokenizer)
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{where}: cannot be read: {error}") from error
-        if not line:
-            return
-        if not line.strip():
-            continue
-        group = _group(_parse(line, where), where, number, needs_accuracies)
-        if group.texts is not None and not has_tokenizer:
+            raise UserError(f"{name} line {number}: cannot be read: {error}") from error
+        except UserError as error:
+            raise UserError(f"{name} line {number}: {error}") from error
+
+
+def _group(line: bytes, number: int, needs_accuracies: bool, has_tokenizer: bool) -> ResponseGroup:
+    record = _parse(line)
+    prompt_id = record.get("prompt_id", number)
+    if type(prompt_id) not in (str, int):
+        raise UserError(f"prompt_id must be a string or a whole number, got {_shown(prompt_id)}")
+    responses = _list(record, "responses")
+    if not responses:
+        raise UserError("responses must be a list of one response at least, got []")
+    texts = token_ids = None
+    kinds = set(map(type, responses))
+    if kinds == {str}:
+        texts = responses
+        if not has_tokenizer:
             raise UserError(
-                f"{where}: responses are text, which takes a tokenizer; add --tokenizer with a model's folder or "
-                f"name, or with sacrebleu:13a, which needs no model"
+                "responses are text, which takes a tokenizer; add --tokenizer with a model's folder or name, or with "
+                "sacrebleu:13a, which needs no model"
             )
-        yield group
+    elif kinds == {list}:
+        token_ids = [_token_ids(ids, f"responses[{index}]") for index, ids in enumerate(responses)]
+    elif kinds == {str, list}:
+        raise UserError("responses mixes text and token ids; a group has one kind")
+    else:
+        wrong = next(index for index, response in enumerate(responses) if not isinstance(response, (str, list)))
+        raise UserError(f"responses[{wrong}] must be text or a list of ids, got {_shown(responses[wrong])}")
+
+    accuracies = np.full(len(responses), np.nan, dtype=np.float32)
+    if "accuracies" in record or needs_accuracies:
+        accuracies = _numbers(record, "accuracies", len(responses))
+        for index in np.flatnonzero((accuracies < 0) | (accuracies > 1))[:1]:
+            raise UserError(f"accuracies[{index}] must be in [0, 1], got {_shown(record['accuracies'][index])}")
+    rewards = accuracies
+    if "rewards" in record:
+        rewards = _numbers(record, "rewards", len(responses))
+        for index in np.flatnonzero(np.isnan(rewards))[:1]:
+            raise UserError(f"rewards[{index}] is null; give a number, or leave rewards out")
+    return ResponseGroup(prompt_id, texts, token_ids, accuracies, rewards)
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8 too
+        raise UserError(f"not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where}: must be a JSON object with responses and accuracies, got {_shown(record)}")
+        raise UserError(f"must be a JSON object with responses and accuracies, got {_shown(record)}")
     return record
 
 
@@ -107,82 +134,36 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number; write null for an unknown accuracy")
 
 
-def _group(record: dict[str, Any], where: str, number: int, needs_accuracies: bool) -> ResponseGroup:
-    prompt_id = record.get("prompt_id", number)
-    if isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int)):
-        raise UserError(f"{where}: prompt_id must be a string or a whole number, got {_shown(prompt_id)}")
-    responses = _key(record, "responses", where)
-    if not isinstance(responses, list) or not responses:
-        raise UserError(f"{where}: responses must be a list of one response at least, got {_shown(responses)}")
-    texts = token_ids = None
-    kinds = set(map(type, responses))
-    if kinds == {str}:
-        texts = responses
-    elif kinds == {list}:
-        token_ids = [_token_ids(ids, f"{where}: responses[{index}]") for index, ids in enumerate(responses)]
-    elif kinds == {str, list}:
-        raise UserError(f"{where}: responses mixes text and token ids; a group has one kind")
-    else:
-        wrong = next(index for index, response in enumerate(responses) if not isinstance(response, (str, list)))
-        raise UserError(f"{where}: responses[{wrong}] must be text or a list of ids, got {_shown(responses[wrong])}")
-
-    unknown = np.full(len(responses), np.nan, dtype=np.float32)
-    accuracies = unknown
-    if "accuracies" in record or needs_accuracies:
-        accuracies = _numbers(record, "accuracies", len(responses), where)
-        outside = np.flatnonzero((accuracies < 0) | (accuracies > 1))
-        if len(outside):
-            given = _shown(record["accuracies"][outside[0]])
-            raise UserError(f"{where}: accuracies[{outside[0]}] must be in [0, 1], got {given}")
-    rewards = accuracies
-    if "rewards" in record:
-        rewards = _numbers(record, "rewards", len(responses), where)
-        missing = np.flatnonzero(np.isnan(rewards))
-        if len(missing):
-            raise UserError(f"{where}: rewards[{missing[0]}] is null; give a number, or leave rewards out")
-    return ResponseGroup(prompt_id, where, texts, token_ids, accuracies, rewards)
-
-
 def _token_ids(ids: list[Any], where: str) -> np.ndarray:
     """(T,) int32."""
-    if set(map(type, ids)) - {int}:
-        wrong = next(position for position, token in enumerate(ids) if type(token) is not int)
-        raise UserError(f"{where}[{wrong}] must be a token id, a whole number, got {_shown(ids[wrong])}")
-    if ids and not 0 <= min(ids) <= max(ids) <= LARGEST_TOKEN_ID:
-        wrong = next(position for position, token in enumerate(ids) if not 0 <= token <= LARGEST_TOKEN_ID)
-        remedy = "leave padding out" if ids[wrong] < 0 else "ids are int32"
-        raise UserError(f"{where}[{wrong}] must be in 0..{LARGEST_TOKEN_ID}, got {_shown(ids[wrong])}; {remedy}")
+    if set(map(type, ids)) - {int} or (ids and not 0 <= min(ids) <= max(ids) <= LARGEST_TOKEN_ID):
+        wrong = next(k for k, token in enumerate(ids) if type(token) is not int or not 0 <= token <= LARGEST_TOKEN_ID)
+        raise UserError(
+            f"{where}[{wrong}] must be a token id, a whole number in 0..{LARGEST_TOKEN_ID}, got {_shown(ids[wrong])}; "
+            "leave padding out"
+        )
     return np.array(ids, dtype=np.int32)
 
 
-def _numbers(record: dict[str, Any], key: str, num_responses: int, where: str) -> np.ndarray:
+def _numbers(record: dict[str, Any], key: str, num_responses: int) -> np.ndarray:
     """(N,) float32, NaN for null."""
-    values = _key(record, key, where)
-    if not isinstance(values, list):
-        raise UserError(f"{where}: {key} must be a list of numbers, got {_shown(values)}")
+    values = _list(record, key)
     if len(values) != num_responses:
-        raise UserError(f"{where}: {key} has {len(values)} values for {num_responses} responses; give one a response")
-    numbers = np.empty(num_responses, dtype=np.float32)
+        raise UserError(f"{key} has {len(values)} values for {num_responses} responses; give one a response")
+    most = float(np.finfo(np.float32).max)
     for index, value in enumerate(values):
-        number = math.nan if value is None else _float32(value)
-        if number is None:
-            raise UserError(f"{where}: {key}[{index}] must be a number that fits 32 bits, got {_shown(value)}")
-        numbers[index] = number
-    return numbers
+        if value is not None and not (isinstance(value, (int, float)) and abs(value) <= most):
+            raise UserError(f"{key}[{index}] must be a number that fits 32 bits, got {_shown(value)}")
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float32)
 
 
-def _float32(value: Any) -> float | None:
-    """A JSON number, true or false; None for anything else, or past what float32 holds."""
-    if not isinstance(value, (int, float)) or abs(value) > float(np.finfo(np.float32).max):
-        return None
-    return float(value)
-
-
-def _key(record: dict[str, Any], key: str, where: str) -> Any:
+def _list(record: dict[str, Any], key: str) -> list[Any]:
     if key not in record:
-        there = ", ".join(map(_shown, record)) or "nothing"
-        raise UserError(f"{where}: key {key!r} is missing; there is {there}")
-    return record[key]
+        raise UserError(f"key {key!r} is missing; there is {', '.join(map(_shown, record)) or 'nothing'}")
+    values = record[key]
+    if not isinstance(values, list):
+        raise UserError(f"{key} must be a list with one entry a response, got {_shown(values)}")
+    return values
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,7 @@ from mmr1_ds.monitoring.logger import quiet_libraries
 Tokenize = Callable[[Sequence[str]], list[np.ndarray]]  # texts -> one (T,) int32 array a text, ids not negative
 
 SACREBLEU = "sacrebleu:"
-_SACREBLEU_CLASSES = {
-    "13a": ("tokenizer_13a", "Tokenizer13a"),
-    "intl": ("tokenizer_intl", "TokenizerV14International"),
-    "zh": ("tokenizer_zh", "TokenizerZh"),
-    "char": ("tokenizer_char", "TokenizerChar"),
-}
+_SACREBLEU_NAMES = ("13a", "intl", "zh", "char")
 
 
 def open_tokenizer(name: str) -> Tokenize:
@@ -34,61 +28,56 @@ def open_tokenizer(name: str) -> Tokenize:
     Ids of sacrebleu's words mean the same word within one call only. Raises: UserError.
     """
     if name.startswith(SACREBLEU):
-        return SacrebleuWords(name.removeprefix(SACREBLEU))
+        return _sacrebleu_words(name.removeprefix(SACREBLEU))
     if not name.strip() or (name.startswith((".", "/")) and not Path(name).is_dir()):
         what = f"{name!r} is no folder" if name.strip() else f"{name!r} is empty"
         raise UserError(f"--tokenizer: {what}; give a model's folder, a hub name or sacrebleu:13a")
-    return ModelTokens(name)
+    return _model_tokens(name)
 
 
-class SacrebleuWords:
-    """Splits as sacrebleu's BLEU does, so that counts of n-grams equal its counts."""
+def _sacrebleu_words(name: str) -> Tokenize:
+    """Split as sacrebleu's BLEU does, so that counts of n-grams equal its counts."""
+    if name not in _SACREBLEU_NAMES:
+        known = ", ".join(SACREBLEU + known for known in _SACREBLEU_NAMES)
+        raise UserError(f"--tokenizer: unknown {SACREBLEU + name!r}; known: {known}")
+    try:
+        from sacrebleu.metrics import BLEU
+        from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
+    except ImportError as error:
+        raise UserError(f"--tokenizer {SACREBLEU + name} does not import ({error}); install sacrebleu") from error
+    splitter: Any = BLEU(tokenize=name).tokenizer
+    caches: list[Any] = [type(splitter).__call__, TokenizerRegexp.__call__]
 
-    def __init__(self, name: str) -> None:
-        if name not in _SACREBLEU_CLASSES:
-            known = ", ".join(SACREBLEU + known for known in _SACREBLEU_CLASSES)
-            raise UserError(f"--tokenizer: unknown {SACREBLEU + name!r}; known: {known}")
-        module, kind = _SACREBLEU_CLASSES[name]
-        try:
-            self._split = getattr(import_module(f"sacrebleu.tokenizers.{module}"), kind)()
-            shared = import_module("sacrebleu.tokenizers.tokenizer_re").TokenizerRegexp
-        except ImportError as error:
-            raise UserError(f"--tokenizer {SACREBLEU + name} does not import ({error}); install sacrebleu") from error
-        self._caches = [type(self._split).__call__, shared.__call__]
-
-    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Numbers the words of all texts together, from 0; (T,) int32 a text."""
+    def tokenize(texts: Sequence[str]) -> list[np.ndarray]:
         # Not its own __len__ for the next number: such a cycle keeps the words of many calls until it is collected.
         numbers: defaultdict[str, int] = defaultdict(itertools.count().__next__)
-        split = [self._split(text.rstrip()).split() for text in texts]  # rstrip: as sacrebleu does before it splits
-        for cached in self._caches:
+        split = [splitter(text.rstrip()).split() for text in texts]  # rstrip: as sacrebleu does before it splits
+        for cached in caches:
             cached.cache_clear()  # they would keep the last 65,536 texts
         return [np.fromiter(map(numbers.__getitem__, words), np.int32, count=len(words)) for words in split]
 
+    return tokenize
 
-class ModelTokens:
-    """A Hugging Face tokenizer, without code from its repository."""
 
-    def __init__(self, name: str) -> None:
-        quiet_libraries()
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise UserError(
-                f"--tokenizer {name!r}: transformers does not import ({error}); {remedy('models')}"
-            ) from error
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:  # whatever a damaged folder makes it raise: TypeError, KeyError, its own
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(
-                f"--tokenizer {name!r} cannot be loaded: {reason}; give a model's folder, a hub name or sacrebleu:13a"
-            ) from error
+def _model_tokens(name: str) -> Tokenize:
+    """Split as a Hugging Face tokenizer does, without code from its repository and without special tokens."""
+    quiet_libraries()
+    try:
+        from transformers import AutoTokenizer
 
-    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """No special token is added; (T,) int32 a text."""
-        encoded = self._tokenizer(
-            [_without_lone_surrogates(text) for text in texts],
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except ImportError as error:
+        raise UserError(f"--tokenizer {name!r}: transformers does not import; {remedy('models')}") from error
+    except Exception as error:  # whatever a damaged folder makes it raise: TypeError, KeyError, its own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"--tokenizer {name!r} cannot be loaded: {reason}; give a model's folder, a hub name or sacrebleu:13a"
+        ) from error
+
+    def tokenize(texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = tokenizer(
+            # JSON can hold half an emoji, cut off by a token limit; tokenizers take UTF-8, which cannot.
+            [text.encode("utf-8", "replace").decode() for text in texts],
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -96,7 +85,4 @@ class ModelTokens:
         )
         return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
-
-def _without_lone_surrogates(text: str) -> str:
-    """JSON can hold half an emoji, cut off by a token limit; tokenizers take UTF-8, which cannot."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+    return tokenize

@@ -1,0 +1,281 @@
+"""`mmr1-ds plan`: FLOP against torch's own counter, bytes against what real models and engines hold, the words."""
+
+import dataclasses
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+import transformers
+from fixtures.dry_runs import write_rows
+from fixtures.launching import run_ranks
+from fixtures.tiny_models import save_text_model, save_vision_model
+from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
+
+from mmr1_ds.commands import cli
+from mmr1_ds.commands.plan import activations, flops
+from mmr1_ds.commands.plan.activations import MicroBatch
+from mmr1_ds.commands.plan.command import estimate
+from mmr1_ds.commands.plan.flops import Work
+from mmr1_ds.commands.plan.hardware import GPUS, Assumptions
+from mmr1_ds.commands.plan.shapes import policy_shape
+from mmr1_ds.config import ModelConfig
+from mmr1_ds.engine.model.loading import checkpoint_gradients
+from mmr1_ds.engine.model.log_probs import LogProbHead
+from mmr1_ds.engine.model.policy import exact_types
+
+BAR = 0.15
+EXACT = 0.003  # of FLOP: rotations are left out
+LENGTHS, RESPONSES = (97, 41), (61, 7)
+GRIDS = [(10, 6), (4, 14)]  # patches; the windows of the tiny Qwen2.5-VL are of 8 x 8
+FAMILIES = ["qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+# torch's own formulas, for what its counter does not know: the attention of the CPU, a product added in place.
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, out_val=None, **__: sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_, out_val=None, **__: sdpa_backward_flop_count(g, q, k, v)
+    ),
+    torch.ops.aten.addmm_: lambda added, a, b, out_shape=None, **__: mm_flop(a, b),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny model folder of each family."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        family: (save_vision_model if family.endswith("vl") else save_text_model)(root / family, family=family)
+        for family in FAMILIES
+    }
+
+
+def load(folder, dtype=torch.float32, checkpointed=False):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    has_images = hasattr(config, "vision_config")
+    kind = transformers.AutoModelForImageTextToText if has_images else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).train()
+    if checkpointed:
+        checkpoint_gradients(model)
+    return model
+
+
+def inputs_of(model, place):
+    """A prompt and response of LENGTHS[place] tokens, with an image at its start where the model takes images."""
+    input_ids = torch.full((1, LENGTHS[place]), 5)
+    if not hasattr(model.config, "vision_config"):
+        return {"input_ids": input_ids}
+    vision, grid = model.config.vision_config, GRIDS[place]
+    tokens = grid[0] * grid[1] // vision.spatial_merge_size**2
+    input_ids[0, 1 : 1 + tokens] = model.config.image_token_id
+    input_ids[0, 0] = model.config.vision_start_token_id
+    elements = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "input_ids": input_ids,
+        "pixel_values": torch.zeros(grid[0] * grid[1], elements),
+        "image_grid_thw": torch.tensor([[1, *grid]]),
+        "mm_token_type_ids": (input_ids == model.config.image_token_id).long(),
+    }
+
+
+def log_probs(model, place, responses):
+    head = LogProbHead(model.get_output_embeddings(), [], 1.0)
+    states = model.base_model(**inputs_of(model, place), use_cache=False).last_hidden_state[0, -responses:]
+    return head(states, torch.full((responses,), 7))[0]
+
+
+# Bytes that the backward keeps
+
+
+def saved_bytes(model):
+    """Of all tensors that autograd holds after a forward, weights left out, each piece of memory once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage  # and so alive: no other tensor gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert log_probs(model, 0, LENGTHS[0]).requires_grad
+    return sum(storage.nbytes() for storage in held.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_kept(folders, family, checkpointed, dtype):
+    shape = policy_shape(ModelConfig(model_path=str(folders[family])))
+    patches = GRIDS[0][0] * GRIDS[0][1] if shape.vision else 0
+    batch = MicroBatch(float(LENGTHS[0]), float(LENGTHS[0]), float(patches))
+    planned = activations.training(shape, batch, dtype.itemsize, checkpointed, "cpu").kept
+    assert planned == pytest.approx(saved_bytes(load(folders[family], dtype, checkpointed)), rel=BAR)
+
+
+# FLOP
+
+
+def counted(model):
+    """FLOP of a forward, and of a forward and backward, by torch's counter, a sequence at a time."""
+    totals = []
+    for with_backward in (False, True):
+        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        with counter, nullcontext() if with_backward else torch.no_grad():
+            for place, responses in enumerate(RESPONSES):
+                found = log_probs(model, place, responses)
+                if with_backward:
+                    found.sum().backward()
+        totals.append(counter.get_total_flops())
+    return totals
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointed", "frozen"),
+    [*((family, True, False) for family in FAMILIES), ("qwen2", False, False), ("qwen2_5_vl", False, False),
+     ("qwen2_5_vl", False, True)],
+)  # fmt: skip
+def test_flop_are_those_of_torch_s_counter(folders, family, checkpointed, frozen):
+    model = load(folders[family], checkpointed=checkpointed)
+    if checkpointed:
+        model.disable_input_require_grads()
+    if frozen:
+        model.model.visual.requires_grad_(False)
+    shape = policy_shape(ModelConfig(model_path=str(folders[family]), freeze_vision_tower=frozen))
+    work = Work(LENGTHS, sum(RESPONSES), GRIDS if shape.vision else ())
+    only, both = counted(model)
+    found = flops.forward(shape, work)
+    assert found.total == pytest.approx(only, rel=EXACT)
+    assert not shape.vision or found.vision > 0.1 * only  # what is checked matters
+    expected = found.total + flops.backward(shape, work).total
+    if checkpointed:
+        expected += flops.recomputed(shape, work).total
+    assert expected == pytest.approx(both, rel=EXACT)
+
+
+def test_published_models_have_their_published_sizes():
+    """The parameter counts that their model cards state, and what is 2 a parameter and token is nearly all FLOP."""
+    sizes = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336}
+    for size, number in sizes.items():
+        shape = policy_shape(ModelConfig(model_path=f"Qwen/Qwen2.5-VL-{size}-Instruct"))
+        assert shape.num_parameters == shape.trained == number
+        work = Work([2048.0], 1024.0)
+        assert shape.vision is not None
+        text = number - shape.vision.num_parameters - shape.vocabulary * shape.hidden * (1 if size == "3B" else 2)
+        assert flops.forward(shape, work).text == pytest.approx(2 * text * 2048, rel=0.15)
+
+
+# Memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "checkpointing"), [(1, False), (2, True)])
+def test_a_real_engine_holds_and_takes_what_was_planned(tmp_path, monkeypatch, num_ranks, checkpointing):
+    """38 million parameters, so that what is planned outweighs Python's own memory."""
+    folder = save_text_model(tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 768, 2048, 6
+    config.num_attention_heads, config.num_key_value_heads = 12, 4
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed memory goes back at once
+    out = tmp_path / "out.json"
+    arguments = (folder, out, "700", "true" if checkpointing else "false")
+    run_ranks("planned_memory.py", *arguments, num_ranks=num_ranks, warm=False)
+    found = json.loads(out.read_text())
+    for what, measured in found["measured"].items():
+        assert found["planned"][what] == pytest.approx(measured, rel=BAR), what
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """A published model, a few prompts."""
+    rows = write_rows(tmp_path_factory.mktemp("rows"))
+    model = "worker.actor.model.model_path=Qwen/Qwen2.5-VL-7B-Instruct"
+    return ["config=mmr1_h100", f"data.train_files={rows}", "data.prompt_key=problem", model]
+
+
+def planned(settings, *more, **assumed):
+    return estimate([*settings, *more], GPUS["h100"], dataclasses.replace(Assumptions(), **assumed))
+
+
+@pytest.fixture(scope="module")
+def plain(settings):
+    return planned(settings, prompt_tokens=1000.0, response_tokens=1000.0, images_per_prompt=0.0)
+
+
+def test_parts_follow_from_the_model_and_the_ranks(settings, plain):
+    """7B, full training: 18 bytes a parameter over the ranks, by the count on the model's card."""
+    number = 8_292_166_656
+    learning = plain.memory.learning
+    assert plain.shape.num_parameters == number
+    assert learning["optimiser states"] == 12 * number / 8
+    assert 2 * number / 8 < learning["actor weights"] < 2 * number / 8 + 0.1e9  # and what is kept whole
+    buckets = 2 * 2 * 2e8  # two of the preset's, in bf16
+    assert learning["gradients and buckets"] == 4 * number / 8 + buckets
+    assert exact_types({})["data_types"]["grad_accum_dtype"] == "fp32"  # DeepSpeed's own default: the weights' type
+    on_16 = planned(settings, "trainer.nnodes=2", images_per_prompt=0.0).memory.learning
+    assert on_16["optimiser states"] == 12 * number / 16
+    assert on_16["activations"] == learning["activations"]
+    offloaded = planned(settings, "worker.actor.offload.offload_optimizer=true")
+    assert offloaded.memory.learning["optimiser states"] == 0
+    assert offloaded.memory.host_per_rank > 12 * number / 8
+    assert offloaded.seconds["update_actor"] > plain.seconds["update_actor"]
+
+
+def test_what_leaves_the_gpu_while_vllm_samples_is_there_when_it_starts(settings, plain):
+    moved = planned(settings, "worker.actor.offload_states=true").memory
+    assert moved.sampling == plain.memory.sampling and moved.host_per_rank > plain.memory.host_per_rank
+
+
+def test_ranks_that_share_sequences_take_more_of_them(settings, plain):
+    two = planned(settings, "worker.actor.ulysses_size=2", images_per_prompt=0.0)
+    assert two.memory.learning["activations"] == plain.memory.learning["activations"]
+
+
+def test_time_follows_from_flops_and_bandwidth(settings, plain):
+    # 2 x parameters x tokens for a forward, nearly all of it, at 45 % of 989 TFLOP/s.
+    tokens = plain.responses_per_step / 8 * 2000
+    text = 6.5e9 + 0.5e9  # the layers; the head for half of the tokens is .27e9 more
+    assert plain.seconds["ref"] == pytest.approx(2 * text * tokens / (0.45 * 989.4e12), rel=0.15)
+    assert plain.seconds["update_actor"] > 3 * plain.seconds["ref"]
+
+
+def test_what_a_refresh_costs_is_the_paper_s_share_of_training(settings):
+    """Of n prompts every T steps, r responses each: n r / T beside B R a step."""
+    more = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=5", "data.curriculum_rollout_n=12"]
+    found = planned(settings, *more, num_prompts=7000)
+    assert found.refresh["full"] == pytest.approx(7000 * 12 / 5)
+    assert found.refresh["online"] == pytest.approx(0.1 * found.responses_per_step)
+    seconds, responses = found.refresh_seconds, found.refresh
+    assert seconds["full"] / seconds["online"] == pytest.approx(responses["full"] / responses["online"])
+
+
+def test_the_command_names_what_fits(settings, tmp_path, capsys):
+    assert cli.main(["plan", *settings, "--json", str(tmp_path / "plan.json")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("estimated, not measured:") and said.rstrip().splitlines()[-1] == "fits"
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["problems"] == []
+    assert written["memory"]["learning"]["optimiser states"] == pytest.approx(12.44e9, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--gpu-memory-gb", "24"], 1, ["does not fit: learning takes", "offload_optimizer=true"]),
+        (["worker.rollout.gpu_memory_utilization=0.2"], 1, ["vLLM's cache holds"]),
+        (["--gpu", "h1000"], 2, ["--gpu h1000: unknown; known: a100, h100"]),
+        (["--gpu-memory-gb", "-1"], 2, ["--gpu-memory-gb must be over 0, got -1"]),
+        (["--assume", "speed=3"], 2, ["--assume speed=3: no such assumption"]),
+        (["worker.actor.model.model_path=/nowhere"], 2, ["/nowhere"]),
+    ],
+)
+def test_what_does_not_fit_or_is_unknown_is_named(settings, capsys, words, code, told):
+    assert cli.main(["plan", *settings, *words]) == code
+    said = capsys.readouterr()
+    assert all(part in (said.err if code == 2 else said.out) for part in told)
+    assert len(said.err.splitlines()) == (code == 2)
