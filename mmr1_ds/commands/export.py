@@ -8,13 +8,13 @@ import os
 import shutil
 from pathlib import Path
 
+from mmr1_ds.cluster.exits import tell
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import ModelConfig
 from mmr1_ds.config.derived import checkpoint_directory
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.exits import tell
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 

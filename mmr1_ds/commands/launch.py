@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmr1_ds.cluster.exits import tell
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.redaction import redacted, without_secrets
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import tell
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from mmr1_ds.config import TrainerConfig
 from mmr1_ds.config.redaction import without_secrets
 from mmr1_ds.errors import UserError, remedy
+from mmr1_ds.io import in_words, write_whole
 from mmr1_ds.monitoring.progress import FIGURES, StepBar, TimeLeft, format_duration
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ class _Lines:
                 file.truncate()
         except OSError as error:
             if len(self._waiting) == 1:
-                logger.warning("%s is not written (%s); its lines are kept in memory till it is", self._path, error)
+                words = in_words(error)
+                logger.warning("%s is not written (%s); its lines are kept in memory till it is", self._path, words)
             return
         self._offset += sum(map(len, self._waiting[:-1]))
         self._written = self._waiting[-1]
@@ -150,9 +152,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
         if not line.endswith(b"\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(path)
+    write_whole(path, b"".join(kept))
 
 
 def _last_line(path: Path) -> tuple[dict[str, Any], int]:

@@ -16,9 +16,9 @@ FLOORS = [
     {"loop"},  # the algorithm, step by step
     {"engine"},  # how a policy is held and updated
     {"algorithm", "rollout", "preflight", "monitoring"},
-    {"exits", "cluster", "curriculum", "data", "rewards"},
+    {"cluster", "curriculum", "data", "rewards"},
     {"config"},
-    {"errors", "records", "mmr1_kernels"},
+    {"errors", "records", "io", "mmr1_kernels"},
 ]
 FLOOR_OF = {name: len(FLOORS) - number for number, names in enumerate(FLOORS) for name in names}
 LIGHT = """
@@ -61,7 +61,8 @@ def test_the_house_stays_small():
     rooms = room_graph(module_graph())
     assert len(rooms) <= 20
     assert max(floors(rooms).values()) <= 10
-    assert sum(map(len, rooms.values())) <= 90  # arrows between rooms
+    # Arrows between rooms, without those to the lowest floor, which is there for all.
+    assert sum(FLOOR_OF[other] > 1 for others in rooms.values() for other in others) <= 60
     package = ROOT / "mmr1_ds"
     assert len([path for path in package.glob("*.py") if path.name != "__init__.py"]) <= 4
     assert len(list(package.glob("*/__init__.py"))) <= 12

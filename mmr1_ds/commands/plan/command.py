@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmr1_ds.cluster.exits import tell
 from mmr1_ds.commands.plan.hardware import GB, GPUS, Assumptions, Gpu, find_gpu
 from mmr1_ds.commands.plan.memory import Plan, plan_memory
 from mmr1_ds.commands.plan.shapes import PUBLISHED, ModelShape, critic_shape, policy_shape
@@ -19,7 +20,6 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import resolved_critic, trains_critic
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.exits import tell
 from mmr1_ds.monitoring.logger import quiet_libraries
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import critic_deepspeed, reference_deepspeed, resolve_deepspeed

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import mmr1_kernels
 import numpy as np
 
+from mmr1_ds.cluster.exits import EXIT_INTERRUPTED, tell
 from mmr1_ds.commands.score.files import ResponseGroup, open_output, open_responses, read_groups, shown_name
 from mmr1_ds.commands.score.tokens import Tokenize, open_tokenizer
 from mmr1_ds.curriculum.metric_names import (
@@ -28,7 +29,6 @@ from mmr1_ds.curriculum.metric_names import (
 from mmr1_ds.curriculum.scores import metric_value, variance_promotion_score
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import EXIT_INTERRUPTED, tell
 
 EXIT_BROKEN_PIPE = 141  # the shell's number for a reader that went away
 BATCH_SIZE = 2**20  # tokens, or characters of text, of one call of the kernel; a larger group goes alone
