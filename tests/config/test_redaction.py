@@ -262,6 +262,7 @@ def test_a_run_keeps_no_credential(tmp_path):
 
 def test_names_that_mean_a_secret_and_names_that_do_not():
     hidden = ["api_key", "key", "openai_key", "access_key", "auth", "Authorization", "passwd", "password", "tokens"]
+    hidden += ["OPENAI_APIKEY", "hf_token", "token"]
     assert set(without_secrets(dict.fromkeys(hidden, "x")).values()) == {"***"}
 
     def names(config):

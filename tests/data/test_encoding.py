@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -26,6 +27,7 @@ def text_model(tmp_path_factory):
     return write_text_model(tmp_path_factory.mktemp("text"))
 
 
+@functools.cache
 def encoder_of(model_path, **data):
     return PromptEncoder(
         ModelConfig(model_path=model_path), DataConfig(**{"min_pixels": None, "max_pixels": None, **data})

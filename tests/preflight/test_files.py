@@ -3,27 +3,8 @@
 import json
 
 import pytest
-from fixtures.dry_runs import valid_run, write_rows
-
-from mmr1_ds.config.loading import load_config
-from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.checks import check_config
-
-
-@pytest.fixture
-def valid(tmp_path):
-    return valid_run(tmp_path)
-
-
-def check(valid, *argv):
-    return check_config(load_config([*valid, *argv]).config, 2)
-
-
-def refused(valid, *argv):
-    with pytest.raises(UserError) as caught:
-        check(valid, *argv)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+from fixtures.configs import check, refused
+from fixtures.dry_runs import write_rows
 
 
 def test_missing_data_file(valid):

@@ -109,6 +109,25 @@ def test_light_modules_and_the_help_import_nothing_heavy(program):
     assert done.returncode == 0, done.stderr
 
 
+# What each of these leaves out beside that, in this order: what a module imports is there for those after it.
+BARE = {
+    "curriculum.scores": "numpy mmr1_kernels",
+    "rewards.math": "numpy sympy math_verify",
+    "rewards.pool": "numpy",
+    "monitoring.logger": "numpy wandb tensorboard tqdm rich",
+    "data.dataset": "pyarrow jinja2",
+}
+
+
+def test_some_modules_import_even_less():
+    program = "import importlib, sys\n" + "".join(
+        f"importlib.import_module('mmr1_ds.{name}'); assert not {set(left.split())} & set(sys.modules), {name!r}\n"
+        for name, left in BARE.items()
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_benchmark_stands_in_a_folder_that_the_table_lists():
     table = (ROOT / "benchmarks" / "README.md").read_text()
     folders = {path.parent.name for path in BENCHMARKS.values()} - {"benchmarks"}

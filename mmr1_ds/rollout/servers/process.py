@@ -244,6 +244,9 @@ class ExternalServer:
         """Nothing: it is not ours to end."""
 
 
+Server = ServerProcess | ExternalServer
+
+
 def _environment(config: RolloutConfig, key: str, *, on_gpu: bool, devices: Sequence[int]) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
     inherited.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # an engine inside a rank sets it
