@@ -113,12 +113,13 @@ def seconds_in(message: str) -> float:
     return max(float(number) for number in re.findall(r"(\d+\.\d) s\b", message))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "lost"),
     [
         ("kill", 1),
-        pytest.param("kill", 0, marks=pytest.mark.slow),
-        pytest.param("kill_in_update", 1, marks=pytest.mark.slow),
+        ("kill", 0),
+        ("kill_in_update", 1),
     ],
 )
 def test_a_rank_that_dies_is_named(tmp_path, fault, lost):

@@ -136,23 +136,6 @@ def test_equal_rewards_are_not_effective_whatever_the_accuracy():
     assert coordinator.metrics()["curriculum/effective_group_fraction"] == 0.5
 
 
-def test_unknown_accuracies_are_ignored():
-    coordinator = make()
-    nan = float("nan")
-    for chunk in coordinator.refresh_chunks():
-        coordinator.observe_refresh(
-            [PromptStatistics(int(i), 4, nan if i % 2 else i / P, 0.1, 0.0, 0.1, 0.5) for i in chunk]
-        )
-    coordinator.finish_refresh(1)
-    assert np.isfinite(coordinator.table.sampling_weights).all()
-    batch = coordinator.next_batch(1)
-    coordinator.observe(1, [PromptStatistics(int(i), 8, nan, 0.1, 0.0, 0.1, 0.5) for i in batch])
-    coordinator.finish_step(1, batch)
-    metrics = coordinator.metrics()
-    assert "curriculum/log_loss" not in metrics
-    assert all(np.isfinite(value) for value in metrics.values())
-
-
 @pytest.mark.parametrize("settings", [{}, MIXED], ids=["full", "online"])
 @pytest.mark.parametrize(("saved_on", "loaded_on"), [(1, 1), (2, 1), (1, 3), (3, 2)])
 def test_resume_draws_what_an_unbroken_run_draws(tmp_path, saved_on, loaded_on, settings):

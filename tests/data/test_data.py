@@ -9,7 +9,7 @@ import logging
 import datasets
 import numpy as np
 import pytest
-from fixtures.data_fixtures import VOCABULARY, image, png, write_jsonl, write_text_model, write_vision_model
+from fixtures.data_fixtures import VOCABULARY, image, png, write_jsonl, write_kind, write_text_model, write_vision_model
 from PIL import Image
 
 from mmr1_ds.config import DataConfig, ModelConfig
@@ -65,37 +65,9 @@ def user_text(dataset, index):
 # --- kinds of files -----------------------------------------------------------------------------------------------
 
 
-def write_kind(kind, folder, rows):
-    table = datasets.Dataset.from_list(rows)
-    if kind == "parquet":
-        table.to_parquet(folder / "rows.parquet")
-    elif kind == "csv":
-        table.to_csv(folder / "rows.csv")
-    elif kind in ("json", "jsonl"):
-        table.to_json(folder / f"rows.{kind}", lines=kind == "jsonl")
-    elif kind == "saved":
-        table.save_to_disk(folder / "saved")
-        return str(folder / "saved")
-    elif kind == "saved@split":
-        datasets.DatasetDict({"train": table.select([0]), "dev": table}).save_to_disk(folder / "saved")
-        return str(folder / "saved@dev")
-    elif kind == "arrow":
-        table.save_to_disk(folder / "saved")
-        return str(next((folder / "saved").glob("*.arrow")))
-    elif kind == "folder":
-        table.select(range(3)).to_parquet(folder / "a.parquet")
-        table.select(range(3, len(table))).to_parquet(folder / "b.parquet")
-        return str(folder)
-    elif kind == "folder@split":
-        table.to_parquet(folder / "test-00000-of-00001.parquet")
-        table.select([0]).to_parquet(folder / "train-00000-of-00001.parquet")
-        return str(folder) + "@test"
-    return str(folder / f"rows.{kind}")
-
-
 @pytest.mark.parametrize(
     "kind",
-    ["parquet", "json", "jsonl", "csv", "saved", "saved@split", "arrow", "folder", "folder@split"],
+    ["parquet", "json", "jsonl", "csv", "saved", "saved@split", "arrow", "folder", "folder@test"],
 )
 def test_kinds_of_files(kind, tmp_path, text_model):
     rows = text_rows(7)

@@ -236,6 +236,7 @@ def test_chat_template_error_names_the_row(tmp_path):
         encoder_of(model).encode("hello", [], "row 4")
 
 
+@pytest.mark.slow  # imports vLLM
 def test_vllm_counts_the_same_image_tokens(vision_model):
     """vLLM's own arithmetic for Qwen2.5-VL, without an engine: it wants sizes, a config and the processor."""
     qwen2_vl = pytest.importorskip("vllm.model_executor.models.qwen2_vl")

@@ -19,7 +19,8 @@ from mmr1_ds.monitoring.writers import ConsoleWriter, JsonLinesWriter
 
 def open_logger(run_dir, names=("console", "jsonl"), resumed_step=0, total_steps=10, is_main=True):
     trainer = TrainerConfig(logger=list(names), experiment_name="trial", project_name="mmr1_ds")
-    return MetricsLogger.open(trainer, run_dir, total_steps, resumed_step, {"data": {"seed": 1}}, is_main)
+    config = {"data": {"seed": 1, "api_key": "sk-secret", "urls": ["http://a:sk-secret@b"]}}
+    return MetricsLogger.open(trainer, run_dir, total_steps, resumed_step, config, is_main)
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -352,7 +353,7 @@ def test_wandb_gets_metrics_generations_and_config(tmp_path, fake_wandb):
         log.record("curriculum", 3, RENEWAL)
     started, *logged = fake_wandb
     assert (started["project"], started["name"], started["dir"]) == ("mmr1_ds", "trial", str(tmp_path))
-    assert started["config"] == {"data": {"seed": 1}}
+    assert started["config"] == {"data": {"seed": 1, "api_key": "***", "urls": ["http://***@b"]}}
     assert logged == [
         (3, {"a": 1.0}),
         (3, {"val/generations": (["prompt", "score"], [["p", 1], ["q", 2]])}),
@@ -405,14 +406,9 @@ def test_durations(seconds, text):
     assert format_duration(seconds) == text
 
 
-def test_log_lines_of_other_ranks_are_warnings_only(capsys):
-    package = logging.getLogger("mmr1_ds")
-    before = package.handlers[:], package.level, package.propagate
-    try:
-        configure_logging(is_main=False)
-        logging.getLogger("mmr1_ds.loop.trainer").info("quiet")
-        logging.getLogger("mmr1_ds.loop.trainer").warning("loud")
-    finally:
-        package.handlers[:], package.level, package.propagate = before
+def test_log_lines_of_other_ranks_are_warnings_only(own_logging, capsys):
+    configure_logging(is_main=False)
+    logging.getLogger("mmr1_ds.loop.trainer").info("quiet")
+    logging.getLogger("mmr1_ds.loop.trainer").warning("loud")
     printed = capsys.readouterr().err
     assert "loud" in printed and "quiet" not in printed

@@ -15,7 +15,8 @@ from mmr1_ds.records import SamplingSettings
 from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, Sampler, sample_responses
 
 CPU = torch.device("cpu")
-FAMILIES = ["qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+FAMILIES = ["qwen2", "qwen2_5_vl"]
+FAMILIES += [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "llama", "qwen2_vl", "qwen3_vl")]
 GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, top_k=-1, max_tokens=9)
 WARM = SamplingSettings(temperature=0.8, top_p=1.0, top_k=-1, max_tokens=40)
 

@@ -190,6 +190,18 @@ def test_a_key_that_no_header_can_carry(key):
 # --- life and death -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """A stand-in that answers, for tests that leave it as it is."""
+    server = stand_in(tmp_path_factory.mktemp("running") / "log")
+    server.start()
+    try:
+        wait_until_ready(server)
+        yield server
+    finally:
+        server.stop()
+
+
 def test_a_server_starts_restarts_at_its_address_and_ends(tmp_path):
     server = stand_in(tmp_path / "logs" / "server.log")
     assert not server.is_running() and not server.is_ready()
@@ -229,21 +241,15 @@ def test_a_server_deaf_to_sigint_is_killed(tmp_path, monkeypatch):
     assert "killing it" in (tmp_path / "log").read_text()
 
 
-def test_the_signals_of_a_job_manager_do_not_reach_a_server(tmp_path):
+def test_the_signals_of_a_job_manager_do_not_reach_a_server(running):
     """The trainer has them too, and may need the server until it has saved."""
-    server = stand_in(tmp_path / "log")
-    server.start()
-    try:
-        wait_until_ready(server)
-        members = group_members(server._minder.pid)
-        assert len(members) == 3  # the minder, the server and its own child
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            for pid in members:
-                os.kill(pid, number)
-        wait_until_ready(server)  # an answer: what was sent before has been dealt with
-        assert group_members(server._minder.pid) == members
-    finally:
-        server.stop()
+    members = group_members(running._minder.pid)
+    assert len(members) == 3  # the minder, the server and its own child
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        for pid in members:
+            os.kill(pid, number)
+    assert running.is_ready()  # an answer: what was sent before has been dealt with
+    assert group_members(running._minder.pid) == members
 
 
 @pytest.mark.parametrize("victim", ["server", "minder"])
@@ -289,21 +295,16 @@ def test_a_server_that_does_not_start_is_explained(tmp_path):
     server.stop()
 
 
-def test_a_server_of_somebody_else(tmp_path):
-    own = stand_in(tmp_path / "log")
-    external = ExternalServer(own.url + "/", KEY)
-    assert not external.is_ready() and "no answer to /health" in external.last_words()
-    own.start()
-    try:
-        wait_until_ready(own)
-        assert external.is_ready() and external.is_running() and external.num_workers == 3
-        stranger = ExternalServer(own.url, "another")
-        assert not stranger.is_ready() and "refuses the key" in stranger.last_words()
-        external.restart()
-        external.stop()
-        assert own.is_ready()  # it is not ours to end
-    finally:
-        own.stop()
+def test_a_server_of_somebody_else(running, tmp_path):
+    nobody = ExternalServer(server_process(tmp_path / "log").url, KEY)
+    assert not nobody.is_ready() and "no answer to /health" in nobody.last_words()
+    external = ExternalServer(running.url + "/", KEY)
+    assert external.is_ready() and external.is_running() and external.num_workers == 3
+    stranger = ExternalServer(running.url, "another")
+    assert not stranger.is_ready() and "refuses the key" in stranger.last_words()
+    external.restart()
+    external.stop()
+    assert running.is_ready()  # it is not ours to end
 
 
 # --- mmr1-ds serve ------------------------------------------------------------------------------------------------
