@@ -298,7 +298,7 @@ def test_unscored_responses_teach_nothing():
     assert first.overall[1] == pytest.approx(first.overall[[0, 2, 3]].mean())
     assert np.isnan(second.accuracy).all() and (second.overall == 0).all()
     assert (third.overall == third.overall[0]).all()  # to the last bit: a constant group has no advantage
-    assert (counts.num_unscored, counts.num_failed, counts.num_responses) == (4, 4, 10)
+    assert counts == {"reward/num_unscored": 4, "reward/num_failed": 4, "reward/num_responses": 10}
 
 
 def test_a_judge_that_hangs_leaves_the_response_unscored_not_timed_out():

@@ -86,7 +86,7 @@ def make_pool(reward_file):
 @pytest.fixture(scope="module")
 def shared_pool(reward_file):
     """For tests that leave a pool as they found it, whatever becomes of its one worker."""
-    with RewardPool(RewardConfig(f"{reward_file}:score", {}, 1, 1.0)) as pool:
+    with RewardPool(RewardConfig(f"{reward_file}:score", {}, 1, 30.0)) as pool:
         yield pool
 
 
@@ -154,12 +154,13 @@ def test_a_failure_costs_one_response(shared_pool, response, kind, reason):
     assert (before.overall, after.overall) == (1.0, 2.0)
 
 
-def test_a_hang_costs_its_time_limit_and_its_process(shared_pool):
-    (old,) = pids(shared_pool)
-    first, second = shared_pool.score(items("hang", "ok 2"))
+def test_a_hang_costs_its_time_limit_and_its_process(make_pool):
+    pool = make_pool(timeout=1.0)
+    (old,) = pids(pool)
+    first, second = pool.score(items("hang", "ok 2"))
     assert first.failure == "timeout" and "1 seconds" in first.reason
     assert second.overall == 2.0
-    assert not is_running(old) and pids(shared_pool) != [old]
+    assert not is_running(old) and pids(pool) != [old]
 
 
 def test_prints_do_not_corrupt_the_channel(make_pool, capfd):
@@ -175,9 +176,10 @@ def test_responses_longer_than_a_pipe(shared_pool):
     assert result.overall == len(text)
 
 
-def test_a_long_response_to_a_stopped_worker_does_not_stall(shared_pool):
-    os.kill(pids(shared_pool)[0], signal.SIGSTOP)
-    first, second = shared_pool.score(items("long " + "x" * 1_000_000, "ok 2"))
+def test_a_long_response_to_a_stopped_worker_does_not_stall(make_pool):
+    pool = make_pool(timeout=1.0)
+    os.kill(pids(pool)[0], signal.SIGSTOP)
+    first, second = pool.score(items("long " + "x" * 1_000_000, "ok 2"))
     assert (first.failure, second.overall) == ("timeout", 2.0)
 
 
@@ -393,9 +395,9 @@ def test_groups_get_their_own_rewards(make_pool):
     assert {key: value.tolist() for key, value in first.parts.items()} == {"length": [4.0, 0.0, 4.0]}
     assert {key: value.tolist() for key, value in second.parts.items()} == {"extra": [2.0]}
     assert third.failed.all() and third.parts == {}
-    assert counts == RewardCounts(num_responses=7, num_timeouts=1, num_crashes=1, num_invalid=1, num_errors=1)
-    assert counts.num_failed == 4
+    kinds = dict.fromkeys(("timeouts", "crashes", "invalid", "errors"), 1)
+    assert counts == {f"reward/num_{name}": count for name, count in {"responses": 7, "failed": 4, **kinds}.items()}
 
 
 def test_no_groups(shared_pool):
-    assert score_groups(shared_pool, [], str) == ([], RewardCounts(0, 0, 0, 0, 0))
+    assert score_groups(shared_pool, [], str) == ([], RewardCounts())
