@@ -170,6 +170,7 @@ def test_a_native_call_that_keeps_the_interpreter_is_named_and_ends(tmp_path):
         assert "in run" in run.log(1)
 
 
+@pytest.mark.slow
 def test_ranks_in_different_collectives_are_named_at_once(tmp_path):
     with launch(tmp_path, "call_another", 1) as run:
         run.wait_until_met()
