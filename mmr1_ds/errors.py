@@ -26,6 +26,11 @@ def require(extra: str, *packages: str, purpose: str) -> None:
         raise UserError(f"{purpose} needs {', '.join(missing)}, not installed here: {remedy(extra)}")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type when it has none: for an error of one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def remedy(extra: str) -> str:
     """The command that installs an extra."""
     return f"pip install 'mmr1_ds[{extra}]'"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from mmr1_ds.cluster.exits import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, leave, tell
 from mmr1_ds.cluster.guard import LaunchGuard
 from mmr1_ds.cluster.launch import LaunchEnvironment, gpu_is_here, launch_environment, put_own_programs_on_path
 from mmr1_ds.cluster.preemption import Preempted, Preemption
@@ -21,7 +22,6 @@ from mmr1_ds.config.derived import trains_critic
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.redaction import remember
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.exits import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, leave, tell
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs, critic_deepspeed, reference_deepspeed, resolve_deepspeed

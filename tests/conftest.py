@@ -1,5 +1,6 @@
 """What every test module starts from."""
 
+import logging
 import os
 import signal
 
@@ -31,3 +32,13 @@ def own_environment():
     os.environ.update(values)
     for name in mapping.keys() - values.keys():
         del mapping[name]
+
+
+@pytest.fixture
+def own_logging():
+    """What the program sets up for its log lines ends with the test."""
+    package = logging.getLogger("mmr1_ds")
+    handlers, level, propagate = package.handlers[:], package.level, package.propagate
+    yield
+    package.handlers[:], package.propagate = handlers, propagate
+    package.setLevel(level)

@@ -21,7 +21,7 @@ from bench_step_sides import (
 )
 
 from mmr1_ds import train
-from mmr1_ds.exits import leave
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.loop import composition
 from mmr1_ds.loop.trainer import Trainer
 

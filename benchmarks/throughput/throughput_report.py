@@ -10,6 +10,7 @@ from typing import Any
 from throughput_figures import STAGES
 
 from mmr1_ds.errors import UserError
+from mmr1_ds.io import write_whole
 
 SCHEMA = 1
 KEY = ("model", "ranks", "engine", "lengths", "sampling")  # what tells cells apart
@@ -44,9 +45,7 @@ def read(path: Path) -> dict[str, Any]:
 def write(found: Mapping[str, Any], path: Path) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def cell_name(cell: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:

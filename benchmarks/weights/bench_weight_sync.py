@@ -221,11 +221,11 @@ def run_rank(options: argparse.Namespace) -> None:
     calls = count_collectives()
     import torch
 
+    from mmr1_ds.cluster.exits import leave
     from mmr1_ds.cluster.launch import launch_environment
     from mmr1_ds.cluster.ranks import Ranks
     from mmr1_ds.engine.weights import gathering as weights
     from mmr1_ds.engine.zero_engine import start_deepspeed
-    from mmr1_ds.exits import leave
 
     torch.set_num_threads(1)
     ranks = Ranks(launch_environment(), timeout_seconds=600)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.io import in_words
 
 T = TypeVar("T")
 
@@ -29,7 +28,7 @@ def in_step(ranks: Ranks, stage: str, action: Callable[[], T]) -> T:
     try:
         result = action()
     except OSError as error:
-        failure = f"rank {ranks.rank}: {_in_words(error)}"
+        failure = f"rank {ranks.rank}: {in_words(error)}"
     except SafetensorError as error:
         if "I/O error" not in str(error):  # safetensors' words for what others raise as OSError
             raise
@@ -38,15 +37,3 @@ def in_step(ranks: Ranks, stage: str, action: Callable[[], T]) -> T:
     if first:
         raise SaveFailed(first)
     return result  # type: ignore[return-value]
-
-
-def _in_words(error: OSError) -> str:
-    """The system's own words, the path, and the space left on its file system."""
-    if not isinstance(error.filename, str | Path):
-        return str(error)
-    words = f"{error.strerror}: {error.filename}"
-    try:
-        usage = shutil.disk_usage(next(place for place in Path(error.filename).absolute().parents if place.exists()))
-    except (OSError, StopIteration):
-        return words
-    return f"{words} ({usage.free:,} of {usage.total:,} bytes are free there)"

@@ -85,15 +85,20 @@ def _by_mpi() -> LaunchEnvironment:
     local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
     master = None
     if world.Get_rank() == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            master = socket.gethostname(), str(probe.getsockname()[1])
+        master = socket.gethostname(), str(free_port(""))
     host, port = world.bcast(master)
     os.environ.setdefault("MASTER_ADDR", host)
     os.environ.setdefault("MASTER_PORT", port)
     launch = LaunchEnvironment(world.Get_rank(), world.Get_size(), local_rank, "mpi")
     MPI.Finalize()  # it is needed no longer; mpirun would take a process that ends before this for a crash
     return launch
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """Return a port that nothing listens on at this machine's address; empty = on any of its addresses."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
 
 
 def put_own_programs_on_path(environ: MutableMapping[str, str] = os.environ) -> None:

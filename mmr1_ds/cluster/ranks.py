@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from mmr1_ds.cluster.launch import LaunchEnvironment, device_number
+from mmr1_ds.cluster.launch import LaunchEnvironment, device_number, free_port
 from mmr1_ds.cluster.watch import GRACE_SECONDS, CollectiveError, Watch, report_fault
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Ranks:
         self._neighbours: dict[int, Neighbours] = {}
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.size), LOCAL_RANK=str(self.local_rank))
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
         self.device = torch.device("cuda", self.local_rank) if self.on_gpu else torch.device("cpu")
         if self.on_gpu:
             torch.cuda.set_device(self.device)
@@ -309,9 +309,3 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or "gloo" in str(error)  # gloo raises plain ones, with its source file
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

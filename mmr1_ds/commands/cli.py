@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from mmr1_ds import train
+from mmr1_ds.cluster.exits import EXIT_INTERRUPTED, leave, tell
 from mmr1_ds.cluster.launch import put_own_programs_on_path
 from mmr1_ds.commands import export, launch, serve
 from mmr1_ds.commands.data import command as data
@@ -17,7 +18,6 @@ from mmr1_ds.commands.score import command as score
 from mmr1_ds.config import reference
 from mmr1_ds.config.loading import LOCAL_RANK
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import EXIT_INTERRUPTED, leave, tell
 
 _SETTINGS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
 

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from mmr1_ds.cluster.exits import EXIT_INTERRUPTED, tell
 from mmr1_ds.cluster.launch import gpu_is_here
 from mmr1_ds.config import RolloutConfig, RunConfig
 from mmr1_ds.config.derived import run_directory
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.ranges import check_choices, check_ranges
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.exits import EXIT_INTERRUPTED, tell
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 from mmr1_ds.preflight.files import check_data, check_format_prompt, check_model
 from mmr1_ds.rollout.options import image_bounds

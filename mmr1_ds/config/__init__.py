@@ -20,24 +20,3 @@ from mmr1_ds.config.schema import (
     ValidationSampling,
     WorkerConfig,
 )
-
-__all__ = [
-    "ActorConfig",
-    "AlgorithmConfig",
-    "CosineLengthConfig",
-    "CriticConfig",
-    "CriticModelConfig",
-    "DataConfig",
-    "JudgeConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "OffloadConfig",
-    "OptimConfig",
-    "RefConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "TrainerConfig",
-    "ValidationSampling",
-    "WorkerConfig",
-]

@@ -86,6 +86,13 @@ def in_words(hint: Any) -> str:
     return _WORDS[hint]
 
 
+def in_yaml(value: Any) -> str:
+    """Write a value as YAML does: null, true, false."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _plural(element: Any) -> str:
     return {str: "text", float: "numbers", int: "whole numbers"}[element]
 

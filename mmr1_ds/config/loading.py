@@ -6,11 +6,13 @@ line. Files are looked up as given, then beside the file that names them, then a
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ from mmr1_ds.config.keys import (
     elements_fit,
     holds_mapping,
     in_words,
+    in_yaml,
     is_optional,
     is_text,
     leaf_types,
@@ -31,7 +34,7 @@ from mmr1_ds.config.keys import (
 from mmr1_ds.config.redaction import shown, without_secrets
 from mmr1_ds.config.schema import RunConfig
 from mmr1_ds.config.upstream import Translation, ours, replace_example_files, translate, upstream_keys
-from mmr1_ds.errors import UserError
+from mmr1_ds.errors import UserError, first_line
 
 COMMAND_LINE = "the command line"
 LOCAL_RANK = ("--local_rank=", "--local-rank=")  # the deepspeed launcher adds it; the rank comes from the environment
@@ -155,7 +158,7 @@ def _parse_value(key: str, text: str) -> Any:
     try:
         return _yaml_value(text)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{key}={shown(key, text)} is not readable as YAML: {_first_line(error)}") from None
+        raise UserError(f"{key}={shown(key, text)} is not readable as YAML: {first_line(error)}") from None
 
 
 def _yaml_value(text: str) -> Any:
@@ -214,7 +217,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UserError(f"{path}, line {line}: not readable as YAML: {error.problem}") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+        raise UserError(f"{path}: not readable as YAML: {first_line(error)}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} must hold sections (data, algorithm, worker, trainer)")
     return cast(dict[str, Any], content)
@@ -282,14 +285,20 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
 # --- types --------------------------------------------------------------------------------------------------------
 
 
+@cache
+def _defaults() -> DictConfig:
+    """The schema as OmegaConf sees it, which takes a tenth of a second."""
+    return OmegaConf.structured(RunConfig)
+
+
 def _typed(values: Mapping[str, Any]) -> RunConfig:
-    tree = OmegaConf.structured(RunConfig)
+    tree = copy.deepcopy(_defaults())
     for key, value in values.items():
         _assign(tree, key, value)
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'a value'}: {_first_line(error)}") from None
+        raise UserError(f"{error.full_key or 'a value'}: {first_line(error)}") from None
     assert isinstance(config, RunConfig)
     return config
 
@@ -301,7 +310,7 @@ def _assign(tree: DictConfig, key: str, value: Any) -> None:
     try:
         OmegaConf.update(tree, key, value, merge=False)
     except OmegaConfBaseException:
-        raise UserError(f"{key}={_shown(value)}: expected {in_words(hint)}, got {_kind(value)}") from None
+        raise UserError(f"{key}={in_yaml(value)}: expected {in_words(hint)}, got {_kind(value)}") from None
 
 
 def _mapping_above(key: str) -> str | None:
@@ -314,7 +323,7 @@ def _mapping_above(key: str) -> str | None:
 
 def _refuse_key(key: str, value: Any, where: str) -> None:
     if key in sections():
-        raise UserError(f"{key}={_shown(value)} in {where}: {key} is a section; give its keys, like {_first_key(key)}")
+        raise UserError(f"{key}={in_yaml(value)} in {where}: {key} is a section; give its keys, like {_first_key(key)}")
     for name, hint in leaf_types().items():
         if key.startswith(name + "."):
             raise UserError(f"{key} in {where}: {name} holds no further keys, it is {in_words(hint)}")
@@ -331,15 +340,7 @@ def _sections() -> str:
     return ", ".join(dict.fromkeys(name.partition(".")[0] for name in leaf_types()))
 
 
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _kind(value: Any) -> str:
     """Return the type of a given value, in words."""
     names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return names.get(type(value), "a list" if isinstance(value, list) else "a mapping")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

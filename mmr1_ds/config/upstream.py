@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmr1_ds.config.keys import in_yaml
 from mmr1_ds.errors import UserError
 
 RENAMED = {
@@ -188,8 +189,8 @@ def _is_ignored(key: str) -> bool:
 def _accept_only(key: str, value: Any) -> None:
     accepted, instead = ONLY[key]
     if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in accepted):
-        known = " or ".join(_text(choice) for choice in accepted)
-        raise UserError(f"{key} must be {known}, got {_text(value)}: {instead}")
+        known = " or ".join(in_yaml(choice) for choice in accepted)
+        raise UserError(f"{key} must be {known}, got {in_yaml(value)}: {instead}")
 
 
 def _set(result: Translation, key: str, value: Any, where: str) -> None:
@@ -262,10 +263,3 @@ def replace_example_files(values: dict[str, Any], configs: list[Path]) -> list[s
                 notes.append(f"data.format_prompt={template} is missing; {candidate} is used")
                 break
     return notes
-
-
-def _text(value: Any) -> str:
-    """The value as YAML writes it."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+
+from mmr1_ds.io import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,8 @@ class Refresh:
         from safetensors.numpy import save_file
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(self.state_dict(), temporary, metadata={"key": key})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        with whole_file(path) as temporary:
+            save_file(self.state_dict(), temporary, metadata={"key": key})
 
     def save_if_possible(self, path: Path, key: str) -> None:
         """Save as `save` does, but only log a warning if the disk fails."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.chat import ChatFormat, load_format_prompt
 from mmr1_ds.data.images import PixelLimits
-from mmr1_ds.errors import UserError
+from mmr1_ds.errors import UserError, first_line
 from mmr1_ds.records import Prompt
 
 if TYPE_CHECKING:
@@ -234,14 +234,10 @@ def _load_pretrained(kind: str, source: str, trust_remote_code: bool) -> Any:
     try:
         return loaders[kind].from_pretrained(os.path.expanduser(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"cannot load {kind[4:].lower()} of {source!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load {kind[4:].lower()} of {source!r}: {first_line(error)}") from error
     except (AttributeError, TypeError, StrictDataclassError) as error:  # a file that holds another kind of value
         name = kind[4:].lower()
-        raise UserError(f"cannot load {name} of {source!r}, a file of it is damaged: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load {name} of {source!r}, a file of it is damaged: {first_line(error)}") from error
 
 
 def _pixel_limits(processor: Any, data: DataConfig, source: str) -> PixelLimits:
@@ -266,7 +262,7 @@ def _eos_token_ids(model: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
     except OSError:  # the file is optional
         eos = None
     except (TypeError, ValueError) as error:
-        raise UserError(f"generation_config.json of {model.model_path!r} is damaged: {_first_line(error)}") from error
+        raise UserError(f"generation_config.json of {model.model_path!r} is damaged: {first_line(error)}") from error
     ids = list(eos) if isinstance(eos, (list, tuple)) else [eos]
     ids.append(tokenizer.eos_token_id)
     known = tuple(dict.fromkeys(int(token) for token in ids if token is not None))

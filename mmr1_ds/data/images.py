@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from mmr1_ds.errors import UserError
+from mmr1_ds.errors import UserError, first_line
 
 # What Pillow raises for a file that is missing, truncated, or no image at all.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -85,9 +85,9 @@ def _content(reference: ImageReference) -> bytes | None:
 def _unreadable(reference: ImageReference, where: str, error: BaseException) -> UserError:
     path = reference.get("path") if isinstance(reference, dict) else reference
     name = f"{path!r}" if isinstance(path, str) and path else "the image"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, UnidentifiedImageError):  # says no more than the name, or an address in memory
-        reason = "of no format that Pillow knows"
+    # UnidentifiedImageError says no more than the name, or an address in memory.
+    is_unknown = isinstance(error, UnidentifiedImageError)
+    reason = "of no format that Pillow knows" if is_unknown else first_line(error)
     return UserError(f"{where}: {name} cannot be read as an image ({reason}); replace it or remove the row")
 
 

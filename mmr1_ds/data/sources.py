@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmr1_ds.errors import UserError
+from mmr1_ds.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,5 +120,4 @@ def _folder(path: str) -> str | None:
 
 
 def _cannot_read(name: str, key: str, error: BaseException) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"{key}: cannot read {name!r}: {reason}")
+    return UserError(f"{key}: cannot read {name!r}: {first_line(error)}")

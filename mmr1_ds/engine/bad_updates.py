@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.errors import UserError
+from mmr1_ds.io import in_words, write_whole
 from mmr1_ds.records import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class BadUpdates:
                 self._keep(self._folder, facts, trajectories, micro_batches, own)
             except OSError as error:  # a full disk: the run continues without
                 where = f"could not be kept ({error.strerror})"
-                logger.warning("a bad batch could not be kept in %s: %s", self._folder, error)
+                logger.warning("a bad batch could not be kept in %s: %s", self._folder, in_words(error))
         told = f"step {self._ranks.step}: the {self._name}'s update was left out, {reason}"
         if self._num_in_a_row < self._max_in_a_row:
             if self._ranks.rank == 0:
@@ -120,8 +120,7 @@ class BadUpdates:
             (f"{stem}.safetensors", save(arrays)),
             (f"{stem}.json", json.dumps(described, indent=1).encode()),
         ):
-            (folder / f".{name}.tmp").write_bytes(content)
-            os.replace(folder / f".{name}.tmp", folder / name)
+            write_whole(folder / name, content)
         own = f"{self._name}_*_rank_{self._ranks.rank}.json"
         for path in sorted(folder.glob(own), key=lambda path: int(path.name.split("_")[1]))[:-KEPT]:
             path.unlink()

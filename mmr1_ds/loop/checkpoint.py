@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from mmr1_ds.cluster.agreement import SaveFailed, _in_words, in_step
+from mmr1_ds.cluster.agreement import SaveFailed, in_step
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.weights import CONVERTED
 from mmr1_ds.errors import UserError
+from mmr1_ds.io import in_words, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,9 @@ class Checkpoints:
     def _publish(self, step: int, temporary: Path, content: dict[str, Any]) -> None:
         """Describe it, sync it and give it its name; `latest` follows."""
         final, replaced = self.root / f"global_step_{step}", self.root / f".global_step_{step}.replaced"
-        _write_synced(temporary / MANIFEST, json.dumps(content | {"sha256": _seal(content)}, indent=1))
+        write_whole(temporary / MANIFEST, json.dumps(content | {"sha256": _seal(content)}, indent=1).encode())
         for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-            _sync_folder(folder)
+            sync(folder)
         for old in self._steps():
             if old > step or (old == step and step not in self._own):
                 _set_aside(self.root / f"global_step_{old}")
@@ -86,9 +86,8 @@ class Checkpoints:
             final.rename(replaced)
         temporary.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
-        _sync_folder(self.root)
-        _write_synced(self.root / f"{_LATEST}.tmp", f"{final.name}\n")
-        (self.root / f"{_LATEST}.tmp").rename(self.root / _LATEST)
+        sync(self.root)
+        write_whole(self.root / _LATEST, f"{final.name}\n".encode())
 
     def _on_main(self, stage: str, action: Callable[[], None]) -> None:
         """Do it on rank 0; see `in_step`."""
@@ -193,7 +192,7 @@ class Checkpoints:
                 for step in others[: max(0, len(others) - (self._save_limit - 1))]:
                     shutil.rmtree(self.root / f"global_step_{step}")
         except OSError as error:
-            logger.warning("an old checkpoint could not be deleted: %s", _in_words(error))
+            logger.warning("an old checkpoint could not be deleted: %s", in_words(error))
 
     def _looks_damaged(self, step: int) -> bool:
         """Without reading more than the manifest."""
@@ -253,26 +252,10 @@ def _difference(folder: Path, name: str, expected: dict[str, str | int]) -> str:
 
 
 def _synced_entry(path: Path) -> dict[str, str | int]:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _digest(path)}
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

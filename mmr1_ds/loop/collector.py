@@ -14,7 +14,7 @@ from mmr1_ds.loop.in_flight import InFlight
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.pool import RewardPool
-from mmr1_ds.rewards.scoring import RewardCounts, score_groups
+from mmr1_ds.rewards.scoring import FAILED, RESPONSES, RewardCounts, score_groups
 
 if TYPE_CHECKING:
     from mmr1_ds.data.dataset import PromptDataset
@@ -93,7 +93,7 @@ class Collector:
         with clock("reward"):
             scored, counts = score_groups(self._rewards, groups, self._encoder.decode)
         if not self._rewards_work:
-            own = {"failed": counts.num_failed, "responses": counts.num_responses}
+            own = {"failed": counts[FAILED], "responses": counts[RESPONSES]}
             totals = self._ranks.sum(own, "check the first rewards")
             self._rewards_work = totals["failed"] < totals["responses"]
             if not self._rewards_work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,11 @@ import psutil
 
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.records import GroupRewards, RolloutGroup, ScoredGroup
+from mmr1_ds.rewards.scoring import COUNTED, RewardCounts
 
 if TYPE_CHECKING:
     from mmr1_ds.monitoring.clock import StageClock
     from mmr1_ds.records import Trajectory
-    from mmr1_ds.rewards.scoring import RewardCounts
 
 
 def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCounts], ranks: Ranks) -> dict[str, float]:
@@ -36,15 +37,8 @@ def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCou
         total, count = (sum(part.get(name, (0.0, 0))[i] for part in everyone) for i in (0, 1))
         if count:
             metrics[f"reward/{name}"] = total / count
-    counts = {
-        "reward/num_responses": sum(part.num_responses for part in failures),
-        "reward/num_timeouts": sum(part.num_timeouts for part in failures),
-        "reward/num_crashes": sum(part.num_crashes for part in failures),
-        "reward/num_invalid": sum(part.num_invalid for part in failures),
-        "reward/num_errors": sum(part.num_errors for part in failures),
-        "reward/num_unscored": sum(part.num_unscored for part in failures),
-        "reward/num_failed": sum(part.num_failed for part in failures),
-    }
+    total_counts = sum(failures, Counter[str]())
+    counts = {name: total_counts[name] for name in COUNTED}
     return metrics | ranks.sum(counts, "reward failures")
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -32,16 +32,17 @@ def progress(total: int, description: str, with_lines: bool = True) -> Iterator[
     A terminal shows a bar; elsewhere, with `with_lines`, a log line appears about every tenth of the way.
     """
     if is_terminal():
-        with _bar(total, description, leave=False) as bar:
+        with bar_of(total, description, leave=False) as bar:
             yield lambda count: bar.update(count) and None
     elif with_lines:
-        yield _LineProgress(total, description).advance
+        yield _line_progress(total, description)
     else:
         yield lambda count: None
 
 
 @contextmanager
-def _bar(total: int, description: str, **options: Any) -> Iterator[Any]:
+def bar_of(total: int, description: str, **options: Any) -> Iterator[Any]:
+    """Show a bar while inside. Yields: tqdm's. options: tqdm's."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
     from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-untyped]
 
@@ -52,21 +53,19 @@ def _bar(total: int, description: str, **options: Any) -> Iterator[Any]:
         yield bar
 
 
-class _LineProgress:
-    """A log line whenever another tenth of the way is done."""
+def _line_progress(total: int, description: str) -> Callable[[int], None]:
+    """Log a line whenever another tenth of the way is done."""
+    done, started = 0, time.monotonic()
 
-    def __init__(self, total: int, description: str) -> None:
-        self.total, self.description = total, description
-        self.done = 0
-        self.started = time.monotonic()
+    def advance(count: int) -> None:
+        nonlocal done
+        tenths_before = done * 10 // max(1, total)
+        done += count
+        if done * 10 // max(1, total) > tenths_before:
+            left = (time.monotonic() - started) / done * max(0, total - done)
+            logger.info("%s: %d of %d, %s left", description, done, total, format_duration(left))
 
-    def advance(self, count: int) -> None:
-        tenths_before = self.done * 10 // max(1, self.total)
-        self.done += count
-        if self.done * 10 // max(1, self.total) > tenths_before:
-            elapsed = time.monotonic() - self.started
-            left = elapsed / self.done * max(0, self.total - self.done)
-            logger.info("%s: %d of %d, %s left", self.description, self.done, self.total, format_duration(left))
+    return advance
 
 
 class TimeLeft:
@@ -92,28 +91,6 @@ class TimeLeft:
         if not self._recent_seconds:
             return None
         return sum(self._recent_seconds) / len(self._recent_seconds) * max(0, self._total_steps - step)
-
-
-class StepBar:
-    """A bar over the steps of the run, with the figures that matter and the time left. For a terminal."""
-
-    def __init__(self, total_steps: int, resumed_step: int) -> None:
-        self._time_left = TimeLeft(total_steps)
-        self._shown: dict[str, str] = {}
-        self._stack = ExitStack()
-        form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
-        self._bar = self._stack.enter_context(_bar(total_steps, "training", initial=resumed_step, bar_format=form))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        # Validation comes every few steps: its figure stays until the next.
-        self._shown |= {label: f"{metrics[name]:{form}}" for label, name, form in FIGURES if name in metrics}
-        left = self._time_left.after(step, metrics)
-        figures = [f"{label} {value}" for label, value in self._shown.items()]
-        self._bar.n = step
-        self._bar.set_postfix_str(", ".join(figures if left is None else [*figures, f"{format_duration(left)} left"]))
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 def format_duration(seconds: float) -> str:

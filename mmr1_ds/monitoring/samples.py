@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.io import in_words, write_whole
 from mmr1_ds.monitoring.logger import MetricsLogger
 from mmr1_ds.records import ScoredGroup
 
@@ -119,16 +120,14 @@ class TrainingSamples:
             self._first_pass_rates.setdefault(index, rates[index])
 
     def _write_image(self, path: Path, data: bytes) -> None:
-        """Write a picture whole or not at all; a disk that fails costs the picture and not the run."""
+        """Write a picture; a disk that fails costs the picture and not the run."""
         if path.exists():
             return
-        partial = path.with_suffix(".partial")
         try:
             path.parent.mkdir(exist_ok=True)
-            partial.write_bytes(data)
-            partial.replace(path)
+            write_whole(path, data)
         except OSError as error:
-            logger.warning("%s is not written (%s)", path, error)
+            logger.warning("%s is not written (%s)", path, in_words(error))
 
 
 def _known_rates(observed: Mapping[str, Any]) -> dict[int, float]:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,8 @@ from typing import Any, Literal
 from mmr1_ds.config import TrainerConfig
 from mmr1_ds.config.redaction import without_secrets
 from mmr1_ds.errors import UserError, remedy
-from mmr1_ds.monitoring.progress import FIGURES, StepBar, TimeLeft, format_duration
+from mmr1_ds.io import in_words, write_whole
+from mmr1_ds.monitoring.progress import FIGURES, TimeLeft, bar_of, format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,8 @@ class _Lines:
                 file.truncate()
         except OSError as error:
             if len(self._waiting) == 1:
-                logger.warning("%s is not written (%s); its lines are kept in memory till it is", self._path, error)
+                words = in_words(error)
+                logger.warning("%s is not written (%s); its lines are kept in memory till it is", self._path, words)
             return
         self._offset += sum(map(len, self._waiting[:-1]))
         self._written = self._waiting[-1]
@@ -150,9 +153,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
         if not line.endswith(b"\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(path)
+    write_whole(path, b"".join(kept))
 
 
 def _last_line(path: Path) -> tuple[dict[str, Any], int]:
@@ -201,16 +202,25 @@ class ConsoleWriter(Writer):
 
 
 class BarWriter(Writer):
-    """Shows a bar over the steps on a terminal."""
+    """Shows a bar over the steps on a terminal, with the figures that matter and the time left."""
 
     def __init__(self, total_steps: int, resumed_step: int) -> None:
-        self._bar = StepBar(total_steps, resumed_step)
+        self._time_left = TimeLeft(total_steps)
+        self._shown: dict[str, str] = {}
+        self._stack = ExitStack()
+        form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+        self._bar = self._stack.enter_context(bar_of(total_steps, "training", initial=resumed_step, bar_format=form))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._bar.log(step, metrics)
+        # Validation comes every few steps: its figure stays until the next.
+        self._shown |= {label: f"{metrics[name]:{form}}" for label, name, form in FIGURES if name in metrics}
+        left = self._time_left.after(step, metrics)
+        figures = [f"{label} {value}" for label, value in self._shown.items()]
+        self._bar.n = step
+        self._bar.set_postfix_str(", ".join(figures if left is None else [*figures, f"{format_duration(left)} left"]))
 
     def close(self) -> None:
-        self._bar.close()
+        self._stack.close()
 
 
 class TensorboardWriter(Writer):

@@ -91,8 +91,7 @@ def reference_deepspeed(config: RunConfig, actor: Mapping[str, Any], on_gpu: boo
     zero.pop("offload_optimizer", None)
     offload_param = zero.pop("offload_param", None)
     if config.worker.ref.offload.offload_params and on_gpu:
-        given = offload_param or {}
-        zero["offload_param"] = given if given.get("device", "none") != "none" else given | _host_memory()
+        zero["offload_param"] = _offloaded(offload_param or {})
     return {
         "train_micro_batch_size_per_gpu": config.worker.actor.micro_batch_size_per_device_for_experience,
         "zero_optimization": zero,
@@ -118,14 +117,13 @@ def critic_deepspeed(config: RunConfig, actor: Mapping[str, Any], world_size: in
         "gradient_clipping": critic.max_grad_norm,
     }
     optim = critic.optim
-    resolved["optimizer"]["params"] |= {
-        "lr": optim.lr, "betas": list(optim.betas), "weight_decay": optim.weight_decay
-    }  # fmt: skip
+    own = {"lr": optim.lr, "betas": list(optim.betas), "weight_decay": optim.weight_decay}
+    resolved["optimizer"]["params"] |= own
     zero, offload = resolved["zero_optimization"], critic.offload
     for key, asked in (("offload_param", offload.offload_params), ("offload_optimizer", offload.offload_optimizer)):
         given = zero.pop(key, {})
         if asked and on_gpu:
-            zero[key] = given if given.get("device", "none") != "none" else given | _host_memory()
+            zero[key] = _offloaded(given)
     _check_offload_states(resolved, config, on_gpu)
     return resolved
 
@@ -330,7 +328,7 @@ def _settle_offload(zero: dict[str, Any], config: RunConfig, on_gpu: bool) -> No
         if not on_gpu and device in ("cpu", "none"):
             zero.pop(key, None)
         elif asked and device == "none" and on_gpu:
-            zero[key] = zero.get(key, {}) | _host_memory()
+            zero[key] = _offloaded(zero.get(key, {}))
 
 
 def _check_offload_states(resolved: Mapping[str, Any], config: RunConfig, on_gpu: bool) -> None:
@@ -350,8 +348,10 @@ def _check_offload_states(resolved: Mapping[str, Any], config: RunConfig, on_gpu
             )
 
 
-def _host_memory() -> dict[str, Any]:
-    return {"device": "cpu", "pin_memory": True}
+def _offloaded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an offload section as it is given, with host memory where it names no device."""
+    is_placed = given.get("device", "none") != "none"
+    return {**given} if is_placed else {**given, "device": "cpu", "pin_memory": True}
 
 
 def _autos(section: Any, prefix: str = "") -> list[str]:

@@ -1,22 +1,19 @@
-"""Chat completions of OpenAI-compatible servers: deadlines, retries with backoff, circuit breakers.
-
-The standard library alone: a reward process starts quickly, and no redirect carries the key to another host.
-"""
+"""Chat completions of OpenAI-compatible servers: deadlines, retries with backoff, circuit breakers."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import queue
 import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
+
+from mmr1_ds import io
 
 FIRST_BACKOFF_SECONDS = 0.5  # doubled by each retry, times a random number in [0.5, 1]
 MAX_BACKOFF_SECONDS = 16.0
@@ -24,7 +21,7 @@ MAX_REPLY_BYTES = 1 << 20
 MAX_REASON_CHARS = 300
 FAILURES_TO_OPEN = 5  # in a row; then the server is left alone
 OPEN_SECONDS = 30.0  # then one request tries it again
-_READ_BYTES = 1 << 14  # of an error; far over what is told of it
+_SHOWN_BYTES = 1 << 14  # of an error; far over what is told of it
 _RETRYABLE = frozenset((408, 409, 425, 429))  # and every 5xx
 _REQUESTS_FAULT = frozenset((400, 413, 422))  # the request is at fault; the server is well
 
@@ -69,11 +66,6 @@ class _Endpoint:
         self.last_failure = ""
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
-        return None
-
-
 class ChatClient:
     """Spreads requests over servers of one model. Use it on one thread."""
 
@@ -97,7 +89,6 @@ class ChatClient:
         self._timeout_seconds, self._request_timeout_seconds = timeout_seconds, request_timeout_seconds
         self._max_retries = max_retries
         self._clock, self._sleep = clock, sleep
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     def complete(self, prompt: str) -> str:
         """The model's reply to one user message, sampled at temperature 0.
@@ -154,37 +145,32 @@ class ChatClient:
         return outcome
 
     def _send(self, url: str, body: dict[str, Any], seconds: float) -> str | _Failure:
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        if self._key:
-            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        most = MAX_REPLY_BYTES + 1
         try:
-            with self._opener.open(request, timeout=max(seconds, 0.001)) as reply:
-                content = reply.read(MAX_REPLY_BYTES + 1)
-        except urllib.error.HTTPError as error:
-            return _refusal(error)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            answer = io.ask(
+                "POST", url, self._key, body, timeout_seconds=max(seconds, 0.001), most_bytes=most, through_proxies=True
+            )
+        except (OSError, HTTPException, ValueError) as error:
             return _Failure(f"{type(error).__name__}: {error}")
-        if len(content) > MAX_REPLY_BYTES:
+        if not 200 <= answer.status < 300:
+            return _refusal(answer)
+        if len(answer.content) > MAX_REPLY_BYTES:
             return _Failure(f"a reply of over {MAX_REPLY_BYTES} bytes", is_retryable=False)
         try:
-            text = json.loads(content)["choices"][0]["message"]["content"]
+            text = json.loads(answer.content)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
-            return _Failure(f"no chat completion: {content[:_READ_BYTES]!r}", is_retryable=False)
+            return _Failure(f"no chat completion: {answer.content[:_SHOWN_BYTES]!r}", is_retryable=False)
         return text if isinstance(text, str) else _Failure("an empty completion", False, is_servers_fault=False)
 
 
-def _refusal(error: urllib.error.HTTPError) -> _Failure:
+def _refusal(answer: io.Answer) -> _Failure:
     """What a status other than 2xx means."""
-    with error:
-        try:
-            shown = " ".join(error.read(_READ_BYTES).decode(errors="replace").split())
-        except (OSError, http.client.HTTPException):
-            shown = ""
-        wait = error.headers.get("Retry-After", "")
+    shown = " ".join(answer.content[:_SHOWN_BYTES].decode(errors="replace").split())
+    wait = answer.headers.get("Retry-After", "")
     return _Failure(
-        f"HTTP {error.code}: {shown}",
-        is_retryable=error.code in _RETRYABLE or error.code >= 500,
-        is_servers_fault=error.code not in _REQUESTS_FAULT,
+        f"HTTP {answer.status}: {shown}",
+        is_retryable=answer.status in _RETRYABLE or answer.status >= 500,
+        is_servers_fault=answer.status not in _REQUESTS_FAULT,
         retry_after_seconds=float(wait) if wait.isdecimal() and wait.isascii() else 0.0,
     )
 

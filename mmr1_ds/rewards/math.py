@@ -5,12 +5,10 @@ overall = (1 - format_weight) * accuracy + format_weight * format, EasyR1's weig
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from mmr1_ds.rewards.answers import answers_equal, last_boxed
-
-_TAG = re.compile(r"<\s*(?:(/)\s*)?(think|answer)\s*>")  # some models write `< think >`
+from mmr1_ds.rewards.tagged import clean_tags
 
 
 def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.1) -> list[dict[str, float]]:
@@ -22,7 +20,7 @@ def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.
 
 
 def _score(response: str, ground_truth: str, format_weight: float) -> dict[str, float]:
-    response = _TAG.sub(lambda tag: f"<{tag[1] or ''}{tag[2]}>", response)
+    response = clean_tags(response)
     accuracy = accuracy_reward(response, ground_truth)
     format_score = format_reward(response)
     overall = (1 - format_weight) * accuracy + format_weight * format_score

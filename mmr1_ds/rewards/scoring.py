@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from mmr1_ds.records import GroupRewards, RolloutGroup, ScoredGroup
 from mmr1_ds.rewards.pool import RewardItem, RewardPool, RewardResult
 
-
-@dataclass(frozen=True)
-class RewardCounts:
-    """Responses of one call whose reward failed, by kind. Sums, so that ranks can add them."""
-
-    num_responses: int
-    num_timeouts: int  # no result within the time limit
-    num_crashes: int  # the reward ended its process
-    num_invalid: int  # no finite 'overall', or not the form a reward returns
-    num_errors: int  # the reward raised
-    num_unscored: int = 0  # its judge did not answer
-
-    @property
-    def num_failed(self) -> int:
-        return self.num_timeouts + self.num_crashes + self.num_invalid + self.num_errors + self.num_unscored
+RESPONSES, FAILED = "reward/num_responses", "reward/num_failed"
+_BY_KIND = {
+    "timeout": "reward/num_timeouts",
+    "crash": "reward/num_crashes",
+    "invalid": "reward/num_invalid",
+    "error": "reward/num_errors",
+    "unscored": "reward/num_unscored",
+}
+COUNTED = (RESPONSES, FAILED, *_BY_KIND.values())
+RewardCounts = Counter[str]  # of one call's responses, by these names: all, those that failed, and these by kind
 
 
 def score_groups(
@@ -76,12 +70,5 @@ def _mean(values: np.ndarray) -> np.float32:
 
 
 def _count(results: list[RewardResult]) -> RewardCounts:
-    kinds = Counter(result.failure for result in results)
-    return RewardCounts(
-        num_responses=len(results),
-        num_timeouts=kinds["timeout"],
-        num_crashes=kinds["crash"],
-        num_invalid=kinds["invalid"],
-        num_errors=kinds["error"],
-        num_unscored=kinds["unscored"],
-    )
+    counts = Counter(_BY_KIND[result.failure] for result in results if result.failure)
+    return counts + Counter({RESPONSES: len(results), FAILED: counts.total()})

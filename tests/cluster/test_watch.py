@@ -111,12 +111,13 @@ def seconds_in(message: str) -> float:
     return max(float(number) for number in re.findall(r"(\d+\.\d) s\b", message))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "lost"),
     [
         ("kill", 1),
-        pytest.param("kill", 0, marks=pytest.mark.slow),
-        pytest.param("kill_in_update", 1, marks=pytest.mark.slow),
+        ("kill", 0),
+        ("kill_in_update", 1),
     ],
 )
 def test_a_rank_that_dies_is_named(tmp_path, fault, lost):
@@ -167,6 +168,7 @@ def test_a_native_call_that_keeps_the_interpreter_is_named_and_ends(tmp_path):
         assert "in run" in run.log(1)
 
 
+@pytest.mark.slow
 def test_ranks_in_different_collectives_are_named_at_once(tmp_path):
     with launch(tmp_path, "call_another", 1) as run:
         run.wait_until_met()

@@ -1,26 +1,14 @@
 """Loading and composition: typed values, later wins, one clear line for every mistake; upstream's spellings."""
 
 import pytest
+from fixtures.configs import load, mistake
 from fixtures.dry_runs import GUIDE
 
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.keys import leaf_types
 from mmr1_ds.config.loading import dump_config, load_config
 from mmr1_ds.config.upstream import IGNORED, ONLY, RENAMED
-from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.checks import check_config
-
-
-def load(*argv: str) -> RunConfig:
-    return load_config(argv).config
-
-
-def mistake(*argv: str) -> str:
-    with pytest.raises(UserError) as caught:
-        load_config(argv)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
 
 # --- values -------------------------------------------------------------------------------------------------------
 

@@ -2,24 +2,21 @@
 
 import dataclasses
 import json
-import logging
 import subprocess
 import sys
 import threading
-import types
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
+from fixtures.chat_server import serve
+from fixtures.dry_runs import valid_run
 from fixtures.launching import ROOT, environment
 from fixtures.tiny_models import save_text_model
 
-from mmr1_ds.config import RunConfig, TrainerConfig, redaction
+from mmr1_ds.config import RunConfig, redaction
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.config.redaction import redacted, remember, without_secrets
-from mmr1_ds.monitoring.logger import MetricsLogger
 from mmr1_ds.rewards.chat_client import MAX_REASON_CHARS, ChatClient, ChatFailure
 
 VARIABLES = {
@@ -75,29 +72,7 @@ def test_a_configuration_is_written_without_credentials_in_addresses():
     assert read["reward"]["reward_function_kwargs"] == {"list": [{"api_key": "***"}], "places": [["s3://***@c"]]}
 
 
-def test_wandb_is_given_no_credential(monkeypatch, tmp_path):
-    calls = []
-    run = types.SimpleNamespace(log=lambda *a, **b: calls.append((a, b)), finish=lambda: None)
-    fake = types.ModuleType("wandb")
-    fake.init = lambda **arguments: calls.append(arguments) or run
-    fake.Settings = lambda **arguments: arguments
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for name, value in VARIABLES.items():
-        monkeypatch.setenv(name, value)
-    config = {"kwargs": {"api_key": LITERAL, "urls": [f"http://a:{LITERAL}@b"], "n": 3}}
-    with MetricsLogger.open(TrainerConfig(logger=["wandb"]), tmp_path, 2, 0, config, True) as log:
-        log.log(1, {"a": 1.0})
-    assert calls[0]["config"]["kwargs"]["n"] == 3 and calls[0]["mode"] is None
-    assert leaks(tmp_path, repr(calls)) == []
-
-
 # --- what is told of mistakes and crashes -------------------------------------------------------------------------
-
-
-def valid_arguments(folder: Path) -> list[str]:
-    from fixtures.dry_runs import valid_run
-
-    return [*valid_run(folder), "trainer.dry_run=true"]
 
 
 @pytest.mark.parametrize(
@@ -119,20 +94,14 @@ def valid_arguments(folder: Path) -> list[str]:
         [f"worker.actor.model.model_path=https://me:{LITERAL}@host/model"],
     ],
 )
-def test_a_mistake_is_told_without_the_credential_in_it(tmp_path, monkeypatch, capfd, settings):
+def test_a_mistake_is_told_without_the_credential_in_it(tmp_path, monkeypatch, own_logging, capfd, settings):
     from mmr1_ds.train import main
 
-    package = logging.getLogger("mmr1_ds")
-    before = package.handlers[:], package.level, package.propagate
     monkeypatch.setattr("mmr1_ds.config.redaction._remembered", set())
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     if "worker.reward.reward_function=openr1" in settings:
         settings = [*settings, "worker.reward.judge.model=m"]
-    try:
-        assert main([*valid_arguments(tmp_path), *settings]) == 2
-    finally:
-        package.handlers[:], package.propagate = before[0], before[2]
-        package.setLevel(before[1])
+    assert main([*valid_run(tmp_path), "trainer.dry_run=true", *settings]) == 2
     told = "".join(capfd.readouterr())
     assert told.startswith("mmr1-ds: error: ") and leaks(tmp_path, told) == []
 
@@ -159,40 +128,13 @@ def test_a_crash_is_told_without_the_credential_in_it(tmp_path):
     assert leaks(tmp_path / "nothing", done.stdout + done.stderr) == []
 
 
-@contextmanager
-def refusing_server(padding: int):
-    """Answers 401 and quotes what it was sent, after some padding."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            content = (" " + "x" * padding + self.headers["Authorization"]).encode()
-            self.send_response(401)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *arguments):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.mark.parametrize("padding", [0, MAX_REASON_CHARS - 30, 470])
 def test_a_key_that_a_judge_s_server_quotes_is_hidden_where_the_quote_is_cut_too(padding):
     key = VARIABLES["JUDGE_KEY"]
-    with refusing_server(padding) as url:
+    with serve(lambda body, number: (401, f" {'x' * padding}Bearer {key}", {})) as server:
         limits = {"timeout_seconds": 9.0, "request_timeout_seconds": 9.0, "max_retries": 0, "max_tokens": 9}
         with pytest.raises(ChatFailure) as raised:
-            ChatClient([url], "model", key, **limits).complete("x")
+            ChatClient([server.url], "model", key, **limits).complete("x")
     told = str(raised.value)
     assert "HTTP 401" in told and len(told) <= MAX_REASON_CHARS
     assert not any(key[:length] in told for length in range(6, len(key) + 1))
@@ -262,6 +204,7 @@ def test_a_run_keeps_no_credential(tmp_path):
 
 def test_names_that_mean_a_secret_and_names_that_do_not():
     hidden = ["api_key", "key", "openai_key", "access_key", "auth", "Authorization", "passwd", "password", "tokens"]
+    hidden += ["OPENAI_APIKEY", "hf_token", "token"]
     assert set(without_secrets(dict.fromkeys(hidden, "x")).values()) == {"***"}
 
     def names(config):

@@ -2,14 +2,10 @@ import json
 
 import numpy as np
 import pytest
-from fixtures.rank_threads import SingleProcess
+from fixtures.coordinators import answer, make, refresh, train
 
-from mmr1_ds.config import DataConfig
-from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.history import TableHistory, batch_metrics, observations
 from mmr1_ds.curriculum.statistics import PromptStatistics
-
-NUM_PROMPTS = 7
 
 
 def found(index, pass_rate, num_responses=8, is_probe=False, num_unscored=0):
@@ -83,67 +79,47 @@ def test_log_loss_leaves_probes_and_unscored_responses_out():
     assert metrics["curriculum/effective_group_fraction"] == 0.5
 
 
-def coordinator(**settings):
-    data = DataConfig(sampling_strategy="curriculum", rollout_batch_size=2, **settings)
-    names = [f"p{k}" for k in range(NUM_PROMPTS)]
-    return Coordinator(data, names, [""] * NUM_PROMPTS, "digest", 8, 20, SingleProcess())
+SMALL = {"num_prompts": 7, "rollout_batch_size": 2}
 
 
-def step(curriculum, number):
-    indices = curriculum.next_batch(number)
-    curriculum.next_probes(number)
-    curriculum.observe(number, [found(int(index), (int(index) % 4) / 4) for index in indices])
-    curriculum.finish_step(number, indices)
-    return curriculum.take_records()
-
-
-def refresh(curriculum, number):
-    for chunk in curriculum.refresh_chunks():
-        curriculum.observe_refresh([found(int(index), (int(index) % 3) / 2) for index in chunk])
-    curriculum.finish_refresh(number)
-    return curriculum.take_records()
+def run(curriculum, steps):
+    """The records of each step, and of the refresh before it."""
+    found = []
+    for number in steps:
+        train(curriculum, [number])
+        found.append(curriculum.take_records())
+    return found
 
 
 def test_a_full_refresh_tells_of_the_table_and_a_step_of_its_groups():
-    curriculum = coordinator(curriculum_refresh="full", curriculum_update_freq=4)
-    records = refresh(curriculum, 1)
+    curriculum = make(curriculum_update_freq=4, **SMALL)
+    refresh(curriculum, 1)
+    records = curriculum.take_records()
     assert list(records) == ["curriculum"] and records["curriculum"]["kind"] == "full"
-    assert records["curriculum"]["pass_rate_counts"] == by_hand([(k % 3) / 2 for k in range(NUM_PROMPTS)])
-    records = step(curriculum, 1)
+    assert records["curriculum"]["pass_rate_counts"] == by_hand([answer(k, 1).pass_rate for k in range(7)])
+    (records,) = run(curriculum, [1])
     assert list(records) == ["observations"] and len(records["observations"]["prompts"]) == 2
     rates = dict(zip(records["observations"]["prompts"], records["observations"]["predicted"], strict=True))
     for index, rate in rates.items():
-        assert rate == pytest.approx(((index % 3) / 2 * 8 + 0.5) / 9, abs=1e-4)
+        assert rate == pytest.approx((answer(index, 1).pass_rate * 8 + 0.5) / 9, abs=1e-4)
     assert curriculum.take_records() == {}
 
 
 def test_online_looks_at_the_table_every_few_steps_and_knows_what_it_has_not_seen():
-    curriculum = coordinator(curriculum_refresh="online", curriculum_update_freq=3, curriculum_probe_fraction=0.0)
-    seen = set()
-    for number in (1, 2, 3):
-        records = step(curriculum, number)
-        seen |= set(records["observations"]["prompts"])
-        assert ("curriculum" in records) == (number == 3)
-    assert records["curriculum"]["num_unknown"] == NUM_PROMPTS - len(seen)
+    online = {"curriculum_refresh": "online", "curriculum_update_freq": 3, "curriculum_probe_fraction": 0.0}
+    steps = run(make(**SMALL, **online), (1, 2, 3))
+    assert ["curriculum" in records for records in steps] == [False, False, True]
+    seen = {index for records in steps for index in records["observations"]["prompts"]}
+    assert steps[-1]["curriculum"]["num_unknown"] == 7 - len(seen)
 
 
 @pytest.mark.parametrize("refreshed", ["full", "online"])
 def test_a_resumed_curriculum_tells_the_same(refreshed, tmp_path):
-    settings = {"curriculum_refresh": refreshed, "curriculum_update_freq": 2}
-
-    def run(curriculum, steps):
-        found = []
-        for number in steps:
-            if curriculum.refresh_due(number):
-                found.append(refresh(curriculum, number))
-            found.append(step(curriculum, number))
-        return found
-
-    whole = run(coordinator(**settings), range(1, 8))
-    first = coordinator(**settings)
+    settings = {"curriculum_refresh": refreshed, "curriculum_update_freq": 2, **SMALL}
+    whole = run(make(**settings), range(1, 8))
+    first, second = make(**settings), make(**settings)
     run(first, range(1, 4))
     first.save(tmp_path)
-    second = coordinator(**settings)
     second.load(tmp_path)
     rest = run(second, range(4, 8))
-    assert rest == whole[-len(rest) :] and any("curriculum" in records for records in rest)
+    assert rest == whole[3:] and any("curriculum" in records for records in rest)

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 
@@ -172,12 +171,3 @@ def test_no_groups():
 def test_records_are_exact():
     sent = [statistics(index=2**40 + 1, pass_rate=1 / 3), statistics(reward_variance=5e-324)]
     assert from_records(to_records(sent)) == sent
-
-
-def test_names_import_nothing_heavy():
-    code = (
-        "import sys, json, mmr1_ds.curriculum.scores\n"
-        "print(json.dumps([m for m in ('torch', 'numpy', 'transformers', 'mmr1_kernels') if m in sys.modules]))"
-    )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(printed) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import weakref
@@ -29,6 +30,7 @@ def text_model(tmp_path_factory):
     return write_text_model(tmp_path_factory.mktemp("text"))
 
 
+@functools.cache
 def encoder_of(model_path, **data):
     return PromptEncoder(
         ModelConfig(model_path=model_path), DataConfig(**{"min_pixels": None, "max_pixels": None, **data})
@@ -265,6 +267,7 @@ def test_chat_template_error_names_the_row(tmp_path):
         encoder_of(model).encode("hello", [], "row 4")
 
 
+@pytest.mark.slow  # imports vLLM
 def test_vllm_counts_the_same_image_tokens(vision_model):
     """vLLM's own arithmetic for Qwen2.5-VL, without an engine: it wants sizes, a config and the processor."""
     qwen2_vl = pytest.importorskip("vllm.model_executor.models.qwen2_vl")

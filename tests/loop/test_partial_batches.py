@@ -15,7 +15,7 @@ from mmr1_ds.loop.in_flight import InFlight
 from mmr1_ds.loop.partial_batches import FinishRates, PartialBatchMaker
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, SamplingSettings, ScoredGroup
-from mmr1_ds.rewards.scoring import RewardCounts
+from mmr1_ds.rewards.scoring import RESPONSES, RewardCounts
 
 LONGEST, BUDGET = 40, 10
 SETTINGS = SamplingSettings(1.0, 1.0, -1, LONGEST)
@@ -67,7 +67,7 @@ class WholeKnown(FakeCollector):
 
     def score(self, groups, clock):
         scored = [ScoredGroup(group, rewards(np.arange(len(group.responses)) % 2)) for group in groups]
-        return scored, RewardCounts(sum(len(g.responses) for g in groups), 0, 0, 0, 0)
+        return scored, RewardCounts({RESPONSES: sum(len(g.responses) for g in groups)})
 
 
 def maker(control):

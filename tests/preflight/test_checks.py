@@ -1,14 +1,14 @@
 """What must hold before a model is loaded: choices, ranges, batch arithmetic."""
 
 import pytest
-from fixtures.configs import load, refused
+from fixtures.configs import check, load, refused
 
 from mmr1_ds.config.derived import resolved_critic, total_training_steps
 from mmr1_ds.preflight.checks import check_config
 
 
 def test_batch_arithmetic(valid):
-    plan = check_config(load(*valid, "trainer.total_episodes=3"), 2)
+    plan = check(valid, "trainer.total_episodes=3")
     assert plan.responses_per_step == 60
     assert plan.optimizer_steps_per_step == 2
     assert plan.responses_per_optimizer_step == 30
@@ -81,7 +81,7 @@ def test_metrics(valid, arguments, expected):
     "names", ["learnability,self_bleu_123,distinct_3,edit_distance", "self-bleu,distinct-n,edit-distance,learnability"]
 )
 def test_both_spellings_of_metrics(valid, names):
-    check_config(load(*valid, f"data.curriculum_metrics=[{names}]", "data.curriculum_metric_weights=[1,1,1,1]"), 2)
+    check(valid, f"data.curriculum_metrics=[{names}]", "data.curriculum_metric_weights=[1,1,1,1]")
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_without_gae_there_is_no_critic(valid):
         valid, "algorithm.adv_estimator=rloo", "trainer.critic_warmup=2"
     )
     note = "worker.critic is not used: algorithm.adv_estimator=grpo has no critic"
-    assert note in check_config(load(*valid, "worker.critic.optim.lr=1e-5"), 2).notes
-    assert note not in check_config(load(*valid), 2).notes
-    assert note not in check_config(load(*valid, "worker.critic.optim.lr=1e-5", GAE), 2).notes
+    assert note in check(valid, "worker.critic.optim.lr=1e-5").notes
+    assert note not in check(valid).notes
+    assert note not in check(valid, "worker.critic.optim.lr=1e-5", GAE).notes
 
 
 def test_transformers_has_no_tensor_parallelism(valid):
@@ -177,7 +177,7 @@ def test_what_sequence_parallel_does_not_go_with(valid, argument, expected):
 
 
 def test_no_kl_at_all_is_fine(valid):
-    check_config(load(*valid, "algorithm.use_kl_loss=false", "algorithm.disable_kl=true"), 2)
+    check(valid, "algorithm.use_kl_loss=false", "algorithm.disable_kl=true")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_no_kl_at_all_is_fine(valid):
     ],
 )
 def test_ways_to_learn(valid, arguments):
-    check_config(load(*valid, *arguments), 2)
+    check(valid, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,12 @@ def test_ways_to_learn(valid, arguments):
 )
 def test_adaptive_kl(valid, argument, expected):
     assert expected in refused(valid, "algorithm.kl_type=adaptive", argument)
-    check_config(load(*valid, "algorithm.kl_type=adaptive", "algorithm.disable_kl=true", argument), 2)
+    check(valid, "algorithm.kl_type=adaptive", "algorithm.disable_kl=true", argument)
 
 
 def test_an_estimate_that_pulls_nowhere_is_noted(valid):
     def notes(*argv):
-        return " ".join(check_config(load(*valid, "algorithm.kl_penalty=k1", *argv), 2).notes)
+        return " ".join(check(valid, "algorithm.kl_penalty=k1", *argv).notes)
 
     for unused in (
         "algorithm.gamma=0.9",

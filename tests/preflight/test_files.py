@@ -1,29 +1,13 @@
 """The files a run names: data, model folder, reward file, format prompt, checkpoint."""
 
-import json
+from pathlib import Path
 
 import pytest
-from fixtures.dry_runs import valid_run, write_rows
+from fixtures.configs import check, refused
+from fixtures.data_fixtures import write_kind
+from fixtures.dry_runs import write_rows
 
-from mmr1_ds.config.loading import load_config
-from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.checks import check_config
-
-
-@pytest.fixture
-def valid(tmp_path):
-    return valid_run(tmp_path)
-
-
-def check(valid, *argv):
-    return check_config(load_config([*valid, *argv]).config, 2)
-
-
-def refused(valid, *argv):
-    with pytest.raises(UserError) as caught:
-        check(valid, *argv)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+ROWS = [{"q": f"question {k}", "a": k} for k in range(5)]
 
 
 def test_missing_data_file(valid):
@@ -41,49 +25,14 @@ def test_hub_names_are_let_through(valid):
     assert plan.train_data.num_rows is None and plan.total_steps is None
 
 
-@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "arrow", "csv", "folder", "saved"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "arrow", "csv", "folder", "folder@test", "saved"])
 def test_columns_and_counts_of_every_kind_of_file(valid, tmp_path, kind):
-    path = write_kind(tmp_path, kind)
+    (tmp_path / "data").mkdir()
+    path = write_kind(kind, tmp_path / "data", ROWS)
     plan = check(valid, f"data.train_files={path}", "data.prompt_key=q", "data.answer_key=a")
     assert plan.train_data.num_rows == (None if kind == "csv" else 5)
     message = refused(valid, f"data.train_files={path}", "data.answer_key=a")
     assert "no column 'problem' (data.prompt_key); it has q, a" in message
-
-
-def write_kind(folder, kind):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [{"q": f"question {k}", "a": k} for k in range(5)]
-    table = pa.Table.from_pylist(rows)
-    path = folder / f"rows.{kind}"
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif kind == "json":
-        path.write_text(json.dumps(rows, indent=1))
-    elif kind == "csv":
-        path.write_text("q,a\n" + "".join(f"{row['q']},{row['a']}\n" for row in rows))
-    elif kind == "parquet":
-        pq.write_table(table, path)
-    elif kind == "arrow":
-        write_arrow(table, path)
-    else:
-        path.mkdir()
-    if kind == "folder":
-        pq.write_table(table.slice(0, 3), path / "train-00000-of-00002.parquet")
-        pq.write_table(table.slice(3), path / "train-00001-of-00002.parquet")
-        pq.write_table(table, path / "test-00000-of-00001.parquet")
-    if kind == "saved":
-        write_arrow(table, path / "data-00000-of-00001.arrow")
-        (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
-    return path
-
-
-def write_arrow(table, path):
-    import pyarrow as pa
-
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
 
 
 def test_empty_and_unreadable_data(valid, tmp_path):
@@ -92,7 +41,7 @@ def test_empty_and_unreadable_data(valid, tmp_path):
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 not really")
     assert f"cannot read '{broken}'" in refused(valid, f"data.train_files={broken}")
-    state = write_kind(tmp_path, "saved") / "state.json"
+    state = Path(write_kind("saved", tmp_path, ROWS)) / "state.json"
     for content in ("{", "[1]", "{}", '{"_data_files": [1]}'):
         state.write_text(content)
         assert str(state) in refused(valid, f"data.train_files={state.parent}", "data.prompt_key=q")
@@ -130,7 +79,7 @@ def test_damaged_config_of_a_model(valid, tmp_path, content):
 
 @pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
 def test_a_byte_order_mark_is_passed_over(valid, tmp_path, kind):
-    path = write_kind(tmp_path, kind)
+    path = Path(write_kind(kind, tmp_path, ROWS))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     check(valid, f"data.train_files={path}", "data.prompt_key=q", "data.answer_key=a")
 

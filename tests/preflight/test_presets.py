@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from fixtures.dry_runs import dry_run, linked_checkout, paragraphs, write_rows
+from fixtures.dry_runs import linked_checkout, paragraphs, planned, training_arguments, write_rows
 from fixtures.launching import ROOT
 
 from mmr1_ds.config.loading import load_config
@@ -77,6 +77,9 @@ def test_deepspeed_reads_every_preset_on_eight_ranks(preset):
     assert zero.max_live_parameters == given["stage3_max_live_parameters"]
     assert zero.max_reuse_distance == given["stage3_max_reuse_distance"]
     assert zero.overlap_comm is given["overlap_comm"]
+    on_cpu = resolve_deepspeed(config, 8, on_gpu=False)
+    for engine in (on_cpu, critic_deepspeed(config, on_cpu, 8, False), reference_deepspeed(config, on_cpu, False)):
+        assert parse(engine).zero_config.stage == 3
 
 
 @pytest.mark.parametrize(
@@ -162,6 +165,6 @@ def test_the_page_s_commands_run(tmp_path):
     assert len(commands) == 6
     data, folder = write_rows(tmp_path), linked_checkout(tmp_path)
     for command, model in zip(commands, 2 * ["3B", "7B", "32B"], strict=True):
-        output = dry_run(command, folder, f"data.train_files={data}")
-        assert f"Qwen/Qwen2.5-VL-{model}-Instruct" in output
-        assert re.search(r"ranks +8 = 1 node", output), output
+        plan = planned([*training_arguments(command, folder), f"data.train_files={data}"])
+        assert f"Qwen/Qwen2.5-VL-{model}-Instruct" in plan
+        assert re.search(r"ranks +8 = 1 node", plan), plan

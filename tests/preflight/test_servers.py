@@ -1,9 +1,7 @@
 """What must hold between the keys of the rollout servers."""
 
 import pytest
-from fixtures.configs import load, refused
-
-from mmr1_ds.preflight.checks import check_config
+from fixtures.configs import check, refused
 
 SERVER = "worker.rollout.engine=server"
 AHEAD = "worker.rollout.max_staleness_steps=1"
@@ -43,7 +41,7 @@ def test_contradictions_are_refused_by_name(valid, arguments, expected):
 def test_servers_on_loopback_are_out_of_reach_of_other_nodes(valid):
     nodes = ["trainer.nnodes=2", "trainer.n_gpus_per_node=1", SERVER]
     assert "server_host=127.0.0.1 cannot be reached from the other 1 node(s)" in refused(valid, *nodes)
-    check_config(load(*valid, *nodes, "worker.rollout.server_host=10.1.2.3"), 2)
+    check(valid, *nodes, "worker.rollout.server_host=10.1.2.3")
 
 
 @pytest.mark.parametrize(
@@ -59,4 +57,4 @@ def test_servers_on_loopback_are_out_of_reach_of_other_nodes(valid):
     ],
 )
 def test_what_goes_together_is_accepted(valid, arguments):
-    check_config(load(*valid, *arguments), 2)
+    check(valid, *arguments)

@@ -18,12 +18,12 @@ from fixtures.tiny_models import make_prompt
 from safetensors.torch import load_file
 from settings import deepspeed_configs, make_actor, make_critic, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine import bad_updates
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import leave
 from mmr1_ds.records import Trajectory
 
 model, folder, kind = sys.argv[1], Path(sys.argv[2]), sys.argv[3]

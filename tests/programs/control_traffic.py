@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
-from mmr1_ds.exits import leave
 
 ranks = Ranks(launch_environment(), timeout_seconds=30)
 rank = ranks.rank

@@ -12,12 +12,12 @@ from deepspeed.utils import safe_get_full_grad
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_critic, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine import critic as module
 from mmr1_ds.engine.model.value_model import ValueModel
-from mmr1_ds.exits import leave
 from mmr1_ds.records import Pair, Trajectory
 
 model, out, micro_batch, folder, layout = sys.argv[1:]

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics
-from mmr1_ds.exits import leave
 from mmr1_ds.loop.checkpoint import Checkpoints
 
 folder, refresh, num_steps, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

@@ -10,8 +10,8 @@ import torch
 from fixtures.tiny_models import make_prompt
 from settings import small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.exits import leave
 from mmr1_ds.rollout.options import engine_environment, engine_options, image_bounds
 
 folder, out = sys.argv[1:]

@@ -13,6 +13,7 @@ from deepspeed.utils import safe_get_full_grad
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
@@ -20,7 +21,6 @@ from mmr1_ds.engine.model.batching import ModelBatch, collate
 from mmr1_ds.engine.model.lora import adapters
 from mmr1_ds.engine.model.policy import load_policy
 from mmr1_ds.engine.weights.gathering import whole_parameters
-from mmr1_ds.exits import leave
 
 model, out = sys.argv[1:]
 ranks = Ranks(launch_environment(), timeout_seconds=60)

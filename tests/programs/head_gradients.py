@@ -10,11 +10,11 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from settings import deepspeed_configs, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.model.batching import ModelBatch
 from mmr1_ds.engine.model.policy import load_policy
-from mmr1_ds.exits import leave
 
 model, out = sys.argv[1:]
 FORBIDDEN, TEMPERATURE = (2, 5, 9), 0.7

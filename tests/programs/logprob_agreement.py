@@ -13,13 +13,13 @@ import torch
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_actor, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.reference import AdapterlessReference
 from mmr1_ds.engine.weights import gathering as weights
-from mmr1_ds.exits import leave
 from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle

@@ -14,6 +14,7 @@ import torch
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_actor, make_reference, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
@@ -22,7 +23,6 @@ from mmr1_ds.engine.reference import AdapterlessReference
 from mmr1_ds.engine.weights import gathering as weights
 from mmr1_ds.engine.weights.gathering import whole_parameters
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import leave
 from mmr1_ds.records import Trajectory
 
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one

@@ -13,12 +13,12 @@ import torch
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_actor, make_reference, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.exits import leave
 from mmr1_ds.loop.sharing import batch_slots
 from mmr1_ds.records import Trajectory
 

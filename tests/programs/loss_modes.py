@@ -15,10 +15,10 @@ from settings import deepspeed_configs, make_actor, make_reference, small_config
 
 from mmr1_ds.algorithm.importance import ImportanceSampling
 from mmr1_ds.algorithm.losses import PolicyLoss
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.exits import leave
 from mmr1_ds.records import Trajectory
 
 model, out, micro_batch, folder, layout = sys.argv[1:]

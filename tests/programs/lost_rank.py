@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from fixtures.launching import wait_until
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.cluster.watch import CollectiveError
-from mmr1_ds.exits import leave
 
 folder, limit_seconds, fault, lost = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 launch = launch_environment()

@@ -8,11 +8,11 @@ import deepspeed
 import torch
 from settings import deepspeed_configs, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.model.policy import exact_types, load_policy
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import leave
 
 model, damaged, out = sys.argv[1:]
 ranks = Ranks(launch_environment(), timeout_seconds=60)

@@ -4,11 +4,12 @@ import sys
 import time
 from pathlib import Path
 
+from fixtures.launching import wait_until
 from fixtures.stand_in_server import stand_in
 
 server = stand_in(Path(sys.argv[1]))
 server.start()
-server.wait_until_ready(30)
+wait_until(server.is_ready, 30, "the server answers")
 sys.stdout.write(f"{server.url} {server._minder.pid}\n")
 sys.stdout.flush()
 time.sleep(600)

@@ -14,6 +14,7 @@ import numpy as np
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_actor, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.commands.plan import activations
@@ -21,7 +22,6 @@ from mmr1_ds.commands.plan.activations import MicroBatch
 from mmr1_ds.commands.plan.memory import zero_engine
 from mmr1_ds.commands.plan.shapes import policy_shape
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.exits import leave
 from mmr1_ds.records import Trajectory
 
 model, out, length, checkpointing = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "true"

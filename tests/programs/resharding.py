@@ -17,12 +17,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_actor, make_critic, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.critic import Critic
-from mmr1_ds.exits import leave
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.records import Trajectory
 

@@ -12,11 +12,11 @@ import torch
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_actor, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.exits import leave
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
 from mmr1_ds.rollout.hf.engine import TransformersRollout

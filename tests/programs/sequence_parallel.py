@@ -7,10 +7,10 @@ import numpy as np
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_reference, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.exits import leave
 
 model, folder = sys.argv[1:]
 

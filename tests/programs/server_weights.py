@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fixtures.launching import wait_until
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_actor, small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.weights import gathering as weights
-from mmr1_ds.exits import leave
 from mmr1_ds.records import Prompt
 from mmr1_ds.rollout.options import image_bounds
 from mmr1_ds.rollout.servers.address import ServerAddress
@@ -104,7 +105,7 @@ def change(number: int) -> None:
 rows = []
 try:
     if server is not None:
-        server.wait_until_ready(200)
+        wait_until(server.is_ready, 200, "the server answers")
     for number in range(int(num_changes) + 1):
         if number > 0:
             change(number)

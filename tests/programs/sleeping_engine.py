@@ -16,11 +16,11 @@ from fixtures.tiny_models import make_prompt
 from safetensors.torch import load_file
 from settings import small_config
 
+from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.exits import leave
 from mmr1_ds.records import RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle

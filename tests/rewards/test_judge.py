@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import threading
-from collections.abc import Callable
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from fixtures.chat_server import serve
 from fixtures.responses import response
 
 from mmr1_ds.config import JudgeConfig, RewardConfig
@@ -27,54 +24,6 @@ from mmr1_ds.rewards.unscored import Unscored
 
 KEY = "sk-test-do-not-show-0123456789"
 CORRECT, INCORRECT = "Same. <judge>0</judge>", "Different. <judge>1</judge>"
-
-
-class Server:
-    """An OpenAI-compatible server; `answer(body, headers)` -> (status, text of the body, further headers)."""
-
-    def __init__(self, answer: Callable):
-        self.requests: list[dict] = []
-        self.closing = threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append({"path": self.path, "body": body, "headers": dict(self.headers)})
-                status, text, headers = answer(body, len(outer.requests))
-                if status is None:  # keep the caller waiting, a byte at a time
-                    self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-                    while not outer.closing.wait(0.05):
-                        try:
-                            self.wfile.write(b" ")
-                        except OSError:
-                            return
-                    return
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_args):
-                pass
-
-        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}/v1"
-
-
-@contextmanager
-def serve(answer):
-    server = Server(answer)
-    thread = threading.Thread(target=lambda: server.httpd.serve_forever(poll_interval=0.02))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.closing.set()
-        server.httpd.shutdown()
-        server.httpd.server_close()
-        thread.join()
 
 
 def completion(text):
@@ -279,13 +228,6 @@ def test_bad_requests_do_not_open_the_circuit():
 # --- the key ------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_quotes_the_key_does_not_reach_the_log():
-    with serve(failing(401, f"Incorrect API key provided: {KEY}")) as server:
-        with pytest.raises(ChatFailure) as raised:
-            client(server.url, key=KEY).complete("x")
-    assert KEY not in str(raised.value) and "***" in str(raised.value)
-
-
 @pytest.mark.parametrize("value", [None, "", "  ", "two words", "line\nline", "schl\u00fcssel"])
 def test_a_key_that_is_missing_or_broken_is_named_by_its_variable(monkeypatch, value):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
@@ -356,7 +298,7 @@ def test_unscored_responses_teach_nothing():
     assert first.overall[1] == pytest.approx(first.overall[[0, 2, 3]].mean())
     assert np.isnan(second.accuracy).all() and (second.overall == 0).all()
     assert (third.overall == third.overall[0]).all()  # to the last bit: a constant group has no advantage
-    assert (counts.num_unscored, counts.num_failed, counts.num_responses) == (4, 4, 10)
+    assert counts == {"reward/num_unscored": 4, "reward/num_failed": 4, "reward/num_responses": 10}
 
 
 def test_a_judge_that_hangs_leaves_the_response_unscored_not_timed_out():

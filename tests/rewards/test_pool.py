@@ -83,6 +83,13 @@ def make_pool(reward_file):
         pool.close()
 
 
+@pytest.fixture(scope="module")
+def shared_pool(reward_file):
+    """For tests that leave a pool as they found it, whatever becomes of its one worker."""
+    with RewardPool(RewardConfig(f"{reward_file}:score", {}, 1, 30.0)) as pool:
+        yield pool
+
+
 def items(*responses):
     return [RewardItem(response, len(response), "7") for response in responses]
 
@@ -140,8 +147,8 @@ def test_order_holds_when_the_first_is_the_slowest(make_pool):
         ("huge", "invalid", "answered over 1048576 bytes"),
     ],
 )
-def test_a_failure_costs_one_response(make_pool, response, kind, reason):
-    before, failed, after = make_pool().score(items("ok 1", response, "ok 2"))
+def test_a_failure_costs_one_response(shared_pool, response, kind, reason):
+    before, failed, after = shared_pool.score(items("ok 1", response, "ok 2"))
     assert (failed.failure, failed.overall, failed.accuracy, failed.parts) == (kind, 0.0, 0.0, {})
     assert reason in failed.reason and "\n" not in failed.reason
     assert (before.overall, after.overall) == (1.0, 2.0)
@@ -163,9 +170,9 @@ def test_prints_do_not_corrupt_the_channel(make_pool, capfd):
     assert out == "" and '"overall": 5' in err and '"overall": 6' in err and '"overall": 7' in err
 
 
-def test_responses_longer_than_a_pipe(make_pool):
+def test_responses_longer_than_a_pipe(shared_pool):
     text = "long " + "ä\n\u2028\"'" * 100_000
-    (result,) = make_pool().score(items(text))
+    (result,) = shared_pool.score(items(text))
     assert result.overall == len(text)
 
 
@@ -176,14 +183,13 @@ def test_a_long_response_to_a_stopped_worker_does_not_stall(make_pool):
     assert (first.failure, second.overall) == ("timeout", 2.0)
 
 
-def test_a_worker_that_died_while_idle_costs_no_response(make_pool):
-    pool = make_pool()
-    (old,) = pids(pool)
+def test_a_worker_that_died_while_idle_costs_no_response(shared_pool):
+    (old,) = pids(shared_pool)
     handle = os.pidfd_open(old)
     os.kill(old, signal.SIGKILL)
     select.select([handle], [], [], GONE_SECONDS)
     os.close(handle)
-    assert [result.overall for result in pool.score(items("ok 1", "ok 2"))] == [1.0, 2.0]
+    assert [result.overall for result in shared_pool.score(items("ok 1", "ok 2"))] == [1.0, 2.0]
 
 
 def test_failures_are_logged_with_their_reason_a_few_times(make_pool, caplog):
@@ -218,7 +224,7 @@ def test_a_reward_may_import_its_neighbours_and_numpy(make_pool, tmp_path):
     assert result.overall == 0.5
 
 
-def test_the_built_in_math(make_pool):
+def test_the_built_in_math():
     with RewardPool(RewardConfig("math", {"format_weight": 0.2}, 1)) as pool:
         right, wrong, formula = pool.score(
             [
@@ -251,7 +257,7 @@ def test_a_reward_that_cannot_start_is_an_error_at_once(make_pool, tmp_path, sou
     path = tmp_path / "broken.py"
     path.write_text(source)
     with pytest.raises(UserError, match=message) as raised:
-        make_pool(workers=2, path=path)
+        make_pool(path=path)
     assert "\n" not in str(raised.value)
 
 
@@ -358,12 +364,11 @@ def test_a_worker_that_waits_ends_with_its_parent_and_takes_its_children_along(m
     pool._workers[0].process._lifeline = os.open(os.devnull, os.O_RDONLY)  # for the pool to close
 
 
-def test_a_worker_ignores_ctrl_c(make_pool):
-    pool = make_pool()
-    os.kill(pids(pool)[0], signal.SIGINT)
-    before = pids(pool)
-    assert pool.score(items("ok 1"))[0].overall == 1.0
-    assert pids(pool) == before
+def test_a_worker_ignores_ctrl_c(shared_pool):
+    before = pids(shared_pool)
+    os.kill(before[0], signal.SIGINT)
+    assert shared_pool.score(items("ok 1"))[0].overall == 1.0
+    assert pids(shared_pool) == before
 
 
 # --- groups -------------------------------------------------------------------------------------------------------
@@ -390,9 +395,9 @@ def test_groups_get_their_own_rewards(make_pool):
     assert {key: value.tolist() for key, value in first.parts.items()} == {"length": [4.0, 0.0, 4.0]}
     assert {key: value.tolist() for key, value in second.parts.items()} == {"extra": [2.0]}
     assert third.failed.all() and third.parts == {}
-    assert counts == RewardCounts(num_responses=7, num_timeouts=1, num_crashes=1, num_invalid=1, num_errors=1)
-    assert counts.num_failed == 4
+    kinds = dict.fromkeys(("timeouts", "crashes", "invalid", "errors"), 1)
+    assert counts == {f"reward/num_{name}": count for name, count in {"responses": 7, "failed": 4, **kinds}.items()}
 
 
-def test_no_groups(make_pool):
-    assert score_groups(make_pool(), [], str) == ([], RewardCounts(0, 0, 0, 0, 0))
+def test_no_groups(shared_pool):
+    assert score_groups(shared_pool, [], str) == ([], RewardCounts())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
 
 from mmr1_ds.config import RewardConfig
-from mmr1_ds.rewards import math, r1v
+from mmr1_ds.rewards import answers, math, r1v
 from mmr1_ds.rewards.openr1 import OpenR1Reward
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 
@@ -35,6 +36,15 @@ RIGHT = [  # (answer, truth)
     ("(A)", "A"), ("A", "(A)"), ("A.", "A"), ("A)", "A"), ("[A]", "A"), ("\\text{(A)}", "A"), ("\\textbf{A}", "A"),
     ("a", "A"), ("(A) 12", "A"), ("A. an apple", "A"), ("A: 12", "A"), ("A", "A. 12"), ("A \\text{ and } C", "A, C"),
     ("AC", "A, C"), ("\\text{Monday}", "monday"), ("North-East", "\\text{north-east}"),
+    # more of all kinds
+    ("7", "7"), (" 7. ", "7"), ("$7$", "7"), ("+7", "7"), ("7.0", "7"), ("-7", "\N{MINUS SIGN}7"), ("x = 7", "7"),
+    ("1,234", "1234"), ("1{,}234", "1234"), ("0.5", "1/2"), (".5", "\\frac{1}{2}"), ("\\dfrac12", "0.5"),
+    ("-\\frac{3}{4}", "-0.75"), ("2\\frac{1}{2}", "2.5"), ("1.5\\times 10^{3}", "1500"), ("2e-3", "0.002"),
+    ("25\\%", "25"), ("25%", "0.25"), ("30^\\circ", "30"), ("7\\text{ cm}", "7"), ("7", "7\\text{ cm}"),
+    ("7\\text{ cm}^2", "7"), ("\\$7.50", "7.5"), ("\\text{7}", "7"), ("\\boxed{7}", "7"), ("\\text{A}", "A"),
+    ("a.", "A"), ("yes", "Yes"), ("\\left( 1, 2 \\right)", "(1,2)"),
+    ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}"), ("3\\sqrt{2}", "\\sqrt{18}"), ("1+2x+x^2", "x^2+2x+1"),
+    ("\\frac{3\\pi}{4}", "0.75\\pi"), ("2, 1", "1, 2"), ("\\{3, 1\\}", "\\{1, 3\\}"), ("7 or 8", "7 or 8"),
 ]  # fmt: skip
 
 WRONG = [
@@ -59,6 +69,16 @@ WRONG = [
     ("A\\text{ or }B", "A"), ("\\text{A, B, C, D, E}", "A"), ("Area", "A"), ("apple", "A"), ("B", "A. 12"),
     ("A) not this", "A"), ("A", "A, C"), ("C, A", "A, C"), ("ABC", "A, C"), ("yes or no", "yes"), ("no", "yes"),
     ("not yes", "yes"), ("not enough", "no"), ("unknown", "no"), ("the answer", "answer the"),
+    # more of all kinds
+    ("8", "7"), ("", "7"), ("7", ""), ("7, 8", "7"), ("7,8", "7"), ("7 8", "7"), ("7 \\quad 8", "15"),
+    ("7\\ 8", "78"), ("7 8", "78"), ("not 7", "7"), ("the answer is 7", "7"), ("7 apples", "7"),
+    ("7\\text{ or }8", "7"), ("7\\text{ or so}", "7"), ("\\{7, 8\\}", "7"), ("7\\pm 0", "7"), ("x=7=8", "7"),
+    ("5+2", "7"), ("3\\cdot 4\\cdot 5", "60"), ("\\min(7,8)", "7"), ("\\sqrt{49}", "7"), ("7!", "5040"),
+    ("0.333", "1/3"), ("0.3333333333333333", "\\frac{1}{3}"), ("7.0001", "7"), ("1,23", "123"), ("12,34", "1234"),
+    ("1/0", "0"), ("7\\text{ cm}", "7\\text{ m}"), ("7\\text{ cm}^2", "7\\text{ cm}^3"), ("25\\%", "0.2"),
+    ("A", "B"), ("BA", "AB"), ("X^2", "Y^2"), ("\\text{nope}", "\\text{peno}"), ("(2,1)", "(1,2)"),
+    ("\\frac{1}{\\sqrt{2}} \\lor 1", "\\frac{1}{\\sqrt{2}}"), ("1e999999999", "1"), ("\\frac{", "\\sqrt{2}"),
+    ("\\sqrt{2} \\text{ or } \\sqrt{3}", "\\sqrt{2}"),
 ]  # fmt: skip
 
 OPENR1 = OpenR1Reward({f"{end}_value_{kind}": 0.0 for end in ("min", "max") for kind in ("wrong", "correct")}, 9, None)
@@ -70,6 +90,14 @@ def accuracies(answer, truth):
     items = [{"response": response, "response_length": 9, "ground_truth": truth}]
     functions = {"math": math.compute_score, "r1v": r1v.compute_score, "openr1_wo_LMM": OPENR1.compute_score}
     return {name: function(items)[0]["accuracy"] for name, function in functions.items()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def formulas_compared_once():
+    """The three rewards compare the same pair one after the other, and sympy takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "_formulas_equal", functools.cache(answers._formulas_equal))
+        yield
 
 
 @pytest.mark.parametrize(("answer", "truth"), RIGHT)
@@ -91,6 +119,7 @@ def test_formulas_are_compared_on_any_thread():
     assert found == [1.0]
 
 
+@pytest.mark.slow
 def test_a_formula_without_end_costs_its_time_limit_and_no_more():
     items = [RewardItem("\\boxed{(x+9)^{99999999}}", 9, "(9+y)^{99999999}"), RewardItem("\\boxed{7}", 9, "7")]
     with RewardPool(RewardConfig("math", num_workers=1, timeout_seconds=4.0)) as pool:

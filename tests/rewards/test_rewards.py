@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from fractions import Fraction
 
 import pytest
@@ -65,109 +63,12 @@ def test_what_is_boxed_is_balanced(text):
         assert "{" + content + "}" in text
 
 
-# --- equality -----------------------------------------------------------------------------------------------------
+# --- equality: more of it in test_reward_traps.py ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("answer", "truth"),
-    [
-        ("7", "7"),
-        (" 7. ", "7"),
-        ("$7$", "7"),
-        ("+7", "7"),
-        ("7.0", "7"),
-        ("-7", "\N{MINUS SIGN}7"),
-        ("x = 7", "7"),
-        ("1,234", "1234"),
-        ("1{,}234", "1234"),
-        ("0.5", "1/2"),
-        (".5", "\\frac{1}{2}"),
-        ("\\dfrac12", "0.5"),
-        ("-\\frac{3}{4}", "-0.75"),
-        ("2\\frac{1}{2}", "2.5"),
-        ("1.5\\times 10^{3}", "1500"),
-        ("2e-3", "0.002"),
-        ("25\\%", "25"),
-        ("25%", "0.25"),
-        ("30^\\circ", "30"),
-        ("7\\text{ cm}", "7"),
-        ("7", "7\\text{ cm}"),
-        ("7\\text{ cm}^2", "7"),
-        ("\\$7.50", "7.5"),
-        ("\\text{7}", "7"),
-        ("\\boxed{7}", "7"),
-        ("A", "A"),
-        ("(A)", "A"),
-        ("\\text{A}", "A"),
-        ("a.", "A"),
-        ("yes", "Yes"),
-        ("\\left( 1, 2 \\right)", "(1,2)"),
-        ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}"),
-        ("3\\sqrt{2}", "\\sqrt{18}"),
-        ("1+2x+x^2", "x^2+2x+1"),
-        ("\\frac{3\\pi}{4}", "0.75\\pi"),
-        ("2, 1", "1, 2"),
-        ("\\{3, 1\\}", "\\{1, 3\\}"),
-        ("7 or 8", "7 or 8"),
-    ],
-)
-def test_equal(answer, truth):
-    assert answers_equal(answer, truth)
-
-
-@pytest.mark.parametrize(
-    ("answer", "truth"),
-    [
-        ("8", "7"),
-        ("", "7"),
-        ("7", ""),
-        ("7 or 8", "7"),
-        ("7, 8", "7"),
-        ("7,8", "7"),
-        ("7 8", "7"),
-        ("7 \\quad 8", "15"),
-        ("7\\ 8", "78"),
-        ("7 8", "78"),
-        ("not 7", "7"),
-        ("the answer is 7", "7"),
-        ("7 apples", "7"),
-        ("7\\text{ or }8", "7"),
-        ("7\\text{ or so}", "7"),
-        ("\\{7, 8\\}", "7"),
-        ("7\\pm 0", "7"),
-        ("x=7=8", "7"),
-        ("5+2", "7"),
-        ("3\\cdot 4\\cdot 5", "60"),
-        ("\\min(7,8)", "7"),
-        ("\\sqrt{49}", "7"),
-        ("7!", "5040"),
-        ("0.333", "1/3"),
-        ("0.3333333333333333", "\\frac{1}{3}"),
-        ("7.0001", "7"),
-        ("1,23", "123"),
-        ("12,34", "1234"),
-        ("1/0", "0"),
-        ("7\\text{ cm}", "7\\text{ m}"),
-        ("7\\text{ cm}^2", "7\\text{ cm}^3"),
-        ("25\\%", "0.2"),
-        ("A", "B"),
-        ("A or B", "A"),
-        ("AB", "A"),
-        ("A, B", "A"),
-        ("BA", "AB"),
-        ("X^2", "Y^2"),
-        ("\\text{nope}", "\\text{peno}"),
-        ("(2,1)", "(1,2)"),
-        ("1,2,3", "1,2"),
-        ("\\frac{1}{\\sqrt{2}} \\lor 1", "\\frac{1}{\\sqrt{2}}"),
-        ("1e999999999", "1"),
-        ("\\frac{", "\\sqrt{2}"),
-        ("\\sqrt{2} \\text{ or } \\sqrt{3}", "\\sqrt{2}"),
-        ("7" * 5000, "7"),
-    ],
-)
-def test_different(answer, truth):
-    assert not answers_equal(answer, truth)
+@pytest.mark.parametrize("answer", ["\\frac{", "7" * 5000, "\\boxed{7}"])
+def test_what_cannot_be_boxed(answer):
+    assert answers_equal(answer, "7") == (answer == "\\boxed{7}")
 
 
 @given(st.integers(-(10**12), 10**12), st.integers(1, 10**6))
@@ -251,9 +152,3 @@ def test_a_long_response_is_scored_in_linear_time():
     score("\\boxed{" * 20000, "7")
     score("7" * 20000 + "\\text{", "7")
     score("\\boxed{" + "7 " * 20000 + "}", "7")
-
-
-def test_importing_rewards_is_light():
-    heavy = "{'torch', 'numpy', 'sympy', 'math_verify', 'transformers', 'datasets'}"
-    code = f"import sys, mmr1_ds.rewards.pool, mmr1_ds.rewards.math; print(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

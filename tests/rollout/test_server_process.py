@@ -1,6 +1,7 @@
 """Rollout servers as processes: options, key, life and death. One test starts a real vLLM server."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -8,15 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from fixtures.dry_runs import write_rows
-from fixtures.launching import ROOT, environment
+from fixtures.launching import ROOT, environment, group_members, is_over, wait_until
 from fixtures.stand_in_server import KEY, server_process, stand_in
 from fixtures.tiny_models import save_vision_model
 
@@ -28,27 +28,11 @@ from mmr1_ds.rollout.options import engine_options, image_bounds
 from mmr1_ds.rollout.servers import process as module
 from mmr1_ds.rollout.servers.address import ServerPort
 from mmr1_ds.rollout.servers.guard import ServerGuard
-from mmr1_ds.rollout.servers.process import ExternalServer, RolloutServerError, server_arguments
+from mmr1_ds.rollout.servers.process import ExternalServer, server_arguments
 
 
-def group_members(group: int) -> list[int]:
-    """Processes of a process group that are not over."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, number, *_ = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(number) == group and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.05)
+def wait_until_ready(server) -> None:
+    wait_until(server.is_ready, 30, "the server answers")
 
 
 # --- the guard ----------------------------------------------------------------------------------------------------
@@ -205,17 +189,29 @@ def test_a_key_that_no_header_can_carry(key):
 # --- life and death -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """A stand-in that answers, for tests that leave it as it is."""
+    server = stand_in(tmp_path_factory.mktemp("running") / "log")
+    server.start()
+    try:
+        wait_until_ready(server)
+        yield server
+    finally:
+        server.stop()
+
+
 def test_a_server_starts_restarts_at_its_address_and_ends(tmp_path):
     server = stand_in(tmp_path / "logs" / "server.log")
     assert not server.is_running() and not server.is_ready()
     server.start()
     try:
         url, first = server.url, server._minder.pid
-        server.wait_until_ready(30)
+        wait_until_ready(server)
         assert len(group_members(first)) == 3  # the minder, the server, its child
         server.restart()
         assert group_members(first) == []
-        server.wait_until_ready(30)
+        wait_until_ready(server)
         assert server.url == url and server.is_running()
         second = server._minder.pid
     finally:
@@ -238,27 +234,21 @@ def test_a_server_deaf_to_sigint_is_killed(tmp_path, monkeypatch):
     server = stand_in(tmp_path / "log", "deaf")
     server.start()
     group = server._minder.pid
-    server.wait_until_ready(30)
+    wait_until_ready(server)
     server.stop()
     assert group_members(group) == []
     assert "killing it" in (tmp_path / "log").read_text()
 
 
-def test_the_signals_of_a_job_manager_do_not_reach_a_server(tmp_path):
+def test_the_signals_of_a_job_manager_do_not_reach_a_server(running):
     """The trainer has them too, and may need the server until it has saved."""
-    server = stand_in(tmp_path / "log")
-    server.start()
-    try:
-        server.wait_until_ready(30)
-        members = group_members(server._minder.pid)
-        assert len(members) == 3  # the minder, the server and its own child
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            for pid in members:
-                os.kill(pid, number)
-        server.wait_until_ready(30)  # an answer: what was sent before has been dealt with
-        assert group_members(server._minder.pid) == members
-    finally:
-        server.stop()
+    members = group_members(running._minder.pid)
+    assert len(members) == 3  # the minder, the server and its own child
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        for pid in members:
+            os.kill(pid, number)
+    assert running.is_ready()  # an answer: what was sent before has been dealt with
+    assert group_members(running._minder.pid) == members
 
 
 @pytest.mark.parametrize("victim", ["server", "minder"])
@@ -266,16 +256,16 @@ def test_what_is_left_of_a_killed_server_is_ended(tmp_path, victim):
     server = stand_in(tmp_path / "log")
     server.start()
     try:
-        server.wait_until_ready(30)
+        wait_until_ready(server)
         group = server._minder.pid
-        children = Path(f"/proc/{group}/task/{group}/children").read_text().split()
-        os.kill(group if victim == "minder" else int(children[0]), signal.SIGKILL)
-        wait_until(lambda: not server.is_running())
+        [child] = psutil.Process(group).children()
+        os.kill(group if victim == "minder" else child.pid, signal.SIGKILL)
+        wait_until(lambda: not server.is_running(), 30, "the death is seen")
         if victim == "server":
             assert group_members(group) == []
             assert "exit code -9" in server.last_words()
         else:
-            wait_until(lambda: not Path(f"/proc/{children[0]}/exe").exists())  # a zombie has none
+            wait_until(lambda: not child.is_running() or is_over(child), 30, "the server ends with its minder")
     finally:
         server.stop()
     assert group_members(group) == []
@@ -289,7 +279,7 @@ def test_a_killed_owner_leaves_no_process(tmp_path):
         members = group_members(int(group))
         owner.kill()
     assert len(members) == 3
-    wait_until(lambda: group_members(int(group)) == [])
+    wait_until(lambda: group_members(int(group)) == [], 30, "all of the server ends")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((urlsplit(url).hostname, urlsplit(url).port))
 
@@ -299,41 +289,21 @@ def test_a_server_that_does_not_start_is_explained(tmp_path):
     log.write_text("KeyError: of an earlier run\n")
     server = stand_in(log, "dies")
     server.start()
-    with pytest.raises(RolloutServerError) as caught:
-        server.wait_until_ready(30)
+    wait_until(lambda: not server.is_running(), 30, "it ends")
+    assert server.last_words() == f"its log {log} ends with: ValueError: no such model"
     server.stop()
-    text = str(caught.value)
-    assert re.match(rf"rollout server 2 \({server.url}\) ended after \d+ s; its log {log} ends with: ", text)
-    assert text.endswith("ValueError: no such model")
 
 
-def test_a_server_that_never_answers_is_given_up(tmp_path):
-    (tmp_path / "log").write_text("KeyError: of an earlier run\n")
-    server = stand_in(tmp_path / "log")
-    server._command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    server.start()
-    try:
-        with pytest.raises(RolloutServerError, match=r"does not answer after 0 s; its log \S+ ends with: --- "):
-            server.wait_until_ready(0.2)
-    finally:
-        server.stop()
-
-
-def test_a_server_of_somebody_else(tmp_path):
-    own = stand_in(tmp_path / "log")
-    external = ExternalServer(own.url + "/", KEY)
-    assert not external.is_ready() and "no answer to /health" in external.last_words()
-    own.start()
-    try:
-        own.wait_until_ready(30)
-        assert external.is_ready() and external.is_running() and external.num_workers == 3
-        stranger = ExternalServer(own.url, "another")
-        assert not stranger.is_ready() and "refuses the key" in stranger.last_words()
-        external.restart()
-        external.stop()
-        assert own.is_ready()  # it is not ours to end
-    finally:
-        own.stop()
+def test_a_server_of_somebody_else(running, tmp_path):
+    nobody = ExternalServer(server_process(tmp_path / "log").url, KEY)
+    assert not nobody.is_ready() and "no answer to /health" in nobody.last_words()
+    external = ExternalServer(running.url + "/", KEY)
+    assert external.is_ready() and external.is_running() and external.num_workers == 3
+    stranger = ExternalServer(running.url, "another")
+    assert not stranger.is_ready() and "refuses the key" in stranger.last_words()
+    external.restart()
+    external.stop()
+    assert running.is_ready()  # it is not ours to end
 
 
 # --- mmr1-ds serve ------------------------------------------------------------------------------------------------
@@ -430,15 +400,11 @@ def websocket_status(url, path, key=None):
 
 def processes_of(root: int) -> dict[int, str]:
     """A process and all below it, with their command lines."""
-    found, waiting = {}, [root]
-    while waiting:
-        pid = waiting.pop()
-        try:
-            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            for children in Path(f"/proc/{pid}/task").glob("*/children"):  # of each thread its own
-                waiting += map(int, children.read_text().split())
-        except OSError:
-            pass
+    owner = psutil.Process(root)
+    found = {}
+    for process in (owner, *owner.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            found[process.pid] = " ".join(process.cmdline())
     return found
 
 
@@ -478,7 +444,7 @@ def test_a_real_server(tmp_path):
         finally:
             members = processes_of(owner.pid)
             owner.kill()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members))
+    wait_until(lambda: not any(map(psutil.pid_exists, members)), 30, "all of the server ends")
     assert KEY not in log.read_text() + (tmp_path / "output").read_text()
     output.close()
 
@@ -537,5 +503,5 @@ def check_restart(url, members, owner):
     """A SIGKILL of the engine: the server goes, and is back at its address with nothing left of the first."""
     [engine] = [pid for pid, line in members.items() if "EngineCore" in line]
     os.kill(engine, signal.SIGKILL)
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members if pid != owner), 60)
-    wait_until(lambda: module._health(url, KEY) == "", 180)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in members if pid != owner), 60, "the old server ends")
+    wait_until(ExternalServer(url, KEY).is_ready, 180, "the server is back")

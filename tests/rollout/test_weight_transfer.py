@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -76,19 +75,6 @@ def test_buckets_hold_whole_layers_as_far_as_they_fit():
     assert fill_buckets([], 7) == []
 
 
-READER = """
-import json, sys
-import torch
-from mmr1_ds.rollout.servers.weights.shared_memory import BufferAddress, MappedBuffer, tensors
-address = json.loads(sys.stdin.readline())
-mapped = MappedBuffer(BufferAddress(**address))
-print("mapped", flush=True)
-for line in sys.stdin:
-    shapes, offsets = json.loads(line)
-    entries = [(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in shapes]
-    print(json.dumps([tensor.double().sum().item() for _, tensor in tensors(mapped.bytes(), entries, offsets)]))
-    sys.stdout.flush()
-"""
 WRITER = """
 import json, sys
 from dataclasses import asdict
@@ -103,28 +89,18 @@ sys.stdin.read()
 """
 
 
-def child(program):
-    return subprocess.Popen(
-        [sys.executable, "-c", program], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
 def test_a_killed_trainer_leaves_nothing_and_its_readers_keep_what_they_mapped():
-    with child(WRITER) as writer, child(READER) as reader:
-        address = writer.stdout.readline()
-        reader.stdin.write(address)
-        reader.stdin.flush()
-        assert reader.stdout.readline() == "mapped\n"
-        assert os.stat(json.loads(address)["path"]).st_mode & 0o077 == 0
-        assert json.loads(address)["path"].startswith(f"/proc/{writer.pid}/fd/")  # no name that could be left behind
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        assert not Path(json.loads(address)["path"]).exists()
-        entries = [["a", "float32", [3, 7]]]
-        reader.stdin.write(json.dumps([entries, offsets_of([("a", torch.float32, (3, 7))])[0]]) + "\n")
-        reader.stdin.flush()
-        assert json.loads(reader.stdout.readline()) == [42.0]
-        reader.stdin.close()
+    command, pipe = [sys.executable, "-c", WRITER], subprocess.PIPE
+    with subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, text=True) as writer:
+        address = BufferAddress(**json.loads(writer.stdout.readline()))
+        mapped = MappedBuffer(address)
+        assert os.stat(address.path).st_mode & 0o077 == 0
+        assert address.path.startswith(f"/proc/{writer.pid}/fd/")  # no name that could be left behind
+        writer.kill()
+    assert not Path(address.path).exists()
+    entries = [("a", torch.float32, (3, 7))]
+    ((_, tensor),) = tensors(mapped.bytes(), entries, offsets_of(entries)[0])
+    assert torch.equal(tensor, torch.full((3, 7), 2.0))
 
 
 def test_every_type_and_shape_survives_the_memory():

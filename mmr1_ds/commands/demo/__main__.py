@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from mmr1_ds.cluster.exits import EXIT_INTERRUPTED, tell
 from mmr1_ds.cluster.launch import put_own_programs_on_path
 from mmr1_ds.commands.demo.assets import prepare_assets
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.exits import EXIT_INTERRUPTED, tell
 
 logger = logging.getLogger("mmr1_ds.commands.demo")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mmr1_ds.cluster.exits import tell
 from mmr1_ds.commands.report.files import LineReader, read_metrics
 from mmr1_ds.errors import UserError
-from mmr1_ds.exits import tell
 
 ACCURACY = "val/accuracy_reward"
 PLACES = ("metrics.jsonl", "config.yaml", "generations.jsonl", "tensorboard", "logs", "checkpoints")

@@ -10,7 +10,6 @@ import contextlib
 import io
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from mmr1_ds.cluster.agreement import in_step
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.weights import CONVERTED
 from mmr1_ds.errors import UserError
+from mmr1_ds.io import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -178,15 +178,13 @@ def _to_universal(folder: Path) -> Iterator[str]:
 
     Yields: "" every few seconds while it lasts; what went wrong, at the end, when it did.
     """
-    final, temporary = folder / CONVERTED, folder / f".{CONVERTED}.tmp"
+    final = folder / CONVERTED
     if final.is_dir():
         return
     logger.info("converting %s for another number of ranks", folder)
     start = told = time.monotonic()
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        with tempfile.TemporaryFile() as log:
+        with whole_folder(final) as temporary, tempfile.TemporaryFile() as log:
             process = _start_conversion(folder, temporary, log)
             try:
                 while process.poll() is None:
@@ -205,16 +203,9 @@ def _to_universal(folder: Path) -> Iterator[str]:
                 log.seek(0)
                 lines = log.read().decode(errors="replace").strip().splitlines() or [f"exit {process.returncode}"]
                 yield f"{lines[-1]}; start on as many ranks as wrote it"
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        (folder / "latest_universal").unlink(missing_ok=True)  # the program's, naming the temporary folder
-        temporary.rename(final)
+            (folder / "latest_universal").unlink(missing_ok=True)  # the program's, naming the temporary folder
     except OSError as error:
         yield f"{error}; start on as many ranks as wrote it, or copy the checkpoint to where there is room to write"
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     logger.info("converted %s in %.0f s", folder, time.monotonic() - start)
 
 

@@ -22,8 +22,8 @@ from mmr1_ds.rollout.base import Policy, ServersGone
 from mmr1_ds.rollout.options import ImageBounds, image_bounds
 from mmr1_ds.rollout.servers.address import ServerAddress
 from mmr1_ds.rollout.servers.group import ServerGroup, Ticket
-from mmr1_ds.rollout.servers.process import ExternalServer, ServerProcess, check_key
-from mmr1_ds.rollout.servers.supervisor import Supervisor, WatchedServer
+from mmr1_ds.rollout.servers.process import ExternalServer, Server, ServerProcess, check_key, transfer_backend
+from mmr1_ds.rollout.servers.supervisor import Supervisor
 from mmr1_ds.rollout.servers.weights.transfer import ServerControl, WeightTransfer
 
 if TYPE_CHECKING:
@@ -170,9 +170,7 @@ class ServerRollout:
         """See RolloutEngine. Raises: ServersGone, and UserError when no server starts."""
         if self._transfer is None:
             self._policy = policy
-            backend = self._config.weight_transfer
-            if backend == "auto":
-                backend = "nccl" if self._ranks.on_gpu else "shared_memory"
+            backend = transfer_backend(self._config, on_gpu=self._ranks.on_gpu)
             self._transfer = WeightTransfer(policy, backend=backend, rank=self._ranks.rank, key=self._secret)
             self._wait_for_start()
         self._group.hold()
@@ -319,7 +317,7 @@ def run_servers(
     images: ImageBounds | None,
     first_device: int,
     log_folder: Path,
-) -> list[WatchedServer]:
+) -> Sequence[Server]:
     """The servers of a run: those of `server_urls`, else processes on GPUs of their own, not started yet."""
     if config.server_urls:
         return [ExternalServer(url, key) for url in config.server_urls]

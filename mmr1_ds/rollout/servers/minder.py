@@ -11,6 +11,7 @@ well, so neither gets through to this process or the server's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
+
+import psutil
 
 KILL_SECONDS = 5.0  # that the kernel has to end what is killed
 
@@ -26,7 +28,7 @@ _POLL_SECONDS = 0.5  # how often the trainer is looked for
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SIGNALS = (signal.SIGINT, signal.SIGCHLD)
 _OF_JOB_MANAGERS = (signal.SIGTERM, signal.SIGUSR1)
-_TRACKER = b"multiprocessing.resource_tracker"  # unlinks the shared memory of processes that were killed
+_TRACKER = "multiprocessing.resource_tracker"  # unlinks the shared memory of processes that were killed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,52 +72,29 @@ def _wait(server: subprocess.Popen[bytes], seconds: float) -> None:
 def _end_group() -> None:
     """Kill every other process of this group; the trackers of shared memory last, and only if they do not end."""
     for is_last in (False, True):
-        for pid in _others():
-            if is_last or _TRACKER not in _command(pid):
-                _kill(pid)
+        for process in _others():
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if is_last or _TRACKER not in " ".join(process.cmdline()):
+                    process.kill()
         deadline = time.monotonic() + KILL_SECONDS
         while time.monotonic() < deadline:
-            _reap()
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:  # orphans of the server
+                    pass
             if not _others():
                 return
             time.sleep(0.02)
 
 
-def _others() -> list[int]:
+def _others() -> list[psutil.Process]:
     """The other processes of this group that are not over."""
-    own, found = os.getpid(), []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == own:
-            continue
-        try:
-            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == own and fields[0] not in (b"Z", b"X"):  # state, parent, group
-            found.append(int(folder.name))
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            is_ours = os.getpgid(process.pid) == os.getpid() != process.pid
+            if is_ours and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                found.append(process)
     return found
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-
-
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
 
 
 def _tell(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import logging
 import os
@@ -12,10 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from mmr1_ds import io
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options
@@ -37,10 +38,6 @@ _NO_CAUSE = re.compile(r"See root cause above|\b(WARNING|INFO|DEBUG) \d\d-\d\d "
 # What a launcher tells a rank. A server is no rank; vLLM sets these for its own workers.
 _ALL_DEVICES = "MMR1_DS_VISIBLE_DEVICES"  # CUDA_VISIBLE_DEVICES as the launch script found it
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class RolloutServerError(RuntimeError):
-    """A rollout server did not start. Names its address, its log and what the log ends with."""
 
 
 def check_key(key: str, variable: str) -> None:
@@ -158,16 +155,6 @@ class ServerProcess:
         """What it says is wrong with it; empty when nothing is, and when it says nothing."""
         return _complaint(self.url, self._key)
 
-    def wait_until_ready(self, timeout_seconds: float) -> None:
-        """Return when it answers. Raises: RolloutServerError when it ends before that, or takes too long."""
-        began = time.monotonic()
-        while not self.is_ready():
-            waited = time.monotonic() - began
-            if not self.is_running() or waited > timeout_seconds:
-                fate = f"does not answer after {waited:.0f} s" if self.is_running() else f"ended after {waited:.0f} s"
-                raise RolloutServerError(f"rollout server {self._number} ({self.url}) {fate}; {self.last_words()}")
-            time.sleep(_POLL_SECONDS)
-
     def last_words(self) -> str:
         """Where its log is and how it ends, for messages."""
         line = _last_line(self._log, self._log_start)
@@ -238,13 +225,12 @@ class ExternalServer:
 
     def _count_workers(self) -> str:
         """Empty, or why they cannot be counted."""
-        try:
-            status, body = _ask(self.url, "/get_world_size", self._key)
-        except (OSError, http.client.HTTPException) as error:
-            return f"no answer to /get_world_size: {error or type(error).__name__}"
-        if status != http.client.OK:
+        status, found = _get(self.url, "/get_world_size", self._key)
+        if status is None:
+            return found
+        if status != HTTPStatus.OK:
             return f"it answers {status} to /get_world_size; start it with `mmr1-ds serve`"
-        self.num_workers = int(json.loads(body)["world_size"])
+        self.num_workers = int(json.loads(found)["world_size"])
         return ""
 
     def last_words(self) -> str:
@@ -253,6 +239,9 @@ class ExternalServer:
 
     def stop(self) -> None:
         """Nothing: it is not ours to end."""
+
+
+Server = ServerProcess | ExternalServer
 
 
 def _environment(config: RolloutConfig, key: str, *, on_gpu: bool, devices: Sequence[int]) -> dict[str, str]:
@@ -288,35 +277,27 @@ def _device_names(devices: Sequence[int], visible: str) -> list[str]:
 
 def _complaint(url: str, key: str) -> str:
     """The front end outlives an engine that died, and may never end by itself."""
-    try:
-        status, _ = _ask(url, "/health", key)
-    except (OSError, http.client.HTTPException):
-        return ""
-    return "" if status == http.client.OK else f"it answers {status} to /health"
+    status, _ = _get(url, "/health", key)
+    return "" if status in (None, HTTPStatus.OK) else f"it answers {status} to /health"
 
 
 def _health(url: str, key: str) -> str:
     """Empty when /health says yes, else what is wrong."""
-    try:
-        status, _ = _ask(url, "/health", key)
-    except (OSError, http.client.HTTPException) as error:
-        return f"no answer to /health: {error or type(error).__name__}"
-    if status == http.client.UNAUTHORIZED:
+    status, found = _get(url, "/health", key)
+    if status is None:
+        return found
+    if status == HTTPStatus.UNAUTHORIZED:
         return "it refuses the key; give the run and the server the same"
-    return "" if status == http.client.OK else f"it answers {status} to /health"
+    return "" if status == HTTPStatus.OK else f"it answers {status} to /health"
 
 
-def _ask(url: str, path: str, key: str) -> tuple[int, bytes]:
-    """Status and body of a GET. No proxy of the environment is asked. Raises: OSError, HTTPException."""
-    parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.netloc, timeout=_ANSWER_SECONDS)
+def _get(url: str, path: str, key: str) -> tuple[int | None, str]:
+    """Status and content of the answer; without one, None and why."""
     try:
-        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
+        answer = io.ask("GET", url + path, key, timeout_seconds=_ANSWER_SECONDS)
+    except (OSError, HTTPException) as error:
+        return None, f"no answer to {path}: {error or type(error).__name__}"
+    return answer.status, answer.content.decode(errors="replace")
 
 
 def _last_line(log: Path, start: int) -> str:

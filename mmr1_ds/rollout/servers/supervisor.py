@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from mmr1_ds.rollout.servers.address import ServerAddress
+from mmr1_ds.rollout.servers.process import Server
 
 logger = logging.getLogger(__name__)
 
@@ -19,37 +19,9 @@ _FIRST_PAUSE_SECONDS = 1.0  # between starts that fail, doubled each time
 _LONGEST_PAUSE_SECONDS = 60.0
 
 
-class WatchedServer(Protocol):
-    """A server that this process started, or one that somebody else runs."""
-
-    url: str
-    num_workers: int
-
-    def start(self) -> None:
-        """Spawn it; returns at once."""
-
-    def restart(self) -> None:
-        """End it and spawn it again; returns when the old one is gone."""
-
-    def is_running(self) -> bool:
-        """Whether its process lives."""
-
-    def is_ready(self) -> bool:
-        """Whether it answers; takes a few seconds at most."""
-
-    def complaint(self) -> str:
-        """What it says is wrong with it; empty when nothing is, and when it says nothing."""
-
-    def last_words(self) -> str:
-        """Where its log is and how it ends, for messages."""
-
-    def stop(self) -> None:
-        """End it; returns when it is gone."""
-
-
 @dataclass
 class _State:
-    server: WatchedServer
+    server: Server
     generation: int = 0  # starts so far
     started_at: float = 0.0
     asked_at: float = 0.0
@@ -65,7 +37,7 @@ class Supervisor:
     """Watches the servers from a thread of its own, so that a restart needs nothing of the training."""
 
     def __init__(
-        self, servers: Sequence[WatchedServer], start_seconds: float, clock: Callable[[], float] = time.monotonic
+        self, servers: Sequence[Server], start_seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """start_seconds: a server that does not answer for so long after its start is started again."""
         self._states = [_State(server) for server in servers]

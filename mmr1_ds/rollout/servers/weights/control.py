@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from http import HTTPStatus
+from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
 
+from mmr1_ds import io
 from mmr1_ds.rollout.servers.address import ServerAddress
 
 _NUM_TRIES = 20  # of a cache that is still held, a tenth of a second apart
@@ -55,7 +56,7 @@ class ServerControl:
             try:
                 self._ask(server, route, body(server) if callable(body) else body)
                 answers[server.number] = None
-            except (OSError, http.client.HTTPException, _Refused) as error:
+            except (OSError, HTTPException, _Refused) as error:
                 answers[server.number] = str(error) or type(error).__name__
                 if on_failure is not None:
                     on_failure()
@@ -139,19 +140,10 @@ class ServerControl:
         raise _Refused("it did not succeed")
 
     def _post(self, server: ServerAddress, route: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        parts = urlsplit(server.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        # Plain connections: no proxy of the environment and no redirection ever sees the key.
-        connection = kind(parts.hostname or "", parts.port, timeout=self._timeout_seconds)
-        try:
-            headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
-            connection.request("POST", f"/{route}", None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            text = response.read(1 << 20).decode(errors="replace")
-        finally:
-            connection.close()
-        if response.status != http.client.OK:
-            raise _Refused(f"HTTP {response.status} {_message(text)}")
+        found = io.ask("POST", f"{server.url}/{route}", self._key, body, timeout_seconds=self._timeout_seconds)
+        text = found.content.decode(errors="replace")
+        if found.status != HTTPStatus.OK:
+            raise _Refused(f"HTTP {found.status} {_message(text)}")
         try:
             answer = json.loads(text or "{}")
         except ValueError:

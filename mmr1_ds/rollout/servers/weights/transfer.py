@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from mmr1_ds.cluster.launch import free_port
 from mmr1_ds.rollout.base import Policy
 from mmr1_ds.rollout.servers.address import ServerAddress
 from mmr1_ds.rollout.servers.weights.control import ServerControl
@@ -146,7 +147,7 @@ class BuiltInTransfer:
         return NCCLTrainerInitInfo(
             rank=self._rank,
             master_address=address,
-            master_port=_free_port(address),
+            master_port=free_port(address),
             world_size=1 + sum(server.num_workers for server in servers),
             packed=True,
             packed_buffer_size_bytes=chunk_bytes,
@@ -207,12 +208,6 @@ def address_for(servers: Sequence[ServerAddress]) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((elsewhere[0], 9))  # sends nothing: it only chooses the interface
         return str(probe.getsockname()[0])
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
 
 
 def _as_json(update_info: dict[str, Any]) -> dict[str, Any]:

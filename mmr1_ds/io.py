@@ -1,0 +1,125 @@
+"""What leaves this process: files that are whole or not there at all, and one HTTP request."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPResponse
+from pathlib import Path
+from typing import Any
+
+MOST_BYTES = 1 << 20  # of an answer
+
+
+@contextmanager
+def whole_file(path: Path, *, has_rivals: bool = False) -> Iterator[Path]:
+    """Yield a name beside `path`; what is written there takes its place, synced to disk, or is removed on an error.
+
+    Args: has_rivals: whether other processes may write the same file meanwhile.
+    Raises: OSError; the old file, if there is one, is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if has_rivals else f".{path.name}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes, *, has_rivals: bool = False) -> None:
+    """Write a file as `whole_file` does."""
+    with whole_file(path, has_rivals=has_rivals) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, which takes that name once all is synced to disk, or is removed on an error.
+
+    Raises: OSError, also when `path` exists and is not empty.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        for part in (*temporary.rglob("*"), temporary):
+            sync(part)
+        temporary.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have what is in a file, or the names in a folder, reach the disk. Raises: OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def in_words(error: OSError) -> str:
+    """Say what the disk failed with: the system's own words, the path, and the space left on its file system."""
+    if not isinstance(error.filename, str | Path):
+        return str(error)
+    words = f"{error.strerror}: {error.filename}"
+    try:
+        usage = shutil.disk_usage(next(place for place in Path(error.filename).absolute().parents if place.exists()))
+    except (OSError, StopIteration):
+        return words
+    return f"{words} ({usage.free:,} of {usage.total:,} bytes are free there)"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server answers."""
+
+    status: int
+    content: bytes
+    headers: Mapping[str, str]  # names in any case
+
+
+class _AsAnswered(urllib.request.HTTPErrorProcessor):
+    """Takes an answer of any status as it is: a redirection that was followed would carry the key to another host."""
+
+    def http_response(self, request: urllib.request.Request, response: HTTPResponse) -> HTTPResponse:
+        return response
+
+    https_response = http_response
+
+
+def ask(
+    method: str,
+    url: str,
+    key: str | None,
+    body: Mapping[str, Any] | None = None,
+    *,
+    timeout_seconds: float,
+    most_bytes: int = MOST_BYTES,
+    through_proxies: bool = False,
+) -> Answer:
+    """Send one request and read its answer, whatever the status.
+
+    Args: key: sent as a bearer token; body: sent as JSON; timeout_seconds: of a connection, and between two bytes;
+        most_bytes: of the answer, the rest is not read; through_proxies: whether the environment's proxies are used.
+    Raises: OSError, http.client.HTTPException or ValueError (for the address) without an answer.
+    """
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers, method=method)
+    opener = urllib.request.build_opener(_AsAnswered, urllib.request.ProxyHandler(None if through_proxies else {}))
+    try:
+        with opener.open(request, timeout=timeout_seconds) as response:
+            return Answer(response.status, response.read(most_bytes), response.headers)
+    except urllib.error.URLError as error:
+        raise error.reason if isinstance(error.reason, OSError) else error from None
