@@ -10,7 +10,6 @@ from typing import Any
 from throughput_figures import STAGES
 
 from mmr1_ds.errors import UserError
-from mmr1_ds.io import write_whole
 
 SCHEMA = 1
 KEY = ("model", "ranks", "engine", "lengths", "sampling")  # what tells cells apart
@@ -45,7 +44,9 @@ def read(path: Path) -> dict[str, Any]:
 def write(found: Mapping[str, Any], path: Path) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(path)
 
 
 def cell_name(cell: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:

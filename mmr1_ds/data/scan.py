@@ -9,7 +9,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,6 @@ import numpy as np
 from mmr1_ds.config import DataConfig
 from mmr1_ds.data.rows import Row, RowReader
 from mmr1_ds.errors import UserError
-from mmr1_ds.io import whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -141,8 +139,9 @@ def _scan_in_processes(
                     new_fingerprint=key.hexdigest(),
                     cache_file_name=os.path.join(scratch, "part.arrow"),
                 )
-                with whole_file(Path(path)) as whole:
-                    feather.write_feather(scanned.data.table, str(whole), compression="zstd")
+                whole = os.path.join(scratch, "whole.arrow")
+                feather.write_feather(scanned.data.table, whole, compression="zstd")
+                os.replace(whole, path)
         return feather.read_table(path)
 
 
