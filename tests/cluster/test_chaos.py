@@ -50,7 +50,7 @@ class Run:
 
     def finish(self) -> list[int]:
         """The exit codes; nothing of the run is left."""
-        codes = [process.wait(120) for process in self._ranks]
+        codes = [process.wait(300) for process in self._ranks]
         self.seconds = time.monotonic() - self._began
         wait_until(lambda: not processes_with(self.marker), 60, f"no process left, {processes_with(self.marker)}")
         return codes

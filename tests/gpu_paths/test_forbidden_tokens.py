@@ -34,7 +34,7 @@ def test_the_v2_runner_takes_what_we_ask_for(monkeypatch):
         collective_rpc=lambda function, args=(): [False],
     )
     monkeypatch.setattr(engine, "_start_engine", lambda *arguments: llm)
-    encoder = SimpleNamespace(forbidden_token_ids=range(NUM_FORBIDDEN), eos_token_ids=(1501,))
+    encoder = SimpleNamespace(is_multimodal=False, forbidden_token_ids=range(NUM_FORBIDDEN), eos_token_ids=(1501,))
     ranks = SimpleNamespace(on_gpu=True, any=lambda flag, stage: flag)
     config = SimpleNamespace(tensor_parallel_size=1, sleep=False)
     rollout = engine.VllmRollout(config, None, None, ranks, encoder, 1, Preemption(60.0, None))
@@ -67,7 +67,7 @@ def test_the_output_layer_of_vllm_s_model_gives_them_no_chance():
 
 def test_servers_that_could_not_take_them_are_not_started(monkeypatch):
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-    encoder = SimpleNamespace(forbidden_token_ids=range(NUM_FORBIDDEN))
+    encoder = SimpleNamespace(is_multimodal=False, forbidden_token_ids=range(NUM_FORBIDDEN))
     with pytest.raises(UserError, match="1,500 tokens that are not to be sampled, and a request to a server names"):
         ServerRollout(
             RolloutConfig(), ModelConfig(), DataConfig(), SimpleNamespace(on_gpu=True), encoder,

@@ -44,7 +44,7 @@ class VllmRollout(InTurn):
         most_images: int,
         preemption: Preemption,
     ) -> None:
-        """Collective: start the engine. Its weights are arbitrary until the first sync: reading them would be vain.
+        """Collective: start the engine. Its weights are the model folder's until the first sync.
 
         most_images: images of the prompt that has the most; the run config may allow more.
         """
@@ -169,7 +169,7 @@ def _start_engine(
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
     with phases_logged():
-        return LLM(distributed_executor_backend="external_launcher", load_format="dummy", **options)
+        return LLM(distributed_executor_backend="external_launcher", **options)
 
 
 def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:
