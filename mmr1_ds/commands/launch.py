@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -25,6 +26,8 @@ DESCRIPTION = """Check a run and print the sbatch command that starts it, launch
 trainer.nnodes and trainer.n_gpus_per_node say; with --submit also call it. Credentials belong into the environment,
 which sbatch hands on. On machines without GPUs export DS_ACCELERATOR=cpu: then the job requests none."""
 _CPUS_BESIDE_REWARDS = 4  # a rank needs them for itself, the loading of its data, vLLM
+# sbatch's own forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
 _SERVERS = ("worker.rollout.engine=server", "worker.rollout.server_urls=[http://servers:8000]")
 
 
@@ -116,6 +119,12 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     """Check the options. Raises: UserError."""
     if not SCRIPT.is_file():
         raise UserError(f"{SCRIPT} is missing; install the project from its folder (pip install --editable)")
+    if not _TIME.fullmatch(arguments.time):
+        raise UserError(f"--time {arguments.time}: expected minutes, hours:minutes:seconds or days-hours, as 24:00:00")
+    if arguments.server_nodes < 0:
+        raise UserError(f"--server-nodes must be >= 0, got {arguments.server_nodes}")
+    if arguments.cpus_per_task is not None and arguments.cpus_per_task < 1:
+        raise UserError(f"--cpus-per-task must be >= 1, got {arguments.cpus_per_task}")
     if arguments.mounts and not arguments.container:
         raise UserError("--mounts is for a container; name its image by --container")
 

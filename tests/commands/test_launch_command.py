@@ -67,6 +67,9 @@ def test_a_container_runs_its_own_python(valid, capfd):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--time=tomorrow"], "--time tomorrow: expected minutes"),
+        (["--time=90", "--server-nodes=-1"], "--server-nodes must be >= 0, got -1"),
+        (["--time=90", "--cpus-per-task=0"], "--cpus-per-task must be >= 1, got 0"),
         (["--time=90", "--mounts=/a:/a"], "--mounts is for a container"),
         (["--time=90", "trainer.nnodes=7"], "6 % 14"),
         (["--time=90", "data.sede=1"], "did you mean data.seed?"),
