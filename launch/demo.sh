@@ -30,7 +30,10 @@ echo "demo: preparing the model and the questions"
 OMP_NUM_THREADS="$(( num_cores < 4 ? num_cores : 4 ))" .venv/bin/python -m mmr1_ds.commands.demo
 
 run_dir=runs/demo
-if [[ -e "$run_dir" && "${RESUME:-0}" != 1 ]]; then
+for word in "$@"; do
+  if [[ "$word" == trainer.run_dir=* ]]; then run_dir="${word#*=}"; fi
+done
+if [[ "$run_dir" == runs/demo && -e "$run_dir" && "${RESUME:-0}" != 1 ]]; then  # a folder of the user's is left alone
   rm -rf "$run_dir.previous"
   mv "$run_dir" "$run_dir.previous"
   echo "demo: the run before is kept in $run_dir.previous"

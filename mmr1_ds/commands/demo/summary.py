@@ -17,11 +17,14 @@ REPORT = "report.html"
 
 
 def summarise(run_dir: Path) -> str:
-    """Return the summary, several lines. Raises: UserError when the run was never validated."""
-    metrics = read_metrics(LineReader(run_dir / "metrics.jsonl"))
+    """Return the summary, several lines. Raises: UserError when the run has no metrics or was never validated."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: give the directory of a run")
+    metrics = read_metrics(LineReader(path))
     accuracies = metrics.column(ACCURACY)
     if accuracies is None:
-        raise UserError(f"{run_dir / 'metrics.jsonl'} has no {ACCURACY}: set data.val_files and trainer.val_freq")
+        raise UserError(f"{path} has no {ACCURACY}: set data.val_files and trainer.val_freq")
     first, last = np.flatnonzero(np.isfinite(accuracies))[[0, -1]]
     lines = [
         f"validation accuracy {accuracies[first]:.3f} before (step {metrics.steps[first]}), "
