@@ -267,7 +267,7 @@ def test_the_summary_names_the_first_and_last_validation_and_what_there_is(tmp_p
 
 
 def test_the_summary_of_a_run_without_validation_or_without_metrics_says_so(tmp_path):
-    with pytest.raises(UserError, match="metrics.jsonl is missing: give the directory of a run"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl is missing: give the directory of a run"):
         summary.summarise(tmp_path)
     for line in ("", '{"step": 1}\n'):
         (tmp_path / "metrics.jsonl").write_text(line)
