@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
-from fixtures.launching import ROOT, environment
+from fixtures.launching import run_training
 from fixtures.tiny_models import save_text_model
 
 pytestmark = pytest.mark.slow
@@ -52,15 +50,14 @@ def arguments(tmp_path_factory):
 
 
 def start(arguments, run_dir, num_steps, *overrides):
-    command = [sys.executable, "-m", "mmr1_ds.train", *arguments, f"trainer.run_dir={run_dir}"]
-    command += [f"trainer.max_steps={num_steps}", "trainer.report_freq=null", *overrides]
-    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    own = [f"trainer.run_dir={run_dir}", f"trainer.max_steps={num_steps}", "trainer.report_freq=null"]
+    return run_training(*arguments, *own, *overrides)
 
 
 def run(arguments, run_dir, num_steps, *overrides):
     """Returns: a line of metrics a step."""
     done = start(arguments, run_dir, num_steps, *overrides)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["step"] <= num_steps and "timing_s/step" in line]
 

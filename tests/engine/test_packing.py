@@ -215,6 +215,7 @@ def test_responses_that_share_a_prompt_equal_padded_forward_and_backward(family,
     assert inputs["input_ids"].shape == (1, once + sum(n for _, n in rows))
     if encoder.is_multimodal:
         assert len(inputs["image_grid_thw"]) == sum(len(prompt.images) for prompt in prompts.values())
+        assert len(batch.vision["pixel_values"]) == int(inputs["image_grid_thw"].prod(dim=1).sum())
     causal = [size for size in varlen_calls if size == (-1, 0)]
     images = [size for size in varlen_calls if size == (-1, -1)]
     if kind == VARLEN:  # one call a layer, whatever the sequences, windows and images

@@ -1,11 +1,9 @@
 """A run whose checkpoints cannot be written trains to its end, says so, and does not look like one that is done."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from fixtures.launching import ROOT, environment
+from fixtures.launching import run_training
 from fixtures.tiny_run import write_run
 
 # The folder of the checkpoints turns into a file when the run is under way.
@@ -21,9 +19,8 @@ def test_a_run_goes_on_unsaved_and_ends_with_an_error(tmp_path):
     config = write_run(tmp_path, 2)
     reward = tmp_path / "reward.py"
     reward.write_text(reward.read_text() + TAKES_THE_FOLDER)
-    command = [sys.executable, "-m", "mmr1_ds.train", f"config={config}", "trainer.n_gpus_per_node=1"]
-    command += [f"trainer.run_dir={tmp_path / 'run'}", f"trainer.save_checkpoint_path={tmp_path / 'checkpoints'}"]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    folders = [f"trainer.run_dir={tmp_path / 'run'}", f"trainer.save_checkpoint_path={tmp_path / 'checkpoints'}"]
+    done = run_training(f"config={config}", "trainer.n_gpus_per_node=1", *folders)
     assert done.returncode == 1, done.stderr[-3000:]
     for step in (1, 2):
         assert f"the checkpoint of step {step} was not saved in {tmp_path / 'checkpoints'}: rank 0: " in done.stderr

@@ -22,11 +22,12 @@ class ModelBatch:
 
     input_ids: Tensor  # (S, L) int64, padded on the right
     attention_mask: Tensor  # (S, L) int64
-    vision: dict[str, Tensor]  # pixel_values, image_grid_thw, mm_token_type_ids (S, L); empty for text models
+    # mm_token_type_ids (S, L), image_grid_thw, and pixel_values: of each shared prompt once. Empty for text models.
+    vision: dict[str, Tensor]
     rows: Tensor  # (T,) int64: row of each response token
     columns: Tensor  # (T,) int64: position whose hidden state predicts it
     targets: Tensor  # (T,) int64: the token itself
-    shares: Tensor | None = None  # (S,) int64: the first row with the same prompt; None = not known
+    shares: Tensor  # (S,) int64: the first row with the same prompt, whose images they share
 
 
 def blank_image_prompt(encoder: PromptEncoder) -> Prompt:
@@ -65,24 +66,29 @@ def collate(pairs: Sequence[Pair], encoder: PromptEncoder, device: torch.device)
         input_ids[row, start : start + len(response)] = response
         attention_mask[row, : start + len(response)] = 1
 
+    first: dict[int, int] = {}  # a group's rows have one Prompt between them: no need to compare images
+    shares = [first.setdefault(id(prompt), row) for row, (prompt, _) in enumerate(pairs)]
+    shares += range(len(pairs), len(inputs))
     vision = {}
     if encoder.is_multimodal:
         token_types = torch.zeros(shape, dtype=torch.int64)  # 0 = text, so responses need nothing
         for row, item in enumerate(inputs):
             assert item.mm_token_type_ids is not None
             token_types[row, : starts[row]] = item.mm_token_type_ids
+        once = [item for row, item in enumerate(inputs) if shares[row] == row]
         vision = {
             "mm_token_type_ids": token_types,
-            "pixel_values": torch.cat([item.pixel_values for item in inputs if item.pixel_values is not None]),
+            "pixel_values": _to_device([item.pixel_values for item in once if item.pixel_values is not None], device),
             "image_grid_thw": torch.cat([item.image_grid_thw for item in inputs if item.image_grid_thw is not None]),
         }
-    first: dict[int, int] = {}  # a group's rows have one Prompt between them: no need to compare images
-    shares = [first.setdefault(id(prompt), row) for row, (prompt, _) in enumerate(pairs)]
-    shares += range(len(pairs), len(inputs))
     lengths_S, starts_S = torch.tensor(lengths), torch.tensor(starts)
     rows = torch.repeat_interleave(torch.arange(len(inputs)), lengths_S)
     within = torch.arange(len(targets)) - (lengths_S.cumsum(0) - lengths_S)[rows]
-    if vision:
-        vision["pixel_values"] = vision["pixel_values"].to(device)
     columns = starts_S[rows] + within - 1
     return ModelBatch(input_ids, attention_mask, vision, rows, columns, targets.to(device), torch.tensor(shares))
+
+
+def _to_device(pixels: Sequence[Tensor], device: torch.device) -> Tensor:
+    """All pixels end to end, on their way: the host waits for memory that is not pinned."""
+    joined = torch.cat(list(pixels))
+    return joined.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else joined

@@ -46,9 +46,7 @@ def pack(model: PreTrainedModel, batch: ModelBatch, prompts_once: bool = False) 
     """
     device = batch.targets.device
     real_SL = batch.attention_mask.bool()
-    first_S = torch.arange(len(real_SL))
-    if prompts_once and batch.shares is not None:
-        first_S = batch.shares
+    first_S = batch.shares if prompts_once else torch.arange(len(real_SL))
     prompts_S = real_SL.sum(dim=1) - torch.bincount(batch.rows, minlength=len(real_SL))
     in_prompt_SL = torch.arange(real_SL.shape[1]) < prompts_S[:, None]
     is_first_S = first_S == torch.arange(len(first_S))
@@ -58,17 +56,16 @@ def pack(model: PreTrainedModel, batch: ModelBatch, prompts_once: bool = False) 
     row = Row.of(kept_SL.sum(dim=1).tolist(), starts_S.tolist(), device)
 
     position_ids = (batch.attention_mask.cumsum(dim=1) - 1)[order_S][kept_SL][None]
-    inputs: dict[str, Any] = dict(batch.vision)
-    types_SL = inputs.pop("mm_token_type_ids", None)
-    if types_SL is not None:
+    inputs: dict[str, Any] = {}
+    if batch.vision:
         spatial_3SL, _ = model.base_model.get_rope_index(
             batch.input_ids,
-            mm_token_type_ids=types_SL,
-            image_grid_thw=inputs["image_grid_thw"],
+            mm_token_type_ids=batch.vision["mm_token_type_ids"],
+            image_grid_thw=batch.vision["image_grid_thw"],
             attention_mask=batch.attention_mask,
         )
         position_ids = torch.cat([position_ids[None], spatial_3SL[:, order_S][:, kept_SL][:, None]])
-        inputs |= _images_of(model, inputs, types_SL, is_first_S)
+        inputs = _images_of(model, batch, first_S)
     inputs |= {"input_ids": batch.input_ids[order_S][kept_SL][None], "position_ids": position_ids}
     places_SL = torch.empty_like(batch.input_ids)
     places_SL[order_S] = (kept_SL.reshape(-1).cumsum(0) - 1).view(kept_SL.shape)
@@ -82,22 +79,29 @@ def _on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
-def _images_of(
-    model: PreTrainedModel, vision: dict[str, Tensor], types_SL: Tensor, wanted_S: Tensor
-) -> dict[str, Tensor]:
-    """Pixels and grids of the images of the wanted rows alone."""
-    grid, pixels = vision["image_grid_thw"], vision["pixel_values"]
+def _images_of(model: PreTrainedModel, batch: ModelBatch, first_S: Tensor) -> dict[str, Tensor]:
+    """Grids and pixels of the images of the rows that stand for themselves, in their order; see `ModelBatch.vision`."""
+    grid, pixels = batch.vision["image_grid_thw"], batch.vision["pixel_values"]
+    rows_S = torch.arange(len(first_S))
     patches = grid.prod(dim=1)
     ends = (patches // model.config.vision_config.spatial_merge_size**2).cumsum(0)  # of each image, in image tokens
-    rows = torch.arange(len(types_SL)).repeat_interleave((types_SL == IMAGE_TYPE).sum(dim=1))
-    kept = wanted_S[rows[ends - 1]]
-    places = kept.repeat_interleave(patches).nonzero().squeeze(1).to(pixels.device, non_blocking=True)
-    return {"image_grid_thw": grid[kept], "pixel_values": pixels[places]}
+    types_SL = batch.vision["mm_token_type_ids"]
+    row_of = rows_S.repeat_interleave((types_SL == IMAGE_TYPE).sum(dim=1))[ends - 1]  # of each image
+    kept = (first_S == rows_S)[row_of]
+    if torch.equal(first_S, batch.shares):
+        return {"image_grid_thw": grid[kept], "pixel_values": pixels}
+    patches_S = torch.zeros(len(rows_S), dtype=torch.int64).index_add(0, row_of, patches)
+    there_S = patches_S.where(batch.shares == rows_S, torch.zeros_like(patches_S))
+    starts_S = (there_S.cumsum(0) - there_S)[batch.shares]
+    places = [torch.arange(start, start + size) for start, size in zip(starts_S, patches_S, strict=True)]
+    return {"image_grid_thw": grid, "pixel_values": pixels[torch.cat(places).to(pixels.device, non_blocking=True)]}
 
 
 def padded_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
     """The hidden state that predicts each response token, (T, H)."""
     device = batch.targets.device
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}
+    if batch.vision:
+        inputs |= _images_of(model, batch, torch.arange(len(batch.input_ids)))
     states_SLH = model.base_model(**_on_device(inputs, device), use_cache=False).last_hidden_state
     return states_SLH[batch.rows.to(device), batch.columns.to(device)]
