@@ -14,7 +14,13 @@ from dataclasses import asdict
 
 from mmr1_ds.cluster.exits import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, leave, tell
 from mmr1_ds.cluster.guard import LaunchGuard
-from mmr1_ds.cluster.launch import LaunchEnvironment, gpu_is_here, launch_environment, put_own_programs_on_path
+from mmr1_ds.cluster.launch import (
+    LaunchEnvironment,
+    gpu_is_here,
+    launch_environment,
+    long_imports,
+    put_own_programs_on_path,
+)
 from mmr1_ds.cluster.preemption import Preempted, Preemption
 from mmr1_ds.cluster.watch import EXIT_FAULT, CollectiveError
 from mmr1_ds.config import RunConfig
@@ -56,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     quiet_libraries()
     if not gpu_is_here():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed guesses, with a warning
-    from mmr1_ds.loop import composition  # imports torch and DeepSpeed
+    with long_imports():
+        from mmr1_ds.loop import composition  # imports torch and DeepSpeed
 
     try:
         trainer = prepared[0].trainer

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +126,18 @@ def device_number(local_rank: int, num_visible: int) -> int:
             "process its own GPU alone"
         )
     return local_rank
+
+
+@contextmanager
+def long_imports() -> Iterator[None]:
+    """Keep Python's garbage collector out of what is imported within, for good: a fifth of an import's time, and most
+    of that of every full collection later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def gpu_is_here(environ: Mapping[str, str] = os.environ) -> bool:

@@ -268,7 +268,8 @@ class RolloutConfig:
     dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"
     gpu_memory_utilization: Annotated[float, Range("(0, 1]")] = 0.6  # share of the GPU that vLLM may take
     kv_cache_gb: PositiveInt | None = None  # GB of vLLM's key-value cache, CPU only; null = 4
-    enforce_eager: bool = False  # true: no CUDA graphs; starts sooner, samples slower
+    # true: nothing compiled, no CUDA graphs: starts sooner, samples slower; null: on the CPU alone
+    enforce_eager: bool | None = None
     enable_chunked_prefill: bool = True  # false needs max_num_batched_tokens >= max_model_len
     tensor_parallel_size: PositiveInt = 1  # ranks that share one vLLM engine, a divisor of the ranks
     max_model_len: PositiveInt | None = None  # tokens; null = max_prompt_length + max_response_length, never less

@@ -75,7 +75,7 @@ def engine_options(
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_num_seqs": config.max_num_seqs,
         "gpu_memory_utilization": config.gpu_memory_utilization,
-        "enforce_eager": config.enforce_eager,
+        "enforce_eager": not on_gpu if config.enforce_eager is None else config.enforce_eager,
         "enable_chunked_prefill": chunked_prefill,
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: temperature and bans applied
         "hf_overrides": dict(model.override_config),

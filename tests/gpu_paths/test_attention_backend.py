@@ -26,6 +26,16 @@ def test_elsewhere_vllm_chooses(monkeypatch, capability):
     assert "attention_config" not in engine_options(monkeypatch, capability)
 
 
+@pytest.mark.parametrize(("said", "on_gpu", "eager"), [(None, True, False), (None, False, True), (False, False, False)])
+def test_a_cpu_compiles_no_model_unless_told(said, on_gpu, eager):
+    config = RunConfig()
+    config.worker.rollout.enforce_eager = said
+    chosen = options.engine_options(
+        config.worker.rollout, config.worker.actor.model, config.data, on_gpu=on_gpu, images=None
+    )
+    assert chosen["enforce_eager"] is eager
+
+
 def test_a_server_on_a_b200_is_told_on_its_command_line(monkeypatch):
     words = server_arguments(engine_options(monkeypatch, "10.0"))
     told = json.loads(words[words.index("--attention-config") + 1])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mmr1_ds.cluster.launch import long_imports
 from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
@@ -163,7 +164,8 @@ def _start_engine(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     decided, defaults = engine_environment(config, on_gpu=ranks.on_gpu)
     os.environ |= defaults | os.environ | decided
-    from vllm import LLM
+    with long_imports():
+        from vllm import LLM
 
     options = engine_options(config, model, data, on_gpu=ranks.on_gpu, images=images)
     if ranks.on_gpu:
