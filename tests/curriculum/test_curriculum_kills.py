@@ -3,14 +3,11 @@
 import json
 import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from fixtures.launching import PROGRAMS, ROOT, environment, run_ranks, wait_until
+from fixtures.launching import PROGRAMS, environment, run_ranks, wait_until, warm_processes
 
 PROGRAM = "curriculum_until_killed.py"
 NUM_STEPS = 300
@@ -38,31 +35,23 @@ def run_until_killed(folder: Path, refresh: str, num_ranks: int, after_lines: in
         port = str(probe.getsockname()[1])
     log = folder / "drawn.0.jsonl"
     before = log.read_bytes().count(b"\n") if log.exists() else 0
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAMS / PROGRAM), str(folder), refresh, str(NUM_STEPS), "7"],
-            env=environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-            ),
-            cwd=ROOT,
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(num_ranks)
-    ]  # fmt: skip
+    processes = warm_processes(num_ranks)
 
     def reached() -> bool:
         lines = log.read_bytes().count(b"\n") if log.exists() else 0
-        return lines >= before + after_lines or any(process.poll() is not None for process in processes)
+        return lines >= before + after_lines or any(process.has_ended() for process in processes)
 
     try:
+        for rank, process in enumerate(processes):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+            variables = environment(**ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            arguments = [str(PROGRAMS / PROGRAM), str(folder), refresh, str(NUM_STEPS), "7"]
+            process.start(arguments, variables, folder / f"rank{rank}.log")
         wait_until(reached, 120, f"{after_lines} more draws")
     finally:
-        running = [process for process in processes if process.poll() is None]
-        for process in running:
-            process.send_signal(signal.SIGKILL)
+        running = [process for process in processes if not process.has_ended()]
         for process in processes:
-            process.wait(30)
+            process.stop_program()
     return len(running) == num_ranks
 
 
@@ -72,7 +61,7 @@ def test_killed_runs_draw_what_an_unbroken_one_draws(tmp_path, refresh):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    run_ranks(PROGRAM, whole, refresh, str(NUM_STEPS), "7", warm=False)
+    run_ranks(PROGRAM, whole, refresh, str(NUM_STEPS), "7")
     expected = {step: (batch, probes) for step, batch, probes in drawn(whole, 0)}
     assert len(expected) == 2 * NUM_STEPS  # 1, 2, 3, 1, 2, 3, ... draws a step
     assert any(probes for _, probes in expected.values()) == (refresh == "online")
@@ -83,7 +72,7 @@ def test_killed_runs_draw_what_an_unbroken_one_draws(tmp_path, refresh):
         num_ranks, after_lines = chance.choice([1, 2, 3]), chance.randrange(1, 4 * NUM_STEPS // NUM_KILLS)
         kills += run_until_killed(broken, refresh, num_ranks, after_lines)
     assert kills >= NUM_KILLS / 2
-    run_ranks(PROGRAM, broken, refresh, str(NUM_STEPS), "7", num_ranks=2, warm=False)
+    run_ranks(PROGRAM, broken, refresh, str(NUM_STEPS), "7", num_ranks=2)
     for rank in range(3):
         if (broken / f"drawn.{rank}.jsonl").exists():
             for step, batch, probes in drawn(broken, rank):
