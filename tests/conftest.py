@@ -1,5 +1,6 @@
 """What every test module starts from."""
 
+import gc
 import logging
 import os
 import signal
@@ -9,6 +10,14 @@ import pytest
 # A background job of a script starts with SIGINT ignored, and so would every process that the tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+gc.disable()  # what the modules of tests import stays: a fifth of the time that importing it takes
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
