@@ -366,6 +366,8 @@ class TrainerConfig:
     report_freq: PositiveOrMinusOne | None = -1  # steps between reports in the run; -1 = only at the end; null = none
     save_freq: PositiveOrMinusOne = -1  # steps between checkpoints; -1 = only after the last
     save_limit: PositiveOrMinusOne = -1  # checkpoints kept; -1 = all
+    # a figure of the validation, higher is better: its best step is saved and never deleted; null = no best
+    best_metric: str | None = "val/accuracy_reward"
     save_checkpoint_path: str | None = None  # null = <run_dir>/checkpoints
     load_checkpoint_path: str | None = None  # a global_step_N folder to start from; null = none
     resume: bool = True  # resume from the newest good checkpoint in save_checkpoint_path

@@ -78,7 +78,9 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
 
         ranks = stack.enter_context(Ranks(launch, config.trainer.collective_timeout_seconds))
         _check_ranks(config, deepspeed.actor, train_data, ranks)
-        checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
+        checkpoints = Checkpoints(
+            checkpoint_directory(config), config.trainer.save_limit, ranks, config.trainer.best_metric
+        )
         start = _starting_point(config, checkpoints)
         if start is not None and deepspeed.critic is not None:
             _check_has_critic(start[1])

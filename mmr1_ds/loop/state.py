@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from mmr1_ds.cluster.preemption import Preempted, Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.loop.batches import BatchMaker
-from mmr1_ds.loop.checkpoint import Checkpoints
+from mmr1_ds.loop.checkpoint import VALIDATION, Checkpoints
 from mmr1_ds.loop.learners import Learners
 from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.monitoring.logger import MetricsLogger
@@ -64,10 +65,12 @@ class RunState:
         self._records, self._metrics_logger, self._ranks = records, metrics_logger, ranks
         self.step = 0  # steps done; within a step, its number
         self._last_saved: int | None = None  # step of the newest checkpoint
+        self._validation: dict[str, float] = {}  # of the current step, where it was validated
 
     def begin(self, step: int) -> None:
         """Take up `step`: before its work, or after it when a checkpoint of it was loaded. Not a collective."""
         self.step = self._ranks.step = step
+        self._validation = {}
 
     def log(self, metrics: dict[str, float]) -> None:
         """Log metrics of the current step, if there are any. Not a collective."""
@@ -112,15 +115,17 @@ class RunState:
                 self.log(self.save())
             self.end_if_asked()
 
-    def save_if_due(self) -> None:
-        """Save after the last step, every `save_freq` steps, and before a refresh, which may take very long.
+    def save_if_due(self, validation: dict[str, float]) -> None:
+        """Save after the last step, every `save_freq` steps, before a refresh, which may take very long, and the best.
 
         The step's figures are logged before, so that a kill leaves no step without its line.
+        Args: validation: figures of the step, empty where it was not validated.
         """
+        self._validation = validation
         is_due = self._save_freq > 0 and (
             self.step % self._save_freq == 0 or self._coordinator.refresh_due(self.step + 1)
         )
-        if is_due or self.step == self._num_steps:
+        if self._checkpoints.is_best(validation) or is_due or self.step == self._num_steps:
             self.log(self.save())
 
     def save(self, in_full: bool = True) -> dict[str, float]:
@@ -163,6 +168,8 @@ class RunState:
         if settings is not None:
             self._batches.load(folder / "rollout", settings)
         self.begin(step)
+        if (folder / VALIDATION).is_file():  # a refresh that follows saves this step again
+            self._validation = json.loads((folder / VALIDATION).read_text(encoding="utf-8"))
         self._learners.num_steps_done = self._last_saved = step
 
     def _write(self, folder: Path, advance: Callable[[int], None]) -> None:
@@ -175,6 +182,8 @@ class RunState:
         self._batches.save(folder / "rollout")
         if self._ranks.rank == 0:
             (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
+            if self._validation:
+                (folder / VALIDATION).write_text(json.dumps(self._validation), encoding="utf-8")
 
     def _is_asked_to_end(self) -> bool:
         return self._ranks.any(self._preemption.is_asked, "ask whether to end")

@@ -291,6 +291,8 @@ def _output(config: RunConfig) -> str:
         return f"{run_directory(config) / 'eval' / 'step_N'}, {newest}"
     saves = f"every {trainer.save_freq} steps" if trainer.save_freq > 0 else "after the last step"
     kept = "all kept" if trainer.save_limit == -1 else f"the last {trainer.save_limit} kept"
+    if trainer.best_metric and config.data.val_files and trainer.val_freq > 0:
+        kept += f" and the best by {trainer.best_metric}"
     return f"{run_directory(config)}; checkpoints in {checkpoint_directory(config)} {saves}, {kept}"
 
 

@@ -32,7 +32,7 @@ class Parts:
             coordinator=SimpleNamespace(refresh_due=lambda step: step in refreshes, save=lambda folder: None),
             batches=nothing,
             learners=self.learners,
-            checkpoints=SimpleNamespace(root=Path("root"), failure="", save=self.save),
+            checkpoints=SimpleNamespace(root=Path("root"), failure="", save=self.save, is_best=lambda figures: figures),
             preemption=self.preemption,
             records=SimpleNamespace(clock=StageClock, stages=lambda clock: {"timing_s/save_checkpoint": 1.0}),
             metrics_logger=SimpleNamespace(
@@ -47,11 +47,11 @@ class Parts:
         self.saved.append(step)
         return Path("root")
 
-    def learn(self, steps):
+    def learn(self, steps, validated=None):
         for step in steps:
             self.state.begin(step)
             self.learners.num_steps_done = step
-            self.state.save_if_due()
+            self.state.save_if_due((validated or {}).get(step, {}))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,12 @@ def test_steps_that_are_saved(save_freq, refreshes, expected):
     parts = Parts(save_freq, refreshes=refreshes)
     parts.learn(range(1, 10))
     assert parts.saved == expected
+
+
+def test_a_step_that_validates_best_is_saved_with_its_figures():
+    parts = Parts(save_freq=4)
+    parts.learn(range(1, 10), validated={3: {"val/accuracy_reward": 0.5}})
+    assert parts.saved == [3, 4, 8, 9]
 
 
 def test_a_refresh_is_saved_where_its_step_is_saved_anyway():
