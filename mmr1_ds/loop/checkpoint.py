@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there at all.
 
 `root/global_step_N/` is written under a temporary name, synced to disk, described by a manifest of sizes and
-digests, and only then renamed; `root/latest` and `root/best` follow last. A kill at any moment leaves the previous one loadable.
+digests, and only then renamed; `latest` and `best` beside it follow. A kill at any moment leaves the previous one
+loadable.
 A save that fails for want of space, or of the disk itself, fails on all ranks together and leaves the run and what was
 saved before as they were. The folder must be one that all ranks see.
 """
