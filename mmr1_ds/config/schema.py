@@ -364,8 +364,8 @@ class TrainerConfig:
     val_generations_to_log: NonNegativeInt = 0  # validation answers logged
     train_generations_to_log: NonNegativeInt = 8  # prompts a step whose best and worst answers go to samples.jsonl
     report_freq: PositiveOrMinusOne | None = -1  # steps between reports in the run; -1 = only at the end; null = none
-    save_freq: PositiveOrMinusOne = -1  # steps between checkpoints; -1 = only after the last
-    save_limit: PositiveOrMinusOne = -1  # checkpoints kept; -1 = all
+    save_freq: PositiveOrMinusOne | None = None  # steps between checkpoints; null = a tenth of the run; -1 = no others
+    save_limit: PositiveOrMinusOne = 3  # newest checkpoints kept; -1 = all
     # a figure of the validation, higher is better: its best step is saved and never deleted; null = no best
     best_metric: str | None = "val/accuracy_reward"
     save_checkpoint_path: str | None = None  # null = <run_dir>/checkpoints

@@ -15,7 +15,13 @@ from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, RunConfig
-from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory, total_training_steps
+from mmr1_ds.config.derived import (
+    checkpoint_directory,
+    resolved_critic,
+    run_directory,
+    steps_between_saves,
+    total_training_steps,
+)
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics, score_batch
@@ -265,7 +271,7 @@ def make_trainer(
         ranks=ranks,
     )
     state = RunState(
-        trainer.save_freq,
+        steps_between_saves(config, num_steps),
         not trainer.val_only,
         num_steps,
         dump_config(config),

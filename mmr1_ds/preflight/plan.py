@@ -289,7 +289,9 @@ def _output(config: RunConfig) -> str:
     if trainer.val_only:
         newest = f"N steps done by the newest checkpoint in {checkpoint_directory(config)}, 0 without one"
         return f"{run_directory(config) / 'eval' / 'step_N'}, {newest}"
-    saves = f"every {trainer.save_freq} steps" if trainer.save_freq > 0 else "after the last step"
+    saves = "every tenth of the run" if trainer.save_freq is None else f"every {trainer.save_freq} steps"
+    if trainer.save_freq == -1:
+        saves = "after the last step"
     kept = "all kept" if trainer.save_limit == -1 else f"the last {trainer.save_limit} kept"
     if trainer.best_metric and config.data.val_files and trainer.val_freq > 0:
         kept += f" and the best by {trainer.best_metric}"
