@@ -32,6 +32,7 @@ from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.critic import Critic
 from mmr1_ds.engine.model.value_model import check_reads_alike
 from mmr1_ds.engine.reference import AdapterlessReference, Reference
+from mmr1_ds.engine.weights.weight_files import has_weights_alone
 from mmr1_ds.engine.zero_engine import Sizes
 from mmr1_ds.errors import UserError, remedy, require
 from mmr1_ds.loop.batches import BatchMaker
@@ -88,8 +89,8 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             checkpoint_directory(config), config.trainer.save_limit, ranks, config.trainer.best_metric
         )
         start = _starting_point(config, checkpoints)
-        if start is not None and deepspeed.critic is not None:
-            _check_has_critic(start[1])
+        if start is not None:
+            _check_resumable(start[1], deepspeed.critic is not None)
         coordinator = _coordinator(config, train_data, num_steps, ranks)
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
@@ -273,6 +274,7 @@ def make_trainer(
     state = RunState(
         steps_between_saves(config, num_steps),
         not trainer.val_only,
+        trainer.save_model_only,
         num_steps,
         dump_config(config),
         kept_refresh,
@@ -344,8 +346,13 @@ def _bad_updates(engine: str, config: RunConfig, ranks: Ranks) -> BadUpdates:
     return BadUpdates(engine, config.trainer.max_bad_updates, ranks, run_directory(config) / "bad_batches")
 
 
-def _check_has_critic(folder: Path) -> None:
-    if not (folder / "critic").is_dir():
+def _check_resumable(folder: Path, with_critic: bool) -> None:
+    if has_weights_alone(folder / "actor"):
+        raise UserError(
+            f"{folder} has weights alone (trainer.save_model_only), no run resumes from it; begin anew with "
+            "trainer.resume=false or another trainer.experiment_name, or train the model that mmr1-ds export writes"
+        )
+    if with_critic and not (folder / "critic").is_dir():
         raise UserError(
             f"{folder} has no critic, it is of a run without algorithm.adv_estimator=gae; start elsewhere with "
             "another trainer.experiment_name, or take the estimator of that run"

@@ -33,6 +33,7 @@ class RunState:
         self,
         save_freq: int,
         saves_when_interrupted: bool,
+        weights_alone: bool,
         num_steps: int,
         config_yaml: str,
         kept_refresh: Path,
@@ -53,12 +54,13 @@ class RunState:
             save_freq: steps between checkpoints, -1 = only after the last.
             saves_when_interrupted: False for a validation alone, which learns nothing: its curriculum is empty, and a
                 save would put that in place of the checkpoint that it validates.
+            weights_alone: whether checkpoints hold nothing to resume from.
             num_steps: of the whole run.
             config_yaml: the resolved configuration, kept for `mmr1-ds export`.
             kept_refresh: the file that an unfinished refresh is kept in; a checkpoint has it as well.
         """
         self._save_freq, self._num_steps = save_freq, num_steps
-        self._saves_when_interrupted = saves_when_interrupted
+        self._saves_when_interrupted, self._weights_alone = saves_when_interrupted, weights_alone
         self._config_yaml, self._kept_refresh = config_yaml, kept_refresh
         self._actor, self._critic, self._coordinator, self._batches = actor, critic, coordinator, batches
         self._learners, self._checkpoints, self._preemption = learners, checkpoints, preemption
@@ -139,14 +141,15 @@ class RunState:
             clock("save_checkpoint"),
             self._metrics_logger.progress(_SAVE_PARTS, title, with_lines=False) as advance,
         ):
-            if in_full:
+            if in_full and not self._weights_alone:
                 self._batches.finish_ahead()
             advance(1)
 
             def write(folder: Path) -> None:
                 self._write(folder, advance)
 
-            saved = self._checkpoints.save(self.step, write, ("curriculum", "rollout"))
+            folders = () if self._weights_alone else ("curriculum", "rollout")
+            saved = self._checkpoints.save(self.step, write, folders)
             advance(1)
             if saved and self._ranks.rank == 0:
                 self._kept_refresh.unlink(missing_ok=True)
@@ -173,13 +176,17 @@ class RunState:
         self._learners.num_steps_done = self._last_saved = step
 
     def _write(self, folder: Path, advance: Callable[[int], None]) -> None:
-        self._actor.save(folder / "actor")
-        if self._critic is not None:
-            self._critic.save(folder / "critic")
+        if self._weights_alone:
+            self._actor.save_weights(folder / "actor")
+        else:
+            self._actor.save(folder / "actor")
+            if self._critic is not None:
+                self._critic.save(folder / "critic")
         advance(1)
         # From here on no collectives: a disk may fail one rank alone.
-        self._coordinator.save(folder / "curriculum")
-        self._batches.save(folder / "rollout")
+        if not self._weights_alone:
+            self._coordinator.save(folder / "curriculum")
+            self._batches.save(folder / "rollout")
         if self._ranks.rank == 0:
             (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
             if self._validation:
@@ -194,7 +201,8 @@ class RunState:
         where = f"saved in {self._checkpoints.root}" if self.step else "nothing was learned yet"
         if not self._saves_when_interrupted:
             where = "this validation is not finished"
-        return Preempted(f"{reason}: {self.step} of {self._num_steps} steps are done, {where}; start again to go on")
+        advice = "no run resumes from weights alone" if self._weights_alone else "start again to go on"
+        return Preempted(f"{reason}: {self.step} of {self._num_steps} steps are done, {where}; {advice}")
 
     def _check_saved(self) -> None:
         if self._checkpoints.failure:

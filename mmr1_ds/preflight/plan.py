@@ -363,6 +363,8 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
     if algorithm.adv_estimator != "gae" and config.worker.critic != CriticConfig():
         notes.append(f"worker.critic is not used: algorithm.adv_estimator={algorithm.adv_estimator} has no critic")
     notes += _unused(config)
+    if trainer.save_model_only:
+        notes.append("trainer.save_model_only: checkpoints are weights alone, a run that is stopped begins anew")
     if config.worker.actor.model.lora.rank > 0 and config.worker.ref.offload.offload_params:
         notes.append("worker.ref.offload.offload_params: LoRA's reference is the actor: nothing to offload")
     if val_data is None and (trainer.val_freq > 0 or trainer.val_before_train):

@@ -24,6 +24,7 @@ class Parts:
         self.state = RunState(
             save_freq,
             saves_when_interrupted,
+            False,
             9,
             "",
             Path("none"),
