@@ -358,11 +358,16 @@ class TrainerConfig:
     )  # jsonl is always on, file is EasyR1's name for it
     nnodes: PositiveInt = 1  # machines
     n_gpus_per_node: PositiveInt = 8  # ranks a node; nnodes * n_gpus_per_node must be what was launched
+    # 1e12 FLOP a second of one device, for perf/mfu_actor; null = by the GPU's name, no figure where it is not known
+    peak_tflops: PositiveFloat | None = None
     val_freq: PositiveOrMinusOne = -1  # steps between validations; -1 = none after the first
     val_before_train: bool = True  # validate before the first step
     val_only: bool = False  # validate and stop
     val_generations_to_log: NonNegativeInt = 0  # validation answers logged
     train_generations_to_log: NonNegativeInt = 8  # prompts a step whose best and worst answers go to samples.jsonl
+    # parquet: all responses of every step go to rollouts/, a part a step; null = none
+    rollout_log: Annotated[str | None, OneOf("parquet")] = None
+    rollout_log_gb: PositiveFloat = 10.0  # GB (1e9 bytes) of parts kept, the newest
     report_freq: PositiveOrMinusOne | None = -1  # steps between reports in the run; -1 = only at the end; null = none
     save_freq: PositiveOrMinusOne | None = None  # steps between checkpoints; null = a tenth of the run; -1 = no others
     save_limit: PositiveOrMinusOne = 3  # newest checkpoints kept; -1 = all

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
@@ -30,15 +32,18 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.critic import Critic
+from mmr1_ds.engine.model.flops import peak_tflops
+from mmr1_ds.engine.model.shapes import policy_shape
 from mmr1_ds.engine.model.value_model import check_reads_alike
 from mmr1_ds.engine.reference import AdapterlessReference, Reference
 from mmr1_ds.engine.weights.weight_files import has_weights_alone
 from mmr1_ds.engine.zero_engine import Sizes
-from mmr1_ds.errors import UserError, remedy, require
+from mmr1_ds.errors import UserError, first_line, remedy, require
 from mmr1_ds.loop.batches import BatchMaker
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.loop.collector import Collector
 from mmr1_ds.loop.learners import Learners
+from mmr1_ds.loop.metrics import ActorWork
 from mmr1_ds.loop.partial_batches import PartialBatchMaker
 from mmr1_ds.loop.parts import Parts
 from mmr1_ds.loop.refresh import KEPT, CurriculumRefresh
@@ -50,6 +55,7 @@ from mmr1_ds.loop.validation import Validation
 from mmr1_ds.monitoring.environment import write_environment
 from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.monitoring.rollouts import RolloutLog
 from mmr1_ds.monitoring.samples import TrainingSamples
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
 from mmr1_ds.records import SamplingSettings, ScoredGroup
@@ -119,6 +125,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
                 preemption=preemption,
             )
             stack.callback(rollout.close)
+        work = _actor_work(config, ranks)
         actor = _actor(config, deepspeed.actor, num_steps, ranks, encoder)
         advance(1)
         critic = None
@@ -152,6 +159,8 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             metrics_logger=metrics_logger,
             report=report,
             preemption=preemption,
+            work=work,
+            resumed_step=start[0] if start else 0,
         )
         if start is not None:
             trainer.parts.state.load(*start, None if config.trainer.val_only else trainer.parts.settings)
@@ -216,6 +225,8 @@ def make_trainer(
     metrics_logger: MetricsLogger,
     report: LiveReport,
     preemption: Preemption,
+    work: ActorWork | None = None,
+    resumed_step: int = 0,
 ) -> T:
     """Put the loop together from what it samples with, learns with and writes to."""
     data, worker, trainer, seed = config.data, config.worker, config.trainer, config.worker.rollout.seed
@@ -228,15 +239,22 @@ def make_trainer(
     samples = TrainingSamples(
         run_directory(config), trainer.train_generations_to_log, encoder.decode, metrics_logger, ranks
     )
+    rollouts = None
+    if trainer.rollout_log is not None and not trainer.val_only:
+        rollouts = RolloutLog(
+            run_directory(config), trainer.rollout_log_gb * 1e9, encoder.decode, resumed_step, ranks
+        )
     records = StepRecords(
         coordinator=coordinator,
         rollout=rollout,
         policy=actor,
         samples=samples,
+        rollouts=rollouts,
         metrics_logger=metrics_logger,
         preemption=preemption,
         max_prompt_length=data.max_prompt_length,
         lags=sampling.engine == "server",
+        work=work,
         ranks=ranks,
     )
     validation = Validation(
@@ -307,6 +325,21 @@ def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: 
     return Coordinator(
         config.data, data.prompt_ids, data.categories, data.fingerprint, config.worker.rollout.n, num_steps, ranks
     )
+
+
+def _actor_work(config: RunConfig, ranks: Ranks) -> ActorWork | None:
+    """Return what the MFU is computed from, where the device's peak is known, on rank 0; before ZeRO partitions."""
+    peak = config.trainer.peak_tflops
+    if peak is None and ranks.on_gpu:
+        peak = peak_tflops(torch.cuda.get_device_name())
+    if peak is None or ranks.rank > 0:
+        return None
+    try:
+        return ActorWork(policy_shape(config.worker.actor.model), peak, config.worker.actor.ppo_epochs)
+    except (AttributeError, OSError, ValueError) as error:  # a model whose own code is needed, or of another family
+        logger.warning("no perf/mfu_actor: the sizes of %s are not known (%s)", config.worker.actor.model.model_path,
+                       first_line(error))  # fmt: skip
+        return None
 
 
 def _actor(
