@@ -350,12 +350,12 @@ class TrainerConfig:
     max_steps: PositiveInt | None = None  # steps, instead of total_episodes
     critic_warmup: NonNegativeInt = 0  # gae: steps at first in which only the critic learns
     max_try_make_batch: Annotated[int, Range("[-1, inf)")] = 20  # draws a batch (online_filtering); -1, 0 = no bound
-    project_name: str = "mmr1_ds"  # name of the project at wandb
+    project_name: str = "mmr1_ds"  # name of the project at wandb, swanlab, mlflow and trackio
     experiment_name: str = "default"  # names the run directory
     run_dir: str | None = None  # null = runs/<experiment_name>
-    logger: Annotated[list[str], OneOf("console", "jsonl", "file", "tensorboard", "wandb")] = field(
-        default_factory=lambda: ["console", "jsonl"]
-    )  # jsonl is always on, file is EasyR1's name for it
+    logger: Annotated[
+        list[str], OneOf("console", "jsonl", "file", "tensorboard", "wandb", "swanlab", "mlflow", "trackio")
+    ] = field(default_factory=lambda: ["console", "jsonl"])  # jsonl is always on, file is EasyR1's name for it
     nnodes: PositiveInt = 1  # machines
     n_gpus_per_node: PositiveInt = 8  # ranks a node; nnodes * n_gpus_per_node must be what was launched
     # 1e12 FLOP a second of one device, for perf/mfu_actor; null = by the GPU's name, no figure where it is not known
@@ -368,6 +368,7 @@ class TrainerConfig:
     # parquet: all responses of every step go to rollouts/, a part a step; null = none
     rollout_log: Annotated[str | None, OneOf("parquet")] = None
     rollout_log_gb: PositiveFloat = 10.0  # GB (1e9 bytes) of parts kept, the newest
+    profile_steps: Annotated[list[int], Range("[1, inf)")] = field(default_factory=list)  # steps traced into profiles/
     report_freq: PositiveOrMinusOne | None = -1  # steps between reports in the run; -1 = only at the end; null = none
     save_freq: PositiveOrMinusOne | None = None  # steps between checkpoints; null = a tenth of the run; -1 = no others
     save_limit: PositiveOrMinusOne = 3  # newest checkpoints kept; -1 = all

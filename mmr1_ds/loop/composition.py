@@ -55,6 +55,7 @@ from mmr1_ds.loop.validation import Validation
 from mmr1_ds.monitoring.environment import write_environment
 from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.monitoring.profiles import StepProfiles
 from mmr1_ds.monitoring.rollouts import RolloutLog
 from mmr1_ds.monitoring.samples import TrainingSamples
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
@@ -250,6 +251,7 @@ def make_trainer(
         policy=actor,
         samples=samples,
         rollouts=rollouts,
+        profiles=StepProfiles(run_directory(config), trainer.profile_steps, ranks),
         metrics_logger=metrics_logger,
         preemption=preemption,
         max_prompt_length=data.max_prompt_length,
