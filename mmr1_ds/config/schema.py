@@ -237,8 +237,10 @@ class CriticConfig:
 
 @dataclass
 class RefConfig:
-    """The frozen reference."""
+    """The reference: the model that training starts from, or what follows the actor from there."""
 
+    update_freq: NonNegativeInt = 0  # steps between its moves towards the actor; 0 = it stays as it is
+    ema_decay: Annotated[float, Range("[0, 1)")] = 0.0  # share of itself that a move keeps; 0 = it becomes the actor
     offload: OffloadConfig = field(default_factory=OffloadConfig)  # offload_params only: it has no optimiser
 
 

@@ -235,7 +235,13 @@ def make_trainer(
     settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, data.max_response_length)
     turns = Turns(rollout, actor, critic)
     learners = Learners(
-        config.algorithm, trainer.critic_warmup, actor=actor, reference=reference, critic=critic, ranks=ranks
+        config.algorithm,
+        trainer.critic_warmup,
+        worker.ref.update_freq,
+        actor=actor,
+        reference=reference,
+        critic=critic,
+        ranks=ranks,
     )
     samples = TrainingSamples(
         run_directory(config), trainer.train_generations_to_log, encoder.decode, metrics_logger, ranks
@@ -424,7 +430,8 @@ def _reference(
     if config.worker.actor.model.lora.rank > 0:
         return AdapterlessReference(actor)
     temperature = config.worker.rollout.temperature
-    return Reference(config.worker.actor, _sizes(config), temperature, reference_config, ranks, encoder)
+    decay = config.worker.ref.ema_decay
+    return Reference(config.worker.actor, decay, _sizes(config), temperature, reference_config, ranks, encoder)
 
 
 def _check_installed(config: RunConfig) -> None:

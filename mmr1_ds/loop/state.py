@@ -148,7 +148,7 @@ class RunState:
             def write(folder: Path) -> None:
                 self._write(folder, advance)
 
-            folders = () if self._weights_alone else ("curriculum", "rollout")
+            folders = () if self._weights_alone else ("curriculum", "rollout", "reference")
             saved = self._checkpoints.save(self.step, write, folders)
             advance(1)
             if saved and self._ranks.rank == 0:
@@ -168,6 +168,7 @@ class RunState:
         self._actor.load(folder / "actor")
         if self._critic is not None:
             self._critic.load(folder / "critic")
+        self._learners.load_reference(folder / "reference")
         if settings is not None:
             self._batches.load(folder / "rollout", settings)
         self.begin(step)
@@ -185,6 +186,7 @@ class RunState:
         advance(1)
         # From here on no collectives: a disk may fail one rank alone.
         if not self._weights_alone:
+            self._learners.save_reference(folder / "reference")
             self._coordinator.save(folder / "curriculum")
             self._batches.save(folder / "rollout")
         if self._ranks.rank == 0:

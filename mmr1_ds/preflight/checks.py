@@ -40,6 +40,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
     _check_lora(config.worker.actor.model.lora)
+    _check_reference(config)
     _check_critic(config, world_size)
     check_reward(config.worker.reward)
     check_reward_config(config.worker.reward)
@@ -119,6 +120,17 @@ def _check_lora(lora: LoraConfig) -> None:
             re.compile(exclude)
         except re.error as error:
             raise UserError(f"{key}.exclude_modules={exclude} is no regex: {error}; write it like .*visual.*") from None
+
+
+def _check_reference(config: RunConfig) -> None:
+    ref, rank = config.worker.ref, config.worker.actor.model.lora.rank
+    if ref.update_freq and rank > 0:
+        raise UserError(
+            f"worker.ref.update_freq={ref.update_freq}: with worker.actor.model.lora.rank={rank} the reference is the "
+            "model without its adapters, which cannot move; set update_freq to 0"
+        )
+    if ref.ema_decay and not ref.update_freq:
+        raise UserError(f"worker.ref.ema_decay={ref.ema_decay:g} needs worker.ref.update_freq, which is 0; set it to 1")
 
 
 def _is_text_or_list(value: Any) -> bool:

@@ -17,7 +17,7 @@ class Parts:
     def __init__(self, save_freq=-1, saves_when_interrupted=True, refreshes=(), asked=False):
         self.saved, self.logged = [], []
         nothing = SimpleNamespace(save=lambda folder: None, load=lambda folder: None, finish_ahead=lambda: None)
-        self.learners = SimpleNamespace(num_steps_done=0)
+        self.learners = SimpleNamespace(num_steps_done=0, save_reference=nothing.save, load_reference=nothing.load)
         self.preemption = SimpleNamespace(
             begin_training=lambda: None, is_asked=asked, reason="SIGTERM received", took=lambda **seconds: None
         )
