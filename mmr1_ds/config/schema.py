@@ -58,6 +58,8 @@ class DataConfig:
     """The prompts: where they lie, how they are read, and in which order they are drawn."""
 
     train_files: Any = ""  # path, directory, hub name, each with an optional @split, or a list of them
+    # how much of a step's prompts each of train_files gives, in proportion, exactly; [] = as many as it has
+    train_weights: Annotated[list[float], Range("(0, inf)")] = field(default_factory=list)
     val_files: Any = ""  # as train_files; "" = no validation
     prompt_key: str = "prompt"  # column with the question
     answer_key: str = "answer"  # column with the ground truth the reward compares with

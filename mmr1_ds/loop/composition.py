@@ -331,7 +331,15 @@ def make_trainer(
 
 def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
     return Coordinator(
-        config.data, data.prompt_ids, data.categories, data.fingerprint, config.worker.rollout.n, num_steps, ranks
+        config.data,
+        data.prompt_ids,
+        data.categories,
+        data.fingerprint,
+        config.worker.rollout.n,
+        num_steps,
+        ranks,
+        data.sources,
+        data.source_names,
     )
 
 

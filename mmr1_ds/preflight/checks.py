@@ -8,8 +8,10 @@ from typing import Any
 
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory
 from mmr1_ds.config.ranges import MOST_ERROR, check_choices, check_ranges, value_at
-from mmr1_ds.config.schema import LoraConfig, RunConfig
+from mmr1_ds.config.schema import DataConfig, LoraConfig, RunConfig
 from mmr1_ds.curriculum.metric_names import canonical_metric, check_metrics
+from mmr1_ds.curriculum.mixture import quotas
+from mmr1_ds.data.sources import list_names
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.files import (
     check_data,
@@ -51,6 +53,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise UserError(f"trainer.load_checkpoint_path: no such folder {checkpoint!r}; give a global_step_N folder")
     train_data = check_data(config.data, "train_files")
+    _check_weights(config.data)
     val_data = check_data(config.data, "val_files") if config.data.val_files else None
     if config.trainer.val_only and val_data is None:
         raise UserError("trainer.val_only=true needs data.val_files, which is empty; set it")
@@ -104,6 +107,23 @@ def _check_curriculum(config: RunConfig) -> None:
             f"data.curriculum_metrics lists {next(name for name in names if names.count(name) > 1)} twice, "
             f"got {data.curriculum_metrics}; give each metric once, with one weight"
         )
+
+
+def _check_weights(data: DataConfig) -> None:
+    weights = data.train_weights
+    if not weights:
+        return
+    names = list_names(data.train_files)
+    if len(weights) != len(names):
+        raise UserError(
+            f"data.train_weights has {len(weights)} weights, data.train_files {len(names)} sources; give one for each"
+        )
+    for name, quota in zip(names, quotas(weights, data.rollout_batch_size), strict=True):
+        if quota == 0:
+            raise UserError(
+                f"data.train_weights={weights} gives {name} none of data.rollout_batch_size={data.rollout_batch_size} "
+                "prompts a step; raise its weight or the batch"
+            )
 
 
 def _check_lora(lora: LoraConfig) -> None:

@@ -1,4 +1,4 @@
-"""One run with what is written only on request, stopped and resumed: best checkpoint, rollouts, a profile, MFU."""
+"""A run with what is written or drawn only on request, stopped and resumed, with a dip after its best validation."""
 
 import gzip
 import json
@@ -36,6 +36,9 @@ def test_what_a_run_writes_on_request(tmp_path):
     run_dir = tmp_path / "run"
     settings = [f"config={config}", "trainer.n_gpus_per_node=1", "trainer.save_limit=1", f"trainer.run_dir={run_dir}"]
     settings += [f"data.val_files={tmp_path / 'assets' / 'val.jsonl'}", "trainer.val_freq=1", "trainer.save_freq=2"]
+    more = tmp_path / "assets" / "more.jsonl"
+    more.write_text((tmp_path / "assets" / "data.jsonl").read_text())
+    settings += [f"data.train_files=[{more},{more.with_name('data.jsonl')}]", "data.train_weights=[3,1]"]
     settings += ["trainer.peak_tflops=0.01", "trainer.rollout_log=parquet", "trainer.profile_steps=[2]"]
     for num_steps in (3, 5):
         done = run_training(*settings, f"trainer.max_steps={num_steps}")
@@ -48,6 +51,7 @@ def test_what_a_run_writes_on_request(tmp_path):
     assert cli.main(["export", f"config={run_dir / 'config.yaml'}", str(tmp_path / "out"), "--best"]) == 0
 
     assert all(line["perf/mfu_actor"] > 0 and line["perf/throughput"] > 0 for line in lines[1:])
+    assert all((line["source/more/share"], line["source/data/share"]) == (0.75, 0.25) for line in lines[1:])
     table = pandas.read_parquet(run_dir / "rollouts")
     assert table.groupby("step").size().to_dict() == dict.fromkeys(range(1, 6), 16)
     for line in lines[1:]:

@@ -38,6 +38,8 @@ def test_number_of_steps(valid, num_prompts, steps):
         ("worker.actor.optim.betas=[0.9,1.0]", "worker.actor.optim.betas must each be in [0, 1), got 1.0"),
         ("data.sampling_strategy=curiculum", "did you mean curriculum?"),
         ("trainer.logger=[console,comet]", "comet"),
+        ("data.train_weights=[2,1]", "data.train_weights has 2 weights, data.train_files 1 sources; give one for each"),
+        ("data.train_weights=[0]", "data.train_weights must each be over 0, got 0"),
         ("worker.ref.ema_decay=0.9", "needs worker.ref.update_freq, which is 0; set it to 1"),
         ("trainer.n_gpus_per_node=8", "1 * 8 = 8, but 2 processes were started"),
         ("worker.rollout.tensor_parallel_size=3", "2 % 3 = 2"),
