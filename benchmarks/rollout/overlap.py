@@ -85,7 +85,8 @@ def train(
         f"worker.rollout.max_staleness_steps={staleness}", f"data.seed={seed}", f"worker.rollout.seed={seed}",
         f"trainer.run_dir={options.runs / name}", "trainer.n_gpus_per_node=1", f"trainer.max_steps={options.steps}",
         "trainer.report_freq=null",
-        f"trainer.val_freq={options.steps}", "trainer.save_freq=-1", "trainer.logger=[jsonl]",
+        f"trainer.val_freq={options.steps}", "trainer.save_freq=-1",
+        "trainer.best_metric=null", "trainer.logger=[jsonl]",
     ]  # fmt: skip
     start = time.monotonic()
     log = options.runs / f"{name}.log"

@@ -31,9 +31,9 @@ from throughput_figures import Settings, model_shape, over_repeats, read_rows, r
 from throughput_report import SCHEMA, compare, plot, read, table, write
 
 from mmr1_ds.cluster.launch import gpu_is_here
-from mmr1_ds.commands.plan.hardware import GPUS
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.loading import load_config
+from mmr1_ds.engine.model.flops import peak_tflops
 from mmr1_ds.errors import UserError
 from mmr1_ds.monitoring.environment import describe_environment
 
@@ -225,8 +225,8 @@ def _peak(options: argparse.Namespace, on_gpu: bool) -> float | None:
     """1e12 FLOP a second of one device: as given, else by the datasheet of a GPU whose name is known."""
     if options.peak_tflops is not None or not on_gpu:
         return options.peak_tflops
-    device = describe_environment(1, on_gpu)["device"].lower()
-    return next((gpu.bf16_tflops for name, gpu in GPUS.items() if name in device), None)
+    device = describe_environment(1, on_gpu)["device"]
+    return peak_tflops(device)
 
 
 def _commit() -> str | None:

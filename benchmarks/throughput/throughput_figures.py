@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmr1_ds.commands.plan import flops
-from mmr1_ds.commands.plan.flops import Work
-from mmr1_ds.commands.plan.shapes import ModelShape, policy_shape
 from mmr1_ds.config import ModelConfig
+from mmr1_ds.engine.model.flops import Work, model_flop
+from mmr1_ds.engine.model.shapes import ModelShape, policy_shape
 
 STAGES = {  # shown -> of `timing_s/*`
     "generate": ("gen",),
@@ -23,7 +22,6 @@ STAGES = {  # shown -> of `timing_s/*`
     "sync": ("sync",),
     "draw": ("draw",),
 }
-CAUSAL = 0.5  # of the attention is computed
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,7 @@ def _utilisation(
     prompt, response = figures["prompt_tokens"], figures["response_tokens"]
     count = settings.num_responses
     work = Work([prompt + response] * count, response * count)
-    forward = flops.forward(shape, work, CAUSAL)
-    backward = flops.backward(shape, work, CAUSAL)
-    text = forward.text + forward.head
-    update = text + backward.text + backward.head
+    text, update = model_flop(shape, work)
     passes = sum(f"timing_s/{name}" in steps[-1] for name in ("old", "ref"))
     peak = peak_tflops * 1e12 * settings.ranks
     return {

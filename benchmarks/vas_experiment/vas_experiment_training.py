@@ -75,6 +75,10 @@ class NoCheckpoints:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def is_best(self, validation: object) -> bool:
+        """See Checkpoints."""
+        return False
+
     def save(self, step: int, write: object, folders: object) -> None:
         """See Checkpoints."""
 

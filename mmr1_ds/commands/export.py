@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Write a checkpoint's policy as Hugging Face safetensors, with configuration, tokenizer, processor and
 chat template, for transformers and vLLM. Name the run by its configuration (config=FILE key=value ...: its newest
-checkpoint) or the checkpoint's folder (then its run's config.yaml must exist; or name it too). Needs no GPU and no
-other rank. Memory: the whole model on the CPU, in the type that is written and in float32."""
+checkpoint, with --best its best) or the checkpoint's folder (then its run's config.yaml must exist; or name it too).
+Needs no GPU and no other rank. Memory: the whole model on the CPU, in the type that is written and in float32."""
 _CONFIG = "config.yaml"
 _SECONDS = 600.0  # there is one rank: nothing waits
 _FOLDER = "CHECKPOINT_FOLDER"
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merge-lora", action="store_true", help="add the adapters to the weights; else they are written alone"
     )
+    parser.add_argument("--best", action="store_true", help="the checkpoint that was best by trainer.best_metric")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest size of a file; default: 5GB")
 
 
@@ -54,13 +55,15 @@ def main(arguments: argparse.Namespace) -> int:
     folders = [Path(word) for word in arguments.source if "=" not in word]
     if len(folders) > 1:
         raise UserError(f"name one {_FOLDER}, not {len(folders)}: {' '.join(map(str, folders))}")
+    if folders and arguments.best:
+        raise UserError(f"--best is the best checkpoint of a run, not of {_FOLDER}={folders[0]}; name its config=FILE")
     if folders and not any(word.startswith("config=") for word in settings):
         settings.insert(0, f"config={_config_of(folders[0])}")
     config = load_config(settings).config
     require("gpu", "torch", "deepspeed", "transformers", purpose="mmr1-ds export")
     ranks = Ranks(LaunchEnvironment(0, 1, 0, "none"), _SECONDS)
     try:
-        folder = _checkpoint(Checkpoints(checkpoint_directory(config), -1, ranks), folders)
+        folder = _checkpoint(Checkpoints(checkpoint_directory(config), -1, ranks), folders, arguments.best)
     finally:
         ranks.close()
     logger.info("%s is undamaged; writing %s", folder, out)
@@ -83,11 +86,12 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoint(checkpoints: Checkpoints, named: list[Path]) -> Path:
+def _checkpoint(checkpoints: Checkpoints, named: list[Path], best: bool) -> Path:
     """Return the checkpoint's folder. Raises: UserError when none exists, or the named one is damaged."""
-    if named:
-        checkpoints.require(named[0], _FOLDER)
-        return named[0]
+    if named or best:
+        folder = checkpoints.named_best() if best else named[0]
+        checkpoints.require(folder, "--best" if best else _FOLDER)
+        return folder
     found = checkpoints.newest()
     if found is None:
         raise UserError(f"no undamaged checkpoint exists in {checkpoints.root}; name a {_FOLDER}")

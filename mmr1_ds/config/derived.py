@@ -48,6 +48,12 @@ def total_training_steps(config: RunConfig, num_prompts: int) -> int:
     return config.trainer.total_episodes * max(1, num_prompts // config.data.rollout_batch_size)
 
 
+def steps_between_saves(config: RunConfig, num_steps: int) -> int:
+    """Return trainer.save_freq, without one a tenth of the run's steps: a fault never costs more than that."""
+    every = config.trainer.save_freq
+    return max(1, num_steps // 10) if every is None else every
+
+
 def run_directory(config: RunConfig) -> Path:
     """Return the folder of the run: trainer.run_dir, or runs/<experiment_name>."""
     trainer = config.trainer

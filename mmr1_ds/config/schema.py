@@ -58,6 +58,8 @@ class DataConfig:
     """The prompts: where they lie, how they are read, and in which order they are drawn."""
 
     train_files: Any = ""  # path, directory, hub name, each with an optional @split, or a list of them
+    # how much of a step's prompts each of train_files gives, in proportion, exactly; [] = as many as it has
+    train_weights: Annotated[list[float], Range("(0, inf)")] = field(default_factory=list)
     val_files: Any = ""  # as train_files; "" = no validation
     prompt_key: str = "prompt"  # column with the question
     answer_key: str = "answer"  # column with the ground truth the reward compares with
@@ -237,8 +239,10 @@ class CriticConfig:
 
 @dataclass
 class RefConfig:
-    """The frozen reference."""
+    """The reference: the model that training starts from, or what follows the actor from there."""
 
+    update_freq: NonNegativeInt = 0  # steps between its moves towards the actor; 0 = it stays as it is
+    ema_decay: Annotated[float, Range("[0, 1)")] = 0.0  # share of itself that a move keeps; 0 = it becomes the actor
     offload: OffloadConfig = field(default_factory=OffloadConfig)  # offload_params only: it has no optimiser
 
 
@@ -351,22 +355,31 @@ class TrainerConfig:
     max_steps: PositiveInt | None = None  # steps, instead of total_episodes
     critic_warmup: NonNegativeInt = 0  # gae: steps at first in which only the critic learns
     max_try_make_batch: Annotated[int, Range("[-1, inf)")] = 20  # draws a batch (online_filtering); -1, 0 = no bound
-    project_name: str = "mmr1_ds"  # name of the project at wandb
+    project_name: str = "mmr1_ds"  # name of the project at wandb, swanlab, mlflow and trackio
     experiment_name: str = "default"  # names the run directory
     run_dir: str | None = None  # null = runs/<experiment_name>
-    logger: Annotated[list[str], OneOf("console", "jsonl", "file", "tensorboard", "wandb")] = field(
-        default_factory=lambda: ["console", "jsonl"]
-    )  # jsonl is always on, file is EasyR1's name for it
+    logger: Annotated[
+        list[str], OneOf("console", "jsonl", "file", "tensorboard", "wandb", "swanlab", "mlflow", "trackio")
+    ] = field(default_factory=lambda: ["console", "jsonl"])  # jsonl is always on, file is EasyR1's name for it
     nnodes: PositiveInt = 1  # machines
     n_gpus_per_node: PositiveInt = 8  # ranks a node; nnodes * n_gpus_per_node must be what was launched
+    # 1e12 FLOP a second of one device, for perf/mfu_actor; null = by the GPU's name, no figure where it is not known
+    peak_tflops: PositiveFloat | None = None
     val_freq: PositiveOrMinusOne = -1  # steps between validations; -1 = none after the first
     val_before_train: bool = True  # validate before the first step
     val_only: bool = False  # validate and stop
     val_generations_to_log: NonNegativeInt = 0  # validation answers logged
     train_generations_to_log: NonNegativeInt = 8  # prompts a step whose best and worst answers go to samples.jsonl
+    # parquet: all responses of every step go to rollouts/, a part a step; null = none
+    rollout_log: Annotated[str | None, OneOf("parquet")] = None
+    rollout_log_gb: PositiveFloat = 10.0  # GB (1e9 bytes) of parts kept, the newest
+    profile_steps: Annotated[list[int], Range("[1, inf)")] = field(default_factory=list)  # steps traced into profiles/
     report_freq: PositiveOrMinusOne | None = -1  # steps between reports in the run; -1 = only at the end; null = none
-    save_freq: PositiveOrMinusOne = -1  # steps between checkpoints; -1 = only after the last
-    save_limit: PositiveOrMinusOne = -1  # checkpoints kept; -1 = all
+    save_freq: PositiveOrMinusOne | None = None  # steps between checkpoints; null = a tenth of the run; -1 = no others
+    save_limit: PositiveOrMinusOne = 3  # newest checkpoints kept; -1 = all
+    # a figure of the validation, higher is better: its best step is saved and never deleted; null = no best
+    best_metric: str | None = "val/accuracy_reward"
+    save_model_only: bool = False  # checkpoints are weights to export, 2 bytes a parameter; no run resumes from them
     save_checkpoint_path: str | None = None  # null = <run_dir>/checkpoints
     load_checkpoint_path: str | None = None  # a global_step_N folder to start from; null = none
     resume: bool = True  # resume from the newest good checkpoint in save_checkpoint_path

@@ -65,7 +65,6 @@ IGNORED = (
     "trainer.ray_timeline",
     "trainer.remove_ckpt_after_load",
     "trainer.remove_previous_ckpt",
-    "trainer.save_model_only",
     "worker.actor.fsdp.*",
     "worker.actor.global_batch_size_per_device",
     "worker.actor.optim.training_steps",

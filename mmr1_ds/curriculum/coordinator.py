@@ -18,6 +18,7 @@ from mmr1_ds.curriculum import storage
 from mmr1_ds.curriculum.estimator import EARLY_PROBING, PROBE_RESPONSES, probe_budget
 from mmr1_ds.curriculum.history import TableHistory, batch_metrics, observations
 from mmr1_ds.curriculum.metric_names import check_metrics
+from mmr1_ds.curriculum.mixture import MixedSampler, source_metrics
 from mmr1_ds.curriculum.online import OnlineTable
 from mmr1_ds.curriculum.refresh import Refresh
 from mmr1_ds.curriculum.sampler import PromptSampler
@@ -71,6 +72,8 @@ class Coordinator:
         num_responses: int,
         num_steps: int,
         control: Control,
+        sources: np.ndarray | None = None,
+        source_names: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -78,6 +81,8 @@ class Coordinator:
             fingerprint: of the data set.
             num_responses: N of a training group.
             num_steps: of the whole run, over which probes are spread.
+            sources: (P,), the place of each prompt's source in `source_names`; None = there is one.
+        Raises: UserError for a source that data.train_weights gives a share of and that has no prompt left.
         """
         check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
         self.data, self.control = data, control
@@ -90,14 +95,19 @@ class Coordinator:
         self._last_step = 0
         self._num_draws = 0
         # The rest is rank 0's.
-        self._sampler = PromptSampler(
-            self.num_prompts,
-            data.rollout_batch_size,
-            data.seed,
-            data.sampling_strategy,
-            data.curriculum_mixture_ratio,
+        self._sources, self._source_names = sources, source_names
+        settings = (
+            data.rollout_batch_size, data.seed, data.sampling_strategy, data.curriculum_mixture_ratio,
             data.curriculum_replacement,
-        )
+        )  # fmt: skip
+        self._sampler: PromptSampler | MixedSampler
+        if data.train_weights and sources is not None:
+            for k, name in enumerate(source_names):
+                if not np.any(sources == k):
+                    raise UserError(f"data.train_weights: no prompt of {name} is short enough; leave its file out")
+            self._sampler = MixedSampler(sources, data.train_weights, *settings)
+        else:
+            self._sampler = PromptSampler(self.num_prompts, *settings)
         self._table: CurriculumTable | OnlineTable | None = None
         if self._is_rank_0 and self._is_online:
             self._table = OnlineTable(prompt_ids, fingerprint, categories, data, num_responses)
@@ -191,6 +201,8 @@ class Coordinator:
         self._num_extra_rollouts += sum(prompt.num_responses for prompt in observed) - num_training
         predicted = self.table.predicted_pass_rates(np.array([prompt.index for prompt in observed], dtype=np.int64))
         self._batch_metrics = batch_metrics(observed, predicted)
+        if self._sources is not None and len(self._source_names) > 1:
+            self._batch_metrics |= source_metrics(observed, self._sources, self._source_names)
         self._records["observations"] = observations(observed, predicted)
         self.table.finish_step(step, observed, trained)
         _ = self.table.sampling_weights  # computed here, in the time of this stage, and not with the metrics
@@ -388,7 +400,7 @@ class Coordinator:
                 f"keep data.curriculum_refresh and data.sampling_strategy, or set trainer.resume=false"
             )
         positions = self.table.load(state["table"], state["numbers"], state["fingerprint"])
-        changed = {name: (old, self._settings()[name]) for name, old in state["settings"].items()}
+        changed = {name: (old, self._settings().get(name)) for name, old in state["settings"].items()}
         changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
         if changed:
             listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
@@ -413,6 +425,7 @@ class Coordinator:
             "data.seed": self.data.seed,
             "data.rollout_batch_size": self.data.rollout_batch_size,
             "data.sampling_strategy": self.data.sampling_strategy,
+            **({"data.train_weights": list(self.data.train_weights)} if self.data.train_weights else {}),
             "data.curriculum_mixture_ratio": self.data.curriculum_mixture_ratio,
             "data.curriculum_replacement": self.data.curriculum_replacement,
             "data.curriculum_metrics": list(self.data.curriculum_metrics),

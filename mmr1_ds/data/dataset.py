@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class TextColumn(Sequence[str]):
 class PromptDataset:
     """The P prompts of a run, in the order of the files. A row is read and its images are decoded on access.
 
-    `prompt_ids` and `categories` are sequences of P strings.
+    `prompt_ids` and `categories` are sequences of P strings; `sources` is (P,) int64, places in `source_names`.
     """
 
     def __init__(self, readers: list[RowReader], scan: Scan, data: DataConfig, prompt_encoder: PromptEncoder) -> None:
@@ -63,6 +64,8 @@ class PromptDataset:
         self.prompt_ids = TextColumn(scan.prompt_ids.take(self._rows))
         self.categories = TextColumn(scan.categories.take(self._rows))
         self.fingerprint = _fingerprint(self.prompt_ids, data)
+        self.sources = np.searchsorted(self._starts, self._rows, side="right") - 1
+        self.source_names = _short_names([reader.name for reader in readers])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -140,6 +143,12 @@ def load_dataset(
     if limit_images > 0:
         dataset.check_images(limit_images)
     return dataset
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Return the files' names without folder and suffix; with their places where two are alike."""
+    stems = [PurePath(name).stem for name in names]
+    return [stem if stems.count(stem) == 1 else f"{place}_{stem}" for place, stem in enumerate(stems)]
 
 
 def _kept_rows(lengths: np.ndarray, data: DataConfig) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.model.batching import end_to_end
 from mmr1_ds.engine.model.policy import exact_types, load_policy
 from mmr1_ds.engine.weights.gathering import weight_buckets, weights_digest, whole_parameters
+from mmr1_ds.engine.weights.weight_files import write_weights
 from mmr1_ds.engine.zero_engine import Learner, Sizes, TokenLoss, start_deepspeed
 from mmr1_ds.records import Pair, Trajectory, WeightInfo
 
@@ -88,6 +90,10 @@ class Actor(Learner):
     def weights_digest(self) -> str:
         """A name for these very weights, whatever the number of ranks. Collective: gathers them as a sync does."""
         return weights_digest(self.weights())
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the weights alone, adapters added to them. Collective. Raises: SaveFailed, on every rank."""
+        write_weights(self.weights(), folder, self._ranks)
 
     def needs_old_log_probs(self, num_trajectories: int) -> bool:
         """False when the batch is one optimiser step: then the old policy is the policy itself."""

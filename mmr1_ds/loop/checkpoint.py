@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there at all.
 
 `root/global_step_N/` is written under a temporary name, synced to disk, described by a manifest of sizes and
-digests, and only then renamed; `root/latest` follows last. A kill at any moment leaves the previous one loadable.
+digests, and only then renamed; `latest` and `best` beside it follow. A kill at any moment leaves the previous one
+loadable.
 A save that fails for want of space, or of the disk itself, fails on all ranks together and leaves the run and what was
 saved before as they were. The folder must be one that all ranks see.
 """
@@ -11,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,18 @@ from mmr1_ds.io import in_words, sync, write_whole
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_LATEST = "latest"
+VALIDATION = "validation.json"  # a checkpoint's figures on the validation data, where its step was validated
+_LATEST, _BEST = "latest", "best"
 _FOLDER = re.compile(r"global_step_(\d+)")
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, root: Path, save_limit: int, ranks: Ranks) -> None:
-        """save_limit: how many to keep, -1 for all."""
-        self.root, self._save_limit, self._ranks = root, save_limit, ranks
-        self._own: set[int] = set()  # steps that this run saved or goes on from
+    def __init__(self, root: Path, save_limit: int, ranks: Ranks, best_metric: str | None = None) -> None:
+        """save_limit: how many to keep beside the best, -1 for all; best_metric: by which one is best, None = none."""
+        self.root, self._save_limit, self._ranks, self._best_metric = root, save_limit, ranks, best_metric
+        self._own: set[int] = set()  # steps that this run saved, or that it goes on from
         self._damaged: set[int] = set()  # steps that were found damaged
         self.failure = ""  # why the last save failed; empty when it did not
 
@@ -88,6 +91,51 @@ class Checkpoints:
         shutil.rmtree(replaced, ignore_errors=True)
         sync(self.root)
         write_whole(self.root / _LATEST, f"{final.name}\n".encode())
+        best = self._best(and_step=step)
+        if best is not None:
+            write_whole(self.root / _BEST, f"global_step_{best}\n".encode())
+        else:  # the named one was set aside
+            (self.root / _BEST).unlink(missing_ok=True)
+
+    def is_best(self, validation: Mapping[str, float]) -> bool:
+        """Return whether a validation is better than that of every checkpoint. Collective: the figures of all ranks."""
+        if self._best_metric is None or not validation:
+            return False
+        score, is_better = validation.get(self._best_metric, math.nan), False
+        if not math.isfinite(score):
+            names = ", ".join(name for name in sorted(validation) if name.startswith("val/"))
+            logger.warning("no best checkpoint: the validation has no trainer.best_metric=%s, but %s",
+                           self._best_metric, names)  # fmt: skip
+        elif self._ranks.rank == 0:
+            best = self._best()
+            is_better = best is None or score > self._score(best)
+        return self._ranks.any(is_better, "compare with the best checkpoint")
+
+    def named_best(self) -> Path:
+        """Return the folder that `best` names. Raises: UserError without one."""
+        try:
+            return self.root / (self.root / _BEST).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            raise UserError(
+                f"{self.root} has no best checkpoint; a run keeps one with data.val_files, trainer.val_freq and "
+                "trainer.best_metric"
+            ) from None
+
+    def _best(self, and_step: int | None = None) -> int | None:
+        """Return the step of this run's best checkpoint, the earliest of equals; None without one.
+
+        and_step: counts as this run's too.
+        """
+        own = [step for step in self._steps() if step in self._own or step == and_step]
+        return max((step for step in own if math.isfinite(self._score(step))), key=self._score, default=None)
+
+    def _score(self, step: int) -> float:
+        """The best_metric of a checkpoint; NaN without it."""
+        try:
+            text = (self.root / f"global_step_{step}" / VALIDATION).read_text(encoding="utf-8")
+            return float(json.loads(text).get(self._best_metric, math.nan))
+        except (OSError, ValueError):
+            return math.nan
 
     def _on_main(self, stage: str, action: Callable[[], None]) -> None:
         """Do it on rank 0; see `in_step`."""
@@ -96,10 +144,11 @@ class Checkpoints:
     def newest(self) -> tuple[int, Path] | None:
         """Step and folder of the newest undamaged checkpoint; damaged ones are named and passed over. Collective."""
         self._check_latest()
-        for step, folder in sorted(self._list(), reverse=True):
+        listed = self._list()
+        for step, folder in sorted(listed, reverse=True):
             damage = self.damage(folder)
             if not damage:
-                self._own.add(step)
+                self._own.update(earlier for earlier, _ in listed if earlier <= step)
                 return step, folder
             self._damaged.add(step)
             if self._ranks.rank == 0:
@@ -179,7 +228,7 @@ class Checkpoints:
         return sorted(int(match[1]) for path in self.root.iterdir() if (match := _FOLDER.fullmatch(path.name)))
 
     def _prune(self, newest: int) -> None:
-        """Delete what is over the limit: damaged ones first, then the oldest, never the one just written.
+        """Delete what is over the limit: damaged ones first, then the oldest, never the one just written or the best.
 
         What was converted for another number of ranks goes with it: the next start has this one.
         """
@@ -187,7 +236,7 @@ class Checkpoints:
             for converted in self.root.glob(f"global_step_*/*/{CONVERTED}"):
                 shutil.rmtree(converted)
             if self._save_limit > 0:
-                others = [step for step in self._steps() if step != newest]
+                others = [step for step in self._steps() if step not in (newest, self._best())]
                 others.sort(key=lambda step: (not self._looks_damaged(step), step))
                 for step in others[: max(0, len(others) - (self._save_limit - 1))]:
                     shutil.rmtree(self.root / f"global_step_{step}")

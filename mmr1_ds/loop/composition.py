@@ -11,11 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, RunConfig
-from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory, total_training_steps
+from mmr1_ds.config.derived import (
+    checkpoint_directory,
+    resolved_critic,
+    run_directory,
+    steps_between_saves,
+    total_training_steps,
+)
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics, score_batch
@@ -24,14 +32,18 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.critic import Critic
+from mmr1_ds.engine.model.flops import peak_tflops
+from mmr1_ds.engine.model.shapes import policy_shape
 from mmr1_ds.engine.model.value_model import check_reads_alike
 from mmr1_ds.engine.reference import AdapterlessReference, Reference
+from mmr1_ds.engine.weights.weight_files import has_weights_alone
 from mmr1_ds.engine.zero_engine import Sizes
-from mmr1_ds.errors import UserError, remedy, require
+from mmr1_ds.errors import UserError, first_line, remedy, require
 from mmr1_ds.loop.batches import BatchMaker
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.loop.collector import Collector
 from mmr1_ds.loop.learners import Learners
+from mmr1_ds.loop.metrics import ActorWork
 from mmr1_ds.loop.partial_batches import PartialBatchMaker
 from mmr1_ds.loop.parts import Parts
 from mmr1_ds.loop.refresh import KEPT, CurriculumRefresh
@@ -43,6 +55,8 @@ from mmr1_ds.loop.validation import Validation
 from mmr1_ds.monitoring.environment import write_environment
 from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.monitoring.profiles import StepProfiles
+from mmr1_ds.monitoring.rollouts import RolloutLog
 from mmr1_ds.monitoring.samples import TrainingSamples
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
 from mmr1_ds.records import SamplingSettings, ScoredGroup
@@ -78,10 +92,12 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
 
         ranks = stack.enter_context(Ranks(launch, config.trainer.collective_timeout_seconds))
         _check_ranks(config, deepspeed.actor, train_data, ranks)
-        checkpoints = Checkpoints(checkpoint_directory(config), config.trainer.save_limit, ranks)
+        checkpoints = Checkpoints(
+            checkpoint_directory(config), config.trainer.save_limit, ranks, config.trainer.best_metric
+        )
         start = _starting_point(config, checkpoints)
-        if start is not None and deepspeed.critic is not None:
-            _check_has_critic(start[1])
+        if start is not None:
+            _check_resumable(start[1], deepspeed.critic is not None)
         coordinator = _coordinator(config, train_data, num_steps, ranks)
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
@@ -110,6 +126,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
                 preemption=preemption,
             )
             stack.callback(rollout.close)
+        work = _actor_work(config, ranks)
         actor = _actor(config, deepspeed.actor, num_steps, ranks, encoder)
         advance(1)
         critic = None
@@ -143,6 +160,8 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             metrics_logger=metrics_logger,
             report=report,
             preemption=preemption,
+            work=work,
+            resumed_step=start[0] if start else 0,
         )
         if start is not None:
             trainer.parts.state.load(*start, None if config.trainer.val_only else trainer.parts.settings)
@@ -207,6 +226,8 @@ def make_trainer(
     metrics_logger: MetricsLogger,
     report: LiveReport,
     preemption: Preemption,
+    work: ActorWork | None = None,
+    resumed_step: int = 0,
 ) -> T:
     """Put the loop together from what it samples with, learns with and writes to."""
     data, worker, trainer, seed = config.data, config.worker, config.trainer, config.worker.rollout.seed
@@ -214,20 +235,34 @@ def make_trainer(
     settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, data.max_response_length)
     turns = Turns(rollout, actor, critic)
     learners = Learners(
-        config.algorithm, trainer.critic_warmup, actor=actor, reference=reference, critic=critic, ranks=ranks
+        config.algorithm,
+        trainer.critic_warmup,
+        worker.ref.update_freq,
+        actor=actor,
+        reference=reference,
+        critic=critic,
+        ranks=ranks,
     )
     samples = TrainingSamples(
         run_directory(config), trainer.train_generations_to_log, encoder.decode, metrics_logger, ranks
     )
+    rollouts = None
+    if trainer.rollout_log is not None and not trainer.val_only:
+        rollouts = RolloutLog(
+            run_directory(config), trainer.rollout_log_gb * 1e9, encoder.decode, resumed_step, ranks
+        )
     records = StepRecords(
         coordinator=coordinator,
         rollout=rollout,
         policy=actor,
         samples=samples,
+        rollouts=rollouts,
+        profiles=StepProfiles(run_directory(config), trainer.profile_steps, ranks),
         metrics_logger=metrics_logger,
         preemption=preemption,
         max_prompt_length=data.max_prompt_length,
         lags=sampling.engine == "server",
+        work=work,
         ranks=ranks,
     )
     validation = Validation(
@@ -263,8 +298,9 @@ def make_trainer(
         ranks=ranks,
     )
     state = RunState(
-        trainer.save_freq,
+        steps_between_saves(config, num_steps),
         not trainer.val_only,
+        trainer.save_model_only,
         num_steps,
         dump_config(config),
         kept_refresh,
@@ -295,8 +331,31 @@ def make_trainer(
 
 def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
     return Coordinator(
-        config.data, data.prompt_ids, data.categories, data.fingerprint, config.worker.rollout.n, num_steps, ranks
+        config.data,
+        data.prompt_ids,
+        data.categories,
+        data.fingerprint,
+        config.worker.rollout.n,
+        num_steps,
+        ranks,
+        data.sources,
+        data.source_names,
     )
+
+
+def _actor_work(config: RunConfig, ranks: Ranks) -> ActorWork | None:
+    """Return what the MFU is computed from, where the device's peak is known, on rank 0; before ZeRO partitions."""
+    peak = config.trainer.peak_tflops
+    if peak is None and ranks.on_gpu:
+        peak = peak_tflops(torch.cuda.get_device_name())
+    if peak is None or ranks.rank > 0:
+        return None
+    try:
+        return ActorWork(policy_shape(config.worker.actor.model), peak, config.worker.actor.ppo_epochs)
+    except (AttributeError, OSError, ValueError) as error:  # a model whose own code is needed, or of another family
+        logger.warning("no perf/mfu_actor: the sizes of %s are not known (%s)", config.worker.actor.model.model_path,
+                       first_line(error))  # fmt: skip
+        return None
 
 
 def _actor(
@@ -336,8 +395,13 @@ def _bad_updates(engine: str, config: RunConfig, ranks: Ranks) -> BadUpdates:
     return BadUpdates(engine, config.trainer.max_bad_updates, ranks, run_directory(config) / "bad_batches")
 
 
-def _check_has_critic(folder: Path) -> None:
-    if not (folder / "critic").is_dir():
+def _check_resumable(folder: Path, with_critic: bool) -> None:
+    if has_weights_alone(folder / "actor"):
+        raise UserError(
+            f"{folder} has weights alone (trainer.save_model_only), no run resumes from it; begin anew with "
+            "trainer.resume=false or another trainer.experiment_name, or train the model that mmr1-ds export writes"
+        )
+    if with_critic and not (folder / "critic").is_dir():
         raise UserError(
             f"{folder} has no critic, it is of a run without algorithm.adv_estimator=gae; start elsewhere with "
             "another trainer.experiment_name, or take the estimator of that run"
@@ -374,7 +438,8 @@ def _reference(
     if config.worker.actor.model.lora.rank > 0:
         return AdapterlessReference(actor)
     temperature = config.worker.rollout.temperature
-    return Reference(config.worker.actor, _sizes(config), temperature, reference_config, ranks, encoder)
+    decay = config.worker.ref.ema_decay
+    return Reference(config.worker.actor, decay, _sizes(config), temperature, reference_config, ranks, encoder)
 
 
 def _check_installed(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,16 +36,32 @@ class Learners:
         self,
         algorithm: AlgorithmConfig,
         critic_warmup: int,
+        reference_update_freq: int,
         *,
         actor: Actor,
         reference: Reference | AdapterlessReference | None,
         critic: Critic | None,
         ranks: Ranks,
     ) -> None:
-        """critic_warmup: steps at first in which only the critic learns."""
+        """
+        Args:
+            critic_warmup: steps at first in which only the critic learns.
+            reference_update_freq: steps after which the reference follows the actor; 0 = never.
+        """
         self._algorithm, self._critic_warmup = algorithm, critic_warmup
+        self._update_freq = reference_update_freq
         self._actor, self._reference, self._critic, self._ranks = actor, reference, critic, ranks
         self.num_steps_done = 0  # steps whose update is done
+
+    def save_reference(self, folder: Path) -> None:
+        """Write this rank's part of a reference that has moved. Not a collective. Raises: OSError."""
+        if self._reference is not None:
+            self._reference.save(folder)
+
+    def load_reference(self, folder: Path) -> None:
+        """Read what `save_reference` wrote, if anything. Collective."""
+        if self._reference is not None:
+            self._reference.load(folder)
 
     def judge(self, step: int, batch: Batch, clock: StageClock) -> Judged:
         """Compute the log-probabilities and values that the update of `step` needs. Collective."""
@@ -86,5 +103,8 @@ class Learners:
         if step > self._critic_warmup:
             with clock("update_actor"):
                 metrics |= self._actor.update(experience.trajectories)
+        if self._reference is not None and self._update_freq and step % self._update_freq == 0:
+            with clock("ref"):
+                self._reference.follow(self._actor)
         self.num_steps_done = step
         return metrics

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 
 from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.engine.model.flops import Work, model_flop
 from mmr1_ds.records import GroupRewards, RolloutGroup, ScoredGroup
 from mmr1_ds.rewards.scoring import COUNTED, RewardCounts
 
 if TYPE_CHECKING:
+    from mmr1_ds.engine.model.shapes import ModelShape
     from mmr1_ds.monitoring.clock import StageClock
     from mmr1_ds.records import Trajectory
 
@@ -42,17 +45,32 @@ def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCou
     return metrics | ranks.sum(counts, "reward failures")
 
 
+@dataclass(frozen=True)
+class ActorWork:
+    """What the share of a device's peak that the actor's update reaches is computed from."""
+
+    shape: ModelShape
+    peak_tflops: float  # 1e12 FLOP a second of one rank's device
+    num_epochs: int
+
+    def utilisation(self, lengths: np.ndarray, response_tokens: float, seconds: float, num_ranks: int) -> float:
+        """Return the MFU of an update on sequences of these lengths, in tokens."""
+        flop = self.num_epochs * model_flop(self.shape, Work(lengths.tolist(), response_tokens))[1]
+        return flop / (seconds * self.peak_tflops * 1e12 * num_ranks)
+
+
 def step_metrics(
     groups: Sequence[ScoredGroup],
     trajectories: Sequence[Trajectory],
     rewards_B: np.ndarray,
     clock: StageClock,
     max_prompt_length: int,
+    work: ActorWork | None,
     ranks: Ranks,
 ) -> dict[str, float]:
     """Compute the score, advantage, length, time and throughput figures of a training step. Collective.
 
-    Args: rewards_B: of the trajectories, less the KL where it is taken off the reward.
+    Args: rewards_B: of the trajectories, less the KL where it is taken off the reward; work: None without MFU.
     """
     local = np.array(
         [
@@ -85,6 +103,10 @@ def step_metrics(
         "perf/time_per_step": seconds,
         "perf/throughput": tokens / seconds / ranks.size,
     }
+    if work is not None and "timing_s/update_actor" in metrics:
+        metrics["perf/mfu_actor"] = work.utilisation(
+            length + prompt_length, float(length.sum()), metrics["timing_s/update_actor"], ranks.size
+        )
     for stage in _STAGES_BY_TOKEN.keys() & clock.seconds.keys():
         num_tokens = float(length.sum()) if _STAGES_BY_TOKEN[stage] == "responses" else tokens
         metrics[f"timing_per_token_ms/{stage}"] = metrics[f"timing_s/{stage}"] * 1000 / num_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from mmr1_ds.cluster.preemption import Preempted, Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.loop.batches import BatchMaker
-from mmr1_ds.loop.checkpoint import Checkpoints
+from mmr1_ds.loop.checkpoint import VALIDATION, Checkpoints
 from mmr1_ds.loop.learners import Learners
 from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.monitoring.logger import MetricsLogger
@@ -32,6 +33,7 @@ class RunState:
         self,
         save_freq: int,
         saves_when_interrupted: bool,
+        weights_alone: bool,
         num_steps: int,
         config_yaml: str,
         kept_refresh: Path,
@@ -52,22 +54,25 @@ class RunState:
             save_freq: steps between checkpoints, -1 = only after the last.
             saves_when_interrupted: False for a validation alone, which learns nothing: its curriculum is empty, and a
                 save would put that in place of the checkpoint that it validates.
+            weights_alone: whether checkpoints hold nothing to resume from.
             num_steps: of the whole run.
             config_yaml: the resolved configuration, kept for `mmr1-ds export`.
             kept_refresh: the file that an unfinished refresh is kept in; a checkpoint has it as well.
         """
         self._save_freq, self._num_steps = save_freq, num_steps
-        self._saves_when_interrupted = saves_when_interrupted
+        self._saves_when_interrupted, self._weights_alone = saves_when_interrupted, weights_alone
         self._config_yaml, self._kept_refresh = config_yaml, kept_refresh
         self._actor, self._critic, self._coordinator, self._batches = actor, critic, coordinator, batches
         self._learners, self._checkpoints, self._preemption = learners, checkpoints, preemption
         self._records, self._metrics_logger, self._ranks = records, metrics_logger, ranks
         self.step = 0  # steps done; within a step, its number
         self._last_saved: int | None = None  # step of the newest checkpoint
+        self._validation: dict[str, float] = {}  # of the current step, where it was validated
 
     def begin(self, step: int) -> None:
         """Take up `step`: before its work, or after it when a checkpoint of it was loaded. Not a collective."""
         self.step = self._ranks.step = step
+        self._validation = {}
 
     def log(self, metrics: dict[str, float]) -> None:
         """Log metrics of the current step, if there are any. Not a collective."""
@@ -112,15 +117,17 @@ class RunState:
                 self.log(self.save())
             self.end_if_asked()
 
-    def save_if_due(self) -> None:
-        """Save after the last step, every `save_freq` steps, and before a refresh, which may take very long.
+    def save_if_due(self, validation: dict[str, float]) -> None:
+        """Save after the last step, every `save_freq` steps, before a refresh, which may take very long, and the best.
 
         The step's figures are logged before, so that a kill leaves no step without its line.
+        Args: validation: figures of the step, empty where it was not validated.
         """
+        self._validation = validation
         is_due = self._save_freq > 0 and (
             self.step % self._save_freq == 0 or self._coordinator.refresh_due(self.step + 1)
         )
-        if is_due or self.step == self._num_steps:
+        if self._checkpoints.is_best(validation) or is_due or self.step == self._num_steps:
             self.log(self.save())
 
     def save(self, in_full: bool = True) -> dict[str, float]:
@@ -134,14 +141,15 @@ class RunState:
             clock("save_checkpoint"),
             self._metrics_logger.progress(_SAVE_PARTS, title, with_lines=False) as advance,
         ):
-            if in_full:
+            if in_full and not self._weights_alone:
                 self._batches.finish_ahead()
             advance(1)
 
             def write(folder: Path) -> None:
                 self._write(folder, advance)
 
-            saved = self._checkpoints.save(self.step, write, ("curriculum", "rollout"))
+            folders = () if self._weights_alone else ("curriculum", "rollout", "reference")
+            saved = self._checkpoints.save(self.step, write, folders)
             advance(1)
             if saved and self._ranks.rank == 0:
                 self._kept_refresh.unlink(missing_ok=True)
@@ -160,21 +168,31 @@ class RunState:
         self._actor.load(folder / "actor")
         if self._critic is not None:
             self._critic.load(folder / "critic")
+        self._learners.load_reference(folder / "reference")
         if settings is not None:
             self._batches.load(folder / "rollout", settings)
         self.begin(step)
+        if (folder / VALIDATION).is_file():  # a refresh that follows saves this step again
+            self._validation = json.loads((folder / VALIDATION).read_text(encoding="utf-8"))
         self._learners.num_steps_done = self._last_saved = step
 
     def _write(self, folder: Path, advance: Callable[[int], None]) -> None:
-        self._actor.save(folder / "actor")
-        if self._critic is not None:
-            self._critic.save(folder / "critic")
+        if self._weights_alone:
+            self._actor.save_weights(folder / "actor")
+        else:
+            self._actor.save(folder / "actor")
+            if self._critic is not None:
+                self._critic.save(folder / "critic")
         advance(1)
         # From here on no collectives: a disk may fail one rank alone.
-        self._coordinator.save(folder / "curriculum")
-        self._batches.save(folder / "rollout")
+        if not self._weights_alone:
+            self._learners.save_reference(folder / "reference")
+            self._coordinator.save(folder / "curriculum")
+            self._batches.save(folder / "rollout")
         if self._ranks.rank == 0:
             (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
+            if self._validation:
+                (folder / VALIDATION).write_text(json.dumps(self._validation), encoding="utf-8")
 
     def _is_asked_to_end(self) -> bool:
         return self._ranks.any(self._preemption.is_asked, "ask whether to end")
@@ -185,7 +203,8 @@ class RunState:
         where = f"saved in {self._checkpoints.root}" if self.step else "nothing was learned yet"
         if not self._saves_when_interrupted:
             where = "this validation is not finished"
-        return Preempted(f"{reason}: {self.step} of {self._num_steps} steps are done, {where}; start again to go on")
+        advice = "no run resumes from weights alone" if self._weights_alone else "start again to go on"
+        return Preempted(f"{reason}: {self.step} of {self._num_steps} steps are done, {where}; {advice}")
 
     def _check_saved(self) -> None:
         if self._checkpoints.failure:

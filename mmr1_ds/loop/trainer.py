@@ -33,8 +33,9 @@ class Trainer:
                 state.take_refresh(parts.refresh.run_if_due(self.step))
                 state.begin(self.step + 1)
                 state.log(self.train_step())
-                state.log(parts.validation.run_if_due(self.step))
-                state.save_if_due()
+                validated = parts.validation.run_if_due(self.step)
+                state.log(validated)
+                state.save_if_due(validated)
                 parts.report.after_step(self.step)
             parts.report.finish()
 

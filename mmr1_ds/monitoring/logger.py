@@ -19,12 +19,12 @@ from mmr1_ds.config import TrainerConfig
 from mmr1_ds.config.ranges import check_loggers
 from mmr1_ds.config.redaction import hide_in_tracebacks, redacted
 from mmr1_ds.monitoring.progress import is_terminal, progress
+from mmr1_ds.monitoring.trackers import open_trackers
 from mmr1_ds.monitoring.writers import (
     BarWriter,
     ConsoleWriter,
     JsonLinesWriter,
     TensorboardWriter,
-    WandbWriter,
     Writer,
 )
 
@@ -98,7 +98,7 @@ class MetricsLogger:
             total_steps: of the whole run, for progress.
             resumed_step: the checkpoint's step; what was logged after it is dropped. 0 for a fresh run, which
                 renames what an earlier one logged to metrics.1.jsonl and so on.
-            run_config: resolved; stored with wandb, values that look like secrets left out.
+            run_config: resolved; stored with trackers, values that look like secrets left out.
             is_main: False gives a logger that writes nothing.
         Raises: UserError for an unknown name.
         """
@@ -113,8 +113,7 @@ class MetricsLogger:
                 writers.append(BarWriter(total_steps, resumed_step))
         if "tensorboard" in trainer.logger:
             writers.append(TensorboardWriter(run_dir, resumed_step))
-        if "wandb" in trainer.logger:
-            writers.append(WandbWriter(trainer, run_dir, run_config))
+        writers += open_trackers(trainer, run_dir, resumed_step, run_config)
         return cls(writers, files.elapsed_seconds)
 
     @property

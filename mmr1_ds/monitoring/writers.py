@@ -1,4 +1,4 @@
-"""The places that metrics and records are written to: JSON lines files, the console, tensorboard, wandb."""
+"""The places that metrics and records are written to: JSON lines files, the console, tensorboard. More: `trackers`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import itertools
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mmr1_ds.config import TrainerConfig
-from mmr1_ds.config.redaction import without_secrets
 from mmr1_ds.errors import UserError, remedy
 from mmr1_ds.io import in_words, write_whole
 from mmr1_ds.monitoring.progress import FIGURES, TimeLeft, bar_of, format_duration
@@ -243,7 +240,7 @@ class TensorboardWriter(Writer):
         self._writer.flush()
 
     def record(self, name: str, step: int, row: Mapping[str, Any]) -> None:
-        for key, counts, edges in _histograms(name, row):
+        for key, counts, edges in histograms(name, row):
             middles = [(low + high) / 2 for low, high in pairwise(edges)]
             total = sum(count * middle for count, middle in zip(counts, middles, strict=True))
             squares = sum(count * middle * middle for count, middle in zip(counts, middles, strict=True))
@@ -256,53 +253,8 @@ class TensorboardWriter(Writer):
         self._writer.close()
 
 
-class WandbWriter(Writer):
-    """Writes to Weights & Biases; offline, in `<run_dir>/wandb`, for users without an account."""
-
-    def __init__(self, trainer: TrainerConfig, run_dir: Path, run_config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(f"trainer.logger has wandb, which does not import ({error}); {remedy('gpu')}") from error
-        self._wandb = wandb
-        mode: Literal["offline"] | None = None  # None leaves it to wandb's own rules
-        if "WANDB_API_KEY" not in os.environ and "WANDB_MODE" not in os.environ:
-            mode = "offline"
-            logger.info(
-                "wandb: WANDB_API_KEY is not set, so this run stays offline in %s; "
-                "upload it with `wandb sync`, or set WANDB_API_KEY or WANDB_MODE",
-                run_dir / "wandb",
-            )
-        self._run = wandb.init(
-            project=trainer.project_name,
-            name=trainer.experiment_name,
-            dir=str(run_dir),
-            config=without_secrets(run_config),
-            mode=mode,
-            settings=wandb.Settings(silent=True),
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        names = list(rows[0])
-        table = self._wandb.Table(columns=[*names], data=[[row[name] for name in names] for row in rows])
-        self._run.log({"val/generations": table}, step=step)
-
-    def record(self, name: str, step: int, row: Mapping[str, Any]) -> None:
-        import numpy as np
-
-        for key, counts, edges in _histograms(name, row):
-            histogram = self._wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
-            self._run.log({key: histogram}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _histograms(name: str, row: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[float]]]:
-    """Metric, counts and edges of what a record holds as histograms."""
+def histograms(name: str, row: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[float]]]:
+    """Yield metric, counts and edges of what a record holds as histograms."""
     if name != "curriculum":
         return
     for part in _HISTOGRAMS:

@@ -8,8 +8,10 @@ from typing import Any
 
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory
 from mmr1_ds.config.ranges import MOST_ERROR, check_choices, check_ranges, value_at
-from mmr1_ds.config.schema import LoraConfig, RunConfig
+from mmr1_ds.config.schema import DataConfig, LoraConfig, RunConfig
 from mmr1_ds.curriculum.metric_names import canonical_metric, check_metrics
+from mmr1_ds.curriculum.mixture import quotas
+from mmr1_ds.data.sources import list_names
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.files import (
     check_data,
@@ -40,6 +42,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
     _check_lora(config.worker.actor.model.lora)
+    _check_reference(config)
     _check_critic(config, world_size)
     check_reward(config.worker.reward)
     check_reward_config(config.worker.reward)
@@ -50,6 +53,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise UserError(f"trainer.load_checkpoint_path: no such folder {checkpoint!r}; give a global_step_N folder")
     train_data = check_data(config.data, "train_files")
+    _check_weights(config.data)
     val_data = check_data(config.data, "val_files") if config.data.val_files else None
     if config.trainer.val_only and val_data is None:
         raise UserError("trainer.val_only=true needs data.val_files, which is empty; set it")
@@ -105,6 +109,23 @@ def _check_curriculum(config: RunConfig) -> None:
         )
 
 
+def _check_weights(data: DataConfig) -> None:
+    weights = data.train_weights
+    if not weights:
+        return
+    names = list_names(data.train_files)
+    if len(weights) != len(names):
+        raise UserError(
+            f"data.train_weights has {len(weights)} weights, data.train_files {len(names)} sources; give one for each"
+        )
+    for name, quota in zip(names, quotas(weights, data.rollout_batch_size), strict=True):
+        if quota == 0:
+            raise UserError(
+                f"data.train_weights={weights} gives {name} none of data.rollout_batch_size={data.rollout_batch_size} "
+                "prompts a step; raise its weight or the batch"
+            )
+
+
 def _check_lora(lora: LoraConfig) -> None:
     """Check the types of its values; whether the model has the layers shows once it is loaded."""
     if lora.rank == 0:
@@ -119,6 +140,17 @@ def _check_lora(lora: LoraConfig) -> None:
             re.compile(exclude)
         except re.error as error:
             raise UserError(f"{key}.exclude_modules={exclude} is no regex: {error}; write it like .*visual.*") from None
+
+
+def _check_reference(config: RunConfig) -> None:
+    ref, rank = config.worker.ref, config.worker.actor.model.lora.rank
+    if ref.update_freq and rank > 0:
+        raise UserError(
+            f"worker.ref.update_freq={ref.update_freq}: with worker.actor.model.lora.rank={rank} the reference is the "
+            "model without its adapters, which cannot move; set update_freq to 0"
+        )
+    if ref.ema_decay and not ref.update_freq:
+        raise UserError(f"worker.ref.ema_decay={ref.ema_decay:g} needs worker.ref.update_freq, which is 0; set it to 1")
 
 
 def _is_text_or_list(value: Any) -> bool:

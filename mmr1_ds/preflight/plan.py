@@ -289,8 +289,12 @@ def _output(config: RunConfig) -> str:
     if trainer.val_only:
         newest = f"N steps done by the newest checkpoint in {checkpoint_directory(config)}, 0 without one"
         return f"{run_directory(config) / 'eval' / 'step_N'}, {newest}"
-    saves = f"every {trainer.save_freq} steps" if trainer.save_freq > 0 else "after the last step"
+    saves = "every tenth of the run" if trainer.save_freq is None else f"every {trainer.save_freq} steps"
+    if trainer.save_freq == -1:
+        saves = "after the last step"
     kept = "all kept" if trainer.save_limit == -1 else f"the last {trainer.save_limit} kept"
+    if trainer.best_metric and config.data.val_files and trainer.val_freq > 0:
+        kept += f" and the best by {trainer.best_metric}"
     return f"{run_directory(config)}; checkpoints in {checkpoint_directory(config)} {saves}, {kept}"
 
 
@@ -359,6 +363,8 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
     if algorithm.adv_estimator != "gae" and config.worker.critic != CriticConfig():
         notes.append(f"worker.critic is not used: algorithm.adv_estimator={algorithm.adv_estimator} has no critic")
     notes += _unused(config)
+    if trainer.save_model_only:
+        notes.append("trainer.save_model_only: checkpoints are weights alone, a run that is stopped begins anew")
     if config.worker.actor.model.lora.rank > 0 and config.worker.ref.offload.offload_params:
         notes.append("worker.ref.offload.offload_params: LoRA's reference is the actor: nothing to offload")
     if val_data is None and (trainer.val_freq > 0 or trainer.val_before_train):

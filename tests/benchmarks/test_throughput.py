@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fixtures.data_fixtures import write_vision_model
 from fixtures.launching import ROOT, environment, processes_with, wait_until
@@ -16,9 +17,10 @@ import throughput
 import throughput_figures
 import throughput_report
 
-from mmr1_ds.commands.plan import flops
-from mmr1_ds.commands.plan.flops import Work
+from mmr1_ds.engine.model import flops
+from mmr1_ds.engine.model.flops import Work
 from mmr1_ds.errors import UserError
+from mmr1_ds.loop.metrics import ActorWork
 
 SECONDS = {"gen": 2.0, "reward": 0.25, "curriculum": 0.125, "old": 0.5, "ref": 0.75, "update_actor": 3.0, "sync": 0.5}
 
@@ -78,6 +80,9 @@ def test_share_of_the_peak(tmp_path):
     forward, backward = flops.forward(shape, work, 0.5), flops.backward(shape, work, 0.5)
     update = forward.text + forward.head + backward.text + backward.head
     assert figures["mfu_update"] == pytest.approx(update / (3.0 * 2 * 1e9))
+    # As a run has it in its own metrics.
+    reached = ActorWork(shape, 0.001, num_epochs=1).utilisation(np.full(25, 61.0), 40.0 * 25, seconds=3.0, num_ranks=2)
+    assert reached == pytest.approx(figures["mfu_update"])
     whole = update + 3 * (forward.text + forward.head)  # sampling, old and reference policy
     assert figures["mfu"] == pytest.approx(whole / (7.625 * 2 * 1e9))
 

@@ -23,6 +23,8 @@ NAME = "global_step_2"
         (["{folder}/there", "{folder}/out"], "config.yaml is missing; name the configuration"),
         (["{folder}/there", "{folder}/there", "{folder}/out"], "name one CHECKPOINT_FOLDER, not 2"),
         (["config={folder}/config.yaml", "{folder}/out"], "no undamaged checkpoint exists in {folder}/run"),
+        (["config={folder}/config.yaml", "{folder}/out", "--best"], "{folder}/run/checkpoints has no best checkpoint"),
+        (["{folder}/there", "{folder}/out", "--best"], "--best is the best checkpoint of a run, not of"),
         (["config={folder}/config.yaml", "{folder}/there", "{folder}/out"], "is not a checkpoint"),
     ],
 )

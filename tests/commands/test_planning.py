@@ -13,16 +13,17 @@ from fixtures.tiny_models import save_text_model, save_vision_model
 from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from mmr1_ds.commands import cli
-from mmr1_ds.commands.plan import activations, flops
+from mmr1_ds.commands.plan import activations
 from mmr1_ds.commands.plan.activations import MicroBatch
 from mmr1_ds.commands.plan.command import estimate
-from mmr1_ds.commands.plan.flops import Work
 from mmr1_ds.commands.plan.hardware import GPUS, Assumptions
-from mmr1_ds.commands.plan.shapes import policy_shape
 from mmr1_ds.config import ModelConfig
+from mmr1_ds.engine.model import flops
+from mmr1_ds.engine.model.flops import Work
 from mmr1_ds.engine.model.loading import checkpoint_gradients
 from mmr1_ds.engine.model.log_probs import LogProbHead
 from mmr1_ds.engine.model.policy import exact_types
+from mmr1_ds.engine.model.shapes import policy_shape
 
 BAR = 0.15
 EXACT = 0.003  # of FLOP: rotations are left out

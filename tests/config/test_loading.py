@@ -5,6 +5,7 @@ from fixtures.configs import load, mistake
 from fixtures.dry_runs import GUIDE
 
 from mmr1_ds.config import RunConfig
+from mmr1_ds.config.derived import steps_between_saves
 from mmr1_ds.config.keys import leaf_types
 from mmr1_ds.config.loading import dump_config, load_config
 from mmr1_ds.config.upstream import IGNORED, ONLY, RENAMED
@@ -339,3 +340,11 @@ def test_tables_of_upstream_keys_are_about_other_keys_than_ours():
     ours = set(leaf_types())
     assert set(RENAMED.values()) <= ours
     assert not ours & (set(RENAMED) | set(ONLY) | set(IGNORED))
+
+
+@pytest.mark.parametrize("num_steps", [1, 9, 10, 19, 60, 1001])
+def test_a_fault_costs_a_tenth_of_a_run_at_most(num_steps):
+    config = RunConfig()
+    assert steps_between_saves(config, num_steps) <= max(1, num_steps / 10)
+    config.trainer.save_freq = 7
+    assert steps_between_saves(config, num_steps) == 7

@@ -211,6 +211,16 @@ def test_a_row_without_an_answer_is_named(tmp_path, text_model, kind, answer):
         load(path, text_model)
 
 
+def test_prompts_know_their_source_and_sources_alike_keep_their_place(tmp_path, text_model):
+    names = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "more/a.jsonl")]
+    names[2].parent.mkdir()
+    long = {"prompt": "what is " * 99, "answer": "1"}
+    files = [write_jsonl(path, [long, *text_rows(count)]) for path, count in zip(names, (2, 1, 3), strict=True)]
+    dataset = load(files, text_model, max_prompt_length=30)
+    assert dataset.sources.tolist() == [0, 0, 1, 2, 2, 2]  # of those that are left
+    assert dataset.source_names == ["0_a", "b", "2_a"]
+
+
 def test_the_second_file_is_named_with_its_own_row(tmp_path, text_model):
     first = write_jsonl(tmp_path / "a.jsonl", text_rows(5))
     second = write_jsonl(tmp_path / "b.jsonl", [*text_rows(2), {"prompt": "p", "answer": None}])

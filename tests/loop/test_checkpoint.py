@@ -16,7 +16,7 @@ from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.weights.zero_checkpoint import CONVERTED
 from mmr1_ds.errors import UserError
-from mmr1_ds.loop.checkpoint import MANIFEST, Checkpoints
+from mmr1_ds.loop.checkpoint import MANIFEST, VALIDATION, Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,43 @@ def test_a_fresh_run_is_not_outlived_by_an_older_one(tmp_path, ranks):
     assert sorted(path.name for path in tmp_path.glob("global_step_*")) == ["global_step_30", "global_step_40"]
     Checkpoints(tmp_path, 1, ranks).save(50, write)
     assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_50"]
+
+
+def write_validated(figure):
+    def write_both(folder):
+        write(folder)
+        (folder / VALIDATION).write_text(json.dumps({"val/accuracy_reward": figure}))
+
+    return write_both
+
+
+def test_the_best_stays_through_later_ones_and_a_resume(tmp_path, ranks, caplog):
+    def started():
+        return Checkpoints(tmp_path, 1, ranks, "val/accuracy_reward")
+
+    run = started()
+    assert run.is_best({"val/accuracy_reward": 0.0}) and not run.is_best({})
+    for step, figure in ((2, 0.5), (4, 0.75), (6, 0.75), (8, 0.25)):
+        assert run.is_best({"val/accuracy_reward": figure}) == (step in (2, 4))
+        run.save(step, write_validated(figure))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "global_step_4", "global_step_8", "latest"]
+    run = started()
+    assert run.newest() == (8, tmp_path / "global_step_8")
+    assert not run.is_best({"val/accuracy_reward": 0.5})
+    run.save(9, write)  # was not validated
+    assert run.named_best() == tmp_path / "global_step_4" and run.newest()[0] == 9
+    run.save(10, write_validated(0.875))
+    assert (tmp_path / "best").read_text() == "global_step_10\n" and not (tmp_path / "global_step_4").exists()
+    with caplog.at_level("WARNING", logger="mmr1_ds"):
+        assert not run.is_best({"val/overall_reward": 1.0})
+    assert "the validation has no trainer.best_metric=val/accuracy_reward, but val/overall_reward" in caplog.text
+
+    other = started()  # begins anew in the same folder: what an earlier run left is not its best
+    assert other.is_best({"val/accuracy_reward": 0.125})
+    other.save(3, write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_3", "latest", "stale_global_step_10.1"]
+    with pytest.raises(UserError, match="has no best checkpoint"):
+        other.named_best()
 
 
 def test_a_step_is_saved_again(tmp_path, ranks):

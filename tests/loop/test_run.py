@@ -160,11 +160,11 @@ def test_a_run_leaves_all_of_itself_in_its_directory(finished_run):
     assert resolved["data"]["curriculum_metric_weights"] == [0.8, 0.2]
     assert resolved["data"]["curriculum_momentum"] == 0.0
     assert len((finished_run / "generations.jsonl").read_text().splitlines()) == 3 * 3
-    assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == [
-        "global_step_8",
-        "global_step_10",
-        "latest",
-    ]
+    best = (finished_run / "checkpoints" / "best").read_text().strip()
+    accuracies = {line["step"]: line["val/accuracy_reward"] for line in lines[1:] if "val/accuracy_reward" in line}
+    assert best == f"global_step_{max(accuracies, key=accuracies.get)}"
+    names = {path.name for path in (finished_run / "checkpoints").iterdir()}
+    assert names == {"global_step_8", "global_step_10", best, "best", "latest"}
     assert list((finished_run / "tensorboard").glob("events.*"))
     assert list((finished_run / "wandb").glob("offline-run-*"))
 

@@ -17,13 +17,14 @@ class Parts:
     def __init__(self, save_freq=-1, saves_when_interrupted=True, refreshes=(), asked=False):
         self.saved, self.logged = [], []
         nothing = SimpleNamespace(save=lambda folder: None, load=lambda folder: None, finish_ahead=lambda: None)
-        self.learners = SimpleNamespace(num_steps_done=0)
+        self.learners = SimpleNamespace(num_steps_done=0, save_reference=nothing.save, load_reference=nothing.load)
         self.preemption = SimpleNamespace(
             begin_training=lambda: None, is_asked=asked, reason="SIGTERM received", took=lambda **seconds: None
         )
         self.state = RunState(
             save_freq,
             saves_when_interrupted,
+            False,
             9,
             "",
             Path("none"),
@@ -32,7 +33,7 @@ class Parts:
             coordinator=SimpleNamespace(refresh_due=lambda step: step in refreshes, save=lambda folder: None),
             batches=nothing,
             learners=self.learners,
-            checkpoints=SimpleNamespace(root=Path("root"), failure="", save=self.save),
+            checkpoints=SimpleNamespace(root=Path("root"), failure="", save=self.save, is_best=lambda figures: figures),
             preemption=self.preemption,
             records=SimpleNamespace(clock=StageClock, stages=lambda clock: {"timing_s/save_checkpoint": 1.0}),
             metrics_logger=SimpleNamespace(
@@ -47,11 +48,11 @@ class Parts:
         self.saved.append(step)
         return Path("root")
 
-    def learn(self, steps):
+    def learn(self, steps, validated=None):
         for step in steps:
             self.state.begin(step)
             self.learners.num_steps_done = step
-            self.state.save_if_due()
+            self.state.save_if_due((validated or {}).get(step, {}))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,12 @@ def test_steps_that_are_saved(save_freq, refreshes, expected):
     parts = Parts(save_freq, refreshes=refreshes)
     parts.learn(range(1, 10))
     assert parts.saved == expected
+
+
+def test_a_step_that_validates_best_is_saved_with_its_figures():
+    parts = Parts(save_freq=4)
+    parts.learn(range(1, 10), validated={3: {"val/accuracy_reward": 0.5}})
+    assert parts.saved == [3, 4, 8, 9]
 
 
 def test_a_refresh_is_saved_where_its_step_is_saved_anyway():

@@ -37,7 +37,10 @@ def test_number_of_steps(valid, num_prompts, steps):
         ("worker.rollout.top_k=0", "worker.rollout.top_k must be 1 or more, or -1, got 0"),
         ("worker.actor.optim.betas=[0.9,1.0]", "worker.actor.optim.betas must each be in [0, 1), got 1.0"),
         ("data.sampling_strategy=curiculum", "did you mean curriculum?"),
-        ("trainer.logger=[console,mlflow]", "mlflow"),
+        ("trainer.logger=[console,comet]", "comet"),
+        ("data.train_weights=[2,1]", "data.train_weights has 2 weights, data.train_files 1 sources; give one for each"),
+        ("data.train_weights=[0]", "data.train_weights must each be over 0, got 0"),
+        ("worker.ref.ema_decay=0.9", "needs worker.ref.update_freq, which is 0; set it to 1"),
         ("trainer.n_gpus_per_node=8", "1 * 8 = 8, but 2 processes were started"),
         ("worker.rollout.tensor_parallel_size=3", "2 % 3 = 2"),
         ("worker.rollout.max_model_len=100", "512 + 512 = 1024"),
@@ -228,3 +231,8 @@ def test_an_estimate_that_pulls_nowhere_is_noted(valid):
 
 def test_shuffle_false_contradicts_shuffle(valid):
     assert "contradicts" in refused(valid, "data.shuffle=false", "data.sampling_strategy=shuffle")
+
+
+def test_a_reference_that_is_the_model_without_adapters_does_not_move(valid):
+    message = refused(valid, "worker.ref.update_freq=4", "worker.actor.model.lora.rank=8")
+    assert "worker.ref.update_freq=4: with worker.actor.model.lora.rank=8 the reference is the model without" in message

@@ -20,8 +20,8 @@ from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.commands.plan import activations
 from mmr1_ds.commands.plan.activations import MicroBatch
 from mmr1_ds.commands.plan.memory import zero_engine
-from mmr1_ds.commands.plan.shapes import policy_shape
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine.model.shapes import policy_shape
 from mmr1_ds.records import Trajectory
 
 model, out, length, checkpointing = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "true"

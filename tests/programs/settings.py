@@ -74,7 +74,8 @@ def make_reference(
     from mmr1_ds.engine.reference import Reference
 
     temperature = config.worker.rollout.temperature
-    return Reference(config.worker.actor, _sizes(config), temperature, deepspeed, ranks, encoder)
+    decay = config.worker.ref.ema_decay
+    return Reference(config.worker.actor, decay, _sizes(config), temperature, deepspeed, ranks, encoder)
 
 
 def make_critic(

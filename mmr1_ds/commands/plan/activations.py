@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmr1_ds.commands.plan.shapes import ModelShape, VisionShape
+from mmr1_ds.engine.model.shapes import ModelShape, VisionShape
 
 EXACT_BYTES = 4  # of float32, inside norms and the log-probability head
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from mmr1_ds.commands.plan.hardware import GB, GPUS, Assumptions, Gpu, find_gpu
 from mmr1_ds.commands.plan.memory import Plan, plan_memory
-from mmr1_ds.commands.plan.shapes import PUBLISHED, ModelShape, critic_shape, policy_shape
 from mmr1_ds.commands.plan.stages import generation, load_of, refresh_rollouts, step_seconds
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import resolved_critic, trains_critic
 from mmr1_ds.config.loading import load_config
+from mmr1_ds.engine.model.shapes import PUBLISHED, ModelShape, critic_shape, policy_shape
 from mmr1_ds.errors import require
 from mmr1_ds.monitoring.logger import quiet_libraries
 from mmr1_ds.preflight.checks import check_config

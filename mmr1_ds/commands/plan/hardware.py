@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmr1_ds.engine.model.flops import PEAK_TFLOPS
 from mmr1_ds.errors import UserError
 
 GB = 1e9  # bytes, as in datasheets
@@ -33,10 +34,10 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80, 312, 2.039, 300, 32, 25, "NVIDIA A100 datasheet (SXM 80 GB)"),
-        Gpu("h100", 80, 989.4, 3.35, 450, 64, 50, "NVIDIA H100 datasheet (SXM 80 GB)"),
-        Gpu("h200", 141, 989.4, 4.8, 450, 64, 50, "NVIDIA H200 datasheet (SXM)"),
-        Gpu("b200", 192, 2250, 8.0, 900, 64, 50, "NVIDIA Blackwell datasheet (B200 SXM)"),
+        Gpu("a100", 80, PEAK_TFLOPS["a100"], 2.039, 300, 32, 25, "NVIDIA A100 datasheet (SXM 80 GB)"),
+        Gpu("h100", 80, PEAK_TFLOPS["h100"], 3.35, 450, 64, 50, "NVIDIA H100 datasheet (SXM 80 GB)"),
+        Gpu("h200", 141, PEAK_TFLOPS["h200"], 4.8, 450, 64, 50, "NVIDIA H200 datasheet (SXM)"),
+        Gpu("b200", 192, PEAK_TFLOPS["b200"], 8.0, 900, 64, 50, "NVIDIA Blackwell datasheet (B200 SXM)"),
     )
 }
 

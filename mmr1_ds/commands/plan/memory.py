@@ -24,8 +24,8 @@ from typing import Any
 from mmr1_ds.commands.plan import activations
 from mmr1_ds.commands.plan.activations import MicroBatch
 from mmr1_ds.commands.plan.hardware import GB, Assumptions, Gpu
-from mmr1_ds.commands.plan.shapes import ModelShape
 from mmr1_ds.config import RunConfig
+from mmr1_ds.engine.model.shapes import ModelShape
 
 EXACT = 4  # bytes of float32
 _MOMENTS = 2

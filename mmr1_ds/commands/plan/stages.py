@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmr1_ds.commands.plan import flops
-from mmr1_ds.commands.plan.flops import Work
 from mmr1_ds.commands.plan.hardware import GB, Assumptions, Gpu
 from mmr1_ds.commands.plan.memory import EXACT, cache_bytes
-from mmr1_ds.commands.plan.shapes import ModelShape
 from mmr1_ds.config import RunConfig
+from mmr1_ds.engine.model import flops
+from mmr1_ds.engine.model.flops import Work
+from mmr1_ds.engine.model.shapes import ModelShape
 from mmr1_ds.preflight.plan import BatchPlan
 
 _CAUSAL = 0.5  # share of the attention that is computed

@@ -15,6 +15,7 @@ from mmr1_ds.engine.model.loading import load_config
 from mmr1_ds.engine.model.lora import base_name
 from mmr1_ds.engine.weights.adapter_checkpoint import FILE
 from mmr1_ds.engine.weights.gathering import weights_digest
+from mmr1_ds.engine.weights.weight_files import has_weights_alone, read_weights
 from mmr1_ds.engine.weights.zero_checkpoint import trained_weights
 from mmr1_ds.errors import UserError
 
@@ -69,7 +70,9 @@ def write_adapters(source: Path, config: ModelConfig, out: Path) -> None:
 
 
 def _trained(source: Path) -> Any:
-    """What the shards hold, by transformers' names."""
+    """What the checkpoint holds, by transformers' names."""
+    if has_weights_alone(source):
+        return read_weights(source)
     return ((name.removeprefix(_INSIDE), tensor) for name, tensor in trained_weights(source))
 
 

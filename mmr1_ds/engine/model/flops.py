@@ -14,9 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmr1_ds.commands.plan.shapes import ModelShape, VisionShape
+from mmr1_ds.engine.model.shapes import ModelShape, VisionShape
 
 ATTENTION_BACKWARD = 2.5  # of its forward
+CAUSAL = 0.5  # of the attention is computed by a causal kernel
+# 1e12 FLOP a second of dense bf16 matrix products, by their makers' datasheets
+PEAK_TFLOPS = {"a100": 312.0, "h100": 989.4, "h200": 989.4, "b200": 2250.0}
+
+
+def peak_tflops(device: str) -> float | None:
+    """Return the peak of the GPU that torch calls `device`; None for one that is not known."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device.lower()), None)
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,15 @@ def recomputed(shape: ModelShape, work: Work, causal: float = 1.0) -> Flops:
         last = tower.depth * tower.mlp_width * tower.width
         vision = 2.0 * (tower.block_matrix - last) * _patches(work.images) + attended
     return Flops(matrices + causal * attention, vision, 0.0)
+
+
+def model_flop(shape: ModelShape, work: Work) -> tuple[float, float]:
+    """Return what counts for MFU, of a forward, and of a forward with its backward.
+
+    The vision tower and what checkpointing computes again do not count.
+    """
+    once, back = forward(shape, work, CAUSAL), backward(shape, work, CAUSAL)
+    return once.text + once.head, once.text + once.head + back.text + back.head
 
 
 def decode_token(shape: ModelShape, context: float) -> float:

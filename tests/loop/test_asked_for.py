@@ -1,0 +1,65 @@
+"""A run with what is written or drawn only on request, stopped and resumed, with a dip after its best validation."""
+
+import gzip
+import json
+
+import pandas
+import pytest
+from fixtures.launching import run_training
+from fixtures.tiny_run import write_run
+
+from mmr1_ds.commands import cli
+
+pytestmark = pytest.mark.slow
+
+# The third validation is the best, whatever the policy says.
+REWARD = """
+from pathlib import Path
+
+CALLS = Path(__file__).with_name("validations")
+
+
+def score(reward_inputs):
+    accuracy = 0.0
+    if reward_inputs[0]["ground_truth"] == "val":
+        calls = CALLS.read_text() if CALLS.exists() else ""
+        CALLS.write_text(calls + "x")
+        accuracy = [0.0, 0.25, 0.75, 0.5, 0.5, 0.25][len(calls)]
+    return [{"overall": len(item["response"]) % 3 / 2, "accuracy": accuracy} for item in reward_inputs]
+"""
+
+
+def test_what_a_run_writes_on_request(tmp_path):
+    config = write_run(tmp_path / "assets", num_steps=5)
+    (tmp_path / "assets" / "reward.py").write_text(REWARD)
+    (tmp_path / "assets" / "val.jsonl").write_text(json.dumps({"prompt": "what is 1?", "answer": "val"}) + "\n")
+    run_dir = tmp_path / "run"
+    settings = [f"config={config}", "trainer.n_gpus_per_node=1", "trainer.save_limit=1", f"trainer.run_dir={run_dir}"]
+    settings += [f"data.val_files={tmp_path / 'assets' / 'val.jsonl'}", "trainer.val_freq=1", "trainer.save_freq=2"]
+    more = tmp_path / "assets" / "more.jsonl"
+    more.write_text((tmp_path / "assets" / "data.jsonl").read_text())
+    settings += [f"data.train_files=[{more},{more.with_name('data.jsonl')}]", "data.train_weights=[3,1]"]
+    settings += ["trainer.peak_tflops=0.01", "trainer.rollout_log=parquet", "trainer.profile_steps=[2]"]
+    for num_steps in (3, 5):
+        done = run_training(*settings, f"trainer.max_steps={num_steps}")
+        assert done.returncode == 0, done.stderr[-6000:]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["val/accuracy_reward"] for line in lines] == [0.0, 0.25, 0.75, 0.5, 0.5, 0.25]
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["best", "global_step_2", "global_step_5", "latest"]
+    assert (run_dir / "checkpoints" / "best").read_text() == "global_step_2\n"
+    assert cli.main(["export", f"config={run_dir / 'config.yaml'}", str(tmp_path / "out"), "--best"]) == 0
+
+    assert all(line["perf/mfu_actor"] > 0 and line["perf/throughput"] > 0 for line in lines[1:])
+    assert all((line["source/more/share"], line["source/data/share"]) == (0.75, 0.25) for line in lines[1:])
+    table = pandas.read_parquet(run_dir / "rollouts")
+    assert table.groupby("step").size().to_dict() == dict.fromkeys(range(1, 6), 16)
+    for line in lines[1:]:
+        of_step = table[table["step"] == line["step"]]
+        assert of_step["reward"].mean() == pytest.approx(line["critic/score/mean"], abs=1e-6)
+        assert of_step["num_tokens"].mean() == pytest.approx(line["response_length/mean"])
+
+    (trace,) = (run_dir / "profiles").iterdir()
+    with gzip.open(trace, "rt") as file:
+        found = {event["name"] for event in json.load(file)["traceEvents"]}
+    assert {"gen", "update_actor", "sync"} <= found
