@@ -62,6 +62,7 @@ class DataConfig:
     prompt_key: str = "prompt"  # column with the question
     answer_key: str = "answer"  # column with the ground truth the reward compares with
     image_key: str = "images"  # column with the images (bytes, paths or PIL); text-only data has none
+    video_key: str = "videos"  # column with videos, which are not supported: a row that has one is refused
     id_key: str | None = None  # column with a stable id; null = a digest of the row's content
     category_key: str | None = None  # column that groups similar prompts; null = no groups
     image_dir: str | None = None  # folder that relative image paths start from; null = the data file's

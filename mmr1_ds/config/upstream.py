@@ -58,7 +58,6 @@ IGNORED = (
     "data.num_workers",
     "data.rollout_micro_batch_size",
     "data.video_fps",
-    "data.video_key",
     "fault_tolerance.*",
     "ray_init.*",
     "ray_kwargs.*",

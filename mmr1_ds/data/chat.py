@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 IMAGE_MARKER = "<image>"
+VIDEO_MARKER = "<video>"
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 # What a template may raise on some text; jinja's own errors, its sandbox's among them, are TemplateErrors.
@@ -57,6 +58,8 @@ class ChatFormat:
         Raises: UserError when the cell is no prompt, or its markers do not fit `num_images`.
         """
         turns = _turns(cell, where)
+        if any(VIDEO_MARKER in text for _, text in turns):
+            raise UserError(f"{where}: the text has {VIDEO_MARKER}, and videos are not supported; remove the row")
         if self.system_prompt and all(role != "system" for role, _ in turns):
             turns.insert(0, ("system", self.system_prompt))
         user_turns = [position for position, (role, _) in enumerate(turns) if role == "user"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Row = Mapping[str, Any]
+# As data sets call them, whatever data.video_key says; not video_id, num_videos and the like.
+_VIDEO_NAME = re.compile(r"videos?|(videos?|clips?)[ _-]?(paths?|files?|urls?|bytes)|mp4", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class RowReader:
         self._data = data
         check_columns(source.name, source.rows.column_names, data)
         self._has_images = data.image_key in source.rows.column_names
-        columns = _needed_columns(data, self._has_images)
+        self._video_columns = _video_columns(source.rows.column_names, data)
+        columns = [*_needed_columns(data, self._has_images), *self._video_columns]
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
         self._features = _undecoded_features(source.rows, columns)
@@ -70,6 +74,15 @@ class RowReader:
         """Return rows of a table as Python values, images still encoded."""
         return [self._features.decode_example(row) for row in table.to_pylist()]
 
+    def check_supported(self, row: Row, where: str) -> None:
+        """Check what a run would leave out. Raises: UserError naming the row when it has a video."""
+        for column in self._video_columns:
+            if not _is_empty(row[column]):
+                raise UserError(
+                    f"{where}: column {column!r} holds a video, and videos are not supported; remove the row, or the "
+                    "column if the prompts do without"
+                )
+
     def prompt(self, row: Row) -> object:
         return row[self._data.prompt_key]
 
@@ -79,8 +92,7 @@ class RowReader:
     def ground_truth(self, row: Row, where: str) -> str:
         """Return the answer as a string. Raises: UserError when the row has no answer."""
         answer = row[self._data.answer_key]
-        missing = answer is None or (isinstance(answer, float) and math.isnan(answer))
-        if missing or (isinstance(answer, str) and not answer.strip()):
+        if answer is None or _is_nan(answer) or (isinstance(answer, str) and not answer.strip()):
             raise UserError(f"{where}: no answer in column {self._data.answer_key!r}; fill it in or remove the row")
         if not isinstance(answer, (str, int, float)):
             raise UserError(f"{where}: the answer is {answer!r:.80}; give a string or a number")
@@ -127,6 +139,25 @@ def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
             raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
 
 
+def _video_columns(columns: Sequence[str], data: DataConfig) -> list[str]:
+    """Return the columns that hold videos by their names, none of those that the run reads as something else."""
+    read = {data.prompt_key, data.answer_key, data.image_key, data.id_key, data.category_key}
+    return [name for name in columns if name not in read and (name == data.video_key or _VIDEO_NAME.fullmatch(name))]
+
+
+def _is_empty(cell: object) -> bool:
+    """Return whether a cell holds nothing: null, an empty text or list, or lists and mappings of such."""
+    if isinstance(cell, Mapping):
+        return all(_is_empty(value) for value in cell.values())
+    if isinstance(cell, (list, tuple)):
+        return all(_is_empty(value) for value in cell)
+    return cell is None or (isinstance(cell, (str, bytes)) and not cell.strip()) or _is_nan(cell)
+
+
+def _is_nan(cell: object) -> bool:
+    return isinstance(cell, float) and math.isnan(cell)
+
+
 def _needed_columns(data: DataConfig, has_images: bool) -> list[str]:
     keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key]
     keys.append(data.image_key if has_images else None)
@@ -140,13 +171,15 @@ def _undecoded_features(rows: Dataset, columns: list[str]) -> Features:
 
 
 def _undecoded(feature: Any) -> Any:
-    """The feature with images left as bytes and path, wherever the column holds them."""
-    from datasets import Image, LargeList, List
+    """The feature with images and videos left as bytes and path, wherever the column holds them."""
+    from datasets import Image, LargeList, List, Video
 
-    if isinstance(feature, Image):
-        return Image(decode=False)
-    if isinstance(feature, (List, LargeList)) and isinstance(feature.feature, Image):
-        return type(feature)(Image(decode=False))
+    if isinstance(feature, (Image, Video)):
+        return type(feature)(decode=False)
+    if isinstance(feature, (List, LargeList)):
+        return type(feature)(_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
     return feature
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 256
-CACHE_FOLDER = "mmr1_ds_scans_2"  # inside the cache of `datasets`; counted up when the columns of a scan change
+CACHE_FOLDER = "mmr1_ds_scans_3"  # inside the cache of `datasets`; counted up when the columns of a scan change
 ROWS_A_PROCESS = 20_000  # below this, starting processes costs more than it saves
 
 
@@ -84,6 +84,7 @@ class BatchScan:
         references = [self._reader.references(row) for row in rows]
         texts = []
         for row, images, where in zip(rows, references, places, strict=True):
+            self._reader.check_supported(row, where)
             self._reader.ground_truth(row, where)  # raises for a missing answer
             texts.append(self._encoder.prompt_text(self._reader.prompt(row), len(images), where))
         lengths = []
@@ -118,7 +119,10 @@ def _scan_in_processes(
     from pyarrow import feather
 
     key = hashlib.blake2b(digest_size=16)
-    settings = (data.prompt_key, data.answer_key, data.image_key, data.id_key, data.category_key, data.image_dir)
+    settings = (
+        data.prompt_key, data.answer_key, data.image_key, data.video_key, data.id_key, data.category_key,
+        data.image_dir,
+    )  # fmt: skip
     rows = (reader.name, reader.rows._fingerprint, len(reader))
     key.update(repr((rows, settings, prompt_encoder.fingerprint())).encode())
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, CACHE_FOLDER)
