@@ -10,13 +10,26 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mmr1_ds.errors import UserError, first_line
 
 # What Pillow raises for a file that is missing, truncated, or no image at all.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MAX_RESIZE_ROUNDS = 8  # the processor's rule settles in one or two; a cycle means limits no size can meet
+
+# EXIF's orientation -> what turns the image upright; 1, and what is no orientation, leave it as it is.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))  # width and height change places
 
 ImageReference = Any  # bytes, a path, {"bytes", "path"} or a PIL image
 
@@ -35,17 +48,26 @@ class ImageSource:
     folder: str | None
 
     def size(self, reference: ImageReference, where: str) -> tuple[int, int]:
-        """Return (width, height) from the header alone. Raises: UserError naming the row when it is unreadable."""
+        """Return (width, height) of the upright image from the header alone.
+
+        Raises: UserError naming the row when it is unreadable.
+        """
         with self._open(reference, where) as image:
-            return image.size
+            width, height = image.size
+            return (height, width) if _turn(image) in _SIDEWAYS else (width, height)
 
     def load(self, reference: ImageReference, where: str) -> Image.Image:
-        """Return the whole image as RGB. Raises: UserError naming the row when it is unreadable."""
+        """Return the whole image as RGB: upright, as its EXIF says, on white where it is transparent.
+
+        Raises: UserError naming the row when it is unreadable.
+        """
         with self._open(reference, where) as image:
+            turn = _turn(image)
             try:
-                return image.convert("RGB")
+                rgb = _rgb(image)
             except UNREADABLE as error:
                 raise _unreadable(reference, where, error) from error
+        return rgb if turn is None else rgb.transpose(turn)
 
     def _open(self, reference: ImageReference, where: str) -> Image.Image:
         if isinstance(reference, Image.Image):
@@ -61,6 +83,45 @@ class ImageSource:
         if not isinstance(path, str) or not path:
             raise ValueError("neither bytes nor a path")
         return os.path.join(self.folder, path) if self.folder else path
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns the image upright, by the orientation in its header; None for an upright one."""
+    if image.format == "TIFF":  # Pillow turns it, and gives the size after that
+        return None
+    try:
+        # Not the format's own method: that of PNG decodes the whole image, for an EXIF part behind the pixels.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except (*UNREADABLE, TypeError, KeyError, IndexError, AttributeError):  # damaged EXIF is no damaged image
+        return None
+    return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return the image as RGB. `convert("RGB")` alone makes transparent parts black, and clips deep grey values."""
+    image.load()
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Return grey values of 16 bits, 32 bits or floats as 0..255.
+
+    I;16 spans 0..65535. I and F say nothing of their span: the least usual one that holds all values is taken (0..1 for
+    floats, 0..255, 0..65535), else that of the values.
+    """
+    values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    spans = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(mode, (65535.0,))
+    span = next((span for span in spans if low >= 0 and high <= span), None)
+    bottom, top = (low, max(high, low + 1e-12)) if span is None else (0.0, span)
+    return np.rint((np.clip(values, bottom, top) - bottom) * (255.0 / (top - bottom))).astype(np.uint8)
 
 
 def update_digest(digest: hashlib.blake2b, reference: ImageReference) -> None:
