@@ -1,16 +1,20 @@
 """Turning a cell of the prompt column into chat messages: system prompt, format prompt, image markers.
 
-The conventions are EasyR1's: `<image>` in the text marks where an image goes, and `data.format_prompt` is a
-jinja template over `content`, the user's text.
+The conventions are EasyR1's: `<image>` in the text marks where an image goes (`<image1>`, `<image_2>` which one), and
+`data.format_prompt` is a jinja template over `content`, the user's text.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mmr1_ds.data.images import as_reference
 from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +22,12 @@ if TYPE_CHECKING:
 
 IMAGE_MARKER = "<image>"
 VIDEO_MARKER = "<video>"
+_CARRIED = ("\ufdd0", "\ufdd1")  # no characters of any text: around the number of an image that a message carries
+_PLACE = "\ufdd2"  # of an image, in text that is about to become parts
+_NUMBERED = r"(?i:<\|?image[ _-]?(?P<number>\d{1,3})\|?>)"
+_MARKER = re.compile(rf"{_CARRIED[0]}(?P<carried>\d+){_CARRIED[1]}|{IMAGE_MARKER}|{_NUMBERED}")
+_IMAGE_TYPES = ("image", "image_url", "input_image")
+_TEXT_TYPES = (None, "text", "input_text")
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 # What a template may raise on some text; jinja's own errors, its sandbox's among them, are TemplateErrors.
@@ -43,6 +53,14 @@ class FormatPrompt:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """One prompt as the chat template takes it."""
+
+    messages: list[Message]  # content is a list of parts when the row has images, a string otherwise
+    image_order: tuple[int, ...]  # which of the row's images stands at each place; one may stand at several
+
+
+@dataclass(frozen=True)
 class ChatFormat:
     """The settings by which the user's text becomes messages."""
 
@@ -50,11 +68,11 @@ class ChatFormat:
     format_prompt: FormatPrompt | None
     is_multimodal: bool  # whether <image> means an image; for a text model it is only text
 
-    def messages(self, cell: object, num_images: int, where: str) -> list[Message]:
-        """Return the chat messages of one row, ready for the chat template.
+    def chat(self, cell: object, num_images: int, where: str) -> Chat:
+        """Return one row as the chat template takes it.
 
-        Args: cell: a string or a list of {role, content}. where: names the row in errors.
-        Returns: messages; the content is a list of parts when the row has images, a string otherwise.
+        Args: cell: a string or a list of {role, content}; num_images: of the row, first those of its column, then those
+            that the messages carry, in their order; where: names the row in errors.
         Raises: UserError when the cell is no prompt, or its markers do not fit `num_images`.
         """
         turns = _turns(cell, where)
@@ -69,7 +87,7 @@ class ChatFormat:
             last = user_turns[-1]
             turns[last] = ("user", self.format_prompt.render(turns[last][1], where))
         if not self.is_multimodal:
-            return [{"role": role, "content": text} for role, text in turns]
+            return Chat([{"role": role, "content": text} for role, text in turns], ())
         return _place_images(turns, user_turns[0], num_images, where)
 
 
@@ -130,45 +148,91 @@ def _turns(cell: object, where: str) -> list[tuple[str, str]]:
     if isinstance(cell, str) and cell.strip():
         return [("user", cell)]
     if isinstance(cell, list) and cell and all(isinstance(turn, dict) and turn.get("role") for turn in cell):
-        return [(turn["role"], _content_text(turn.get("content"), where)) for turn in cell]
+        numbers = itertools.count()
+        return [(turn["role"], _content_text(turn.get("content"), where, numbers)) for turn in cell]
     shown = "nothing" if cell is None or cell == "" or cell == [] else repr(cell)[:80]
     raise UserError(f"{where}: the prompt is {shown}; give a string or a list of {{role, content}}")
 
 
-def _content_text(content: object, where: str) -> str:
+def carried_images(cell: object) -> list[Any]:
+    """Return what the image parts of a prompt's messages carry (path, bytes, URL), in their order."""
+    turns = [turn for turn in cell if isinstance(turn, dict)] if isinstance(cell, list) else []
+    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+    return [carried for part in parts if _is_image(part) and (carried := as_reference(part)) is not None]
+
+
+def _content_text(content: object, where: str, numbers: Iterator[int]) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return "".join(_part_text(part, where) for part in content)
+        return "".join(_part_text(part, where, numbers) for part in content)
     raise UserError(f"{where}: a message's content is {content!r:.80}; give a string or a list of parts")
 
 
-def _part_text(part: object, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "image":
-        return IMAGE_MARKER
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
+def _part_text(part: object, where: str, numbers: Iterator[int]) -> str:
+    """Return a part as text. numbers: of the images that parts carry."""
+    if _is_image(part):
+        return IMAGE_MARKER if as_reference(part) is None else f"{_CARRIED[0]}{next(numbers)}{_CARRIED[1]}"
+    if isinstance(part, dict) and part.get("type") in _TEXT_TYPES and isinstance(part.get("text"), str):
         return part["text"]
     raise UserError(f"{where}: a message holds the part {part!r:.80}; only text and image parts are known")
 
 
-def _place_images(turns: list[tuple[str, str]], first_user: int, num_images: int, where: str) -> list[Message]:
-    num_markers = sum(text.count(IMAGE_MARKER) for _, text in turns)
-    if num_markers == 0 and num_images > 0:  # unmarked images come first
+def _is_image(part: object) -> bool:
+    if not isinstance(part, dict):
+        return False
+    kind = part.get("type")
+    return kind in _IMAGE_TYPES or (kind is None and any(part.get(name) is not None for name in _IMAGE_TYPES))
+
+
+def _place_images(turns: list[tuple[str, str]], first_user: int, num_images: int, where: str) -> Chat:
+    """Put images at their markers. Raises: UserError when these do not fit."""
+    markers = [marker for _, text in turns for marker in _MARKER.finditer(text)]
+    num_carried = sum(marker["carried"] is not None for marker in markers)
+    num_column = num_images - num_carried  # images that no message carries
+    plain = sum(marker[0] == IMAGE_MARKER for marker in markers)
+    numbers = [int(marker["number"]) for marker in markers if marker["number"] is not None]
+    # Where other markers place all images, <image1> is a word about one of them.
+    has_numbers = bool(numbers) and not (plain == num_column and num_images > 0)
+    if has_numbers:
+        first = min(1, *numbers)  # some data count from 0
+        if plain or {number - first for number in numbers} != set(range(num_column)):
+            named = ", ".join(dict.fromkeys(marker[0] for marker in markers if marker["carried"] is None))
+            raise UserError(
+                f"{where}: the prompt marks images by {named} and the row has {num_column}; mark each of them by its "
+                "number, or all by <image>"
+            )
+    elif plain == 0 and num_column > 0:  # unmarked images come first
         role, text = turns[first_user]
-        turns[first_user] = (role, IMAGE_MARKER * num_images + text)
-    elif num_markers != num_images:
+        turns[first_user] = (role, IMAGE_MARKER * num_column + text)
+    elif plain != num_column:
         raise UserError(
-            f"{where}: the prompt has {num_markers} {IMAGE_MARKER} markers and the row {num_images} images; "
-            "make them equal, or leave all markers out"
+            f"{where}: the prompt has {plain} {IMAGE_MARKER} markers and the row {num_column} images; make them equal"
+            + ("" if num_column else ": does data.image_key name the column of the images?")
         )
-    if num_images == 0:
-        return [{"role": role, "content": text} for role, text in turns]
-    return [{"role": role, "content": _parts(text)} for role, text in turns]
+    order: list[int] = []
+    column = iter(range(max(num_column, 0)))
+
+    def place(marker: re.Match[str]) -> str:
+        if marker["carried"] is not None:
+            order.append(num_column + int(marker["carried"]))
+        elif marker["number"] is None:
+            order.append(next(column))
+        elif has_numbers:
+            order.append(int(marker["number"]) - first)
+        else:
+            return marker[0]
+        return _PLACE
+
+    placed = [(role, _MARKER.sub(place, text)) for role, text in turns]
+    if not order:
+        return Chat([{"role": role, "content": text} for role, text in placed], ())
+    return Chat([{"role": role, "content": _image_parts(text)} for role, text in placed], tuple(order))
 
 
-def _parts(text: str) -> list[dict[str, str]]:
+def _image_parts(text: str) -> list[dict[str, str]]:
     parts: list[dict[str, str]] = []
-    for position, piece in enumerate(text.split(IMAGE_MARKER)):
+    for position, piece in enumerate(text.split(_PLACE)):
         if position > 0:
             parts.append({"type": "image"})
         if piece:

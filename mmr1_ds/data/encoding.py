@@ -84,27 +84,32 @@ class PromptEncoder:
     ) -> tuple[tuple[int, ...], tuple[Image, ...]]:
         """Return token ids with one placeholder an image, and the images at their final size.
 
-        Args: cell: what the prompt column holds; images: RGB, any size; where: names the row in errors.
+        Args: cell: what the prompt column holds; images: RGB, any size, those of the row's column, then those that its
+            messages carry; where: names the row in errors.
         Raises: UserError naming the row.
         """
-        (token_ids,) = self.tokenize([self.prompt_text(cell, len(images), where)])
-        self.check_placeholders(token_ids, len(images), where)
-        return tuple(token_ids), tuple(self._sized(image, where) for image in images)
+        text, order = self.prompt_text(cell, len(images), where)
+        (token_ids,) = self.tokenize([text])
+        self.check_placeholders(token_ids, len(order), where)
+        sized = {place: self._sized(images[place], where) for place in sorted(set(order))}
+        return tuple(token_ids), tuple(sized[place] for place in order)
 
-    def prompt_text(self, cell: object, num_images: int, where: str) -> str:
-        """Return the prompt as text after the chat template, generation prompt included.
+    def prompt_text(self, cell: object, num_images: int, where: str) -> tuple[str, tuple[int, ...]]:
+        """Return the prompt as text after the chat template, generation prompt included, and the order of its images.
 
+        That names, for each place of an image in the text, which of the row's images stands there.
         Raises: UserError naming the row when it is no prompt, or has images for a text model.
         """
         from jinja2 import TemplateError
 
         if num_images and not self.is_multimodal:
             raise UserError(f"{where}: the row has {num_images} images but the model takes text only")
-        messages = self._format.messages(cell, num_images, where)
+        chat = self._format.chat(cell, num_images, where)
         try:
-            return self._template_owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._template_owner.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
+        return text, chat.image_order
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of texts that already carry their special tokens."""

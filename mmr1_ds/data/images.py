@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import os
+import re
 import struct
+import urllib.parse
+import urllib.request
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +22,10 @@ from mmr1_ds.errors import UserError, first_line
 
 # What Pillow raises for a file that is missing, truncated, or no image at all.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_SCHEME = re.compile(r"(data(?=:)|[a-z][a-z0-9+.-]*(?=://)|file(?=:))", re.IGNORECASE)
+_CARRIERS = ("bytes", "image", "image_url", "input_image", "url", "path", "base64", "b64_json", "data", "source")
+_LEAST_BASE64 = 40  # characters: the smallest images have more
+_MOST_SHOWN = 160  # characters of a name or a reason in an error
 MAX_RESIZE_ROUNDS = 8  # the processor's rule settles in one or two; a cycle means limits no size can meet
 
 # EXIF's orientation -> what turns the image upright; 1, and what is no orientation, leave it as it is.
@@ -31,7 +40,7 @@ _UPRIGHT = {
 }
 _SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))  # width and height change places
 
-ImageReference = Any  # bytes, a path, {"bytes", "path"} or a PIL image
+ImageReference = Any  # bytes, a path, data URL or base64, a PIL image, or a mapping that carries one of these
 
 
 def image_references(cell: object) -> list[ImageReference]:
@@ -70,19 +79,76 @@ class ImageSource:
         return rgb if turn is None else rgb.transpose(turn)
 
     def _open(self, reference: ImageReference, where: str) -> Image.Image:
-        if isinstance(reference, Image.Image):
-            return reference.copy()  # the caller closes what it gets; the row's own stays usable
-        content = _content(reference)
+        found = as_reference(reference)
+        if isinstance(found, Image.Image):
+            return found.copy()  # the caller closes what it gets; the row's own stays usable
         try:
-            return Image.open(io.BytesIO(content) if content is not None else self._path(reference))
+            if found is None:
+                raise ValueError("neither bytes nor a path")
+            place = self._place(found, where) if isinstance(found, str) else found
+            return Image.open(io.BytesIO(place) if isinstance(place, bytes) else place)
         except UNREADABLE as error:
+            if isinstance(error, UserError):
+                raise
             raise _unreadable(reference, where, error) from error
 
-    def _path(self, reference: ImageReference) -> str:
-        path = reference.get("path") if isinstance(reference, dict) else reference
-        if not isinstance(path, str) or not path:
-            raise ValueError("neither bytes nor a path")
-        return os.path.join(self.folder, path) if self.folder else path
+    def _place(self, text: str, where: str) -> str | bytes:
+        """Return the path that a text names, or the bytes that it holds. Raises: UserError for what must be fetched."""
+        scheme = _SCHEME.match(text)
+        if scheme is None:
+            path = os.path.join(self.folder, text) if self.folder else text
+            return path if os.path.isfile(path) else _from_base64(text) or path
+        if scheme[1].lower() == "data":
+            return _from_data_url(text)
+        if scheme[1].lower() == "file":
+            parts = urllib.parse.urlsplit(text)
+            if parts.netloc in ("", "localhost"):
+                return urllib.request.url2pathname(parts.path)
+        raise UserError(f"{where}: the image {_shown(text)} is not fetched; download it and give the path of the file")
+
+
+def _from_data_url(text: str) -> bytes:
+    head, comma, content = text.partition(",")
+    if not comma:
+        raise ValueError("a data URL without a comma")
+    content = urllib.parse.unquote(content)
+    if head.lower().endswith(";base64"):
+        return _decoded(content)
+    return content.encode("latin-1")
+
+
+def _from_base64(text: str) -> bytes | None:
+    """Return an image file that is written in base64; None for what is more likely a path."""
+    if len(text) < _LEAST_BASE64:
+        return None
+    try:
+        content = _decoded(text)
+    except ValueError:
+        return None
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except UnidentifiedImageError:
+        return None
+    except UNREADABLE:  # an image, damaged
+        pass
+    return content
+
+
+def _decoded(text: str) -> bytes:
+    """Decode base64 of either alphabet, with or without line breaks and padding. Raises: ValueError."""
+    plain = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+
+
+def as_reference(cell: object) -> bytes | str | Image.Image | None:
+    """Return the bytes, text (path, URL, base64) or PIL image in a cell or in a part of a message; None without any."""
+    if isinstance(cell, Mapping):
+        return next((found for key in _CARRIERS if (found := as_reference(cell.get(key))) is not None), None)
+    if isinstance(cell, (bytes, bytearray, memoryview)):
+        return bytes(cell) or None
+    if isinstance(cell, str):
+        return cell if cell.strip() else None
+    return cell if isinstance(cell, Image.Image) else None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -126,30 +192,33 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 
 def update_digest(digest: hashlib.blake2b, reference: ImageReference) -> None:
     """Feed an image's identity to a digest: its bytes, or its path as the data set writes it."""
-    content = _content(reference)
-    if content is not None:
-        digest.update(b"bytes:%d:" % len(content))
-        digest.update(content)
-    elif isinstance(reference, Image.Image):
-        digest.update(f"pixels:{reference.mode}:{reference.size}:".encode())
-        digest.update(reference.tobytes())
+    found = as_reference(reference)
+    if isinstance(found, bytes):
+        digest.update(b"bytes:%d:" % len(found))
+        digest.update(found)
+    elif isinstance(found, Image.Image):
+        digest.update(f"pixels:{found.mode}:{found.size}:".encode())
+        digest.update(found.tobytes())
     else:
-        path = reference.get("path") if isinstance(reference, dict) else reference
-        digest.update(f"path:{path}:".encode())
-
-
-def _content(reference: ImageReference) -> bytes | None:
-    content = reference.get("bytes") if isinstance(reference, dict) else reference
-    return bytes(content) if isinstance(content, (bytes, bytearray, memoryview)) else None
+        digest.update(f"path:{found}:".encode())
 
 
 def _unreadable(reference: ImageReference, where: str, error: BaseException) -> UserError:
-    path = reference.get("path") if isinstance(reference, dict) else reference
-    name = f"{path!r}" if isinstance(path, str) and path else "the image"
+    found = as_reference(reference)
+    if isinstance(found, bytes) and isinstance(reference, Mapping):
+        found = reference.get("path")
+    name = _shown(found) if isinstance(found, str) and found else "the image"
     # UnidentifiedImageError says no more than the name, or an address in memory.
     is_unknown = isinstance(error, UnidentifiedImageError)
     reason = "of no format that Pillow knows" if is_unknown else first_line(error)
+    if len(reason) > _MOST_SHOWN:  # it repeats a name that is no path
+        reason = (error.strerror if isinstance(error, OSError) else None) or reason[:_MOST_SHOWN]
     return UserError(f"{where}: {name} cannot be read as an image ({reason}); replace it or remove the row")
+
+
+def _shown(text: str) -> str:
+    """Return a path or URL for an error. Base64 is cut: no one reads it."""
+    return repr(text) if len(text) <= _MOST_SHOWN else f"{text[:40]!r}... ({len(text)} characters)"
 
 
 @dataclass(frozen=True)

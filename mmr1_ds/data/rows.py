@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig
+from mmr1_ds.data.chat import carried_images
 from mmr1_ds.data.images import ImageReference, ImageSource, image_references, update_digest
 from mmr1_ds.data.sources import Source
 from mmr1_ds.errors import UserError
@@ -87,7 +88,9 @@ class RowReader:
         return row[self._data.prompt_key]
 
     def references(self, row: Row) -> list[ImageReference]:
-        return image_references(row[self._data.image_key]) if self._has_images else []
+        """Return the row's images: those of its column, then those that its messages carry."""
+        column = image_references(row[self._data.image_key]) if self._has_images else []
+        return [*column, *carried_images(self.prompt(row))]
 
     def ground_truth(self, row: Row, where: str) -> str:
         """Return the answer as a string. Raises: UserError when the row has no answer."""
@@ -113,7 +116,8 @@ class RowReader:
 
     def _digest(self, row: Row, where: str) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        text = json.dumps([self.prompt(row), self.ground_truth(row, where)], sort_keys=True, ensure_ascii=False)
+        content = [self.prompt(row), self.ground_truth(row, where)]
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=_digested)
         digest.update(text.encode())
         for reference in self.references(row):
             update_digest(digest, reference)
@@ -137,6 +141,11 @@ def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
     for key, column in wanted.items():
         if column not in columns:
             raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
+
+
+def _digested(image: object) -> str:
+    """Return what stands for an image in a message; its bytes are in the row's digest beside it."""
+    return type(image).__name__
 
 
 def _video_columns(columns: Sequence[str], data: DataConfig) -> list[str]:

@@ -71,29 +71,35 @@ class BatchScan:
 
         rows = self._reader.decode(table)
         places = [self._reader.where(index) for index in indices]
+        lengths, num_images = self._measure(rows, places)
         columns = {
             "prompt_id": [self._reader.prompt_id(row, where) for row, where in zip(rows, places, strict=True)],
-            "length": self._lengths(rows, places),
+            "length": lengths,
             "category": [self._reader.category(row) for row in rows],
-            "num_images": [len(self._reader.references(row)) for row in rows],
+            "num_images": num_images,
         }
         kinds = [("prompt_id", pa.string()), ("length", pa.int32()), ("category", pa.string())]
         return pa.table(columns, schema=pa.schema([*kinds, ("num_images", pa.int32())]))
 
-    def _lengths(self, rows: list[Row], places: list[str]) -> list[int]:
+    def _measure(self, rows: list[Row], places: list[str]) -> tuple[list[int], list[int]]:
+        """Return the tokens and the images of each prompt; an image that stands at two places counts twice."""
         references = [self._reader.references(row) for row in rows]
-        texts = []
+        texts, orders = [], []
         for row, images, where in zip(rows, references, places, strict=True):
             self._reader.check_supported(row, where)
             self._reader.ground_truth(row, where)  # raises for a missing answer
-            texts.append(self._encoder.prompt_text(self._reader.prompt(row), len(images), where))
+            text, order = self._encoder.prompt_text(self._reader.prompt(row), len(images), where)
+            texts.append(text)
+            orders.append(order)
         lengths = []
-        for token_ids, images, where in zip(self._encoder.tokenize(texts), references, places, strict=True):
-            self._encoder.check_placeholders(token_ids, len(images), where)
+        for token_ids, images, order, where in zip(
+            self._encoder.tokenize(texts), references, orders, places, strict=True
+        ):
+            self._encoder.check_placeholders(token_ids, len(order), where)
             sizes = [self._reader.image_source.size(reference, where) for reference in images]
-            image_tokens = sum(self._encoder.num_image_tokens(*size, where) for size in sizes)
-            lengths.append(len(token_ids) - len(images) + image_tokens)
-        return lengths
+            tokens = [self._encoder.num_image_tokens(*size, where) for size in sizes]
+            lengths.append(len(token_ids) - len(order) + sum(tokens[place] for place in order))
+        return lengths, [len(order) for order in orders]
 
 
 def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder) -> pa.Table:

@@ -192,4 +192,4 @@ def test_jinja_prompts(tmp_path, template, expected):
     path = tmp_path / "format.jinja"
     path.write_text(template)
     chat = ChatFormat(None, load_format_prompt(str(path)), is_multimodal=False)
-    assert chat.messages(" How many? ", 0, "row 1") == [{"role": "user", "content": expected}]
+    assert chat.chat(" How many? ", 0, "row 1").messages == [{"role": "user", "content": expected}]
