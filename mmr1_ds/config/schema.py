@@ -61,7 +61,8 @@ class DataConfig:
     val_files: Any = ""  # as train_files; "" = no validation
     prompt_key: str = "prompt"  # column with the question
     answer_key: str = "answer"  # column with the ground truth the reward compares with
-    image_key: str = "images"  # column with the images (bytes, paths or PIL); text-only data has none
+    # column with the images (bytes, paths or PIL), which text-only data lacks; null = no images are read
+    image_key: str | None = "images"
     video_key: str = "videos"  # column with videos, which are not supported: a row that has one is refused
     id_key: str | None = None  # column with a stable id; null = a digest of the row's content
     category_key: str | None = None  # column that groups similar prompts; null = no groups

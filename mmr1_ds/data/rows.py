@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.data.chat import carried_images
+from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
 from mmr1_ds.data.images import ImageReference, ImageSource, image_references, update_digest
 from mmr1_ds.data.sources import Source
 from mmr1_ds.errors import UserError
@@ -44,9 +45,9 @@ class RowReader:
         self._source = source
         self._data = data
         check_columns(source.name, source.rows.column_names, data)
-        self._has_images = data.image_key in source.rows.column_names
+        self._image_key = data.image_key if data.image_key in source.rows.column_names else None
         self._video_columns = _video_columns(source.rows.column_names, data)
-        columns = [*_needed_columns(data, self._has_images), *self._video_columns]
+        columns = [*_needed_columns(data, self._image_key), *self._video_columns]
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
         self._features = _undecoded_features(source.rows, columns)
@@ -75,6 +76,14 @@ class RowReader:
         """Return rows of a table as Python values, images still encoded."""
         return [self._features.decode_example(row) for row in table.to_pylist()]
 
+    def check_images_are_read(self) -> None:
+        """Check for images that are passed over. Raises: UserError naming a column that `data.image_key` may mean."""
+        first = self._source.rows.select(range(min(ROWS_LOOKED_AT, len(self)))).with_format("arrow")
+        features = _undecoded_features(self._source.rows, self._source.rows.column_names)
+        # Row by row: a row with all its images may be large, and mostly the first one settles it.
+        rows = (features.decode_example(first[at : at + 1].to_pylist()[0]) for at in range(len(first)))
+        check_images_are_read(self.name, rows, self._data)
+
     def check_supported(self, row: Row, where: str) -> None:
         """Check what a run would leave out. Raises: UserError naming the row when it has a video."""
         for column in self._video_columns:
@@ -89,7 +98,7 @@ class RowReader:
 
     def references(self, row: Row) -> list[ImageReference]:
         """Return the row's images: those of its column, then those that its messages carry."""
-        column = image_references(row[self._data.image_key]) if self._has_images else []
+        column = [] if self._image_key is None else image_references(row[self._image_key])
         return [*column, *carried_images(self.prompt(row))]
 
     def ground_truth(self, row: Row, where: str) -> str:
@@ -124,9 +133,15 @@ class RowReader:
         return digest.hexdigest()
 
 
-def open_readers(sources: list[Source], data: DataConfig) -> list[RowReader]:
-    """Return one reader for each source. Raises: UserError naming a missing column."""
-    return [RowReader(source, data) for source in sources]
+def open_readers(sources: list[Source], data: DataConfig, takes_images: bool) -> list[RowReader]:
+    """Return one reader for each source, for a model that takes images or none.
+
+    Raises: UserError naming a missing column, or one with images that would be passed over.
+    """
+    readers = [RowReader(source, data) for source in sources]
+    for reader in readers if takes_images else []:
+        reader.check_images_are_read()
+    return readers
 
 
 def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
@@ -137,7 +152,7 @@ def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
     wanted = {"prompt_key": data.prompt_key, "answer_key": data.answer_key}
     wanted |= {"id_key": data.id_key} if data.id_key is not None else {}
     wanted |= {"category_key": data.category_key} if data.category_key is not None else {}
-    wanted |= {"image_key": data.image_key} if data.image_key != DataConfig.image_key else {}
+    wanted |= {"image_key": data.image_key} if data.image_key not in (None, DataConfig.image_key) else {}
     for key, column in wanted.items():
         if column not in columns:
             raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
@@ -167,9 +182,8 @@ def _is_nan(cell: object) -> bool:
     return isinstance(cell, float) and math.isnan(cell)
 
 
-def _needed_columns(data: DataConfig, has_images: bool) -> list[str]:
-    keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key]
-    keys.append(data.image_key if has_images else None)
+def _needed_columns(data: DataConfig, image_key: str | None) -> list[str]:
+    keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key, image_key]
     return list(dict.fromkeys(key for key in keys if key is not None))
 
 

@@ -49,8 +49,8 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     checkpoint = config.trainer.load_checkpoint_path
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise UserError(f"trainer.load_checkpoint_path: no such folder {checkpoint!r}; give a global_step_N folder")
-    train_data = check_data(config.data, "train_files")
-    val_data = check_data(config.data, "val_files") if config.data.val_files else None
+    train_data = check_data(config.data, "train_files", config.worker.actor.model)
+    val_data = check_data(config.data, "val_files", config.worker.actor.model) if config.data.val_files else None
     if config.trainer.val_only and val_data is None:
         raise UserError("trainer.val_only=true needs data.val_files, which is empty; set it")
     plan = _plan(config, world_size, train_data, val_data)
