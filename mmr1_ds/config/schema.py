@@ -69,6 +69,8 @@ class DataConfig:
     image_dir: str | None = None  # folder that relative image paths start from; null = the data file's
     system_prompt: str | None = None  # system message before every prompt; null = none
     format_prompt: str | None = None  # jinja template over `content`: its path, or the template itself
+    # true: a last message of the assistant begins the response; false: it is the answer, and taken off the prompt
+    assistant_prefill: bool = False
     max_prompt_length: PositiveInt = 512  # tokens, images included
     max_response_length: PositiveInt = 512  # tokens
     rollout_batch_size: PositiveInt = 512  # prompts a step, a multiple of worker.actor.global_batch_size

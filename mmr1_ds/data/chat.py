@@ -27,12 +27,14 @@ _PLACE = "\ufdd2"  # of an image, in text that is about to become parts
 _NUMBERED = r"(?i:<\|?image[ _-]?(?P<number>\d{1,3})\|?>)"
 _MARKER = re.compile(rf"{_CARRIED[0]}(?P<carried>\d+){_CARRIED[1]}|{IMAGE_MARKER}|{_NUMBERED}")
 _IMAGE_TYPES = ("image", "image_url", "input_image")
+_ASSISTANTS = ("assistant", "model", "gpt", "bot")  # roles that answer
 _TEXT_TYPES = (None, "text", "input_text")
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 # What a template may raise on some text; jinja's own errors, its sandbox's among them, are TemplateErrors.
 _RENDER_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
+Turn = tuple[str, str]  # role, text
 Message = dict[str, Any]  # {"role": str, "content": str | list of parts}, what apply_chat_template takes
 
 
@@ -58,6 +60,8 @@ class Chat:
 
     messages: list[Message]  # content is a list of parts when the row has images, a string otherwise
     image_order: tuple[int, ...]  # which of the row's images stands at each place; one may stand at several
+    prefill: str = ""  # what the response begins with, behind the generation prompt
+    has_answer: bool = False  # whether the assistant's last turn was taken off
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class ChatFormat:
 
     system_prompt: str | None
     format_prompt: FormatPrompt | None
+    continues_assistant: bool  # whether a last turn of the assistant begins the response, or is the answer
     is_multimodal: bool  # whether <image> means an image; for a text model it is only text
 
     def chat(self, cell: object, num_images: int, where: str) -> Chat:
@@ -76,6 +81,7 @@ class ChatFormat:
         Raises: UserError when the cell is no prompt, or its markers do not fit `num_images`.
         """
         turns = _turns(cell, where)
+        turns, prefill, has_answer = self._without_answer(turns, where)
         if any(VIDEO_MARKER in text for _, text in turns):
             raise UserError(f"{where}: the text has {VIDEO_MARKER}, and videos are not supported; remove the row")
         if self.system_prompt and all(role != "system" for role, _ in turns):
@@ -87,8 +93,26 @@ class ChatFormat:
             last = user_turns[-1]
             turns[last] = ("user", self.format_prompt.render(turns[last][1], where))
         if not self.is_multimodal:
-            return Chat([{"role": role, "content": text} for role, text in turns], ())
-        return _place_images(turns, user_turns[0], num_images, where)
+            return Chat([{"role": role, "content": text} for role, text in turns], (), prefill, has_answer)
+        messages, order = _place_images(turns, user_turns[0], num_images, num_images - len(carried_images(cell)), where)
+        return Chat(messages, order, prefill, has_answer)
+
+    def _without_answer(self, turns: list[Turn], where: str) -> tuple[list[Turn], str, bool]:
+        """Take off what the assistant says at the end. Returns: the other turns, the prefill, whether it is an answer.
+
+        A turn that leaves a tag of reasoning open is a beginning, whatever the settings say.
+        """
+        asked = len(turns)
+        while asked and turns[asked - 1][0].lower() in _ASSISTANTS:
+            asked -= 1
+        last = "".join(text for _, text in turns[asked:])
+        if asked == len(turns) or not last.strip():
+            return turns[:asked], "", False
+        if not (self.continues_assistant or _opens_tag(last)):
+            return turns[:asked], "", True
+        if asked < len(turns) - 1 or _MARKER.search(last):
+            raise UserError(f"{where}: a prefill is one message of the assistant without images; remove the others")
+        return turns[:asked], last, False
 
 
 def load_format_prompt(value: str | None) -> FormatPrompt | None:
@@ -143,7 +167,11 @@ def _variables(source: str) -> set[str]:
     return meta.find_undeclared_variables(Environment().parse(source))
 
 
-def _turns(cell: object, where: str) -> list[tuple[str, str]]:
+def _opens_tag(text: str) -> bool:
+    return any(text.rfind(f"<{tag}>") > text.rfind(f"</{tag}>") for tag in ("think", "answer"))
+
+
+def _turns(cell: object, where: str) -> list[Turn]:
     """(role, text) pairs; image parts of a structured content become markers."""
     if isinstance(cell, str) and cell.strip():
         return [("user", cell)]
@@ -185,11 +213,15 @@ def _is_image(part: object) -> bool:
     return kind in _IMAGE_TYPES or (kind is None and any(part.get(name) is not None for name in _IMAGE_TYPES))
 
 
-def _place_images(turns: list[tuple[str, str]], first_user: int, num_images: int, where: str) -> Chat:
-    """Put images at their markers. Raises: UserError when these do not fit."""
+def _place_images(
+    turns: list[Turn], first_user: int, num_images: int, num_column: int, where: str
+) -> tuple[list[Message], tuple[int, ...]]:
+    """Put images at their markers. num_column: of the images, those that no message carries.
+
+    Returns: the messages, and which image stands at each place.
+    Raises: UserError when the markers do not fit.
+    """
     markers = [marker for _, text in turns for marker in _MARKER.finditer(text)]
-    num_carried = sum(marker["carried"] is not None for marker in markers)
-    num_column = num_images - num_carried  # images that no message carries
     plain = sum(marker[0] == IMAGE_MARKER for marker in markers)
     numbers = [int(marker["number"]) for marker in markers if marker["number"] is not None]
     # Where other markers place all images, <image1> is a word about one of them.
@@ -226,8 +258,8 @@ def _place_images(turns: list[tuple[str, str]], first_user: int, num_images: int
 
     placed = [(role, _MARKER.sub(place, text)) for role, text in turns]
     if not order:
-        return Chat([{"role": role, "content": text} for role, text in placed], ())
-    return Chat([{"role": role, "content": _image_parts(text)} for role, text in placed], tuple(order))
+        return [{"role": role, "content": text} for role, text in placed], ()
+    return [{"role": role, "content": _image_parts(text)} for role, text in placed], tuple(order)
 
 
 def _image_parts(text: str) -> list[dict[str, str]]:

@@ -41,6 +41,15 @@ class ModelInputs:
     mm_token_type_ids: torch.Tensor | None  # (T,) int64: 0 text, 1 image; None for a text model
 
 
+@dataclass(frozen=True)
+class PromptText:
+    """One prompt after the chat template."""
+
+    text: str  # a placeholder an image
+    image_order: tuple[int, ...]  # which of the row's images stands at each place; one may stand at several
+    has_answer: bool  # whether the assistant's last turn was taken off
+
+
 class PromptEncoder:
     """Applies the chat template, sizes images, expands image tokens, decodes responses.
 
@@ -67,7 +76,9 @@ class PromptEncoder:
         else:
             self.tokenizer = _load_pretrained("AutoTokenizer", source, model.trust_remote_code)
         self._template_owner = self._chat_template_owner(source)
-        self._format = ChatFormat(data.system_prompt, load_format_prompt(data.format_prompt), self.is_multimodal)
+        self._format = ChatFormat(
+            data.system_prompt, load_format_prompt(data.format_prompt), data.assistant_prefill, self.is_multimodal
+        )
         self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
         self.vocabulary_size = int(config.get_text_config().vocab_size)  # rows of the embedding
         special = _special_ids(self.tokenizer, config)
@@ -88,16 +99,15 @@ class PromptEncoder:
             messages carry; where: names the row in errors.
         Raises: UserError naming the row.
         """
-        text, order = self.prompt_text(cell, len(images), where)
-        (token_ids,) = self.tokenize([text])
-        self.check_placeholders(token_ids, len(order), where)
-        sized = {place: self._sized(images[place], where) for place in sorted(set(order))}
-        return tuple(token_ids), tuple(sized[place] for place in order)
+        prompt = self.prompt_text(cell, len(images), where)
+        (token_ids,) = self.tokenize([prompt.text])
+        self.check_placeholders(token_ids, len(prompt.image_order), where)
+        sized = {place: self._sized(images[place], where) for place in sorted(set(prompt.image_order))}
+        return tuple(token_ids), tuple(sized[place] for place in prompt.image_order)
 
-    def prompt_text(self, cell: object, num_images: int, where: str) -> tuple[str, tuple[int, ...]]:
-        """Return the prompt as text after the chat template, generation prompt included, and the order of its images.
+    def prompt_text(self, cell: object, num_images: int, where: str) -> PromptText:
+        """Return the prompt as text after the chat template, generation prompt and prefill included.
 
-        That names, for each place of an image in the text, which of the row's images stands there.
         Raises: UserError naming the row when it is no prompt, or has images for a text model.
         """
         from jinja2 import TemplateError
@@ -109,7 +119,11 @@ class PromptEncoder:
             text = self._template_owner.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
-        return text, chat.image_order
+        opened = next((tag for tag in ("<think>", "<answer>") if text.rstrip().endswith(tag)), None)
+        prefill = chat.prefill
+        if opened is not None and prefill.lstrip().startswith(opened):  # the template opens it already
+            text, prefill = text.rstrip().removesuffix(opened), prefill.lstrip()
+        return PromptText(text + prefill, chat.image_order, chat.has_answer)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of texts that already carry their special tokens."""

@@ -20,7 +20,7 @@ from mmr1_ds.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from mmr1_ds.data.encoding import PromptEncoder
+    from mmr1_ds.data.encoding import PromptEncoder, PromptText
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class Scan:
     lengths: np.ndarray  # (R,) int32 tokens, images included
     categories: pa.Array  # (R,) strings
     num_images: np.ndarray  # (R,) int32
+    has_answer: np.ndarray  # (R,) bool: the assistant's last turn was taken off the prompt
 
 
 def scan_rows(readers: list[RowReader], data: DataConfig, prompt_encoder: PromptEncoder) -> Scan:
@@ -50,6 +51,7 @@ def scan_rows(readers: list[RowReader], data: DataConfig, prompt_encoder: Prompt
         lengths=table["length"].to_numpy().astype(np.int32),
         categories=_flat(table["category"]),
         num_images=table["num_images"].to_numpy().astype(np.int32),
+        has_answer=table["has_answer"].to_numpy(),
     )
 
 
@@ -71,35 +73,35 @@ class BatchScan:
 
         rows = self._reader.decode(table)
         places = [self._reader.where(index) for index in indices]
-        lengths, num_images = self._measure(rows, places)
+        lengths, prompts = self._measure(rows, places)
         columns = {
             "prompt_id": [self._reader.prompt_id(row, where) for row, where in zip(rows, places, strict=True)],
             "length": lengths,
             "category": [self._reader.category(row) for row in rows],
-            "num_images": num_images,
+            "num_images": [len(prompt.image_order) for prompt in prompts],
+            "has_answer": [prompt.has_answer for prompt in prompts],
         }
         kinds = [("prompt_id", pa.string()), ("length", pa.int32()), ("category", pa.string())]
-        return pa.table(columns, schema=pa.schema([*kinds, ("num_images", pa.int32())]))
+        kinds += [("num_images", pa.int32()), ("has_answer", pa.bool_())]
+        return pa.table(columns, schema=pa.schema(kinds))
 
-    def _measure(self, rows: list[Row], places: list[str]) -> tuple[list[int], list[int]]:
-        """Return the tokens and the images of each prompt; an image that stands at two places counts twice."""
+    def _measure(self, rows: list[Row], places: list[str]) -> tuple[list[int], list[PromptText]]:
+        """Return the tokens of each prompt, images included, and the prompt."""
         references = [self._reader.references(row) for row in rows]
-        texts, orders = [], []
+        prompts = []
         for row, images, where in zip(rows, references, places, strict=True):
             self._reader.check_supported(row, where)
             self._reader.ground_truth(row, where)  # raises for a missing answer
-            text, order = self._encoder.prompt_text(self._reader.prompt(row), len(images), where)
-            texts.append(text)
-            orders.append(order)
+            prompts.append(self._encoder.prompt_text(self._reader.prompt(row), len(images), where))
         lengths = []
-        for token_ids, images, order, where in zip(
-            self._encoder.tokenize(texts), references, orders, places, strict=True
-        ):
+        tokenized = self._encoder.tokenize([prompt.text for prompt in prompts])
+        for token_ids, images, prompt, where in zip(tokenized, references, prompts, places, strict=True):
+            order = prompt.image_order
             self._encoder.check_placeholders(token_ids, len(order), where)
             sizes = [self._reader.image_source.size(reference, where) for reference in images]
             tokens = [self._encoder.num_image_tokens(*size, where) for size in sizes]
             lengths.append(len(token_ids) - len(order) + sum(tokens[place] for place in order))
-        return lengths, [len(order) for order in orders]
+        return lengths, prompts
 
 
 def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder) -> pa.Table:
