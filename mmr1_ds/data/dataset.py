@@ -124,7 +124,7 @@ def load_dataset(
         prompt may have, 0 = any number.
     Raises: UserError naming the file, and the row where one is at fault.
     """
-    readers = open_readers(open_sources(files, key), data, prompt_encoder.is_multimodal)
+    readers = open_readers(open_sources(files, key, data.answer_key), data, prompt_encoder.is_multimodal)
     scan = scan_rows(readers, data, prompt_encoder)
     dataset = PromptDataset(readers, scan, data, prompt_encoder)
     if scan.has_answer.any():
