@@ -60,7 +60,7 @@ class DataConfig:
     train_files: Any = ""  # path, directory, hub name, each with an optional @split, or a list of them
     val_files: Any = ""  # as train_files; "" = no validation
     prompt_key: str = "prompt"  # column with the question
-    answer_key: str = "answer"  # column with the ground truth the reward compares with
+    answer_key: str = "answer"  # column with the ground truth, or a path like reward_model.ground_truth
     # column with the images (bytes, paths or PIL), which text-only data lacks; null = no images are read
     image_key: str | None = "images"
     video_key: str = "videos"  # column with videos, which are not supported: a row that has one is refused

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.data.images import as_reference, image_references
+from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,9 @@ def unread_images(rows: Iterable[Mapping[str, Any]], data: DataConfig) -> str | 
     read = {data.prompt_key, data.answer_key, data.image_key, data.id_key, data.category_key}
     found = None
     for row in rows:
-        if any(as_reference(part) is not None for part in _parts(row.get(data.prompt_key))):
+        if any(as_reference(part) is not None for part in _parts(at_path(row, data.prompt_key))):
             return None
-        if data.image_key is not None and image_references(row.get(data.image_key)):
+        if data.image_key is not None and image_references(at_path(row, data.image_key)):
             return None
         for name, cell in row.items():
             if found is None and name not in read:
@@ -56,7 +57,7 @@ def check_images_are_read(name: str, rows: Iterable[Mapping[str, Any]], data: Da
     if column is None:
         return
     remedy = f"set data.image_key={column}, or data.image_key=null to train on the text alone"
-    if data.image_key not in rows[0]:
+    if column_of(str(data.image_key), rows[0]) is None:
         raise UserError(
             f"{name}: column {column!r} holds images that no one would see: data.image_key={data.image_key} is no "
             f"column; {remedy}"

@@ -15,6 +15,7 @@ from mmr1_ds.config import DataConfig
 from mmr1_ds.data.chat import carried_images
 from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
 from mmr1_ds.data.images import ImageReference, ImageSource, image_references, update_digest
+from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.data.sources import Source
 from mmr1_ds.errors import UserError
 
@@ -45,9 +46,10 @@ class RowReader:
         self._source = source
         self._data = data
         check_columns(source.name, source.rows.column_names, data)
-        self._image_key = data.image_key if data.image_key in source.rows.column_names else None
-        self._video_columns = _video_columns(source.rows.column_names, data)
-        columns = [*_needed_columns(data, self._image_key), *self._video_columns]
+        names = source.rows.column_names
+        self._image_key = data.image_key if data.image_key and column_of(data.image_key, names) else None
+        self._video_columns = _video_columns(names, data)
+        columns = [*_needed_columns(data, self._image_key, names), *self._video_columns]
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
         self._features = _undecoded_features(source.rows, columns)
@@ -70,7 +72,7 @@ class RowReader:
         (row,) = self.decode(self.rows[index : index + 1])
         where = self.where(index)
         images = [self.image_source.load(reference, where) for reference in self.references(row)]
-        return RowContent(row[self._data.prompt_key], images, self.ground_truth(row, where))
+        return RowContent(self.prompt(row), images, self.ground_truth(row, where))
 
     def decode(self, table: pa.Table) -> list[Row]:
         """Return rows of a table as Python values, images still encoded."""
@@ -94,16 +96,16 @@ class RowReader:
                 )
 
     def prompt(self, row: Row) -> object:
-        return row[self._data.prompt_key]
+        return at_path(row, self._data.prompt_key)
 
     def references(self, row: Row) -> list[ImageReference]:
         """Return the row's images: those of its column, then those that its messages carry."""
-        column = [] if self._image_key is None else image_references(row[self._image_key])
+        column = [] if self._image_key is None else image_references(at_path(row, self._image_key))
         return [*column, *carried_images(self.prompt(row))]
 
     def ground_truth(self, row: Row, where: str) -> str:
         """Return the answer as a string. Raises: UserError when the row has no answer."""
-        answer = row[self._data.answer_key]
+        answer = at_path(row, self._data.answer_key)
         if answer is None or _is_nan(answer) or (isinstance(answer, str) and not answer.strip()):
             raise UserError(f"{where}: no answer in column {self._data.answer_key!r}; fill it in or remove the row")
         if not isinstance(answer, (str, int, float)):
@@ -115,13 +117,15 @@ class RowReader:
         key = self._data.id_key
         if key is None:
             return self._digest(row, where)
-        if row[key] is None or str(row[key]) == "":
+        value = at_path(row, key)
+        if value is None or str(value) == "":
             raise UserError(f"{where}: no id in column {key!r} (data.id_key); fill it in or leave data.id_key out")
-        return str(row[key])
+        return str(value)
 
     def category(self, row: Row) -> str:
         key = self._data.category_key
-        return "" if key is None or row[key] is None else str(row[key])
+        value = None if key is None else at_path(row, key)
+        return "" if value is None else str(value)
 
     def _digest(self, row: Row, where: str) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -154,7 +158,7 @@ def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
     wanted |= {"category_key": data.category_key} if data.category_key is not None else {}
     wanted |= {"image_key": data.image_key} if data.image_key not in (None, DataConfig.image_key) else {}
     for key, column in wanted.items():
-        if column not in columns:
+        if column_of(column, columns) is None:
             raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
 
 
@@ -165,7 +169,7 @@ def _digested(image: object) -> str:
 
 def _video_columns(columns: Sequence[str], data: DataConfig) -> list[str]:
     """Return the columns that hold videos by their names, none of those that the run reads as something else."""
-    read = {data.prompt_key, data.answer_key, data.image_key, data.id_key, data.category_key}
+    read = set(_needed_columns(data, data.image_key, columns))
     return [name for name in columns if name not in read and (name == data.video_key or _VIDEO_NAME.fullmatch(name))]
 
 
@@ -182,9 +186,10 @@ def _is_nan(cell: object) -> bool:
     return isinstance(cell, float) and math.isnan(cell)
 
 
-def _needed_columns(data: DataConfig, image_key: str | None) -> list[str]:
+def _needed_columns(data: DataConfig, image_key: str | None, names: Sequence[str]) -> list[str]:
     keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key, image_key]
-    return list(dict.fromkeys(key for key in keys if key is not None))
+    columns = [column_of(key, names) for key in keys if key is not None]
+    return list(dict.fromkeys(column for column in columns if column is not None))
 
 
 def _undecoded_features(rows: Dataset, columns: list[str]) -> Features:

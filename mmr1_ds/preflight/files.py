@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from mmr1_ds.config import DataConfig, ModelConfig, RewardConfig
 from mmr1_ds.data.chat import load_format_prompt
 from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
+from mmr1_ds.data.paths import column_of
 from mmr1_ds.data.rows import check_columns
 from mmr1_ds.data.sources import BUILDERS, list_names, split_name
 from mmr1_ds.errors import UserError
@@ -89,7 +90,13 @@ def _look_at(name: str, data: DataConfig, key: str, takes_images: bool | None) -
     if columns is not None:
         check_columns(name, columns, data)
         _check_images(name, parts[0], data, key, takes_images)
-    return FileSummary(name, True, num_rows, None if columns is None else data.image_key in columns)
+    return FileSummary(name, True, num_rows, _has_images(columns, data))
+
+
+def _has_images(columns: list[str] | None, data: DataConfig) -> bool | None:
+    if columns is None:
+        return None
+    return data.image_key is not None and column_of(data.image_key, columns) is not None
 
 
 def _check_images(name: str, part: Path, data: DataConfig, key: str, takes_images: bool | None) -> None:
