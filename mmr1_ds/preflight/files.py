@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -390,9 +391,21 @@ def check_format_prompt(data: DataConfig) -> None:
 
 
 def check_output_folder(path: Path, key: str) -> None:
-    """Check that the folder exists or can be made. Raises: UserError naming what is in the way."""
-    nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    """Check that files can be written in the folder, made first where it is missing. Nothing of it stays.
+
+    Raises: UserError naming what is in the way.
+    """
+    try:
+        nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    except ValueError as error:  # a character that no path has
+        raise UserError(f"{key}: {str(path)!r} is no path: {error}; name another") from None
     if not nearest.is_dir():
         raise UserError(f"{key}: {str(path)!r} cannot be made, {str(nearest)!r} is not a folder; name another")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: {str(path)!r} cannot be written, {str(nearest)!r} is not writable; name another")
+    try:
+        # Permissions alone do not say it: of a read-only, a full or a kernel's file system, of a name too long.
+        with tempfile.TemporaryDirectory(prefix=".mmr1_ds_", dir=nearest) as folder:
+            inner = Path(folder, *path.absolute().parts[len(nearest.absolute().parts) :])
+            inner.mkdir(parents=True, exist_ok=True)
+            (inner / "probe").write_bytes(b"written")
+    except OSError as error:
+        raise UserError(f"{key}: {str(path)!r} cannot be written: {error.strerror}; name another") from None
