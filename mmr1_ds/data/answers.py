@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.data.paths import at_path
-from mmr1_ds.io import whole_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,10 +51,13 @@ def without_answers(file: str, answer_key: str, folder: str) -> str:
     path = Path(folder) / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, has_rivals=True) as temporary, temporary.open("w", encoding="utf-8") as lines:
-            for row in _rows(file):
-                _remove(row, answer_key)
-                lines.write(json.dumps(row) + "\n")
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # every rank writes it, the last one's stays
+            whole = Path(scratch) / "rows.jsonl"
+            with whole.open("w", encoding="utf-8") as lines:
+                for row in _rows(file):
+                    _remove(row, answer_key)
+                    lines.write(json.dumps(row) + "\n")
+            whole.replace(path)
     return str(path)
 
 

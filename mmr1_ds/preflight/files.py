@@ -21,7 +21,7 @@ from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
 from mmr1_ds.data.paths import column_of
 from mmr1_ds.data.rows import check_columns
 from mmr1_ds.data.sources import BUILDERS, list_names, split_name
-from mmr1_ds.errors import UserError
+from mmr1_ds.errors import UserError, first_line
 from mmr1_ds.rewards.interfaces import call_style
 from mmr1_ds.rewards.loading import BUILT_IN, split_reference
 
@@ -395,17 +395,17 @@ def check_output_folder(path: Path, key: str) -> None:
 
     Raises: UserError naming what is in the way.
     """
-    try:
-        nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-    except ValueError as error:  # a character that no path has
-        raise UserError(f"{key}: {str(path)!r} is no path: {error}; name another") from None
+    nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not nearest.is_dir():
         raise UserError(f"{key}: {str(path)!r} cannot be made, {str(nearest)!r} is not a folder; name another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {str(path)!r} cannot be written, {str(nearest)!r} is not writable; name another")
     try:
         # Permissions alone do not say it: of a read-only, a full or a kernel's file system, of a name too long.
         with tempfile.TemporaryDirectory(prefix=".mmr1_ds_", dir=nearest) as folder:
             inner = Path(folder, *path.absolute().parts[len(nearest.absolute().parts) :])
             inner.mkdir(parents=True, exist_ok=True)
             (inner / "probe").write_bytes(b"written")
-    except OSError as error:
-        raise UserError(f"{key}: {str(path)!r} cannot be written: {error.strerror}; name another") from None
+    except (OSError, ValueError) as error:  # the second for characters that no path has
+        words = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise UserError(f"{key}: {str(path)!r} cannot be written: {words}; name another") from None

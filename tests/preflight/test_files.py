@@ -190,7 +190,7 @@ def test_format_prompt_that_is_no_text(valid, tmp_path):
 @pytest.mark.parametrize("key", ["trainer.run_dir", "trainer.save_checkpoint_path"])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, key, path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"{key}: .*(cannot be|is no path).*name another") as refused:
+    with pytest.raises(UserError, match=rf"{key}: .*cannot be .*name another") as refused:
         check_output_folder(Path(path), key)
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
