@@ -254,6 +254,7 @@ class ValidationSampling:
     top_p: Annotated[float, Range("(0, 1]")] = 1.0  # probability of the most likely tokens to choose from
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all
     n: PositiveInt = 1  # answers a prompt; accuracies are averaged
+    max_tokens: PositiveInt | None = None  # tokens of an answer; null = data.max_response_length
 
 
 @dataclass

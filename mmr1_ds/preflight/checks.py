@@ -132,6 +132,14 @@ def _check_validation(config: RunConfig) -> None:
             f"worker.rollout.val_override_config: n={sampling.n} greedy answers (temperature=0) would all be the same; "
             "set n=1 or a temperature over 0"
         )
+    data = config.data
+    longest = config.worker.rollout.max_model_len or data.max_prompt_length + data.max_response_length
+    if sampling.max_tokens is not None and data.max_prompt_length + sampling.max_tokens > longest:
+        raise UserError(
+            f"worker.rollout.val_override_config.max_tokens={sampling.max_tokens} and data.max_prompt_length="
+            f"{data.max_prompt_length} are over the {longest} tokens of a sequence; lower it, or set "
+            f"worker.rollout.max_model_len={data.max_prompt_length + sampling.max_tokens}"
+        )
 
 
 def _check_lengths(config: RunConfig) -> None:
