@@ -30,7 +30,13 @@ from mmr1_ds.config.redaction import remember
 from mmr1_ds.errors import UserError, require
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 from mmr1_ds.preflight.checks import check_config
-from mmr1_ds.preflight.deepspeed import DeepspeedConfigs, critic_deepspeed, reference_deepspeed, resolve_deepspeed
+from mmr1_ds.preflight.deepspeed import (
+    DeepspeedConfigs,
+    critic_deepspeed,
+    own_deepspeed,
+    reference_deepspeed,
+    resolve_deepspeed,
+)
 from mmr1_ds.preflight.machine import MachineError, check_machine, use_own_nvcc
 from mmr1_ds.preflight.plan import describe_plan
 
@@ -109,11 +115,18 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
         use_own_nvcc()  # before torch is imported
         for line in check_machine(config, actor):
             logger.warning("%s", line)
+    configs = DeepspeedConfigs(actor, reference, critic)
+    if (own := own_deepspeed(config)) is not None:
+        if not on_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed guesses, with a warning
+        from mmr1_ds.loop.deepspeed_check import check_engines  # imports torch and DeepSpeed
+
+        check_engines(configs, own)
     if config.trainer.dry_run:
         logger.info("dry run: everything checked, no model loaded")
         return None
     require("gpu", "torch", "deepspeed", "transformers", "accelerate", "datasets", purpose="training")
-    return config, DeepspeedConfigs(actor, reference, critic)
+    return config, configs
 
 
 if __name__ == "__main__":

@@ -62,13 +62,17 @@ class DataConfig:
     train_weights: Annotated[list[float], Range("(0, inf)")] = field(default_factory=list)
     val_files: Any = ""  # as train_files; "" = no validation
     prompt_key: str = "prompt"  # column with the question
-    answer_key: str = "answer"  # column with the ground truth the reward compares with
-    image_key: str = "images"  # column with the images (bytes, paths or PIL); text-only data has none
+    answer_key: str = "answer"  # column with the ground truth, or a path like reward_model.ground_truth
+    # column with the images (bytes, paths or PIL), which text-only data lacks; null = no images are read
+    image_key: str | None = "images"
+    video_key: str = "videos"  # column with videos, which are not supported: a row that has one is refused
     id_key: str | None = None  # column with a stable id; null = a digest of the row's content
     category_key: str | None = None  # column that groups similar prompts; null = no groups
     image_dir: str | None = None  # folder that relative image paths start from; null = the data file's
     system_prompt: str | None = None  # system message before every prompt; null = none
     format_prompt: str | None = None  # jinja template over `content`: its path, or the template itself
+    # true: a last message of the assistant begins the response; false: it is the answer, and taken off the prompt
+    assistant_prefill: bool = False
     max_prompt_length: PositiveInt = 512  # tokens, images included
     max_response_length: PositiveInt = 512  # tokens
     rollout_batch_size: PositiveInt = 512  # prompts a step, a multiple of worker.actor.global_batch_size
@@ -254,6 +258,7 @@ class ValidationSampling:
     top_p: Annotated[float, Range("(0, 1]")] = 1.0  # probability of the most likely tokens to choose from
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all
     n: PositiveInt = 1  # answers a prompt; accuracies are averaged
+    max_tokens: PositiveInt | None = None  # tokens of an answer; null = data.max_response_length
 
 
 @dataclass

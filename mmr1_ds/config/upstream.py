@@ -50,6 +50,19 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "worker.critic.ulysses_size": ((1,), "sequence parallelism is not implemented"),
     "worker.reward.skip_special_tokens": ((True,), "special tokens are not part of a response's text"),
     "worker.rollout.ignore_eos": ((False,), "a response ends at its end-of-sequence token"),
+    **{
+        f"worker.rollout.val_override_config.{key}": (accepted, f"{words} not implemented")
+        for key, accepted, words in (
+            ("min_p", (0,), "a least probability is"),
+            ("repetition_penalty", (1,), "a penalty of repetition is"),
+            ("presence_penalty", (0,), "a penalty of presence is"),
+            ("frequency_penalty", (0,), "a penalty of frequency is"),
+            ("min_tokens", (0,), "a least length is"),
+            ("stop", (None,), "stop strings are"),
+            ("stop_token_ids", (None,), "stop tokens of one's own are"),
+        )
+    },
+    "worker.rollout.val_override_config.seed": ((None,), "validation samples by worker.rollout.seed"),
 }
 
 # "x.*" is every key below x
@@ -58,7 +71,6 @@ IGNORED = (
     "data.num_workers",
     "data.rollout_micro_batch_size",
     "data.video_fps",
-    "data.video_key",
     "fault_tolerance.*",
     "ray_init.*",
     "ray_kwargs.*",
@@ -95,10 +107,6 @@ IGNORED = (
     "worker.rollout.prompt_length",
     "worker.rollout.response_length",
     "worker.rollout.trust_remote_code",
-    "worker.rollout.val_override_config.max_tokens",
-    "worker.rollout.val_override_config.min_p",
-    "worker.rollout.val_override_config.repetition_penalty",
-    "worker.rollout.val_override_config.seed",
 )
 
 _VALUES = {
@@ -187,6 +195,9 @@ def _is_ignored(key: str) -> bool:
 
 def _accept_only(key: str, value: Any) -> None:
     accepted, instead = ONLY[key]
+    value = None if value == [] else value
+    if value is None and key.startswith("worker.rollout."):  # an empty key upstream: the default
+        return
     if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in accepted):
         known = " or ".join(in_yaml(choice) for choice in accepted)
         raise UserError(f"{key} must be {known}, got {in_yaml(value)}: {instead}")

@@ -127,9 +127,15 @@ def load_dataset(
         prompt may have, 0 = any number.
     Raises: UserError naming the file, and the row where one is at fault.
     """
-    readers = open_readers(open_sources(files, key), data)
+    readers = open_readers(open_sources(files, key, data.answer_key), data, prompt_encoder.is_multimodal)
     scan = scan_rows(readers, data, prompt_encoder)
     dataset = PromptDataset(readers, scan, data, prompt_encoder)
+    if scan.has_answer.any():
+        logger.warning(
+            "%s: %d of %d prompts end with a message of the assistant, which is taken off as the answer; "
+            "data.assistant_prefill=true continues it",
+            key, scan.has_answer.sum(), len(scan.has_answer),
+        )  # fmt: skip
     if dataset.num_filtered:
         logger.warning(
             "%s: dropped %d of %d prompts longer than data.max_prompt_length=%d tokens",
@@ -162,7 +168,8 @@ def _fingerprint(prompt_ids: TextColumn, data: DataConfig) -> str:
     digest = hashlib.blake2b(digest_size=16)
     settings = (data.prompt_key, data.answer_key, data.image_key, data.system_prompt)
     template = load_format_prompt(data.format_prompt)  # its text: the file may change under the same name
-    digest.update(repr((settings, template, data.min_pixels, data.max_pixels)).encode())
+    prefill = (True,) if data.assistant_prefill else ()
+    digest.update(repr((settings, template, data.min_pixels, data.max_pixels, *prefill)).encode())
     for prompt_id in prompt_ids:
         digest.update(prompt_id.encode() + b"\0")
     return digest.hexdigest()

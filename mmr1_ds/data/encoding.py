@@ -41,6 +41,15 @@ class ModelInputs:
     mm_token_type_ids: torch.Tensor | None  # (T,) int64: 0 text, 1 image; None for a text model
 
 
+@dataclass(frozen=True)
+class PromptText:
+    """One prompt after the chat template."""
+
+    text: str  # a placeholder an image
+    image_order: tuple[int, ...]  # which of the row's images stands at each place; one may stand at several
+    has_answer: bool  # whether the assistant's last turn was taken off
+
+
 class PromptEncoder:
     """Applies the chat template, sizes images, expands image tokens, decodes responses.
 
@@ -67,7 +76,9 @@ class PromptEncoder:
         else:
             self.tokenizer = _load_pretrained("AutoTokenizer", source, model.trust_remote_code)
         self._template_owner = self._chat_template_owner(source)
-        self._format = ChatFormat(data.system_prompt, load_format_prompt(data.format_prompt), self.is_multimodal)
+        self._format = ChatFormat(
+            data.system_prompt, load_format_prompt(data.format_prompt), data.assistant_prefill, self.is_multimodal
+        )
         self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
         self.vocabulary_size = int(config.get_text_config().vocab_size)  # rows of the embedding
         special = _special_ids(self.tokenizer, config)
@@ -84,15 +95,18 @@ class PromptEncoder:
     ) -> tuple[tuple[int, ...], tuple[Image, ...]]:
         """Return token ids with one placeholder an image, and the images at their final size.
 
-        Args: cell: what the prompt column holds; images: RGB, any size; where: names the row in errors.
+        Args: cell: what the prompt column holds; images: RGB, any size, those of the row's column, then those that its
+            messages carry; where: names the row in errors.
         Raises: UserError naming the row.
         """
-        (token_ids,) = self.tokenize([self.prompt_text(cell, len(images), where)])
-        self.check_placeholders(token_ids, len(images), where)
-        return tuple(token_ids), tuple(self._sized(image, where) for image in images)
+        prompt = self.prompt_text(cell, len(images), where)
+        (token_ids,) = self.tokenize([prompt.text])
+        self.check_placeholders(token_ids, len(prompt.image_order), where)
+        sized = {place: self._sized(images[place], where) for place in sorted(set(prompt.image_order))}
+        return tuple(token_ids), tuple(sized[place] for place in prompt.image_order)
 
-    def prompt_text(self, cell: object, num_images: int, where: str) -> str:
-        """Return the prompt as text after the chat template, generation prompt included.
+    def prompt_text(self, cell: object, num_images: int, where: str) -> PromptText:
+        """Return the prompt as text after the chat template, generation prompt and prefill included.
 
         Raises: UserError naming the row when it is no prompt, or has images for a text model.
         """
@@ -100,11 +114,16 @@ class PromptEncoder:
 
         if num_images and not self.is_multimodal:
             raise UserError(f"{where}: the row has {num_images} images but the model takes text only")
-        messages = self._format.messages(cell, num_images, where)
+        chat = self._format.chat(cell, num_images, where)
         try:
-            return self._template_owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._template_owner.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise UserError(f"{where}: the model's chat template refuses the prompt: {error}") from error
+        opened = next((tag for tag in ("<think>", "<answer>") if text.rstrip().endswith(tag)), None)
+        prefill = chat.prefill
+        if opened is not None and prefill.lstrip().startswith(opened):  # the template opens it already
+            text, prefill = text.rstrip().removesuffix(opened), prefill.lstrip()
+        return PromptText(text + prefill, chat.image_order, chat.has_answer)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of texts that already carry their special tokens."""

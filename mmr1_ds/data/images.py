@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import os
+import re
 import struct
+import urllib.parse
+import urllib.request
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mmr1_ds.errors import UserError, first_line
 
 # What Pillow raises for a file that is missing, truncated, or no image at all.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_SCHEME = re.compile(r"(data(?=:)|[a-z][a-z0-9+.-]*(?=://)|file(?=:))", re.IGNORECASE)
+_CARRIERS = ("bytes", "image", "image_url", "input_image", "url", "path", "base64", "b64_json", "data", "source")
+_LEAST_BASE64 = 40  # characters: the smallest images have more
+_MOST_SHOWN = 160  # characters of a name or a reason in an error
 MAX_RESIZE_ROUNDS = 8  # the processor's rule settles in one or two; a cycle means limits no size can meet
 
-ImageReference = Any  # bytes, a path, {"bytes", "path"} or a PIL image
+# EXIF's orientation -> what turns the image upright; 1, and what is no orientation, leave it as it is.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))  # width and height change places
+
+ImageReference = Any  # bytes, a path, data URL or base64, a PIL image, or a mapping that carries one of these
 
 
 def image_references(cell: object) -> list[ImageReference]:
@@ -35,60 +57,168 @@ class ImageSource:
     folder: str | None
 
     def size(self, reference: ImageReference, where: str) -> tuple[int, int]:
-        """Return (width, height) from the header alone. Raises: UserError naming the row when it is unreadable."""
+        """Return (width, height) of the upright image from the header alone.
+
+        Raises: UserError naming the row when it is unreadable.
+        """
         with self._open(reference, where) as image:
-            return image.size
+            width, height = image.size
+            return (height, width) if _turn(image) in _SIDEWAYS else (width, height)
 
     def load(self, reference: ImageReference, where: str) -> Image.Image:
-        """Return the whole image as RGB. Raises: UserError naming the row when it is unreadable."""
+        """Return the whole image as RGB: upright, as its EXIF says, on white where it is transparent.
+
+        Raises: UserError naming the row when it is unreadable.
+        """
         with self._open(reference, where) as image:
+            turn = _turn(image)
             try:
-                return image.convert("RGB")
+                rgb = _rgb(image)
             except UNREADABLE as error:
                 raise _unreadable(reference, where, error) from error
+        return rgb if turn is None else rgb.transpose(turn)
 
     def _open(self, reference: ImageReference, where: str) -> Image.Image:
-        if isinstance(reference, Image.Image):
-            return reference.copy()  # the caller closes what it gets; the row's own stays usable
-        content = _content(reference)
+        found = as_reference(reference)
+        if isinstance(found, Image.Image):
+            return found.copy()  # the caller closes what it gets; the row's own stays usable
         try:
-            return Image.open(io.BytesIO(content) if content is not None else self._path(reference))
+            if found is None:
+                raise ValueError("neither bytes nor a path")
+            place = self._place(found, where) if isinstance(found, str) else found
+            return Image.open(io.BytesIO(place) if isinstance(place, bytes) else place)
         except UNREADABLE as error:
+            if isinstance(error, UserError):
+                raise
             raise _unreadable(reference, where, error) from error
 
-    def _path(self, reference: ImageReference) -> str:
-        path = reference.get("path") if isinstance(reference, dict) else reference
-        if not isinstance(path, str) or not path:
-            raise ValueError("neither bytes nor a path")
-        return os.path.join(self.folder, path) if self.folder else path
+    def _place(self, text: str, where: str) -> str | bytes:
+        """Return the path that a text names, or the bytes that it holds. Raises: UserError for what must be fetched."""
+        scheme = _SCHEME.match(text)
+        if scheme is None:
+            path = os.path.join(self.folder, text) if self.folder else text
+            return path if os.path.isfile(path) else _from_base64(text) or path
+        if scheme[1].lower() == "data":
+            return _from_data_url(text)
+        if scheme[1].lower() == "file":
+            parts = urllib.parse.urlsplit(text)
+            if parts.netloc in ("", "localhost"):
+                return urllib.request.url2pathname(parts.path)
+        raise UserError(f"{where}: the image {_shown(text)} is not fetched; download it and give the path of the file")
+
+
+def _from_data_url(text: str) -> bytes:
+    head, comma, content = text.partition(",")
+    if not comma:
+        raise ValueError("a data URL without a comma")
+    content = urllib.parse.unquote(content)
+    if head.lower().endswith(";base64"):
+        return _decoded(content)
+    return content.encode("latin-1")
+
+
+def _from_base64(text: str) -> bytes | None:
+    """Return an image file that is written in base64; None for what is more likely a path."""
+    if len(text) < _LEAST_BASE64:
+        return None
+    try:
+        content = _decoded(text)
+    except ValueError:
+        return None
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except UnidentifiedImageError:
+        return None
+    except UNREADABLE:  # an image, damaged
+        pass
+    return content
+
+
+def _decoded(text: str) -> bytes:
+    """Decode base64 of either alphabet, with or without line breaks and padding. Raises: ValueError."""
+    plain = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+
+
+def as_reference(cell: object) -> bytes | str | Image.Image | None:
+    """Return the bytes, text (path, URL, base64) or PIL image in a cell or in a part of a message; None without any."""
+    if isinstance(cell, Mapping):
+        return next((found for key in _CARRIERS if (found := as_reference(cell.get(key))) is not None), None)
+    if isinstance(cell, (bytes, bytearray, memoryview)):
+        return bytes(cell) or None
+    if isinstance(cell, str):
+        return cell if cell.strip() else None
+    return cell if isinstance(cell, Image.Image) else None
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns the image upright, by the orientation in its header; None for an upright one."""
+    if image.format == "TIFF":  # Pillow turns it, and gives the size after that
+        return None
+    try:
+        # Not the format's own method: that of PNG decodes the whole image, for an EXIF part behind the pixels.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except (*UNREADABLE, TypeError, KeyError, IndexError, AttributeError):  # damaged EXIF is no damaged image
+        return None
+    return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return the image as RGB. `convert("RGB")` alone makes transparent parts black, and clips deep grey values."""
+    image.load()
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Return grey values of 16 bits, 32 bits or floats as 0..255.
+
+    I;16 spans 0..65535. I and F say nothing of their span: the least usual one that holds all values is taken (0..1 for
+    floats, 0..255, 0..65535), else that of the values.
+    """
+    values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    spans = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(mode, (65535.0,))
+    span = next((span for span in spans if low >= 0 and high <= span), None)
+    bottom, top = (low, max(high, low + 1e-12)) if span is None else (0.0, span)
+    return np.rint((np.clip(values, bottom, top) - bottom) * (255.0 / (top - bottom))).astype(np.uint8)
 
 
 def update_digest(digest: hashlib.blake2b, reference: ImageReference) -> None:
     """Feed an image's identity to a digest: its bytes, or its path as the data set writes it."""
-    content = _content(reference)
-    if content is not None:
-        digest.update(b"bytes:%d:" % len(content))
-        digest.update(content)
-    elif isinstance(reference, Image.Image):
-        digest.update(f"pixels:{reference.mode}:{reference.size}:".encode())
-        digest.update(reference.tobytes())
+    found = as_reference(reference)
+    if isinstance(found, bytes):
+        digest.update(b"bytes:%d:" % len(found))
+        digest.update(found)
+    elif isinstance(found, Image.Image):
+        digest.update(f"pixels:{found.mode}:{found.size}:".encode())
+        digest.update(found.tobytes())
     else:
-        path = reference.get("path") if isinstance(reference, dict) else reference
-        digest.update(f"path:{path}:".encode())
-
-
-def _content(reference: ImageReference) -> bytes | None:
-    content = reference.get("bytes") if isinstance(reference, dict) else reference
-    return bytes(content) if isinstance(content, (bytes, bytearray, memoryview)) else None
+        digest.update(f"path:{found}:".encode())
 
 
 def _unreadable(reference: ImageReference, where: str, error: BaseException) -> UserError:
-    path = reference.get("path") if isinstance(reference, dict) else reference
-    name = f"{path!r}" if isinstance(path, str) and path else "the image"
+    found = as_reference(reference)
+    if isinstance(found, bytes) and isinstance(reference, Mapping):
+        found = reference.get("path")
+    name = _shown(found) if isinstance(found, str) and found else "the image"
     # UnidentifiedImageError says no more than the name, or an address in memory.
     is_unknown = isinstance(error, UnidentifiedImageError)
     reason = "of no format that Pillow knows" if is_unknown else first_line(error)
+    if len(reason) > _MOST_SHOWN:  # it repeats a name that is no path
+        reason = (error.strerror if isinstance(error, OSError) else None) or reason[:_MOST_SHOWN]
     return UserError(f"{where}: {name} cannot be read as an image ({reason}); replace it or remove the row")
+
+
+def _shown(text: str) -> str:
+    """Return a path or URL for an error. Base64 is cut: no one reads it."""
+    return repr(text) if len(text) <= _MOST_SHOWN else f"{text[:40]!r}... ({len(text)} characters)"
 
 
 @dataclass(frozen=True)

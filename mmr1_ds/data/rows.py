@@ -6,12 +6,16 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig
+from mmr1_ds.data.chat import carried_images
+from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
 from mmr1_ds.data.images import ImageReference, ImageSource, image_references, update_digest
+from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.data.sources import Source
 from mmr1_ds.errors import UserError
 
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Row = Mapping[str, Any]
+# As data sets call them, whatever data.video_key says; not video_id, num_videos and the like.
+_VIDEO_NAME = re.compile(r"videos?|(videos?|clips?)[ _-]?(paths?|files?|urls?|bytes)|mp4", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,10 @@ class RowReader:
         self._source = source
         self._data = data
         check_columns(source.name, source.rows.column_names, data)
-        self._has_images = data.image_key in source.rows.column_names
-        columns = _needed_columns(data, self._has_images)
+        names = source.rows.column_names
+        self._image_key = data.image_key if data.image_key and column_of(data.image_key, names) else None
+        self._video_columns = _video_columns(names, data)
+        columns = [*_needed_columns(data, self._image_key, names), *self._video_columns]
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
         self._features = _undecoded_features(source.rows, columns)
@@ -64,23 +72,41 @@ class RowReader:
         (row,) = self.decode(self.rows[index : index + 1])
         where = self.where(index)
         images = [self.image_source.load(reference, where) for reference in self.references(row)]
-        return RowContent(row[self._data.prompt_key], images, self.ground_truth(row, where))
+        return RowContent(self.prompt(row), images, self.ground_truth(row, where))
 
     def decode(self, table: pa.Table) -> list[Row]:
         """Return rows of a table as Python values, images still encoded."""
         return [self._features.decode_example(row) for row in table.to_pylist()]
 
+    def check_images_are_read(self) -> None:
+        """Check for images that are passed over. Raises: UserError naming a column that `data.image_key` may mean."""
+        first = self._source.rows.select(range(min(ROWS_LOOKED_AT, len(self)))).with_format("arrow")
+        features = _undecoded_features(self._source.rows, self._source.rows.column_names)
+        # Row by row: a row with all its images may be large, and mostly the first one settles it.
+        rows = (features.decode_example(first[at : at + 1].to_pylist()[0]) for at in range(len(first)))
+        check_images_are_read(self.name, rows, self._data)
+
+    def check_supported(self, row: Row, where: str) -> None:
+        """Check what a run would leave out. Raises: UserError naming the row when it has a video."""
+        for column in self._video_columns:
+            if not _is_empty(row[column]):
+                raise UserError(
+                    f"{where}: column {column!r} holds a video, and videos are not supported; remove the row, or the "
+                    "column if the prompts do without"
+                )
+
     def prompt(self, row: Row) -> object:
-        return row[self._data.prompt_key]
+        return at_path(row, self._data.prompt_key)
 
     def references(self, row: Row) -> list[ImageReference]:
-        return image_references(row[self._data.image_key]) if self._has_images else []
+        """Return the row's images: those of its column, then those that its messages carry."""
+        column = [] if self._image_key is None else image_references(at_path(row, self._image_key))
+        return [*column, *carried_images(self.prompt(row))]
 
     def ground_truth(self, row: Row, where: str) -> str:
         """Return the answer as a string. Raises: UserError when the row has no answer."""
-        answer = row[self._data.answer_key]
-        missing = answer is None or (isinstance(answer, float) and math.isnan(answer))
-        if missing or (isinstance(answer, str) and not answer.strip()):
+        answer = at_path(row, self._data.answer_key)
+        if answer is None or _is_nan(answer) or (isinstance(answer, str) and not answer.strip()):
             raise UserError(f"{where}: no answer in column {self._data.answer_key!r}; fill it in or remove the row")
         if not isinstance(answer, (str, int, float)):
             raise UserError(f"{where}: the answer is {answer!r:.80}; give a string or a number")
@@ -91,26 +117,35 @@ class RowReader:
         key = self._data.id_key
         if key is None:
             return self._digest(row, where)
-        if row[key] is None or str(row[key]) == "":
+        value = at_path(row, key)
+        if value is None or str(value) == "":
             raise UserError(f"{where}: no id in column {key!r} (data.id_key); fill it in or leave data.id_key out")
-        return str(row[key])
+        return str(value)
 
     def category(self, row: Row) -> str:
         key = self._data.category_key
-        return "" if key is None or row[key] is None else str(row[key])
+        value = None if key is None else at_path(row, key)
+        return "" if value is None else str(value)
 
     def _digest(self, row: Row, where: str) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        text = json.dumps([self.prompt(row), self.ground_truth(row, where)], sort_keys=True, ensure_ascii=False)
+        content = [self.prompt(row), self.ground_truth(row, where)]
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=_digested)
         digest.update(text.encode())
         for reference in self.references(row):
             update_digest(digest, reference)
         return digest.hexdigest()
 
 
-def open_readers(sources: list[Source], data: DataConfig) -> list[RowReader]:
-    """Return one reader for each source. Raises: UserError naming a missing column."""
-    return [RowReader(source, data) for source in sources]
+def open_readers(sources: list[Source], data: DataConfig, takes_images: bool) -> list[RowReader]:
+    """Return one reader for each source, for a model that takes images or none.
+
+    Raises: UserError naming a missing column, or one with images that would be passed over.
+    """
+    readers = [RowReader(source, data) for source in sources]
+    for reader in readers if takes_images else []:
+        reader.check_images_are_read()
+    return readers
 
 
 def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
@@ -121,16 +156,40 @@ def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
     wanted = {"prompt_key": data.prompt_key, "answer_key": data.answer_key}
     wanted |= {"id_key": data.id_key} if data.id_key is not None else {}
     wanted |= {"category_key": data.category_key} if data.category_key is not None else {}
-    wanted |= {"image_key": data.image_key} if data.image_key != DataConfig.image_key else {}
+    wanted |= {"image_key": data.image_key} if data.image_key not in (None, DataConfig.image_key) else {}
     for key, column in wanted.items():
-        if column not in columns:
+        if column_of(column, columns) is None:
             raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
 
 
-def _needed_columns(data: DataConfig, has_images: bool) -> list[str]:
-    keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key]
-    keys.append(data.image_key if has_images else None)
-    return list(dict.fromkeys(key for key in keys if key is not None))
+def _digested(image: object) -> str:
+    """Return what stands for an image in a message; its bytes are in the row's digest beside it."""
+    return type(image).__name__
+
+
+def _video_columns(columns: Sequence[str], data: DataConfig) -> list[str]:
+    """Return the columns that hold videos by their names, none of those that the run reads as something else."""
+    read = set(_needed_columns(data, data.image_key, columns))
+    return [name for name in columns if name not in read and (name == data.video_key or _VIDEO_NAME.fullmatch(name))]
+
+
+def _is_empty(cell: object) -> bool:
+    """Return whether a cell holds nothing: null, an empty text or list, or lists and mappings of such."""
+    if isinstance(cell, Mapping):
+        return all(_is_empty(value) for value in cell.values())
+    if isinstance(cell, (list, tuple)):
+        return all(_is_empty(value) for value in cell)
+    return cell is None or (isinstance(cell, (str, bytes)) and not cell.strip()) or _is_nan(cell)
+
+
+def _is_nan(cell: object) -> bool:
+    return isinstance(cell, float) and math.isnan(cell)
+
+
+def _needed_columns(data: DataConfig, image_key: str | None, names: Sequence[str]) -> list[str]:
+    keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key, image_key]
+    columns = [column_of(key, names) for key in keys if key is not None]
+    return list(dict.fromkeys(column for column in columns if column is not None))
 
 
 def _undecoded_features(rows: Dataset, columns: list[str]) -> Features:
@@ -140,13 +199,15 @@ def _undecoded_features(rows: Dataset, columns: list[str]) -> Features:
 
 
 def _undecoded(feature: Any) -> Any:
-    """The feature with images left as bytes and path, wherever the column holds them."""
-    from datasets import Image, LargeList, List
+    """The feature with images and videos left as bytes and path, wherever the column holds them."""
+    from datasets import Image, LargeList, List, Video
 
-    if isinstance(feature, Image):
-        return Image(decode=False)
-    if isinstance(feature, (List, LargeList)) and isinstance(feature.feature, Image):
-        return type(feature)(Image(decode=False))
+    if isinstance(feature, (Image, Video)):
+        return type(feature)(decode=False)
+    if isinstance(feature, (List, LargeList)):
+        return type(feature)(_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
     return feature
 
 

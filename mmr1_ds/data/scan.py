@@ -20,12 +20,12 @@ from mmr1_ds.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from mmr1_ds.data.encoding import PromptEncoder
+    from mmr1_ds.data.encoding import PromptEncoder, PromptText
 
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 256
-CACHE_FOLDER = "mmr1_ds_scans_2"  # inside the cache of `datasets`; counted up when the columns of a scan change
+CACHE_FOLDER = "mmr1_ds_scans_3"  # inside the cache of `datasets`; counted up when the columns of a scan change
 ROWS_A_PROCESS = 20_000  # below this, starting processes costs more than it saves
 
 
@@ -37,6 +37,7 @@ class Scan:
     lengths: np.ndarray  # (R,) int32 tokens, images included
     categories: pa.Array  # (R,) strings
     num_images: np.ndarray  # (R,) int32
+    has_answer: np.ndarray  # (R,) bool: the assistant's last turn was taken off the prompt
 
 
 def scan_rows(readers: list[RowReader], data: DataConfig, prompt_encoder: PromptEncoder) -> Scan:
@@ -50,6 +51,7 @@ def scan_rows(readers: list[RowReader], data: DataConfig, prompt_encoder: Prompt
         lengths=table["length"].to_numpy().astype(np.int32),
         categories=_flat(table["category"]),
         num_images=table["num_images"].to_numpy().astype(np.int32),
+        has_answer=table["has_answer"].to_numpy(),
     )
 
 
@@ -71,28 +73,35 @@ class BatchScan:
 
         rows = self._reader.decode(table)
         places = [self._reader.where(index) for index in indices]
+        lengths, prompts = self._measure(rows, places)
         columns = {
             "prompt_id": [self._reader.prompt_id(row, where) for row, where in zip(rows, places, strict=True)],
-            "length": self._lengths(rows, places),
+            "length": lengths,
             "category": [self._reader.category(row) for row in rows],
-            "num_images": [len(self._reader.references(row)) for row in rows],
+            "num_images": [len(prompt.image_order) for prompt in prompts],
+            "has_answer": [prompt.has_answer for prompt in prompts],
         }
         kinds = [("prompt_id", pa.string()), ("length", pa.int32()), ("category", pa.string())]
-        return pa.table(columns, schema=pa.schema([*kinds, ("num_images", pa.int32())]))
+        kinds += [("num_images", pa.int32()), ("has_answer", pa.bool_())]
+        return pa.table(columns, schema=pa.schema(kinds))
 
-    def _lengths(self, rows: list[Row], places: list[str]) -> list[int]:
+    def _measure(self, rows: list[Row], places: list[str]) -> tuple[list[int], list[PromptText]]:
+        """Return the tokens of each prompt, images included, and the prompt."""
         references = [self._reader.references(row) for row in rows]
-        texts = []
+        prompts = []
         for row, images, where in zip(rows, references, places, strict=True):
+            self._reader.check_supported(row, where)
             self._reader.ground_truth(row, where)  # raises for a missing answer
-            texts.append(self._encoder.prompt_text(self._reader.prompt(row), len(images), where))
+            prompts.append(self._encoder.prompt_text(self._reader.prompt(row), len(images), where))
         lengths = []
-        for token_ids, images, where in zip(self._encoder.tokenize(texts), references, places, strict=True):
-            self._encoder.check_placeholders(token_ids, len(images), where)
+        tokenized = self._encoder.tokenize([prompt.text for prompt in prompts])
+        for token_ids, images, prompt, where in zip(tokenized, references, prompts, places, strict=True):
+            order = prompt.image_order
+            self._encoder.check_placeholders(token_ids, len(order), where)
             sizes = [self._reader.image_source.size(reference, where) for reference in images]
-            image_tokens = sum(self._encoder.num_image_tokens(*size, where) for size in sizes)
-            lengths.append(len(token_ids) - len(images) + image_tokens)
-        return lengths
+            tokens = [self._encoder.num_image_tokens(*size, where) for size in sizes]
+            lengths.append(len(token_ids) - len(order) + sum(tokens[place] for place in order))
+        return lengths, prompts
 
 
 def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder) -> pa.Table:
@@ -118,7 +127,10 @@ def _scan_in_processes(
     from pyarrow import feather
 
     key = hashlib.blake2b(digest_size=16)
-    settings = (data.prompt_key, data.answer_key, data.image_key, data.id_key, data.category_key, data.image_dir)
+    settings = (
+        data.prompt_key, data.answer_key, data.image_key, data.video_key, data.id_key, data.category_key,
+        data.image_dir,
+    )  # fmt: skip
     rows = (reader.name, reader.rows._fingerprint, len(reader))
     key.update(repr((rows, settings, prompt_encoder.fingerprint())).encode())
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, CACHE_FOLDER)

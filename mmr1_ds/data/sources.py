@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mmr1_ds.data.answers import with_exact_answers, without_answers
 from mmr1_ds.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -52,12 +54,12 @@ def split_name(name: str) -> tuple[str, str]:
     return path, split or DEFAULT_SPLIT
 
 
-def open_sources(files: Any, key: str = "data.train_files") -> list[Source]:
-    """Open everything in `files`, in order.
+def open_sources(files: Any, key: str = "data.train_files", answer_key: str | None = None) -> list[Source]:
+    """Open everything in `files`, in order. answer_key: the column whose numbers keep their digits.
 
     Raises: UserError naming the file when it cannot be read, is empty, or has no such split.
     """
-    return [_open_source(name, key) for name in list_names(files, key)]
+    return [_open_source(name, key, answer_key) for name in list_names(files, key)]
 
 
 def _looks_local(path: str) -> bool:
@@ -65,7 +67,7 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.splitext(path)[1] in BUILDERS
 
 
-def _open_source(name: str, key: str) -> Source:
+def _open_source(name: str, key: str, answer_key: str | None) -> Source:
     from datasets import disable_progress_bars, enable_progress_bars
     from datasets.exceptions import DatasetGenerationError
     from datasets.utils import are_progress_bars_disabled
@@ -74,7 +76,7 @@ def _open_source(name: str, key: str) -> Source:
     bars_were_on = not are_progress_bars_disabled()
     disable_progress_bars()  # every rank would draw its own
     try:
-        rows = _read(path, split)
+        rows = _read(path, split, answer_key)
     except DatasetGenerationError as error:
         raise _cannot_read(name, key, error.__cause__ or error) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -87,7 +89,7 @@ def _open_source(name: str, key: str) -> Source:
     return Source(name, rows, _folder(path))
 
 
-def _read(path: str, split: str) -> Dataset:
+def _read(path: str, split: str, answer_key: str | None) -> Dataset:
     import datasets
 
     if os.path.isfile(path):
@@ -96,7 +98,7 @@ def _read(path: str, split: str) -> Dataset:
             raise ValueError("the file is empty")
         if suffix not in BUILDERS:
             raise ValueError(f"unknown kind of file {suffix!r}; known: {', '.join(BUILDERS)}")
-        return datasets.load_dataset(BUILDERS[suffix], data_files=path, split=split)
+        return _read_files(BUILDERS[suffix], [path], split, answer_key)
     if os.path.isdir(path) and _is_saved(path):
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.Dataset):
@@ -106,7 +108,45 @@ def _read(path: str, split: str) -> Dataset:
         if split not in saved:
             raise ValueError(f"no split {split!r}; there are {', '.join(saved)}")
         return saved[split]
+    if os.path.isdir(path):
+        files = (datasets.load_dataset_builder(path).config.data_files or {}).get(split, [])
+        suffixes = {os.path.splitext(file)[1] for file in files}
+        for builder in ("csv", "json"):
+            if files and {BUILDERS.get(suffix) for suffix in suffixes} == {builder}:
+                return _read_files(builder, list(files), split, answer_key)
     return datasets.load_dataset(path, split=split)
+
+
+def _read_files(builder: str, files: list[str], split: str, answer_key: str | None) -> Dataset:
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    if builder == "csv":
+        return datasets.load_dataset("csv", data_files={split: files}, split=split, **_as_text(files[0]))
+    if builder != "json" or answer_key is None:
+        return datasets.load_dataset(builder, data_files=files, split=split)
+    try:
+        rows = datasets.load_dataset("json", data_files={split: files}, split=split)
+    except (DatasetGenerationError, ValueError) as error:
+        # Whole numbers at the beginning of a long file and others further on, which the first ones' type does not hold;
+        # or numbers of more digits than the reader takes.
+        folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "mmr1_ds_rows")
+        try:
+            others = [without_answers(file, answer_key, folder) for file in files]
+        except (ValueError, AttributeError):  # no rows of JSON: the reader's words are the better ones
+            raise error from None
+        rows = datasets.load_dataset("json", data_files={split: others}, split=split)
+    return with_exact_answers(rows, files, answer_key)
+
+
+def _as_text(file: str) -> dict[str, Any]:
+    """Return what makes every cell of a CSV file the text that it is: 007 is no 7, and NA an answer."""
+    from datasets import Features, Value
+
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        header = next(csv.reader(lines), [])
+    columns = [name or f"Unnamed: {place}" for place, name in enumerate(header)]  # as pandas, which reads it, calls it
+    return {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False}
 
 
 def _is_saved(folder: str) -> bool:

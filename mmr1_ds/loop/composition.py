@@ -39,6 +39,7 @@ from mmr1_ds.engine.reference import AdapterlessReference, Reference
 from mmr1_ds.engine.weights.weight_files import has_weights_alone
 from mmr1_ds.engine.zero_engine import Sizes
 from mmr1_ds.errors import UserError, first_line, remedy, require
+from mmr1_ds.io import in_words
 from mmr1_ds.loop.batches import BatchMaker
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.loop.collector import Collector
@@ -47,6 +48,7 @@ from mmr1_ds.loop.metrics import ActorWork
 from mmr1_ds.loop.partial_batches import PartialBatchMaker
 from mmr1_ds.loop.parts import Parts
 from mmr1_ds.loop.refresh import KEPT, CurriculumRefresh
+from mmr1_ds.loop.run_lock import RunLock
 from mmr1_ds.loop.state import RunState
 from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.loop.trainer import Trainer
@@ -92,10 +94,17 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
 
         ranks = stack.enter_context(Ranks(launch, config.trainer.collective_timeout_seconds))
         _check_ranks(config, deepspeed.actor, train_data, ranks)
+        _lock(config, ranks, stack)
         checkpoints = Checkpoints(
             checkpoint_directory(config), config.trainer.save_limit, ranks, config.trainer.best_metric
         )
         start = _starting_point(config, checkpoints)
+        if start is not None and start[0] >= num_steps and not config.trainer.val_only:
+            logger.info(
+                "the run is done: %s is of step %d of %d; for more steps raise trainer.total_episodes or max_steps",
+                start[1], start[0], num_steps,
+            )  # fmt: skip
+            return
         if start is not None:
             _check_resumable(start[1], deepspeed.critic is not None)
         coordinator = _coordinator(config, train_data, num_steps, ranks)
@@ -393,6 +402,27 @@ def _sizes(config: RunConfig) -> Sizes:
 
 def _bad_updates(engine: str, config: RunConfig, ranks: Ranks) -> BadUpdates:
     return BadUpdates(engine, config.trainer.max_bad_updates, ranks, run_directory(config) / "bad_batches")
+
+
+def _lock(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
+    """Keep other runs out of the run's folders until `stack` is closed. Collective. Raises: UserError on every rank."""
+    folders = {run_directory(config): "trainer.run_dir"}
+    if config.trainer.val_only:  # beside a run that trains
+        folders = {run_directory(config) / "eval": "trainer.run_dir"}
+    elif not checkpoint_directory(config).resolve().is_relative_to(run_directory(config).resolve()):
+        folders[checkpoint_directory(config)] = "trainer.save_checkpoint_path"
+    refused = ""
+    if ranks.rank == 0:
+        try:
+            for folder, key in folders.items():
+                stack.enter_context(RunLock(folder, key))
+        except UserError as error:
+            refused = str(error)
+        except OSError as error:
+            # Checkpoints that cannot be written are for the saves to report: the run goes on without them.
+            refused = f"trainer.run_dir: {in_words(error)}; name another" if key == "trainer.run_dir" else ""
+    if refused := ranks.all_gather_objects(refused, "lock the run directory")[0]:
+        raise UserError(refused)
 
 
 def _check_resumable(folder: Path, with_critic: bool) -> None:

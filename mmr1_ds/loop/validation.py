@@ -66,9 +66,8 @@ class Validation:
         if data is None:
             return {}
         clock = self._records.clock()
-        settings = SamplingSettings(
-            sampling.temperature, sampling.top_p, sampling.top_k, self._data.max_response_length
-        )
+        most_tokens = sampling.max_tokens or self._data.max_response_length
+        settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, most_tokens)
         chunk = self._data.val_batch_size if self._data.val_batch_size > 0 else len(data)
         groups: list[ScoredGroup] = []
         failures: list[RewardCounts] = []

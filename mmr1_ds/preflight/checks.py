@@ -52,9 +52,9 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     checkpoint = config.trainer.load_checkpoint_path
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise UserError(f"trainer.load_checkpoint_path: no such folder {checkpoint!r}; give a global_step_N folder")
-    train_data = check_data(config.data, "train_files")
+    train_data = check_data(config.data, "train_files", config.worker.actor.model)
     _check_weights(config.data)
-    val_data = check_data(config.data, "val_files") if config.data.val_files else None
+    val_data = check_data(config.data, "val_files", config.worker.actor.model) if config.data.val_files else None
     if config.trainer.val_only and val_data is None:
         raise UserError("trainer.val_only=true needs data.val_files, which is empty; set it")
     plan = _plan(config, world_size, train_data, val_data)
@@ -163,6 +163,14 @@ def _check_validation(config: RunConfig) -> None:
         raise UserError(
             f"worker.rollout.val_override_config: n={sampling.n} greedy answers (temperature=0) would all be the same; "
             "set n=1 or a temperature over 0"
+        )
+    data = config.data
+    longest = config.worker.rollout.max_model_len or data.max_prompt_length + data.max_response_length
+    if sampling.max_tokens is not None and data.max_prompt_length + sampling.max_tokens > longest:
+        raise UserError(
+            f"worker.rollout.val_override_config.max_tokens={sampling.max_tokens} and data.max_prompt_length="
+            f"{data.max_prompt_length} are over the {longest} tokens of a sequence; lower it, or set "
+            f"worker.rollout.max_model_len={data.max_prompt_length + sampling.max_tokens}"
         )
 
 

@@ -1,6 +1,7 @@
 """The DeepSpeed config of a run: the user's JSON with "auto" filled in and contradictions refused by name.
 
-DeepSpeed itself is not imported: a dry run resolves everything in milliseconds.
+DeepSpeed itself is not imported: a dry run resolves everything in milliseconds. A file of the user's own is read by
+DeepSpeed besides (`engine.deepspeed_config`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +67,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
         an optimizer other than Adam and AdamW, and any number that contradicts the run config.
     """
     resolved, name = load_deepspeed(config, on_gpu)
+    _check_finite(resolved, name)
     _check_kinds(resolved, name)
     _check_stage(resolved, name)
     for section, setting in _batch_settings(config, world_size).items():
@@ -76,10 +79,23 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     _settle_buckets(resolved["zero_optimization"], config)
     _settle_offload(resolved["zero_optimization"], config, on_gpu)
     _check_offload_states(resolved, config, on_gpu)
+    for section in ("zero_optimization", "bf16"):
+        _drop_autos(resolved[section])
     left = [key for key in _autos(resolved) if key not in _KNOWN_TO_DEEPSPEED]
     if left:
         raise UserError(f'{name}: {left[0]}="auto" is no key that this trainer fills in; give its value or remove it')
     return resolved
+
+
+def own_deepspeed(config: RunConfig) -> str | None:
+    """Return the name of the user's own DeepSpeed config; None for one of the project's, which is known to be good."""
+    given = config.worker.actor.deepspeed
+    if isinstance(given, Mapping):
+        return KEY
+    if given is None or given == "":
+        return None
+    path = _find(str(given)).resolve()
+    return None if any(path.is_relative_to(folder.resolve()) for folder in config_folders()) else str(path)
 
 
 def reference_deepspeed(config: RunConfig, actor: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:
@@ -142,7 +158,9 @@ def load_deepspeed(config: RunConfig, on_gpu: bool) -> tuple[dict[str, Any], str
         raise UserError(f"{KEY} must be the path of a JSON file or a mapping, got {given}")
     path = _find(given)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except _Repeated as error:
+        raise UserError(f"{path}: the key {error} stands twice in one section; keep one") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}; {KEY} must name a JSON file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -150,6 +168,18 @@ def load_deepspeed(config: RunConfig, on_gpu: bool) -> tuple[dict[str, Any], str
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, with zero_optimization in it")
     return content, str(path)
+
+
+class _Repeated(ValueError):
+    """A key that a section has twice."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise _Repeated(key)
+    return dict(pairs)
 
 
 def _find(name: str) -> Path:
@@ -163,6 +193,15 @@ def _find(name: str) -> Path:
 
 
 # --- what must be -------------------------------------------------------------------------------------------------
+
+
+def _check_finite(section: Mapping[str, Any], name: str, prefix: str = "") -> None:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            _check_finite(value, name, f"{prefix}{key}.")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{name}: {prefix}{key} must be finite, got {number}")
 
 
 def _check_kinds(resolved: dict[str, Any], name: str) -> None:
@@ -352,6 +391,15 @@ def _offloaded(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return an offload section as it is given, with host memory where it names no device."""
     is_placed = given.get("device", "none") != "none"
     return {**given} if is_placed else {**given, "device": "cpu", "pin_memory": True}
+
+
+def _drop_autos(section: dict[str, Any]) -> None:
+    """Leave to DeepSpeed what it fills in itself: in these sections "auto" is its own default."""
+    for key, value in list(section.items()):
+        if value == _AUTO:
+            del section[key]
+        elif isinstance(value, dict):
+            _drop_autos(value)
 
 
 def _autos(section: Any, prefix: str = "") -> list[str]:

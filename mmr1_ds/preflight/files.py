@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import csv
+import itertools
 import json
+import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +17,15 @@ from typing import Any, TypeVar
 
 from mmr1_ds.config import DataConfig, ModelConfig, RewardConfig
 from mmr1_ds.data.chat import load_format_prompt
+from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
+from mmr1_ds.data.paths import column_of
 from mmr1_ds.data.rows import check_columns
 from mmr1_ds.data.sources import BUILDERS, list_names, split_name
-from mmr1_ds.errors import UserError
+from mmr1_ds.errors import UserError, first_line
 from mmr1_ds.rewards.interfaces import call_style
 from mmr1_ds.rewards.loading import BUILT_IN, split_reference
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -51,9 +59,10 @@ class DataSummary:
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-def check_data(data: DataConfig, key: str) -> DataSummary:
+def check_data(data: DataConfig, key: str, model: ModelConfig) -> DataSummary:
     """Check that the files of data.train_files or data.val_files (`key`) exist and their first rows have the columns.
 
+    Images in a column of another name are an error for a local model that takes images, else a warning.
     Raises: UserError naming the file, the key, and the columns of the file.
     """
     files = data.train_files if key == "train_files" else data.val_files
@@ -61,10 +70,12 @@ def check_data(data: DataConfig, key: str) -> DataSummary:
         raise UserError(f"data.{key} must be a path, a hub name or a list of them, got {files}")
     if data.image_dir is not None and not Path(data.image_dir).is_dir():
         raise UserError(f"data.image_dir: no such folder {data.image_dir!r}")
-    return DataSummary(tuple(_look_at(name, data, f"data.{key}") for name in list_names(files, f"data.{key}")))
+    takes_images = model_takes_images(model)
+    names = list_names(files, f"data.{key}")
+    return DataSummary(tuple(_look_at(name, data, f"data.{key}", takes_images) for name in names))
 
 
-def _look_at(name: str, data: DataConfig, key: str) -> FileSummary:
+def _look_at(name: str, data: DataConfig, key: str, takes_images: bool | None) -> FileSummary:
     path_text, split = split_name(name)
     path = Path(path_text)
     if not os.path.exists(path):
@@ -79,7 +90,26 @@ def _look_at(name: str, data: DataConfig, key: str) -> FileSummary:
     columns = _readable(_columns, parts[0], key)
     if columns is not None:
         check_columns(name, columns, data)
-    return FileSummary(name, True, num_rows, None if columns is None else data.image_key in columns)
+        _check_images(name, parts[0], data, key, takes_images)
+    return FileSummary(name, True, num_rows, _has_images(columns, data))
+
+
+def _has_images(columns: list[str] | None, data: DataConfig) -> bool | None:
+    if columns is None:
+        return None
+    return data.image_key is not None and column_of(data.image_key, columns) is not None
+
+
+def _check_images(name: str, part: Path, data: DataConfig, key: str, takes_images: bool | None) -> None:
+    """Raises: UserError for images that would be passed over; a warning where the model may take none."""
+    if takes_images is False:
+        return
+    try:
+        check_images_are_read(name, _readable(_first_rows, part, key), data)
+    except UserError as error:
+        if takes_images:
+            raise
+        logger.warning("%s", error)
 
 
 def _data_files(folder: Path, split: str, key: str) -> list[Path]:
@@ -130,7 +160,26 @@ def _columns(path: Path) -> list[str] | None:
     if path.suffix == ".csv":
         with path.open(encoding=_TEXT) as file:
             return [name.strip().strip('"') for name in file.readline().split(",")]
-    return _first_json_keys(path)
+    rows = _first_json_rows(path, 1)
+    return list(rows[0]) if rows else None
+
+
+def _first_rows(path: Path) -> list[dict[str, Any]]:
+    """Return rows of a data file with all their columns, from its beginning; few or none where rows are large."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=ROWS_LOOKED_AT)
+            return next((batch.to_pylist() for batch in batches), [])
+    if path.suffix == ".arrow":
+        reader = _open_arrow(path)
+        batch = reader.get_batch(0) if hasattr(reader, "get_batch") else reader.read_next_batch()
+        return list(batch.slice(0, ROWS_LOOKED_AT).to_pylist())
+    if path.suffix == ".csv":
+        with path.open(encoding=_TEXT, newline="") as file:
+            return list(itertools.islice(csv.DictReader(file), ROWS_LOOKED_AT))
+    return _first_json_rows(path, ROWS_LOOKED_AT)
 
 
 def _open_arrow(path: Path) -> Any:
@@ -144,21 +193,25 @@ def _open_arrow(path: Path) -> Any:
         return pyarrow.ipc.open_file(source)
 
 
-def _first_json_keys(path: Path) -> list[str] | None:
-    """Return the keys of the first object of JSON lines or of a JSON list."""
+def _first_json_rows(path: Path, most: int) -> list[dict[str, Any]]:
+    """Return the first objects of JSON lines or of a JSON list, as far as they lie in the first megabyte."""
     with path.open(encoding=_TEXT) as file:
         head = file.read(2**20).lstrip()
-    if head.startswith("["):
-        head = head[1:].lstrip()
-    try:
-        first, _ = json.JSONDecoder().raw_decode(head)
-    except json.JSONDecodeError:
-        if len(head) < 2**19:
-            raise
-        return None  # a first row of a megabyte: images inside
-    if not isinstance(first, dict):
-        raise ValueError("its rows are not objects")
-    return list(first)
+    decoder = json.JSONDecoder()
+    rows: list[dict[str, Any]] = []
+    position = len(head) - len(head.removeprefix("[").lstrip())
+    while len(rows) < most and position < len(head):
+        try:
+            row, position = decoder.raw_decode(head, position)
+        except json.JSONDecodeError:
+            if not rows and len(head) < 2**19:
+                raise
+            break  # a row that is cut: images inside; or the end of the list
+        if not isinstance(row, dict):
+            raise ValueError("its rows are not objects")
+        rows.append(row)
+        position += len(head[position:]) - len(head[position:].lstrip(", \t\r\n")) if len(rows) < most else 0
+    return rows
 
 
 def _count_rows(path: Path) -> int | None:
@@ -236,6 +289,14 @@ def _check_json_files(folder: Path, key: str) -> None:
         content = _json_object(folder / name, key) if (folder / name).is_file() else {}
         if not isinstance(content.get("text_config") or {}, dict):
             raise UserError(f"{key}: text_config in {str(folder / name)!r} must be an object")
+
+
+def model_takes_images(model: ModelConfig) -> bool | None:
+    """Return whether a local model's config.json says that it takes images; None for a hub model, which is not read."""
+    path = Path(model.model_path or "") / "config.json"
+    if not model.model_path or not os.path.isfile(path):
+        return None
+    return "vision_config" in _json_object(path, "worker.actor.model.model_path")
 
 
 def model_hidden_size(model: ModelConfig) -> int | None:
@@ -330,9 +391,21 @@ def check_format_prompt(data: DataConfig) -> None:
 
 
 def check_output_folder(path: Path, key: str) -> None:
-    """Check that the folder exists or can be made. Raises: UserError naming what is in the way."""
+    """Check that files can be written in the folder, made first where it is missing. Nothing of it stays.
+
+    Raises: UserError naming what is in the way.
+    """
     nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not nearest.is_dir():
         raise UserError(f"{key}: {str(path)!r} cannot be made, {str(nearest)!r} is not a folder; name another")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{key}: {str(path)!r} cannot be written, {str(nearest)!r} is not writable; name another")
+    try:
+        # Permissions alone do not say it: of a read-only, a full or a kernel's file system, of a name too long.
+        with tempfile.TemporaryDirectory(prefix=".mmr1_ds_", dir=nearest) as folder:
+            inner = Path(folder, *path.absolute().parts[len(nearest.absolute().parts) :])
+            inner.mkdir(parents=True, exist_ok=True)
+            (inner / "probe").write_bytes(b"written")
+    except (OSError, ValueError) as error:  # the second for characters that no path has
+        words = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise UserError(f"{key}: {str(path)!r} cannot be written: {words}; name another") from None

@@ -348,3 +348,23 @@ def test_a_fault_costs_a_tenth_of_a_run_at_most(num_steps):
     assert steps_between_saves(config, num_steps) <= max(1, num_steps / 10)
     config.trainer.save_freq = 7
     assert steps_between_saves(config, num_steps) == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "neutral", "other"),
+    [
+        ("min_p", "0.0", "0.05"), ("repetition_penalty", "1.0", "1.1"), ("presence_penalty", "0", "0.5"),
+        ("frequency_penalty", "0", "0.5"), ("min_tokens", "0", "8"), ("stop", "[]", "[END]"),
+        ("stop_token_ids", "null", "[7]"),
+    ],
+)  # fmt: skip
+def test_validation_that_is_not_implemented_is_refused(key, neutral, other):
+    section = "worker.rollout.val_override_config"
+    assert load_config([f"{section}.{key}={neutral}"]).warnings == ()
+    assert load_config([f"{section}.{key}=null"]).warnings == ()
+    assert f"{section}.{key} must be" in mistake(f"{section}.{key}={other}")
+
+
+def test_validation_has_its_own_length():
+    assert load("worker.rollout.val_override_config.max_tokens=7").worker.rollout.val_override_config.max_tokens == 7
+    assert "samples by worker.rollout.seed" in mistake("worker.rollout.val_override_config.seed=3")

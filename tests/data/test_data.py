@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import logging
 
 import datasets
 import numpy as np
 import pytest
-from fixtures.data_fixtures import VOCABULARY, image, png, write_jsonl, write_kind, write_text_model, write_vision_model
+from fixtures.data_fixtures import (
+    VOCABULARY,
+    config,
+    image,
+    load,
+    png,
+    text_rows,
+    user_text,
+    write_jsonl,
+    write_kind,
+    write_text_model,
+    write_vision_model,
+)
 from PIL import Image
 
 from mmr1_ds.config import DataConfig, ModelConfig
@@ -22,14 +33,6 @@ from mmr1_ds.errors import UserError
 CHAT_TOKENS = 3 + 2 + 3  # start user newline, end newline, start assistant newline
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("cache"))
-    old, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder
-    yield
-    datasets.config.HF_DATASETS_CACHE = old
-
-
 @pytest.fixture(scope="module")
 def vision_model(tmp_path_factory):
     return write_vision_model(tmp_path_factory.mktemp("vision"))
@@ -38,28 +41,6 @@ def vision_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory):
     return write_text_model(tmp_path_factory.mktemp("text"))
-
-
-def config(**data):
-    return DataConfig(**{"min_pixels": None, "max_pixels": None, **data})
-
-
-@functools.cache
-def encoder_of(model, **data):
-    return PromptEncoder(ModelConfig(model_path=model), config(**data))
-
-
-def load(files, model, **data):
-    return load_dataset(files, config(**data), encoder_of(model, **data))
-
-
-def text_rows(count):
-    return [{"prompt": f"what is {i}?", "answer": str(i)} for i in range(count)]
-
-
-def user_text(dataset, index):
-    text = dataset._encoder.tokenizer.decode(dataset[index].token_ids)
-    return text.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n")
 
 
 # --- kinds of files -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.deepspeed import critic_deepspeed, reference_deepspeed, resolve_deepspeed
+from mmr1_ds.preflight.deepspeed import critic_deepspeed, own_deepspeed, reference_deepspeed, resolve_deepspeed
 
 BATCH = [
     "worker.actor.global_batch_size=6",
@@ -155,14 +155,43 @@ def test_contradictions_are_refused_with_both_names_and_values(values, names):
         ({"optimizer__params__adam_w_mode": False}, "adam_w_mode=false is not supported"),
         ({"scheduler__params__warmup_num_steps": 10}, "scheduler (warmup_num_steps=10) is not used"),
         ({"scheduler__params": {}}, "scheduler (type=WarmupLR) is not used"),
-        (
-            {"zero_optimization__stage3_max_live_parameters": "auto"},
-            'zero_optimization.stage3_max_live_parameters="auto"',
-        ),
+        ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown="auto" is no key that this trainer fills in'),
+        ({"zero_optimization__sub_group_size": float("nan")}, "zero_optimization.sub_group_size must be finite"),
+        ({"gradient_clipping": float("inf")}, "gradient_clipping must be finite, got inf"),
+        ({"optimizer__params__betas": [0.9, float("nan")]}, "optimizer.params.betas must be finite"),
     ],
 )
 def test_refused(values, expected):
     assert expected in refused(changed(**values))
+
+
+def test_what_deepspeed_fills_in_is_left_to_it():
+    """The "auto"s of OpenRLHF's and transformers' files, and of an offload section."""
+    names = (
+        "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance", "overlap_comm",
+        "stage3_gather_16bit_weights_on_model_save", "contiguous_gradients",
+    )  # fmt: skip
+    content = changed(**{f"zero_optimization__{name}": "auto" for name in names})
+    content["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": "auto", "ratio": "auto"}
+    zero = resolve(content)["zero_optimization"]
+    assert {*names} & {*zero} == set()
+    assert zero["offload_optimizer"] == {"device": "cpu"}
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "stage": 2}}')
+    assert "the key stage stands twice" in refused(str(path))
+
+
+def test_the_projects_own_files_need_no_second_reading(tmp_path):
+    config = load_config(BATCH).config
+    for given, own in ((None, None), ("zero3_h100.json", None), ({"a": 1}, "worker.actor.deepspeed")):
+        config.worker.actor.deepspeed = given
+        assert own_deepspeed(config) == own
+    config.worker.actor.deepspeed = str(tmp_path / "mine.json")
+    (tmp_path / "mine.json").write_text("{}")
+    assert own_deepspeed(config) == str(tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize(

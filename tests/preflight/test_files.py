@@ -7,6 +7,9 @@ from fixtures.configs import check, refused
 from fixtures.data_fixtures import write_kind
 from fixtures.dry_runs import write_rows
 
+from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.files import check_output_folder
+
 ROWS = [{"q": f"question {k}", "a": k} for k in range(5)]
 
 
@@ -179,3 +182,30 @@ def test_format_prompt_that_is_no_text(valid, tmp_path):
     path = tmp_path / "prompt.jinja"
     path.write_bytes(b"{{ content }} caf\xe9")
     assert f"cannot read '{path}'" in refused(valid, f"data.format_prompt={path}")
+
+
+@pytest.mark.parametrize(
+    "path", ["/proc/nope", "/proc/nope/deeper", "/sys/nope", "/dev/null/x", "a" * 300, "a/" + "b" * 300, "a\0b"]
+)
+@pytest.mark.parametrize("key", ["trainer.run_dir", "trainer.save_checkpoint_path"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, key, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"{key}: .*cannot be .*name another") as refused:
+        check_output_folder(Path(path), key)
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_to_nowhere_and_in_circles_are_refused(tmp_path):
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for name in ("nowhere", "circle"):
+        for path in (tmp_path / name, tmp_path / name / "run"):
+            with pytest.raises(UserError, match="is not a folder; name another"):
+                check_output_folder(path, "trainer.run_dir")
+
+
+def test_a_folder_that_can_be_written_stays_as_it_is(tmp_path):
+    check_output_folder(tmp_path / "new" / "run", "trainer.run_dir")
+    check_output_folder(tmp_path, "trainer.run_dir")
+    assert list(tmp_path.iterdir()) == []

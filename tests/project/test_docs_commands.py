@@ -18,7 +18,7 @@ from fixtures.dry_runs import GUIDE, commands, linked_checkout, planned, trainin
 from fixtures.launching import ROOT, environment
 
 from mmr1_ds.commands import cli, serve
-from mmr1_ds.config import DataConfig
+from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.config.loading import dump_config, load_config
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
@@ -232,7 +232,8 @@ def test_json_is_of_a_known_kind(block, tmp_path):
     if {"question", "answer"} <= keys or {"problem", "answer"} <= keys:  # rows of a data set
         (tmp_path / "rows.json").write_text(json.dumps(values))
         prompt_key = "question" if "question" in keys else "problem"
-        check_data(DataConfig(train_files=str(tmp_path / "rows.json"), prompt_key=prompt_key), "train_files")
+        data = DataConfig(train_files=str(tmp_path / "rows.json"), prompt_key=prompt_key)
+        check_data(data, "train_files", ModelConfig())
     elif "zero_optimization" in keys:
         config = load_config(["config=mmr1_h100"]).config
         config.worker.actor.deepspeed = values[0]

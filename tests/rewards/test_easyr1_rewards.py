@@ -191,5 +191,5 @@ def score_once(config):
 def test_jinja_prompts(tmp_path, template, expected):
     path = tmp_path / "format.jinja"
     path.write_text(template)
-    chat = ChatFormat(None, load_format_prompt(str(path)), is_multimodal=False)
-    assert chat.messages(" How many? ", 0, "row 1") == [{"role": "user", "content": expected}]
+    chat = ChatFormat(None, load_format_prompt(str(path)), False, is_multimodal=False)
+    assert chat.chat(" How many? ", 0, "row 1").messages == [{"role": "user", "content": expected}]

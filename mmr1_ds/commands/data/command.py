@@ -78,7 +78,7 @@ def look(config: RunConfig, keys: Sequence[str], num_samples: int, decode_images
     check_ranges(config)
     check_format_prompt(config.data)
     for key in keys:
-        check_data(config.data, key.removeprefix("data."))
+        check_data(config.data, key.removeprefix("data."), config.worker.actor.model)
     from mmr1_ds.data.encoding import PromptEncoder
 
     encoder = PromptEncoder(config.worker.actor.model, config.data)
@@ -101,6 +101,6 @@ def _survey(key: str, config: RunConfig, encoder: PromptEncoder, decode_images: 
     from mmr1_ds.data.sources import open_sources
 
     files = config.data.train_files if key == TRAIN else config.data.val_files
-    readers = open_readers(open_sources(files, key), config.data)
+    readers = open_readers(open_sources(files, key, config.data.answer_key), config.data, encoder.is_multimodal)
     with progress(sum(map(len, readers)), f"looking at {key}", with_lines=False) as advance:
         return SurveyedRows(survey_rows(readers, config.data, encoder, decode_images, advance), readers, config)

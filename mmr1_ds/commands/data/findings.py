@@ -96,6 +96,7 @@ def _finding(
 def find(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
     """Return all findings, those that stop a run first."""
     found = [*_refused(rows), *_too_many_images(rows, config), *_overlong(rows, config), *_repeated(rows, config)]
+    found += _answered(rows)
     return sorted(found, key=lambda finding: _EFFECTS.index(finding.effect))
 
 
@@ -142,6 +143,15 @@ def _overlong(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
         reason = f"no prompt is left: the shortest has {shortest:,} tokens; raise data.max_prompt_length"
         found += _finding(rows, AT_ITS_START, reason, over, [])
     return found
+
+
+def _answered(rows: SurveyedRows) -> list[Finding]:
+    """Return the rows whose messages end with the answer, which the trainer does not show."""
+    answered = np.flatnonzero(rows.table["has_answer"].fill_null(False).to_numpy())
+    reason = (
+        "the last message is the assistant's, and taken off as the answer; data.assistant_prefill=true continues it"
+    )
+    return _finding(rows, KEPT, reason, answered, [Example(rows.name(row), reason) for row in answered[:SHOWN]])
 
 
 def _repeated(rows: SurveyedRows, config: RunConfig) -> list[Finding]:

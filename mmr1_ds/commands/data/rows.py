@@ -65,6 +65,7 @@ def schema() -> pa.Schema:
             ("length", pa.int32()),  # tokens, images included
             ("category", pa.large_string()),
             ("num_images", pa.int32()),
+            ("has_answer", pa.bool_()),  # the assistant's last turn was taken off the prompt
             ("answer", pa.large_string()),
             ("widths", pa.large_list(pa.int32())),  # of its images, as they came
             ("heights", pa.large_list(pa.int32())),

@@ -1,0 +1,101 @@
+"""Columns that look as if they held images, for data whose images would otherwise be passed over."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mmr1_ds.config import DataConfig
+from mmr1_ds.data.images import as_reference, image_references
+from mmr1_ds.data.paths import at_path, column_of
+from mmr1_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+ROWS_LOOKED_AT = 64
+
+_NAME = re.compile(
+    r"(images?|imgs?|pictures?|photos?|pics?|screenshots?)([ _-]?(paths?|files?|urls?|bytes|base64|b64|data|list))?",
+    re.IGNORECASE,
+)
+_SUFFIX = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|avif)(\?\S*)?", re.IGNORECASE)
+# What PNG, JPEG, GIF, WebP and TIFF files begin with, and the same in base64. BMP's two letters say too little.
+_BYTES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
+_TEXTS = ("data:image/", "iVBORw0K", "/9j/", "R0lGOD", "UklGR")
+
+
+def unread_images(rows: Iterable[Mapping[str, Any]], data: DataConfig) -> str | None:
+    """Return the column, as `data.image_key` would name it, that holds images in rows from which none is read.
+
+    Args: rows: with all their columns, images not decoded.
+    Returns: None also where some row has an image that is read, in its column or in a message.
+    """
+    read = {data.prompt_key, data.answer_key, data.image_key, data.id_key, data.category_key}
+    found = None
+    for row in rows:
+        if any(as_reference(part) is not None for part in _parts(at_path(row, data.prompt_key))):
+            return None
+        if data.image_key is not None and image_references(at_path(row, data.image_key)):
+            return None
+        for name, cell in row.items():
+            if found is None and name not in read:
+                found = _images_in(name, cell)
+    return found
+
+
+def check_images_are_read(name: str, rows: Iterable[Mapping[str, Any]], data: DataConfig) -> None:
+    """Check the first rows of `name` for a model that takes images: training without them would be blind.
+
+    A column of images beside an empty `data.image_key` is a warning: images of that one may come later.
+    Raises: UserError naming a column that holds images where `data.image_key` is no column.
+    """
+    rows = list(itertools.islice(rows, ROWS_LOOKED_AT))
+    column = None if data.image_key is None else unread_images(rows, data)
+    if column is None:
+        return
+    remedy = f"set data.image_key={column}, or data.image_key=null to train on the text alone"
+    if column_of(str(data.image_key), rows[0]) is None:
+        raise UserError(
+            f"{name}: column {column!r} holds images that no one would see: data.image_key={data.image_key} is no "
+            f"column; {remedy}"
+        )
+    logger.warning(
+        "%s: column %r holds images, and data.image_key=%s is empty in the first rows; %s",
+        name, column, data.image_key, remedy,
+    )  # fmt: skip
+
+
+def _parts(prompt: object) -> Iterable[object]:
+    """Yield the image parts of a prompt's messages."""
+    for message in prompt if isinstance(prompt, list) else []:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        yield from (part for part in (content if isinstance(content, list) else []) if isinstance(part, Mapping))
+
+
+def _images_in(name: str, cell: object) -> str | None:
+    """Return the dotted name of the column, or of its part, that holds an image; None without any."""
+    last = name.rpartition(".")[2]
+    for item in cell if isinstance(cell, (list, tuple)) else [cell]:
+        if isinstance(item, Mapping):
+            if as_reference(item) is not None and (_NAME.fullmatch(last) or _looks_like_image(as_reference(item))):
+                return name
+            inside = (_images_in(f"{name}.{key}", value) for key, value in item.items())
+            if found := next((part for part in inside if part is not None), None):
+                return found
+        elif _looks_like_image(item) or (_NAME.fullmatch(last) and _may_be_image(item)):
+            return name
+    return None
+
+
+def _looks_like_image(item: object) -> bool:
+    if isinstance(item, str):
+        return item.startswith(_TEXTS) or _SUFFIX.fullmatch(item) is not None
+    return isinstance(item, bytes) and item.startswith(_BYTES)
+
+
+def _may_be_image(item: object) -> bool:
+    """Return whether a cell of a column that is named after images may be one: bytes, or a text that is no sentence."""
+    return (isinstance(item, bytes) and bool(item)) or (isinstance(item, str) and bool(item) and " " not in item)

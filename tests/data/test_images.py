@@ -1,0 +1,131 @@
+"""What becomes of images: transparent, deep and turned ones, before size and pixels are taken."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from fixtures.data_fixtures import encoder_of, image, load, write_kind, write_vision_model
+from PIL import Image, ImageOps
+
+from mmr1_ds.data.images import ImageSource
+
+SOURCE = ImageSource(None)
+
+
+@pytest.fixture(scope="module")
+def vision_model(tmp_path_factory):
+    return write_vision_model(tmp_path_factory.mktemp("vision"))
+
+
+def encoded(picture, kind="PNG", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def loaded(content):
+    return np.asarray(SOURCE.load(content, "row 0"))
+
+
+def grey(values, dtype):
+    return Image.fromarray(np.asarray(values, dtype=dtype).reshape(1, -1))
+
+
+# --- transparency ---------------------------------------------------------------------------------------------------
+
+
+def transparent_palette():
+    picture = Image.new("P", (3, 3))
+    picture.putpalette([10, 20, 30, 200, 0, 0])
+    picture.putpixel((0, 0), 1)
+    return encoded(picture, transparency=0)
+
+
+def rgb_with_a_transparent_colour():
+    picture = Image.new("RGB", (3, 3), (1, 2, 3))
+    picture.putpixel((0, 0), (200, 0, 0))
+    return encoded(picture, transparency=(1, 2, 3))
+
+
+def rgba():
+    picture = Image.new("RGBA", (3, 3), (0, 0, 0, 0))
+    picture.putpixel((0, 0), (200, 0, 0, 255))
+    return picture
+
+
+@pytest.mark.parametrize(
+    "content",
+    [encoded(rgba()), encoded(rgba(), "WEBP", lossless=True), transparent_palette(), rgb_with_a_transparent_colour()],
+    ids=["rgba", "webp", "palette", "colour key"],
+)
+def test_transparent_parts_become_white(content):
+    pixels = loaded(content)
+    assert pixels[0, 0].tolist() == [200, 0, 0]
+    assert np.all(pixels[1:] == 255)
+
+
+def test_half_transparent_grey_is_mixed_with_white():
+    picture = Image.new("LA", (2, 2), (100, 51))  # a fifth
+    assert np.all(loaded(encoded(picture)) == round(100 * 0.2 + 255 * 0.8))
+
+
+# --- depth ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("picture", "kind", "expected"),
+    [
+        (grey([0, 257, 32896, 65535], np.uint16), "PNG", [0, 1, 128, 255]),
+        (grey([0, 257, 32896, 65535], np.uint16), "TIFF", [0, 1, 128, 255]),
+        (grey([0.0, 0.2, 0.5, 1.0], np.float32), "TIFF", [0, 51, 128, 255]),
+        (grey([0.0, 51.0, 255.0], np.float32), "TIFF", [0, 51, 255]),
+        (grey([-1.0, 0.0, 1.0], np.float32), "TIFF", [0, 128, 255]),
+        (grey([np.nan, 0.2, np.inf], np.float32), "TIFF", [0, 51, 255]),
+        (grey([7.0, 7.0], np.float32), "TIFF", [7, 7]),
+        (grey([0, 128, 255], np.int32), "TIFF", [0, 128, 255]),
+        (grey([0, 257, 65535], np.int32), "TIFF", [0, 1, 255]),
+        (grey([-1000, 0, 1000], np.int32), "TIFF", [0, 128, 255]),
+    ],
+)
+def test_deep_grey_is_scaled(picture, kind, expected):
+    pixels = loaded(encoded(picture, kind))
+    assert pixels.shape == (1, len(expected), 3)
+    assert pixels[0].tolist() == [[value] * 3 for value in expected]
+
+
+def test_big_endian_is_read_as_it_is():
+    picture = Image.new("I;16B", (2, 1))
+    picture.frombytes(bytes([0x80, 0x80, 0xFF, 0xFF]))
+    assert loaded(encoded(picture, "TIFF"))[0, :, 0].tolist() == [128, 255]
+
+
+# --- rotation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_images_are_turned_upright(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(image(40, 24, 3), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    assert np.array_equal(loaded(content), np.asarray(expected))
+    assert SOURCE.size(content, "row 0") == expected.size == ((24, 40) if orientation > 4 else (40, 24))
+
+
+def test_size_and_tokens_are_those_of_the_upright_image(tmp_path, vision_model):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(image(112, 28, 3), "JPEG", exif=exif)
+    path = write_kind("parquet", tmp_path, [{"prompt": "p", "answer": "1", "images": [{"bytes": content}]}])
+    prompt = load(path, vision_model)[0]
+    assert prompt.images[0].size == (28, 112)
+    assert len(encoder_of(vision_model).expand(prompt).input_ids) == prompt.num_tokens
+
+
+def test_damaged_exif_is_no_damaged_image():
+    content = encoded(image(8, 8), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert SOURCE.size(content, "row 0") == (8, 8)
+    assert loaded(content).shape == (8, 8, 3)
