@@ -27,6 +27,7 @@ from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs, critic_deepspeed, reference_deepspeed, resolve_deepspeed
 from mmr1_ds.preflight.machine import MachineError, check_machine, use_own_nvcc
 from mmr1_ds.preflight.plan import describe_plan
+from mmr1_ds.preflight.reward import try_reward
 
 logger = logging.getLogger("mmr1_ds.train")  # run with -m, __name__ is __main__
 
@@ -103,6 +104,7 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
         for line in check_machine(config, actor):
             logger.warning("%s", line)
     if config.trainer.dry_run:
+        try_reward(config.worker.reward, config.data)
         logger.info("dry run: everything checked, no model loaded")
         return None
     require("gpu", "torch", "deepspeed", "transformers", "accelerate", "datasets", purpose="training")
