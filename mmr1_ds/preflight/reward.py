@@ -22,7 +22,8 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
         return
     row = _first_row(data)
     truth = str(row.get(data.answer_key, ""))
-    item = RewardItem(f"<think>\n</think>\n<answer>\\boxed{{{truth}}}</answer>", 8, truth, str(row.get(data.prompt_key)))
+    response = f"<think>\n</think>\n<answer>\\boxed{{{truth}}}</answer>"
+    item = RewardItem(response, 8, truth, str(row.get(data.prompt_key, "")))
     with RewardPool(replace(reward, num_workers=1)) as pool:
         (result,) = pool.score([item])
     if result.failure is not None and result.failure != "unscored":
