@@ -61,12 +61,17 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class GroupRewards:
-    """What the reward said of one group. Failed responses count as 0, unscored ones as the mean of the others."""
+    """What the reward said of one group. Responses with an unknown reward count as the mean of the others."""
 
     overall: np.ndarray  # (N,) float32, finite
-    accuracy: np.ndarray  # (N,) float32 in [0, 1]; 1 = correct, NaN = unscored: its judge did not answer
+    accuracy: np.ndarray  # (N,) float32 in [0, 1]; 1 = correct, NaN = unknown: unscored, or failed and masked
     failed: np.ndarray  # (N,) bool: the reward hung, crashed or was not finite
-    parts: Mapping[str, np.ndarray]  # every further key the reward returned, (N,) float32
+    parts: Mapping[str, np.ndarray]  # every further key the reward returned, (N,) float32, NaN where unknown
+
+    @property
+    def is_unknown(self) -> np.ndarray:
+        """Whether nothing is known of each response, (N,) bool: it trains nothing and counts in no statistic."""
+        return np.isnan(self.accuracy)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from mmr1_ds.preflight.deepspeed import (
 )
 from mmr1_ds.preflight.machine import MachineError, check_machine, use_own_nvcc
 from mmr1_ds.preflight.plan import describe_plan
+from mmr1_ds.preflight.reward import try_reward
 
 logger = logging.getLogger("mmr1_ds.train")  # run with -m, __name__ is __main__
 
@@ -123,6 +124,7 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
 
         check_engines(configs, own)
     if config.trainer.dry_run:
+        try_reward(config.worker.reward, config.data)
         logger.info("dry run: everything checked, no model loaded")
         return None
     require("gpu", "torch", "deepspeed", "transformers", "accelerate", "datasets", purpose="training")

@@ -1,6 +1,7 @@
 """Estimators of the advantage, from rewards to a number for each token.
 
-Plain numpy in float64. Shape letters: G groups, N responses a group, B = G * N responses, T tokens of all of them,
+Plain numpy in float64. What is not `known` (a reward that failed) is in no statistic and has an arbitrary advantage.
+Shape letters: G groups, N responses a group, B = G * N responses, T tokens of all of them,
 end to end, V critic's values. Where an estimator looks beyond its groups, at the whole batch, it asks `ranks` for the
 sums over all ranks, so that the number of ranks changes nothing.
 """
@@ -23,42 +24,63 @@ class Totals(Protocol):
     def max(self, values: Mapping[str, float], stage: str) -> dict[str, float]: ...
 
 
-def grpo(rewards_GN: np.ndarray) -> np.ndarray:
+def grpo(rewards_GN: np.ndarray, known_GN: np.ndarray | None = None) -> np.ndarray:
     """Standardise within each group (GRPO, arXiv 2402.03300, section 4.1.2), (G, N).
 
     Equals the scoring kernel's for the same rewards. Exactly 0 for constant groups, where rounding / epsilon would
     leak a gradient.
     """
-    std_G1 = rewards_GN.std(axis=1, ddof=1, keepdims=True)
-    return dr_grpo(rewards_GN) / (std_G1 + _EPSILON)
+    if known_GN is None or known_GN.all():
+        std_G1 = rewards_GN.std(axis=1, ddof=1, keepdims=True)
+        return dr_grpo(rewards_GN) / (std_G1 + _EPSILON)
+    centred_GN = dr_grpo(rewards_GN, known_GN)
+    num_known_G1 = known_GN.sum(axis=1, keepdims=True)
+    std_G1 = np.sqrt((centred_GN**2).sum(axis=1, keepdims=True) / np.maximum(num_known_G1 - 1, 1))
+    return centred_GN / (std_G1 + _EPSILON)
 
 
-def dr_grpo(rewards_GN: np.ndarray) -> np.ndarray:
+def dr_grpo(rewards_GN: np.ndarray, known_GN: np.ndarray | None = None) -> np.ndarray:
     """Subtract the group's mean, and leave the scale (Dr. GRPO, arXiv 2503.20783, section 3.2), (G, N)."""
+    if known_GN is not None and not known_GN.all():
+        sums_G1 = rewards_GN.sum(axis=1, keepdims=True, where=known_GN)
+        means_G1 = sums_G1 / np.maximum(known_GN.sum(axis=1, keepdims=True), 1)
+        first_G1 = np.take_along_axis(rewards_GN, known_GN.argmax(axis=1)[:, None], axis=1)
+        differs_G1 = ((rewards_GN != first_G1) & known_GN).any(axis=1, keepdims=True)
+        return np.where(differs_G1 & known_GN, rewards_GN - means_G1, 0.0)
     differs_G1 = (rewards_GN != rewards_GN[:, :1]).any(axis=1, keepdims=True)
     return np.where(differs_G1, rewards_GN - rewards_GN.mean(axis=1, keepdims=True), 0.0)
 
 
-def rloo(rewards_GN: np.ndarray) -> np.ndarray:
+def rloo(rewards_GN: np.ndarray, known_GN: np.ndarray | None = None) -> np.ndarray:
     """Subtract the mean of the group's others (RLOO, arXiv 2402.14740, eq. 7), (G, N)."""
     num_responses = rewards_GN.shape[1]
-    return dr_grpo(rewards_GN) * (num_responses / (num_responses - 1))
+    if known_GN is None or known_GN.all():
+        return dr_grpo(rewards_GN) * (num_responses / (num_responses - 1))
+    num_known_G1 = known_GN.sum(axis=1, keepdims=True)
+    return dr_grpo(rewards_GN, known_GN) * (num_known_G1 / np.maximum(num_known_G1 - 1, 1))
 
 
-def reinforce_plus_plus_baseline(rewards_GN: np.ndarray, lengths_B: np.ndarray, ranks: Totals) -> np.ndarray:
+def reinforce_plus_plus_baseline(
+    rewards_GN: np.ndarray, lengths_B: np.ndarray, ranks: Totals, known_GN: np.ndarray | None = None
+) -> np.ndarray:
     """Subtract the group's mean, then standardise over the tokens of the batch (arXiv 2501.03262v3, eq. 6), (T,)."""
-    return standardise(np.repeat(dr_grpo(rewards_GN).reshape(-1), lengths_B), ranks)
+    known_T = None if known_GN is None else np.repeat(known_GN.reshape(-1), lengths_B)
+    return standardise(np.repeat(dr_grpo(rewards_GN, known_GN).reshape(-1), lengths_B), ranks, known_T)
 
 
 def reinforce_plus_plus(
-    token_rewards_T: np.ndarray, lengths_B: np.ndarray, gamma: float, ranks: Totals
+    token_rewards_T: np.ndarray,
+    lengths_B: np.ndarray,
+    gamma: float,
+    ranks: Totals,
+    known_T: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Discounted rewards to come, standardised over the tokens of the batch (REINFORCE++, arXiv 2501.03262), (T,).
 
     Returns: advantages and returns.
     """
     returns_T = discounted_sums(token_rewards_T, lengths_B, gamma)
-    return standardise(returns_T, ranks), returns_T
+    return standardise(returns_T, ranks, known_T), returns_T
 
 
 def remax(token_rewards_T: np.ndarray, lengths_B: np.ndarray, baselines_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,6 +99,7 @@ def gae(
     gamma: float,
     lam: float,
     ranks: Totals,
+    known_T: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16), standardised over the tokens of the batch, (T,).
 
@@ -87,7 +110,7 @@ def gae(
     next_values_T = np.where(is_last_T, 0.0, np.append(values_T[1:], 0.0))
     errors_T = token_rewards_T + gamma * next_values_T - values_T
     advantages_T = discounted_sums(errors_T, lengths_B, gamma * lam)
-    return standardise(advantages_T, ranks), advantages_T + values_T
+    return standardise(advantages_T, ranks, known_T), advantages_T + values_T
 
 
 def token_rewards(rewards_B: np.ndarray, lengths_B: np.ndarray, penalties_T: np.ndarray) -> np.ndarray:
@@ -97,12 +120,16 @@ def token_rewards(rewards_B: np.ndarray, lengths_B: np.ndarray, penalties_T: np.
     return rewards_T
 
 
-def standardise(values_T: np.ndarray, ranks: Totals) -> np.ndarray:
+def standardise(values_T: np.ndarray, ranks: Totals, known_T: np.ndarray | None = None) -> np.ndarray:
     """Shift and scale to mean 0 and variance 1 over the tokens of all ranks, as verl's masked_whiten. Collective.
 
     Returns exactly 0 where all values are equal: their rounding would come out as large as any advantage.
     """
     values_T = values_T.astype(np.float64)
+    if known_T is not None and not known_T.all():
+        found_T = np.zeros_like(values_T)
+        found_T[known_T] = standardise(values_T[known_T], ranks)
+        return found_T
     own = {"sum": float(values_T.sum()), "count": float(len(values_T))}
     totals = ranks.sum(own, "mean of the returns")
     bounds = {"most": float(values_T.max(initial=-np.inf)), "least": float((-values_T).max(initial=-np.inf))}

@@ -65,6 +65,7 @@ def make_experience(
     lengths_B = np.array([len(token_ids) for _, token_ids in pairs])
     cuts = np.cumsum(lengths_B)[:-1]
     rewards_B = np.concatenate([item.rewards.overall for item in groups]).astype(np.float64)
+    is_unknown_B = np.concatenate([item.rewards.is_unknown for item in groups])
     metrics: dict[str, float] = {}
     if ref is not None and kl_off_reward(algorithm):
         assert old is not None
@@ -81,12 +82,16 @@ def make_experience(
         assert values is not None and token_rewards_T is not None
         values_T = np.concatenate(values).astype(np.float64)
         gamma, lam = algorithm.gamma, algorithm.lam
-        advantages_T, returns_T = advantages.gae(token_rewards_T, values_T, lengths_B, gamma, lam, ranks)
+        known_T = np.repeat(~is_unknown_B, lengths_B)
+        advantages_T, returns_T = advantages.gae(token_rewards_T, values_T, lengths_B, gamma, lam, ranks, known_T)
+        returns_T = np.where(known_T, returns_T, values_T)  # nor does the critic learn from an unknown reward
         returns = np.split(returns_T.astype(np.float32), cuts)
         metrics |= _value_metrics(values_T, returns_T, ranks)
     else:
         rewards_GN = rewards_B.reshape(len(groups), -1)
-        advantages_T = _estimate(algorithm, rewards_GN, token_rewards_T, lengths_B, baselines, ranks)
+        known_GN = ~is_unknown_B.reshape(rewards_GN.shape)
+        advantages_T = _estimate(algorithm, rewards_GN, known_GN, token_rewards_T, lengths_B, baselines, ranks)
+    advantages_T = np.where(np.repeat(is_unknown_B, lengths_B), 0.0, advantages_T)
     sampled = [response.logprobs for item in groups for response in item.group.responses]
     advantages_of = np.split(advantages_T.astype(np.float32, copy=False), cuts)
     trajectories = [
@@ -142,24 +147,29 @@ def _value_metrics(values_T: np.ndarray, returns_T: np.ndarray, ranks: Ranks) ->
 def _estimate(
     algorithm: AlgorithmConfig,
     rewards_GN: np.ndarray,
+    known_GN: np.ndarray,
     token_rewards_T: np.ndarray | None,
     lengths_B: np.ndarray,
     baselines_G: Sequence[float] | None,
     ranks: Ranks,
 ) -> np.ndarray:
-    """The advantage of each token, (T,), by every estimator without a critic. Collective."""
+    """The advantage of each token, (T,), by every estimator without a critic. Collective.
+
+    Args: known_GN: bool; the others are in no statistic, and what comes out for them is left to the caller.
+    """
+    known_T = np.repeat(known_GN.reshape(-1), lengths_B)
     match algorithm.adv_estimator:
         case "grpo":
-            return np.repeat(advantages.grpo(rewards_GN).astype(np.float32), lengths_B)
+            return np.repeat(advantages.grpo(rewards_GN, known_GN).astype(np.float32), lengths_B)
         case "dr_grpo":
-            return np.repeat(advantages.dr_grpo(rewards_GN).astype(np.float32), lengths_B)
+            return np.repeat(advantages.dr_grpo(rewards_GN, known_GN).astype(np.float32), lengths_B)
         case "rloo":
-            return np.repeat(advantages.rloo(rewards_GN).astype(np.float32), lengths_B)
+            return np.repeat(advantages.rloo(rewards_GN, known_GN).astype(np.float32), lengths_B)
         case "reinforce_plus_plus_baseline":
-            return advantages.reinforce_plus_plus_baseline(rewards_GN, lengths_B, ranks)
+            return advantages.reinforce_plus_plus_baseline(rewards_GN, lengths_B, ranks, known_GN)
         case "reinforce_plus_plus":
             assert token_rewards_T is not None
-            return advantages.reinforce_plus_plus(token_rewards_T, lengths_B, algorithm.gamma, ranks)[0]
+            return advantages.reinforce_plus_plus(token_rewards_T, lengths_B, algorithm.gamma, ranks, known_T)[0]
         case _:
             assert algorithm.adv_estimator == "remax", algorithm.adv_estimator
             assert baselines_G is not None and token_rewards_T is not None

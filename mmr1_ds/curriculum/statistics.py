@@ -60,13 +60,15 @@ def score_batch(
         edit_distances = mmr1_kernels.mean_edit_distance(token_ids, offsets, None, group_offsets=group_offsets)
     else:
         edit_distances = np.full(len(scored_groups), np.nan)
+    num_known = [int((~scored.rewards.is_unknown).sum()) for scored in scored_groups]
     return [
         PromptStatistics(
             index=scored.group.prompt.index,
             num_responses=sizes[position],
             pass_rate=float(groups.pass_rate[position]),
             reward_mean=float(groups.reward_mean[position]),
-            reward_variance=float(groups.reward_variance[position]),
+            # Unknown rewards are filled with the mean of the others: only the number of those is to be put right.
+            reward_variance=float(groups.reward_variance[position]) * (sizes[position] / max(1, num_known[position])),
             self_bleu=float(groups.self_bleu[position]),
             distinct_3=float(groups.distinct[position, 2]),
             edit_distance=float(edit_distances[position]),

@@ -14,7 +14,7 @@ from mmr1_ds.loop.in_flight import InFlight
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.pool import RewardPool
-from mmr1_ds.rewards.scoring import FAILED, RESPONSES, RewardCounts, score_groups
+from mmr1_ds.rewards.scoring import FAILED, RESPONSES, UNSCORED, RewardCounts, score_groups
 
 if TYPE_CHECKING:
     from mmr1_ds.data.dataset import PromptDataset
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # What a seed is for; each purpose draws from a stream of its own.
 TRAINING, REFRESH, VALIDATION, PROBE, BASELINE = range(5)
+
+MOST_FAILED, MIN_CHECKED = 0.75, 4  # share of failed rewards that ends a run, in calls of so many responses
+SHOWN_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -101,4 +104,18 @@ class Collector:
                     f"worker.reward.reward_function={self._reward_name} failed for all "
                     f"{totals['responses']:.0f} responses of its first call; the first reasons are logged above"
                 )
+        self._check_failures(counts)
         return scored, counts
+
+    def _check_failures(self, counts: RewardCounts) -> None:
+        """End the run where three rewards in four fail: what is left is no sample of the policy. Collective."""
+        own = {"failed": counts[FAILED] - counts[UNSCORED], "responses": counts[RESPONSES]}
+        totals = self._ranks.sum(own, "check the rewards")
+        if totals["responses"] < MIN_CHECKED or totals["failed"] < MOST_FAILED * totals["responses"]:
+            return
+        everyone = self._ranks.all_gather_objects(self._rewards.first_reasons, "reasons")
+        reasons = [*dict.fromkeys(reason for of_rank in everyone for reason in of_rank)]
+        raise UserError(
+            f"worker.reward.reward_function={self._reward_name} failed for {totals['failed']:.0f} of "
+            f"{totals['responses']:.0f} responses of one call; the first reasons: {'; '.join(reasons[:SHOWN_REASONS])}"
+        )

@@ -57,6 +57,7 @@ def teaches(scored: ScoredGroup, algorithm: AlgorithmConfig) -> bool:
     rewards = _by_key(scored)
     values = rewards.get(algorithm.filter_key, np.empty(0))
     values = values[~np.isnan(values)]
+    # An unknown reward is the mean of the known ones: it differs where those differ, and nowhere else.
     if len(values) == 0 or (values == values[0]).all() or (rewards["overall"] == rewards["overall"][0]).all():
         return False
     mean = float(values.mean(dtype=np.float64))

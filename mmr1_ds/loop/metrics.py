@@ -28,7 +28,8 @@ def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCou
     """
     sums: dict[str, tuple[float, int]] = {}
     for group in rewards:
-        figures = {"overall": group.overall, "accuracy": group.accuracy, **group.parts}
+        overall = np.where(group.is_unknown, np.nan, group.overall)
+        figures = {"overall": overall, "accuracy": group.accuracy, **group.parts}
         for name, values in figures.items():
             known = values[np.isfinite(values)]
             total, count = sums.get(name, (0.0, 0))

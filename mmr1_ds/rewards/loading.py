@@ -135,7 +135,8 @@ def _import_math_verify() -> None:
 
 
 def _import_file(path: str) -> Any:
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # the file may import its neighbours
+    # The file may import its neighbours, behind all that is installed: a math.py beside it is not the library's.
+    sys.path += [os.path.dirname(os.path.abspath(path)), os.getcwd()]
     spec = importlib.util.spec_from_file_location("user_reward", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)

@@ -39,7 +39,7 @@ class RewardItem:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """The result of a reward. A failed response has overall 0, no parts, and accuracy 0 (NaN if unscored)."""
+    """The result of a reward. A failed response has overall 0, no parts, and accuracy NaN (0 by on_failure=zero)."""
 
     overall: float  # finite
     accuracy: float  # [0, 1]; NaN = unknown
@@ -92,6 +92,7 @@ class RewardPool:
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         self._num_failures: Counter[str] = Counter()
+        self.first_reasons: list[str] = []  # of the failures that are logged
         self._num_restart_failures = 0
         self._warned_accuracy = False
         self._is_closed = False
@@ -236,10 +237,14 @@ class RewardPool:
         self._num_failures[kind] += 1
         if self._num_failures[kind] <= LOGGED_FAILURES:
             shown = current.items[position].response[:200]
-            effect = "teaches nothing" if kind == "unscored" else "counts 0"
+            effect = "teaches nothing" if self._teaches_nothing(kind) else "counts 0"
+            self.first_reasons.append(f"{kind}: {reason}")
             logger.warning("reward %s: %s; the response %s: %r", kind, reason, effect, shown)
-        accuracy = math.nan if kind == "unscored" else 0.0
+        accuracy = math.nan if self._teaches_nothing(kind) else 0.0
         current.results[position] = RewardResult(0.0, accuracy, {}, failure=kind, reason=reason)
+
+    def _teaches_nothing(self, kind: str) -> bool:
+        return kind == "unscored" or self._config.on_failure == "mask"
 
 
 def _why_invalid(score: dict[str, float]) -> str:

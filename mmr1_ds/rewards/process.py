@@ -39,7 +39,7 @@ class WorkerProcess:
         environment = {**os.environ, "PYTHONPATH": _python_path()}
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mmr1_ds.rewards.worker", str(write_fd), str(guard_fd)],
+                [sys.executable, "-P", "-m", "mmr1_ds.rewards.worker", str(write_fd), str(guard_fd)],
                 stdin=subprocess.PIPE, pass_fds=(write_fd, guard_fd), start_new_session=True, env=environment,
             )  # fmt: skip
         except OSError:

@@ -10,13 +10,13 @@ import numpy as np
 from mmr1_ds.records import GroupRewards, RolloutGroup, ScoredGroup
 from mmr1_ds.rewards.pool import RewardItem, RewardPool, RewardResult
 
-RESPONSES, FAILED = "reward/num_responses", "reward/num_failed"
+RESPONSES, FAILED, UNSCORED = "reward/num_responses", "reward/num_failed", "reward/num_unscored"
 _BY_KIND = {
     "timeout": "reward/num_timeouts",
     "crash": "reward/num_crashes",
     "invalid": "reward/num_invalid",
     "error": "reward/num_errors",
-    "unscored": "reward/num_unscored",
+    "unscored": UNSCORED,
 }
 COUNTED = (RESPONSES, FAILED, *_BY_KIND.values())
 RewardCounts = Counter[str]  # of one call's responses, by these names: all, those that failed, and these by kind
@@ -28,7 +28,7 @@ def score_groups(
     """Score every response of this rank's groups in one round of the pool.
 
     Args: groups: G groups of N responses, N may differ; decode: token ids to the text the reward reads.
-    Returns: the groups in order with their rewards, and how many responses failed. Unscored ones have accuracy NaN.
+    Returns: the groups in order with their rewards, and how many responses failed. Unknown ones have accuracy NaN.
     """
     items = []
     for group in groups:
@@ -47,20 +47,24 @@ def score_groups(
 
 
 def _group_rewards(results: list[RewardResult]) -> GroupRewards:
-    """Put the results of one group together; a part that a response lacks (a failed one lacks all) counts 0 there.
+    """Put the results of one group together; a part that a response lacks counts 0 there, and NaN where it is unknown.
 
-    An unscored response takes the mean reward of the others: its advantage is 0, it teaches neither way.
+    An unknown response (unscored, or failed and masked) takes the mean reward of the others: it teaches neither way.
     """
     names = sorted({name for result in results for name in result.parts})
     overall = np.array([result.overall for result in results], dtype=np.float32)
-    is_unscored = np.array([result.failure == "unscored" for result in results], dtype=bool)
-    if is_unscored.any() and not is_unscored.all():
-        overall[is_unscored] = _mean(overall[~is_unscored])
+    accuracy = np.array([result.accuracy for result in results], dtype=np.float32)
+    is_unknown = np.isnan(accuracy)
+    if is_unknown.any() and not is_unknown.all():
+        overall[is_unknown] = _mean(overall[~is_unknown])
+    parts = {name: np.array([result.parts.get(name, 0.0) for result in results], dtype=np.float32) for name in names}
+    for values in parts.values():
+        values[is_unknown] = np.nan
     return GroupRewards(
         overall=overall,
-        accuracy=np.array([result.accuracy for result in results], dtype=np.float32),
+        accuracy=accuracy,
         failed=np.array([result.failure is not None for result in results], dtype=bool),
-        parts={name: np.array([result.parts.get(name, 0.0) for result in results], dtype=np.float32) for name in names},
+        parts=parts,
     )
 
 

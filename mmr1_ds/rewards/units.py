@@ -39,10 +39,15 @@ _SPELLINGS = {
     "Pa": "Pa pascal",
     "K": "K kelvin",
     "degree": "degree deg \N{DEGREE SIGN}",
-    "dollar": "dollar",
+    "dollar": "dollar USD buck",
     "cent": "cent",
-    "euro": "euro",
-    "%": "% percent",
+    "euro": "euro EUR",
+    "pound sterling": "GBP",
+    "yen": "yen JPY",
+    "rad": "rad radian",
+    "ohm": "ohm",
+    "mph": "mph",
+    "%": "% percent pct",
     "unit": "unit",
 }
 _CANONICAL = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in spellings.split()}
@@ -50,7 +55,7 @@ _POWER_WORDS = {"square": "^2", "sq": "^2", "cubic": "^3"}
 # The bare letters among them are variables as often as units: "5 m" is five metres only with the space.
 _SHORT = tuple(spelling for spelling in _CANONICAL if len(spelling) == 1 and spelling.isalpha())
 _BARE = re.compile(
-    r"(?P<value>.*[\d}])(?P<space>\s*)(?P<unit>(?:(?:square|sq|cubic)\s+)?[A-Za-z/]+)(?P<power>\s*\^\s*\{?[23]\}?)?",
+    r"(?P<value>.*[\w})](?<!square)(?<!cubic)(?<!sq))(?P<space>\s*)(?<![A-Za-z])(?P<unit>(?:(?:square|sq|cubic)\s+)?[A-Za-z/]+)(?P<power>\s*\^\s*\{?[23]\}?)?",
     re.DOTALL,
 )
 
@@ -71,7 +76,9 @@ def split_bare_unit(text: str) -> tuple[str, str] | None:
     if match is None:
         return None
     last = match["unit"].split()[-1]
-    if _known(last) is None or (last in _SHORT and not match["space"]):
+    if _known(last) is None or not re.search(r"[\d\\]", match["value"]):
+        return None
+    if not match["space"] and (last in _SHORT or not match["value"][-1].isdigit()):
         return None
     return match["value"], canonical_unit(match["unit"] + (match["power"] or ""))
 

@@ -234,3 +234,42 @@ def test_without_remax_nothing_is_sampled_greedily():
     batch = maker.make(1, SETTINGS, StageClock())
     assert collector.greedy == [] and batch.baselines is None
     assert "reward/baseline" not in batch.metrics
+
+
+MASKING = ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline", "reinforce_plus_plus", "remax", "gae"]
+
+
+@pytest.mark.parametrize("estimator", MASKING)
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_an_unknown_reward_is_as_a_response_that_was_never_sampled(estimator, with_kl):
+    """The others' advantages equal those of groups without it, and its own are 0."""
+    algorithm = AlgorithmConfig(adv_estimator=estimator, use_kl_loss=not with_kl)
+    old, ref = log_probs()
+    values = [np.full(length, 0.25) for length in LENGTHS] if estimator == "gae" else None
+    baselines = [0.5, 0.25] if estimator == "remax" else None
+    whole = scored_groups()
+    hidden, left_out = [0, 4], [1, 2, 3, 5]  # of all six responses
+    masked, without = [], []
+    for place, item in enumerate(whole):
+        unknown = np.isin(np.arange(3 * place, 3 * place + 3), hidden)
+        accuracy = np.where(unknown, np.nan, 1.0).astype(np.float32)
+        overall = np.where(unknown, item.rewards.overall[~unknown].mean(), item.rewards.overall)
+        masked.append(ScoredGroup(item.group, dataclasses.replace(item.rewards, accuracy=accuracy, overall=overall)))
+        kept = tuple(one for one, is_hidden in zip(item.group.responses, unknown, strict=True) if not is_hidden)
+        group = dataclasses.replace(item.group, responses=kept)
+        without.append(ScoredGroup(group, rewards(item.rewards.overall[~unknown])))
+
+    def make_of(groups, places):
+        chosen = [None if arrays is None else [arrays[place] for place in places] for arrays in (old, ref, values)]
+        return make_experience(
+            groups, algorithm, KLController(algorithm), RANK,
+            old=chosen[0], ref=chosen[1], values=chosen[2], baselines=baselines,
+        ).trajectories  # fmt: skip
+
+    found, expected = make_of(masked, range(6)), make_of(without, left_out)
+    for place, item in zip(left_out, expected, strict=True):
+        np.testing.assert_allclose(found[place].advantages, item.advantages, rtol=1e-6, atol=1e-7)
+    for place in hidden:
+        assert not found[place].advantages.any()
+        if estimator == "gae":
+            np.testing.assert_array_equal(found[place].returns, found[place].values)

@@ -193,3 +193,18 @@ def test_jinja_prompts(tmp_path, template, expected):
     path.write_text(template)
     chat = ChatFormat(None, load_format_prompt(str(path)), False, is_multimodal=False)
     assert chat.chat(" How many? ", 0, "row 1").messages == [{"role": "user", "content": expected}]
+
+
+@pytest.mark.parametrize("name", ["math.py", "r1v.py", "json.py", "sympy.py", "random.py", "mmr1_ds.py"])
+def test_a_file_shadows_no_installed_module(tmp_path, monkeypatch, name):
+    """EasyR1's own files are called math.py and r1v.py; helpers beside them still import."""
+    (tmp_path / "my_helper.py").write_text("TRUTH = '7'\n")
+    (tmp_path / name).write_text(
+        "from my_helper import TRUTH\nfrom mathruler.grader import grade_answer\nimport json, math, random, sympy\n"
+        "def compute_score(reward_input):\n"
+        "    assert sympy.sqrt(4) == 2 == math.sqrt(4) and random.random() < 1 and json.dumps(1)\n"
+        "    return {'overall': float(grade_answer(reward_input['response'], TRUTH))}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    (result,) = run(f"{tmp_path / name}:compute_score", [RewardItem("7", 1, "7")])
+    assert (result.overall, result.failure) == (1.0, None), result.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from fixtures.responses import response
 
 from mmr1_ds.config import RewardConfig
 from mmr1_ds.errors import UserError
+from mmr1_ds.loop.collector import Collector
+from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import Prompt, RolloutGroup
 from mmr1_ds.rewards import pool as pool_module
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
@@ -149,7 +153,7 @@ def test_order_holds_when_the_first_is_the_slowest(make_pool):
 )
 def test_a_failure_costs_one_response(shared_pool, response, kind, reason):
     before, failed, after = shared_pool.score(items("ok 1", response, "ok 2"))
-    assert (failed.failure, failed.overall, failed.accuracy, failed.parts) == (kind, 0.0, 0.0, {})
+    assert (failed.failure, failed.overall, failed.parts) == (kind, 0.0, {}) and np.isnan(failed.accuracy)
     assert reason in failed.reason and "\n" not in failed.reason
     assert (before.overall, after.overall) == (1.0, 2.0)
 
@@ -389,10 +393,11 @@ def test_groups_get_their_own_rewards(make_pool):
     assert [item.group for item in scored] == groups
     first, second, third = (item.rewards for item in scored)
     assert first.overall.dtype == first.accuracy.dtype == np.float32 and first.failed.dtype == bool
-    assert first.overall.tolist() == [1.0, 0.0, 3.0]
-    assert first.accuracy.tolist() == [1.0, 0.0, 1.0]
+    assert first.overall.tolist() == [1.0, 2.0, 3.0]  # a failed one takes the mean of the others
+    np.testing.assert_array_equal(first.accuracy, [1.0, np.nan, 1.0])
+    assert first.is_unknown.tolist() == [False, True, False]
     assert first.failed.tolist() == [False, True, False]
-    assert {key: value.tolist() for key, value in first.parts.items()} == {"length": [4.0, 0.0, 4.0]}
+    np.testing.assert_array_equal(first.parts["length"], [4.0, np.nan, 4.0])
     assert {key: value.tolist() for key, value in second.parts.items()} == {"extra": [2.0]}
     assert third.failed.all() and third.parts == {}
     kinds = dict.fromkeys(("timeouts", "crashes", "invalid", "errors"), 1)
@@ -401,3 +406,21 @@ def test_groups_get_their_own_rewards(make_pool):
 
 def test_no_groups(shared_pool):
     assert score_groups(shared_pool, [], str) == ([], RewardCounts())
+
+
+def test_failures_count_as_wrong_where_that_is_asked_for(reward_file):
+    config = RewardConfig(f"{reward_file}:score", num_workers=1, on_failure="zero")
+    with RewardPool(config) as pool:
+        (item,), _ = score_groups(pool, [group(0, ["ok 1", "raise"])], lambda ids: "".join(map(chr, ids)))
+    assert item.rewards.overall.tolist() == [1.0, 0.0] and item.rewards.accuracy.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("responses", "stops"), [(["ok 1", "raise"] * 2, False), (["ok 1", *["raise no"] * 3], True)])
+def test_three_rewards_in_four_that_fail_end_the_run(make_pool, responses, stops):
+    encoder = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    alone = SimpleNamespace(sum=lambda own, stage: own, all_gather_objects=lambda own, stage: [own])
+    collector = Collector(None, make_pool(), "mine.py:score", encoder, alone)
+    with pytest.raises(UserError, match=r"failed for 3 of 4 .*: error: RuntimeError: no such unit: no") if stops else (
+        contextlib.nullcontext()
+    ):  # fmt: skip
+        collector.score([group(0, responses)], StageClock())

@@ -1,0 +1,43 @@
+"""A try of the user's reward: started in a process of its own, on one response."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmr1_ds.config import DataConfig, RewardConfig
+from mmr1_ds.data.sources import list_names, open_sources, split_name
+from mmr1_ds.errors import UserError
+from mmr1_ds.rewards.loading import BUILT_IN
+from mmr1_ds.rewards.pool import RewardItem, RewardPool
+
+
+def try_reward(reward: RewardConfig, data: DataConfig) -> None:
+    """Start a reward file as training would, and score a response that gives the answer of the data's first row.
+
+    Raises: UserError when it does not start, or fails on this response.
+    """
+    if reward.reward_function in BUILT_IN:
+        return
+    row = _first_row(data)
+    truth = str(row.get(data.answer_key, ""))
+    response = f"<think>\n</think>\n<answer>\\boxed{{{truth}}}</answer>"
+    item = RewardItem(response, 8, truth, str(row.get(data.prompt_key, "")))
+    with RewardPool(replace(reward, num_workers=1)) as pool:
+        (result,) = pool.score([item])
+    if result.failure is not None and result.failure != "unscored":
+        raise UserError(
+            f"worker.reward.reward_function {reward.reward_function!r} fails on a response to the first row of "
+            f"data.train_files: {result.failure}: {result.reason}"
+        )
+
+
+def _first_row(data: DataConfig) -> dict[str, Any]:
+    """The first row of a local data set; empty where it would have to be fetched."""
+    name = next(iter(list_names(data.train_files)), "")
+    if not Path(split_name(name)[0]).exists():
+        return {}
+    rows = open_sources([name])[0].rows
+    wanted = [column for column in rows.column_names if column in (data.answer_key, data.prompt_key)]
+    return dict(rows.select_columns(wanted)[0]) if len(rows) else {}

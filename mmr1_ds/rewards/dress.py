@@ -1,0 +1,119 @@
+r"""The dress of an answer: what LaTeX, Markdown and keyboards put around a value without changing it."""
+
+from __future__ import annotations
+
+import re
+
+_MINUS_SIGN = "\N{MINUS SIGN}"
+_SYMBOLS: dict[str, str] = {
+    _MINUS_SIGN: "-", "\N{EN DASH}": "-", "\N{EM DASH}": "-", "\N{HYPHEN}": "-", "\N{NON-BREAKING HYPHEN}": "-",
+    "\N{NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " ", "\N{IDEOGRAPHIC SPACE}": " ",
+    "\N{MULTIPLICATION SIGN}": r"\times ", "\N{DIVISION SIGN}": r"\div ", "\N{MIDDLE DOT}": r"\cdot ",
+    "\N{INFINITY}": r"\infty ", "\N{UNION}": r"\cup ", "\N{GREEK SMALL LETTER PI}": r"\pi ",
+    "\N{GREEK SMALL LETTER THETA}": r"\theta ", "\N{ANGLE}": r"\angle ",
+    "\N{LESS-THAN OR EQUAL TO}": r"\le ", "\N{GREATER-THAN OR EQUAL TO}": r"\ge ", "\N{NOT EQUAL TO}": r"\ne ",
+    "\N{EMPTY SET}": r"\emptyset ", "\N{PLUS-MINUS SIGN}": r"\pm ", "\N{ELEMENT OF}": r"\in ",
+    "\N{DEGREE SIGN}": r"^\circ ", "\N{PRIME}": "'", "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "\N{SUPERSCRIPT TWO}": "^2", "\N{SUPERSCRIPT THREE}": "^3", "\N{IDEOGRAPHIC COMMA}": ",",
+    "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}", "\N{VULGAR FRACTION ONE QUARTER}": r"\frac{1}{4}",
+    "\N{VULGAR FRACTION THREE QUARTERS}": r"\frac{3}{4}", "\N{VULGAR FRACTION ONE THIRD}": r"\frac{1}{3}",
+    "\N{VULGAR FRACTION TWO THIRDS}": r"\frac{2}{3}",
+    **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width ASCII
+}  # fmt: skip
+_CHARACTERS = str.maketrans(_SYMBOLS)
+_COMMANDS = {
+    "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "dbinom": r"\binom", "tbinom": r"\binom",
+    "leq": r"\le", "leqslant": r"\le", "geq": r"\ge", "geqslant": r"\ge", "neq": r"\ne", "lt": "<", "gt": ">",
+    "varnothing": r"\emptyset", "lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "vert": "|",
+    "lvert": "|", "rvert": "|", "dots": r"\ldots", "cdots": r"\ldots", "colon": ":", "degree": r"^\circ",
+    "quad": " ", "qquad": " ", "iff": r"\iff", "lor": r"\text{ or }", "land": r"\text{ and }",
+}  # fmt: skip
+_COMMAND = re.compile(rf"\\({'|'.join(_COMMANDS)})(?![a-zA-Z])")
+_SIZES = re.compile(
+    r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|displaystyle|textstyle|limits|tiny|small|normalsize|large|Large"
+    r"|LARGE|huge|Huge|bf|rm|it|boldmath)(?![a-zA-Z])"
+)
+_BOLD = re.compile(r"\\(?:boldsymbol|bm|mathbf|mathit|mathsf|underline|emph|boxed|fbox|textbf|textit|textrm|mathrm)\{")
+_BOX = re.compile(r"\\f?boxed\s*\{")
+_COLOURED = re.compile(r"\\(?:text)?color\s*\{[a-zA-Z!\d]*\}")
+_SPACES = re.compile(r"(?P<row>\\\\)|\\[ ,;:>]|~|\s+")
+_GROUPED = re.compile(r"(?<![\d.,}])\d{1,3}(?:(?:\{,\}|,\\!|\\,|\\ | )\d{3})+(?![\d,}])")
+_OVER = re.compile(r"\{([^{}]*?)\s*\\over(?![a-zA-Z])\s*([^{}]*)\}")
+_FRACTION_ARGUMENTS = re.compile(r"\\frac\s*(\d|\{[^{}]*\})\s*(\d(?![\d])|\{|[a-zA-Z](?![a-zA-Z]))")
+_ROOT_ARGUMENT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z])")
+_ROOT = re.compile("\N{SQUARE ROOT}\\s*(?:\\(([^()]*)\\)|(\\w+))")
+_CODE = re.compile(r"\*\*([^*]+)\*\*|`([^`]+)`")
+
+
+def undress(text: str) -> str:
+    r"""Return the text with one spelling for each thing: no sizes, fonts or colours, `\frac{1}{2}`, `1{,}000`, `\le`.
+
+    Commas inside `{,}` belong to a number; a bare comma may also part two values.
+    """
+    text = text.translate(_CHARACTERS).strip()
+    while (box := _BOX.match(text)) and closing(text, box.end() - 1) == len(text) - 1:
+        text = text[box.end() : -1].strip()
+    text = _CODE.sub(lambda code: code[1] or code[2], text)
+    text = _strip_dollars(text).replace(r"\(", "").replace(r"\)", "").replace(r"\[", "").replace(r"\]", "")
+    text = _COLOURED.sub("", _SIZES.sub(" ", text))
+    text = _COMMAND.sub(lambda command: _COMMANDS[command[1]], text)
+    text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ").replace("==", "=")
+    text = re.sub(r"\\text\{\s*(\\\$|-|:)\s*\}", r"\1", text).replace("{:}", ":").replace("{-}", "-")
+    text = re.sub(r"\^\s*\{?\s*\\prime\s*\}?", "'", text)
+    text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", text)
+    text = _GROUPED.sub(lambda digits: "{,}".join(re.findall(r"\d+", digits[0])), text).replace(r"\!", "")
+    text = _BOLD.sub(lambda wrapper: r"\text{" if "text" in wrapper[0] or "rm" in wrapper[0] else "{", text)
+    text = _OVER.sub(r"\\frac{\1}{\2}", text)
+    text = _FRACTION_ARGUMENTS.sub(lambda found: rf"\frac{_braced(found[1])}{_braced(found[2])}", text)
+    text = _ROOT_ARGUMENT.sub(r"\\sqrt{\1}", text)
+    text = _SPACES.sub(lambda space: space["row"] or " ", text).strip()
+    return _without_outer_braces(text.removesuffix(".").strip())
+
+
+def _strip_dollars(text: str) -> str:
+    """Without the dollars of mathematics; a single one at the front is money."""
+    if len(text) > 1 and text[0] == "$" == text[-1] and text[-2] != "\\":
+        return text.strip("$").strip()
+    return text
+
+
+def _braced(text: str) -> str:
+    return text if text.startswith("{") else f"{{{text}}}"
+
+
+def _without_outer_braces(text: str) -> str:
+    while len(text) > 2 and text[0] == "{" and closing(text, 0) == len(text) - 1 and not _parted(text[1:-1]):
+        text = text[1:-1].strip()
+    return text
+
+
+def _parted(text: str) -> bool:
+    return bool(split(text, ",")[1:])
+
+
+def closing(text: str, start: int) -> int | None:
+    """Return the place of the bracket that closes the one at `start`, of whatever kind: `[0, 1)` is one pair."""
+    depth = 0
+    for place in range(start, len(text)):
+        character = text[place]
+        if character in "({[":
+            depth += 1
+        elif character in ")}]":
+            depth -= 1
+            if depth == 0:
+                return place
+    return None
+
+
+def split(text: str, marks: str) -> list[str]:
+    """Split the text at any of the marks that stands outside of all brackets."""
+    parts, depth, start = [], 0, 0
+    for place, character in enumerate(text):
+        if character in "({[":
+            depth += 1
+        elif character in ")}]":
+            depth -= 1
+        elif depth == 0 and character in marks:
+            parts.append(text[start:place])
+            start = place + 1
+    return [part.strip() for part in (*parts, text[start:])]

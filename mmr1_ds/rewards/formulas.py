@@ -1,0 +1,120 @@
+r"""Equality of two single formulas, by math-verify (sympy), of those that can be compared in time.
+
+`9^{9^{9^9}}` would build a number that no machine holds and `(x+1)^{5000}` an expansion that takes hours: such formulas
+are equal as texts alone. What passes may still be slow, which the reward pool's time limit covers.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from fractions import Fraction
+from typing import Any
+
+from mmr1_ds.rewards.numbers import with_points
+
+MAX_FORMULA_CHARS = 300
+MAX_EXPONENT = 1000  # of a number or a variable
+MAX_EXPANSION = 40  # the sum of the exponents of brackets
+MAX_FACTORIAL = 200
+
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_WORD = re.compile(r"[a-zA-Z]{2,}")
+_CONJUNCTIONS = frozenset(("or", "and", "not", "to"))
+_DECIMAL = re.compile(r"\d*\.\d+|\d+\.(?!\d)")
+_EXPONENT = re.compile(r"(?P<group>[)}\]])?\s*\^\s*(?:\{(?P<braced>[^{}]*)\}|(?P<bare>\w))")
+_TOWER = re.compile(r"\^\s*\{[^{}]*(?:\^|\{)[^{}]*[\^]|\^\s*\{[^{}]*\^\s*(?:\{[^{}]*)?\^")
+_UNBOUNDED = re.compile(r"\\(?:sum|prod|int|lim|iint|oint|approx|sim|equiv)(?![a-zA-Z])|\?")
+_FACTORIAL = re.compile(r"(\d*|[^\d])\s*!")
+
+
+def formulas_equal(answer: str, truth: str) -> bool:
+    """Return whether two normalised formulas are equal. Decimals are exact: 1.414214 is not the root of 2."""
+    if answer == truth:
+        return True
+    if not _comparable(answer, truth):
+        return False
+    parsed_truth, parsed_answer = _parse(truth), _parse(answer)
+    if not parsed_truth or not parsed_answer:
+        return False
+    from math_verify import verify
+
+    return bool(verify(parsed_truth, parsed_answer, timeout_seconds=None))
+
+
+def equations_equal(answer: str, truth: str) -> bool:
+    """Return whether two equations say the same: one's sides differ by a constant multiple of the other's."""
+    sides = [part.strip() for text in (answer, truth) for part in text.split("=")]
+    if len(sides) != 4 or not all(sides) or not _comparable(answer.replace("=", "-"), truth.replace("=", "-")):
+        return False
+    import sympy  # type: ignore[import-untyped]
+
+    one, other = (_parse(f"{left}-({right})") for left, right in (sides[:2], sides[2:]))
+    if not one or not other or not isinstance(one[0], sympy.Expr) or not isinstance(other[0], sympy.Expr):
+        return False
+    ratio = sympy.simplify(one[0] / other[0])
+    return bool(ratio.is_number and ratio.is_finite and ratio != 0 and one[0].free_symbols)
+
+
+def _comparable(answer: str, truth: str) -> bool:
+    """Whether both are formulas, small enough, with the same kinds of letters: what sympy would read too kindly."""
+    return (
+        _is_bounded(answer)
+        and _is_bounded(truth)
+        and not re.search(r"[\d)}] [\d({]", answer)
+        and not any("," in text for text in (answer, truth))
+        and not _other_case(answer, truth)
+        and not _other_case(truth, answer)
+        and all(_same_count(mark, answer, truth) for mark in ("|", "=", "<", ">"))
+    )
+
+
+def _is_bounded(text: str) -> bool:
+    """Whether sympy reads it as a formula and can hold what it makes of it."""
+    if len(text) > MAX_FORMULA_CHARS or _UNBOUNDED.search(text) or _TOWER.search(text):
+        return False
+    words = _WORD.findall(_COMMAND.sub(" ", text))
+    if words and (max(map(len, words)) > 3 or not re.search(r"[-+\d^\\=]", text) or _CONJUNCTIONS & set(words)):
+        return False  # sympy would read words as products of letters
+    if text.count("^") - text.count(r"^\circ") > 12 or re.search(r"\d{40}", text):
+        return False
+    expansion = 0
+    for found in _EXPONENT.finditer(text):
+        digits = re.findall(r"\d+", found["braced"] or found["bare"] or "")
+        largest = max(map(int, digits), default=1)
+        if largest > MAX_EXPONENT:
+            return False
+        expansion += largest if found["group"] else 0
+    factorials = _FACTORIAL.findall(text)
+    if any(not base.isalnum() or (base.isdigit() and int(base) > MAX_FACTORIAL) for base in factorials):
+        return False
+    if r"\binom" in text and re.search(r"\d{4}|\^", text):
+        return False
+    return expansion <= MAX_EXPANSION
+
+
+def _parse(text: str) -> list[Any]:
+    from math_verify import LatexExtractionConfig, parse
+
+    # No time limits here: they work by SIGALRM, and the pool has one for the whole response already. The library
+    # warns of that, and logs whatever it cannot parse.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    text = _DECIMAL.sub(_exact, with_points(text))
+    found: list[Any] = parse(f"${text}$", extraction_config=(LatexExtractionConfig(),), parsing_timeout=None)
+    return found
+
+
+def _exact(decimal: re.Match[str]) -> str:
+    """A decimal as a fraction: math-verify rounds decimals."""
+    value = Fraction(decimal[0] if decimal[0] != "." else "0")
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _other_case(one: str, other: str) -> bool:
+    """Whether a variable of the one stands in the other only in the other case: x^2 is not X^2."""
+    letters, others = (set(re.findall(r"[a-zA-Z]", _COMMAND.sub(" ", text))) for text in (one, other))
+    return any(letter.swapcase() in others for letter in letters - others)
+
+
+def _same_count(mark: str, answer: str, truth: str) -> bool:
+    return answer.count(mark) == truth.count(mark)

@@ -1,0 +1,157 @@
+"""What an answer is: one value, a list or set, a tuple or interval, a union, a matrix; a text may be several."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from mmr1_ds.rewards.dress import closing, split
+
+_MATRIX = re.compile(r"(?:\[|\()? ?\\begin\{(p|b|B|v|V|)matrix\}(.*)\\end\{\1matrix\} ?(?:\]|\))?", re.DOTALL)
+_ARRAY = re.compile(r"[\[(] ?\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\} ?[\])]", re.DOTALL)
+_WORDS = re.compile(r",?\s*(?:\\text\s*\{\s*(or|and)\s*\}|(?<![a-zA-Z])(or|and)(?![a-zA-Z]))\s*(?:\\text\{\s*\})?")
+_THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+_RELATION = re.compile(r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>)")
+_FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
+_NAME = re.compile(r"[a-zA-Z]|\\[a-zA-Z]+|[a-zA-Z]_\{?\w\}?")
+_MEMBER = re.compile(r"([a-zA-Z]) ?\\in(?![a-zA-Z])")
+_INFINITE = re.compile(r"\+ ?\\infty")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value and its parts, as undressed texts."""
+
+    kind: str  # atom, list, tuple, union, matrix, relation
+    items: tuple[str, ...]
+    brackets: str = ""  # of a tuple or interval; of relations their signs; of a matrix its shape
+    is_ordered: bool = False
+    name: str = ""  # the variable of an interval, where it is written as an inequality
+    has_decimal_comma: bool = False  # a bare comma was read so
+
+
+def readings(text: str) -> list[Value]:
+    """Return all readings of an undressed text."""
+    text = text.strip()
+    member = _MEMBER.match(text)
+    if member is not None:
+        return [replace(value, name=member[1]) for value in readings(text[member.end() :])]
+    matrix = _matrix(text)
+    if matrix is not None:
+        return [matrix]
+    if re.search(r"\\cup(?![a-zA-Z])", text):
+        return [Value("union", tuple(part.strip() for part in re.split(r"\\cup(?![a-zA-Z])", text)))]
+    inner = _bracketed(text)
+    if inner is not None:
+        return inner
+    found = _bare_commas(text)
+    if len(found) == 1 and found[0].kind == "atom":
+        return [_relation(text) or found[0]]
+    return found
+
+
+def _matrix(text: str) -> Value | None:
+    found = _MATRIX.fullmatch(text)
+    array = None if found else _ARRAY.fullmatch(text)
+    if found is None and array is None:
+        return None
+    kind, body = (found[1], found[2]) if found is not None else ("p", array[1] if array is not None else "")
+    rows = [row.split("&") for row in body.strip().removesuffix("\\\\").split("\\\\")]
+    shape = f"{'v' if kind in ('v', 'V') else 'm'}{[len(row) for row in rows]}"
+    return Value("matrix", tuple(cell.strip() for row in rows for cell in row), shape, is_ordered=True)
+
+
+def _bracketed(text: str) -> list[Value] | None:
+    r"""What stands in one pair of brackets: \{1, 2\} is a list, (1, 2) and [1, 2) keep theirs, (5) is 5."""
+    is_set = text.startswith(r"\{")
+    start = 1 if is_set else 0
+    if not text or text[start] not in "({[" or closing(text, start) != len(text) - 1:
+        return None
+    opening, inner, closed = text[start], text[start + 1 : -1].removesuffix("\\").strip(), text[-1]
+    items = _items(inner)
+    if opening == "{":
+        if "emptyset" in inner:
+            return [Value("list", (inner,))]
+        if not inner:
+            return [Value("atom", (r"\emptyset",))]
+        return [Value("list", tuple(items))] if len(items) > 1 else _bare_commas(inner)
+    if len(items) == 1:
+        return readings(inner) if opening + closed == "()" else None
+    items = [_INFINITE.sub(r"\\infty", item) for item in items]
+    return [Value("tuple", tuple(items), opening + closed, is_ordered=True)]
+
+
+def _items(text: str) -> list[str]:
+    """Split at semicolons, or else at commas; a comma before a space parts even where thousands have commas."""
+    parts = split(text, ";")
+    if len(parts) > 1:
+        return [re.sub(r"(?<=\d),(?=\d)", "{,}", part) for part in parts if part]
+    if ", " in text:
+        text = _THOUSANDS.sub(lambda digits: digits[0].replace(",", "{,}"), text)
+    return [part for part in split(text, ",") if part] or [text]
+
+
+def _bare_commas(text: str) -> list[Value]:
+    """A list, a number with thousands or a decimal comma, or one value."""
+    is_or = False
+    parts: list[str] = []
+    for part in _items(text):
+        words = _WORDS.split(part)
+        pieces = [piece.strip() for piece in words[::3]]
+        is_or |= "or" in words
+        parts += [piece for piece in pieces if piece] if len(pieces) > 1 and all(map(_is_value, pieces)) else [part]
+    expanded = [value for part in parts for value in _both_signs(part)]
+    if len(expanded) == 1:
+        return [Value("atom", (expanded[0],))]
+    if is_or and all(_RELATION.search(part) for part in expanded):
+        return [Value("union", tuple(expanded))]
+    is_sequence = any(r"\ldots" in part or "..." in part for part in expanded)
+    found = [Value("list", tuple(expanded), is_ordered=is_sequence)]
+    if ", " in text or ";" in text or text.count(",") == 0:
+        return found
+    if re.sub(_THOUSANDS, "", text).count(",") == 0:
+        if re.search(r",\d{3}\.\d", text):  # 12,345.67 is no list
+            return [Value("atom", (text.replace(",", "{,}"),))]
+        found.append(Value("atom", (text.replace(",", "{,}"),)))
+    elif text.count(",") == 1 and re.search(r"\d,\d", text):
+        found.append(Value("atom", (text.replace(",", "."),), has_decimal_comma=True))
+    return found
+
+
+def _is_value(text: str) -> bool:
+    return not text or re.search(r"[\d\\=<>]|^.$", text) is not None
+
+
+def _both_signs(text: str) -> list[str]:
+    r"""The two values of a \pm b."""
+    if text.count(r"\pm") != 1:
+        return [text]
+    plus = re.sub(r"\\pm ?", "+", text).replace(r"\mp", "-")
+    minus = re.sub(r"\\pm ?", "-", text).replace(r"\mp", "+")
+    return [re.sub(r"(^|= ?)\+", r"\1", plus), minus]
+
+
+def _relation(text: str) -> Value | None:
+    """An inequality or chain of them, its signs pointing one way; around one variable it is an interval."""
+    parts = [part.strip() for part in _RELATION.split(text)]
+    items, signs = parts[::2], parts[1::2]
+    if not signs or "" in items or "=" in text:
+        return None
+    if signs[0] in (">", r"\ge"):
+        items, signs = items[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
+    if any(sign not in ("<", r"\le") for sign in signs):
+        is_ne = signs == [r"\ne"]
+        return Value("relation", tuple(sorted(items) if is_ne else items), "".join(signs), is_ordered=not is_ne)
+    opening, closed = ("[" if signs[0] == r"\le" else "("), ("]" if signs[-1] == r"\le" else ")")
+    names = [bool(_NAME.fullmatch(item)) and item not in (r"\pi", r"\infty") for item in items]
+    if len(items) == 3 and names == [False, True, False]:
+        return Value("tuple", (items[0], items[2]), opening + closed, is_ordered=True, name=items[1])
+    if len(items) == 2 and names == [True, False] and not _has(items[1], items[0]):
+        return Value("tuple", (r"-\infty", items[1]), "(" + closed, is_ordered=True, name=items[0])
+    if len(items) == 2 and names == [False, True] and not _has(items[0], items[1]):
+        return Value("tuple", (items[0], r"\infty"), opening + ")", is_ordered=True, name=items[1])
+    return Value("relation", tuple(items), "".join(signs), is_ordered=True)
+
+
+def _has(text: str, name: str) -> bool:
+    return re.search(r"(?<![a-zA-Z\\])" + re.escape(name) + r"(?![a-zA-Z])", text) is not None
