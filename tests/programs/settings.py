@@ -99,3 +99,16 @@ def _sizes(config: RunConfig) -> "Sizes":
     from mmr1_ds.engine.zero_engine import Sizes
 
     return Sizes(config.worker.rollout.n, config.data.max_prompt_length, config.data.max_response_length)
+
+
+def schedule_asynchronously() -> None:
+    """As vLLM's configuration decides on a GPU; on the CPU the platform has overruled it by now."""
+    from vllm.config import SchedulerConfig
+
+    original = SchedulerConfig.get_scheduler_cls
+
+    def asynchronous(self: SchedulerConfig) -> type:
+        self.async_scheduling = True
+        return original(self)
+
+    SchedulerConfig.get_scheduler_cls = asynchronous  # type: ignore[method-assign]

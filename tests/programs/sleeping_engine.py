@@ -10,17 +10,19 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from fixtures.tiny_models import make_prompt
 from safetensors.torch import load_file
-from settings import small_config
+from settings import schedule_asynchronously, small_config
 
 from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.loop.turns import Turns
 from mmr1_ds.records import RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
@@ -37,25 +39,15 @@ class FolderPolicy:
 
     num_updates_done, fails = 0, False
 
+    def offloaded(self, with_weights: bool = True) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         calls.append("load")
         for place, item in enumerate(load_file(f"{model}/model.safetensors").items()):
             if self.fails and place == 5:
                 raise OSError("lost")
             yield item
-
-
-def schedule_asynchronously() -> None:
-    """As vLLM's configuration decides on a GPU; on the CPU the platform has overruled it by now."""
-    from vllm.config import SchedulerConfig
-
-    original = SchedulerConfig.get_scheduler_cls
-
-    def asynchronous(self: SchedulerConfig) -> type:
-        self.async_scheduling = True
-        return original(self)
-
-    SchedulerConfig.get_scheduler_cls = asynchronous  # type: ignore[method-assign]
 
 
 def record(worker: object) -> None:
@@ -116,19 +108,25 @@ def turn(name: str) -> None:
     calls.clear()
 
 
+def rolled_out(num_chunks: int, then_learns: bool = False) -> str:
+    with turns.rollout(then_learns):
+        for _ in range(num_chunks):
+            sample()
+    return ""
+
+
 # 1. A step: sync, sample, learn.
-rollout.sync_weights(policy)
-sample()
-rollout.sleep(keep_weights=False)
+turns = Turns(rollout, policy, None)
+turns.sync_weights()
+rolled_out(1, then_learns=True)
 turn("first step")
-# 2. A sync, a validation in two chunks, a step without a sync between.
-rollout.sync_weights(policy)
-sample()
-sample()
-found["validation"] = error_of(rollout.sleep, True)
+# 2. A sync, a validation in two chunks, a refresh, a step without a sync between.
+turns.sync_weights()
+found["validation"] = error_of(rolled_out, 2)
 turn("validation calls")
-sample()
-rollout.sleep(keep_weights=False)
+found["refresh"] = error_of(rolled_out, 3)
+turn("refresh calls")
+rolled_out(1, then_learns=True)
 turn("second step")
 # 3. Weights that are gone are not sampled from.
 found["discarded"] = error_of(sample)
@@ -147,8 +145,14 @@ for keep_weights in (True, False):
     rollout.sleep(keep_weights)
     sample()
 turn("never asleep")
-# 6. Nor are weights that were loaded in part.
-policy.fails, rollout._cycle = True, awake
+# 6. What vLLM says of a cache that is released after one step more, with a batch still in the queue.
+rollout._cycle = awake
+sample()
+drain, awake._drain = awake._drain, llm.llm_engine.step
+found["not drained"] = error_of(rollout.sleep, True)
+awake._drain = drain
+# 7. Nor are weights sampled from that were loaded in part.
+policy.fails = True
 found["half loaded"] = [error_of(rollout.sync_weights, policy), error_of(sample)]
 with open(out, "w", encoding="utf-8") as file:
     json.dump(found, file)

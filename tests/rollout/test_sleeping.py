@@ -26,7 +26,12 @@ def found(tmp_path_factory):
 def test_the_cache_is_released_with_a_batch_still_in_flight(found):
     assert (found["scheduler"], found["queue"]) == ("AsyncScheduler", 2)
     assert set(found["left"]) == {1}  # each sampling left a batch ahead in the queue
-    assert found["validation"] == "" and found["again"] == ["", ""]
+    assert found["validation"] == found["refresh"] == "" and found["again"] == ["", ""]
+
+
+@pytest.mark.slow
+def test_vllm_refuses_to_release_the_cache_of_a_batch_in_flight(found):
+    assert "release_kv_cache_memory() requires a completed pause first" in found["not drained"]
 
 
 @pytest.mark.slow
@@ -34,6 +39,7 @@ def test_each_part_of_the_memory_wakes_when_it_is_needed(found):
     assert found["first step"] == ["load", "sample", DISCARD]  # it had not slept yet
     validated = ["sample", "sample", RELEASE]
     assert found["validation calls"] == ["empty", WAKE_WEIGHTS, "load", "empty", WAKE_CACHE, *validated]
+    assert found["refresh calls"] == ["empty", WAKE_CACHE, "sample", "sample", "sample", RELEASE]
     assert found["second step"] == ["empty", WAKE_CACHE, "sample", DISCARD]
     assert found["again calls"] == [RELEASE]
     assert found["never asleep"] == ["sample", "sample"]
