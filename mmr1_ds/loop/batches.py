@@ -105,7 +105,9 @@ class BatchMaker:
 
     def _make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
         drawn, figures = self._fill(step, settings, clock)
-        groups, prompts, seqlen = share_out(drawn, self._batch_size, self._mini_batch_size, self._prompts, self._ranks)
+        groups, prompts, seqlen = share_out(
+            drawn, self._batch_size, self._mini_batch_size, self._prompts, self._ranks
+        )
         with clock("curriculum"):
             self._coordinator.finish_step(step, prompts)
         metrics = reward_metrics(drawn.rewards, drawn.failures, self._ranks) | seqlen | figures

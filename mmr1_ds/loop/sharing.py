@@ -87,7 +87,9 @@ def with_prompt(scored: ScoredGroup, data: PromptDataset) -> ScoredGroup:
     """The group with the prompt that the data set has at its index, where it came without."""
     if scored.group.prompt.token_ids:
         return scored
-    return dataclasses.replace(scored, group=dataclasses.replace(scored.group, prompt=data[scored.group.prompt.index]))
+    return dataclasses.replace(
+        scored, group=dataclasses.replace(scored.group, prompt=data[scored.group.prompt.index])
+    )
 
 
 def groups_to_arrays(groups: Mapping[int, ScoredGroup]) -> dict[str, np.ndarray]:
