@@ -25,6 +25,7 @@ import numpy as np
 
 from mmr1_ds.cluster.launch import LaunchEnvironment, device_number, free_port
 from mmr1_ds.cluster.watch import GRACE_SECONDS, CollectiveError, Watch, report_fault
+from mmr1_ds.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,32 @@ T = TypeVar("T")
 STACKS_SIGNAL = signal.SIGUSR2  # SIGTERM and SIGUSR1 ask a run to end
 _NAME_BYTES = 64  # of a collective's name, compared between the ranks
 _PORT_SECONDS = 0.2  # between two looks whether rank 0 listens
+
+
+def initialise_gpu(launch: LaunchEnvironment) -> bool:
+    """Allocate a number on this rank's GPU, so that a broken driver or GPU shows at once. Not a collective.
+
+    Returns: whether there is a GPU, as torch sees it. Raises: UserError, one line, when it cannot be used.
+    """
+    import torch
+
+    if not _runs_on_gpu():
+        return False
+    number = device_number(launch.local_rank, torch.cuda.device_count())
+    try:
+        torch.zeros(1, device=torch.device("cuda", number))
+    except RuntimeError as error:
+        raise UserError(
+            f"{socket.gethostname()}: GPU {number} cannot be used ({first_line(error)}); look at nvidia-smi and the "
+            "kernel's log (dmesg), or take another by CUDA_VISIBLE_DEVICES"
+        ) from error
+    return True
+
+
+def _runs_on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 class Ranks:
@@ -54,7 +81,7 @@ class Ranks:
 
         self.rank, self.size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
         self.timeout_seconds = timeout_seconds
-        self.on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+        self.on_gpu = _runs_on_gpu()
         if self.on_gpu and (number := device_number(self.local_rank, torch.cuda.device_count())) != self.local_rank:
             self.local_rank = number
             # DeepSpeed compares it with LOCAL_RANK, by which it and vLLM take their device.

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmr1_ds.config import RunConfig
+from mmr1_ds.config.derived import checkpoint_directory, run_directory
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.redaction import redacted, without_secrets
 from mmr1_ds.errors import UserError
@@ -39,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--account", help="account that pays; default: yours")
     parser.add_argument("--server-nodes", type=int, default=0, metavar="N", help="further nodes, for rollout servers")
     parser.add_argument("--cpus-per-task", type=int, metavar="N", help="for a rank; default: its reward workers and 4")
-    parser.add_argument("--container", metavar="IMAGE", help="image for srun with pyxis, whose python3 then runs")
-    parser.add_argument("--mounts", help="FROM:TO,... in the container; default: the project's folder")
+    parser.add_argument(
+        "--container", metavar="IMAGE", help="image whose python3 runs: a .sif by apptainer, else by pyxis"
+    )
+    parser.add_argument("--mounts", help="FROM:TO,... in the container; default: the project's and the run's folders")
     parser.add_argument("--sbatch", default="", metavar="OPTIONS", help='further options of sbatch: "--qos=high -x n3"')
     parser.add_argument("--submit", action="store_true", help="call the command, instead of only printing it")
 
@@ -85,7 +88,7 @@ def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -
             )
         tasks = trainer.n_gpus_per_node // size
         command += [":", *_component(config, arguments, num_servers, tasks, on_gpu)]
-    return _variables(arguments, environ), [*command, str(SCRIPT), *settings]
+    return _variables(config, arguments, environ), [*command, str(SCRIPT), *settings]
 
 
 def _component(
@@ -103,16 +106,30 @@ def _component(
     return options + shlex.split(arguments.sbatch)
 
 
-def _variables(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
+def _variables(config: RunConfig, arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that launch/slurm.sbatch reads."""
     found = {"MMR1_DS_ROOT": str(ROOT)}
     if arguments.container:
         found |= {"CONTAINER_IMAGE": arguments.container, "PYTHON": environ.get("PYTHON", "python3")}
-        if arguments.mounts:
-            found["CONTAINER_MOUNTS"] = arguments.mounts
+        found["CONTAINER_MOUNTS"] = arguments.mounts or ",".join(f"{path}:{path}" for path in _mounted(config))
     else:
         found["PYTHON"] = environ.get("PYTHON", sys.executable)
     return found
+
+
+def _mounted(config: RunConfig) -> list[Path]:
+    """Return the project's folder, and those of the run, its checkpoints, models and data that lie on this machine."""
+    data, worker = config.data, config.worker
+    listed = [[names] if isinstance(names, str) else names for names in (data.train_files, data.val_files)]
+    files = [str(name) for names in listed for name in names]
+    given = [worker.actor.model.model_path, worker.actor.model.tokenizer_path, data.image_dir]
+    given += [file.partition("@")[0].strip() for file in files]
+    paths = [Path(name).expanduser().absolute() for name in given if name]
+    folders = [path if path.is_dir() else path.parent for path in paths if path.exists()]
+    # Those of the run may not exist yet, and what contains them does.
+    for path in (run_directory(config).absolute(), checkpoint_directory(config).absolute()):
+        folders.append(next(parent for parent in (path, *path.parents) if parent.is_dir()))
+    return list(dict.fromkeys([ROOT, *(folder for folder in folders if folder != Path("/"))]))
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:

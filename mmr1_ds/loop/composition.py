@@ -15,7 +15,7 @@ import torch
 
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.preemption import Preemption
-from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.cluster.ranks import Ranks, initialise_gpu
 from mmr1_ds.config import DataConfig, RunConfig
 from mmr1_ds.config.derived import (
     checkpoint_directory,
@@ -85,6 +85,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
     with ExitStack() as stack:
         # Starts before the models take the memory.
         rewards = stack.enter_context(RewardPool(config.worker.reward, config.data.max_response_length))
+        _check_gpu(deepspeed.actor, launch)  # before the data is read, which may take minutes
         encoder = PromptEncoder(config.worker.actor.model, config.data)
         if deepspeed.critic is not None and config.worker.critic.model.model_path is not None:
             check_reads_alike(config.worker.critic.model, config.data, encoder)
@@ -93,7 +94,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         most_images = max(data.max_images for data in (train_data, val_data) if data is not None)
 
         ranks = stack.enter_context(Ranks(launch, config.trainer.collective_timeout_seconds))
-        _check_ranks(config, deepspeed.actor, train_data, ranks)
+        _check_ranks(config, train_data, ranks)
         _lock(config, ranks, stack)
         checkpoints = Checkpoints(
             checkpoint_directory(config), config.trainer.save_limit, ranks, config.trainer.best_metric
@@ -501,15 +502,18 @@ def _load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset
     return train_data, load_dataset(config.data.val_files, config.data, encoder, "data.val_files", limit)
 
 
-def _check_ranks(
-    config: RunConfig, deepspeed_config: Mapping[str, Any], train_data: PromptDataset, ranks: Ranks
-) -> None:
-    """What only the started ranks can tell. Collective. Raises: UserError on every rank."""
-    if ranks.on_gpu != bool(deepspeed_config["bf16"]["enabled"]):
+def _check_gpu(deepspeed_config: Mapping[str, Any], launch: LaunchEnvironment) -> None:
+    """Initialise CUDA. Raises: UserError for a GPU that does not work, or one that torch does not see."""
+    on_gpu = initialise_gpu(launch)
+    if on_gpu != bool(deepspeed_config["bf16"]["enabled"]):
         raise UserError(
-            f"torch.cuda.is_available() is {ranks.on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
+            f"torch.cuda.is_available() is {on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
             "install a CUDA build of torch, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
         )
+
+
+def _check_ranks(config: RunConfig, train_data: PromptDataset, ranks: Ranks) -> None:
+    """What only the started ranks can tell. Collective. Raises: UserError on every rank."""
     transfer = config.worker.rollout.weight_transfer
     if config.worker.rollout.engine == "server" and transfer in ("nccl", "ipc") and not ranks.on_gpu:
         raise UserError(f"worker.rollout.weight_transfer={transfer} needs GPUs, there is none; set it to auto")

@@ -9,7 +9,7 @@ import torch
 from fixtures.launching import run_ranks
 
 from mmr1_ds.cluster.launch import LaunchEnvironment, device_number, launch_environment
-from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.cluster.ranks import Ranks, initialise_gpu
 from mmr1_ds.errors import UserError
 
 
@@ -81,6 +81,24 @@ def test_a_rank_takes_its_gpu_or_the_only_one_that_it_is_shown(monkeypatch, visi
 def test_a_rank_for_which_no_gpu_is_left_says_so():
     with pytest.raises(UserError, match="process 3 of this node sees 2 GPUs; start one process a GPU"):
         device_number(2, 2)
+
+
+@pytest.mark.parametrize("accelerator", ["", "cpu"])
+def test_a_gpu_that_does_not_work_is_named_by_its_number(monkeypatch, accelerator):
+    def broken(size, device):
+        raise RuntimeError(f"CUDA error: uncorrectable ECC error on {device}\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch, "zeros", broken)
+    launch = LaunchEnvironment(11, 16, 3, "slurm")
+    if accelerator == "cpu":
+        assert initialise_gpu(launch) is False
+        return
+    with pytest.raises(UserError, match=r"GPU 3 cannot be used \(CUDA error: .* on cuda:3\)") as found:
+        initialise_gpu(launch)
+    assert "\n" not in str(found.value)
 
 
 def test_control_traffic_between_three_processes(tmp_path):

@@ -64,6 +64,13 @@ def test_a_container_runs_its_own_python(valid, capfd):
     assert {"CONTAINER_IMAGE=a b.sqsh", "CONTAINER_MOUNTS=/data:/data,/x:/y", "PYTHON=python3"} <= set(words)
 
 
+def test_a_container_sees_the_folders_of_the_run_and_its_data(valid, capfd, tmp_path):
+    (tmp_path / "out").mkdir()
+    words = launch(capfd, "--time=90", "--container=a.sif", *valid, f"trainer.run_dir={tmp_path}/out/new/run")[1]
+    (mounts,) = (word.partition("=")[2].split(",") for word in words if word.startswith("CONTAINER_MOUNTS="))
+    assert {f"{path}:{path}" for path in (ROOT, tmp_path, tmp_path / "out")} == set(mounts)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.data.encoding import ModelInputs, PromptEncoder
 from mmr1_ds.records import Pair, Prompt
 
 
@@ -78,7 +78,7 @@ def collate(pairs: Sequence[Pair], encoder: PromptEncoder, device: torch.device)
         once = [item for row, item in enumerate(inputs) if shares[row] == row]
         vision = {
             "mm_token_type_ids": token_types,
-            "pixel_values": _to_device([item.pixel_values for item in once if item.pixel_values is not None], device),
+            "pixel_values": _pixels([item for item in once if item.pixel_values is not None], device),
             "image_grid_thw": torch.cat([item.image_grid_thw for item in inputs if item.image_grid_thw is not None]),
         }
     lengths_S, starts_S = torch.tensor(lengths), torch.tensor(starts)
@@ -88,7 +88,10 @@ def collate(pairs: Sequence[Pair], encoder: PromptEncoder, device: torch.device)
     return ModelBatch(input_ids, attention_mask, vision, rows, columns, targets.to(device), torch.tensor(shares))
 
 
-def _to_device(pixels: Sequence[Tensor], device: torch.device) -> Tensor:
-    """All pixels end to end, on their way: the host waits for memory that is not pinned."""
-    joined = torch.cat(list(pixels))
-    return joined.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else joined
+def _pixels(items: Sequence[ModelInputs], device: torch.device) -> Tensor:
+    """The pixels of all items end to end, on their way to the device."""
+    if device.type == "cuda":
+        parts = [item.pinned_pixels.to(device, non_blocking=True) for item in items]
+    else:
+        parts = [item.pixel_values for item in items if item.pixel_values is not None]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

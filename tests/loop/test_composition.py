@@ -1,0 +1,42 @@
+"""The order in which a run is put together: what fails cheapest comes first."""
+
+import contextlib
+
+import pytest
+
+from mmr1_ds.cluster.launch import LaunchEnvironment
+from mmr1_ds.config import RunConfig
+from mmr1_ds.errors import UserError
+from mmr1_ds.loop import composition
+from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
+
+LAUNCH = LaunchEnvironment(0, 1, 0, "none")
+
+
+@pytest.mark.parametrize(("bf16", "reached"), [(True, ["GPU", "tokenizer", "data"]), (False, ["GPU"])])
+def test_a_gpu_is_used_before_data_is_read(monkeypatch, bf16, reached):
+    """A broken driver, or a torch that sees another machine than the configuration, shows before minutes of reading."""
+    order = []
+
+    class Reached(Exception):
+        """Far enough."""
+
+    def load(*arguments, **settings):
+        order.append("data")
+        raise Reached
+
+    def initialise(launch):
+        assert launch is LAUNCH
+        order.append("GPU")
+        return True
+
+    monkeypatch.setattr(composition, "_check_installed", lambda config: None)
+    monkeypatch.setattr(composition, "RewardPool", lambda *arguments: contextlib.nullcontext())
+    monkeypatch.setattr(composition, "initialise_gpu", initialise)
+    monkeypatch.setattr(composition, "PromptEncoder", lambda *arguments: order.append("tokenizer"))
+    monkeypatch.setattr(composition, "load_dataset", load)
+    config = DeepspeedConfigs({"bf16": {"enabled": bf16}}, {}, None)
+    expected = pytest.raises(Reached) if bf16 else pytest.raises(UserError, match="True, unlike")
+    with expected:
+        composition.run(RunConfig(), config, LAUNCH, None)
+    assert order == reached
