@@ -69,6 +69,9 @@ class DataConfig:
     id_key: str | None = None  # column with a stable id; null = a digest of the row's content
     category_key: str | None = None  # column that groups similar prompts; null = no groups
     image_dir: str | None = None  # folder that relative image paths start from; null = the data file's
+    # true: paths in the data may lead out of the data's folder and data.image_dir
+    allow_any_image_path: bool = False
+    max_image_pixels: PositiveInt = 89_478_485  # images with more are refused before they are decoded
     system_prompt: str | None = None  # system message before every prompt; null = none
     format_prompt: str | None = None  # jinja template over `content`: its path, or the template itself
     # true: a last message of the assistant begins the response; false: it is the answer, and taken off the prompt

@@ -41,11 +41,20 @@ RENAMED = {
     "worker.rollout.name": "worker.rollout.engine",
 }
 
+_BF16 = ("bf16", "bfloat16", "torch.bfloat16", None)
 # key -> (values that are what this trainer does, what to do instead of another)
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.override_chat_template": ((None,), "set the chat template in the tokenizer's own folder"),
     "worker.actor.entropy_coef": ((0,), "an entropy bonus is not implemented"),
     "worker.actor.entropy_coeff": ((0,), "an entropy bonus is not implemented"),
+    **{
+        f"worker.{part}.fsdp.mp_param_dtype": (_BF16, "forward and backward are in bf16 on a GPU")
+        for part in ("actor", "critic", "ref")
+    },
+    **{
+        f"worker.{part}.optim.training_steps": ((-1, None), "the schedule spans the run's own steps")
+        for part in ("actor", "critic")
+    },
     "worker.critic.ulysses_sequence_parallel_size": ((1,), "sequence parallelism is not implemented"),
     "worker.critic.ulysses_size": ((1,), "sequence parallelism is not implemented"),
     "worker.reward.skip_special_tokens": ((True,), "special tokens are not part of a response's text"),
@@ -79,13 +88,11 @@ IGNORED = (
     "trainer.remove_previous_ckpt",
     "worker.actor.fsdp.*",
     "worker.actor.global_batch_size_per_device",
-    "worker.actor.optim.training_steps",
     "worker.actor.strategy",
     "worker.actor.use_torch_compile",
     "worker.critic.fsdp.*",
     "worker.critic.global_batch_size_per_device",
     "worker.critic.model.tokenizer_path",  # it reads the actor's tokens
-    "worker.critic.optim.training_steps",
     "worker.critic.strategy",
     "worker.critic.use_torch_compile",
     "worker.hybrid_engine",

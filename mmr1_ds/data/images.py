@@ -52,9 +52,18 @@ def image_references(cell: object) -> list[ImageReference]:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Opens image references of one data file; relative paths start at `folder`."""
+    """Opens image references of one data file; relative paths start at `folder`.
+
+    Data may come from strangers: an image is not decoded before its size is known, and a path does not lead anywhere.
+    """
 
     folder: str | None
+    roots: tuple[str, ...] | None = None  # folders that images lie in; None = anywhere
+    max_pixels: int | None = None  # of an image as it came
+
+    def __post_init__(self) -> None:
+        if self.max_pixels is not None:  # Pillow's own bound would come before
+            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, self.max_pixels)
 
     def size(self, reference: ImageReference, where: str) -> tuple[int, int]:
         """Return (width, height) of the upright image from the header alone.
@@ -86,25 +95,51 @@ class ImageSource:
             if found is None:
                 raise ValueError("neither bytes nor a path")
             place = self._place(found, where) if isinstance(found, str) else found
-            return Image.open(io.BytesIO(place) if isinstance(place, bytes) else place)
+            image = Image.open(io.BytesIO(place) if isinstance(place, bytes) else place)
+        except Image.DecompressionBombError:
+            raise UserError(f"{where}: an image has over twice data.max_image_pixels; remove the row") from None
         except UNREADABLE as error:
             if isinstance(error, UserError):
                 raise
             raise _unreadable(reference, where, error) from error
+        if self.max_pixels is not None and image.width * image.height > self.max_pixels:
+            image.close()
+            raise UserError(
+                f"{where}: an image of {image.width} x {image.height} pixels is over data.max_image_pixels="
+                f"{self.max_pixels}; raise it, shrink the image or remove the row"
+            )
+        return image
 
     def _place(self, text: str, where: str) -> str | bytes:
         """Return the path that a text names, or the bytes that it holds. Raises: UserError for what must be fetched."""
         scheme = _SCHEME.match(text)
         if scheme is None:
             path = os.path.join(self.folder, text) if self.folder else text
-            return path if os.path.isfile(path) else _from_base64(text) or path
+            if not os.path.isfile(path) and (content := _from_base64(text)):
+                return content
+            return self._inside(path, where)
         if scheme[1].lower() == "data":
             return _from_data_url(text)
         if scheme[1].lower() == "file":
             parts = urllib.parse.urlsplit(text)
             if parts.netloc in ("", "localhost"):
-                return urllib.request.url2pathname(parts.path)
+                return self._inside(urllib.request.url2pathname(parts.path), where)
         raise UserError(f"{where}: the image {_shown(text)} is not fetched; download it and give the path of the file")
+
+
+    def _inside(self, path: str, where: str) -> str:
+        """Return the path. Raises: UserError when it leads out of the roots, by `..` or by links too."""
+        real = os.path.realpath(path)
+        if self.roots is None or any(_lies_in(real, os.path.realpath(root)) for root in self.roots):
+            return path
+        raise UserError(
+            f"{where}: {_shown(path)} lies outside the folder of the data and data.image_dir; set data.image_dir to "
+            "its folder, or data.allow_any_image_path=true where the data is trusted"
+        )
+
+
+def _lies_in(path: str, root: str) -> bool:
+    return path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def _from_data_url(text: str) -> bytes:

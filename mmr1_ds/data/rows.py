@@ -53,7 +53,9 @@ class RowReader:
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
         self._features = _undecoded_features(source.rows, columns)
-        self.image_source = ImageSource(_image_folder(source, data))
+        self.image_source = ImageSource(
+            _image_folder(source, data), _image_roots(source, data), data.max_image_pixels
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -209,6 +211,16 @@ def _undecoded(feature: Any) -> Any:
     if isinstance(feature, dict):
         return {name: _undecoded(part) for name, part in feature.items()}
     return feature
+
+
+def _image_roots(source: Source, data: DataConfig) -> tuple[str, ...] | None:
+    """Return the folders that images may lie in: of the data, data.image_dir; of a hub data set, its cache."""
+    if data.allow_any_image_path:
+        return None
+    import datasets
+
+    own = source.folder or str(datasets.config.HF_CACHE_HOME)
+    return (own,) if data.image_dir is None else (own, data.image_dir)
 
 
 def _image_folder(source: Source, data: DataConfig) -> str | None:

@@ -129,7 +129,7 @@ def _scan_in_processes(
     key = hashlib.blake2b(digest_size=16)
     settings = (
         data.prompt_key, data.answer_key, data.image_key, data.video_key, data.id_key, data.category_key,
-        data.image_dir,
+        data.image_dir, data.allow_any_image_path, data.max_image_pixels,
     )  # fmt: skip
     rows = (reader.name, reader.rows._fingerprint, len(reader))
     key.update(repr((rows, settings, prompt_encoder.fingerprint())).encode())

@@ -1,6 +1,9 @@
 """Loading and composition: typed values, later wins, one clear line for every mistake; upstream's spellings."""
 
+import re
+
 import pytest
+import yaml
 from fixtures.configs import load, mistake
 from fixtures.dry_runs import GUIDE
 
@@ -368,3 +371,32 @@ def test_validation_that_is_not_implemented_is_refused(key, neutral, other):
 def test_validation_has_its_own_length():
     assert load("worker.rollout.val_override_config.max_tokens=7").worker.rollout.val_override_config.max_tokens == 7
     assert "samples by worker.rollout.seed" in mistake("worker.rollout.val_override_config.seed=3")
+
+
+def test_every_upstream_key_is_read_as_the_table_says(tmp_path, monkeypatch):
+    """A configuration with every key loads; docs/coming_from.md says of each what becomes of it."""
+    monkeypatch.chdir(tmp_path)
+    path = GUIDE / "every_upstream_key.yaml"
+    loaded = load_config([f"config={path}"])
+    check_config(loaded.config, 8)
+    (ignored,) = [line for line in loaded.warnings if line.startswith("ignored keys: ")]
+    ignored = set(ignored.removeprefix("ignored keys: ").split(", "))
+    table = (GUIDE.parents[1] / "docs" / "coming_from.md").read_text().partition("| upstream's key |")[2]
+    said = dict(re.findall(r"^\| `([\w.]+)` \| (\w+(?: over)?) \|", table.partition("\n\n")[0], re.MULTILINE))
+    assert set(said) == {key for key, _ in flat(yaml.safe_load(path.read_text()))}
+    assert {key for key, word in said.items() if word == "passed over"} == ignored
+    for key, word in said.items():
+        if word in ("same", "better"):
+            assert key in leaf_types(), key
+        elif word == "renamed":
+            assert key not in leaf_types(), key
+        elif word == "refused":
+            assert f"{key} must be" in mistake(f"{key}=another")
+
+
+def flat(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

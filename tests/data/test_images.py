@@ -6,10 +6,11 @@ import io
 
 import numpy as np
 import pytest
-from fixtures.data_fixtures import encoder_of, image, load, write_kind, write_vision_model
+from fixtures.data_fixtures import encoder_of, image, load, write_jsonl, write_kind, write_vision_model
 from PIL import Image, ImageOps
 
 from mmr1_ds.data.images import ImageSource
+from mmr1_ds.errors import UserError
 
 SOURCE = ImageSource(None)
 
@@ -129,3 +130,58 @@ def test_damaged_exif_is_no_damaged_image():
     content = encoded(image(8, 8), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert SOURCE.size(content, "row 0") == (8, 8)
     assert loaded(content).shape == (8, 8, 3)
+
+
+# --- bounds ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_measured_before_it_is_decoded():
+    content = encoded(image(40, 30))[:60]  # the header, and next to nothing of the pixels
+    source = ImageSource(None, max_pixels=1199)
+    for read in (source.size, source.load):
+        with pytest.raises(UserError, match=r"row 0: an image of 40 x 30 pixels is over data.max_image_pixels=1199"):
+            read(content, "row 0")
+    assert ImageSource(None, max_pixels=1200).size(content, "row 0") == (40, 30)
+
+
+def test_the_bound_may_be_over_pillows_own(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert ImageSource(None, max_pixels=1200).size(encoded(image(40, 30)), "row 0") == (40, 30)
+    with pytest.raises(UserError, match=r"row 0: an image has over twice data.max_image_pixels"):
+        ImageSource(None, max_pixels=1200).size(encoded(image(80, 60)), "row 0")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Data, images of a folder beside it, and links that lead there."""
+    for name in ("data/pictures", "images", "secret", "data_other"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("data/a.png", "data/pictures/a.png", "images/a.png", "secret/a.png", "data_other/a.png"):
+        (tmp_path / name).write_bytes(encoded(image(28, 28)))
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret" / "a.png")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "secret")
+    return tmp_path
+
+
+def read(folders, path, **data):
+    file = write_jsonl(folders / "data" / "rows.jsonl", [{"prompt": "p", "answer": "1", "images": [path]}])
+    return load(file, write_vision_model(folders), **data)[0].images[0].size
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../secret/a.png", "{}/secret/a.png", "file://{}/secret/a.png", "pictures/../../secret/a.png", "link.png",
+     "linked/a.png", "{}/data_other/a.png"],
+)  # fmt: skip
+def test_paths_that_lead_out_of_the_data_are_refused(folders, path):
+    path = path.format(folders)
+    with pytest.raises(UserError, match=r"rows.jsonl row 0 .* lies outside the folder of the data and data.image_dir"):
+        read(folders, path)
+    assert read(folders, path, allow_any_image_path=True) == (28, 28)
+
+
+def test_paths_inside_are_read(folders):
+    for path in ("a.png", "pictures/../a.png", str(folders / "data" / "a.png")):
+        assert read(folders, path) == (28, 28)
+    for path in ("a.png", str(folders / "images" / "a.png"), str(folders / "data" / "a.png")):
+        assert read(folders, path, image_dir=str(folders / "images")) == (28, 28)
