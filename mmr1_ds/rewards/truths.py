@@ -13,7 +13,8 @@ _HASHES = re.compile(r"(?:^|\s)####[ \t]*([^\n]+?)\s*$")
 def read_truth(text: str) -> str:
     r"""Return the answer in `<answer> 2 </answer>`, `... #### 72` or a solution with `\boxed{}`; else the text itself.
 
-    Every built-in reward reads truths by this function, and so does `mmr1-ds data`; a reward file gets them as they are.
+    Every built-in reward reads truths by this function, and so does `mmr1-ds data`; a reward file gets them as they
+    are.
     """
     blocks = _ANSWER.findall(text)
     if len(blocks) == 1:

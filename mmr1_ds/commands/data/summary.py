@@ -145,8 +145,8 @@ def notes(data_sets: Sequence[DataSetSummary], config: RunConfig, encoder: Promp
             )
     if any(_opens_reasoning(sample.prompt or "") for data_set in data_sets for sample in data_set.samples):
         found.append(
-            "the chat template opens <think> at the end of the prompt: the built-in rewards read it as the beginning of "
-            "the response; a reward file finds it at the end of its 'prompt'"
+            "the chat template opens <think> at the end of the prompt: the built-in rewards read it as the "
+            "beginning of the response; a reward file finds it at the end of its 'prompt'"
         )
     asked_for = _ASKED_FOR.get(config.worker.reward.reward_function)
     prompts = [sample.prompt or "" for data_set in data_sets for sample in data_set.samples]

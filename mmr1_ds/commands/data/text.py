@@ -147,10 +147,10 @@ def _answers(found: AnswerSummary | None, check: RewardCheck | None, num_usable:
         )
     yield from _wrapped(f"{asked}: {verdict}", _INDENT * 2)
     if check.num_wrapped:
-        shown = ", ".join(f"{_printable(answer, 60)!r} as {_printable(inside, 40)!r}" for answer, inside in check.wrapped)
+        shown = ", ".join(f"{_printable(one, 60)!r} as {_printable(inside, 40)!r}" for one, inside in check.wrapped)
         yield from _wrapped(
-            f"{check.num_wrapped:,} of them stand in <answer>, behind #### or in a solution with a \\boxed{{}}, and are "
-            f"read by what is inside: {shown}",
+            f"{check.num_wrapped:,} of them stand in <answer>, behind #### or in a solution with a \\boxed{{}}, and "
+            f"are read by what is inside: {shown}",
             _INDENT * 2,
         )
     if check.num_prose:
