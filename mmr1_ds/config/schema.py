@@ -324,6 +324,8 @@ class RewardConfig:
 
     reward_function: str = "math"  # math | r1v | openr1 | openr1_wo_LMM | openr1_vllm, or path/file.py:function
     reward_function_kwargs: dict[str, Any] = field(default_factory=dict)  # passed to every call
+    # several instead, summed by their weights: {function, weight, kwargs} each
+    functions: list[dict[str, Any]] = field(default_factory=list)
     num_workers: PositiveInt = 4  # processes a rank; each asks a judge about one response at a time
     timeout_seconds: PositiveFloat = 10.0  # time for a response, which fails past it; a judge has its own
     reward_type: str | None = None  # how a file's function is called: batch | sequential; null = as the file says

@@ -17,7 +17,7 @@ from mmr1_ds.data.rows import check_columns
 from mmr1_ds.data.sources import BUILDERS, list_names, split_name
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.interfaces import call_style
-from mmr1_ds.rewards.loading import BUILT_IN, split_reference
+from mmr1_ds.rewards.loading import BUILT_IN, each_function, split_reference
 
 Result = TypeVar("Result")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -257,6 +257,10 @@ def check_reward(reward: RewardConfig) -> None:
     The file is read, not run: a function that it may define in other ways is left to the reward processes.
     Raises: UserError.
     """
+    if reward.functions:
+        for one in each_function(reward):
+            check_reward(one)
+        return
     if reward.reward_function in BUILT_IN:
         return
     key = "worker.reward.reward_function"

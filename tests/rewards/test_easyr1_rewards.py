@@ -236,3 +236,27 @@ def test_functions_of_other_projects_run_as_they_are(tmp_path, name):
 def test_trls_none_leaves_the_response_unscored(tmp_path):
     (result,) = run(write(tmp_path, "def compute_score(completions, **kwargs):\n    return [None]\n"), [RIGHT])
     assert result.failure == "unscored"
+
+
+def test_several_rewards_are_summed_by_their_weights(tmp_path):
+    (tmp_path / "a.py").write_text("def brevity(reward_input, limit):\n    return {'overall': limit - 1.0}\n")
+    (tmp_path / "b.py").write_text("def exact(completions, answer, **kwargs):\n    return [3.0]\n")
+    functions = [
+        {"function": "math", "weight": 0.5},
+        {"function": f"{tmp_path / 'a.py'}:brevity", "weight": 2, "kwargs": {"limit": 5}},
+        {"function": f"{tmp_path / 'b.py'}:exact"},
+    ]
+    config = RewardConfig(functions=functions, num_workers=1)
+    check_reward(config)
+    check_reward_config(config)
+    with RewardPool(config) as pool:
+        (result,) = pool.score([RewardItem("\\boxed{7}", 1, "7")])
+    assert result.overall == pytest.approx(0.5 * 0.9 + 2 * 4.0 + 3.0), result.reason
+    assert result.accuracy == 1.0
+    assert result.parts == pytest.approx({"math": 0.9, "brevity": 4.0, "exact": 3.0, "format": 0.0})
+
+
+@pytest.mark.parametrize("entry", ["math", {"weight": 1}, {"function": "math", "weight": "x"}, {"function": "nope"}])
+def test_what_is_no_reward_among_several(entry):
+    with pytest.raises(UserError, match=r"worker\.reward\.(functions\[0\]|reward_function)"):
+        check_reward_config(RewardConfig(functions=[entry]))

@@ -170,7 +170,7 @@ def check_reward(answers: Sequence[str], reward: RewardConfig, seed: int) -> Rew
     response is not known: for a user's own reward, and for those that ask a judge.
     """
     distinct = list(dict.fromkeys(answers))
-    if reward.reward_function not in BY_RULE or not distinct:
+    if reward.functions or reward.reward_function not in BY_RULE or not distinct:
         return None
     if len(distinct) > NUM_SCORED:
         chosen = np.random.default_rng(seed).choice(len(distinct), NUM_SCORED, replace=False)
