@@ -324,14 +324,14 @@ class RewardConfig:
 
     reward_function: str = "math"  # math | r1v | openr1 | openr1_wo_LMM | openr1_vllm, or path/file.py:function
     reward_function_kwargs: dict[str, Any] = field(default_factory=dict)  # passed to every call
-    # several instead, summed by their weights: {function, weight, kwargs} each
-    functions: list[dict[str, Any]] = field(default_factory=list)
     num_workers: PositiveInt = 4  # processes a rank; each asks a judge about one response at a time
     timeout_seconds: PositiveFloat = 10.0  # time for a response, which fails past it; a judge has its own
     reward_type: str | None = None  # how a file's function is called: batch | sequential; null = as the file says
     # a response whose reward hung, crashed, raised or gave NaN: mask = it teaches nothing; zero = it counts as wrong
     on_failure: Annotated[str, OneOf("mask", "zero")] = "mask"
     cos_len_reward_config: CosineLengthConfig = field(default_factory=CosineLengthConfig)
+    # several instead, summed by their weights: {function, weight, kwargs} each
+    functions: list[dict[str, Any]] = field(default_factory=list)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
