@@ -94,13 +94,15 @@ def in_yaml(value: Any) -> str:
 
 
 def _plural(element: Any) -> str:
-    return {str: "text", float: "numbers", int: "whole numbers"}[element]
+    return {str: "text", float: "numbers", int: "whole numbers"}.get(element, "mappings")
 
 
 def elements_fit(hint: Any, value: Any) -> bool:
-    """Return whether a list's elements are scalars. OmegaConf lets a mapping into a list of text."""
+    """Return whether a list's elements are scalars, or mappings in a list of those. OmegaConf lets one into texts."""
     if typing.get_origin(hint) not in (list, tuple):
         return True
+    if isinstance(value, list | tuple) and typing.get_origin(typing.get_args(hint)[0]) is dict:
+        return all(isinstance(item, dict) for item in value)
     return not isinstance(value, list | tuple) or not any(isinstance(item, list | dict) for item in value)
 
 

@@ -343,6 +343,8 @@ class RewardConfig:
     # a response whose reward hung, crashed, raised or gave NaN: mask = it teaches nothing; zero = it counts as wrong
     on_failure: Annotated[str, OneOf("mask", "zero")] = "mask"
     cos_len_reward_config: CosineLengthConfig = field(default_factory=CosineLengthConfig)
+    # several instead, summed by their weights: {function, weight, kwargs} each
+    functions: list[dict[str, Any]] = field(default_factory=list)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 

@@ -23,7 +23,7 @@ from mmr1_ds.data.rows import check_columns
 from mmr1_ds.data.sources import BUILDERS, list_names, split_name
 from mmr1_ds.errors import UserError, first_line
 from mmr1_ds.rewards.interfaces import call_style
-from mmr1_ds.rewards.loading import BUILT_IN, split_reference
+from mmr1_ds.rewards.loading import BUILT_IN, each_function, split_reference
 
 logger = logging.getLogger(__name__)
 
@@ -318,6 +318,10 @@ def check_reward(reward: RewardConfig) -> None:
     The file is read, not run: a function that it may define in other ways is left to the reward processes.
     Raises: UserError.
     """
+    if reward.functions:
+        for one in each_function(reward):
+            check_reward(one)
+        return
     if reward.reward_function in BUILT_IN:
         return
     key = "worker.reward.reward_function"
@@ -339,10 +343,10 @@ def check_reward(reward: RewardConfig) -> None:
         _check_signature(node, reward, f"{key}: {file}:{function}")
 
 
-def _top_level_names(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | None]]:
+def _top_level_names(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | None]]:
     """Yield a module's names: functions with their node; decorated ones, and what else may be callable, with None."""
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name, None if node.decorator_list else node
         elif isinstance(node, ast.ClassDef):
             yield node.name, None
@@ -355,7 +359,7 @@ def _top_level_names(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | 
 def _binds(tree: ast.Module, name: str) -> bool:
     """Return whether the module may bind the name anywhere: inside if or try, by assignment, by import *."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == name:
             return True
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name:
             return True
@@ -364,14 +368,17 @@ def _binds(tree: ast.Module, name: str) -> bool:
     return False
 
 
-def _check_signature(node: ast.FunctionDef, reward: RewardConfig, where: str) -> None:
+def _check_signature(node: ast.FunctionDef | ast.AsyncFunctionDef, reward: RewardConfig, where: str) -> None:
     """Check for one argument, or two texts; the others need defaults or stand in reward_function_kwargs."""
     arguments = node.args
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     given = reward.reward_function_kwargs
     required = [name for name in positional[: len(positional) - len(arguments.defaults)] if name not in given]
     keyword_only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    missing = required[call_style(required, reward.reward_type).num_arguments :]
+    style = call_style(required, reward.reward_type)
+    if style.keywords:
+        return  # the worker says what does not fit
+    missing = required[style.num_arguments :]
     missing += [argument.arg for argument, default in keyword_only if default is None and argument.arg not in given]
     if missing:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 from mmr1_ds.config import DataConfig, RewardConfig
 from mmr1_ds.data.sources import list_names, open_sources, split_name
 from mmr1_ds.errors import UserError
-from mmr1_ds.rewards.loading import BUILT_IN
+from mmr1_ds.rewards.loading import BUILT_IN, each_function
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 
 
@@ -18,7 +18,7 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
 
     Raises: UserError when it does not start, or fails on this response.
     """
-    if reward.reward_function in BUILT_IN:
+    if all(one.reward_function in BUILT_IN for one in each_function(reward)):
         return
     row = _first_row(data)
     truth = str(row.get(data.answer_key, ""))

@@ -17,37 +17,26 @@ from mmr1_ds.rewards.dress import undress
 from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
 from mmr1_ds.rewards.names import named, opaque
 from mmr1_ds.rewards.numbers import Number, literal, parse_number, same_unit, split_unit
+from mmr1_ds.rewards.truths import read_truth
 from mmr1_ds.rewards.values import Value, readings
 
-__all__ = ["Number", "answers_equal", "last_boxed", "normalise", "parse_number"]
+__all__ = ["Number", "answers_equal", "normalise", "parse_number"]
 
 MAX_ANSWER_CHARS = 2000  # beyond this nothing is compared: no answer is that long
 MAX_DEPTH = 6  # of brackets inside brackets
 MAX_VALUES = 50  # of a list
 
-_BRACES = re.compile(r"(?P<box>\\?\\boxed\s*\{)|\\.|[{}]", re.DOTALL)  # an escaped brace is none
 _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*")
 _OPTION = re.compile(r"(?:option|choice|answer)\s*:?\s*(\(?[A-Z]\)?)", re.IGNORECASE)
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last balanced `\boxed{...}`, with nested braces, or None. `\{` is no brace."""
-    open_braces: list[int | None] = []  # where the content begins, for those of a box
-    found = None
-    for token in _BRACES.finditer(text):
-        if token["box"]:
-            open_braces.append(token.end())
-        elif token[0] == "{":
-            open_braces.append(None)
-        elif token[0] == "}" and open_braces:
-            start = open_braces.pop()
-            found = found if start is None else slice(start, token.start())
-    return None if found is None else text[found]
-
-
 def answers_equal(answer: str, truth: str) -> bool:
-    """Return whether the boxed `answer` is the ground truth: as text, an exact number, a formula, or many of them."""
+    """Return whether the boxed `answer` is the ground truth: as text, an exact number, a formula, or many of them.
+
+    A truth may stand in a wrapper: see `truths.read_truth`.
+    """
+    truth = read_truth(truth)
     if len(answer) > max(MAX_ANSWER_CHARS, len(truth)):
         return False
     answer, truth = undress(answer), undress(truth)

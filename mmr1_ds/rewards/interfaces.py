@@ -1,27 +1,36 @@
-"""The interfaces of reward functions: EasyR1's present one and its earlier ones.
+"""The interfaces of reward functions: EasyR1's present one and its earlier ones, verl's and TRL's.
 
 present     compute_score(reward_inputs: list[dict], **kwargs) -> list[dict]     batch
             compute_score(reward_input: dict, **kwargs) -> dict                  sequential
 earlier     compute_score(predicts: list[str], ground_truths: list[str]) -> list[dict]
             compute_score(predict_str: str, ground_truth: str) -> dict | float
+verl        compute_score(data_source, solution_str, ground_truth, extra_info=None) -> dict | float
+TRL         reward(prompts, completions, **columns) -> list[float]
 
+verl's is told by the name solution_str, TRL's by completions; both are called by keyword. An async function is awaited.
 Batch or sequential is what `worker.reward.reward_type` says, else the file's `REWARD_TYPE`, else what the names of
 the arguments say. A function of two texts is recognised by its second argument, which has no default and a known name.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmr1_ds.errors import UserError
+from mmr1_ds.rewards.unscored import Unscored
 
 REWARD_TYPES = ("batch", "sequential")
 _ONE_ITEM_NAMES = ("reward_input", "item", "sample")  # names of a function's only argument; any other name takes a list
 _TRUTH_NAMES = ("ground_truth", "truth", "answer", "solution", "label", "target", "reference")  # or their plurals
+
+_VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
+# TRL hands over the data set's columns; the ground truth has here the names that its examples give it.
+_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "ground_truth", "answer", "solution", "label")
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,21 @@ class CallStyle:
 
     is_sequential: bool  # one response a call, not a list
     takes_texts: bool  # (response, ground truth), not a dictionary
+    keywords: str = ""  # verl or trl: called by keyword, in that project's names
 
     @property
     def num_arguments(self) -> int:
+        if self.keywords:
+            return len(_VERL if self.keywords == "verl" else _TRL)
         return 2 if self.takes_texts else 1
 
 
 def call_style(required: Sequence[str], reward_type: str | None) -> CallStyle:
     """Return how to call a function. Args: required: positional arguments without a default or a kwarg."""
+    if "solution_str" in required:
+        return CallStyle(True, False, "verl")
+    if "completions" in required:
+        return CallStyle(False, False, "trl")
     takes_texts = len(required) > 1 and required[1].removesuffix("s") in _TRUTH_NAMES
     if reward_type is not None:
         return CallStyle(reward_type == "sequential", takes_texts)
@@ -56,12 +72,14 @@ def adapt(
     """
     signature = inspect.signature(function)
     style = call_style(_required(signature, kwargs), reward_type)
+    if style.keywords:
+        return _by_keyword(function, signature, kwargs, style.keywords, where)
     try:
         signature.bind(*[[]] * style.num_arguments, **kwargs)
     except TypeError as error:
         # Without this every response of the run would fail with the same TypeError.
         raise UserError(f"worker.reward.reward_function_kwargs do not fit {where}: {error}") from error
-    bound = functools.partial(function, **kwargs)
+    bound = _awaited(functools.partial(function, **kwargs))
 
     def score(items: list[dict[str, Any]]) -> Any:
         if style.is_sequential:
@@ -71,6 +89,71 @@ def adapt(
         return bound([item["response"] for item in items], [item["ground_truth"] for item in items])
 
     return score
+
+
+def _by_keyword(
+    function: Callable[..., Any], signature: inspect.Signature, kwargs: Mapping[str, Any], keywords: str, where: str
+) -> Callable[[list[dict[str, Any]]], Any]:
+    """Wrap a function that verl or TRL would call, with those of their arguments that it takes."""
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    of_item = _verl_arguments if keywords == "verl" else _trl_arguments
+
+    def arguments(item: Mapping[str, Any]) -> dict[str, Any]:
+        offered = of_item(item)
+        return {name: offered[name] for name in offered if name in signature.parameters or takes_all} | dict(kwargs)
+
+    try:
+        signature.bind(**arguments({"response": "", "ground_truth": "", "prompt": "", "response_length": 0}))
+    except TypeError as error:
+        raise UserError(f"worker.reward.reward_function {where}: {error}; {keywords} gives no such argument") from error
+    called = _awaited(function)
+
+    def score(items: list[dict[str, Any]]) -> Any:
+        found = []
+        for item in items:
+            value = called(**arguments(item))
+            value = value[0] if keywords == "trl" and isinstance(value, (list, tuple)) and len(value) == 1 else value
+            if keywords == "trl" and value is None:
+                raise Unscored("the reward does not apply: it returned None")
+            found.append(_with_accuracy(value))
+        return found
+
+    return score
+
+
+def _verl_arguments(item: Mapping[str, Any]) -> dict[str, Any]:
+    extra = {"prompt": item.get("prompt", ""), "response_length": item.get("response_length", 0)}
+    return dict(zip(_VERL, ("", item["response"], item["ground_truth"], extra), strict=True))
+
+
+def _trl_arguments(item: Mapping[str, Any]) -> dict[str, Any]:
+    truth = [item["ground_truth"]]
+    return dict.fromkeys(_TRL, truth) | {
+        "prompts": [item.get("prompt", "")], "completions": [item["response"]], "completion_ids": [[]],
+        "trainer_state": None,
+    }  # fmt: skip
+
+
+def _with_accuracy(value: Any) -> Any:
+    """verl's dictionaries name the reward `score` and the accuracy `acc`."""
+    if not isinstance(value, Mapping) or "overall" in value or "score" not in value:
+        return value
+    rest = {key: part for key, part in value.items() if key not in ("score", "acc")}
+    return {"overall": value["score"], **({"accuracy": float(value["acc"])} if "acc" in value else {}), **rest}
+
+
+def _awaited(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an async function in one that waits for its result."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        return asyncio.run(_result(found)) if inspect.isawaitable(found) else found
+
+    return call
+
+
+async def _result(found: Awaitable[Any]) -> Any:
+    return await found
 
 
 def _required(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,11 +56,36 @@ def check_reward_config(config: RewardConfig) -> None:
     """
     if config.reward_type is not None and config.reward_type not in REWARD_TYPES:
         raise UserError(f"worker.reward.reward_type must be batch, sequential or null, got {config.reward_type!r}")
+    if config.functions:
+        for one in each_function(config):
+            check_reward_config(one)
+        return
     if config.reward_function not in BUILT_IN:
         split_reference(config.reward_function)
         return
     if config.reward_function in JUDGED:
         _check_judge(config)
+
+
+def each_function(config: RewardConfig) -> list[RewardConfig]:
+    """Return the section of each of `functions` as if it were the only one, or the section itself without them.
+
+    Raises: UserError for an entry that is no {function, weight, kwargs}.
+    """
+    found = []
+    for place, entry in enumerate(config.functions):
+        key = f"worker.reward.functions[{place}]"
+        if not isinstance(entry, dict) or "function" not in entry or entry.keys() - {"function", "weight", "kwargs"}:
+            raise UserError(f"{key} must be like {{function: my.py:f, weight: 0.5, kwargs: {{}}}}, got {entry!r}")
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise UserError(f"{key}.weight must be a finite number, got {weight!r}")
+        if not isinstance(entry.get("kwargs") or {}, dict):
+            raise UserError(f"{key}.kwargs must be a mapping, got {entry['kwargs']!r}")
+        kwargs = entry.get("kwargs") or {}
+        one = replace(config, reward_function=str(entry["function"]), reward_function_kwargs=kwargs, functions=[])
+        found.append(one)
+    return found or [config]
 
 
 def _check_judge(config: RewardConfig) -> None:
@@ -85,6 +111,11 @@ def _check_judge(config: RewardConfig) -> None:
 
 def reward_setup(config: RewardConfig, max_response_length: int) -> dict[str, Any]:
     """Return what a reward process needs, as JSON; it names the key's variable, never the key."""
+    if config.functions:
+        parts = [reward_setup(one, max_response_length) for one in each_function(config)]
+        weights = [float(entry.get("weight", 1.0)) for entry in config.functions]
+        kwargs = {str(place): part["kwargs"] for place, part in enumerate(parts)}
+        return {"parts": parts, "weights": weights, "kwargs": kwargs}
     lengths = asdict(config.cos_len_reward_config)
     max_length = lengths.pop("max_length") or max_response_length
     return {
@@ -103,6 +134,8 @@ def load_reward_function(setup: Mapping[str, Any]) -> LoadedReward:
     Args: setup: what `reward_setup` returns.
     Raises: UserError when the function is missing or does not take these arguments; what the module itself raises.
     """
+    if "parts" in setup:
+        return _weighted_sum(setup)
     reward_function, kwargs = setup["reward_function"], setup["kwargs"]
     if reward_function in BUILT_IN:
         return LoadedReward(adapt(_built_in(setup), kwargs, "batch", repr(reward_function)), _import_math_verify)
@@ -115,6 +148,34 @@ def load_reward_function(setup: Mapping[str, Any]) -> LoadedReward:
     if reward_type not in (None, *REWARD_TYPES):
         raise UserError(f"worker.reward.reward_function: REWARD_TYPE is {reward_type!r}; use batch or sequential")
     return LoadedReward(adapt(function, kwargs, reward_type, repr(reward_function)))
+
+
+def _weighted_sum(setup: Mapping[str, Any]) -> LoadedReward:
+    """The weighted sum of several functions; each one's own number is a part under its name.
+
+    The accuracy is that of the first function that gives one.
+    """
+    loaded = [load_reward_function(part) for part in setup["parts"]]
+    names: list[str] = []
+    for part in setup["parts"]:
+        name = str(part["reward_function"]).rpartition(":")[2]
+        names.append(name if name not in names else f"{name}_{len(names) + 1}")
+
+    def score(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        totals: list[dict[str, Any]] = [{"overall": 0.0} for _ in items]
+        for name, weight, reward in zip(names, setup["weights"], loaded, strict=True):
+            for total, found in zip(totals, reward.score(items), strict=True):
+                result = found if isinstance(found, Mapping) else {"overall": float(found)}
+                total["overall"] += weight * float(result["overall"])
+                rest = {key: value for key, value in result.items() if key != "overall"}
+                total |= {name: result["overall"]} | {key: rest[key] for key in rest if key not in total}
+        return totals
+
+    def warm_up() -> None:
+        for reward in loaded:
+            reward.warm_up()
+
+    return LoadedReward(score, warm_up)
 
 
 def _built_in(setup: Mapping[str, Any]) -> Callable[..., Any]:
@@ -137,7 +198,9 @@ def _import_math_verify() -> None:
 def _import_file(path: str) -> Any:
     # The file may import its neighbours, behind all that is installed: a math.py beside it is not the library's.
     sys.path += [os.path.dirname(os.path.abspath(path)), os.getcwd()]
-    spec = importlib.util.spec_from_file_location("user_reward", path)
+    # A name of its own: with several rewards there are several files.
+    name = "user_reward" if "user_reward" not in sys.modules else f"user_reward_{len(sys.modules)}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look modules up by name

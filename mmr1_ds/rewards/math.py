@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmr1_ds.rewards.answers import answers_equal, last_boxed
-from mmr1_ds.rewards.tagged import clean_tags
+from mmr1_ds.rewards.answers import answers_equal
+from mmr1_ds.rewards.boxes import last_boxed
+from mmr1_ds.rewards.tagged import clean_tags, with_opening
 
 
 def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.1) -> list[dict[str, float]]:
@@ -16,7 +17,10 @@ def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.
 
     Args: reward_inputs: dictionaries with `response` and `ground_truth`; format_weight: in [0, 1].
     """
-    return [_score(item["response"], item["ground_truth"], format_weight) for item in reward_inputs]
+    return [
+        _score(with_opening(item["response"], item.get("prompt", "")), item["ground_truth"], format_weight)
+        for item in reward_inputs
+    ]
 
 
 def _score(response: str, ground_truth: str, format_weight: float) -> dict[str, float]:

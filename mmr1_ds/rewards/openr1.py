@@ -11,7 +11,8 @@ from typing import Any
 from mmr1_ds.rewards.answers import answers_equal
 from mmr1_ds.rewards.judge import Judge
 from mmr1_ds.rewards.shaping import cosine_length, repetition_penalty
-from mmr1_ds.rewards.tagged import tag_format, tagged_answer
+from mmr1_ds.rewards.tagged import tag_format, tagged_answer, with_opening
+from mmr1_ds.rewards.truths import read_truth
 
 
 class OpenR1Reward:
@@ -30,22 +31,23 @@ class OpenR1Reward:
 
     def _score(self, item: Mapping[str, Any]) -> dict[str, float]:
         response = item["response"]
-        accuracy = self._accuracy(item)
+        whole = with_opening(response, item.get("prompt", ""))
+        accuracy = self._accuracy(item, whole)
         length = cosine_length(accuracy == 1.0, item["response_length"], self._cosine_values, self._max_length)
         parts = {
             "accuracy": accuracy,
-            "format": tag_format(response),
+            "format": tag_format(whole),
             "cosine_len": length,
             "repetition_penalty": repetition_penalty(response),
         }
         return {"overall": sum(parts.values()), **parts}
 
-    def _accuracy(self, item: Mapping[str, Any]) -> float:
-        answer = tagged_answer(item["response"])
+    def _accuracy(self, item: Mapping[str, Any], response: str) -> float:
+        answer = tagged_answer(response)
         if answer is None:
             return 0.0  # no committed answer: nothing to ask about
         if answers_equal(answer, item["ground_truth"]):
             return 1.0
         if self._judge is None:
             return 0.0
-        return 1.0 if self._judge.accepts(item.get("prompt", ""), answer, item["ground_truth"]) else 0.0
+        return 1.0 if self._judge.accepts(item.get("prompt", ""), answer, read_truth(item["ground_truth"])) else 0.0

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from mmr1_ds.config import RewardConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.rewards.loading import JUDGED, check_reward_config, reward_setup
+from mmr1_ds.rewards.loading import JUDGED, check_reward_config, each_function, reward_setup
 from mmr1_ds.rewards.process import Closed, WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class RewardPool:
         self._config = config
         self._setup = reward_setup(config, max_response_length)
         # A judge gives up by itself, so that what overruns both limits is the response's own doing.
-        judge_seconds = config.judge.timeout_seconds if config.reward_function in JUDGED else 0.0
+        is_judged = any(one.reward_function in JUDGED for one in each_function(config))
+        judge_seconds = config.judge.timeout_seconds if is_judged else 0.0
         self._seconds_per_response = config.timeout_seconds + judge_seconds
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import re
 
-from mmr1_ds.rewards.answers import last_boxed
+from mmr1_ds.rewards.boxes import last_boxed
 
 _TAG = re.compile(r"<\s*(?:(/)\s*)?(think|answer)\s*>")  # some models write `< think >`
+
+
+_OPENING = re.compile(r"<\s*think\s*>\s*(?:<\s*/\s*think\s*>\s*(?:<\s*answer\s*>\s*)?)?$")
+
+
+def with_opening(response: str, prompt: str) -> str:
+    """Return the response behind the tags that the prompt's end opens for it: a chat template may write `<think>`."""
+    opening = _OPENING.search(prompt)
+    return response if opening is None else opening[0] + response
 
 
 def clean_tags(response: str) -> str:

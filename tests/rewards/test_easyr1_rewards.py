@@ -10,6 +10,7 @@ from mmr1_ds.config import RewardConfig
 from mmr1_ds.config.loading import dump_config, load_config
 from mmr1_ds.data.chat import ChatFormat, load_format_prompt
 from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.files import check_reward
 from mmr1_ds.rewards.loading import check_reward_config, reward_setup
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 
@@ -208,3 +209,54 @@ def test_a_file_shadows_no_installed_module(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (result,) = run(f"{tmp_path / name}:compute_score", [RewardItem("7", 1, "7")])
     assert (result.overall, result.failure) == (1.0, None), result.reason
+
+
+FOREIGN = {
+    "verl": "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+    "    return {'score': 2.0 * (solution_str == ground_truth), 'acc': solution_str == ground_truth}\n",
+    "verl, a number": "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
+    "    return 2.0 * (solution_str == ground_truth and extra_info['prompt'] == 'p')\n",
+    "trl": "def compute_score(completions, answer, **kwargs):\n"
+    "    return [2.0 * (text == truth) for text, truth in zip(completions, answer, strict=True)]\n",
+    "trl, with prompts": "def compute_score(prompts, completions, ground_truth, **kwargs):\n"
+    "    assert prompts == ['p']\n    return [2.0 * (completions == ground_truth)]\n",
+    "async": "import asyncio\nasync def compute_score(reward_input):\n    await asyncio.sleep(0)\n"
+    "    return {'overall': 2.0 * (reward_input['response'] == reward_input['ground_truth'])}\n",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_functions_of_other_projects_run_as_they_are(tmp_path, name):
+    reference = write(tmp_path, FOREIGN[name])
+    check_reward(RewardConfig(reference))
+    right, wrong = run(reference, [RewardItem("7", 1, "7", "p"), RewardItem("8", 1, "7", "p")])
+    assert (right.overall, right.accuracy, wrong.overall, wrong.accuracy) == (2.0, 1.0, 0.0, 0.0), right.reason
+
+
+def test_trls_none_leaves_the_response_unscored(tmp_path):
+    (result,) = run(write(tmp_path, "def compute_score(completions, **kwargs):\n    return [None]\n"), [RIGHT])
+    assert result.failure == "unscored"
+
+
+def test_several_rewards_are_summed_by_their_weights(tmp_path):
+    (tmp_path / "a.py").write_text("def brevity(reward_input, limit):\n    return {'overall': limit - 1.0}\n")
+    (tmp_path / "b.py").write_text("def exact(completions, answer, **kwargs):\n    return [3.0]\n")
+    functions = [
+        {"function": "math", "weight": 0.5},
+        {"function": f"{tmp_path / 'a.py'}:brevity", "weight": 2, "kwargs": {"limit": 5}},
+        {"function": f"{tmp_path / 'b.py'}:exact"},
+    ]
+    config = RewardConfig(functions=functions, num_workers=1)
+    check_reward(config)
+    check_reward_config(config)
+    with RewardPool(config) as pool:
+        (result,) = pool.score([RewardItem("\\boxed{7}", 1, "7")])
+    assert result.overall == pytest.approx(0.5 * 0.9 + 2 * 4.0 + 3.0), result.reason
+    assert result.accuracy == 1.0
+    assert result.parts == pytest.approx({"math": 0.9, "brevity": 4.0, "exact": 3.0, "format": 0.0})
+
+
+@pytest.mark.parametrize("entry", ["math", {"weight": 1}, {"function": "math", "weight": "x"}, {"function": "nope"}])
+def test_what_is_no_reward_among_several(entry):
+    with pytest.raises(UserError, match=r"worker\.reward\.(functions\[0\]|reward_function)"):
+        check_reward_config(RewardConfig(functions=[entry]))

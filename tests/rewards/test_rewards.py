@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmr1_ds.rewards.answers import answers_equal, last_boxed, parse_number
+from mmr1_ds.rewards.answers import answers_equal, parse_number
+from mmr1_ds.rewards.boxes import last_boxed
 from mmr1_ds.rewards.math import accuracy_reward, compute_score, format_reward
 
 DEMO = "<think>6 7 5</think><answer>\\boxed{7}</answer>"

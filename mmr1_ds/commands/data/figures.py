@@ -12,6 +12,7 @@ import numpy as np
 
 from mmr1_ds.config import RewardConfig
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
+from mmr1_ds.rewards.truths import read_truth
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 NUM_BINS = 10
 SHOWN = 3  # examples of anything
 MOST_FREQUENT = 5
+MOST_WORDS = 15  # of an answer that a response can be expected to match
 NUM_SCORED = 1000  # at most so many answers are given to the reward
 BY_RULE = ("math", "r1v", "openr1_wo_LMM")  # built-in rewards without a judge
 
@@ -141,6 +143,10 @@ class RewardCheck:
     num_answers: int
     num_refused: int
     refused: list[str]  # the first few
+    num_wrapped: int  # in <answer>, behind ####, or in a solution with a box: the answer inside is what counts
+    wrapped: list[tuple[str, str]]  # the first few, and how each is read
+    num_prose: int  # of so many words that a response will hardly match them
+    prose: list[str]  # the first few
 
 
 def summarise_answers(answers: Sequence[str]) -> AnswerSummary | None:
@@ -164,16 +170,22 @@ def check_reward(answers: Sequence[str], reward: RewardConfig, seed: int) -> Rew
     response is not known: for a user's own reward, and for those that ask a judge.
     """
     distinct = list(dict.fromkeys(answers))
-    if reward.reward_function not in BY_RULE or not distinct:
+    if reward.functions or reward.reward_function not in BY_RULE or not distinct:
         return None
     if len(distinct) > NUM_SCORED:
         chosen = np.random.default_rng(seed).choice(len(distinct), NUM_SCORED, replace=False)
         distinct = [distinct[place] for place in sorted(chosen)]
     # In a process of its own with a time limit: comparing absurd formulas may take for ever.
     with RewardPool(dataclasses.replace(reward, num_workers=1)) as pool:
-        results = pool.score([RewardItem(right_response(answer), 1, answer) for answer in distinct])
+        results = pool.score([RewardItem(right_response(read_truth(answer)), 1, answer) for answer in distinct])
     refused = [answer for answer, result in zip(distinct, results, strict=True) if result.accuracy != 1.0]
-    return RewardCheck(reward.reward_function, len(distinct), len(refused), refused[:SHOWN])
+    read = [(answer, read_truth(answer)) for answer in distinct]
+    wrapped = [(answer, inside) for answer, inside in read if inside != answer.strip()]
+    prose = [inside for _, inside in read if len(inside.split()) > MOST_WORDS]
+    return RewardCheck(
+        reward.reward_function, len(distinct), len(refused), refused[:SHOWN],
+        len(wrapped), wrapped[:SHOWN], len(prose), prose[:SHOWN],
+    )  # fmt: skip
 
 
 def right_response(answer: str) -> str:

@@ -25,6 +25,7 @@ from mmr1_ds.commands.data.findings import Finding, SurveyedRows, find
 from mmr1_ds.config import RunConfig
 from mmr1_ds.data.rows import RowReader
 from mmr1_ds.errors import UserError
+from mmr1_ds.rewards.tagged import with_opening
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -142,6 +143,11 @@ def notes(data_sets: Sequence[DataSetSummary], config: RunConfig, encoder: Promp
                 f"data.max_prompt_length={config.data.max_prompt_length}: a smaller data.max_pixels shrinks large "
                 "images instead of dropping their prompts"
             )
+    if any(_opens_reasoning(sample.prompt or "") for data_set in data_sets for sample in data_set.samples):
+        found.append(
+            "the chat template opens <think> at the end of the prompt: the built-in rewards read it as the "
+            "beginning of the response; a reward file finds it at the end of its 'prompt'"
+        )
     asked_for = _ASKED_FOR.get(config.worker.reward.reward_function)
     prompts = [sample.prompt or "" for data_set in data_sets for sample in data_set.samples]
     if asked_for is not None and prompts and not any(asked_for in prompt for prompt in prompts):
@@ -151,6 +157,10 @@ def notes(data_sets: Sequence[DataSetSummary], config: RunConfig, encoder: Promp
             "can ask, unless the model does it by itself"
         )
     return found
+
+
+def _opens_reasoning(prompt: str) -> bool:
+    return with_opening("", prompt) != ""
 
 
 def _lengths(lengths: np.ndarray, limit: int) -> Lengths | None:

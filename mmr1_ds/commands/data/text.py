@@ -146,6 +146,19 @@ def _answers(found: AnswerSummary | None, check: RewardCheck | None, num_usable:
             + (f", {more:,} more" if more else "")
         )
     yield from _wrapped(f"{asked}: {verdict}", _INDENT * 2)
+    if check.num_wrapped:
+        shown = ", ".join(f"{_printable(one, 60)!r} as {_printable(inside, 40)!r}" for one, inside in check.wrapped)
+        yield from _wrapped(
+            f"{check.num_wrapped:,} of them stand in <answer>, behind #### or in a solution with a \\boxed{{}}, and "
+            f"are read by what is inside: {shown}",
+            _INDENT * 2,
+        )
+    if check.num_prose:
+        shown = ", ".join(repr(_printable(answer, 60)) for answer in check.prose)
+        yield from _wrapped(
+            f"warning: {check.num_prose:,} of them are whole texts, which hardly a response can match: {shown}",
+            _INDENT * 2,
+        )
 
 
 def _sample(data_set: DataSetSummary, sample: Sample) -> Iterator[str]:

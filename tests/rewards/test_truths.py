@@ -1,0 +1,49 @@
+"""Truths in wrappers, and chat templates that open the reasoning."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmr1_ds.commands.data.figures import check_reward
+from mmr1_ds.config import RewardConfig
+from mmr1_ds.rewards import math, r1v
+from mmr1_ds.rewards.truths import read_truth
+
+TRUTHS = [
+    ("2", "2"), (" 2 ", "2"), ("<answer> 2 </answer>", "2"), ("48 / 2 = 24\n48 + 24 = 72\n#### 72", "72"),
+    ("#### 1,234", "1,234"), ("So $x = \\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"), ("\\boxed{3}", "3"),
+    ("<think>a</think><answer>\\boxed{5}</answer>", "5"), ("First \\boxed{1}, then \\boxed{2}", "2"),
+    ("(A) 12", "(A) 12"), ("\\boxed{", "\\boxed{"), ("<answer>2", "<answer>2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("truth", "inside"), TRUTHS)
+def test_a_truth_is_read_by_what_is_inside(truth, inside):
+    assert read_truth(truth) == inside
+    response = f"<think>a</think><answer>\\boxed{{{inside}}}</answer>"
+    if inside not in ("\\boxed{", "<answer>2"):  # no response can box those
+        for reward in (math, r1v):
+            assert reward.compute_score([{"response": response, "ground_truth": truth}])[0]["accuracy"] == 1.0
+
+
+def test_the_survey_says_how_truths_are_read():
+    answers = ["7", "<answer> 2 </answer>", "so #### 72", "word " * 30]
+    check = check_reward(answers, RewardConfig("math"), 1)
+    assert (check.num_answers, check.num_refused) == (4, 0)
+    assert check.wrapped == [("<answer> 2 </answer>", "2"), ("so #### 72", "72")]
+    assert check.num_prose == 1
+
+
+OPENINGS = ["<|im_start|>assistant\n<think>\n", "assistant\n<think>", "assistant\n<think>\n\n</think>\n\n"]
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+@pytest.mark.parametrize("reward", [math, r1v])
+def test_a_template_may_open_the_reasoning(reward, opening):
+    closing = "" if "</think>" in opening else "so</think>"
+    item = {"response": closing + "<answer>\\boxed{7}</answer>", "ground_truth": "7", "prompt": "7?" + opening}
+    assert reward.compute_score([item])[0] == {"overall": 1.0, "format": 1.0, "accuracy": 1.0}
+    assert reward.compute_score([item | {"prompt": "7?assistant\n"}])[0]["format"] == 0.0
+    if closing:
+        unclosed = item | {"response": "so \\boxed{7}"}
+        assert reward.compute_score([unclosed])[0]["overall"] == 0.0
