@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, small_config
+from settings import deepspeed_configs, make_actor, schedule_asynchronously, small_config
 
 from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
@@ -58,6 +58,8 @@ def free_bytes() -> int:
 
 free_before_engine = free_bytes()
 if engine == "vllm":
+    if not ranks.on_gpu and tensor_parallel == "1":
+        schedule_asynchronously()
     rollout = VllmRollout(
         config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES, unasked
     )
