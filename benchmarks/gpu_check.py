@@ -2,13 +2,13 @@
 
     python benchmarks/gpu_check.py [--out runs/gpu_check] [--only NAME ...]
 
-Each part is a process of its own with a limit of time; one that fails does not stop the others, and after 55 minutes no
+Each part is a process of its own with a limit of time; one that fails does not stop the others, and after 60 minutes no
 further one is begun. Writes report.md, report.json and a log a part. Exits 1 when a part failed or the time was over,
 130 after Ctrl-C (the report is written all the same).
 Environment: MODEL_PATH  a real model for the runs in place of the demo's
 
 report.json: environment; parts: list of {name, status (passed, failed, skipped, not run), seconds, reason, twin,
-differences}.
+differences, remedy}.
 """
 
 from __future__ import annotations
@@ -32,8 +32,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED, LAST_LINES = 77, 15
 STOP_SECONDS = 20.0
-TOTAL_SECONDS = 55 * 60.0  # of all parts; the limits of those that a GPU node can run are less together
+TOTAL_SECONDS = 60 * 60.0  # of all parts; the limits of those that a GPU node can run are less together
 LARGEST_LOGPROB_DIFFERENCE = 0.1  # between vLLM and the actor, in bf16
+LARGEST_STATISTICS_DIFFERENCE = 1e-5  # between the Triton and the C++ kernel
+STATISTICS = "curriculum/statistics_diff_max"  # as tests/gpu/compared_statistics.py writes it
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's own; unset, it takes V2 where it supports the model
+# What to do when a part has failed, by the beginning of its name.
+REMEDIES = {
+    "kernel": "set data.curriculum_kernel=cpu, which scores by the C++ kernel",
+    "packing": "set worker.actor.attention=sdpa; if the SDPA figure is off too, worker.actor.padding_free=false",
+    "log_probs": "compare torch's version with requirements/gpu.lock; no run is to be trusted before it holds",
+    "sleep": f"export {RUNNER}=0 if sleep_v1 passed; else worker.rollout.sleep=false, or worker.rollout.engine=server",
+    "demo_assets": "read its log: it needs scikit-learn of requirements/gpu.lock and a writable folder",
+    "demo": f"export {RUNNER}=0 if demo_v1 passed; else worker.rollout.enforce_eager=true; data.curriculum_kernel=cpu",
+    "lora": "train without LoRA (worker.actor.model.lora.rank=0) until it holds",
+    "offload_states": "set worker.actor.offload_states=false, or raise the limit of locked memory: ulimit -l unlimited",
+    "ulysses": "set worker.actor.ulysses_size=1",
+    "ipc": "set worker.rollout.weight_transfer=shared_memory, or nccl with a GPU of the server's own",
+    "nccl": "export NCCL_DEBUG=INFO and look at its log; worker.rollout.weight_transfer=shared_memory needs no NCCL",
+    "bench": "read its log; no training depends on it",
+}
 PACKAGES = (
     "torch",
     "triton",
@@ -58,6 +76,13 @@ class Part:
     largest_logprob_difference: float | None = None  # of a training run: between vLLM and the actor
     run_folder: str = ""  # whose metrics hold it
     package: str = ""  # distribution that it needs
+    variables: tuple[tuple[str, str], ...] = ()  # of its environment
+    compares_statistics: bool = False  # of a training run: Triton's with the C++ kernel's
+
+    @property
+    def remedy(self) -> str:
+        """What to do when it has failed, one line."""
+        return REMEDIES[max((name for name in REMEDIES if self.name.startswith(name)), key=len)]
 
 
 @dataclass
@@ -68,17 +93,33 @@ class Result:
     reason: str
     twin: str
     differences: str
+    remedy: str = ""  # when it failed
 
 
-def check(name: str, device: str, differences: str = "", seconds: float = 80.0, package: str = "") -> Part:
+def check(
+    name: str, device: str, differences: str = "", seconds: float = 80.0, package: str = "", runner: str = ""
+) -> Part:
     command = (sys.executable, str(ROOT / "tests" / "gpu" / "checks.py"), name, device)
     if device == "cpu":
         return Part(f"{name} (CPU twin)", command, seconds, package=package)
-    return Part(name, command, seconds, 1, f"{name} (CPU twin)", differences)
+    named = f"{name}_v1" if runner == "0" else name
+    return Part(named, command, seconds, 1, f"{name} (CPU twin)", differences, variables=of_runner(runner))
+
+
+def of_runner(runner: str) -> tuple[tuple[str, str], ...]:
+    """The variable that has vLLM take its V2 ("1") or V1 ("0") model runner, or choose itself ("")."""
+    return ((RUNNER, runner),) if runner else ()
 
 
 def short_run(
-    name: str, num_gpus: int, steps: int, twin: str, differences: str, *settings: str, num_ranks: int = 0
+    name: str,
+    num_gpus: int,
+    steps: int,
+    twin: str,
+    differences: str,
+    *settings: str,
+    num_ranks: int = 0,
+    runner: str = "",
 ) -> Part:
     """A short training run through launch/: bf16, colocated vLLM that sleeps unless `settings` say otherwise."""
     experiment, num_ranks = f"gpu_check_{name}", num_ranks or num_gpus
@@ -96,9 +137,14 @@ def short_run(
         *model,
         *settings,
     ]
-    launch = ("bash", "launch/deepspeed.sh", str(num_ranks), "mmr1_ds.train", "config=configs/demo.yaml", *overrides)
-    limit = 420 if name == "demo" else 240  # the first one compiles FusedAdam and captures CUDA graphs
-    return Part(name, launch, limit, num_gpus, twin, differences, LARGEST_LOGPROB_DIFFERENCE, f"runs/{experiment}")
+    module = "gpu.compared_statistics" if name.startswith("demo") else "mmr1_ds.train"
+    launch = ("bash", "launch/deepspeed.sh", str(num_ranks), module, "config=configs/demo.yaml", *overrides)
+    # The first one compiles FusedAdam and captures CUDA graphs.
+    limit = {"demo": 420, "demo_v1": 170}.get(name, 240)
+    return Part(
+        name, launch, limit, num_gpus, twin, differences, LARGEST_LOGPROB_DIFFERENCE, f"runs/{experiment}",
+        variables=of_runner(runner), compares_statistics=module != "mmr1_ds.train",
+    )  # fmt: skip
 
 
 def bench(path: str, *arguments: str, num_gpus: int = 0, seconds: float = 130.0, package: str = "") -> Part:
@@ -110,7 +156,18 @@ def all_parts() -> list[Part]:
     lora, server = "worker.actor.model.lora.rank=8", "worker.rollout.engine=server"
     eager = "worker.rollout.enforce_eager=true"  # starts sooner; the demo has the CUDA graphs
     engine, transfer = "tests/engine/test_zero_engine.py", "tests/rollout/test_weight_transfer.py"
+    asleep = (
+        "memory really goes and comes; bf16 (0.1) in place of float32 (1e-4); what is sampled before and after a sleep "
+        "is not compared token by token"
+    )
+    demo = "bf16, FusedAdam, NCCL, CUDA graphs, vLLM really gives memory back"
     return [
+        # What every run stands on comes first.
+        check("sleep", "cuda", asleep, 240, runner="1"),
+        check("sleep", "cuda", asleep, 130, runner="0"),
+        Part("demo_assets", (sys.executable, "-m", "mmr1_ds.commands.demo"), 240, 1),
+        short_run("demo", 1, 20, engine, demo, runner="1"),
+        short_run("demo_v1", 1, 5, engine, demo, runner="0"),
         check("kernel", "cpu"),
         check("packing", "cpu"),
         check("log_probs", "cpu"),
@@ -118,10 +175,6 @@ def all_parts() -> list[Part]:
         check("kernel", "cuda", "Triton against C++; compiled, where tests/kernels interprets it"),
         check("packing", "cuda", "varlen and SDPA in bf16 (0.1); the twin has SDPA in float32 (1e-5)"),
         check("log_probs", "cuda", "float32 on the GPU, sums in another order"),
-        check("sleep", "cuda", "memory really goes and comes; bf16 (0.1) in place of float32 (1e-4); what is sampled "
-              "before and after a sleep is not compared token by token", 240),
-        Part("demo_assets", (sys.executable, "-m", "mmr1_ds.commands.demo"), 240, 1),
-        short_run("demo", 1, 20, engine, "bf16, FusedAdam, NCCL, CUDA graphs, vLLM really gives memory back"),
         short_run("lora", 1, 3, "tests/engine/test_lora.py", "bf16", lora, eager),
         short_run("offload_states", 1, 3, "tests/engine/test_lora.py", "optimiser states move too; pinned memory",
                   "worker.actor.offload_states=true", eager),
@@ -178,7 +231,8 @@ def count_gpus() -> int:
 
 
 def result_of(part: Part, status: str, seconds: float, reason: str) -> Result:
-    return Result(part.name, status, round(seconds, 1), reason, part.twin, part.differences)
+    remedy = part.remedy if status == "failed" else ""
+    return Result(part.name, status, round(seconds, 1), reason, part.twin, part.differences, remedy)
 
 
 def is_installed(distribution: str) -> bool:
@@ -203,6 +257,9 @@ def run_part(part: Part, folder: Path, num_gpus: int, most_seconds: float = math
     }  # fmt: skip
     if part.num_gpus == 0:
         variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    variables |= dict(part.variables)
+    if part.run_folder:
+        variables["GPU_CHECK_STATISTICS"] = str(ROOT / part.run_folder / "statistics.jsonl")
     log = folder / f"{part.name.replace(' ', '_')}.log"
     if part.run_folder:  # or the run would go on with the one before
         shutil.rmtree(ROOT / part.run_folder, ignore_errors=True)
@@ -229,6 +286,9 @@ def run_part(part: Part, folder: Path, num_gpus: int, most_seconds: float = math
         return result("failed", seconds, f"exit code {code}\n" + "\n".join(lines[-LAST_LINES:]))
     if part.largest_logprob_difference is not None:
         problem, said = log_prob_verdict(ROOT / part.run_folder, part.largest_logprob_difference, since)
+        if part.compares_statistics:
+            wrong, more = statistics_verdict(ROOT / part.run_folder / "statistics.jsonl")
+            problem, said = problem or wrong, f"{said}; {more}"
         return result("failed" if problem else "passed", seconds, said)
     return result("passed", seconds, lines[-1] if lines else "")
 
@@ -250,6 +310,15 @@ def log_prob_verdict(folder: Path, limit: float, since: float) -> tuple[bool, st
         not largest <= limit,
         f"largest log-probability difference {largest:.3g} in {len(found)} steps, limit {limit}",
     )
+
+
+def statistics_verdict(file: Path) -> tuple[bool, str]:
+    """Whether there is a problem, and what was seen: Triton's statistics against the C++ kernel's in every batch."""
+    found = [float(json.loads(line)[STATISTICS]) for line in file.read_text().splitlines()] if file.exists() else []
+    if not found:
+        return True, f"{file.name} has no {STATISTICS}: no batch was scored by Triton"
+    largest, limit = max(found), LARGEST_STATISTICS_DIFFERENCE
+    return not largest <= limit, f"{STATISTICS} {largest:.2g} in {len(found)} batches, limit {limit:g}"
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -277,7 +346,7 @@ def write_report(folder: Path, machine: dict[str, Any], results: Sequence[Result
         lines.append(f"| {x.name} | {x.status} | {x.seconds:g} | {first} |")
     for x in results:
         if x.status == "failed":
-            lines += ["", f"## {x.name}", "", "```", x.reason, "```"]
+            lines += ["", f"## {x.name}", "", f"To do: {x.remedy}.", "", "```", x.reason, "```"]
     lines += ["", "## Differences from the CPU twins", ""]
     lines += [f"- {x.name} (twin: {x.twin}): {x.differences}" for x in results if x.twin]
     lines += ["", "## Environment", ""]
@@ -303,6 +372,8 @@ def run_all(
             else:
                 results.append(result_of(part, "not run", 0.0, "time is over"))
             sys.stdout.write(f"{results[-1].status} ({results[-1].seconds:g} s)\n")
+            if results[-1].status == "failed":
+                sys.stdout.write(f"  to do: {part.remedy}\n")
             write_report(folder, machine, results)
     except KeyboardInterrupt:
         left = [result_of(part, "not run", 0.0, "interrupted") for part in parts[len(results) :]]

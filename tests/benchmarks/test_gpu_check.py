@@ -1,8 +1,12 @@
 """The runner of `make gpu-check` over parts that pass, fail, hang and cannot run; the CPU twins of its checks."""
 
+import dataclasses
+import importlib.util
 import json
 import os
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +14,12 @@ from fixtures.dry_runs import write_rows
 from fixtures.launching import ROOT
 from gpu import checks
 from gpu.checks import CHECKS, sleep_verdict
+from gpu.compared_statistics import compared, largest_difference
 
+from benchmarks import gpu_check
 from benchmarks.gpu_check import SKIPPED, TOTAL_SECONDS, Part, all_parts, log_prob_verdict, run_all, run_part
 from mmr1_ds.config.loading import load_config
+from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import reference_deepspeed, resolve_deepspeed
 from mmr1_ds.rollout.servers.engine import run_servers
@@ -22,11 +29,17 @@ MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 RUNS = [part.name for part in all_parts() if part.run_folder]
 
 
+@pytest.fixture(autouse=True)
+def remedies(monkeypatch):
+    """One for parts of any name."""
+    monkeypatch.setattr(gpu_check, "REMEDIES", {"": "look into the log", **gpu_check.REMEDIES})
+
+
 def python(name, program, limit=20.0, **settings):
     return Part(name, (sys.executable, "-c", program), limit, **settings)
 
 
-def test_one_report_of_all_that_happened(tmp_path):
+def test_one_report_of_all_that_happened(tmp_path, capsys):
     parts = [
         python("fails", "raise SystemExit('the cause')"),
         python("hangs", "import signal; print('waits', flush=True); signal.pause()", limit=1.0),
@@ -46,6 +59,7 @@ def test_one_report_of_all_that_happened(tmp_path):
     assert found["no package"]["reason"] == "no-such-distribution is not installed"
     assert found["works"]["reason"] == "a figure"
     report = (tmp_path / "report.md").read_text()
+    assert capsys.readouterr().out.count("to do: look into the log") == 2 == report.count("To do: look into the log.")
     assert "the cause" in report and "- many GPUs (twin: its twin): another order" in report
     assert run_all(parts[2:], tmp_path, 1, MACHINE) == 0
 
@@ -77,7 +91,7 @@ def test_the_settings_of_a_run_are_accepted_on_a_gpu(tmp_path, monkeypatch, name
         monkeypatch.setenv("MODEL_PATH", model)
     monkeypatch.chdir(ROOT)
     part = next(part for part in all_parts() if part.name == name)
-    at = part.command.index("mmr1_ds.train")
+    at = part.command.index("gpu.compared_statistics" if part.compares_statistics else "mmr1_ds.train")
     num_ranks, arguments = int(part.command[at - 1]), part.command[at + 1 :]
     row = {"problem": "1 + 1?", "answer": "2", "images": [], "id": "a", "category": "b"}
     rows = [{**row, "id": str(i)} for i in range(20)]
@@ -111,6 +125,37 @@ def test_log_probs_that_differ_or_are_not_there(tmp_path):
             "".join(json.dumps({"rollout/logprob_diff_max": x}) + "\n" for x in (0.01, value))
         )
         assert log_prob_verdict(tmp_path, 0.1, 0.0)[0] is problem
+
+
+def test_sleep_and_demo_come_first_under_both_runners_of_vllm():
+    first = [(part.name, dict(part.variables).get("VLLM_USE_V2_MODEL_RUNNER")) for part in all_parts()[:5]]
+    assert first == [("sleep", "1"), ("sleep_v1", "0"), ("demo_assets", None), ("demo", "1"), ("demo_v1", "0")]
+    assert "VLLM_USE_V2_MODEL_RUNNER" in Path(importlib.util.find_spec("vllm").origin).with_name("envs.py").read_text()
+
+
+def test_each_part_has_a_line_for_its_failure(monkeypatch):
+    monkeypatch.setattr(gpu_check, "REMEDIES", {k: v for k, v in gpu_check.REMEDIES.items() if k})
+    found = {part.name: part.remedy for part in all_parts()}
+    assert all(found.values()) and "\n" not in "".join(found.values())
+    assert found["demo_assets"] != found["demo"] == found["demo_v1"]
+
+
+def test_statistics_of_both_kernels_in_a_run(tmp_path):
+    def score(groups, device):
+        mean = 0.25 if device is None else 0.5
+        return [PromptStatistics(index, 8, float("nan"), mean, 0.1, 0.2, 0.3) for index in groups]
+
+    file = tmp_path / "statistics.jsonl"
+    assert gpu_check.statistics_verdict(file)[0]
+    assert compared(partial(score, device=None), file)([4])[0].reward_mean == 0.25 and not file.exists()
+    assert compared(partial(score, device="cuda"), file)([4, 7])[1].reward_mean == 0.5
+    assert json.loads(file.read_text()) == {gpu_check.STATISTICS: 0.25}
+    assert gpu_check.statistics_verdict(file) == (
+        True, "curriculum/statistics_diff_max 0.25 in 1 batches, limit 1e-05",
+    )  # fmt: skip
+    known = [PromptStatistics(0, 8, 0.5, 0.5, 0.1, 0.2, 0.3)]
+    assert largest_difference(known, known) == 0.0
+    assert largest_difference(known, [dataclasses.replace(known[0], pass_rate=float("nan"))]) == float("inf")
 
 
 @pytest.mark.parametrize("name", sorted(CHECKS.keys() - {"sleep"}))  # its twin takes long

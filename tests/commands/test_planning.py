@@ -15,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flo
 from mmr1_ds.commands import cli
 from mmr1_ds.commands.plan import activations
 from mmr1_ds.commands.plan.activations import MicroBatch
-from mmr1_ds.commands.plan.command import estimate
+from mmr1_ds.commands.plan.command import estimate, largest_doubt
 from mmr1_ds.commands.plan.hardware import GPUS, Assumptions
-from mmr1_ds.config import ModelConfig
+from mmr1_ds.commands.plan.memory import plan_memory
+from mmr1_ds.config import ModelConfig, RunConfig
 from mmr1_ds.engine.model import flops
 from mmr1_ds.engine.model.flops import Work
+from mmr1_ds.engine.model.shapes import policy_shape
 from mmr1_ds.engine.model.loading import checkpoint_gradients
 from mmr1_ds.engine.model.log_probs import LogProbHead
 from mmr1_ds.engine.model.policy import exact_types
@@ -243,6 +245,57 @@ def test_time_follows_from_flops_and_bandwidth(settings, plain):
     text = 6.5e9 + 0.5e9  # the layers; the head for half of the tokens is .27e9 more
     assert plain.seconds["ref"] == pytest.approx(2 * text * tokens / (0.45 * 989.4e12), rel=0.15)
     assert plain.seconds["update_actor"] > 3 * plain.seconds["ref"]
+
+
+def test_what_lies_beside_the_passes_by_hand(settings):
+    """7B on eight H100: 64 prompts a rank, 8 responses of 1,701 tokens to each, of at most 4,096."""
+    number = 8_292_166_656
+    more = ["worker.reward.num_workers=7", "trainer.save_freq=5", "trainer.nnodes=1", "data.max_pixels=1003520"]
+    found = planned(settings, *more, response_tokens=1701.0, image_seconds=30.0, reward_seconds=0.03, disk_gb_s=3.0)
+    seconds = found.seconds
+    assert seconds["tail"] == pytest.approx((4096 - 1701) * (2 * number / (3.35e12 * 0.6) + 0.004))
+    assert seconds["reward"] == pytest.approx(512 * 0.03 / 7)
+    assert seconds["save"] == pytest.approx((2 + 12) * number / 3e9 / 5)
+    assert seconds["sleep"] == 3.0
+    # 1,280 tokens of 28 x 28 pixels each, by four threads, beside the sampling.
+    assert seconds["images"] == pytest.approx(64 * 1.00352 * 30 / 4 - seconds["gen"])
+    assert "sleep" not in planned(settings, "worker.rollout.sleep=false").seconds
+
+
+def test_attention_and_vision_are_parts_of_the_update(settings):
+    found = planned(settings, prompt_tokens=1399.0, response_tokens=1701.0)
+    # 28 layers, 28 heads of 128: forward, recomputed, and 2.5 of it backward; half of it is causal.
+    attention = 4 * 28 * 3584 * 3100**2 * 512 * 0.5 * (1 + 1 + 2.5)
+    assert found.of_passes["attention"] == pytest.approx(attention / (989.4e12 * 0.4), rel=1e-3)
+    assert 0 < found.of_passes["vision"] < found.seconds["update_actor"]
+    assert planned(settings, images_per_prompt=0.0).of_passes["vision"] == 0
+
+
+def test_weights_stay_gathered_without_gradient_checkpointing():
+    """Where torch's own linear keeps views of them."""
+    shape = policy_shape(ModelConfig(model_path="Qwen/Qwen2.5-VL-3B-Instruct"))
+    config = RunConfig()
+
+    def gathered(checkpointed, efficient, ranks):
+        config.worker.actor.model.enable_gradient_checkpointing = checkpointed
+        zero = {"memory_efficient_linear": efficient, "stage3_max_live_parameters": 1e8}
+        zero |= {"stage3_max_reuse_distance": 1e8}
+        found = plan_memory(config, shape, None, {"actor": zero, "reference": zero}, ranks, GPUS["h100"],
+                            Assumptions(), 0.0)  # fmt: skip
+        return found.learning["gathered weights"]
+
+    assert gathered(False, False, 7) == 2 * 3_754_622_976
+    assert gathered(True, False, 7) == gathered(False, True, 7) < 2e9
+    assert gathered(False, False, 1) == 0
+
+
+def test_the_largest_doubt_is_the_assumption_that_matters_most():
+    def step(chosen):
+        return 100 * chosen.response_tokens + 30 / chosen.update_efficiency
+
+    said = largest_doubt(dataclasses.replace(Assumptions(), response_tokens=2.0), step)
+    assert said == "response_tokens=2 is assumed; 3 would make a step 375 s and not 275 (--assume)"
+    assert largest_doubt(Assumptions(), lambda chosen: chosen.decode_efficiency).startswith("decode_efficiency=0.6 is")
 
 
 def test_what_a_refresh_costs_is_the_paper_s_share_of_training(settings):

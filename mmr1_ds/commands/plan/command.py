@@ -7,13 +7,13 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmr1_ds.commands.plan.hardware import GB, GPUS, Assumptions, Gpu, find_gpu
 from mmr1_ds.commands.plan.memory import Plan, plan_memory
-from mmr1_ds.commands.plan.stages import generation, load_of, refresh_rollouts, step_seconds
+from mmr1_ds.commands.plan.stages import generation, load_of, of_passes, refresh_rollouts, step_seconds
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import resolved_critic, trains_critic
 from mmr1_ds.config.loading import load_config
@@ -25,6 +25,7 @@ from mmr1_ds.preflight.deepspeed import critic_deepspeed, reference_deepspeed, r
 from mmr1_ds.preflight.plan import BatchPlan
 
 EXIT_DOES_NOT_FIT = 1
+_DOUBT = 1.5  # by which each assumption is tried
 DESCRIPTION = f"""Estimate a run's memory on each GPU, the seconds of a step, and what refreshing the curriculum costs,
 from the model's config.json alone. Loads nothing and needs no GPU. Known without a download:
 {", ".join(PUBLISHED)}. Exits 1 when something does not fit.
@@ -40,6 +41,8 @@ class Estimate:
     shape: ModelShape
     memory: Plan
     seconds: dict[str, float]  # of a step, by stage
+    of_passes: dict[str, float]  # seconds of update_actor, by what computes
+    doubt: str  # the assumption that the step's time depends on most, one line
     refresh: dict[str, float]  # responses a step beside training's, by curriculum_refresh
     responses_per_step: int
     refresh_seconds: dict[str, float]  # seconds a step of those responses
@@ -86,14 +89,34 @@ def estimate(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Estimat
     patches = _patches(config, plan, actor, assumed)
     memory = plan_memory(config, actor, critic, zero, world_size, gpu, assumed, patches)
     load = load_of(config, plan, assumed, patches)
-    seconds = step_seconds(config, plan, actor, critic, zero, gpu, assumed, load, memory.cache_tokens)
+
+    def seconds_with(chosen: Assumptions) -> dict[str, float]:
+        its = load_of(config, plan, chosen, _patches(config, plan, actor, chosen))
+        return step_seconds(config, plan, actor, critic, zero, gpu, chosen, its, memory.cache_tokens)
+
+    seconds = seconds_with(assumed)
+    known = dataclasses.replace(assumed, prompt_tokens=load.prompt_tokens, response_tokens=load.response_tokens)
+    doubt = largest_doubt(known, lambda chosen: sum(seconds_with(chosen).values()))
     refresh = refresh_rollouts(config, plan, assumed.num_prompts or plan.train_data.num_rows)
     a_response = generation(config, actor, gpu, assumed, load, memory.cache_tokens) / load.responses
     problems, warnings = _judge(config, actor, memory, gpu, assumed)
     return Estimate(
-        gpu, world_size, actor, memory, seconds, refresh, plan.responses_per_step,
+        gpu, world_size, actor, memory, seconds, of_passes(config, actor, gpu, assumed, load), doubt, refresh,
+        plan.responses_per_step,
         {name: count / world_size * a_response for name, count in refresh.items()}, problems, warnings,
     )  # fmt: skip
+
+
+def largest_doubt(assumed: Assumptions, step: Callable[[Assumptions], float]) -> str:
+    """Name the assumption that, half as large again or smaller by as much, changes the seconds of a step most."""
+    now, changes = step(assumed), []
+    for field in dataclasses.fields(assumed):
+        value = getattr(assumed, field.name)
+        for factor in (_DOUBT, 1 / _DOUBT) if value else ():
+            there = step(dataclasses.replace(assumed, **{field.name: value * factor}))
+            changes.append((abs(there - now), field.name, value, value * factor, there))
+    _, name, value, other, there = max(changes)
+    return f"{name}={value:g} is assumed; {other:.4g} would make a step {there:.0f} s and not {now:.0f} (--assume)"
 
 
 def _patches(config: RunConfig, plan: BatchPlan, shape: ModelShape, assumed: Assumptions) -> float:
@@ -158,6 +181,8 @@ def in_words(found: Estimate) -> str:
     if memory.cache_tokens is not None:
         lines += [f"vLLM's cache: {max(0, int(memory.cache_tokens)):,} tokens an engine", ""]
     lines += _table("seconds of a step", found.seconds, ".1f")
+    shares = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.of_passes.items())
+    lines += [f"of update_actor: {shares}", f"largest doubt: {found.doubt}", ""]
     for name, count in found.refresh.items():
         lines.append(
             f"curriculum_refresh={name}: {count:,.0f} responses a step beside training's {found.responses_per_step:,} "

@@ -63,6 +63,11 @@ class Assumptions:
     decode_overhead_seconds: float = 0.004  # of each decoding step: scheduling, sampling, launches
     host_adam_gb_s: float = 100.0  # GB a second of a node's host memory that its ranks' CPU Adam reaches together
 
+    image_seconds: float = 0.1  # of a host thread for a megapixel, decoded and processed: bench_host_work.py
+    reward_seconds: float = 0.02  # of a reward process for a response
+    sleep_seconds: float = 3.0  # of a step: vLLM to sleep and awake
+    disk_gb_s: float = 2.0  # GB a second that a node writes of a checkpoint
+
     # Memory.
     context_gb: float = 1.5  # CUDA context, NCCL buffers, library workspaces of a training process
     vllm_overhead_gb: float = 2.0  # CUDA graphs and workspaces of an engine; they stay while it sleeps

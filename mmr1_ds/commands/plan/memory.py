@@ -4,7 +4,8 @@ ZeRO-3 with W ranks, P parameters of e bytes, P' of them trained, and the sizes 
 
     weights       e P / W of shards, and e times what is kept whole (stage3_param_persistence_threshold)
     gathered      e times the larger of stage3_max_live_parameters and stage3_max_reuse_distance, at most P: what is
-                  needed again within that distance stays
+                  needed again within that distance stays. Without gradient checkpointing torch's linear keeps a
+                  view of every weight until the backward, all e P, where memory_efficient_linear is off
     gradients     4 P' / W of the shards, summed in float32 (engine/model/policy.py, exact_types), and e times a bucket
                   (reduce_bucket_size; two with overlap_comm)
     optimiser     4 P' / W of the float32 copy, 8 P' / W of the two moments; with offload_optimizer in host memory
@@ -117,6 +118,7 @@ def plan_memory(
     if critic is not None:
         engines["critic"] = zero_engine(critic, zero["critic"], ranks, element, trained=True)
     checkpointed = settings.model.enable_gradient_checkpointing
+    keeps = ranks > 1 and not checkpointed and not zero["actor"].get("memory_efficient_linear", True)
     update = micro_batch(config, settings.micro_batch_size_per_device_for_update, image_patches)
     scoring = micro_batch(config, settings.micro_batch_size_per_device_for_experience, image_patches)
     backward = activations.training(actor, update, element, checkpointed, device)
@@ -132,6 +134,8 @@ def plan_memory(
     engine_size = rollout.gpu_memory_utilization * size
     learning = held | states
     learning["gathered weights"] = max(engine.gathered for engine in engines.values())
+    if keeps:
+        learning["gathered weights"] = float(element * actor.num_parameters)
     learning["largest gradient"] = element * actor.largest_parameter  # whole, until it is reduced
     learning["activations"] = max(working - forward_head(backward), 0.0)
     learning["log-probability blocks"] = forward_head(backward)

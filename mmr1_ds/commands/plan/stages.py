@@ -20,6 +20,8 @@ from mmr1_ds.preflight.plan import BatchPlan
 
 _CAUSAL = 0.5  # share of the attention that is computed
 _GPUS_PER_NODE = 8  # reached by NVLink
+_IMAGE_THREADS = 4  # of a rank (data/encoding.py)
+_STATE_BYTES = 12  # a trained parameter in a checkpoint: float32 copy and two moments, beside the bf16 weights
 _ADAM_BYTES = 28  # a parameter: gradient, float32 copy and moments read, all but the gradient written
 
 
@@ -89,7 +91,12 @@ def step_seconds(
         computed = max(total / (rate * assumed.update_efficiency), micro * moved / link)
         return epochs * (computed + steps * adam)
 
-    seconds = {"gen": generation(config, actor, gpu, assumed, load, cache_tokens)}
+    gen = generation(config, actor, gpu, assumed, load, cache_tokens)
+    seconds = {"gen": gen, "tail": tail(config, actor, gpu, assumed, load)}
+    seconds["images"] = max(0.0, images(actor, assumed, load) - gen)  # threads beside the sampling
+    seconds["reward"] = load.responses * assumed.reward_seconds / config.worker.reward.num_workers
+    if config.worker.rollout.engine != "server" and config.worker.rollout.sleep:
+        seconds["sleep"] = assumed.sleep_seconds
     steps_a_batch = config.data.rollout_batch_size // settings.global_batch_size
     if (
         settings.ppo_epochs > 1
@@ -106,7 +113,40 @@ def step_seconds(
     checkpointed = settings.model.enable_gradient_checkpointing
     seconds["update_actor"] = update(actor, zero["actor"], checkpointed, settings.ppo_epochs, with_head=True)
     seconds["sync"] = 2 * actor.num_parameters / link
+    if config.trainer.save_freq > 0:
+        engines = (actor,) if critic is None else (actor, critic)
+        written = sum(2 * shape.num_parameters + _STATE_BYTES * shape.trained for shape in engines)
+        seconds["save"] = written / config.trainer.nnodes / (assumed.disk_gb_s * GB) / config.trainer.save_freq
     return seconds
+
+
+def tail(config: RunConfig, shape: ModelShape, gpu: Gpu, assumed: Assumptions, load: Load) -> float:
+    """Return the seconds in which the longest response, of the run's limit, is sampled on when the mean one has ended.
+
+    Each of its tokens reads the weights: 2 bytes a parameter, over the ranks of an engine.
+    """
+    left = max(0.0, config.data.max_response_length - load.response_tokens)
+    read = 2 * shape.num_parameters / config.worker.rollout.tensor_parallel_size
+    return left * (read / (gpu.memory_tb_s * 1e12 * assumed.decode_efficiency) + assumed.decode_overhead_seconds)
+
+
+def images(shape: ModelShape, assumed: Assumptions, load: Load) -> float:
+    """Return the seconds in which a rank's threads decode and process the images of its prompts."""
+    if shape.vision is None:
+        return 0.0
+    pixels = load.patches / shape.vision.merge**2 * shape.vision.pixels_per_token
+    return load.prompts * pixels / 1e6 * assumed.image_seconds / _IMAGE_THREADS
+
+
+def of_passes(config: RunConfig, shape: ModelShape, gpu: Gpu, assumed: Assumptions, load: Load) -> dict[str, float]:
+    """Return the seconds of attention and of the vision tower in the actor's update, which update_actor contains."""
+    work = _work(load)
+    passes = (flops.forward, flops.backward, flops.recomputed)
+    used = passes if config.worker.actor.model.enable_gradient_checkpointing else passes[:2]
+    found = [(one(shape, work, _CAUSAL), one(shape, work, 0.0)) for one in used]
+    rate = gpu.bf16_tflops * 1e12 * assumed.update_efficiency / config.worker.actor.ppo_epochs
+    attention = sum(whole.text - without.text for whole, without in found)
+    return {"attention": attention / rate, "vision": sum(whole.vision for whole, _ in found) / rate}
 
 
 def generation(
