@@ -21,7 +21,6 @@ from mmr1_ds.commands.plan.memory import plan_memory
 from mmr1_ds.config import ModelConfig, RunConfig
 from mmr1_ds.engine.model import flops
 from mmr1_ds.engine.model.flops import Work
-from mmr1_ds.engine.model.shapes import policy_shape
 from mmr1_ds.engine.model.loading import checkpoint_gradients
 from mmr1_ds.engine.model.log_probs import LogProbHead
 from mmr1_ds.engine.model.policy import exact_types

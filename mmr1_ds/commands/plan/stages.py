@@ -13,6 +13,7 @@ from typing import Any
 from mmr1_ds.commands.plan.hardware import GB, Assumptions, Gpu
 from mmr1_ds.commands.plan.memory import EXACT, cache_bytes
 from mmr1_ds.config import RunConfig
+from mmr1_ds.config.derived import steps_between_saves
 from mmr1_ds.engine.model import flops
 from mmr1_ds.engine.model.flops import Work
 from mmr1_ds.engine.model.shapes import ModelShape
@@ -22,6 +23,7 @@ _CAUSAL = 0.5  # share of the attention that is computed
 _GPUS_PER_NODE = 8  # reached by NVLink
 _IMAGE_THREADS = 4  # of a rank (data/encoding.py)
 _STATE_BYTES = 12  # a trained parameter in a checkpoint: float32 copy and two moments, beside the bf16 weights
+_UNKNOWN_STEPS = 200  # of a run whose data is not there to be counted
 _ADAM_BYTES = 28  # a parameter: gradient, float32 copy and moments read, all but the gradient written
 
 
@@ -113,10 +115,11 @@ def step_seconds(
     checkpointed = settings.model.enable_gradient_checkpointing
     seconds["update_actor"] = update(actor, zero["actor"], checkpointed, settings.ppo_epochs, with_head=True)
     seconds["sync"] = 2 * actor.num_parameters / link
-    if config.trainer.save_freq > 0:
+    every = steps_between_saves(config, plan.total_steps or _UNKNOWN_STEPS)
+    if every > 0:
         engines = (actor,) if critic is None else (actor, critic)
         written = sum(2 * shape.num_parameters + _STATE_BYTES * shape.trained for shape in engines)
-        seconds["save"] = written / config.trainer.nnodes / (assumed.disk_gb_s * GB) / config.trainer.save_freq
+        seconds["save"] = written / config.trainer.nnodes / (assumed.disk_gb_s * GB) / every
     return seconds
 
 
