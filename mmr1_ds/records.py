@@ -85,6 +85,7 @@ class SamplingSettings:
     top_p: float
     top_k: int  # -1 = all
     max_tokens: int
+    raw_logprobs: bool = False  # log-probabilities of the whole distribution, not of the one that top_p and top_k leave
 
 
 Pair = tuple[Prompt, np.ndarray]  # a prompt, and the tokens of one response to it, (T,) int32

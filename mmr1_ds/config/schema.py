@@ -262,6 +262,8 @@ class RolloutConfig:
     temperature: PositiveFloat = 1.0  # logits are divided by it
     top_p: Annotated[float, Range("(0, 1]")] = 1.0  # probability of the most likely tokens to choose from
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all
+    # log-probabilities of samples: of the distribution cut by top_p and top_k, or of the whole one, as the actor's
+    logprobs: Annotated[str, OneOf("processed", "raw")] = "processed"  # raw: not with engine=server
     seed: NonNegativeInt = 1  # seed of the sampled responses
     limit_images: NonNegativeInt = 0  # images a prompt at most, more are an error; 0 = as many as the data has
     # auto: bf16 on GPU, fp32 on CPU

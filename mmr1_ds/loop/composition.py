@@ -211,7 +211,13 @@ def make_trainer(
     """Put the loop together from what it samples with, learns with and writes to."""
     data, worker, trainer, seed = config.data, config.worker, config.trainer, config.worker.rollout.seed
     sampling = worker.rollout
-    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, data.max_response_length)
+    settings = SamplingSettings(
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        data.max_response_length,
+        raw_logprobs=sampling.logprobs == "raw",
+    )
     turns = Turns(rollout, actor, critic)
     learners = Learners(
         config.algorithm, trainer.critic_warmup, actor=actor, reference=reference, critic=critic, ranks=ranks

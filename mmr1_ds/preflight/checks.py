@@ -169,6 +169,11 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
             "worker.actor.offload_states=true moves away the weights that worker.rollout.engine=hf samples from; "
             "set it to false, or use vllm"
         )
+    if config.worker.rollout.logprobs == "raw" and config.worker.rollout.engine == "server":
+        raise UserError(
+            "worker.rollout.logprobs=raw is for engines in the ranks: a server's are not scaled by the temperature; "
+            "set it to processed, or worker.rollout.engine=vllm"
+        )
     parallel = config.worker.rollout.tensor_parallel_size
     if parallel > 1 and config.worker.rollout.engine == "hf":
         raise UserError(
