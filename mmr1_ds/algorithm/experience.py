@@ -87,15 +87,21 @@ def make_experience(
     else:
         rewards_GN = rewards_B.reshape(len(groups), -1)
         advantages_T = _estimate(algorithm, rewards_GN, token_rewards_T, lengths_B, baselines, ranks)
-    sampled = [response.logprobs for item in groups for response in item.group.responses]
+    responses = [response for item in groups for response in item.group.responses]
+    trains = [response.finished or not algorithm.mask_truncated for response in responses]
+    if algorithm.mask_truncated:
+        own = {"masked": float(trains.count(False)), "responses": float(len(trains))}
+        totals = ranks.sum(own, "count masked responses")
+        metrics["actor/masked_fraction"] = totals["masked"] / max(1.0, totals["responses"])
     advantages_of = np.split(advantages_T.astype(np.float32, copy=False), cuts)
     trajectories = [
         Trajectory(
             prompt,
             token_ids,
-            sampled[i],
+            responses[i].logprobs,
             advantages_of[i],
             float(rewards_B[i]),
+            trains=trains[i],
             old_logprobs=None if old is None else old[i],
             ref_logprobs=None if ref is None else ref[i],
             values=None if values is None else values[i],

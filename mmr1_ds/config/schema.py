@@ -117,6 +117,9 @@ class AlgorithmConfig:
     # truncated importance sampling, rollout engine to trainer
     rollout_is: Annotated[str, OneOf("token", "sequence", "none")] = "token"
     rollout_is_threshold: Annotated[float, Range("[1, inf)")] = 2.0  # importance weights are cut to this
+    mask_truncated: bool = False  # a response cut at the length limit trains nothing; its reward counts in its group
+    overlong_buffer: NonNegativeInt = 0  # tokens before max_response_length that cost ever more reward (DAPO); 0 = none
+    overlong_penalty: NonNegativeFloat = 1.0  # overlong_buffer: what a response of max_response_length loses
     online_filtering: bool = False  # draw again until a batch of groups with unequal rewards is full (DAPO)
     filter_key: str = "overall"  # key of the reward in which a kept group must differ
     filter_low: float | None = None  # keep only groups whose mean is above; null = no bound

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmr1_ds.algorithm.overlong import OverlongPenalty
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
@@ -123,7 +124,12 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         advance(1)
 
         batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
-        collector = Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks)
+        algorithm, limit = config.algorithm, config.data.max_response_length
+        penalty = OverlongPenalty(limit, algorithm.overlong_buffer, algorithm.overlong_penalty)
+        reward_name = config.worker.reward.reward_function
+        collector = Collector(
+            rollout, rewards, reward_name, encoder, ranks, penalty if algorithm.overlong_buffer else None
+        )
         trainer = make_trainer(
             config,
             num_steps,

@@ -64,6 +64,11 @@ def _check_algorithm(config: RunConfig) -> None:
     algorithm, actor = config.algorithm, config.worker.actor
     if algorithm.kl_type == "adaptive" and not algorithm.disable_kl:
         _check_adaptive_kl(config)
+    if algorithm.overlong_buffer > config.data.max_response_length:
+        raise UserError(
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer} is over data.max_response_length="
+            f"{config.data.max_response_length}; lower it"
+        )
     if actor.loss_scale_factor is not None and actor.loss_avg_mode != "seq_sum":
         raise UserError(
             f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} needs "
