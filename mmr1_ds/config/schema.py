@@ -117,6 +117,11 @@ class AlgorithmConfig:
     # truncated importance sampling, rollout engine to trainer
     rollout_is: Annotated[str, OneOf("token", "sequence", "none")] = "token"
     rollout_is_threshold: Annotated[float, Range("[1, inf)")] = 2.0  # importance weights are cut to this
+    # tokens left out of the loss: by their own ratio of probabilities, trainer's / rollout's (IcePop), by the product
+    # or the geometric mean of their response's, or by its mean k3
+    rollout_mask: Annotated[str, OneOf("none", "token", "sequence", "geometric", "k3")] = "none"
+    rollout_mask_low: NonNegativeFloat = 0.5  # rollout_mask, all but k3: smaller ratios are masked; 0 = no bound
+    rollout_mask_high: PositiveFloat = 2.0  # rollout_mask: larger ratios are masked; k3: nats
     mask_truncated: bool = False  # a response cut at the length limit trains nothing; its reward counts in its group
     overlong_buffer: NonNegativeInt = 0  # tokens before max_response_length that cost ever more reward (DAPO); 0 = none
     overlong_penalty: NonNegativeFloat = 1.0  # overlong_buffer: what a response of max_response_length loses

@@ -64,6 +64,11 @@ def _check_algorithm(config: RunConfig) -> None:
     algorithm, actor = config.algorithm, config.worker.actor
     if algorithm.kl_type == "adaptive" and not algorithm.disable_kl:
         _check_adaptive_kl(config)
+    if algorithm.rollout_mask not in ("none", "k3") and algorithm.rollout_mask_low >= algorithm.rollout_mask_high:
+        raise UserError(
+            f"algorithm.rollout_mask_low={algorithm.rollout_mask_low:g} must be below "
+            f"algorithm.rollout_mask_high={algorithm.rollout_mask_high:g}; lower it"
+        )
     if algorithm.overlong_buffer > config.data.max_response_length:
         raise UserError(
             f"algorithm.overlong_buffer={algorithm.overlong_buffer} is over data.max_response_length="
