@@ -90,6 +90,7 @@ class SamplingSettings:
     top_p: float
     top_k: int  # -1 = all
     max_tokens: int
+    raw_logprobs: bool = False  # log-probabilities of the whole distribution, not of the one that top_p and top_k leave
 
 
 Pair = tuple[Prompt, np.ndarray]  # a prompt, and the tokens of one response to it, (T,) int32
@@ -105,6 +106,7 @@ class Trajectory:
     advantages: np.ndarray  # (T,) float32
     reward: float = 0.0  # the KL taken off where it is taken off the reward; for inspection, no update reads it
     old_logprobs: np.ndarray | None = None  # (T,) float32; None = the policy that is updated is the old one
+    trains: bool = True  # False: counts in no loss, as if it were not there
     ref_logprobs: np.ndarray | None = None  # (T,) float32; None = no KL in the loss
     values: np.ndarray | None = None  # (T,) float32, the critic's, before the update
     returns: np.ndarray | None = None  # (T,) float32, what the critic learns

@@ -92,15 +92,24 @@ def make_experience(
         known_GN = ~is_unknown_B.reshape(rewards_GN.shape)
         advantages_T = _estimate(algorithm, rewards_GN, known_GN, token_rewards_T, lengths_B, baselines, ranks)
     advantages_T = np.where(np.repeat(is_unknown_B, lengths_B), 0.0, advantages_T)
-    sampled = [response.logprobs for item in groups for response in item.group.responses]
+    responses = [response for item in groups for response in item.group.responses]
+    trains = [
+        not is_unknown and (response.finished or not algorithm.mask_truncated)
+        for response, is_unknown in zip(responses, is_unknown_B, strict=True)
+    ]
+    if algorithm.mask_truncated:
+        own = {"masked": float(trains.count(False)), "responses": float(len(trains))}
+        totals = ranks.sum(own, "count masked responses")
+        metrics["actor/masked_fraction"] = totals["masked"] / max(1.0, totals["responses"])
     advantages_of = np.split(advantages_T.astype(np.float32, copy=False), cuts)
     trajectories = [
         Trajectory(
             prompt,
             token_ids,
-            sampled[i],
+            responses[i].logprobs,
             advantages_of[i],
             float(rewards_B[i]),
+            trains=trains[i],
             old_logprobs=None if old is None else old[i],
             ref_logprobs=None if ref is None else ref[i],
             values=None if values is None else values[i],

@@ -126,6 +126,14 @@ class AlgorithmConfig:
     # truncated importance sampling, rollout engine to trainer
     rollout_is: Annotated[str, OneOf("token", "sequence", "none")] = "token"
     rollout_is_threshold: Annotated[float, Range("[1, inf)")] = 2.0  # importance weights are cut to this
+    # tokens left out of the loss: by their own ratio of probabilities, trainer's / rollout's (IcePop), by the product
+    # or the geometric mean of their response's, or by its mean k3
+    rollout_mask: Annotated[str, OneOf("none", "token", "sequence", "geometric", "k3")] = "none"
+    rollout_mask_low: NonNegativeFloat = 0.5  # rollout_mask, all but k3: smaller ratios are masked; 0 = no bound
+    rollout_mask_high: PositiveFloat = 2.0  # rollout_mask: larger ratios are masked; k3: nats
+    mask_truncated: bool = False  # a response cut at the length limit trains nothing; its reward counts in its group
+    overlong_buffer: NonNegativeInt = 0  # tokens before max_response_length that cost ever more reward (DAPO); 0 = none
+    overlong_penalty: NonNegativeFloat = 1.0  # overlong_buffer: what a response of max_response_length loses
     online_filtering: bool = False  # draw again until a batch of groups with unequal rewards is full (DAPO)
     filter_key: str = "overall"  # key of the reward in which a kept group must differ
     filter_low: float | None = None  # keep only groups whose mean is above; null = no bound
@@ -274,6 +282,8 @@ class RolloutConfig:
     temperature: PositiveFloat = 1.0  # logits are divided by it
     top_p: Annotated[float, Range("(0, 1]")] = 1.0  # probability of the most likely tokens to choose from
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all
+    # log-probabilities of samples: of the distribution cut by top_p and top_k, or of the whole one, as the actor's
+    logprobs: Annotated[str, OneOf("processed", "raw")] = "processed"  # raw: not with engine=server
     seed: NonNegativeInt = 1  # seed of the sampled responses
     limit_images: NonNegativeInt = 0  # images a prompt at most, more are an error; 0 = as many as the data has
     # auto: bf16 on GPU, fp32 on CPU

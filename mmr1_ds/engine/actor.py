@@ -61,7 +61,13 @@ class Actor(Learner):
         super().__init__(policy, settings, sizes, deepspeed_config, ranks, encoder, num_updates, bad_updates, offload)
         self.kl = KLController(algorithm)
         self._kl_penalty = algorithm.kl_penalty
-        self._importance = ImportanceSampling(algorithm.rollout_is, algorithm.rollout_is_threshold)
+        self._importance = ImportanceSampling(
+            algorithm.rollout_is,
+            algorithm.rollout_is_threshold,
+            algorithm.rollout_mask,
+            algorithm.rollout_mask_low,
+            algorithm.rollout_mask_high,
+        )
         self._policy_loss = PolicyLoss(
             settings.loss_type,
             settings.clip_ratio_low,

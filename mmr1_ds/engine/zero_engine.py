@@ -247,7 +247,7 @@ class Learner(ZeroEngine, ABC):
         return means, largest
 
     def _global_batch(self, trajectories: Sequence[Trajectory]) -> GlobalBatch:
-        lengths = [len(item.token_ids) for item in trajectories]
+        lengths = [len(item.token_ids) for item in trajectories if item.trains]
         own = {"tokens": float(sum(lengths)), "responses": float(sum(length > 0 for length in lengths))}
         totals = self._ranks.sum(own, "count response tokens")
         return GlobalBatch(totals["tokens"], totals["responses"])
@@ -260,14 +260,16 @@ class Learner(ZeroEngine, ABC):
         segments = Segments.of([len(item.token_ids) for item in trajectories], self._ranks.device)
         found = self._loss(outputs, trajectories, segments)
         weights_T = token_weights(self._settings.loss_avg_mode, segments, batch, self._loss_scale_factor)
-        weights_T = weights_T.to(found.loss_T.dtype)
+        trains_S = torch.tensor([item.trains for item in trajectories], device=self._ranks.device)
+        trains_T = segments.spread(trains_S).to(found.loss_T.dtype)
+        weights_T = weights_T.to(found.loss_T.dtype) * trains_T
         # Weights of the GLOBAL batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up by
         # their number; neither ranks nor micro-batches change the gradient.
         loss = self.bad_updates.guard((found.loss_T * weights_T).sum(), outputs[0])
         self.engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
         num_tokens = max(1.0, batch.num_tokens)
         shares = {name: float((values_T * weights_T).sum()) for name, values_T in found.weighted.items()}
-        shares |= {name: float(values_T.sum()) / num_tokens for name, values_T in found.per_token.items()}
+        shares |= {name: float((values_T * trains_T).sum()) / num_tokens for name, values_T in found.per_token.items()}
         return shares, found.largest
 
     def _state_dict(self) -> dict[str, Any]:

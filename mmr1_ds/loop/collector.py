@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmr1_ds.algorithm.overlong import OverlongPenalty
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.errors import UserError
 from mmr1_ds.loop.in_flight import InFlight
@@ -59,9 +60,16 @@ class Collector:
     """Samples responses to prompts and scores them."""
 
     def __init__(
-        self, rollout: RolloutEngine, rewards: RewardPool, reward_name: str, encoder: PromptEncoder, ranks: Ranks
+        self,
+        rollout: RolloutEngine,
+        rewards: RewardPool,
+        reward_name: str,
+        encoder: PromptEncoder,
+        ranks: Ranks,
+        penalty: OverlongPenalty | None = None,
     ) -> None:
-        """reward_name: for messages."""
+        """reward_name: for messages; penalty: of long responses, on top of any reward."""
+        self._penalty = penalty
         self._rollout, self._rewards, self._encoder, self._ranks = rollout, rewards, encoder, ranks
         self._reward_name = reward_name
         self._rewards_work = False  # whether any reward has come back yet
@@ -105,6 +113,8 @@ class Collector:
                     f"{totals['responses']:.0f} responses of its first call; the first reasons are logged above"
                 )
         self._check_failures(counts)
+        if self._penalty is not None:
+            scored = [self._penalty(group) for group in scored]
         return scored, counts
 
     def _check_failures(self, counts: RewardCounts) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from mmr1_ds.algorithm.overlong import OverlongPenalty
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks, initialise_gpu
@@ -150,7 +151,12 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         advance(1)
 
         batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
-        collector = Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks)
+        algorithm, limit = config.algorithm, config.data.max_response_length
+        penalty = OverlongPenalty(limit, algorithm.overlong_buffer, algorithm.overlong_penalty)
+        reward_name = config.worker.reward.reward_function
+        collector = Collector(
+            rollout, rewards, reward_name, encoder, ranks, penalty if algorithm.overlong_buffer else None
+        )
         trainer = make_trainer(
             config,
             num_steps,
@@ -242,7 +248,13 @@ def make_trainer(
     """Put the loop together from what it samples with, learns with and writes to."""
     data, worker, trainer, seed = config.data, config.worker, config.trainer, config.worker.rollout.seed
     sampling = worker.rollout
-    settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, data.max_response_length)
+    settings = SamplingSettings(
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        data.max_response_length,
+        raw_logprobs=sampling.logprobs == "raw",
+    )
     turns = Turns(rollout, actor, critic)
     learners = Learners(
         config.algorithm,

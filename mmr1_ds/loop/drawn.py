@@ -54,6 +54,8 @@ def teaches(scored: ScoredGroup, algorithm: AlgorithmConfig) -> bool:
     the rewards that train and those under `filter_key` must differ; unknown ones (NaN, or no such key because every
     reward of the group failed) are left out.
     """
+    if algorithm.mask_truncated and not any(response.finished for response in scored.group.responses):
+        return False
     rewards = _by_key(scored)
     values = rewards.get(algorithm.filter_key, np.empty(0))
     values = values[~np.isnan(values)]

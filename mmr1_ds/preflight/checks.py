@@ -68,6 +68,16 @@ def _check_algorithm(config: RunConfig) -> None:
     algorithm, actor = config.algorithm, config.worker.actor
     if algorithm.kl_type == "adaptive" and not algorithm.disable_kl:
         _check_adaptive_kl(config)
+    if algorithm.rollout_mask not in ("none", "k3") and algorithm.rollout_mask_low >= algorithm.rollout_mask_high:
+        raise UserError(
+            f"algorithm.rollout_mask_low={algorithm.rollout_mask_low:g} must be below "
+            f"algorithm.rollout_mask_high={algorithm.rollout_mask_high:g}; lower it"
+        )
+    if algorithm.overlong_buffer > config.data.max_response_length:
+        raise UserError(
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer} is over data.max_response_length="
+            f"{config.data.max_response_length}; lower it"
+        )
     if actor.loss_scale_factor is not None and actor.loss_avg_mode != "seq_sum":
         raise UserError(
             f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} needs "
@@ -208,6 +218,11 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
         raise UserError(
             "worker.actor.offload_states=true moves away the weights that worker.rollout.engine=hf samples from; "
             "set it to false, or use vllm"
+        )
+    if config.worker.rollout.logprobs == "raw" and config.worker.rollout.engine == "server":
+        raise UserError(
+            "worker.rollout.logprobs=raw is for engines in the ranks: a server's are not scaled by the temperature; "
+            "set it to processed, or worker.rollout.engine=vllm"
         )
     parallel = config.worker.rollout.tensor_parallel_size
     if parallel > 1 and config.worker.rollout.engine == "hf":

@@ -349,10 +349,11 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
             f"the data has {size} prompts, a step takes data.rollout_batch_size={config.data.rollout_batch_size}: "
             "each step repeats prompts"
         )
-    if rollout.top_p < 1 or rollout.top_k != -1:
+    if (rollout.top_p < 1 or rollout.top_k != -1) and rollout.logprobs == "processed":
         notes.append(
-            f"worker.rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k} cut the sampled distribution; "
-            "the actor's log-probabilities belong to the whole one"
+            f"worker.rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k} cut the sampled distribution; the actor's "
+            "log-probabilities belong to the whole one, which biases importance weights: set worker.rollout.logprobs"
+            "=raw (not with engine=server)"
         )
     algorithm = config.algorithm
     if algorithm.kl_penalty == "kl" and algorithm.use_kl_loss and not algorithm.disable_kl:

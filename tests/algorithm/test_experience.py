@@ -13,6 +13,7 @@ from mmr1_ds.algorithm import advantages
 from mmr1_ds.algorithm.experience import make_experience
 from mmr1_ds.algorithm.kl import KLController
 from mmr1_ds.config import AlgorithmConfig
+from mmr1_ds.loop.drawn import teaches
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import Prompt, RolloutGroup, ScoredGroup
 
@@ -273,3 +274,36 @@ def test_an_unknown_reward_is_as_a_response_that_was_never_sampled(estimator, wi
         assert not found[place].advantages.any()
         if estimator == "gae":
             np.testing.assert_array_equal(found[place].returns, found[place].values)
+
+
+def cut_groups():
+    """The first and the last two responses were cut at the limit."""
+    found = scored_groups()
+    cut = iter([True, False, False, False, True, True])
+    return [
+        dataclasses.replace(item, group=dataclasses.replace(item.group, responses=tuple(
+            dataclasses.replace(answer, finished=not next(cut)) for answer in item.group.responses
+        )))
+        for item in found
+    ]  # fmt: skip
+
+
+def test_responses_cut_at_the_limit_train_nothing_and_are_counted():
+    def make_with(**settings):
+        algorithm = AlgorithmConfig(**settings)
+        return make_experience(cut_groups(), algorithm, KLController(algorithm), RANK)
+
+    masked, plain = make_with(mask_truncated=True), make_with()
+    assert [item.trains for item in masked.trajectories] == [False, True, True, True, False, False]
+    assert masked.metrics == {"actor/masked_fraction": 0.5} and plain.metrics == {}
+    assert all(item.trains for item in plain.trajectories)
+    np.testing.assert_array_equal(by_token(masked), by_token(plain))  # the rewards count in the groups as they did
+
+
+def test_a_group_of_cut_responses_teaches_nothing():
+    first = cut_groups()[0]
+    cut = tuple(dataclasses.replace(answer, finished=False) for answer in first.group.responses)
+    all_cut = dataclasses.replace(first, group=dataclasses.replace(first.group, responses=cut))
+    assert teaches(first, AlgorithmConfig(mask_truncated=True))
+    assert not teaches(all_cut, AlgorithmConfig(mask_truncated=True))
+    assert teaches(all_cut, AlgorithmConfig())

@@ -27,7 +27,7 @@ def results(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", (*LOSSES, "masked"))
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_depend_on_neither_ranks_nor_micro_batches(results, loss, mode):
     key = f"{loss}|{mode}"
@@ -41,7 +41,7 @@ def test_gradients_depend_on_neither_ranks_nor_micro_batches(results, loss, mode
 
 
 def test_every_mode_has_a_gradient_of_its_own(results):
-    gradients = [results["padded"][f"{loss}|{mode}"] for loss in LOSSES for mode in MODES]
+    gradients = [results["padded"][f"{loss}|{mode}"] for loss in (*LOSSES, "masked") for mode in MODES]
     for at, first in enumerate(gradients):
         for second in gradients[:at]:
             assert np.abs(first - second).max() > 1e-4

@@ -29,6 +29,15 @@ def test_vllm_samples_from_the_actor_after_every_sync(tmp_path, kind, tied):
     assert len({tuple(step["lengths"]) for step in steps}) > 1
 
 
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_log_probabilities_of_cut_samples_are_the_actor_s_where_raw_ones_are_asked_for(tmp_path, engine):
+    model = save_text_model(tmp_path / "model")
+    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 3, engine, 1, 0, 0.8, 20)
+    for step in json.loads((tmp_path / "out.json").read_text())["steps"]:
+        assert step["rollout/logprob_diff_max"] < 1e-5
+        assert step["actor/grad_norm"] > 0.01
+
+
 @pytest.mark.parametrize(
     ("save", "family", "tied"),
     [

@@ -1,6 +1,8 @@
 """Sample with vLLM, update, synchronise, several times; write how far vLLM's log-probabilities were from the actor's.
 
-Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL [LORA_RANK]
+Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL [LORA_RANK [TOP_P TOP_K]]
+
+With TOP_P and TOP_K, log-probabilities are those of the whole distribution (worker.rollout.logprobs=raw).
 """
 
 import json
@@ -28,7 +30,8 @@ from mmr1_ds.rollout.servers.engine import ServerRollout
 
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 
-model, out, num_steps, engine, tensor_parallel, *lora_rank = sys.argv[1:]
+model, out, num_steps, engine, tensor_parallel, *more = sys.argv[1:]
+lora_rank, cuts = int(more[0]) if more else 0, more[1:]
 PROMPTS, RESPONSES, MOST_IMAGES = 4, 3, 4
 
 ranks = Ranks(launch_environment(), timeout_seconds=120)
@@ -36,8 +39,10 @@ ranks = Ranks(launch_environment(), timeout_seconds=120)
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=4 if ranks.size == 1 else 3)
 config.worker.rollout.temperature = 0.8  # raw and processed log-probabilities then differ
 config.worker.rollout.tensor_parallel_size = int(tensor_parallel)
+config.worker.rollout.logprobs = "raw" if cuts else "processed"
+top_p, top_k = (float(cuts[0]), int(cuts[1])) if cuts else (1.0, -1)
 if lora_rank:
-    config.worker.actor.model.lora.rank, config.worker.actor.optim.lr = int(lora_rank[0]), 1e-2
+    config.worker.actor.model.lora.rank, config.worker.actor.optim.lr = lora_rank, 1e-2
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 settings_of_actor = deepspeed_configs(config, ranks.size)[0]
 if ranks.on_gpu:
@@ -89,7 +94,7 @@ for step in range(int(num_steps)):
     # Every third prompt is text only; in some micro-batches no prompt has an image at all.
     prompts = [make_prompt(encoder, i, encoder.is_multimodal and i % 3 != 0, MOST_IMAGES) for i in indices]
     requests = [RolloutRequest(prompt, RESPONSES, 1000 * i) for prompt, i in zip(prompts, indices, strict=True)]
-    settings = SamplingSettings(0.8, 1.0, -1, 12 + step)
+    settings = SamplingSettings(0.8, top_p, top_k, 12 + step, raw_logprobs=bool(cuts))
     groups = rollout.generate(requests, settings)
     given_back_bytes = 0
     if isinstance(rollout, VllmRollout):

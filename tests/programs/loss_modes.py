@@ -92,6 +92,15 @@ for kind in ("default", "gspo", "gspo_token", "cispo", "sapo"):
         metrics = actor.update(trajectories)
         results[f"{kind}|{mode}"] = gradients.pop().numpy()
         results[f"{kind}|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
+for mode in ("token", "seq", "seq_sum"):  # the second response to every other prompt was cut at its limit
+    config.worker.actor.loss_avg_mode, actor._policy_loss = mode, PolicyLoss("default", 0.2, 0.3, 3.0)
+    mask = {"token": "token", "seq": "geometric", "seq_sum": "k3"}[mode]
+    actor._importance = ImportanceSampling("token", 2.0, mask, 0.8, 1.2)
+    masked = [replace(item, trains=item.prompt.index % 2 == 0 or i % 2 == 0) for i, item in enumerate(trajectories)]
+    metrics = actor.update(masked)
+    assert metrics.pop("rollout/is_masked_fraction") < 1
+    results[f"masked|{mode}"] = gradients.pop().numpy()
+    results[f"masked|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
 actor.save(Path(folder))
 saved, actor.kl.coefficient = actor.kl.coefficient, 0.0
 actor.load(Path(folder))

@@ -143,3 +143,10 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn():
     draw = functools.partial(sampler.draw, sampler.log_probs(logits))
     assert draw(torch.tensor([0.9985], dtype=torch.float64)).tolist() == [0]
     assert draw(torch.tensor([0.9995], dtype=torch.float64)).item() == pytest.approx(500_500, rel=1e-3)
+
+
+def test_raw_log_probabilities_are_those_before_the_cut():
+    logits = torch.tensor([[0.1, 0.25, 0.05, 0.6]]).log()
+    sampler = make_sampler(temperature=0.5, top_k=2, top_p=0.9, forbidden=[0])
+    expected = np.array([0, 0.0625, 0.0025, 0.36])
+    np.testing.assert_allclose(sampler.log_probs(logits, cut=False).exp()[0], expected / expected.sum(), atol=1e-6)

@@ -56,7 +56,9 @@ class VllmRollout(InTurn):
         self._llm: LLM = _start_engine(config, model, data, ranks, image_bounds(encoder, most_images))
         _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
-        self._llm.collective_rpc(_forbid, args=(encoder.forbidden_token_ids,))
+        # vLLM's raw log-probabilities are those before temperature: dividing the logits by the training's puts it in.
+        self._scale = config.temperature if config.logprobs == "raw" else 1.0
+        self._llm.collective_rpc(_forbid, args=(encoder.forbidden_token_ids, self._scale))
         self._cycle = SleepCycle(self._llm, enabled=config.sleep and ranks.on_gpu)
 
     def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
@@ -75,7 +77,7 @@ class VllmRollout(InTurn):
             parameters.append(
                 SamplingParams(
                     n=request.num_responses,
-                    temperature=settings.temperature,
+                    temperature=settings.temperature / self._scale,
                     top_p=settings.top_p,
                     top_k=settings.top_k,
                     max_tokens=request.max_tokens or settings.max_tokens,
@@ -168,6 +170,8 @@ def _start_engine(
         from vllm import LLM
 
     options = engine_options(config, model, data, on_gpu=ranks.on_gpu, images=images)
+    if config.logprobs == "raw":
+        options["logprobs_mode"] = "raw_logprobs"
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
     with phases_logged():
@@ -189,19 +193,22 @@ def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _forbid(worker: Any, token_ids: Sequence[int]) -> None:
+def _forbid(worker: Any, token_ids: Sequence[int], scale: float = 1.0) -> None:
     """Make vLLM's output layer give these tokens no chance, in every request. Runs in vLLM's worker.
 
     As biases of each request they would be limited to 1,024 on a GPU (V2 model runner), where one more ends the engine,
     and copied for every request. The logits come masked to all that follows: sampling, and the log-probabilities.
+    The same place divides them by `scale`, so that it is in the raw log-probabilities too.
     """
     model = worker.get_model()
     compute_logits, columns = model.compute_logits, torch.tensor(token_ids, dtype=torch.int64, device=worker.device)
 
     def without_forbidden(*args: Any, **kwargs: Any) -> Any:
         logits = compute_logits(*args, **kwargs)
-        # A tensor-parallel worker that does not sample has none.
-        return logits if logits is None else logits.index_fill_(-1, columns, float("-inf"))
+        if logits is None:  # of a tensor-parallel worker that does not sample
+            return None
+        logits = logits if scale == 1.0 else logits.float() / scale
+        return logits.index_fill_(-1, columns, float("-inf"))
 
     model.compute_logits = without_forbidden
 

@@ -71,11 +71,14 @@ class Sampler:
         if settings.temperature > 0 and settings.top_p < 1:
             self._filters.append(TopPLogitsWarper(settings.top_p))
 
-    def log_probs(self, logits_RV: Tensor) -> Tensor:
-        """Temperature applied, forbidden tokens left out, then top-k and top-p; (R, V) float32. Greedy: as at 1."""
+    def log_probs(self, logits_RV: Tensor, cut: bool = True) -> Tensor:
+        """Temperature applied, forbidden tokens left out, then top-k and top-p; (R, V) float32. Greedy: as at 1.
+
+        cut: False = without top-k and top-p.
+        """
         scores_RV = logits_RV.float() / (self._temperature or 1.0)
         scores_RV.index_fill_(1, self._forbidden, float("-inf"))
-        for keep in self._filters:
+        for keep in self._filters if cut else ():
             scores_RV = keep(None, scores_RV)
         return scores_RV.log_softmax(dim=-1)
 
@@ -122,6 +125,8 @@ def sample_responses(
     for step in range(limit):
         logprobs_RV = sampler.log_probs(decoder.logits_RV)
         tokens_R = sampler.draw(logprobs_RV, uniforms_RT[live, step])
+        if settings.raw_logprobs:
+            logprobs_RV = sampler.log_probs(decoder.logits_RV, cut=False)
         tokens_RT[live, step] = tokens_R
         chosen_RT[live, step] = logprobs_RV.gather(1, tokens_R[:, None]).squeeze(1)
         lengths_R[live] += ~ended
