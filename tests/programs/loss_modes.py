@@ -23,6 +23,10 @@ from mmr1_ds.records import Trajectory
 
 model, out, micro_batch, folder, layout = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 2
+LOSSES = (  # and averages: each of both at least once
+    ("default", "token"), ("default", "seq"), ("default", "seq_sum"), ("gspo", "token"), ("gspo_token", "seq"),
+    ("cispo", "seq_sum"), ("sapo", "token"),
+)  # fmt: skip
 
 ranks = Ranks(launch_environment(), timeout_seconds=120)
 config = small_config(model, PROMPTS, RESPONSES, int(micro_batch))
@@ -83,15 +87,14 @@ def step_and_keep_gradient() -> None:
 
 actor.engine.step = step_and_keep_gradient
 results = {}
-for kind in ("default", "gspo", "gspo_token", "cispo", "sapo"):
-    for mode in ("token", "seq", "seq_sum"):
-        level = "sequence" if mode == "seq" else "token"
-        actor._policy_loss = PolicyLoss(kind, 0.2, 0.3, 3.0)
-        actor._importance = ImportanceSampling(level, 2.0)
-        config.worker.actor.loss_avg_mode = mode
-        metrics = actor.update(trajectories)
-        results[f"{kind}|{mode}"] = gradients.pop().numpy()
-        results[f"{kind}|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
+for kind, mode in LOSSES:
+    level = "sequence" if mode == "seq" else "token"
+    actor._policy_loss = PolicyLoss(kind, 0.2, 0.3, 3.0)
+    actor._importance = ImportanceSampling(level, 2.0)
+    config.worker.actor.loss_avg_mode = mode
+    metrics = actor.update(trajectories)
+    results[f"{kind}|{mode}"] = gradients.pop().numpy()
+    results[f"{kind}|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
 for mode in ("token", "seq", "seq_sum"):  # the second response to every other prompt was cut at its limit
     config.worker.actor.loss_avg_mode, actor._policy_loss = mode, PolicyLoss("default", 0.2, 0.3, 3.0)
     mask = {"token": "token", "seq": "geometric", "seq_sum": "k3"}[mode]

