@@ -1,4 +1,4 @@
-"""Neither micro-batches, ranks nor padding change a gradient, whatever the loss, the average or the mask; on real ZeRO-3 ranks."""
+"""Ranks, micro-batches and padding change no gradient, whatever the loss, the average or the mask; on real ZeRO-3 ranks."""
 
 import numpy as np
 import pytest
