@@ -1,4 +1,4 @@
-"""Ranks, micro-batches and padding change no gradient, whatever the loss, the average or the mask; on real ZeRO-3 ranks."""
+"""Ranks, micro-batches and padding change no gradient, for every loss, average and mask; on real ZeRO-3 ranks."""
 
 import numpy as np
 import pytest
