@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata, spearmanr
 
+pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "curriculum"
 
 

@@ -101,6 +101,7 @@ def test_a_gpu_that_does_not_work_is_named_by_its_number(monkeypatch, accelerato
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.slow
 def test_control_traffic_between_three_processes(tmp_path):
     run_ranks("control_traffic.py", tmp_path, num_ranks=3, timeout_seconds=60, warm=False)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]

@@ -51,6 +51,7 @@ class _Page(HTMLParser):
         self.texts.append(data)
 
 
+@pytest.mark.slow
 def test_hostile_texts_stay_texts(page):
     found = _Page(page)
     scripts = [attributes for tag, attributes in found.tags if tag == "script"]

@@ -100,6 +100,7 @@ def test_packed_equals_padded_forward_and_backward(family, indices, kind):
     assert len(assert_equal_states_and_gradients(model, plain, batch)) == sum(5 * i % 13 for i in indices)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_sequence_is_not_changed_by_its_neighbours(family):
     load, encoder = family
@@ -128,6 +129,7 @@ def test_one_row_of_all_sequences_is_computed(family):
     assert shapes == [(1, int(batch.attention_mask.sum()))]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_generation_is_that_of_plain_attention(family):
     load, encoder = family

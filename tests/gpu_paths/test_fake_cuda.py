@@ -15,6 +15,8 @@ from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.policy import PolicyModel
 from mmr1_ds.engine.model.value_model import ValueModel
 
+pytestmark = pytest.mark.slow
+
 ROWS = [(7, 5), (1, 4), (7, 0), (3, 1), (1, 9), (7, 11)]  # prompt, response tokens
 # transformers' own, once a micro-batch, whatever its size: grids, the longest image and window, a check of the inputs.
 OF_A_TOWER = {
