@@ -147,12 +147,12 @@ import os
 
 
 def score(reward_inputs, api_key):
-    length = len(reward_inputs[0]["response"])
-    if length % 3 == 0:
+    kind = int(reward_inputs[0]["ground_truth"]) % 4  # three failures in four would end the run
+    if kind == 0:
         raise RuntimeError("refused: Bearer " + os.environ["JUDGE_KEY"] + " and " + api_key)
-    if length % 3 == 1:
+    if kind == 1:
         return "x" * 190 + os.environ["HF_TOKEN"]
-    return [{"overall": length % 2, "accuracy": length % 2}]
+    return [{"overall": kind % 2, "accuracy": kind % 2}]
 """
 
 

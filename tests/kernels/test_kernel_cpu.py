@@ -263,6 +263,7 @@ def test_setup_replaces_an_old_extension_and_needs_the_new_one(tmp_path, builds)
         f'case "$2" in *is_available*) test ! -e {old} && exit {int(not builds)};; esac\n'
     )
     (tmp_path / "bin" / "g++").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "uv").write_text("#!/bin/sh\nexit 1\n")  # pip takes its place
     for program in (tmp_path / "bin").iterdir():
         program.chmod(0o755)
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"

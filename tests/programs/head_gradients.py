@@ -32,7 +32,7 @@ def batch(index: int, empty: bool) -> ModelBatch:
     if empty:
         rows, columns = rows[:0], columns[:0]
     targets = input_ids[rows, columns + 1]
-    return ModelBatch(input_ids, torch.ones_like(input_ids), {}, rows, columns, targets)
+    return ModelBatch(input_ids, torch.ones_like(input_ids), {}, rows, columns, targets, torch.arange(2))
 
 
 def weighted(logprobs_T: torch.Tensor) -> torch.Tensor:
