@@ -147,7 +147,7 @@ import os
 
 
 def score(reward_inputs, api_key):
-    kind = int(reward_inputs[0]["ground_truth"]) % 4  # three failures in four would end the run
+    kind = int(reward_inputs[0]["ground_truth"])  # two prompts of nine: three failures in four would end the run
     if kind == 0:
         raise RuntimeError("refused: Bearer " + os.environ["JUDGE_KEY"] + " and " + api_key)
     if kind == 1:
