@@ -92,7 +92,7 @@ class RunState:
             yield
         except (ServersGone, SamplingAbandoned) as stop:
             self.begin(self._learners.num_steps_done)
-            if self._saves_when_interrupted and self.step > 0:
+            if self._saves_when_interrupted and self.step > 0 and self._last_saved != self.step:
                 self.log(self.save(in_full=False))
             if self._is_asked_to_end():
                 raise self._preempted() from stop

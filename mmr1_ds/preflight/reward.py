@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmr1_ds.config import DataConfig, RewardConfig
+from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.data.sources import list_names, open_sources, split_name
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.loading import BUILT_IN, each_function
@@ -21,10 +22,12 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
     if all(one.reward_function in BUILT_IN for one in each_function(reward)):
         return
     row = _first_row(data)
-    truth = str(row.get(data.answer_key, ""))
+    truth = at_path(row, data.answer_key)
     response = f"<think>\n</think>\n<answer>\\boxed{{{truth}}}</answer>"
-    item = RewardItem(response, 8, truth, str(row.get(data.prompt_key, "")))
+    item = RewardItem(response, 8, str(truth), str(at_path(row, data.prompt_key) or ""))
     with RewardPool(replace(reward, num_workers=1)) as pool:
+        if truth is None:  # the data would have to be fetched, or its first row has no answer
+            return
         (result,) = pool.score([item])
     if result.failure is not None and result.failure != "unscored":
         raise UserError(
@@ -38,6 +41,6 @@ def _first_row(data: DataConfig) -> dict[str, Any]:
     name = next(iter(list_names(data.train_files)), "")
     if not Path(split_name(name)[0]).exists():
         return {}
-    rows = open_sources([name])[0].rows
-    wanted = [column for column in rows.column_names if column in (data.answer_key, data.prompt_key)]
-    return dict(rows.select_columns(wanted)[0]) if len(rows) else {}
+    rows = open_sources([name], answer_key=data.answer_key)[0].rows
+    found = (column_of(key, rows.column_names) for key in (data.answer_key, data.prompt_key))
+    return dict(rows.select_columns(sorted({name for name in found if name is not None}))[0]) if len(rows) else {}

@@ -29,6 +29,13 @@ def test_a_reward_is_given_a_row_of_the_data(tmp_path, data):
         try_reward(reward(tmp_path, "raise ValueError('for ' + reward_input['ground_truth'])"), data)
 
 
+def test_the_answer_may_lie_in_a_nested_column(tmp_path, data):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"problem": "2 + 5?", "rm": {"gt": "007"}}) + "\n")
+    data.answer_key = "rm.gt"
+    with pytest.raises(UserError, match="for 007"):
+        try_reward(reward(tmp_path, "raise ValueError('for ' + reward_input['ground_truth'])"), data)
+
+
 def test_a_reward_that_does_not_start_ends_the_dry_run(tmp_path, data):
     config = reward(tmp_path, "pass\nimport no_such_module")
     with pytest.raises(UserError, match="does not start: ModuleNotFoundError"):
