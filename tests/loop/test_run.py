@@ -196,7 +196,7 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(assets, finished_r
     finish(launch(assets, run_dir, marker), run_dir, marker)
     log = run_dir.with_suffix(".log").read_text()
     assert log.count("going on from") == 2
-    assert len(re.findall(r"SIGTERM received: \d+ of 10 steps are done, saved in", log)) == 1
+    assert re.search(r"SIGTERM received: \d+ of 10 steps are done, saved in", log)
     assert "resuming the refresh: 7 of 17 prompts are done" in log
 
     expected, actual = metrics_of(finished_run), metrics_of(run_dir)
