@@ -34,5 +34,5 @@ class OverlongPenalty:
         unscored_N = np.isnan(rewards.accuracy)
         if unscored_N.any() and not unscored_N.all():
             overall_N[unscored_N] = overall_N[~unscored_N].mean(dtype=np.float64)
-        parts = {**rewards.parts, "overlong": penalties_N}
+        parts = {**rewards.parts, "overlong": np.where(unscored_N, np.float32(np.nan), penalties_N)}
         return dataclasses.replace(scored, rewards=dataclasses.replace(rewards, overall=overall_N, parts=parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -70,6 +71,7 @@ def source_metrics(
     for k, name in enumerate(names):
         own = [prompt for prompt in groups if sources[prompt.index] == k]
         metrics[f"source/{name}/share"] = len(own) / max(1, len(groups))
+        own = [prompt for prompt in own if not math.isnan(prompt.pass_rate)]  # all of its rewards are unknown
         if own:
             metrics[f"source/{name}/accuracy"] = float(np.mean([prompt.pass_rate for prompt in own]))
             metrics[f"source/{name}/reward"] = float(np.mean([prompt.reward_mean for prompt in own]))

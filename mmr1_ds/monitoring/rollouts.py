@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ class RolloutLog:
                 "reward": float(rewards.overall[k]),
                 "accuracy": float(rewards.accuracy[k]),
                 "failed": bool(rewards.failed[k]),
-                "parts": json.dumps({name: float(values[k]) for name, values in rewards.parts.items()}),
+                "parts": json.dumps({name: _number(values[k]) for name, values in rewards.parts.items()}),
             }
             for k, response in enumerate(group.responses)
         ]
@@ -117,3 +118,7 @@ def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:
     data = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), data, compression="zstd")
     return data.getvalue()
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)  # JSON has no NaN

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -98,6 +99,7 @@ class _Tracker(Writer):
 
     name: str
     run_id: str
+    _has_failed = False
 
     def __init__(self, trainer: TrainerConfig, run_dir: Path, run_config: Mapping[str, Any], kept: str | None) -> None:
         try:
@@ -113,7 +115,16 @@ class _Tracker(Writer):
         raise NotImplementedError
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._library.log({name: float(value) for name, value in metrics.items()}, step=step)
+        """Hand the step over. A tracker that fails costs its own curves, not the run; the first failure is logged."""
+        try:
+            self._send(step, {name: float(value) for name, value in metrics.items()})
+        except Exception as error:  # whatever a library raises when its server is away
+            if not self._has_failed:
+                logger.warning("%s did not take step %d (%s); the run goes on without", self.name, step, error)
+            self._has_failed = True
+
+    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._library.log(dict(metrics), step=step)
 
     def close(self) -> None:
         self._library.finish()
@@ -159,8 +170,9 @@ class MlflowWriter(_Tracker):
             for key, value in run_config.items():
                 self._library.set_tag(f"config.{key}", json.dumps(value, default=str)[:5000])
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._library.log_metrics({name: float(value) for name, value in metrics.items()}, step=step)
+    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
+        named = {re.sub(r"[^/\w.\- :]", "_", name): value for name, value in metrics.items()}  # it refuses other names
+        self._library.log_metrics(named, step=step)
 
     def close(self) -> None:
         self._library.end_run()

@@ -49,6 +49,9 @@ def split_reference(reward_function: str) -> tuple[str, str]:
     return path, name
 
 
+_RESULT_KEYS = ("overall", "accuracy")  # which a part of several functions may not take
+
+
 def check_reward_config(config: RewardConfig) -> None:
     """Check the section cheaply, without running user code; the judge's key must be in the environment.
 
@@ -82,6 +85,8 @@ def each_function(config: RewardConfig) -> list[RewardConfig]:
             raise UserError(f"{key}.weight must be a finite number, got {weight!r}")
         if not isinstance(entry.get("kwargs") or {}, dict):
             raise UserError(f"{key}.kwargs must be a mapping, got {entry['kwargs']!r}")
+        if str(entry["function"]).rpartition(":")[2] in _RESULT_KEYS:
+            raise UserError(f"{key}.function={entry['function']!r}: its name is that of a result's own key; rename it")
         kwargs = entry.get("kwargs") or {}
         one = replace(config, reward_function=str(entry["function"]), reward_function_kwargs=kwargs, functions=[])
         found.append(one)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
-from mmr1_ds.curriculum.mixture import MixedSampler, quotas
+from mmr1_ds.curriculum.mixture import MixedSampler, quotas, source_metrics
 from mmr1_ds.curriculum.sampler import PromptSampler
+from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
 
 SOURCES = np.array([0] * 7 + [1] * 23 + [2] * 401)  # of very different sizes
@@ -95,3 +96,10 @@ def test_a_source_without_prompts_is_refused():
         data = DataConfig(rollout_batch_size=B, train_weights=[1, 1, 1, 1])
         ids = [f"p{i}" for i in range(len(SOURCES))]
         Coordinator(data, ids, [""] * len(ids), "abc", 8, 40, SingleProcess(), SOURCES, ["a", "b", "c", "d"])
+
+
+def test_a_group_of_unknown_rewards_counts_in_a_source_s_share_alone():
+    known = PromptStatistics(0, 4, 0.5, 0.5, 0.25, 0.0, 0.0)
+    unknown = PromptStatistics(1, 4, float("nan"), 0.0, 0.0, 0.0, 0.0)
+    metrics = source_metrics([known, unknown], np.zeros(2, int), ["a"])
+    assert metrics == {"source/a/share": 1.0, "source/a/accuracy": 0.5, "source/a/reward": 0.5}

@@ -40,7 +40,7 @@ def opened(folder, resumed_step=0, most_bytes=1e9):
 def test_all_parts_are_one_table(tmp_path):
     log = opened(tmp_path)
     log.keep(1, [group(5, {})])
-    log.keep(2, [group(8, {"format": np.array([0.5, 1], np.float32)})])
+    log.keep(2, [group(8, {"format": np.array([0.5, np.nan], np.float32)})])
     table = pandas.read_parquet(tmp_path / "rollouts")
     assert table["step"].tolist() == [1] * 4 + [2] * 4 and table["index"].tolist() == [5, 5, 6, 6, 8, 8, 9, 9]
     assert table["response"].tolist()[:2] == ["100 100 100", "101 101 101 101 101"]
@@ -48,6 +48,7 @@ def test_all_parts_are_one_table(tmp_path):
     assert table["ground_truth"][0] == "é" and table["step"].dtype == np.int64
     assert table["accuracy"].isna().tolist()[:2] == [False, True] and table["policy_version"][0] == 4
     assert json.loads(table["parts"][4]) == {"format": 0.5} and table["parts"][0] == "{}"
+    assert table["parts"][5] == '{"format": null}'
     files = str(tmp_path / "rollouts" / "*.parquet")
     rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["response"] == table["response"].tolist()

@@ -98,6 +98,27 @@ def test_without_an_account_swanlab_and_mlflow_stay_in_the_run_directory(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["swanlab", "mlflow", "trackio"])
+def test_one_that_is_away_costs_its_curves_and_not_the_run(tmp_path, calls, monkeypatch, caplog, name):
+    def refuse(*arguments, **named):
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(sys.modules[name], "log_metrics" if name == "mlflow" else "log", refuse)
+    trainer = TrainerConfig(logger=[name], experiment_name="trial", project_name="mmr1_ds")
+    with MetricsLogger.open(trainer, tmp_path, 10, 0, {}, True) as log:
+        for step in (1, 2):
+            log.log(step, {"reward/overall": 0.5})
+    assert [record.args[:2] for record in caplog.records if "did not take" in record.message] == [(name, 1)]
+
+
+def test_mlflow_is_given_names_that_it_takes(tmp_path, calls):
+    trainer = TrainerConfig(logger=["mlflow"], experiment_name="trial", project_name="mmr1_ds")
+    with MetricsLogger.open(trainer, tmp_path, 10, 0, {}, True) as log:
+        log.log(1, {"source/data@train/share": 1.0, "reward/f1 (%)": 0.5})
+    (taken,) = [arguments[0] for name, arguments, _ in calls if name == "mlflow.log_metrics"]
+    assert taken == {"source/data_train/share": 1.0, "reward/f1 ___": 0.5}
+
+
+@pytest.mark.parametrize("name", ["swanlab", "mlflow", "trackio"])
 def test_one_that_is_not_installed_is_named_with_the_extra(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"trainer.logger has {name}, which does not import .*mmr1_ds\[trackers\]"):

@@ -256,7 +256,13 @@ def test_several_rewards_are_summed_by_their_weights(tmp_path):
     assert result.parts == pytest.approx({"math": 0.9, "brevity": 4.0, "exact": 3.0, "format": 0.0})
 
 
-@pytest.mark.parametrize("entry", ["math", {"weight": 1}, {"function": "math", "weight": "x"}, {"function": "nope"}])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "math", {"weight": 1}, {"function": "math", "weight": "x"}, {"function": "nope"},
+        {"function": "mine.py:overall"}, {"function": "mine.py:accuracy"},
+    ],
+)  # fmt: skip
 def test_what_is_no_reward_among_several(entry):
     with pytest.raises(UserError, match=r"worker\.reward\.(functions\[0\]|reward_function)"):
         check_reward_config(RewardConfig(functions=[entry]))
