@@ -16,7 +16,9 @@ class KernelLock:
     """In place of torch.utils.file_baton.FileBaton, whose methods these are."""
 
     def __init__(self, lock_file_path: str, wait_seconds: float = 0.1, warn_after_seconds: float | None = None) -> None:
-        self._path, self._lock = lock_file_path, FileLock(lock_file_path, poll_interval=wait_seconds)
+        self._path = Path(lock_file_path)
+        self._building = self._path.with_name(f"{self._path.name}.building")
+        self._lock = FileLock(lock_file_path, poll_interval=wait_seconds)
 
     def try_acquire(self) -> bool:
         """Whether this process builds now."""
@@ -24,16 +26,26 @@ class KernelLock:
             self._lock.acquire(blocking=False)
         except Timeout:
             return False
+        if self._building.exists():
+            # Whoever built was killed, and its ninja wrote on. Of a torn log ninja says that it recovers, and then
+            # compiles again at every start, a minute each.
+            for name in (".ninja_deps", ".ninja_log"):
+                (self._path.parent / name).unlink(missing_ok=True)
+        self._building.touch()
         return True
 
     def wait(self) -> None:
         """Wait until whoever builds has done so, or has ended."""
         self._lock.acquire()
-        self.release()
+        self._let_go()
 
     def release(self) -> None:
-        """Let the others go on. The file goes as well: to torch's own kind it is the lock."""
-        Path(self._path).unlink(missing_ok=True)
+        """Let the others go on."""
+        self._building.unlink(missing_ok=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._path.unlink(missing_ok=True)  # to torch's own kind the file is the lock
         self._lock.release()
 
 

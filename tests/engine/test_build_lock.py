@@ -33,7 +33,10 @@ def holder(path) -> subprocess.Popen:
 @pytest.mark.slow
 def test_a_killed_builder_locks_nobody_out(tmp_path):
     path = tmp_path / "lock"
+    logs = [tmp_path / name for name in (".ninja_deps", ".ninja_log")]
     process = holder(path)
+    for log in logs:
+        log.touch()
     waits = threading.Thread(target=KernelLock(str(path)).wait)
     waits.start()
     assert not KernelLock(str(path)).try_acquire() and waits.is_alive()
@@ -41,9 +44,14 @@ def test_a_killed_builder_locks_nobody_out(tmp_path):
     process.wait(30)
     waits.join(30)
     assert not waits.is_alive()
+    assert all(log.exists() for log in logs)
     mine = KernelLock(str(path))
     assert mine.try_acquire()
+    assert not any(log.exists() for log in logs)  # torn, for all that anybody knows
+    logs[0].touch()
     assert not KernelLock(str(path)).try_acquire()
+    mine.release()
+    assert mine.try_acquire() and logs[0].exists()  # a whole build's are kept
     mine.release()
     assert not path.exists()  # which torch's own kind would wait for
 
@@ -64,4 +72,4 @@ def test_torch_builds_with_it(tmp_path, monkeypatch):
     source = tmp_path / "a.cpp"
     source.write_text("// nothing")
     assert cpp_extension.load("mmr1_ds_nothing", [str(source)], build_directory=str(tmp_path)) == "module"
-    assert used == [str(tmp_path / "lock")]
+    assert used == [tmp_path / "lock"]
