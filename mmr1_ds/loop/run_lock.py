@@ -7,6 +7,7 @@ network file system are relied on, which machines may not share.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -44,7 +45,8 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         """Take the lock; one whose holder is gone is replaced. Raises: UserError naming a living holder; OSError."""
-        self._take()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._take(self._path)
         self._thread = threading.Thread(target=self._count_on, name="run lock", daemon=True)
         self._thread.start()
         return self
@@ -58,24 +60,30 @@ class RunLock:
         if _holder(_read(self._path)).get("token") == self._token:
             self._path.unlink(missing_ok=True)
 
-    def _take(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def _take(self, path: Path) -> None:
         content = json.dumps({"beat": "0" * _DIGITS, "token": self._token, **_own_names()}) + "\n"
         for _ in range(_MOST_TRIES):
             try:
-                with self._path.open("x", encoding="utf-8") as file:
+                with path.open("x", encoding="utf-8") as file:
                     file.write(content)
                 return
             except FileExistsError:
-                found = _read(self._path)
+                found = _read(path)
             if found is None:  # released meanwhile
                 continue
-            if self._lives(found):
+            if self._lives(path, found):
                 raise self._refusal(found)
-            self._remove(found)
-        raise self._refusal(_read(self._path))
+            # The right to replace what was found is a lock too: one alone has it, and who comes late sees a new holder.
+            successor = path.with_name(f"{path.name}.{hashlib.sha256(found.encode()).hexdigest()[:16]}")
+            self._take(successor)
+            if _read(path) == found:
+                logger.warning("%s: the lock of %s is replaced: it is gone", self._folder, _in_words(_holder(found)))
+                successor.replace(path)
+                return
+            successor.unlink()
+        raise self._refusal(_read(path))
 
-    def _lives(self, content: str) -> bool:
+    def _lives(self, path: Path, content: str) -> bool:
         """Return whether the holder is there; for another machine's, or one that is not readable, wait and see."""
         holder = _holder(content)
         own = _own_names()
@@ -85,26 +93,12 @@ class RunLock:
         last = time.monotonic() + self._silence_seconds
         while time.monotonic() < last:
             time.sleep(min(1.0, self._silence_seconds / 10))
-            found = _read(self._path)
+            found = _read(path)
             if found is None:
                 return False
             if found != content:
                 return True
         return False
-
-    def _remove(self, content: str) -> None:
-        """Take away a lock without a holder; one that another process has taken meanwhile is put back."""
-        aside = self._path.with_name(f"{NAME}.{self._token}")
-        try:
-            self._path.rename(aside)
-        except FileNotFoundError:
-            return
-        if _read(aside) == content:
-            logger.warning("%s: the lock of %s is replaced: it is gone", self._folder, _in_words(_holder(content)))
-        elif not self._path.exists():
-            aside.rename(self._path)
-            return
-        aside.unlink(missing_ok=True)
 
     def _count_on(self) -> None:
         beat = 0

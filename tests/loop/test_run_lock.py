@@ -1,5 +1,6 @@
 """The lock of a run directory: a living holder is named, a dead one is not obeyed, here or on another machine."""
 
+import hashlib
 import json
 import logging
 import subprocess
@@ -81,7 +82,13 @@ def test_a_damaged_lock_is_not_obeyed_for_ever(tmp_path, content):
         pass
 
 
-def test_of_many_at_once_one_gets_the_lock(left_by_the_dead):
+@pytest.mark.parametrize("killed", [0, 2])  # while they replaced the lock of one before them
+def test_of_many_at_once_one_gets_the_lock(left_by_the_dead, killed):
+    last = left_by_the_dead / NAME
+    for one in range(killed):
+        content = last.read_text()
+        last = last.with_name(f"{last.name}.{hashlib.sha256(content.encode()).hexdigest()[:16]}")
+        last.write_text(json.dumps(json.loads(content) | {"token": f"{one}"}))
     together, taken, refused = threading.Barrier(8), [], []
 
     def take():
