@@ -26,7 +26,10 @@ from mmr1_ds.cluster.watch import EXIT_FAULT, CollectiveError
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import trains_critic
 from mmr1_ds.config.loading import load_config
+from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.redaction import remember
+from mmr1_ds.config.schema import names_a_file
+from mmr1_ds.config.user_files import FUNCTION_KEYS
 from mmr1_ds.errors import UserError, require
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 from mmr1_ds.preflight.checks import check_config
@@ -125,6 +128,10 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
         check_engines(configs, own)
     if config.trainer.dry_run:
         try_reward(config.worker.reward, config.data)
+        if any(names_a_file(value_at(config, key)) for key in FUNCTION_KEYS):
+            from mmr1_ds.loop.own_functions import try_functions  # imports torch
+
+            try_functions(config.worker.actor, config.algorithm)
         logger.info("dry run: everything checked, no model loaded")
         return None
     require("gpu", "torch", "deepspeed", "transformers", "accelerate", "datasets", purpose="training")

@@ -9,11 +9,14 @@ Shape letters: S responses, T packed tokens of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmr1_ds.config.user_files import load_function
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,35 @@ class GlobalBatch:
 def token_weights(mode: str, segments: Segments, batch: GlobalBatch, scale_factor: float) -> Tensor:
     """The weight of each token in the loss, (T,) float64; those of the whole global batch give the mean.
 
-    token: 1 / tokens of the batch: the mean over its tokens (DAPO, arXiv 2503.14476; verl's token-mean).
-    seq: the mean over responses of the mean over their tokens (GRPO, arXiv 2402.03300; verl's seq-mean-token-mean).
-    seq_sum: the mean over responses of the sum over their tokens / scale_factor (Dr. GRPO, arXiv 2503.20783; TRL's
-        dr_grpo): long responses weigh what they are long. verl's seq-mean-token-sum-norm is this times the number of
-        responses, so that its gradient grows with the batch.
+    Args: mode: a name in AGGREGATIONS, or path/file.py:function.
     """
-    lengths_T = segments.spread(segments.lengths).double()
-    if mode == "token":
-        return lengths_T.new_full(lengths_T.shape, 1 / max(1.0, batch.num_tokens))
-    if mode == "seq":
-        return 1 / (lengths_T * max(1.0, batch.num_responses))
-    assert mode == "seq_sum", mode
-    return lengths_T.new_full(lengths_T.shape, 1 / (scale_factor * max(1.0, batch.num_responses)))
+    function = AGGREGATIONS.get(mode) or load_function("worker.actor.loss_avg_mode", mode)
+    weights_T: Tensor = function(segments, batch, scale_factor)
+    return weights_T
+
+
+def token(segments: Segments, batch: GlobalBatch, scale_factor: float) -> Tensor:
+    """1 / tokens of the batch: the mean over its tokens (DAPO, arXiv 2503.14476; verl's token-mean)."""
+    return torch.full_like(segments.ids, 1 / max(1.0, batch.num_tokens), dtype=torch.float64)
+
+
+def seq(segments: Segments, batch: GlobalBatch, scale_factor: float) -> Tensor:
+    """The mean over responses of the mean over their tokens (GRPO, arXiv 2402.03300; verl's seq-mean-token-mean)."""
+    return 1 / (segments.spread(segments.lengths).double() * max(1.0, batch.num_responses))
+
+
+def seq_sum(segments: Segments, batch: GlobalBatch, scale_factor: float) -> Tensor:
+    """The mean over responses of the sum over their tokens / scale_factor (Dr. GRPO, arXiv 2503.20783; TRL's dr_grpo).
+
+    Long responses weigh what they are long. verl's seq-mean-token-sum-norm is this times the number of responses, so
+    that its gradient grows with the batch.
+    """
+    weight = 1 / (scale_factor * max(1.0, batch.num_responses))
+    return torch.full_like(segments.ids, weight, dtype=torch.float64)
+
+
+AGGREGATIONS: dict[str, Callable[[Segments, GlobalBatch, float], Any]] = {
+    "token": token,
+    "seq": seq,
+    "seq_sum": seq_sum,
+}

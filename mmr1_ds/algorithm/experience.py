@@ -5,8 +5,9 @@ Shape letters: G groups, N responses a group, B = G * N responses, T tokens of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from mmr1_ds.algorithm import advantages
 from mmr1_ds.algorithm.kl import KLController, kl_penalty
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import AlgorithmConfig
+from mmr1_ds.config.schema import names_a_file
+from mmr1_ds.config.user_files import load_function
 from mmr1_ds.records import Pair, ScoredGroup, Trajectory
 
 _BY_TOKEN = ("reinforce_plus_plus", "remax", "gae")  # estimators that look at the reward of each token
@@ -73,7 +76,7 @@ def make_experience(
         token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, penalties_T)
         rewards_B = np.array([part.sum() for part in np.split(token_rewards_T, cuts)])
         ref = None  # the loss does not hold the policy to it once more
-    elif algorithm.adv_estimator in _BY_TOKEN:
+    elif algorithm.adv_estimator in _BY_TOKEN or names_a_file(algorithm.adv_estimator):
         token_rewards_T = advantages.token_rewards(rewards_B, lengths_B, np.zeros(int(lengths_B.sum())))
     else:
         token_rewards_T = None  # a million float64 that nobody would read
@@ -90,7 +93,8 @@ def make_experience(
     else:
         rewards_GN = rewards_B.reshape(len(groups), -1)
         known_GN = ~is_unknown_B.reshape(rewards_GN.shape)
-        advantages_T = _estimate(algorithm, rewards_GN, known_GN, token_rewards_T, lengths_B, baselines, ranks)
+        step = StepRewards(rewards_GN, known_GN, lengths_B, token_rewards_T, baselines, ranks, algorithm)
+        advantages_T = estimate(algorithm.adv_estimator, step)
     advantages_T = np.where(np.repeat(is_unknown_B, lengths_B), 0.0, advantages_T)
     responses = [response for item in groups for response in item.group.responses]
     trains = [
@@ -153,34 +157,53 @@ def _value_metrics(values_T: np.ndarray, returns_T: np.ndarray, ranks: Ranks) ->
     return metrics
 
 
-def _estimate(
-    algorithm: AlgorithmConfig,
-    rewards_GN: np.ndarray,
-    known_GN: np.ndarray,
-    token_rewards_T: np.ndarray | None,
-    lengths_B: np.ndarray,
-    baselines_G: Sequence[float] | None,
-    ranks: Ranks,
-) -> np.ndarray:
-    """The advantage of each token, (T,), by every estimator without a critic. Collective.
+@dataclass(frozen=True)
+class StepRewards:
+    """What an estimator without a critic sees of a step: this rank's part."""
 
-    Args: known_GN: bool; the others are in no statistic, and what comes out for them is left to the caller.
-    """
-    known_T = np.repeat(known_GN.reshape(-1), lengths_B)
-    match algorithm.adv_estimator:
-        case "grpo":
-            return np.repeat(advantages.grpo(rewards_GN, known_GN).astype(np.float32), lengths_B)
-        case "dr_grpo":
-            return np.repeat(advantages.dr_grpo(rewards_GN, known_GN).astype(np.float32), lengths_B)
-        case "rloo":
-            return np.repeat(advantages.rloo(rewards_GN, known_GN).astype(np.float32), lengths_B)
-        case "reinforce_plus_plus_baseline":
-            return advantages.reinforce_plus_plus_baseline(rewards_GN, lengths_B, ranks, known_GN)
-        case "reinforce_plus_plus":
-            assert token_rewards_T is not None
-            return advantages.reinforce_plus_plus(token_rewards_T, lengths_B, algorithm.gamma, ranks, known_T)[0]
-        case _:
-            assert algorithm.adv_estimator == "remax", algorithm.adv_estimator
-            assert baselines_G is not None and token_rewards_T is not None
-            baselines_B = np.repeat(np.array(baselines_G, dtype=np.float64), rewards_GN.shape[1])
-            return advantages.remax(token_rewards_T, lengths_B, baselines_B)[0]
+    rewards_GN: np.ndarray  # float64, the KL taken off where it is taken off the reward
+    known_GN: np.ndarray  # bool; the others are in no statistic, and their advantages are left out
+    lengths_B: np.ndarray  # tokens of each response
+    token_rewards_T: np.ndarray | None  # the reward at each token; None for estimators that do not look at it
+    baselines_G: Sequence[float] | None  # remax: the reward of each prompt's greedy response
+    ranks: advantages.Totals  # sums over all ranks: what looks beyond its groups asks them
+    algorithm: AlgorithmConfig
+
+    @property
+    def known_T(self) -> np.ndarray:
+        """Whether the reward of each token's response is known."""
+        return np.repeat(self.known_GN.reshape(-1), self.lengths_B)
+
+
+def _reinforce_plus_plus(step: StepRewards) -> np.ndarray:
+    assert step.token_rewards_T is not None
+    gamma = step.algorithm.gamma
+    return advantages.reinforce_plus_plus(step.token_rewards_T, step.lengths_B, gamma, step.ranks, step.known_T)[0]
+
+
+def _remax(step: StepRewards) -> np.ndarray:
+    assert step.baselines_G is not None and step.token_rewards_T is not None
+    baselines_B = np.repeat(np.array(step.baselines_G, dtype=np.float64), step.rewards_GN.shape[1])
+    return advantages.remax(step.token_rewards_T, step.lengths_B, baselines_B)[0]
+
+
+ESTIMATORS: dict[str, Callable[[StepRewards], Any]] = {  # beside gae, which has a critic; advantages (G, N) or (T,)
+    "grpo": lambda step: advantages.grpo(step.rewards_GN, step.known_GN),
+    "dr_grpo": lambda step: advantages.dr_grpo(step.rewards_GN, step.known_GN),
+    "rloo": lambda step: advantages.rloo(step.rewards_GN, step.known_GN),
+    "reinforce_plus_plus_baseline": lambda step: advantages.reinforce_plus_plus_baseline(
+        step.rewards_GN, step.lengths_B, step.ranks, step.known_GN
+    ),
+    "reinforce_plus_plus": _reinforce_plus_plus,
+    "remax": _remax,
+}
+
+
+def estimate(name: str, step: StepRewards) -> np.ndarray:
+    """The advantage of each token, (T,), by a name in ESTIMATORS or path/file.py:function. Collective."""
+    function = ESTIMATORS.get(name) or load_function("algorithm.adv_estimator", name)
+    found: np.ndarray = function(step)
+    if found.shape == step.rewards_GN.shape:
+        return np.repeat(found.astype(np.float32).reshape(-1), step.lengths_B)
+    assert found.shape == (int(step.lengths_B.sum()),), found.shape
+    return found

@@ -32,14 +32,16 @@ from mmr1_ds.config.keys import (
     sections,
 )
 from mmr1_ds.config.redaction import shown, without_secrets
-from mmr1_ds.config.schema import RunConfig
+from mmr1_ds.config.schema import RunConfig, names_a_file
 from mmr1_ds.config.upstream import Translation, ours, replace_example_files, translate, upstream_keys
+from mmr1_ds.config.user_files import FUNCTION_KEYS
 from mmr1_ds.errors import UserError, first_line
 
 COMMAND_LINE = "the command line"
 LOCAL_RANK = ("--local_rank=", "--local-rank=")  # the deepspeed launcher adds it; the rank comes from the environment
 USAGE = "usage: python -m mmr1_ds.train [config=FILE ...] [key=value ...] ['list=[a,b]' ...]\n"
-_PATH_KEYS = ("data.format_prompt", "worker.actor.deepspeed", "worker.reward.reward_function")
+_FUNCTION_KEYS = ("worker.reward.reward_function", *FUNCTION_KEYS)  # path/file.py:function, or a word
+_PATH_KEYS = ("data.format_prompt", "worker.actor.deepspeed", *_FUNCTION_KEYS)
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,9 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
         value = values.get(key)
         if not isinstance(value, str) or "\n" in value or "${" in value:
             continue
-        name, colon, function = value.rpartition(":") if key.endswith("reward_function") else (value, "", "")
+        if key in _FUNCTION_KEYS and not names_a_file(value):
+            continue
+        name, colon, function = value.rpartition(":") if key in _FUNCTION_KEYS else (value, "", "")
         path = Path(os.path.expanduser(name))
         if not name or path.is_absolute() or os.path.isfile(path):  # Path.is_file raises for a long inline template
             continue

@@ -7,6 +7,7 @@ are read in `loading`, upstream's other spellings in `upstream`; what must hold 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -32,17 +33,22 @@ class Range:
         return words + (", or -1" if self.or_minus_one else "")
 
 
-class OneOf:
-    """The words that a key takes. `reason` is what an error adds."""
+def names_a_file(value: str) -> bool:
+    """Return whether a value names a function of the user's own: path/file.py:function."""
+    return re.search(r"\.py:\w+$", value) is not None
 
-    def __init__(self, *choices: str, reason: str = "") -> None:
-        self.choices, self.reason = choices, reason
+
+class OneOf:
+    """The words that a key takes, and functions of the user's own files if told so. `reason` is what an error adds."""
+
+    def __init__(self, *choices: str, or_function: bool = False, reason: str = "") -> None:
+        self.choices, self.reason, self._or_function = choices, reason, or_function
 
     def __contains__(self, value: str | None) -> bool:
-        return value in self.choices
+        return value in self.choices or (self._or_function and value is not None and names_a_file(value))
 
     def __str__(self) -> str:
-        return " or ".join(self.choices)
+        return " or ".join(self.choices + (("path/file.py:function",) if self._or_function else ()))
 
 
 PositiveInt = Annotated[int, Range("[1, inf)")]
@@ -111,7 +117,11 @@ class AlgorithmConfig:
     """The estimator of advantages and the pull towards the reference."""
 
     adv_estimator: Annotated[
-        str, OneOf("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae")
+        str,
+        OneOf(
+            "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae",
+            or_function=True,
+        ),
     ] = "grpo"  # gae trains a critic
     gamma: Share = 1.0  # reinforce_plus_plus, gae: discount of a reward per token before it
     lam: Share = 1.0  # gae: lambda; 0 trusts the critic's next value, 1 the rewards that follow
@@ -200,14 +210,16 @@ class ActorConfig:
     dynamic_batching: bool = True  # fill a micro-batch up to the tokens that its size has at full length
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     # default: clipped PPO
-    loss_type: Annotated[str, OneOf("default", "gspo", "gspo_token", "cispo", "sapo")] = "default"
+    loss_type: Annotated[
+        str, OneOf("default", "gspo", "gspo_token", "cispo", "sapo", or_function=True)
+    ] = "default"
     clip_ratio_low: Share = 0.2  # all but sapo: the ratio is clipped below at 1 - this
     clip_ratio_high: NonNegativeFloat = 0.3  # all but sapo: the ratio is clipped above at 1 + this
     clip_ratio_dual: Annotated[float, Range("(1, inf)")] = 3.0  # default: bound of the loss for negative advantages
     tau_positive: PositiveFloat = 1.0  # sapo: temperature of the gate for positive advantages
     tau_negative: PositiveFloat = 1.05  # sapo: the same for negative ones; higher forgets off-policy tokens sooner
     # over an optimiser step: mean over tokens, mean over responses, or their sum
-    loss_avg_mode: Annotated[str, OneOf("token", "seq", "seq_sum")] = "token"
+    loss_avg_mode: Annotated[str, OneOf("token", "seq", "seq_sum", or_function=True)] = "token"
     loss_scale_factor: PositiveFloat | None = None  # seq_sum: what a sum is divided by; null = data.max_response_length
     ppo_epochs: PositiveInt = 1  # passes over each rollout batch
     deepspeed: Any = None  # JSON DeepSpeed config: its path, or inline; null = configs/deepspeed/zero3_{h100,cpu}.json

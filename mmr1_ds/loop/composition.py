@@ -46,6 +46,7 @@ from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.loop.collector import Collector
 from mmr1_ds.loop.learners import Learners
 from mmr1_ds.loop.metrics import ActorWork
+from mmr1_ds.loop.own_functions import try_functions
 from mmr1_ds.loop.partial_batches import PartialBatchMaker
 from mmr1_ds.loop.parts import Parts
 from mmr1_ds.loop.refresh import KEPT, CurriculumRefresh
@@ -83,6 +84,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
     Raises: UserError for data, model or environment that cannot be used; Preempted when it was told to end.
     """
     _check_installed(config)
+    try_functions(config.worker.actor, config.algorithm)
     with ExitStack() as stack:
         # Starts before the models take the memory.
         rewards = stack.enter_context(RewardPool(config.worker.reward, config.data.max_response_length))

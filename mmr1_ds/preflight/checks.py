@@ -8,7 +8,7 @@ from typing import Any
 
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory
 from mmr1_ds.config.ranges import MOST_ERROR, check_choices, check_ranges, value_at
-from mmr1_ds.config.schema import DataConfig, LoraConfig, RunConfig
+from mmr1_ds.config.schema import DataConfig, LoraConfig, RunConfig, names_a_file
 from mmr1_ds.curriculum.metric_names import canonical_metric, check_metrics
 from mmr1_ds.curriculum.mixture import quotas
 from mmr1_ds.data.sources import list_names
@@ -16,6 +16,7 @@ from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.files import (
     check_data,
     check_format_prompt,
+    check_functions,
     check_model,
     check_model_path,
     check_output_folder,
@@ -44,6 +45,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_lora(config.worker.actor.model.lora)
     _check_reference(config)
     _check_critic(config, world_size)
+    check_functions(config)
     check_reward(config.worker.reward)
     check_reward_config(config.worker.reward)
     check_format_prompt(config.data)
@@ -78,7 +80,8 @@ def _check_algorithm(config: RunConfig) -> None:
             f"algorithm.overlong_buffer={algorithm.overlong_buffer} is over data.max_response_length="
             f"{config.data.max_response_length}; lower it"
         )
-    if actor.loss_scale_factor is not None and actor.loss_avg_mode != "seq_sum":
+    sums = actor.loss_avg_mode == "seq_sum" or names_a_file(actor.loss_avg_mode)
+    if actor.loss_scale_factor is not None and not sums:
         raise UserError(
             f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} needs "
             f"worker.actor.loss_avg_mode=seq_sum, got {actor.loss_avg_mode}; set the mode or leave the factor out"

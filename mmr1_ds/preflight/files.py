@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmr1_ds.config import DataConfig, ModelConfig, RewardConfig
+from mmr1_ds.config import DataConfig, ModelConfig, RewardConfig, RunConfig, user_files
+from mmr1_ds.config.ranges import value_at
+from mmr1_ds.config.schema import names_a_file
 from mmr1_ds.data.chat import load_format_prompt
 from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
 from mmr1_ds.data.paths import column_of
@@ -326,6 +328,23 @@ def check_reward(reward: RewardConfig) -> None:
         return
     key = "worker.reward.reward_function"
     file, function = split_reference(reward.reward_function)
+    node = _function_of(key, file, function)
+    if node is not None:
+        _check_signature(node, reward, f"{key}: {file}:{function}")
+
+
+def check_functions(config: RunConfig) -> None:
+    """Check that a loss, an average and an estimator of the user's own are functions of their files, which are not run.
+
+    Raises: UserError.
+    """
+    for key in user_files.FUNCTION_KEYS:
+        if names_a_file(value := value_at(config, key)):
+            _function_of(key, *user_files.split_reference(key, value))
+
+
+def _function_of(key: str, file: str, function: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """Return the function's node, or None where the file may define it in other ways. Raises: UserError."""
     try:
         tree = ast.parse(Path(file).read_bytes())  # bytes: the file may name its encoding
     except (OSError, ValueError) as error:
@@ -334,13 +353,11 @@ def check_reward(reward: RewardConfig) -> None:
         raise UserError(f"{key}: {file}, line {error.lineno}: not Python: {error.msg}") from None
     names = dict(_top_level_names(tree))
     if function not in names and _binds(tree, function):
-        return
+        return None
     if function not in names:
         known = ", ".join(name for name, node in names.items() if node is not None) or "none"
         raise UserError(f"{key}: {file} has no function {function!r}; its functions are: {known}")
-    node = names[function]
-    if node is not None:
-        _check_signature(node, reward, f"{key}: {file}:{function}")
+    return names[function]
 
 
 def _top_level_names(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | None]]:

@@ -11,7 +11,7 @@ from typing import Any
 from mmr1_ds.config import DataConfig, LoraConfig, RunConfig
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory, total_training_steps
 from mmr1_ds.config.ranges import value_at
-from mmr1_ds.config.schema import CriticConfig
+from mmr1_ds.config.schema import CriticConfig, names_a_file
 from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.preflight.files import DataSummary, FileSummary
@@ -141,7 +141,7 @@ def _learning(config: RunConfig) -> str:
     estimator = algorithm.adv_estimator
     if estimator == "gae":
         estimator += f" (gamma {algorithm.gamma:g}, lambda {algorithm.lam:g})"
-    text = f"{estimator} advantages; {loss} loss, {mean[actor.loss_avg_mode]}"
+    text = f"{estimator} advantages; {loss} loss, {mean.get(actor.loss_avg_mode, actor.loss_avg_mode)}"
     if algorithm.rollout_is == "none":
         return text
     return f"{text}; importance weights by {algorithm.rollout_is}, up to {algorithm.rollout_is_threshold:g}"
@@ -302,13 +302,15 @@ def _unused(config: RunConfig) -> list[str]:
     """Return a note for each key that is set and that the run's algorithm does not read."""
     algorithm, actor = config.algorithm, config.worker.actor
     estimator, loss = algorithm.adv_estimator, actor.loss_type
+    discounts = estimator in ("reinforce_plus_plus", "gae") or names_a_file(estimator)
+    gates = loss == "sapo" or names_a_file(loss)
     read_by = {
-        "algorithm.gamma": (estimator in ("reinforce_plus_plus", "gae"), f"algorithm.adv_estimator={estimator}"),
+        "algorithm.gamma": (discounts, f"algorithm.adv_estimator={estimator}"),
         "algorithm.lam": (estimator == "gae", f"algorithm.adv_estimator={estimator}"),
         "algorithm.filter_low": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "algorithm.filter_high": (algorithm.online_filtering, "algorithm.online_filtering=false"),
-        "worker.actor.tau_positive": (loss == "sapo", f"worker.actor.loss_type={loss}"),
-        "worker.actor.tau_negative": (loss == "sapo", f"worker.actor.loss_type={loss}"),
+        "worker.actor.tau_positive": (gates, f"worker.actor.loss_type={loss}"),
+        "worker.actor.tau_negative": (gates, f"worker.actor.loss_type={loss}"),
         "worker.ref.offload.offload_optimizer": (False, "a reference, which has no optimiser"),
     }
     default = RunConfig()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from mmr1_ds.config import RewardConfig
+from mmr1_ds.config import RewardConfig, user_files
+from mmr1_ds.config.schema import names_a_file
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.interfaces import REWARD_TYPES, adapt
 
@@ -38,15 +37,12 @@ def split_reference(reward_function: str) -> tuple[str, str]:
 
     Raises: UserError when it is neither built in nor an existing file. No user code runs.
     """
-    path, _, name = os.path.expanduser(reward_function).rpartition(":")
-    if not path.endswith(".py") or not name:
+    if not names_a_file(reward_function):
         raise UserError(
             f"worker.reward.reward_function {reward_function!r} is unknown; use {', '.join(BUILT_IN)} or "
             "path/file.py:function"
         )
-    if not os.path.isfile(path):
-        raise UserError(f"worker.reward.reward_function: no such file {path!r}")
-    return path, name
+    return user_files.split_reference("worker.reward.reward_function", reward_function)
 
 
 _RESULT_KEYS = ("overall", "accuracy")  # which a part of several functions may not take
@@ -145,7 +141,7 @@ def load_reward_function(setup: Mapping[str, Any]) -> LoadedReward:
     if reward_function in BUILT_IN:
         return LoadedReward(adapt(_built_in(setup), kwargs, "batch", repr(reward_function)), _import_math_verify)
     path, name = split_reference(reward_function)
-    module = _import_file(path)
+    module = user_files.import_file(path)
     function = module.__dict__.get(name)
     if not callable(function):
         raise UserError(f"worker.reward.reward_function: {reward_function!r} has no function {name!r}")
@@ -198,16 +194,3 @@ def _built_in(setup: Mapping[str, Any]) -> Callable[..., Any]:
 def _import_math_verify() -> None:
     """What comparing formulas needs (half a second)."""
     import math_verify  # noqa: F401
-
-
-def _import_file(path: str) -> Any:
-    # The file may import its neighbours, behind all that is installed: a math.py beside it is not the library's.
-    sys.path += [os.path.dirname(os.path.abspath(path)), os.getcwd()]
-    # A name of its own: with several rewards there are several files.
-    name = "user_reward" if "user_reward" not in sys.modules else f"user_reward_{len(sys.modules)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look modules up by name
-    spec.loader.exec_module(module)
-    return module
