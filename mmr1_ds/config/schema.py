@@ -349,7 +349,8 @@ class RewardConfig:
     reward_function_kwargs: dict[str, Any] = field(default_factory=dict)  # passed to every call
     num_workers: PositiveInt = 4  # processes a rank; each asks a judge about one response at a time
     timeout_seconds: PositiveFloat = 10.0  # time for a response, which fails past it; a judge has its own
-    reward_type: str | None = None  # how a file's function is called: batch | sequential; null = as the file says
+    # a call of a file's function: sequential = a response, group = all to a prompt, batch = a rank's; null = by file
+    reward_type: str | None = None
     # a response whose reward hung, crashed, raised or gave NaN: mask = it teaches nothing; zero = it counts as wrong
     on_failure: Annotated[str, OneOf("mask", "zero")] = "mask"
     cos_len_reward_config: CosineLengthConfig = field(default_factory=CosineLengthConfig)

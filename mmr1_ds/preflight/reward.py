@@ -25,7 +25,7 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
     response = f"<think>\n</think>\n<answer>\\boxed{{{truth}}}</answer>"
     item = RewardItem(response, 8, truth, str(row.get(data.prompt_key, "")))
     with RewardPool(replace(reward, num_workers=1)) as pool:
-        (result,) = pool.score([item])
+        result = pool.score([item, item])[0]  # two: a reward that compares responses needs another
     if result.failure is not None and result.failure != "unscored":
         raise UserError(
             f"worker.reward.reward_function {reward.reward_function!r} fails on a response to the first row of "
