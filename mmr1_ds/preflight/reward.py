@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmr1_ds.config import DataConfig, RewardConfig
+from mmr1_ds.data.reward_columns import RewardColumns
 from mmr1_ds.data.sources import list_names, open_sources, split_name
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.loading import BUILT_IN, each_function
@@ -20,10 +22,10 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
     """
     if all(one.reward_function in BUILT_IN for one in each_function(reward)):
         return
-    row = _first_row(data)
+    row, columns = _first_row(data)
     truth = str(row.get(data.answer_key, ""))
     response = f"<think>\n</think>\n<answer>\\boxed{{{truth}}}</answer>"
-    item = RewardItem(response, 8, truth, str(row.get(data.prompt_key, "")))
+    item = RewardItem(response, 8, truth, str(row.get(data.prompt_key, "")), columns=columns)
     with RewardPool(replace(reward, num_workers=1)) as pool:
         result = pool.score([item, item])[0]  # two: a reward that compares responses needs another
     if result.failure is not None and result.failure != "unscored":
@@ -33,11 +35,11 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
         )
 
 
-def _first_row(data: DataConfig) -> dict[str, Any]:
-    """The first row of a local data set; empty where it would have to be fetched."""
+def _first_row(data: DataConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The first row of a local data set and its reward columns; empty where it would have to be fetched."""
     name = next(iter(list_names(data.train_files)), "")
     if not Path(split_name(name)[0]).exists():
-        return {}
+        return {}, {}
     rows = open_sources([name])[0].rows
     wanted = [column for column in rows.column_names if column in (data.answer_key, data.prompt_key)]
-    return dict(rows.select_columns(wanted)[0]) if len(rows) else {}
+    return dict(rows.select_columns(wanted)[0]), RewardColumns(name, rows, data).read(0)

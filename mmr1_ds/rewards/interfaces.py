@@ -8,6 +8,9 @@ earlier     compute_score(predicts: list[str], ground_truths: list[str]) -> list
 verl        compute_score(data_source, solution_str, ground_truth, extra_info=None) -> dict | float
 TRL         reward(prompts, completions, **columns) -> list[float]
 
+Columns of the row (`data.reward_columns`) are further keys of a dictionary, keyword arguments in TRL's form, and
+data_source and extra_info in verl's.
+
 verl's is told by the name solution_str, TRL's by completions; both are called by keyword. An async function is awaited.
 Batch, group or sequential is what `worker.reward.reward_type` says, else the file's `REWARD_TYPE`, else what the names
 of the arguments say. A batch is all responses of a rank, a group those to one prompt; a list that nobody calls either
@@ -96,9 +99,9 @@ def adapt(
 
     def score(items: Items) -> Any:
         if style.is_sequential:
-            return [bound(*_texts(item)) if style.takes_texts else bound(item) for item in items]
+            return [bound(*_texts(item)) if style.takes_texts else bound(_with_columns(item)) for item in items]
         if not style.takes_texts:
-            return bound(items)
+            return bound([_with_columns(item) for item in items])
         return bound([item["response"] for item in items], [item["ground_truth"] for item in items])
 
     return _in_parts(score, style.together)
@@ -123,7 +126,7 @@ def _in_parts(score: Callable[[Items], Any], together: str) -> tuple[Callable[[I
 
 
 def _parts(items: Items, together: str) -> list[Items]:
-    """The items as the user sees them, without the number of their group, cut into calls."""
+    """The items without the number of their group, cut into calls."""
     if together == "batch":
         cut = [items]
     elif together == "one":
@@ -144,15 +147,23 @@ def _by_keyword(
         return {name: offered[name] for name in offered if name in signature.parameters or takes_all} | dict(kwargs)
 
     try:
-        signature.bind(**arguments([{"response": "", "ground_truth": "", "prompt": "", "response_length": 0}]))
+        signature.bind_partial(**arguments([{"response": "", "ground_truth": "", "prompt": "", "response_length": 0}]))
     except TypeError as error:
         raise UserError(f"worker.reward.reward_function {where}: {error}; {keywords} gives no such argument") from error
-    called = _awaited(function)
+    awaited = _awaited(function)
+
+    def called(items: Items) -> Any:
+        given = arguments(items)
+        try:
+            signature.bind(**given)
+        except TypeError as error:  # the columns are those of the row, so that only a call can tell
+            raise TypeError(f"{error}; data.reward_columns hands over columns of the data") from None
+        return awaited(**given)
 
     def score(items: Items) -> Any:
         if keywords == "verl":
-            return [_with_accuracy(called(**arguments([item]))) for item in items]
-        values = called(**arguments(items))
+            return [_with_accuracy(called([item])) for item in items]
+        values = called(items)
         if not isinstance(values, (list, tuple)):
             return values if len(items) > 1 else [_with_accuracy(values)]
         nothing = Unscored("the reward does not apply: it returned None")
@@ -162,12 +173,17 @@ def _by_keyword(
 
 
 def _verl_arguments(item: Mapping[str, Any]) -> dict[str, Any]:
-    extra = {"prompt": item.get("prompt", ""), "response_length": item.get("response_length", 0)}
-    return dict(zip(_VERL, ("", item["response"], item["ground_truth"], extra), strict=True))
+    columns = dict(item.get("columns", {}))
+    source, own = columns.pop("data_source", ""), columns.pop("extra_info", None)
+    extra = columns | {"prompt": item.get("prompt", ""), "response_length": item.get("response_length", 0)}
+    extra |= own if isinstance(own, Mapping) else {}
+    return dict(zip(_VERL, (source, item["response"], item["ground_truth"], extra), strict=True))
 
 
 def _trl_arguments(items: Items) -> dict[str, Any]:
-    return {name: [item["ground_truth"] for item in items] for name in _TRL} | {
+    rows = [item.get("columns", {}) for item in items]
+    columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    return {name: [item["ground_truth"] for item in items] for name in _TRL} | columns | {
         "prompts": [item.get("prompt", "") for item in items],
         "completions": [item["response"] for item in items],
         "completion_ids": [[] for _ in items],
@@ -204,6 +220,11 @@ def _required(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> list[s
         for name, parameter in signature.parameters.items()
         if parameter.kind in positional and parameter.default is inspect.Parameter.empty and name not in kwargs
     ]
+
+
+def _with_columns(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A response's dictionary as EasyR1's, with its row's columns; ours come before one of the same name."""
+    return dict(item.get("columns", {})) | {key: item[key] for key in item if key != "columns"}
 
 
 def _texts(item: Mapping[str, Any]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import selectors
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,6 +37,7 @@ class RewardItem:
     ground_truth: str
     prompt: str = ""  # the chat as text, for a judge
     group: int = 0  # responses to one prompt, side by side, have the same number
+    columns: Mapping[str, Any] = field(default_factory=dict)  # of the prompt's row, by data.reward_columns
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class RewardPool:
                 continue
             worker.call = current.waiting.popleft()
             worker.deadline = time.monotonic() + self._seconds_per_response * len(worker.call.slots)
-            worker.process.send([asdict(current.items[slot]) for slot in worker.call.slots])
+            worker.process.send([vars(current.items[slot]) for slot in worker.call.slots])
 
     def _step(self, current: _Round, is_startup: bool = False) -> None:
         """Wait for the next reply or deadline and act on it."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmr1_ds.rewards.lines import to_line
+
 MAX_REPLY_BYTES = 1 << 20  # a reward is a few numbers; more is a runaway
 REPLY_BYTES_A_RESPONSE = 1 << 12  # and so many where more responses than those take are scored in one call
 READ_BYTES = 1 << 16
@@ -69,7 +71,7 @@ class WorkerProcess:
     def send(self, message: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Queue one line; `handle` sends the rest when the pipe takes it. Never blocks."""
         assert not self._unsent and not self._received, "one request at a time"
-        self._unsent = memoryview(json.dumps(message).encode() + b"\n")
+        self._unsent = memoryview(to_line(message))
         self._most_bytes = max(MAX_REPLY_BYTES, REPLY_BYTES_A_RESPONSE * len(message))
         self._selector.register(self._requests, selectors.EVENT_WRITE, self)
         self._write()

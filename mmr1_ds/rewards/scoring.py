@@ -33,8 +33,9 @@ def score_groups(
     items = []
     for number, group in enumerate(groups):
         prompt, truth = decode(group.prompt.token_ids), group.prompt.ground_truth
+        columns = group.prompt.columns()
         items += [
-            RewardItem(decode(response.token_ids.tolist()), len(response.token_ids), truth, prompt, number)
+            RewardItem(decode(response.token_ids.tolist()), len(response.token_ids), truth, prompt, number, columns)
             for response in group.responses
         ]
     results = pool.score(items)

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from mmr1_ds.config.redaction import redacted, remember
+from mmr1_ds.rewards.lines import from_line
 from mmr1_ds.rewards.loading import RewardFunction, load_reward_function
 from mmr1_ds.rewards.unscored import Unscored
 
@@ -43,7 +44,7 @@ def main(reply_fd: int, guard_fd: int) -> None:
     reward.warm_up()
     for line in requests:
         try:
-            _reply(replies, _answer(reward.score, json.loads(line)))
+            _reply(replies, _answer(reward.score, from_line(line)))
         except BrokenPipeError:
             break
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the parent has ended: children of the user's code go too
