@@ -5,7 +5,7 @@ Shape letters: G groups, N responses a group, B = G * N responses, T tokens of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,13 +53,15 @@ def make_experience(
     ref: Sequence[np.ndarray] | None = None,
     values: Sequence[np.ndarray] | None = None,
     baselines: Sequence[float] | None = None,
+    reward_weights: Mapping[str, float] | None = None,
 ) -> Experience:
     """Compute the advantages of every response of every group, in order. Collective.
 
     Args: old, ref: log-probabilities of the old policy and of the reference, one array (T,) a response each. Where the
         KL is taken off the reward both are needed, and the controller takes the step's KL in; else they go into the
         loss as they are. values: gae: the critic's, of the state before each token, one array (T,) a response.
-        baselines: remax: the reward of each prompt's greedy response, one a group.
+        baselines: remax: the reward of each prompt's greedy response, one a group. reward_weights: gdpo: of the parts
+        of the reward that are standardised by themselves, by their names.
     """
     pairs = pairs_of(groups)
     lengths_B = np.array([len(token_ids) for _, token_ids in pairs])
@@ -90,7 +92,11 @@ def make_experience(
     else:
         rewards_GN = rewards_B.reshape(len(groups), -1)
         known_GN = ~is_unknown_B.reshape(rewards_GN.shape)
-        advantages_T = _estimate(algorithm, rewards_GN, known_GN, token_rewards_T, lengths_B, baselines, ranks)
+        if algorithm.adv_estimator == "gdpo":
+            advantages_GN = _gdpo(groups, reward_weights or {}, known_GN, ranks)
+            advantages_T = np.repeat(advantages_GN.reshape(-1), lengths_B)
+        else:
+            advantages_T = _estimate(algorithm, rewards_GN, known_GN, token_rewards_T, lengths_B, baselines, ranks)
     advantages_T = np.where(np.repeat(is_unknown_B, lengths_B), 0.0, advantages_T)
     responses = [response for item in groups for response in item.group.responses]
     trains = [
@@ -118,6 +124,16 @@ def make_experience(
         for i, (prompt, token_ids) in enumerate(pairs)
     ]
     return Experience(trajectories, rewards_B, metrics)
+
+
+def _gdpo(
+    groups: Sequence[ScoredGroup], weights: Mapping[str, float], known_GN: np.ndarray, ranks: Ranks
+) -> np.ndarray:
+    """The advantage of each response, (G, N), by its several rewards. Collective."""
+    nothing_N = np.zeros(known_GN.shape[1])  # a group whose rewards all failed has no parts
+    rewards_KGN = np.array([[item.rewards.parts.get(name, nothing_N) for item in groups] for name in weights])
+    rewards_KGN = np.where(known_GN, rewards_KGN.reshape(len(weights), *known_GN.shape).astype(np.float64), 0.0)
+    return advantages.gdpo(rewards_KGN, [*weights.values()], ranks, known_GN)
 
 
 def _penalties(

@@ -113,8 +113,9 @@ class AlgorithmConfig:
     """The estimator of advantages and the pull towards the reference."""
 
     adv_estimator: Annotated[
-        str, OneOf("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae")
-    ] = "grpo"  # gae trains a critic
+        str,
+        OneOf("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae", "gdpo"),
+    ] = "grpo"  # gae trains a critic; gdpo standardises each of worker.reward.functions by itself
     gamma: Share = 1.0  # reinforce_plus_plus, gae: discount of a reward per token before it
     lam: Share = 1.0  # gae: lambda; 0 trusts the critic's next value, 1 the rewards that follow
     disable_kl: bool = False  # true: no reference model and no KL at all

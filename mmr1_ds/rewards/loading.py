@@ -91,6 +91,15 @@ def each_function(config: RewardConfig) -> list[RewardConfig]:
     return found or [config]
 
 
+def reward_weights(config: RewardConfig) -> dict[str, float]:
+    """Return the weight of each of `functions` by the name under which its number is a part of the reward."""
+    found: dict[str, float] = {}
+    for one, entry in zip(each_function(config), config.functions, strict=bool(config.functions)):
+        name = one.reward_function.rpartition(":")[2]
+        found[name if name not in found else f"{name}_{len(found) + 1}"] = float(entry.get("weight", 1.0))
+    return found
+
+
 def _check_judge(config: RewardConfig) -> None:
     from mmr1_ds.rewards.judge import read_key  # late: urllib takes longer than all the rest
 
@@ -116,9 +125,8 @@ def reward_setup(config: RewardConfig, max_response_length: int) -> dict[str, An
     """Return what a reward process needs, as JSON; it names the key's variable, never the key."""
     if config.functions:
         parts = [reward_setup(one, max_response_length) for one in each_function(config)]
-        weights = [float(entry.get("weight", 1.0)) for entry in config.functions]
         kwargs = {str(place): part["kwargs"] for place, part in enumerate(parts)}
-        return {"parts": parts, "weights": weights, "kwargs": kwargs}
+        return {"parts": parts, "weights": reward_weights(config), "kwargs": kwargs}
     lengths = asdict(config.cos_len_reward_config)
     max_length = lengths.pop("max_length") or max_response_length
     return {
@@ -161,14 +169,10 @@ def _weighted_sum(setup: Mapping[str, Any]) -> LoadedReward:
     The accuracy is that of the first function that gives one.
     """
     loaded = [load_reward_function(part) for part in setup["parts"]]
-    names: list[str] = []
-    for part in setup["parts"]:
-        name = str(part["reward_function"]).rpartition(":")[2]
-        names.append(name if name not in names else f"{name}_{len(names) + 1}")
 
     def score(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         totals: list[dict[str, Any]] = [{"overall": 0.0} for _ in items]
-        for name, weight, reward in zip(names, setup["weights"], loaded, strict=True):
+        for (name, weight), reward in zip(setup["weights"].items(), loaded, strict=True):
             for total, found in zip(totals, reward.score(items), strict=True):
                 if isinstance(found, Unscored):
                     total["unscored"] = found
