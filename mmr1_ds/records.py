@@ -5,9 +5,9 @@ Shape letters: G groups, N responses a group, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class Prompt:
     ground_truth: str
     category: str = ""
     num_tokens: int = 0  # length with every image expanded, as the data set measured it
+    # reads the row's columns that rewards see
+    columns: Callable[[], Mapping[str, Any]] = field(default=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

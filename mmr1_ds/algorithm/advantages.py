@@ -8,7 +8,7 @@ sums over all ranks, so that the number of ranks changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -58,6 +58,21 @@ def rloo(rewards_GN: np.ndarray, known_GN: np.ndarray | None = None) -> np.ndarr
         return dr_grpo(rewards_GN) * (num_responses / (num_responses - 1))
     num_known_G1 = known_GN.sum(axis=1, keepdims=True)
     return dr_grpo(rewards_GN, known_GN) * (num_known_G1 / np.maximum(num_known_G1 - 1, 1))
+
+
+def gdpo(
+    rewards_KGN: np.ndarray, weights_K: Sequence[float], ranks: Totals, known_GN: np.ndarray | None = None
+) -> np.ndarray:
+    """Standardise each of K rewards within each group, sum them by their weights, and standardise the sums over the
+    responses of the batch (GDPO, arXiv 2601.05242, section 3), (G, N). Collective.
+
+    Summed first, as grpo has it, different combinations of rewards come out as the same advantage.
+    """
+    sums_GN = np.zeros(rewards_KGN.shape[1:])
+    for weight, rewards_GN in zip(weights_K, rewards_KGN, strict=True):
+        sums_GN += weight * grpo(rewards_GN, known_GN)
+    known_B = None if known_GN is None else known_GN.reshape(-1)
+    return standardise(sums_GN.reshape(-1), ranks, known_B).reshape(sums_GN.shape)
 
 
 def reinforce_plus_plus_baseline(

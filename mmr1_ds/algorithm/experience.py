@@ -5,7 +5,7 @@ Shape letters: G groups, N responses a group, B = G * N responses, T tokens of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +56,15 @@ def make_experience(
     ref: Sequence[np.ndarray] | None = None,
     values: Sequence[np.ndarray] | None = None,
     baselines: Sequence[float] | None = None,
+    reward_weights: Mapping[str, float] | None = None,
 ) -> Experience:
     """Compute the advantages of every response of every group, in order. Collective.
 
     Args: old, ref: log-probabilities of the old policy and of the reference, one array (T,) a response each. Where the
         KL is taken off the reward both are needed, and the controller takes the step's KL in; else they go into the
         loss as they are. values: gae: the critic's, of the state before each token, one array (T,) a response.
-        baselines: remax: the reward of each prompt's greedy response, one a group.
+        baselines: remax: the reward of each prompt's greedy response, one a group. reward_weights: gdpo: of the parts
+        of the reward that are standardised by themselves, by their names.
     """
     pairs = pairs_of(groups)
     lengths_B = np.array([len(token_ids) for _, token_ids in pairs])
@@ -93,7 +95,8 @@ def make_experience(
     else:
         rewards_GN = rewards_B.reshape(len(groups), -1)
         known_GN = ~is_unknown_B.reshape(rewards_GN.shape)
-        step = StepRewards(rewards_GN, known_GN, lengths_B, token_rewards_T, baselines, ranks, algorithm)
+        parts = _parts(groups, reward_weights, known_GN) if algorithm.adv_estimator == "gdpo" else []
+        step = StepRewards(rewards_GN, known_GN, lengths_B, token_rewards_T, baselines, ranks, algorithm, parts)
         advantages_T = estimate(algorithm.adv_estimator, step)
     advantages_T = np.where(np.repeat(is_unknown_B, lengths_B), 0.0, advantages_T)
     responses = [response for item in groups for response in item.group.responses]
@@ -122,6 +125,17 @@ def make_experience(
         for i, (prompt, token_ids) in enumerate(pairs)
     ]
     return Experience(trajectories, rewards_B, metrics)
+
+
+def _parts(
+    groups: Sequence[ScoredGroup], weights: Mapping[str, float] | None, known_GN: np.ndarray
+) -> list[tuple[float, np.ndarray]]:
+    """Each weighted part of the rewards and its weight, (G, N) float64, 0 where it is not known."""
+    nothing_N = np.zeros(known_GN.shape[1])  # a group whose rewards all failed has no parts
+    return [
+        (weight, np.where(known_GN, [item.rewards.parts.get(name, nothing_N) for item in groups], 0.0))
+        for name, weight in (weights or {}).items()
+    ]
 
 
 def _penalties(
@@ -168,6 +182,7 @@ class StepRewards:
     baselines_G: Sequence[float] | None  # remax: the reward of each prompt's greedy response
     ranks: advantages.Totals  # sums over all ranks: what looks beyond its groups asks them
     algorithm: AlgorithmConfig
+    parts: Sequence[tuple[float, np.ndarray]] = ()  # gdpo: the weight of each reward and its values, (G, N)
 
     @property
     def known_T(self) -> np.ndarray:
@@ -187,6 +202,11 @@ def _remax(step: StepRewards) -> np.ndarray:
     return advantages.remax(step.token_rewards_T, step.lengths_B, baselines_B)[0]
 
 
+def _gdpo(step: StepRewards) -> np.ndarray:
+    weights, rewards = zip(*step.parts, strict=True)
+    return advantages.gdpo(np.stack(rewards), weights, step.ranks, step.known_GN)
+
+
 ESTIMATORS: dict[str, Callable[[StepRewards], Any]] = {  # beside gae, which has a critic; advantages (G, N) or (T,)
     "grpo": lambda step: advantages.grpo(step.rewards_GN, step.known_GN),
     "dr_grpo": lambda step: advantages.dr_grpo(step.rewards_GN, step.known_GN),
@@ -196,6 +216,7 @@ ESTIMATORS: dict[str, Callable[[StepRewards], Any]] = {  # beside gae, which has
     ),
     "reinforce_plus_plus": _reinforce_plus_plus,
     "remax": _remax,
+    "gdpo": _gdpo,
 }
 
 

@@ -74,6 +74,8 @@ class DataConfig:
     video_key: str = "videos"  # column with videos, which are not supported: a row that has one is refused
     id_key: str | None = None  # column with a stable id; null = a digest of the row's content
     category_key: str | None = None  # column that groups similar prompts; null = no groups
+    # columns that rewards see beside the ground truth: a list of names, or all = all others that hold no images
+    reward_columns: Any = field(default_factory=list)
     image_dir: str | None = None  # folder that relative image paths start from; null = the data file's
     # true: paths in the data may lead out of the data's folder and data.image_dir
     allow_any_image_path: bool = False
@@ -119,10 +121,10 @@ class AlgorithmConfig:
     adv_estimator: Annotated[
         str,
         OneOf(
-            "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae",
+            "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae", "gdpo",
             or_function=True,
         ),
-    ] = "grpo"  # gae trains a critic
+    ] = "grpo"  # gae trains a critic; gdpo standardises each of worker.reward.functions by itself
     gamma: Share = 1.0  # reinforce_plus_plus, gae: discount of a reward per token before it
     lam: Share = 1.0  # gae: lambda; 0 trusts the critic's next value, 1 the rewards that follow
     disable_kl: bool = False  # true: no reference model and no KL at all
@@ -361,7 +363,8 @@ class RewardConfig:
     reward_function_kwargs: dict[str, Any] = field(default_factory=dict)  # passed to every call
     num_workers: PositiveInt = 4  # processes a rank; each asks a judge about one response at a time
     timeout_seconds: PositiveFloat = 10.0  # time for a response, which fails past it; a judge has its own
-    reward_type: str | None = None  # how a file's function is called: batch | sequential; null = as the file says
+    # a call of a file's function: sequential = a response, group = all to a prompt, batch = a rank's; null = by file
+    reward_type: str | None = None
     # a response whose reward hung, crashed, raised or gave NaN: mask = it teaches nothing; zero = it counts as wrong
     on_failure: Annotated[str, OneOf("mask", "zero")] = "mask"
     cos_len_reward_config: CosineLengthConfig = field(default_factory=CosineLengthConfig)

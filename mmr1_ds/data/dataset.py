@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ class PromptDataset:
             ground_truth=content.ground_truth,
             category=self.categories[index],
             num_tokens=int(self._lengths[row]),
+            columns=partial(reader.reward_columns.read, local),
         )
 
     @property

@@ -16,12 +16,13 @@ from mmr1_ds.data.chat import carried_images
 from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
 from mmr1_ds.data.images import ImageReference, ImageSource, image_references, update_digest
 from mmr1_ds.data.paths import at_path, column_of
+from mmr1_ds.data.reward_columns import RewardColumns, check_reward_columns, undecoded_features
 from mmr1_ds.data.sources import Source
 from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, Features
+    from datasets import Dataset
     from PIL.Image import Image
 
 Row = Mapping[str, Any]
@@ -52,7 +53,8 @@ class RowReader:
         columns = [*_needed_columns(data, self._image_key, names), *self._video_columns]
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
-        self._features = _undecoded_features(source.rows, columns)
+        self._features = undecoded_features(source.rows, columns)
+        self.reward_columns = RewardColumns(source.name, source.rows, data)
         self.image_source = ImageSource(
             _image_folder(source, data), _image_roots(source, data), data.max_image_pixels
         )
@@ -83,7 +85,7 @@ class RowReader:
     def check_images_are_read(self) -> None:
         """Check for images that are passed over. Raises: UserError naming a column that `data.image_key` may mean."""
         first = self._source.rows.select(range(min(ROWS_LOOKED_AT, len(self)))).with_format("arrow")
-        features = _undecoded_features(self._source.rows, self._source.rows.column_names)
+        features = undecoded_features(self._source.rows, self._source.rows.column_names)
         # Row by row: a row with all its images may be large, and mostly the first one settles it.
         rows = (features.decode_example(first[at : at + 1].to_pylist()[0]) for at in range(len(first)))
         check_images_are_read(self.name, rows, self._data)
@@ -162,6 +164,7 @@ def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
     for key, column in wanted.items():
         if column_of(column, columns) is None:
             raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
+    check_reward_columns(name, columns, data)
 
 
 def _digested(image: object) -> str:
@@ -192,25 +195,6 @@ def _needed_columns(data: DataConfig, image_key: str | None, names: Sequence[str
     keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key, image_key]
     columns = [column_of(key, names) for key in keys if key is not None]
     return list(dict.fromkeys(column for column in columns if column is not None))
-
-
-def _undecoded_features(rows: Dataset, columns: list[str]) -> Features:
-    from datasets import Features
-
-    return Features({column: _undecoded(rows.features[column]) for column in columns})
-
-
-def _undecoded(feature: Any) -> Any:
-    """The feature with images and videos left as bytes and path, wherever the column holds them."""
-    from datasets import Image, LargeList, List, Video
-
-    if isinstance(feature, (Image, Video)):
-        return type(feature)(decode=False)
-    if isinstance(feature, (List, LargeList)):
-        return type(feature)(_undecoded(feature.feature))
-    if isinstance(feature, dict):
-        return {name: _undecoded(part) for name, part in feature.items()}
-    return feature
 
 
 def _image_roots(source: Source, data: DataConfig) -> tuple[str, ...] | None:

@@ -64,7 +64,7 @@ from mmr1_ds.monitoring.rollouts import RolloutLog
 from mmr1_ds.monitoring.samples import TrainingSamples
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
 from mmr1_ds.records import SamplingSettings, ScoredGroup
-from mmr1_ds.rewards.loading import BUILT_IN
+from mmr1_ds.rewards.loading import BUILT_IN, reward_weights
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
 from mmr1_ds.rollout.colocated.engine import VllmRollout
@@ -262,6 +262,7 @@ def make_trainer(
         config.algorithm,
         trainer.critic_warmup,
         worker.ref.update_freq,
+        reward_weights(worker.reward) | ({"overlong": 1.0} if config.algorithm.overlong_buffer else {}),
         actor=actor,
         reference=reference,
         critic=critic,

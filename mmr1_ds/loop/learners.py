@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ class Learners:
         algorithm: AlgorithmConfig,
         critic_warmup: int,
         reference_update_freq: int,
+        reward_weights: Mapping[str, float] | None = None,
         *,
         actor: Actor,
         reference: Reference | AdapterlessReference | None,
@@ -47,9 +49,10 @@ class Learners:
         Args:
             critic_warmup: steps at first in which only the critic learns.
             reference_update_freq: steps after which the reference follows the actor; 0 = never.
+            reward_weights: gdpo: of each part of the reward, by its name.
         """
         self._algorithm, self._critic_warmup = algorithm, critic_warmup
-        self._update_freq = reference_update_freq
+        self._update_freq, self._reward_weights = reference_update_freq, reward_weights
         self._actor, self._reference, self._critic, self._ranks = actor, reference, critic, ranks
         self.num_steps_done = 0  # steps whose update is done
 
@@ -92,6 +95,7 @@ class Learners:
                 ref=judged.reference,
                 values=judged.values,
                 baselines=batch.baselines,
+                reward_weights=self._reward_weights,
             )
 
     def update(self, step: int, experience: Experience, clock: StageClock) -> dict[str, float]:

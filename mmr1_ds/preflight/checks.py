@@ -24,7 +24,7 @@ from mmr1_ds.preflight.files import (
 )
 from mmr1_ds.preflight.plan import BatchPlan, _plan
 from mmr1_ds.preflight.servers import check_servers
-from mmr1_ds.rewards.loading import check_reward_config
+from mmr1_ds.rewards.loading import check_reward_config, reward_weights
 
 
 def check_config(config: RunConfig, world_size: int) -> BatchPlan:
@@ -46,6 +46,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_reference(config)
     _check_critic(config, world_size)
     check_functions(config)
+    _check_gdpo(config)
     check_reward(config.worker.reward)
     check_reward_config(config.worker.reward)
     check_format_prompt(config.data)
@@ -276,6 +277,19 @@ def _check_batches(config: RunConfig, world_size: int) -> None:
             f"{batch} * {n} / {world_size} = {responses}, {responses} % {micro} = {responses % micro}; "
             f"set the micro-batch to {_largest_divisor(responses, micro)}"
         )
+
+
+def _check_gdpo(config: RunConfig) -> None:
+    algorithm, key = config.algorithm, "algorithm.adv_estimator=gdpo"
+    if algorithm.adv_estimator != "gdpo":
+        return
+    names = reward_weights(config.worker.reward)
+    if not names:
+        raise UserError(f"{key} needs several rewards; name them in worker.reward.functions, or set it to grpo")
+    if taken := names.keys() & {"overall", "accuracy", "overlong"}:
+        raise UserError(f"{key}: worker.reward.functions has one called {min(taken)}, a name in use; rename it")
+    if not algorithm.disable_kl and not algorithm.use_kl_loss:
+        raise UserError(f"{key} has no place for a KL in the reward; set algorithm.use_kl_loss=true")
 
 
 def _check_critic(config: RunConfig, world_size: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmr1_ds.config import DataConfig, RewardConfig
 from mmr1_ds.data.paths import at_path, column_of
+from mmr1_ds.data.reward_columns import RewardColumns
 from mmr1_ds.data.sources import list_names, open_sources, split_name
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.loading import BUILT_IN, each_function
@@ -21,14 +23,14 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
     """
     if all(one.reward_function in BUILT_IN for one in each_function(reward)):
         return
-    row = _first_row(data)
+    row, columns = _first_row(data)
     truth = at_path(row, data.answer_key)
     response = f"<think>\n</think>\n<answer>\\boxed{{{truth}}}</answer>"
-    item = RewardItem(response, 8, str(truth), str(at_path(row, data.prompt_key) or ""))
+    item = RewardItem(response, 8, str(truth), str(at_path(row, data.prompt_key) or ""), columns=columns)
     with RewardPool(replace(reward, num_workers=1)) as pool:
         if truth is None:  # the data would have to be fetched, or its first row has no answer
             return
-        (result,) = pool.score([item])
+        result = pool.score([item, item])[0]  # two: a reward that compares responses needs another
     if result.failure is not None and result.failure != "unscored":
         raise UserError(
             f"worker.reward.reward_function {reward.reward_function!r} fails on a response to the first row of "
@@ -36,11 +38,14 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
         )
 
 
-def _first_row(data: DataConfig) -> dict[str, Any]:
-    """The first row of a local data set; empty where it would have to be fetched."""
+def _first_row(data: DataConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The first row of a local data set and its reward columns; empty where it would have to be fetched."""
     name = next(iter(list_names(data.train_files)), "")
     if not Path(split_name(name)[0]).exists():
-        return {}
+        return {}, {}
     rows = open_sources([name], answer_key=data.answer_key)[0].rows
+    if not len(rows):
+        return {}, {}
     found = (column_of(key, rows.column_names) for key in (data.answer_key, data.prompt_key))
-    return dict(rows.select_columns(sorted({name for name in found if name is not None}))[0]) if len(rows) else {}
+    row = dict(rows.select_columns(sorted({name for name in found if name is not None}))[0])
+    return row, RewardColumns(name, rows, data).read(0)

@@ -2,14 +2,19 @@
 
 present     compute_score(reward_inputs: list[dict], **kwargs) -> list[dict]     batch
             compute_score(reward_input: dict, **kwargs) -> dict                  sequential
+            compute_score(group: list[dict], **kwargs) -> list[dict]             group
 earlier     compute_score(predicts: list[str], ground_truths: list[str]) -> list[dict]
             compute_score(predict_str: str, ground_truth: str) -> dict | float
 verl        compute_score(data_source, solution_str, ground_truth, extra_info=None) -> dict | float
 TRL         reward(prompts, completions, **columns) -> list[float]
 
+Columns of the row (`data.reward_columns`) are further keys of a dictionary, keyword arguments in TRL's form, and
+data_source and extra_info in verl's.
+
 verl's is told by the name solution_str, TRL's by completions; both are called by keyword. An async function is awaited.
-Batch or sequential is what `worker.reward.reward_type` says, else the file's `REWARD_TYPE`, else what the names of
-the arguments say. A function of two texts is recognised by its second argument, which has no default and a known name.
+Batch, group or sequential is what `worker.reward.reward_type` says, else the file's `REWARD_TYPE`, else what the names
+of the arguments say. A batch is all responses of a rank, a group those to one prompt; a list that nobody calls either
+holds one response. A function of two texts is recognised by its second argument, which has no default and a known name.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +30,10 @@ from typing import Any
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.unscored import Unscored
 
-REWARD_TYPES = ("batch", "sequential")
+REWARD_TYPES = ("batch", "sequential", "group")
+TOGETHER = ("one", "group", "batch")  # what a function sees in one call, from few responses to many
 _ONE_ITEM_NAMES = ("reward_input", "item", "sample")  # names of a function's only argument; any other name takes a list
+_GROUP_NAMES = ("group", "group_inputs", "reward_group")  # names of a function's only argument that takes a group
 _TRUTH_NAMES = ("ground_truth", "truth", "answer", "solution", "label", "target", "reference")  # or their plurals
 
 _VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
@@ -40,6 +48,7 @@ class CallStyle:
     is_sequential: bool  # one response a call, not a list
     takes_texts: bool  # (response, ground truth), not a dictionary
     keywords: str = ""  # verl or trl: called by keyword, in that project's names
+    together: str = "one"  # one of TOGETHER
 
     @property
     def num_arguments(self) -> int:
@@ -50,30 +59,37 @@ class CallStyle:
 
 def call_style(required: Sequence[str], reward_type: str | None) -> CallStyle:
     """Return how to call a function. Args: required: positional arguments without a default or a kwarg."""
+    together = reward_type if reward_type in TOGETHER else "one"
     if "solution_str" in required:
         return CallStyle(True, False, "verl")
     if "completions" in required:
-        return CallStyle(False, False, "trl")
+        return CallStyle(False, False, "trl", together)
     takes_texts = len(required) > 1 and required[1].removesuffix("s") in _TRUTH_NAMES
     if reward_type is not None:
-        return CallStyle(reward_type == "sequential", takes_texts)
+        return CallStyle(reward_type == "sequential", takes_texts, together=together)
     if takes_texts:
         return CallStyle(not required[1].endswith("s"), takes_texts)  # ground_truth, ground_truths
+    if required and required[0] in _GROUP_NAMES:
+        return CallStyle(False, takes_texts, together="group")
     return CallStyle(bool(required) and required[0] in _ONE_ITEM_NAMES, takes_texts)
+
+
+Items = list[dict[str, Any]]
 
 
 def adapt(
     function: Callable[..., Any], kwargs: Mapping[str, Any], reward_type: str | None, where: str
-) -> Callable[[list[dict[str, Any]]], Any]:
+) -> tuple[Callable[[Items], Any], str]:
     """Wrap the function in the present batch interface and bind its keyword arguments.
 
-    Args: reward_type: batch, sequential or None; where: names the function in errors.
+    Args: reward_type: one of REWARD_TYPES or None; where: names the function in errors.
+    Returns: the function of a list of items, and which responses it must see in one call, one of TOGETHER.
     Raises: UserError when the function does not take these arguments.
     """
     signature = inspect.signature(function)
     style = call_style(_required(signature, kwargs), reward_type)
     if style.keywords:
-        return _by_keyword(function, signature, kwargs, style.keywords, where)
+        return _in_parts(_by_keyword(function, signature, kwargs, style.keywords, where), style.together)
     try:
         signature.bind(*[[]] * style.num_arguments, **kwargs)
     except TypeError as error:
@@ -81,57 +97,98 @@ def adapt(
         raise UserError(f"worker.reward.reward_function_kwargs do not fit {where}: {error}") from error
     bound = _awaited(functools.partial(function, **kwargs))
 
-    def score(items: list[dict[str, Any]]) -> Any:
+    def score(items: Items) -> Any:
         if style.is_sequential:
-            return [bound(*_texts(item)) if style.takes_texts else bound(item) for item in items]
+            return [bound(*_texts(item)) if style.takes_texts else bound(_with_columns(item)) for item in items]
         if not style.takes_texts:
-            return bound(items)
+            return bound([_with_columns(item) for item in items])
         return bound([item["response"] for item in items], [item["ground_truth"] for item in items])
 
-    return score
+    return _in_parts(score, style.together)
+
+
+def _in_parts(score: Callable[[Items], Any], together: str) -> tuple[Callable[[Items], Any], str]:
+    """Have a function called with as many responses as it expects, where another one needs to see more of them."""
+
+    def score_all(items: Items) -> Any:
+        parts = _parts(items, together)
+        if len(parts) == 1:
+            return score(parts[0])
+        found: list[Any] = []
+        for part in parts:
+            values = score(part)
+            if not isinstance(values, (list, tuple)) or len(values) != len(part):
+                raise ValueError(f"returned {values!r:.200}; want a list with one dictionary a response, {len(part)}")
+            found += values
+        return found
+
+    return score_all, together
+
+
+def _parts(items: Items, together: str) -> list[Items]:
+    """The items without the number of their group, cut into calls."""
+    if together == "batch":
+        cut = [items]
+    elif together == "one":
+        cut = [[item] for item in items]
+    else:
+        cut = [list(part) for _, part in itertools.groupby(items, lambda item: item.get("group"))]
+    return [[{key: item[key] for key in item if key != "group"} for item in part] for part in cut]
 
 
 def _by_keyword(
     function: Callable[..., Any], signature: inspect.Signature, kwargs: Mapping[str, Any], keywords: str, where: str
-) -> Callable[[list[dict[str, Any]]], Any]:
+) -> Callable[[Items], Any]:
     """Wrap a function that verl or TRL would call, with those of their arguments that it takes."""
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-    of_item = _verl_arguments if keywords == "verl" else _trl_arguments
 
-    def arguments(item: Mapping[str, Any]) -> dict[str, Any]:
-        offered = of_item(item)
+    def arguments(items: Items) -> dict[str, Any]:
+        offered = _verl_arguments(items[0]) if keywords == "verl" else _trl_arguments(items)
         return {name: offered[name] for name in offered if name in signature.parameters or takes_all} | dict(kwargs)
 
     try:
-        signature.bind(**arguments({"response": "", "ground_truth": "", "prompt": "", "response_length": 0}))
+        signature.bind_partial(**arguments([{"response": "", "ground_truth": "", "prompt": "", "response_length": 0}]))
     except TypeError as error:
         raise UserError(f"worker.reward.reward_function {where}: {error}; {keywords} gives no such argument") from error
-    called = _awaited(function)
+    awaited = _awaited(function)
 
-    def score(items: list[dict[str, Any]]) -> Any:
-        found = []
-        for item in items:
-            value = called(**arguments(item))
-            value = value[0] if keywords == "trl" and isinstance(value, (list, tuple)) and len(value) == 1 else value
-            if keywords == "trl" and value is None:
-                raise Unscored("the reward does not apply: it returned None")
-            found.append(_with_accuracy(value))
-        return found
+    def called(items: Items) -> Any:
+        given = arguments(items)
+        try:
+            signature.bind(**given)
+        except TypeError as error:  # the columns are those of the row, so that only a call can tell
+            raise TypeError(f"{error}; data.reward_columns hands over columns of the data") from None
+        return awaited(**given)
+
+    def score(items: Items) -> Any:
+        if keywords == "verl":
+            return [_with_accuracy(called([item])) for item in items]
+        values = called(items)
+        if not isinstance(values, (list, tuple)):
+            return values if len(items) > 1 else [_with_accuracy(values)]
+        nothing = Unscored("the reward does not apply: it returned None")
+        return [nothing if value is None else _with_accuracy(value) for value in values]
 
     return score
 
 
 def _verl_arguments(item: Mapping[str, Any]) -> dict[str, Any]:
-    extra = {"prompt": item.get("prompt", ""), "response_length": item.get("response_length", 0)}
-    return dict(zip(_VERL, ("", item["response"], item["ground_truth"], extra), strict=True))
+    columns = dict(item.get("columns", {}))
+    source, own = columns.pop("data_source", ""), columns.pop("extra_info", None)
+    extra = columns | {"prompt": item.get("prompt", ""), "response_length": item.get("response_length", 0)}
+    extra |= own if isinstance(own, Mapping) else {}
+    return dict(zip(_VERL, (source, item["response"], item["ground_truth"], extra), strict=True))
 
 
-def _trl_arguments(item: Mapping[str, Any]) -> dict[str, Any]:
-    truth = [item["ground_truth"]]
-    return dict.fromkeys(_TRL, truth) | {
-        "prompts": [item.get("prompt", "")], "completions": [item["response"]], "completion_ids": [[]],
+def _trl_arguments(items: Items) -> dict[str, Any]:
+    rows = [item.get("columns", {}) for item in items]
+    columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    return {name: [item["ground_truth"] for item in items] for name in _TRL} | columns | {
+        "prompts": [item.get("prompt", "") for item in items],
+        "completions": [item["response"] for item in items],
+        "completion_ids": [[] for _ in items],
         "trainer_state": None,
-    }  # fmt: skip
+    }
 
 
 def _with_accuracy(value: Any) -> Any:
@@ -163,6 +220,11 @@ def _required(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> list[s
         for name, parameter in signature.parameters.items()
         if parameter.kind in positional and parameter.default is inspect.Parameter.empty and name not in kwargs
     ]
+
+
+def _with_columns(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A response's dictionary as EasyR1's, with its row's columns; ours come before one of the same name."""
+    return dict(item.get("columns", {})) | {key: item[key] for key in item if key != "columns"}
 
 
 def _texts(item: Mapping[str, Any]) -> tuple[str, str]:

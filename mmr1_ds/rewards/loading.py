@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from mmr1_ds.config import RewardConfig, user_files
 from mmr1_ds.config.schema import names_a_file
 from mmr1_ds.errors import UserError
-from mmr1_ds.rewards.interfaces import REWARD_TYPES, adapt
+from mmr1_ds.rewards.interfaces import REWARD_TYPES, TOGETHER, adapt
+from mmr1_ds.rewards.unscored import Unscored
 
 JUDGED = ("openr1", "openr1_vllm")  # upstream's names for two kinds of server; one client serves both
 BUILT_IN = ("math", "r1v", *JUDGED, "openr1_wo_LMM")
@@ -29,6 +30,7 @@ class LoadedReward:
     """A reward function with its keyword arguments bound."""
 
     score: RewardFunction
+    together: str = "one"  # which responses it must see in one call, one of TOGETHER
     warm_up: Callable[[], None] = _nothing  # what a built-in imports late; not to be charged to the first response
 
 
@@ -54,7 +56,8 @@ def check_reward_config(config: RewardConfig) -> None:
     Raises: UserError for an unknown name, a missing file, or a judge that cannot be asked.
     """
     if config.reward_type is not None and config.reward_type not in REWARD_TYPES:
-        raise UserError(f"worker.reward.reward_type must be batch, sequential or null, got {config.reward_type!r}")
+        known = "batch, sequential, group or null"
+        raise UserError(f"worker.reward.reward_type must be {known}, got {config.reward_type!r}")
     if config.functions:
         for one in each_function(config):
             check_reward_config(one)
@@ -89,6 +92,15 @@ def each_function(config: RewardConfig) -> list[RewardConfig]:
     return found or [config]
 
 
+def reward_weights(config: RewardConfig) -> dict[str, float]:
+    """Return the weight of each of `functions` by the name under which its number is a part of the reward."""
+    found: dict[str, float] = {}
+    for one, entry in zip(each_function(config), config.functions, strict=bool(config.functions)):
+        name = one.reward_function.rpartition(":")[2]
+        found[name if name not in found else f"{name}_{len(found) + 1}"] = float(entry.get("weight", 1.0))
+    return found
+
+
 def _check_judge(config: RewardConfig) -> None:
     from mmr1_ds.rewards.judge import read_key  # late: urllib takes longer than all the rest
 
@@ -114,9 +126,8 @@ def reward_setup(config: RewardConfig, max_response_length: int) -> dict[str, An
     """Return what a reward process needs, as JSON; it names the key's variable, never the key."""
     if config.functions:
         parts = [reward_setup(one, max_response_length) for one in each_function(config)]
-        weights = [float(entry.get("weight", 1.0)) for entry in config.functions]
         kwargs = {str(place): part["kwargs"] for place, part in enumerate(parts)}
-        return {"parts": parts, "weights": weights, "kwargs": kwargs}
+        return {"parts": parts, "weights": reward_weights(config), "kwargs": kwargs}
     lengths = asdict(config.cos_len_reward_config)
     max_length = lengths.pop("max_length") or max_response_length
     return {
@@ -139,7 +150,8 @@ def load_reward_function(setup: Mapping[str, Any]) -> LoadedReward:
         return _weighted_sum(setup)
     reward_function, kwargs = setup["reward_function"], setup["kwargs"]
     if reward_function in BUILT_IN:
-        return LoadedReward(adapt(_built_in(setup), kwargs, "batch", repr(reward_function)), _import_math_verify)
+        score, _ = adapt(_built_in(setup), kwargs, "batch", repr(reward_function))
+        return LoadedReward(score, warm_up=_import_math_verify)
     path, name = split_reference(reward_function)
     module = user_files.import_file(path)
     function = module.__dict__.get(name)
@@ -147,8 +159,9 @@ def load_reward_function(setup: Mapping[str, Any]) -> LoadedReward:
         raise UserError(f"worker.reward.reward_function: {reward_function!r} has no function {name!r}")
     reward_type = setup["reward_type"] or module.__dict__.get("REWARD_TYPE")
     if reward_type not in (None, *REWARD_TYPES):
-        raise UserError(f"worker.reward.reward_function: REWARD_TYPE is {reward_type!r}; use batch or sequential")
-    return LoadedReward(adapt(function, kwargs, reward_type, repr(reward_function)))
+        known = "batch, sequential or group"
+        raise UserError(f"worker.reward.reward_function: REWARD_TYPE is {reward_type!r}; use {known}")
+    return LoadedReward(*adapt(function, kwargs, reward_type, repr(reward_function)))
 
 
 def _weighted_sum(setup: Mapping[str, Any]) -> LoadedReward:
@@ -157,26 +170,25 @@ def _weighted_sum(setup: Mapping[str, Any]) -> LoadedReward:
     The accuracy is that of the first function that gives one.
     """
     loaded = [load_reward_function(part) for part in setup["parts"]]
-    names: list[str] = []
-    for part in setup["parts"]:
-        name = str(part["reward_function"]).rpartition(":")[2]
-        names.append(name if name not in names else f"{name}_{len(names) + 1}")
 
     def score(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         totals: list[dict[str, Any]] = [{"overall": 0.0} for _ in items]
-        for name, weight, reward in zip(names, setup["weights"], loaded, strict=True):
+        for (name, weight), reward in zip(setup["weights"].items(), loaded, strict=True):
             for total, found in zip(totals, reward.score(items), strict=True):
+                if isinstance(found, Unscored):
+                    total["unscored"] = found
+                    continue
                 result = found if isinstance(found, Mapping) else {"overall": float(found)}
                 total["overall"] += weight * float(result["overall"])
                 rest = {key: value for key, value in result.items() if key != "overall"}
                 total |= {name: result["overall"]} | {key: rest[key] for key in rest if key not in total}
-        return totals
+        return [total.get("unscored", total) for total in totals]
 
     def warm_up() -> None:
         for reward in loaded:
             reward.warm_up()
 
-    return LoadedReward(score, warm_up)
+    return LoadedReward(score, max((reward.together for reward in loaded), key=TOGETHER.index), warm_up)
 
 
 def _built_in(setup: Mapping[str, Any]) -> Callable[..., Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import selectors
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -35,6 +36,8 @@ class RewardItem:
     response_length: int  # tokens
     ground_truth: str
     prompt: str = ""  # the chat as text, for a judge
+    group: int = 0  # responses to one prompt, side by side, have the same number
+    columns: Mapping[str, Any] = field(default_factory=dict)  # of the prompt's row, by data.reward_columns
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,24 @@ class RewardResult:
     reason: str = ""  # why it failed, one line
 
 
+@dataclass(eq=False)
+class _Call:
+    """Responses that a reward sees together."""
+
+    slots: tuple[int, ...]
+    whole: _Call | None = None  # the call that failed, of which this one tries a response alone
+    num_tried: int = 0  # of its responses, alone
+    is_last: bool = False  # what is left of a call that failed, without the responses that fail alone
+
+
 @dataclass
 class _Worker:
     """A process and what it is doing."""
 
     process: WorkerProcess
-    deadline: float  # monotonic seconds: the deadline of the start while not ready, of the item while busy
+    deadline: float  # monotonic seconds: the deadline of the start while not ready, of the call while busy
     is_ready: bool = False
-    item: int | None = None  # slot of the item being scored
+    call: _Call | None = None  # what is being scored
 
 
 @dataclass
@@ -63,17 +76,18 @@ class _Round:
     """One call of `score`."""
 
     items: list[RewardItem]
-    waiting: deque[int]
+    waiting: deque[_Call]
     results: dict[int, RewardResult] = field(default_factory=dict)
 
 
 class RewardPool:
-    """`num_workers` processes, each scoring one response at a time; a context manager.
+    """`num_workers` processes, each scoring one response at a time, a group or a batch; a context manager.
 
     A response whose reward hangs past `timeout_seconds`, ends its process, raises, or returns no finite number is
     a failed result with the kind named, and so is one that its judge could not judge ("unscored"); its process is
-    replaced where needed, and the others continue. Use the pool from one thread. The kernel ends the workers, and
-    what they started, when this process ends in whatever way.
+    replaced where needed, and the others continue. Where responses are scored together and the call fails, each is
+    tried alone, and those that do not fail alone are scored together once more. Use the pool from one thread. The
+    kernel ends the workers, and what they started, when this process ends in whatever way.
     """
 
     def __init__(self, config: RewardConfig, max_response_length: int = MAX_RESPONSE_LENGTH) -> None:
@@ -97,6 +111,7 @@ class RewardPool:
         self._num_restart_failures = 0
         self._warned_accuracy = False
         self._is_closed = False
+        self._together = "one"  # the workers tell when they have started
         try:
             for _ in range(config.num_workers):
                 self._workers.append(self._start())
@@ -120,15 +135,23 @@ class RewardPool:
         Raises: UserError when the workers can no longer be started.
         """
         assert not self._is_closed, "the reward pool is closed"
-        current = _Round(items, deque(range(len(items))))
+        current = _Round(items, deque(self._calls(items)))
         try:
-            while len(current.results) < len(items):
+            while current.waiting or any(worker.call is not None for worker in self._workers):
                 self._hand_out(current)
                 self._step(current)
         except BaseException:
             self.close()  # an interrupted round must not answer the next one
             raise
         return [current.results[position] for position in range(len(items))]
+
+    def _calls(self, items: list[RewardItem]) -> list[_Call]:
+        slots = range(len(items))
+        if self._together == "one":
+            return [_Call((slot,)) for slot in slots]
+        if self._together == "batch":
+            return [_Call(tuple(slots))] if items else []
+        return [_Call(tuple(part)) for _, part in itertools.groupby(slots, lambda slot: items[slot].group)]
 
     def close(self) -> None:
         """Kill all workers. Idempotent; nothing is left running."""
@@ -145,19 +168,19 @@ class RewardPool:
 
     def _hand_out(self, current: _Round) -> None:
         for index, worker in enumerate(self._workers):
-            if not current.waiting or not worker.is_ready or worker.item is not None:
+            if not current.waiting or not worker.is_ready or worker.call is not None:
                 continue
             if worker.process.has_ended():  # died between two responses: no response is to blame
                 worker.process.close()
                 self._workers[index] = self._start()
                 continue
-            worker.item = current.waiting.popleft()
-            worker.deadline = time.monotonic() + self._seconds_per_response
-            worker.process.send(asdict(current.items[worker.item]))
+            worker.call = current.waiting.popleft()
+            worker.deadline = time.monotonic() + self._seconds_per_response * len(worker.call.slots)
+            worker.process.send([vars(current.items[slot]) for slot in worker.call.slots])
 
     def _step(self, current: _Round, is_startup: bool = False) -> None:
         """Wait for the next reply or deadline and act on it."""
-        deadlines = [worker.deadline for worker in self._workers if not worker.is_ready or worker.item is not None]
+        deadlines = [worker.deadline for worker in self._workers if not worker.is_ready or worker.call is not None]
         wait_seconds = max(0.0, min(deadlines) - time.monotonic()) if deadlines else 0.0
         for key, _ in self._selector.select(wait_seconds):
             if key.fd not in self._selector.get_map():
@@ -166,7 +189,7 @@ class RewardPool:
             if reply is not None:
                 self._take(self._index_of(key.data), reply, current, is_startup)
         for index, worker in enumerate(self._workers):
-            if (not worker.is_ready or worker.item is not None) and time.monotonic() >= worker.deadline:
+            if (not worker.is_ready or worker.call is not None) and time.monotonic() >= worker.deadline:
                 self._expire(index, current, is_startup)
 
     def _index_of(self, process: WorkerProcess) -> int:
@@ -178,19 +201,25 @@ class RewardPool:
             self._take_start(index, reply, is_startup)
         elif isinstance(reply, Closed):
             self._workers[index] = self._start()
-            if worker.item is not None:
-                self._fail(current, worker.item, reply.kind, reply.reason)
+            if worker.call is not None:
+                self._fail_call(current, worker.call, reply.kind, reply.reason)
         else:
-            assert worker.item is not None, "a reply without a request"
-            position, worker.item = worker.item, None
-            if "score" in reply:
-                self._accept(current, position, reply["score"])
-            else:
-                self._fail(current, position, reply["kind"], reply["reason"])
+            assert worker.call is not None, "a reply without a request"
+            call, worker.call = worker.call, None
+            if "results" not in reply:
+                self._fail_call(current, call, reply["kind"], reply["reason"])
+                return
+            for slot, result in zip(call.slots, reply["results"], strict=True):
+                if "score" in result:
+                    self._accept(current, slot, result["score"])
+                else:
+                    self._fail(current, slot, result["kind"], result["reason"])
+            self._end_try(current, call)
 
     def _take_start(self, index: int, reply: dict[str, Any] | Closed, is_startup: bool) -> None:
         if not isinstance(reply, Closed) and "ready" in reply:
             self._workers[index].is_ready = True
+            self._together = reply["ready"]
             self._num_restart_failures = 0
             return
         if isinstance(reply, Closed):
@@ -215,8 +244,36 @@ class RewardPool:
             self._start_failed(index, f"it took over {STARTUP_SECONDS:g} seconds to import", is_startup)
             return
         self._workers[index] = self._start()
-        assert worker.item is not None
-        self._fail(current, worker.item, "timeout", f"no result within {self._seconds_per_response:g} seconds")
+        assert worker.call is not None
+        seconds = self._seconds_per_response * len(worker.call.slots)
+        self._fail_call(current, worker.call, "timeout", f"no result within {seconds:g} seconds")
+
+    def _fail_call(self, current: _Round, call: _Call, kind: str, reason: str) -> None:
+        """A call that gave nothing: its responses are tried alone, so that it costs only those that fail."""
+        if len(call.slots) == 1:
+            self._fail(current, call.slots[0], kind, reason)
+            self._end_try(current, call)
+        elif not call.is_last:
+            self._num_failures[kind] += 1
+            if self._num_failures[kind] <= LOGGED_FAILURES:
+                self.first_reasons.append(f"{kind}: {reason}")
+                logger.warning("reward %s: %s; its %d responses are tried alone", kind, reason, len(call.slots))
+            current.waiting.extend(_Call((slot,), whole=call) for slot in call.slots)
+        elif self._together == "group":  # of a batch what each response had alone stands
+            for slot in call.slots:
+                self._fail(current, slot, kind, reason)
+
+    def _end_try(self, current: _Round, call: _Call) -> None:
+        """After the last of a call's responses was tried alone, those that did not fail are scored together."""
+        whole = call.whole
+        if whole is None:
+            return
+        whole.num_tried += 1
+        if whole.num_tried < len(whole.slots):
+            return
+        left = tuple(slot for slot in whole.slots if current.results[slot].failure is None)
+        if len(left) > 1:
+            current.waiting.append(_Call(left, is_last=True))
 
     def _accept(self, current: _Round, position: int, score: dict[str, float]) -> None:
         reason = _why_invalid(score)

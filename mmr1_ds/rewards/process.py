@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmr1_ds.rewards.lines import to_line
+
 MAX_REPLY_BYTES = 1 << 20  # a reward is a few numbers; more is a runaway
+REPLY_BYTES_A_RESPONSE = 1 << 12  # and so many where more responses than those take are scored in one call
 READ_BYTES = 1 << 16
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -32,8 +35,9 @@ class WorkerProcess:
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self._selector = selector
         self._is_closed = False
-        self._unsent = b""
+        self._unsent = memoryview(b"")
         self._received = b""
+        self._most_bytes = MAX_REPLY_BYTES  # of the reply
         read_fd, write_fd = os.pipe()
         guard_fd, self._lifeline = os.pipe()  # its end is the worker's, whatever ends this process
         environment = {**os.environ, "PYTHONPATH": _python_path()}
@@ -64,10 +68,11 @@ class WorkerProcess:
         """Return whether the worker is dead; `close` collects it."""
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Queue one line; `handle` sends the rest when the pipe takes it. Never blocks."""
         assert not self._unsent and not self._received, "one request at a time"
-        self._unsent = json.dumps(message).encode() + b"\n"
+        self._unsent = memoryview(to_line(message))
+        self._most_bytes = max(MAX_REPLY_BYTES, REPLY_BYTES_A_RESPONSE * len(message))
         self._selector.register(self._requests, selectors.EVENT_WRITE, self)
         self._write()
 
@@ -109,7 +114,7 @@ class WorkerProcess:
             self._stop_writing()
 
     def _stop_writing(self) -> None:
-        self._unsent = b""
+        self._unsent = memoryview(b"")
         if self._requests in self._selector.get_map():
             self._selector.unregister(self._requests)
 
@@ -126,9 +131,9 @@ class WorkerProcess:
             return json.loads(line)
         if not chunk:
             return Closed("crash", f"its process ended ({_describe_status(self.close())})")
-        if len(self._received) > MAX_REPLY_BYTES:
+        if len(self._received) > self._most_bytes:
             self.close()
-            return Closed("invalid", f"it answered over {MAX_REPLY_BYTES} bytes; a reward is a few numbers")
+            return Closed("invalid", f"it answered over {self._most_bytes} bytes; a reward is a few numbers")
         return None
 
 

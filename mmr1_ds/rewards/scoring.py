@@ -31,10 +31,11 @@ def score_groups(
     Returns: the groups in order with their rewards, and how many responses failed. Unknown ones have accuracy NaN.
     """
     items = []
-    for group in groups:
-        prompt = decode(group.prompt.token_ids)
+    for number, group in enumerate(groups):
+        prompt, truth = decode(group.prompt.token_ids), group.prompt.ground_truth
+        columns = group.prompt.columns()
         items += [
-            RewardItem(decode(response.token_ids.tolist()), len(response.token_ids), group.prompt.ground_truth, prompt)
+            RewardItem(decode(response.token_ids.tolist()), len(response.token_ids), truth, prompt, number, columns)
             for response in group.responses
         ]
     results = pool.score(items)

@@ -1,8 +1,9 @@
 """A reward worker process: `python -m mmr1_ds.rewards.worker REPLY_FD GUARD_FD`.
 
 It reads JSON lines from its standard input, answers on REPLY_FD, and ends when the input does. The first line is
-what `loading.reward_setup` returns, answered by {"ready": true} or {"failed": reason}; every further line is one item,
-answered by {"score": {key: number}} or {"kind": "error" | "invalid" | "unscored", "reason": text}.
+what `loading.reward_setup` returns, answered by {"ready": one of TOGETHER} or {"failed": reason}; every further line is
+a list of items, answered by {"results": [...]}, one a response, each {"score": {key: number}} or a failure, or by one
+failure for all: {"kind": "error" | "invalid" | "unscored", "reason": text}.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from mmr1_ds.config.redaction import redacted, remember
+from mmr1_ds.rewards.lines import from_line
 from mmr1_ds.rewards.loading import RewardFunction, load_reward_function
 from mmr1_ds.rewards.unscored import Unscored
 
@@ -38,11 +40,11 @@ def main(reply_fd: int, guard_fd: int) -> None:
     except (Exception, SystemExit) as error:  # a user's module may raise anything; the parent reports it
         _reply(replies, {"failed": _describe(error)})
         return
-    _reply(replies, {"ready": True})
+    _reply(replies, {"ready": reward.together})
     reward.warm_up()
     for line in requests:
         try:
-            _reply(replies, _answer(reward.score, json.loads(line)))
+            _reply(replies, _answer(reward.score, from_line(line)))
         except BrokenPipeError:
             break
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the parent has ended: children of the user's code go too
@@ -74,22 +76,38 @@ def _take_channel(reply_fd: int) -> tuple[TextIO, TextIO]:
     return requests, replies
 
 
-def _answer(function: RewardFunction, item: dict[str, Any]) -> dict[str, Any]:
+def _answer(function: RewardFunction, items: list[dict[str, Any]]) -> dict[str, Any]:
     try:
-        scores = function([item])
-        score = scores[0] if isinstance(scores, (list, tuple)) and len(scores) == 1 else None
-        if _is_number(score):  # EasyR1's first rewards returned the sum alone
-            score = {"overall": score}
-        if not isinstance(score, Mapping):
-            return {
-                "kind": "invalid",
-                "reason": f"returned {redacted(repr(scores))[:200]}; want a list with one dictionary",
-            }
+        scores = function(items)
+        if not isinstance(scores, (list, tuple)) or len(scores) != len(items):
+            return _not_understood(scores, len(items))
+        return {"results": [_result(score, scores) for score in scores]}
+    except (Exception, SystemExit) as error:  # so may the function: it costs this call alone
+        return _failure(error)
+
+
+def _result(score: Any, scores: Sequence[Any]) -> dict[str, Any]:
+    if isinstance(score, Unscored):
+        return _failure(score)
+    if _is_number(score):  # EasyR1's first rewards returned the sum alone
+        score = {"overall": score}
+    if not isinstance(score, Mapping):
+        return _not_understood(scores if len(scores) == 1 else score, len(scores))
+    try:
         return {"score": {str(key): float(value) for key, value in score.items() if _is_number(value)}}
-    except Unscored as error:
+    except Exception as error:  # what has __float__ need not become a number
+        return _failure(error)
+
+
+def _not_understood(found: object, num_items: int) -> dict[str, Any]:
+    want = "one dictionary" if num_items == 1 else f"one dictionary a response, {num_items}"
+    return {"kind": "invalid", "reason": f"returned {redacted(repr(found))[:200]}; want a list with {want}"}
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, Unscored):
         return {"kind": "unscored", "reason": redacted(" ".join(str(error).split()))[:500]}
-    except (Exception, SystemExit) as error:  # so may the function: it costs this response alone
-        return {"kind": "error", "reason": _describe(error)}
+    return {"kind": "error", "reason": _describe(error)}
 
 
 def _is_number(value: object) -> bool:

@@ -150,6 +150,16 @@ def test_a_critic_takes_the_actor_s_batches_and_model_unless_told(valid):
     check_config(config, 2)
 
 
+GDPO = "algorithm.adv_estimator=gdpo"
+TWO_REWARDS = "worker.reward.functions=[{function: math}, {function: r1v, weight: 0.5}]"
+
+
+def test_gdpo_needs_several_rewards_and_no_kl_in_them(valid):
+    check(valid, GDPO, TWO_REWARDS)
+    assert "gdpo needs several rewards; name them in worker.reward.functions" in refused(valid, GDPO)
+    assert "set algorithm.use_kl_loss=true" in refused(valid, GDPO, TWO_REWARDS, "algorithm.use_kl_loss=false")
+
+
 def test_without_gae_there_is_no_critic(valid):
     assert "trainer.critic_warmup=2 needs a critic, which algorithm.adv_estimator=rloo lacks" in refused(
         valid, "algorithm.adv_estimator=rloo", "trainer.critic_warmup=2"

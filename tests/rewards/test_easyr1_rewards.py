@@ -133,7 +133,7 @@ def test_a_file_that_grades_with_mathruler(tmp_path):
 @pytest.mark.parametrize(
     ("source", "reward_type", "message"),
     [
-        (PRESENT_BATCH, "function", "worker.reward.reward_type must be batch, sequential or null, got 'function'"),
+        (PRESENT_BATCH, "function", "reward_type must be batch, sequential, group or null, got 'function'"),
         ('REWARD_TYPE = "stream"\ndef compute_score(items): pass', None, "REWARD_TYPE is 'stream'"),
         ("def compute_score(predicts, ground_truths, weight): pass", None, "missing a required argument"),
     ],
