@@ -422,10 +422,10 @@ def _bad_updates(engine: str, config: RunConfig, ranks: Ranks) -> BadUpdates:
 
 def _lock(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
     """Keep other runs out of the run's folders until `stack` is closed. Collective. Raises: UserError on every rank."""
-    folders = {run_directory(config): "trainer.run_dir"}
     if config.trainer.val_only:  # beside a run that trains
         folders = {run_directory(config) / "eval": "trainer.run_dir"}
-    elif not checkpoint_directory(config).resolve().is_relative_to(run_directory(config).resolve()):
+    else:  # another run may be told to keep its checkpoints in this one's directory
+        folders = {run_directory(config): "trainer.run_dir"}
         folders[checkpoint_directory(config)] = "trainer.save_checkpoint_path"
     refused = ""
     if ranks.rank == 0:

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from mmr1_ds.cluster.launch import LaunchEnvironment
-from mmr1_ds.config import RunConfig
+from mmr1_ds.config import RunConfig, TrainerConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.loop import composition
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
@@ -40,3 +40,22 @@ def test_a_gpu_is_used_before_data_is_read(monkeypatch, bf16, reached):
     with expected:
         composition.run(RunConfig(), config, LAUNCH, None)
     assert order == reached
+
+
+class OneRank:
+    rank = 0
+
+    def all_gather_objects(self, item, stage):
+        return [item]
+
+
+def test_a_run_whose_checkpoints_would_lie_in_another_s_directory_is_refused(tmp_path):
+    first = RunConfig(trainer=TrainerConfig(run_dir=str(tmp_path / "first")))
+    folder = tmp_path / "first" / "checkpoints"
+    second = RunConfig(trainer=TrainerConfig(run_dir=str(tmp_path / "second"), save_checkpoint_path=str(folder)))
+    with contextlib.ExitStack() as held:
+        composition._lock(first, OneRank(), held)
+        with contextlib.ExitStack() as refused, pytest.raises(UserError, match=f"save_checkpoint_path={folder} is in"):
+            composition._lock(second, OneRank(), refused)
+    with contextlib.ExitStack() as held:
+        composition._lock(second, OneRank(), held)
