@@ -47,11 +47,15 @@ REMEDIES = {
     "demo": f"export {RUNNER}=0 if demo_v1 passed; else worker.rollout.enforce_eager=true; data.curriculum_kernel=cpu",
     "lora": "train without LoRA (worker.actor.model.lora.rank=0) until it holds",
     "offload_states": "set worker.actor.offload_states=false, or raise the limit of locked memory: ulimit -l unlimited",
+    "resume": "read its log: what differs from the demo is checkpoints, chunked prefill, raw log-probabilities, a trace",
+    "critic": "take another algorithm.adv_estimator, or leave worker.ref as it is, until it holds",
     "ulysses": "set worker.actor.ulysses_size=1",
     "ipc": "set worker.rollout.weight_transfer=shared_memory, or nccl with a GPU of the server's own",
     "nccl": "export NCCL_DEBUG=INFO and look at its log; worker.rollout.weight_transfer=shared_memory needs no NCCL",
     "bench": "read its log; no training depends on it",
 }
+START = ("bash", "launch/deepspeed.sh")
+STARTS = {"resume": ("bash", "-c", f'{" ".join(START)} "$@" trainer.max_steps=2 && exec {" ".join(START)} "$@"', "-")}
 PACKAGES = (
     "torch",
     "triton",
@@ -138,16 +142,16 @@ def short_run(
         *settings,
     ]
     module = "gpu.compared_statistics" if name.startswith("demo") else "mmr1_ds.train"
-    launch = ("bash", "launch/deepspeed.sh", str(num_ranks), module, "config=configs/demo.yaml", *overrides)
+    launch = (*STARTS.get(name, START), str(num_ranks), module, "config=configs/demo.yaml", *overrides)
     # The first one compiles FusedAdam and captures CUDA graphs.
-    limit = {"demo": 420, "demo_v1": 170}.get(name, 240)
+    limit = {"demo": 420, "demo_v1": 170}.get(name, 200)
     return Part(
         name, launch, limit, num_gpus, twin, differences, LARGEST_LOGPROB_DIFFERENCE, f"runs/{experiment}",
         variables=of_runner(runner), compares_statistics=module != "mmr1_ds.train",
     )  # fmt: skip
 
 
-def bench(path: str, *arguments: str, num_gpus: int = 0, seconds: float = 130.0, package: str = "") -> Part:
+def bench(path: str, *arguments: str, num_gpus: int = 0, seconds: float = 100.0, package: str = "") -> Part:
     command = (sys.executable, str(ROOT / "benchmarks" / f"{path}.py"), *arguments)
     return Part(Path(path).name, command, seconds, num_gpus, package=package)
 
@@ -165,8 +169,8 @@ def all_parts() -> list[Part]:
         # What every run stands on comes first.
         check("sleep", "cuda", asleep, 240, runner="1"),
         check("sleep", "cuda", asleep, 130, runner="0"),
-        Part("demo_assets", (sys.executable, "-m", "mmr1_ds.commands.demo"), 240, 1),
-        short_run("demo", 1, 20, engine, demo, runner="1"),
+        Part("demo_assets", (sys.executable, "-m", "mmr1_ds.commands.demo"), 180, 1),
+        short_run("demo", 1, 20, engine, demo, "trainer.val_freq=10", "trainer.val_before_train=true", runner="1"),
         short_run("demo_v1", 1, 5, engine, demo, runner="0"),
         check("kernel", "cpu"),
         check("packing", "cpu"),
@@ -178,6 +182,11 @@ def all_parts() -> list[Part]:
         short_run("lora", 1, 3, "tests/engine/test_lora.py", "bf16", lora, eager),
         short_run("offload_states", 1, 3, "tests/engine/test_lora.py", "optimiser states move too; pinned memory",
                   "worker.actor.offload_states=true", eager),
+        short_run("resume", 1, 4, "tests/loop/test_run.py", "chunked prefill; FusedAdam's states come back; GPU traces",
+                  "trainer.save_freq=1", "trainer.profile_steps=[4]", "worker.rollout.enable_chunked_prefill=true",
+                  "worker.rollout.logprobs=raw", "worker.rollout.top_p=0.9", eager),
+        short_run("critic", 1, 3, "tests/algorithm/test_learning_modes.py", "bf16; a reference that moves",
+                  "algorithm.adv_estimator=gae", "worker.ref.update_freq=2", eager),
         short_run("ulysses", 2, 3, "tests/engine/test_sequence_parallel.py", "NCCL all-to-all; varlen attention",
                   "worker.actor.ulysses_size=2", "worker.actor.padding_free=true", eager),
         short_run("ipc", 1, 3, transfer, "CUDA handles in place of shared memory; vLLM's own engine",
@@ -190,7 +199,7 @@ def all_parts() -> list[Part]:
         bench("engine/bench_log_probs", "--tokens", "0", "--time-tokens", "64"),
         bench("weights/bench_weight_sync", "--quick", "--rounds", "1"),
         bench("step/bench_step", "--setups", "zero3_two_ranks_transformers", "--steps", "2", "--warm-up", "1",
-              seconds=270, package="trl"),  # DeepSpeed may compile its operators for the CPU first
+              seconds=220, package="trl"),  # DeepSpeed may compile its operators for the CPU first
     ]  # fmt: skip
 
 
