@@ -94,7 +94,8 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         num_steps = total_training_steps(config, len(train_data))
         most_images = max(data.max_images for data in (train_data, val_data) if data is not None)
 
-        ranks = stack.enter_context(Ranks(launch, config.trainer.collective_timeout_seconds))
+        limits = config.trainer.collective_timeout_seconds, config.trainer.silence_seconds
+        ranks = stack.enter_context(Ranks(launch, *limits))
         _check_ranks(config, train_data, ranks)
         _lock(config, ranks, stack)
         checkpoints = Checkpoints(
