@@ -380,6 +380,8 @@ class TrainerConfig:
     project_name: str = "mmr1_ds"  # name of the project at wandb, swanlab, mlflow and trackio
     experiment_name: str = "default"  # names the run directory
     run_dir: str | None = None  # null = runs/<experiment_name>
+    # who may read the run's folders, as chmod takes it: prompts and answers lie there; null = as the umask says
+    run_dir_mode: Annotated[str | None, OneOf("700", "750", "755", "770", "775")] = None
     logger: Annotated[
         list[str], OneOf("console", "jsonl", "file", "tensorboard", "wandb", "swanlab", "mlflow", "trackio")
     ] = field(default_factory=lambda: ["console", "jsonl"])  # jsonl is always on, file is EasyR1's name for it

@@ -430,6 +430,7 @@ def _lock(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
         try:
             for folder, key in folders.items():
                 stack.enter_context(RunLock(folder, key))
+            _set_mode({run_directory(config), *folders}, config.trainer.run_dir_mode)
         except UserError as error:
             refused = str(error)
         except OSError as error:
@@ -437,6 +438,15 @@ def _lock(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
             refused = f"trainer.run_dir: {in_words(error)}; name another" if key == "trainer.run_dir" else ""
     if refused := ranks.all_gather_objects(refused, "lock the run directory")[0]:
         raise UserError(refused)
+
+
+def _set_mode(folders: set[Path], mode: str | None) -> None:
+    """Let in whom `trainer.run_dir_mode` admits. Raises: UserError where that is not ours to say."""
+    for folder in folders if mode is not None else ():
+        try:
+            folder.chmod(int(mode, 8))
+        except OSError as error:
+            raise UserError(f"trainer.run_dir_mode={mode}: {in_words(error)}; name a folder of your own") from error
 
 
 def _check_resumable(folder: Path, with_critic: bool) -> None:
