@@ -5,6 +5,7 @@
 #   bash launch/deepspeed.sh NUM_RANKS MODULE ARGUMENT ...
 #
 # Exits with the status of the rank that failed first, 0 when none did, 130 after Ctrl-C, 143 after SIGTERM.
+# A run that crashes is started again (restarts.sh), unless each host has a script of its own (NODE_RANK).
 # Environment: PYTHON (default: .venv/bin/python), STOP_SECONDS that ranks have to end after a signal (default: 60)
 #              CUDA_VISIBLE_DEVICES  the GPUs to take, the first NUM_RANKS of them (default: the machine's first)
 #              HOSTFILE  hosts and slots, as the launcher reads them: it starts NUM_RANKS on each, by ssh. Without ssh,
@@ -15,6 +16,8 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/visible_gpus.sh
 source "$root/launch/visible_gpus.sh"
+# shellcheck source=launch/restarts.sh
+source "$root/launch/restarts.sh"
 python="${PYTHON:-$root/.venv/bin/python}"
 num_ranks="$1" module="$2"
 shift 2
@@ -38,12 +41,6 @@ if [[ -z "${HOSTFILE:-}" && "${DS_ACCELERATOR:-}" != cpu ]]; then
   fi
 fi
 
-set -m  # the launcher gets a process group of its own: Ctrl-C reaches it once, through us
-"$python" -m deepspeed.launcher.runner "${hosts[@]}" "${devices[@]}" --no_local_rank \
-  --master_port "$port" --log_level error --module "$module" "$@" < /dev/null &
-runner=$!
-set +m
-
 # stop SIGNAL STATUS: pass the signal to the launcher's child, which ends the ranks and waits for them; whatever is
 # left of the process group after that is killed.
 stop() {
@@ -59,10 +56,19 @@ stop() {
   kill -KILL -- "-$runner" 2> /dev/null || true
   exit "$1"
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM
-trap 'stop 129' HUP
 
-status=0
-wait "$runner" || status=$?
-exit "$status"
+while true; do
+  set -m  # the launcher gets a process group of its own: Ctrl-C reaches it once, through us
+  "$python" -m deepspeed.launcher.runner "${hosts[@]}" "${devices[@]}" --no_local_rank \
+    --master_port "$port" --log_level error --module "$module" "$@" < /dev/null &
+  runner=$!
+  set +m
+  trap 'stop 130' INT
+  trap 'stop 143' TERM
+  trap 'stop 129' HUP
+  status=0
+  wait "$runner" || status=$?
+  if [[ "$module" != mmr1_ds.train || -n "${NODE_RANK:-}" ]] || ! may_restart "$status" "$python" "$@"; then
+    exit "$status"
+  fi
+done

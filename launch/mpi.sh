@@ -7,9 +7,12 @@
 # Environment: PYTHON    (default: .venv/bin/python)
 #              HOSTFILE  hosts and slots, as mpirun reads them (default: this machine)
 #              MPI_ARGS  further arguments of mpirun, as in "--map-by ppr:8:node -x NCCL_IB_HCA"
+# A run that crashes is started again (restarts.sh).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/restarts.sh
+source "$root/launch/restarts.sh"
 python="${PYTHON:-$root/.venv/bin/python}"
 num_ranks="$1" module="$2"
 shift 2
@@ -25,14 +28,17 @@ elif [[ -n "${HOSTFILE:-}" ]]; then
 fi
 read -r -a more <<< "${MPI_ARGS:-}"
 
-mpirun "${arguments[@]}" ${more[@]+"${more[@]}"} "$python" -m "$module" "$@" &
-mpirun=$!
-trap 'kill -USR1 "$mpirun" 2> /dev/null || true' TERM USR1
-trap 'kill -INT "$mpirun" 2> /dev/null || true' INT
-status=0
-wait "$mpirun" || status=$?
-while kill -0 "$mpirun" 2> /dev/null; do  # a trap ended the wait; mpirun's own status is still to come
+told=0
+while true; do
+  mpirun "${arguments[@]}" ${more[@]+"${more[@]}"} "$python" -m "$module" "$@" &
+  mpirun=$!
+  trap 'told=1; kill -USR1 "$mpirun" 2> /dev/null || true' TERM USR1
+  trap 'told=1; kill -INT "$mpirun" 2> /dev/null || true' INT
   status=0
   wait "$mpirun" || status=$?
+  while kill -0 "$mpirun" 2> /dev/null; do  # a trap ended the wait; mpirun's own status is still to come
+    status=0
+    wait "$mpirun" || status=$?
+  done
+  if (( told )) || [[ "$module" != mmr1_ds.train ]] || ! may_restart "$status" "$python" "$@"; then exit "$status"; fi
 done
-exit "$status"

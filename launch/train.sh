@@ -10,12 +10,15 @@
 #   NUM_GPUS        processes to start                                   (default: the GPUs of CUDA_VISIBLE_DEVICES, else all)
 #   PYTHON          interpreter                                          (default: .venv/bin/python, else python3)
 #   DEEPSPEED_ARGS  further arguments of the deepspeed launcher, as in "--hostfile hosts"
-# Overrides come last and win. Relative paths are relative to where you call it.
+# Overrides come last and win. Relative paths are relative to where you call it. A run that crashes is started again
+# (restarts.sh).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/visible_gpus.sh
 source "$root/launch/visible_gpus.sh"
+# shellcheck source=launch/restarts.sh
+source "$root/launch/restarts.sh"
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
 python="${PYTHON:-}"
@@ -46,9 +49,32 @@ if [[ "$dry_run" == true ]]; then
   if (( num_gpus > 0 )); then arguments+=("trainer.n_gpus_per_node=$num_gpus"); fi
   exec "$python" -m mmr1_ds.train "${arguments[@]}" "$@"
 fi
-if (( num_gpus <= 1 )); then
-  exec "$python" -m mmr1_ds.train "${arguments[@]}" trainer.n_gpus_per_node=1 "$@"
-fi
+
+# train COMMAND ...: run it in a process group of its own, which our signals reach, until it is done.
+train() {
+  local child status told=0
+  while true; do
+    set -m
+    "$@" < /dev/null &
+    child=$!
+    set +m
+    # Ctrl-C is for all that the terminal started, the others for the one that was started here.
+    trap 'told=1; kill -INT -- "-$child" 2> /dev/null || true' INT
+    trap 'told=1; kill -HUP -- "-$child" 2> /dev/null || true' HUP
+    trap 'told=1; kill -TERM "$child" 2> /dev/null || true' TERM
+    trap 'told=1; kill -USR1 "$child" 2> /dev/null || true' USR1
+    status=0
+    wait "$child" || status=$?
+    while kill -0 "$child" 2> /dev/null; do  # a trap ended the wait
+      status=0
+      wait "$child" || status=$?
+    done
+    if (( told )) || ! may_restart "$status" "$python" "${arguments[@]}"; then exit "$status"; fi
+  done
+}
+
+arguments+=("trainer.n_gpus_per_node=$(( num_gpus > 1 ? num_gpus : 1 ))" "$@")
+if (( num_gpus <= 1 )); then train "$python" -m mmr1_ds.train "${arguments[@]}"; fi
 read -r -a launcher_arguments <<< "${DEEPSPEED_ARGS:-}"
 case " ${DEEPSPEED_ARGS:-} " in
   *" --include"* | *" --exclude"* | *" --num_gpus"* | *" -i "* | *" -e "*) ;;
@@ -61,5 +87,5 @@ case " ${DEEPSPEED_ARGS:-} " in
     if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then export MMR1_DS_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES"; fi
     ;;
 esac
-exec "$python" -m deepspeed.launcher.runner ${launcher_arguments[@]+"${launcher_arguments[@]}"} \
-  --module mmr1_ds.train "${arguments[@]}" "trainer.n_gpus_per_node=$num_gpus" "$@"
+train "$python" -m deepspeed.launcher.runner ${launcher_arguments[@]+"${launcher_arguments[@]}"} \
+  --module mmr1_ds.train "${arguments[@]}"

@@ -22,7 +22,7 @@ from mmr1_ds.cluster.launch import (
     put_own_programs_on_path,
 )
 from mmr1_ds.cluster.preemption import Preempted, Preemption
-from mmr1_ds.cluster.watch import EXIT_FAULT, CollectiveError
+from mmr1_ds.cluster.watch import CollectiveError, exit_code
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import trains_critic
 from mmr1_ds.config.loading import load_config
@@ -87,8 +87,8 @@ def main(argv: Sequence[str]) -> int:
         if launch.rank > 0:
             time.sleep(_HEAD_START_SECONDS)
         return tell(error, f" (rank {launch.rank})" if launch.rank > 0 else "")
-    except CollectiveError:  # told already, by every rank
-        return EXIT_FAULT
+    except CollectiveError as error:  # told already, by every rank
+        return exit_code(str(error))
     except Preempted as stop:
         logger.warning("%s", stop)
         return EXIT_PREEMPTED

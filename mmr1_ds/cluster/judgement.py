@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 RUNNING, DONE = "running", "done"
+ENDED_BY_USER = "has ended with UserError"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Known:
     waited_seconds: float  # in own.collective
     answered_seconds_ago: float  # since the store answered
     store_is_lost: bool  # it refuses connections
+    lost_seconds: float  # after which a silent rank is lost, whether it is waited for or not
     silence_seconds: float  # after which a rank counts as silent where a collective failed
     timeout_seconds: float  # the longest wait for another rank
 
@@ -73,9 +75,9 @@ def overdue(known: Known) -> str:
     for heard in known.others:
         if heard.place.verdict:
             return heard.place.verdict
-        is_silent = known.silent_seconds(heard) > known.timeout_seconds
+        is_silent = known.silent_seconds(heard) > known.lost_seconds
         if is_silent and heard.place.state != DONE and own.state == RUNNING:
-            return f"{lost(known, known.timeout_seconds)}; reported by {own}, {_where(known)}"
+            return f"{lost(known, known.lost_seconds)}; reported by {own}, {_where(known)}"
     if not own.collective or known.waited_seconds <= known.timeout_seconds:
         return ""
     culprit = lost(known) or _behind(known) or "every rank is there, the connections between them must be broken"

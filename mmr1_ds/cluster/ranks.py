@@ -74,8 +74,12 @@ class Ranks:
     lag behind, not how long a stage may take.
     """
 
-    def __init__(self, launch: LaunchEnvironment, timeout_seconds: float) -> None:
-        """Raises: CollectiveError naming the ranks that have not come in time; UserError for a rank without a GPU."""
+    def __init__(self, launch: LaunchEnvironment, timeout_seconds: float, silence_seconds: float = 120.0) -> None:
+        """Meet the other ranks.
+
+        silence_seconds: after which a rank that shows no sign of life is lost, whether it is waited for or not.
+        Raises: CollectiveError naming the ranks that have not come in time; UserError for a rank without a GPU.
+        """
         import torch
         import torch.distributed as dist
 
@@ -95,7 +99,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         store = _connect(self.rank, timeout_seconds, hosts=self.rank == 0)
         watched = _connect(self.rank, timeout_seconds) if self.size > 1 else None
-        self.watch = Watch(self.rank, self.size, timeout_seconds, watched)
+        self.watch = Watch(self.rank, self.size, timeout_seconds, watched, silence_seconds)
         self.watch.wait_for_all()
         self._timeout = timedelta(seconds=timeout_seconds + GRACE_SECONDS)  # the watch, which names the lost, is first
         with self._deadline("make the process groups"):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mmr1_ds.cluster import judgement
+from mmr1_ds.cluster.exits import EXIT_USER_ERROR
 from mmr1_ds.cluster.judgement import DONE, RUNNING, Heard, Known, Place
 from mmr1_ds.config.redaction import redacted
 from mmr1_ds.errors import UserError
@@ -36,6 +37,11 @@ GRACE_SECONDS = 5.0  # beyond the time limit: to inform the other ranks, and the
 
 class CollectiveError(RuntimeError):
     """A collective failed or ran past its deadline. Names the lost rank, the stage and the step."""
+
+
+def exit_code(verdict: str) -> int:
+    """Return the status to end with: a user's error is every rank's, so that no launcher starts the run again."""
+    return EXIT_USER_ERROR if judgement.ENDED_BY_USER in verdict else EXIT_FAULT
 
 
 class Stacks:
@@ -70,19 +76,26 @@ class Stacks:
 class Watch:
     """The signs of life of all ranks: it gathers what `judgement` judges, and acts. With one rank it does nothing."""
 
-    def __init__(self, rank: int, size: int, timeout_seconds: float, store: Store | None) -> None:
-        """Start to watch. store: a connection that nothing else uses; None = watch nothing."""
+    def __init__(
+        self, rank: int, size: int, timeout_seconds: float, store: Store | None, lost_seconds: float = 120.0
+    ) -> None:
+        """Start to watch.
+
+        store: a connection that nothing else uses; None = watch nothing. lost_seconds: the longest silence of a rank.
+        """
         self.step = 0
         self.stacks = Stacks(rank)
         self._rank, self._size, self._timeout = rank, size, timeout_seconds
         self._host, self._store = socket.gethostname(), store
         self._interval = min(1.0, timeout_seconds / 20)
+        self._lost_seconds = min(lost_seconds, timeout_seconds)
+        self._asleep = 0.0  # seconds in which this process itself did not run: stopped, or on a starved machine
         self._silence = max(3 * self._interval, 1.0)  # after which a rank counts as silent where a collective failed
         self._stage, self._stage_since = "start", time.monotonic()
         self._number, self._collective, self._waiting_since = 0, "", 0.0
         self._state, self._verdict, self._unwinding = RUNNING, "", False
         self._places: dict[int, tuple[Place, float]] = {}  # and when its beat last changed
-        self._answered = time.monotonic()  # the store's last answer
+        self._answered = self._awake()  # the store's last answer
         self._store_is_lost = False
         self._changed = threading.Condition(threading.RLock())
         self._closed = threading.Event()
@@ -116,7 +129,7 @@ class Watch:
     def known(self) -> Known:
         """What this rank knows at this moment."""
         with self._changed:
-            now = time.monotonic()
+            now = self._awake()
             return Known(
                 own=self._place(0),  # before the seconds: a collective that begins meanwhile has not waited for long
                 others=tuple(
@@ -124,10 +137,11 @@ class Watch:
                     for rank, (place, heard) in sorted(self._places.items())
                     if rank != self._rank
                 ),
-                waited_seconds=now - self._waiting_since,
+                waited_seconds=time.monotonic() - self._waiting_since,
                 answered_seconds_ago=now - self._answered,
                 store_is_lost=self._store_is_lost,
                 silence_seconds=self._silence,
+                lost_seconds=self._lost_seconds,
                 timeout_seconds=self._timeout,
             )
 
@@ -192,7 +206,7 @@ class Watch:
                 self._verdict = verdict
                 self._changed.notify_all()
                 if self._store is not None:  # should the end hang too, in a flush or an exit handler
-                    end = threading.Timer(3 * GRACE_SECONDS + self._linger_seconds(), os._exit, (EXIT_FAULT,))
+                    end = threading.Timer(3 * GRACE_SECONDS + self._linger_seconds(), os._exit, (exit_code(verdict),))
                     end.daemon = True
                     end.start()
                 self._last_words = threading.Thread(target=self._report, name="last words", daemon=True)
@@ -222,7 +236,7 @@ class Watch:
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._answered = now = time.monotonic()
+                self._answered = now = self._awake()
                 for place in map(Place.read, texts):
                     before = self._places.get(place.rank)
                     if before is None or before[0].beat != place.beat:
@@ -234,15 +248,23 @@ class Watch:
 
     def _judge(self) -> None:
         """End this process when a rank is lost, as a thread."""
+        looked = time.monotonic()
         while not self._closed.is_set():
             # Should a native call keep the interpreter to itself, faulthandler's thread needs no interpreter. It writes
             # to stderr: the file of the stacks may hang.
             faulthandler.dump_traceback_later(self._timeout + GRACE_SECONDS, exit=True, file=2)
+            # The silence of others counts while this process could have heard them.
+            before, looked = looked, time.monotonic()
+            self._asleep += max(0.0, looked - before - 3 * self._interval)
             if verdict := self._verdict or judgement.overdue(self.known()):
                 self._condemn(verdict)
                 self._end()
                 return
             self._closed.wait(self._interval)
+
+    def _awake(self) -> float:
+        """Seconds by a clock that stands still while this process does not run."""
+        return time.monotonic() - self._asleep
 
     def _end(self) -> None:
         """End this process, in good order if the main thread is about to."""
@@ -252,7 +274,7 @@ class Watch:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        os._exit(EXIT_FAULT)
+        os._exit(exit_code(self._verdict))
 
     def _linger(self) -> None:
         """Wait until the others know too: the store ends with rank 0, and a launcher may end the rest with any rank."""

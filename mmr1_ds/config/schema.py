@@ -395,6 +395,8 @@ class TrainerConfig:
     project_name: str = "mmr1_ds"  # name of the project at wandb, swanlab, mlflow and trackio
     experiment_name: str = "default"  # names the run directory
     run_dir: str | None = None  # null = runs/<experiment_name>
+    # who may read the run's folders, as chmod takes it: prompts and answers lie there; null = as the umask says
+    run_dir_mode: Annotated[str | None, OneOf("700", "750", "755", "770", "775")] = None
     logger: Annotated[
         list[str], OneOf("console", "jsonl", "file", "tensorboard", "wandb", "swanlab", "mlflow", "trackio")
     ] = field(default_factory=lambda: ["console", "jsonl"])  # jsonl is always on, file is EasyR1's name for it
@@ -422,6 +424,8 @@ class TrainerConfig:
     resume: bool = True  # resume from the newest good checkpoint in save_checkpoint_path
     dry_run: bool = False  # check everything, print the plan, load no model
     collective_timeout_seconds: PositiveFloat = 1800.0  # deadline of every collective
+    silence_seconds: PositiveFloat = 120.0  # a rank without a sign of life for so long is lost, and the run ends
+    max_restarts: NonNegativeInt = 3  # a run that crashed is started again so often without a new checkpoint
     max_wall_seconds: PositiveFloat | None = None  # after so long save and end with exit code 75; null = never
     preemption_seconds: PositiveFloat = 30.0  # time from SIGTERM or SIGUSR1 until the job is killed
     max_bad_updates: PositiveInt = 3  # updates skipped in a row (loss or gradient not finite) that end the run

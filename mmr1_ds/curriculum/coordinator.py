@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,17 @@ class Control(Protocol):
 
     def all_gather_array(self, array: np.ndarray, stage: str) -> list[np.ndarray]:
         """Collect every rank's array, by rank; first axes may differ."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a coordinator is in its draws, see `Coordinator.position`; its size does not depend on P."""
+
+    last_step: int
+    num_draws: int
+    num_probe_rollouts: int
+    drawn: dict[int, list[np.ndarray]]
+    observed: list[PromptStatistics]
 
 
 class Coordinator:
@@ -124,6 +136,7 @@ class Coordinator:
         # What was drawn for the step underway, and for later ones begun ahead of it; and what came back.
         self._drawn: dict[int, list[np.ndarray]] = {}
         self._observed: list[PromptStatistics] = []
+        self._has_kept_ids = False
 
     @property
     def _is_rank_0(self) -> bool:
@@ -186,6 +199,19 @@ class Coordinator:
         observed = self._gather(statistics, f"curriculum/observe of step {step}")
         if self._is_rank_0:
             self._observed += observed
+
+    def position(self) -> Position:
+        """What drawing and observing change before `finish_step`, for `go_back`. Not a collective."""
+        return Position(
+            self._last_step, self._num_draws, self._num_probe_rollouts,
+            {step: list(draws) for step, draws in self._drawn.items()}, list(self._observed),
+        )  # fmt: skip
+
+    def go_back(self, position: Position) -> None:
+        """Forget what was drawn and observed since `position`; no step was finished since. On every rank alike."""
+        self._last_step, self._num_draws = position.last_step, position.num_draws
+        self._num_probe_rollouts = position.num_probe_rollouts
+        self._drawn, self._observed = position.drawn, position.observed
 
     def finish_step(self, step: int, trained: np.ndarray) -> None:
         """Learn from what the step observed; the next step draws by it. Not a collective.
@@ -338,6 +364,9 @@ class Coordinator:
 
         Rank 0 only. Safe at any moment, in the middle of a refresh too.
         """
+        return self._state(self.table.arrays())
+
+    def _state(self, table: Mapping[str, np.ndarray]) -> dict[str, Any]:
         return {
             "fingerprint": self.table.fingerprint,
             "settings": self._settings(),
@@ -350,7 +379,7 @@ class Coordinator:
             # Of steps begun ahead: their prompts are no probes of later steps, in a resumed run neither.
             "drawn": {str(step): np.concatenate(draws).tolist() for step, draws in self._drawn.items()},
             "numbers": self.table.numbers(),
-            "table": self.table.arrays(),
+            "table": table,
             "refresh": self._refresh.state_dict() if self._refresh is not None else {},
             "history": self._history.arrays(),
         }
@@ -362,10 +391,22 @@ class Coordinator:
         """
         self._load(lambda: state)
 
-    def save(self, folder: Path) -> None:
-        """Write the state as safetensors and JSON files into an existing folder. Rank 0 writes, the others return."""
-        if self._is_rank_0:
-            storage.write_state(self.state_dict(), folder)
+    def save(self, folder: Path, kept_ids: Path | None = None) -> None:
+        """Write the state as safetensors and JSON files into an existing folder. Rank 0 writes, the others return.
+
+        Args: kept_ids: a file on the same file system, to which the prompt ids are written the first time, and which
+            is linked to later; None = they are written each time.
+        """
+        if not self._is_rank_0:
+            return
+        storage.write_state(self._state(self.table.columns()), folder)
+        if kept_ids is None:
+            storage.write_prompt_ids(self.table.prompt_ids, folder)
+            return
+        if not self._has_kept_ids or not kept_ids.is_file():
+            storage.keep_prompt_ids(self.table.prompt_ids, kept_ids)
+            self._has_kept_ids = True
+        storage.link_prompt_ids(kept_ids, folder)
 
     def load(self, folder: Path) -> None:
         """Resume from what `save` wrote; rank 0 reads. Collective. Raises: as `load_state_dict`."""

@@ -139,15 +139,25 @@ class LogitFilter:
 
     def utility(self, name: str) -> np.ndarray:
         """E[u] of each prompt, (P,) float32: neither sharpened nor floored. Raises: UserError for an unknown name."""
-        return self._utilities(name)[0]
-
-    def _utilities(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         function = utility_function(name)
-        first, second = np.empty((2, self.num_prompts), dtype=np.float32)
+        expected = np.empty(self.num_prompts, dtype=np.float32)
+        # Prompts that nothing tells apart have one expectation: all that were never seen, most of a large data set.
+        shared_mean, shared_variance = self._beliefs_unseen()
+        shared, _ = expected_utility(shared_mean, shared_variance, function, self.num_responses)
         for start in range(0, self.num_prompts, _BLOCK):
             block = slice(start, start + _BLOCK)
-            first[block], second[block] = expected_utility(*self.belief(block), function, self.num_responses)
-        return first, second
+            (mean, variance), category = self.belief(block), self._category[block]
+            own = np.flatnonzero((mean != shared_mean[category]) | (variance != shared_variance[category]))
+            expected[block] = shared[category]
+            if len(own):
+                expected[own + start], _ = expected_utility(mean[own], variance[own], function, self.num_responses)
+        return expected
+
+    def _beliefs_unseen(self) -> tuple[np.ndarray, np.ndarray]:
+        """The belief about a prompt of each category that was never seen, as `belief` gives it, (C,) float32 each."""
+        mean = (self._prior.mean + self._prior.offset).astype(np.float32)
+        variance = np.full(len(mean), self._prior.variance, dtype=np.float32)
+        return mean, np.clip(variance, self.settings.min_variance, self.settings.max_variance)
 
     def weights(self, utility: str = "learnability") -> np.ndarray:
         """Weights to draw by: (floor + (1 - floor) E[u] / peak)^gamma over its largest, (P,) float32 in (0, 1].
@@ -156,11 +166,10 @@ class LogitFilter:
 
         Raises: UserError for an unknown utility.
         """
-        first, second = self._utilities(utility)
-        stride = max(1, self.num_prompts // _SHARPENING_SAMPLE)
-        self._sharpening = sharpening(
-            first[::stride], second[::stride], self._calibration, self.settings.max_sharpening
-        )
+        first = self.utility(utility)
+        sample = slice(None, None, max(1, self.num_prompts // _SHARPENING_SAMPLE))
+        sampled = expected_utility(*self.belief(sample), utility_function(utility), self.num_responses)
+        self._sharpening = sharpening(*sampled, self._calibration, self.settings.max_sharpening)
         floor = self.settings.score_floor
         first *= np.float32((1.0 - floor) / utility_peak(utility, self.num_responses))
         first += np.float32(floor)
@@ -321,9 +330,13 @@ class LogitFilter:
     def state_dict(self) -> dict[str, Any]:
         """`arrays`, of length P, C or 2, and `numbers`: all that a resume needs, exactly."""
         return {
-            "arrays": {key: getattr(owner, name).copy() for key, owner, name in self._saved(_ARRAYS)},
+            "arrays": {key: array.copy() for key, array in self.arrays().items()},
             "numbers": {key: getattr(owner, name) for key, owner, name in self._saved(_NUMBERS)},
         }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of `state_dict`, no copies."""
+        return {key: getattr(owner, name) for key, owner, name in self._saved(_ARRAYS)}
 
     def load_state_dict(self, state: Mapping[str, Any], positions: np.ndarray | None = None) -> None:
         """Resume from a saved state.

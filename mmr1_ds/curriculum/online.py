@@ -130,8 +130,11 @@ class OnlineTable:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that `load` needs, the prompt ids among them."""
-        own = {"diversity": self._diversity.copy()}
-        return encode_prompt_ids(self.prompt_ids) | own | self._filter.state_dict()["arrays"]
+        return encode_prompt_ids(self.prompt_ids) | {name: array.copy() for name, array in self.columns().items()}
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays of `arrays` without the ids, no copies."""
+        return {"diversity": self._diversity} | self._filter.arrays()
 
     def numbers(self) -> dict[str, Any]:
         """The numbers that `load` needs, for JSON."""

@@ -107,6 +107,10 @@ class CurriculumTable:
         """The columns and the prompt ids they belong to, as arrays that safetensors can hold."""
         return encode_prompt_ids(self.prompt_ids) | {name: column.copy() for name, column in self._columns.items()}
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns of `arrays` without the ids, no copies."""
+        return dict(self._columns)
+
     def numbers(self) -> dict[str, Any]:
         """No numbers: the columns are all there is."""
         return {}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -84,12 +82,12 @@ class BatchMaker:
         Raises: UserError, on every rank, for an unknown `filter_key`; ServersGone and SamplingAbandoned, after which a
         checkpoint has nothing of this step observed.
         """
-        before, begun = self._copy_of_curriculum(), dict(self._in_flight)
+        before, begun = self._coordinator.position(), dict(self._in_flight)
         try:
             return self._make(step, settings, clock)
         except (ServersGone, SamplingAbandoned):
             if self._samples_after_observing:
-                self._coordinator.load_state_dict(before)
+                self._coordinator.go_back(before)
                 self._in_flight = begun
             raise
 
@@ -98,18 +96,11 @@ class BatchMaker:
         """Whether a step may be cut off when the curriculum has observed a part of it."""
         return self._algorithm.online_filtering or self._algorithm.adv_estimator == "remax"
 
-    def _copy_of_curriculum(self) -> dict[str, Any] | None:
-        if not self._samples_after_observing or self._ranks.rank > 0:
-            return None
-        return copy.deepcopy(self._coordinator.state_dict())
-
     def _make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
         drawn, figures = self._fill(step, settings, clock)
         groups, prompts, seqlen = share_out(
             drawn, self._batch_size, self._mini_batch_size, self._prompts, self._ranks
         )
-        with clock("curriculum"):
-            self._coordinator.finish_step(step, prompts)
         metrics = reward_metrics(drawn.rewards, drawn.failures, self._ranks) | seqlen | figures
         baselines = None
         if self._algorithm.adv_estimator == "remax":
@@ -117,6 +108,8 @@ class BatchMaker:
             own = {"baseline": sum(baselines), "groups": float(len(baselines))}
             totals = self._ranks.sum(own, "mean of the baselines")
             metrics["reward/baseline"] = totals["baseline"] / totals["groups"]
+        with clock("curriculum"):  # behind all sampling: a step that is cut off has taught the curriculum nothing
+            self._coordinator.finish_step(step, prompts)
         return Batch(groups, baselines, prompts, metrics)
 
     def _fill(self, step: int, settings: SamplingSettings, clock: StageClock) -> tuple[Drawn, dict[str, float]]:

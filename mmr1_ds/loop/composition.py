@@ -96,7 +96,8 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         num_steps = total_training_steps(config, len(train_data))
         most_images = max(data.max_images for data in (train_data, val_data) if data is not None)
 
-        ranks = stack.enter_context(Ranks(launch, config.trainer.collective_timeout_seconds))
+        limits = config.trainer.collective_timeout_seconds, config.trainer.silence_seconds
+        ranks = stack.enter_context(Ranks(launch, *limits))
         _check_ranks(config, train_data, ranks)
         _lock(config, ranks, stack)
         checkpoints = Checkpoints(
@@ -432,6 +433,7 @@ def _lock(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
         try:
             for folder, key in folders.items():
                 stack.enter_context(RunLock(folder, key))
+            _set_mode({run_directory(config), *folders}, config.trainer.run_dir_mode)
         except UserError as error:
             refused = str(error)
         except OSError as error:
@@ -439,6 +441,15 @@ def _lock(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
             refused = f"trainer.run_dir: {in_words(error)}; name another" if key == "trainer.run_dir" else ""
     if refused := ranks.all_gather_objects(refused, "lock the run directory")[0]:
         raise UserError(refused)
+
+
+def _set_mode(folders: set[Path], mode: str | None) -> None:
+    """Let in whom `trainer.run_dir_mode` admits. Raises: UserError where that is not ours to say."""
+    for folder in folders if mode is not None else ():
+        try:
+            folder.chmod(int(mode, 8))
+        except OSError as error:
+            raise UserError(f"trainer.run_dir_mode={mode}: {in_words(error)}; name a folder of your own") from error
 
 
 def _check_resumable(folder: Path, with_critic: bool) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmr1_ds.engine.actor import Actor
     from mmr1_ds.engine.critic import Critic
 
+PROMPT_IDS = "prompt_ids.safetensors"  # beside the checkpoints, which link to it
 _SAVE_PARTS = 3  # of a checkpoint, for its bar: what was begun ahead, the engines, digests
 
 
@@ -187,7 +188,7 @@ class RunState:
         # From here on no collectives: a disk may fail one rank alone.
         if not self._weights_alone:
             self._learners.save_reference(folder / "reference")
-            self._coordinator.save(folder / "curriculum")
+            self._coordinator.save(folder / "curriculum", self._checkpoints.root / PROMPT_IDS)
             self._batches.save(folder / "rollout")
         if self._ranks.rank == 0:
             (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")

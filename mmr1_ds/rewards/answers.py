@@ -17,12 +17,14 @@ from mmr1_ds.rewards.dress import undress
 from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
 from mmr1_ds.rewards.names import named, opaque
 from mmr1_ds.rewards.numbers import Number, literal, parse_number, same_unit, split_unit
+from mmr1_ds.rewards.sizes import depth_of_brackets
 from mmr1_ds.rewards.truths import read_truth
 from mmr1_ds.rewards.values import Value, readings
 
 __all__ = ["Number", "answers_equal", "normalise", "parse_number"]
 
 MAX_ANSWER_CHARS = 2000  # beyond this nothing is compared: no answer is that long
+MAX_BRACKETS = 40  # inside one another; with more, texts alone are compared
 MAX_DEPTH = 6  # of brackets inside brackets
 MAX_VALUES = 50  # of a list
 
@@ -39,6 +41,8 @@ def answers_equal(answer: str, truth: str) -> bool:
     truth = read_truth(truth)
     if len(answer) > max(MAX_ANSWER_CHARS, len(truth)):
         return False
+    if max(depth_of_brackets(answer), depth_of_brackets(truth)) > MAX_BRACKETS:
+        return answer == truth
     answer, truth = undress(answer), undress(truth)
     answer_text, truth_text = normalise(answer), normalise(truth)
     if not answer_text or not truth_text:

@@ -34,7 +34,8 @@ def known(
     ages = heard_ago or {}
     others = tuple(Heard(place, ages.get(place.rank, 0.0)) for place in places if place.rank != own)
     (place,) = (place for place in places if place.rank == own)
-    return Known(place, others, 10.5, answered_ago, store_is_lost, silence_seconds=1.5, timeout_seconds=10.0)
+    limits = {"lost_seconds": 6.0, "silence_seconds": 1.5, "timeout_seconds": 10.0}
+    return Known(place, others, 10.5, answered_ago, store_is_lost, **limits)
 
 
 def named(words: str) -> list[int]:
@@ -153,3 +154,12 @@ def test_whoever_has_a_verdict_has_ended_or_is_silent_need_not_be_waited_for():
     places[2] = dataclasses.replace(places[2], state="MemoryError")
     assert everyone_knows(known(places, 0, {3: 2.0}))
     assert not everyone_knows(known(places, 0, {3: 1.0}))
+
+
+def test_a_rank_that_is_silent_is_lost_long_before_the_time_limit():
+    places = [at(0, "gen", 3.0, 7), at(1, "gen", 3.0, 7), at(2, "gen", 3.0, 7)]
+    assert overdue(dataclasses.replace(known(places, 0, {1: 5.9}), waited_seconds=0.0)) == ""
+    words = overdue(dataclasses.replace(known(places, 0, {1: 6.1}), waited_seconds=0.0))
+    assert named(words) == [1] and "no sign of life for 6.1 s" in words
+    # The store is what does not answer: nobody but its host can be said to be silent.
+    assert overdue(dataclasses.replace(known(places, 1, {0: 5.0, 2: 8.0}, answered_ago=5.0), waited_seconds=0.0)) == ""

@@ -73,6 +73,37 @@ def test_a_job_that_is_told_to_end_saves_and_one_that_is_cancelled_stays_away(cl
         cluster.run("scancel", job)
 
 
+CRASHING = """#!/usr/bin/env bash
+# In place of the interpreter: the second rank crashes, unless a user is at fault.
+case "$*" in *cluster.restart*) exec "$REAL_PYTHON" "$@" ;; esac
+(( SLURM_PROCID == 1 )) && exit "$CRASH"
+exit 0
+"""
+
+
+@pytest.mark.parametrize(("crash", "restarts", "times"), [("1", "2", 1), ("2", "2", 0), ("1", "0", 0)])
+def test_a_job_that_crashes_is_requeued_and_counted(cluster, tmp_path, crash, restarts, times):
+    stand_in, output = tmp_path / "rank", tmp_path / "job.out"
+    stand_in.write_text(CRASHING)
+    stand_in.chmod(0o755)
+    (tmp_path / "run").mkdir()
+    settings = ["config=demo", f"trainer.run_dir={tmp_path}/run", f"trainer.max_restarts={restarts}"]
+    variables = environment(PYTHON=str(stand_in), REAL_PYTHON=sys.executable, CRASH=crash, MMR1_DS_ROOT=str(ROOT))
+    job = cluster.run(
+        "sbatch", "--parsable", *OPTIONS, f"--output={output}", str(ROOT / "launch" / "slurm.sbatch"), *settings,
+        **variables, MASTER_ADDR="127.0.0.1",
+    )  # fmt: skip
+    try:
+        state = "PENDING" if times else "FAILED"
+        wait_until(
+            lambda: cluster.state(job)["JobState"] == state and cluster.num_requeued(job) == times, 90,
+            state,
+        )  # fmt: skip
+        assert (tmp_path / "run" / "restarts.json").exists() == bool(times)
+    finally:
+        cluster.run("scancel", job)
+
+
 def test_a_job_that_is_warned_is_requeued_and_ends_as_one_that_was_not(tmp_path, cluster):
     config = write_run(tmp_path, NUM_STEPS)
     variables = environment(

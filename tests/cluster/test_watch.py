@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from pathlib import Path
 import pytest
 from fixtures.launching import PROGRAMS, environment, processes_with, wait_until
 
-from mmr1_ds.cluster.judgement import Place
-from mmr1_ds.cluster.watch import GRACE_SECONDS, Watch, report_fault
+from mmr1_ds.cluster import judgement
+from mmr1_ds.cluster.judgement import Heard, Known, Place
+from mmr1_ds.cluster.watch import GRACE_SECONDS, Watch, exit_code, report_fault
 from mmr1_ds.errors import UserError
 
 LIMIT_SECONDS = 4
@@ -67,11 +69,12 @@ class Launch:
 
 @contextlib.contextmanager
 def launch(
-    folder: Path, fault: str, lost: int, address: str = "127.0.0.1", prefixes: Sequence[Sequence[str]] = ((),) * SIZE
+    folder: Path, fault: str, lost: int, address: str = "127.0.0.1", prefixes: Sequence[Sequence[str]] = ((),) * SIZE,
+    limits: str = str(LIMIT_SECONDS),
 ) -> Iterator[Launch]:
     """Start lost_rank.py on each rank, all but `lost` for a fault of that name; nothing is left at the end.
 
-    prefixes: what runs the command of each rank.
+    prefixes: what runs the command of each rank; limits: seconds of a wait, and after a slash of silence.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -87,7 +90,7 @@ def launch(
             variables |= {"MASTER_PORT": port, **dict([marker.split("=")])}
             if address != "127.0.0.1":
                 variables["GLOO_SOCKET_IFNAME"] = "eth0"
-            program = [str(PROGRAMS / "lost_rank.py"), str(folder), str(LIMIT_SECONDS), fault, str(lost)]
+            program = [str(PROGRAMS / "lost_rank.py"), str(folder), limits, fault, str(lost)]
             with (folder / f"{rank}.log").open("w") as log:
                 processes.append(
                     subprocess.Popen([*prefixes[rank], sys.executable, *program], env=variables, stdout=log, stderr=log)
@@ -142,6 +145,14 @@ def test_a_rank_that_is_stopped_is_named(tmp_path, fault, lost):
                 message = run.end(rank)
                 assert re.search(rf"rank {lost} \(host {HOST}\) is lost: no sign of life.* stage 'reward'", message)
                 assert seconds_in(message) < LIMIT_SECONDS + GRACE_SECONDS
+
+
+@pytest.mark.slow
+def test_a_silent_rank_is_named_long_before_the_time_limit(tmp_path):
+    with launch(tmp_path, "stop", 1, limits="1800/3") as run:
+        run.wait_until_met()
+        for rank in (0, 2):
+            assert f"rank 1 (host {socket.gethostname()}) is lost: no sign of life" in run.end(rank)
 
 
 @pytest.mark.slow
@@ -288,6 +299,44 @@ def test_a_watch_hears_the_others_through_the_store():
     (heard,) = known.others
     assert (heard.place.stage, heard.place.step) == ("gen", 3)
     assert known.own.rank == 1 and not known.store_is_lost
+
+
+def test_a_process_that_was_stopped_blames_nobody_for_what_it_missed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    store = Store()
+    store.set("place/0", json.dumps(dataclasses.asdict(Place(0, "h0"))))
+    watch = Watch(1, 2, 1800, None, lost_seconds=120)
+    watch._store = store
+    looks = iter([1.0, 2.0, 602.0, 603.0, 604.0])  # 10 minutes in which nothing of this process ran
+    verdicts = []
+
+    class Closed:
+        def is_set(self):
+            return False
+
+        def wait(self, seconds):
+            verdicts.append(judgement.overdue(watch.known()))
+            try:
+                clock[0] = next(looks)
+            except StopIteration:
+                raise InterruptedError from None
+
+    place = Place(0, "h0")
+    watch._places[0], watch._answered, watch._closed = (place, 0.0), 0.0, Closed()
+    with pytest.raises(InterruptedError):
+        watch._judge()
+    faulthandler.cancel_dump_traceback_later()
+    assert verdicts == [""] * 6
+    assert watch.known().others[0].seconds_ago < 10
+
+
+def test_the_error_of_a_user_is_every_ranks_status():
+    ended = Place(1, "h1", state="UserError: no such file")
+    facts = Known(Place(0, "h0"), (Heard(ended, 0.1),), 11.0, 0.0, False, 120.0, 1.5, 10.0)
+    verdict = judgement.overdue(dataclasses.replace(facts, own=dataclasses.replace(facts.own, collective="meet")))
+    assert exit_code(verdict) == 2
+    assert exit_code("rank 1 (host h1) is lost") == 1
 
 
 def _ip(*arguments: str) -> None:

@@ -1,11 +1,14 @@
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
 from fixtures.coordinators import P, answer, make, refresh, share, train
 from fixtures.launching import run_ranks
 from fixtures.rank_threads import on_ranks
+from safetensors.numpy import save_file
 
+from mmr1_ds.curriculum import storage
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
 
@@ -152,13 +155,49 @@ def test_resume_draws_what_an_unbroken_run_draws(tmp_path, saved_on, loaded_on, 
         return train(coordinator, range(9, 21))
 
     on_ranks(saved_on, first_half)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curriculum.json", "curriculum.safetensors"]
+    names = ["curriculum.json", "curriculum.safetensors", "prompt_ids.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     resumed = on_ranks(loaded_on, second_half)
     for of_rank in resumed:
         assert [batch for batch, _ in of_rank] == [batch for batch, _ in unbroken[8:]]
     if not settings or saved_on == loaded_on == 1:
         for (_, again), (_, metrics) in zip(resumed[0], unbroken[8:], strict=True):
             assert again == pytest.approx(metrics, abs=1e-12)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_prompt_ids_are_written_once_a_run(tmp_path, monkeypatch, links):
+    encoded = mock.Mock(wraps=storage.encode_prompt_ids)
+    monkeypatch.setattr(storage, "encode_prompt_ids", encoded)
+    if not links:
+        monkeypatch.setattr(storage.os, "link", mock.Mock(side_effect=OSError("not on this file system")))
+    coordinator, kept = make(), tmp_path / "prompt_ids.safetensors"
+    kept.write_bytes(b"of another run")
+    for step in (1, 2, 3):
+        (tmp_path / str(step)).mkdir()
+        train(coordinator, [step])
+        coordinator.save(tmp_path / str(step), kept)
+    assert encoded.call_count == 1
+    assert kept.stat().st_nlink == (4 if links else 1)
+    kept.unlink()
+    for path in (tmp_path / "1").iterdir():  # an old checkpoint goes, the others stay whole
+        path.unlink()
+    fresh = make()
+    fresh.load(tmp_path / "3")
+    assert train(fresh, [4, 5]) == train(coordinator, [4, 5])
+
+
+def test_a_checkpoint_with_the_ids_among_its_arrays_is_read(tmp_path):
+    coordinator = make(**MIXED)
+    train(coordinator, range(1, 5))
+    state = coordinator.state_dict()
+    arrays = {f"{group}.{name}": a for group in ("table", "refresh", "history") for name, a in state[group].items()}
+    save_file(arrays, tmp_path / "curriculum.safetensors")
+    numbers = {name: value for name, value in state.items() if name not in ("table", "refresh", "history")}
+    (tmp_path / "curriculum.json").write_text(json.dumps({"format": 2, **numbers}))
+    fresh = make(**MIXED)
+    fresh.load(tmp_path)
+    assert train(fresh, range(5, 8)) == train(coordinator, range(5, 8))
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -1,4 +1,5 @@
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -6,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
+from mmr1_ds.curriculum import estimator
 from mmr1_ds.curriculum.drift_law import DriftLaw, Prior
 from mmr1_ds.curriculum.estimator import PROBE_RESPONSES, FilterSettings, LogitFilter, probe_budget
 from mmr1_ds.curriculum.posterior import pooled, posterior
-from mmr1_ds.curriculum.utilities import utility_peak
+from mmr1_ds.curriculum.utilities import expected_utility, utility_function, utility_peak
 from mmr1_ds.errors import UserError
 
 # A world to learn from
@@ -371,6 +373,18 @@ def test_groups_of_one_prompt_are_pooled():
     apart.observe(np.array([2, 5, 2]), np.array([3.0, 7.0, 1.5]), np.array([8, 8, 4]))
     together.observe(np.array([2, 5]), np.array([4.5, 7.0]), np.array([12, 8]))
     assert equal_states(apart, together)
+
+
+def test_shared_expectations_equal_those_of_each_prompt(monkeypatch):
+    belief = World(num_prompts=3001, drift=0.01, offsets=(-0.02, 0.0, 0.03)).run(3)
+    mean, variance = belief.belief(np.arange(3001))
+    expected, _ = expected_utility(mean, variance, utility_function("learnability"), 8)
+    evaluated = mock.Mock(wraps=expected_utility)
+    monkeypatch.setattr(estimator, "expected_utility", evaluated)
+    assert belief.utility("learnability").tolist() == expected.tolist()
+    num_seen = int((belief.last_seen_step >= 0).sum())
+    assert 0 < num_seen < 1024
+    assert sum(len(call.args[0]) for call in evaluated.call_args_list) == 3 + num_seen
 
 
 def test_weights_are_read_only_and_a_new_array_each_time():

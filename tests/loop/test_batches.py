@@ -190,6 +190,34 @@ def test_a_step_that_is_cut_off_leaves_nothing_observed(size, at):
     assert on_ranks(size, cut_off) == on_ranks(size, left_alone)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_step_cut_off_in_its_baselines_leaves_nothing_observed(size):
+    class CutOffGreedy(FakeCollector):
+        def collect(self, requests, settings, clock):
+            if settings.temperature == 0.0 and self.cut:
+                raise SamplingAbandoned
+            return super().collect(requests, settings, clock)
+
+    def first_and_second(control, cut):
+        collector = CutOffGreedy()
+        collector.cut = False
+        maker, coordinator = make(
+            control, collector, online_filtering=False, remax=True, curriculum_refresh="online",
+            sampling_strategy="curriculum",
+        )  # fmt: skip
+        maker.make(1, SETTINGS, StageClock())
+        before, collector.cut = state(coordinator, control), cut
+        if cut:
+            with pytest.raises(SamplingAbandoned):
+                maker.make(2, SETTINGS, StageClock())
+            assert state(coordinator, control) == before
+            collector.cut = False
+        batch = maker.make(2, SETTINGS, StageClock())
+        return batch.prompts.tolist(), batch.baselines, state(coordinator, control)
+
+    assert on_ranks(size, lambda c: first_and_second(c, True)) == on_ranks(size, lambda c: first_and_second(c, False))
+
+
 def state(coordinator, control):
     """What a checkpoint would hold, as text that compares; rank 0 has it."""
     if control.rank > 0:

@@ -1,8 +1,11 @@
 """The order in which a run is put together: what fails cheapest comes first."""
 
 import contextlib
+import os
+from unittest import mock
 
 import pytest
+from fixtures.rank_threads import Ranks, SingleProcess
 
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.config import RunConfig, TrainerConfig
@@ -42,20 +45,36 @@ def test_a_gpu_is_used_before_data_is_read(monkeypatch, bf16, reached):
     assert order == reached
 
 
-class OneRank:
-    rank = 0
-
-    def all_gather_objects(self, item, stage):
-        return [item]
-
-
 def test_a_run_whose_checkpoints_would_lie_in_another_s_directory_is_refused(tmp_path):
     first = RunConfig(trainer=TrainerConfig(run_dir=str(tmp_path / "first")))
     folder = tmp_path / "first" / "checkpoints"
     second = RunConfig(trainer=TrainerConfig(run_dir=str(tmp_path / "second"), save_checkpoint_path=str(folder)))
     with contextlib.ExitStack() as held:
-        composition._lock(first, OneRank(), held)
+        composition._lock(first, Ranks(SingleProcess()), held)
         with contextlib.ExitStack() as refused, pytest.raises(UserError, match=f"save_checkpoint_path={folder} is in"):
-            composition._lock(second, OneRank(), refused)
+            composition._lock(second, Ranks(SingleProcess()), refused)
     with contextlib.ExitStack() as held:
-        composition._lock(second, OneRank(), held)
+        composition._lock(second, Ranks(SingleProcess()), held)
+
+
+@pytest.mark.parametrize("mode", [None, "700", "770"])
+def test_the_folders_of_a_run_are_opened_to_whom_the_user_says(tmp_path, mode):
+    config = RunConfig()
+    config.trainer.run_dir, config.trainer.save_checkpoint_path = str(tmp_path / "run"), str(tmp_path / "checkpoints")
+    config.trainer.run_dir_mode = mode
+    umask = os.umask(0o027)
+    try:
+        with contextlib.ExitStack() as stack:
+            composition._lock(config, Ranks(SingleProcess()), stack)
+            found = {folder.name: oct(folder.stat().st_mode)[-3:] for folder in tmp_path.iterdir()}
+    finally:
+        os.umask(umask)
+    assert found == dict.fromkeys(["run", "checkpoints"], mode or "750")
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(composition.Path, "chmod", mock.Mock(side_effect=PermissionError(1, "Not permitted", "run")))
+    config = RunConfig()
+    config.trainer.run_dir, config.trainer.run_dir_mode = str(tmp_path / "run"), "700"
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match=r"trainer.run_dir_mode=700: Not permitted"):
+        composition._lock(config, Ranks(SingleProcess()), stack)

@@ -1,4 +1,6 @@
-"""One rank is lost, by the fault that is named; the others wait for it. Usage: lost_rank.py FOLDER LIMIT FAULT LOST
+"""One rank is lost, by the fault that is named; the others wait for it.
+
+    lost_rank.py FOLDER LIMIT[/SILENCE] FAULT LOST
 
 Writes FOLDER/N.torch once rank N has imported torch, and N.ready when all have met; after FOLDER/go the fault comes.
 """
@@ -19,7 +21,8 @@ from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.cluster.watch import CollectiveError
 
-folder, limit_seconds, fault, lost = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+folder, fault, lost = Path(sys.argv[1]), sys.argv[3], int(sys.argv[4])
+limits = [float(seconds) for seconds in sys.argv[2].split("/")]  # of a wait, and of silence
 launch = launch_environment()
 
 
@@ -61,7 +64,7 @@ def run(ranks: Ranks) -> None:
 present = range(launch.world_size) if fault != "never_come" else [r for r in range(launch.world_size) if r != lost]
 wait_until(lambda: all((folder / f"{rank}.torch").exists() for rank in present), 120, "torch on every rank")
 try:
-    with Ranks(launch, limit_seconds) as everyone:
+    with Ranks(launch, *limits) as everyone:
         run(everyone)
 except CollectiveError:
     leave(1)

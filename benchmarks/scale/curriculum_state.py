@@ -1,0 +1,95 @@
+"""What the curriculum's state costs rank 0, by the number of prompts: what a step keeps to go back to, saves, weights.
+
+    python benchmarks/scale/curriculum_state.py [--prompts 1000000]
+
+Prompt ids are those of a data set, 32 hexadecimal digits in an Arrow column. Each line is one call, in seconds, the
+second time it is made but for the first save, which writes the prompt ids; sizes are of what one save writes anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmr1_ds.config import DataConfig
+from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.data.dataset import TextColumn
+
+
+class Alone:
+    """The control of a run of one rank."""
+
+    rank, size = 0, 1
+
+    def broadcast_array(self, array: np.ndarray, stage: str) -> np.ndarray:
+        return array
+
+    def all_gather_array(self, array: np.ndarray, stage: str) -> list[np.ndarray]:
+        return [array]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=1_000_000)
+    num_prompts = parser.parse_args().prompts
+    data = DataConfig(
+        rollout_batch_size=512, sampling_strategy="curriculum", curriculum_refresh="online",
+        curriculum_metrics=["learnability"], curriculum_metric_weights=[1.0],
+    )  # fmt: skip
+    prompt_ids = TextColumn(pa.array((f"{i * 7919:032x}" for i in range(num_prompts)), pa.large_string()))
+    categories = [f"c{i % 9}" for i in range(num_prompts)]
+    coordinator = Coordinator(data, prompt_ids, categories, "fingerprint", 8, 10_000, Alone())
+    for share in (0.0, 0.1, 1.0):
+        believe(coordinator, int(share * num_prompts))
+        weights(coordinator)
+        timed(f"weights, {share:.0%} of the prompts seen", lambda: weights(coordinator))
+    for number in (1, 2):
+        weights(coordinator)
+        timed(f"draw {number}, from new weights", lambda: coordinator.next_batch(1))
+    timed("metrics", coordinator.metrics)
+    timed("what a step keeps to go back to", coordinator.position)
+    with tempfile.TemporaryDirectory() as root:
+        kept, seen = Path(root) / "prompt_ids.safetensors", set()
+        for step in (1, 2):
+            folder = Path(root) / f"global_step_{step}"
+            folder.mkdir()
+            timed(f"save {step}", lambda folder=folder: coordinator.save(folder, kept))
+            new = {path.stat().st_ino: path.stat().st_size for path in folder.iterdir()}
+            sys.stdout.write(f"  {sum(new[inode] for inode in new.keys() - seen) / 1e6:.1f} MB written\n")
+            seen |= new.keys()
+        folder = Path(root) / "global_step_2"
+        timed("load", lambda: coordinator.load(folder))
+    sys.stdout.write(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB\n")
+
+
+def believe(coordinator: Coordinator, num_seen: int) -> None:
+    """Give the first prompts a belief of their own, as if each had been seen."""
+    beliefs, random = coordinator.table._filter, np.random.default_rng(0)
+    beliefs._last_seen[:num_seen] = 0
+    beliefs._anchor[:num_seen] = random.normal(0.0, 2.0, num_seen)
+    beliefs._variance[:num_seen] = 1.0
+
+
+def weights(coordinator: Coordinator) -> np.ndarray:
+    coordinator.table._weights = None
+    return coordinator.table.sampling_weights
+
+
+def timed(name: str, action: Callable[[], Any]) -> None:
+    begin = time.perf_counter()
+    action()
+    sys.stdout.write(f"{name:45s} {time.perf_counter() - begin:8.3f} s\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

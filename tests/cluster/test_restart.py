@@ -1,0 +1,69 @@
+"""A run that crashed is started again so often, and not when that cannot help."""
+
+import json
+import subprocess
+
+import pytest
+from fixtures.launching import ROOT, environment
+
+from mmr1_ds.cluster import restart
+
+
+def saved(folder, step):
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "latest").write_text(f"global_step_{step}\n")
+
+
+def test_restarts_are_counted_and_progress_gives_them_back(tmp_path, capsys):
+    settings = ["config=demo", f"trainer.run_dir={tmp_path}", "trainer.max_restarts=2"]
+    assert [restart.main(settings) for _ in range(3)] == [0, 0, 1]
+    assert "2 restarts from step 0, trainer.max_restarts=2" in capsys.readouterr().err
+    saved(tmp_path, 7)
+    assert [restart.main(settings) for _ in range(3)] == [0, 0, 1]
+    assert json.loads((tmp_path / restart.COUNT).read_text()) == {"restarts": 2, "step": 7}
+    (tmp_path / restart.COUNT).write_text("{torn")
+    assert restart.main(settings) == 0
+
+
+@pytest.mark.parametrize(
+    "setting", ["trainer.max_restarts=0", "trainer.resume=false", "trainer.val_only=true", "trainer.run_dir=no/such"]
+)
+def test_what_a_restart_would_not_help_ends(tmp_path, setting, capsys):
+    assert restart.main(["config=demo", f"trainer.run_dir={tmp_path}", setting]) == 1
+    assert "is not started again" in capsys.readouterr().err
+    assert restart.main(["config=demo", "trainer.run_dirr=x"]) == 2
+
+
+STAND_IN = """#!/usr/bin/env bash
+# In place of the interpreter: a run ends with the next of the given statuses; asked for a restart, it counts.
+case "$*" in
+  *mmr1_ds.cluster.restart*) echo ask >> "$FOLDER/said"; [[ "$*" == *max_restarts=0* ]] && exit 1; exit 0 ;;
+  *socket*) echo 1234; exit 0 ;;
+esac
+echo run >> "$FOLDER/said"
+number=$(grep -c run "$FOLDER/said")
+read -ra statuses <<< "$STATUSES"
+exit "${statuses[number - 1]}"
+"""
+SCRIPTS = {"train.sh": ([], {"NUM_GPUS": "1"}), "deepspeed.sh": (["2", "mmr1_ds.train"], {}),
+           "mpi.sh": (["1", "mmr1_ds.train"], {})}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("statuses", "setting", "code", "runs"),
+    [("1 137 0", "a=1", 0, 3), ("2", "a=1", 2, 1), ("75", "a=1", 75, 1), ("1", "trainer.max_restarts=0", 1, 1)],
+)
+def test_the_launch_scripts_start_a_crashed_run_again(tmp_path, script, statuses, setting, code, runs):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    (tmp_path / "mpirun").write_text('#!/bin/bash\n[ "$1" = --version ] && exit 0\nshift 2; exec "$@"\n')
+    (tmp_path / "mpirun").chmod(0o755)
+    arguments, added = SCRIPTS[script]
+    variables = environment(PYTHON=str(stand_in), FOLDER=str(tmp_path), STATUSES=statuses, **added)
+    variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
+    command = ["bash", str(ROOT / "launch" / script), *arguments, setting]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "said").read_text().split().count("run") == runs
