@@ -211,6 +211,7 @@ ESTIMATORS: dict[str, Callable[[StepRewards], Any]] = {  # beside gae, which has
     "grpo": lambda step: advantages.grpo(step.rewards_GN, step.known_GN),
     "dr_grpo": lambda step: advantages.dr_grpo(step.rewards_GN, step.known_GN),
     "rloo": lambda step: advantages.rloo(step.rewards_GN, step.known_GN),
+    "grpo_passk": lambda step: advantages.grpo_passk(step.rewards_GN, step.known_GN),
     "reinforce_plus_plus_baseline": lambda step: advantages.reinforce_plus_plus_baseline(
         step.rewards_GN, step.lengths_B, step.ranks, step.known_GN
     ),

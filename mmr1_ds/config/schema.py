@@ -122,7 +122,7 @@ class AlgorithmConfig:
         str,
         OneOf(
             "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae", "gdpo",
-            or_function=True,
+            "grpo_passk", or_function=True,
         ),
     ] = "grpo"  # gae trains a critic; gdpo standardises each of worker.reward.functions by itself
     gamma: Share = 1.0  # reinforce_plus_plus, gae: discount of a reward per token before it
@@ -213,10 +213,13 @@ class ActorConfig:
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     # default: clipped PPO
     loss_type: Annotated[
-        str, OneOf("default", "gspo", "gspo_token", "cispo", "sapo", or_function=True)
+        str,
+        OneOf("default", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", or_function=True),
     ] = "default"
-    clip_ratio_low: Share = 0.2  # all but sapo: the ratio is clipped below at 1 - this
-    clip_ratio_high: NonNegativeFloat = 0.3  # all but sapo: the ratio is clipped above at 1 + this
+    # all but sapo: the ratio is clipped below at 1 - this; gmpo: its log at minus this; dppo: bound of tokens that fall
+    clip_ratio_low: Share = 0.2
+    # all but sapo: the ratio is clipped above at 1 + this; gmpo: its log at this; dppo: bound of tokens that rise
+    clip_ratio_high: NonNegativeFloat = 0.3
     clip_ratio_dual: Annotated[float, Range("(1, inf)")] = 3.0  # default: bound of the loss for negative advantages
     tau_positive: PositiveFloat = 1.0  # sapo: temperature of the gate for positive advantages
     tau_negative: PositiveFloat = 1.05  # sapo: the same for negative ones; higher forgets off-policy tokens sooner

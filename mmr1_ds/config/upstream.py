@@ -120,7 +120,7 @@ _VALUES = {
     "worker.rollout.dtype": {"bfloat16": "bf16", "float32": "fp32"},
     "algorithm.kl_penalty": {"k1": "kl", "k2": "mse", "k3": "low_var_kl"},
     "worker.actor.loss_avg_mode": {"token-mean": "token", "seq-mean-token-mean": "seq"},
-    "worker.actor.loss_type": {"vanilla": "default"},
+    "worker.actor.loss_type": {"vanilla": "default", "geo_mean": "gmpo"},
     "worker.critic.loss_avg_mode": {"token-mean": "token", "seq-mean-token-mean": "seq"},
 }
 _FILTER_DEFAULTS = (("algorithm.filter_low", 0.01), ("algorithm.filter_high", 0.99))

@@ -91,7 +91,7 @@ def test_both_spellings_of_metrics(valid, names):
 @pytest.mark.parametrize(
     "argument, expected",
     [
-        ("algorithm.adv_estimator=grpo_passk", "algorithm.adv_estimator must be grpo or dr_grpo or rloo or "),
+        ("algorithm.adv_estimator=opo", "algorithm.adv_estimator must be grpo or dr_grpo or rloo or "),
         ("algorithm.kl_penalty=full", "algorithm.kl_penalty must be kl or abs or mse or low_var_kl, got full"),
         ("algorithm.kl_type=adaptiv", "algorithm.kl_type must be fixed or adaptive, got adaptiv; did you mean adap"),
         ("algorithm.rollout_is=seq", "algorithm.rollout_is must be token or sequence or none, got seq"),
