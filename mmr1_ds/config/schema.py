@@ -223,6 +223,9 @@ class ActorConfig:
     clip_ratio_dual: Annotated[float, Range("(1, inf)")] = 3.0  # default: bound of the loss for negative advantages
     tau_positive: PositiveFloat = 1.0  # sapo: temperature of the gate for positive advantages
     tau_negative: PositiveFloat = 1.05  # sapo: the same for negative ones; higher forgets off-policy tokens sooner
+    entropy_coef: NonNegativeFloat = 0.0  # weight of the entropy of each token in the loss, taken off it; 0 = no bonus
+    # share of the tokens of an optimiser step, those of highest entropy before the update, that train; 1 = all
+    top_entropy_quantile: Annotated[float, Range("(0, 1]")] = 1.0
     # over an optimiser step: mean over tokens, mean over responses, or their sum
     loss_avg_mode: Annotated[str, OneOf("token", "seq", "seq_sum", or_function=True)] = "token"
     loss_scale_factor: PositiveFloat | None = None  # seq_sum: what a sum is divided by; null = data.max_response_length

@@ -26,6 +26,7 @@ RENAMED = {
     "worker.actor.clip_low": "worker.actor.clip_ratio_low",
     "worker.actor.clip_ratio_c": "worker.actor.clip_ratio_dual",
     "worker.actor.disable_kl": "algorithm.disable_kl",
+    "worker.actor.entropy_coeff": "worker.actor.entropy_coef",
     "worker.actor.kl_coef": "algorithm.kl_coef",
     "worker.actor.kl_loss_coef": "algorithm.kl_coef",
     "worker.actor.kl_loss_type": "algorithm.kl_penalty",
@@ -45,8 +46,6 @@ _BF16 = ("bf16", "bfloat16", "torch.bfloat16", None)
 # key -> (values that are what this trainer does, what to do instead of another)
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.override_chat_template": ((None,), "set the chat template in the tokenizer's own folder"),
-    "worker.actor.entropy_coef": ((0,), "an entropy bonus is not implemented"),
-    "worker.actor.entropy_coeff": ((0,), "an entropy bonus is not implemented"),
     **{
         f"worker.{part}.fsdp.mp_param_dtype": (_BF16, "forward and backward are in bf16 on a GPU")
         for part in ("actor", "critic", "ref")

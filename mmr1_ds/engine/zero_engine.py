@@ -90,21 +90,22 @@ class ZeroEngine:
         return self.module.model
 
     @torch.no_grad()
-    def _evaluate(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
-        """The module's output at every response token, one float32 array (T,) a pair.
+    def _evaluate(self, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], ...]:
+        """Each of the module's outputs at every response token, one float32 array (T,) a pair.
 
         Collective: all ranks, with the same number of pairs.
         """
         self.engine.eval()
         pairs = pairs if self._parallel is None else self._parallel.gather(pairs)
-        found: dict[int, np.ndarray] = {}
+        found: dict[int, tuple[np.ndarray, ...]] = {}
         for part in self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_experience):
             chosen = [pairs[i] for i in part]
-            values_T = self._forward(chosen)[0].float().cpu().numpy()
             cuts = np.cumsum([len(response) for _, response in chosen])[:-1]
-            found.update(zip(part, np.split(values_T, cuts), strict=True))
+            parts = [np.split(output_T.float().cpu().numpy(), cuts) for output_T in self._forward(chosen)]
+            found.update(zip(part, zip(*parts, strict=True), strict=True))
         in_order = [found[i] for i in range(len(pairs))]
-        return in_order if self._parallel is None else self._parallel.own(in_order)
+        in_order = in_order if self._parallel is None else self._parallel.own(in_order)
+        return tuple(list(column) for column in zip(*in_order, strict=True))
 
     def _forward(self, pairs: Sequence[Pair]) -> tuple[Tensor, ...]:
         """The module's outputs at the response tokens of one micro-batch, (T,) each. Collective."""

@@ -104,6 +104,19 @@ for mode in ("token", "seq", "seq_sum"):  # the second response to every other p
     assert metrics.pop("rollout/is_masked_fraction") < 1
     results[f"masked|{mode}"] = gradients.pop().numpy()
     results[f"masked|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
+actor._importance = ImportanceSampling("token", 2.0)
+config.worker.actor.entropy_coef = 0.3
+actor.model.get_output_embeddings()._entropy_gradient = True
+metrics = actor.update(trajectories)
+results["entropy|seq_sum"] = gradients.pop().numpy()
+results["entropy|seq_sum|figures"] = np.array([metrics[name] for name in sorted(metrics)])
+config.worker.actor.entropy_coef, config.worker.actor.top_entropy_quantile = 0.0, 0.3
+entropies = actor.log_probs_and_entropies(pairs)[1]
+chosen = [replace(item, old_entropies=entropies[i]) for i, item in enumerate(trajectories)]
+metrics = actor.update(chosen)
+assert 0.3 <= metrics.pop("actor/top_entropy_fraction") < 0.35
+results["top entropy|seq_sum"] = gradients.pop().numpy()
+results["top entropy|seq_sum|figures"] = np.array([metrics[name] for name in sorted(metrics)])
 actor.save(Path(folder))
 saved, actor.kl.coefficient = actor.kl.coefficient, 0.0
 actor.load(Path(folder))
