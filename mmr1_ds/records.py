@@ -92,7 +92,10 @@ class SamplingSettings:
     top_p: float
     top_k: int  # -1 = all
     max_tokens: int
-    raw_logprobs: bool = False  # log-probabilities of the whole distribution, not of the one that top_p and top_k leave
+    raw_logprobs: bool = False  # log-probabilities of the whole distribution, not of the one that is left or bent below
+    min_p: float = 0.0  # least probability of a token, as a share of the likeliest one's; 0 = no bound
+    repetition_penalty: float = 1.0  # logits of tokens that occurred, prompt included, are moved down by it; 1 = none
+    stop: tuple[str, ...] = ()  # a response ends with the token that completes one of these in its text
 
 
 Pair = tuple[Prompt, np.ndarray]  # a prompt, and the tokens of one response to it, (T,) int32

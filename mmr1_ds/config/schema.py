@@ -182,7 +182,11 @@ class OptimConfig:
     lr: PositiveFloat = 1.0e-6  # highest learning rate
     betas: Annotated[tuple[float, float], Range("[0, 1)")] = (0.9, 0.999)  # decay of the two moments
     weight_decay: NonNegativeFloat = 1.0e-2  # decoupled weight decay
-    strategy: Annotated[str, OneOf("adamw", reason="other optimisers are not implemented")] = "adamw"  # optimiser
+    # adamw_bf16: both moments in bf16, half of their memory
+    strategy: Annotated[
+        str,
+        OneOf("adamw", "adamw_bf16", reason="for less memory take adamw_bf16, whose states are bf16, or offloading"),
+    ] = "adamw"
     lr_warmup_ratio: Share = 0.0  # share of the run's optimiser steps spent warming up
     lr_warmup_steps: NonNegativeInt | None = None  # optimiser steps, instead of the ratio
     # after the warm-up
@@ -290,6 +294,9 @@ class ValidationSampling:
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all
     n: PositiveInt = 1  # answers a prompt; accuracies are averaged
     max_tokens: PositiveInt | None = None  # tokens of an answer; null = data.max_response_length
+    min_p: Share = 0.0  # least probability of a token, as a share of the likeliest one's; 0 = no bound
+    repetition_penalty: PositiveFloat = 1.0  # over 1: tokens that occurred, prompt included, become less likely
+    stop: list[str] | None = None  # texts that end an answer; null = worker.rollout.stop
 
 
 @dataclass
@@ -302,7 +309,11 @@ class RolloutConfig:
     temperature: PositiveFloat = 1.0  # logits are divided by it
     top_p: Annotated[float, Range("(0, 1]")] = 1.0  # probability of the most likely tokens to choose from
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all
-    # log-probabilities of samples: of the distribution cut by top_p and top_k, or of the whole one, as the actor's
+    min_p: Share = 0.0  # least probability of a token, as a share of the likeliest one's; 0 = no bound
+    repetition_penalty: PositiveFloat = 1.0  # over 1: tokens that occurred, prompt included, become less likely
+    stop: list[str] = field(default_factory=list)  # texts that end a response, with the token that completes them
+    # log-probabilities of samples: of the distribution cut and bent by top_p, top_k, min_p and repetition_penalty, or
+    # of the whole one, as the actor's
     logprobs: Annotated[str, OneOf("processed", "raw")] = "processed"  # raw: not with engine=server
     seed: NonNegativeInt = 1  # seed of the sampled responses
     limit_images: NonNegativeInt = 0  # images a prompt at most, more are an error; 0 = as many as the data has

@@ -61,12 +61,9 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     **{
         f"worker.rollout.val_override_config.{key}": (accepted, f"{words} not implemented")
         for key, accepted, words in (
-            ("min_p", (0,), "a least probability is"),
-            ("repetition_penalty", (1,), "a penalty of repetition is"),
             ("presence_penalty", (0,), "a penalty of presence is"),
             ("frequency_penalty", (0,), "a penalty of frequency is"),
             ("min_tokens", (0,), "a least length is"),
-            ("stop", (None,), "stop strings are"),
             ("stop_token_ids", (None,), "stop tokens of one's own are"),
         )
     },
@@ -239,6 +236,8 @@ def _translate_special(key: str, value: Any, result: Translation) -> bool:
             | "worker.critic.optim.min_lr_ratio"
             | "trainer.experiment_name"
             | "worker.rollout.val_override_config"
+            | "worker.rollout.val_override_config.min_p"
+            | "worker.rollout.val_override_config.repetition_penalty"
         ):
             if value is not None:  # an empty key upstream: the default
                 result.values[key] = value

@@ -32,6 +32,7 @@ from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.packing import shares_prompts
 from mmr1_ds.engine.model.policy import PolicyModel, exact_types
 from mmr1_ds.engine.model.value_model import ValueModel
+from mmr1_ds.engine.optimizers import AdamWBf16
 from mmr1_ds.engine.weights.adapter_checkpoint import AdapterCheckpoint
 from mmr1_ds.engine.weights.offloading import drop_host_copies, states_offloaded
 from mmr1_ds.engine.weights.zero_checkpoint import ZeroCheckpoint
@@ -77,8 +78,14 @@ class ZeroEngine:
         """
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.module = module
+        resolved, optimizer = exact_types(deepspeed_config), None
+        if "optimizer" in resolved and settings.optim.strategy == "adamw_bf16":
+            optim = settings.optim
+            eps = resolved["optimizer"]["params"].get("eps", 1e-8)
+            optimizer = AdamWBf16(parameters, optim.lr, optim.betas, eps, optim.weight_decay)
+            resolved["zero_allow_untested_optimizer"] = True
         self.engine, *_ = deepspeed.initialize(
-            model=module, config=exact_types(deepspeed_config), model_parameters=parameters or None
+            model=module, config=resolved, model_parameters=parameters or None, optimizer=optimizer
         )
         self._settings, self._sizes, self._ranks, self._encoder = settings, sizes, ranks, encoder
         self._parallel = module.parallel

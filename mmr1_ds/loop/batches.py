@@ -230,7 +230,7 @@ class BatchMaker:
         """Sample one greedy response to the prompt of each group. Returns: their rewards. Collective."""
         indices = [item.group.prompt.index for item in groups]
         requests = self._requests(self._prompts, indices, 1, BASELINE, step, indices)
-        greedy = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=-1)
+        greedy = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0)
         scored, _ = self._collector.collect(requests, greedy, clock)
         found = []
         for item, answer in zip(groups, scored, strict=True):

@@ -172,7 +172,15 @@ def _is_text_or_list(value: Any) -> bool:
 
 
 def _check_validation(config: RunConfig) -> None:
-    sampling = config.worker.rollout.val_override_config
+    rollout, sampling = config.worker.rollout, config.worker.rollout.val_override_config
+    for key, texts in (("stop", rollout.stop), ("val_override_config.stop", sampling.stop or [])):
+        if "" in texts:
+            raise UserError(f"worker.rollout.{key}={texts} has an empty text, which ends every response; remove it")
+    if rollout.stop and rollout.partial is not None:
+        raise UserError(
+            f"worker.rollout.stop={rollout.stop}: with worker.rollout.partial={rollout.partial} a text across two "
+            "parts of a response would not end it; leave one of the two out"
+        )
     if sampling.temperature == 0 and sampling.n > 1:
         raise UserError(
             f"worker.rollout.val_override_config: n={sampling.n} greedy answers (temperature=0) would all be the same; "

@@ -355,8 +355,7 @@ def test_a_fault_costs_a_tenth_of_a_run_at_most(num_steps):
 @pytest.mark.parametrize(
     ("key", "neutral", "other"),
     [
-        ("min_p", "0.0", "0.05"), ("repetition_penalty", "1.0", "1.1"), ("presence_penalty", "0", "0.5"),
-        ("frequency_penalty", "0", "0.5"), ("min_tokens", "0", "8"), ("stop", "[]", "[END]"),
+        ("presence_penalty", "0", "0.5"), ("frequency_penalty", "0", "0.5"), ("min_tokens", "0", "8"),
         ("stop_token_ids", "null", "[7]"),
     ],
 )  # fmt: skip
