@@ -309,6 +309,7 @@ def _unused(config: RunConfig) -> list[str]:
     read_by = {
         "algorithm.gamma": (discounts, f"algorithm.adv_estimator={estimator}"),
         "algorithm.lam": (estimator == "gae", f"algorithm.adv_estimator={estimator}"),
+        "algorithm.filter_oversample": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "algorithm.filter_low": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "algorithm.filter_high": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "worker.actor.tau_positive": (gates, f"worker.actor.loss_type={loss}"),
