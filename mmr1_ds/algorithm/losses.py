@@ -29,6 +29,7 @@ class LossTokens:
     old_logprobs_T: Tensor  # under the policy before the update
     advantages_T: Tensor
     segments: Segments  # which tokens are one response
+    is_chosen_T: Tensor | None = None  # kl_cov: the tokens that it holds; None = none
 
     @property
     def log_ratio_T(self) -> Tensor:
@@ -46,9 +47,15 @@ class PolicyLoss:
     clip_dual: float = math.inf  # default: bound of the loss, in units of -advantage, where the advantage is negative
     tau_positive: float = 1.0  # sapo: temperature of the gate for positive advantages
     tau_negative: float = 1.05  # sapo: for the others
+    kl_cov_coef: float = 1.0  # kl_cov: weight of the KL at the tokens that it holds
 
     def __call__(
-        self, logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, segments: Segments
+        self,
+        logprobs_T: Tensor,
+        old_logprobs_T: Tensor,
+        advantages_T: Tensor,
+        segments: Segments,
+        is_chosen_T: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss at each token, (T,), to be minimised, and what to watch, each (T,).
 
@@ -57,7 +64,7 @@ class PolicyLoss:
             in, pg_clipfrac_higher (1 where the bounds around 1 hold a token back) and pg_clipfrac_lower (1 where the
             dual clip does).
         """
-        tokens = LossTokens(logprobs_T, old_logprobs_T, advantages_T, segments)
+        tokens = LossTokens(logprobs_T, old_logprobs_T, advantages_T, segments, is_chosen_T)
         function = LOSSES.get(self.kind) or load_function("worker.actor.loss_type", self.kind)
         found = function(tokens, self)
         loss_T, figures = found if isinstance(found, tuple) else (found, {})
@@ -126,6 +133,20 @@ def gmpo(tokens: LossTokens, loss: PolicyLoss) -> Found:
     return loss_T, _shares(is_held_T, torch.zeros_like(is_held_T))
 
 
+def kl_cov(tokens: LossTokens, loss: PolicyLoss) -> Found:
+    """KL-Cov (arXiv 2505.22617, eq. 13): tokens of the highest covariance are held to the old policy, none is clipped.
+
+    The KL is that of the old policy from the new, by k3: r - 1 - log r, r the ratio, whose gradient is 0 where the two
+    are equal. The authors' |log r| has +-1 there, by the sign of a rounding.
+    """
+    log_ratio_T = tokens.log_ratio_T.clamp(-_MOST, _MOST)
+    ratio_T = log_ratio_T.exp()
+    chosen_T = torch.zeros_like(ratio_T) if tokens.is_chosen_T is None else tokens.is_chosen_T.to(ratio_T.dtype)
+    loss_T = -tokens.advantages_T * ratio_T + chosen_T * loss.kl_cov_coef * (ratio_T - 1 - log_ratio_T)
+    nothing_T = torch.zeros_like(ratio_T)
+    return loss_T, _shares(nothing_T, nothing_T) | {"kl_cov_fraction": chosen_T}
+
+
 def dppo_tv(tokens: LossTokens, loss: PolicyLoss) -> Found:
     """DPPO (arXiv 2602.04879), binary total variation: |p - q| of the token's probabilities, new and old."""
     return _dppo(tokens, loss, (tokens.logprobs_T.detach().exp() - tokens.old_logprobs_T.exp()).abs())
@@ -147,6 +168,7 @@ LOSSES: dict[str, Callable[[LossTokens, PolicyLoss], Any]] = {
     "gmpo": gmpo,
     "dppo_tv": dppo_tv,
     "dppo_kl": dppo_kl,
+    "kl_cov": kl_cov,
 }
 
 

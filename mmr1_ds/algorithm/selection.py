@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,6 +33,28 @@ def top_bound(values_T: np.ndarray, share: float, ranks: Totals) -> float:
         else:
             high = middle - 1
     return float(_ordered(np.array([low], dtype=np.int32)).view(np.float32)[0])
+
+
+def highest_covariances(
+    logprobs: Sequence[np.ndarray], advantages: Sequence[np.ndarray], share: float, ranks: Totals
+) -> list[np.ndarray]:
+    """The `share` of the tokens whose log-probability and advantage vary together most. Collective.
+
+    The covariance of a token is (log p - mean log p) (A - mean A), the means over the tokens of all ranks (arXiv
+    2505.22617, eq. 10): where it is high, training makes the policy surer of what it is sure of already.
+    Args: one array (T,) a response each. Returns: bool in the same form.
+    """
+    nothing = np.zeros(0)
+    columns = {
+        "logprobs": np.concatenate([nothing, *logprobs]).astype(np.float64),
+        "advantages": np.concatenate([nothing, *advantages]).astype(np.float64),
+    }
+    own = {name: float(values_T.sum()) for name, values_T in columns.items()}
+    totals = ranks.sum(own | {"count": float(len(columns["logprobs"]))}, "means for covariances")
+    first_T, second_T = (values_T - totals[name] / max(1.0, totals["count"]) for name, values_T in columns.items())
+    covariances_T = (first_T * second_T).astype(np.float32)
+    chosen_T = covariances_T >= top_bound(covariances_T, share, ranks)
+    return np.split(chosen_T, np.cumsum([len(values) for values in logprobs])[:-1]) if len(logprobs) else []
 
 
 def _ordered(bits: np.ndarray) -> np.ndarray:

@@ -185,8 +185,7 @@ class OptimConfig:
     weight_decay: NonNegativeFloat = 1.0e-2  # decoupled weight decay
     # adamw_bf16: both moments in bf16, half of their memory
     strategy: Annotated[
-        str,
-        OneOf("adamw", "adamw_bf16", reason="for less memory take adamw_bf16, whose states are bf16, or offloading"),
+        str, OneOf("adamw", "adamw_bf16", reason="no 8-bit states and no Muon; adamw_bf16 takes less memory")
     ] = "adamw"
     lr_warmup_ratio: Share = 0.0  # share of the run's optimiser steps spent warming up
     lr_warmup_steps: NonNegativeInt | None = None  # optimiser steps, instead of the ratio
@@ -219,7 +218,9 @@ class ActorConfig:
     # default: clipped PPO
     loss_type: Annotated[
         str,
-        OneOf("default", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", or_function=True),
+        OneOf(
+            "default", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "kl_cov", or_function=True
+        ),
     ] = "default"
     # all but sapo: the ratio is clipped below at 1 - this; gmpo: its log at minus this; dppo: bound of tokens that fall
     clip_ratio_low: Share = 0.2
@@ -228,6 +229,8 @@ class ActorConfig:
     clip_ratio_dual: Annotated[float, Range("(1, inf)")] = 3.0  # default: bound of the loss for negative advantages
     tau_positive: PositiveFloat = 1.0  # sapo: temperature of the gate for positive advantages
     tau_negative: PositiveFloat = 1.05  # sapo: the same for negative ones; higher forgets off-policy tokens sooner
+    kl_cov_ratio: Annotated[float, Range("(0, 1]")] = 2e-4  # kl_cov: share of an optimiser step's tokens that are held
+    kl_cov_coef: NonNegativeFloat = 1.0  # kl_cov: weight of their KL to the policy before the update
     entropy_coef: NonNegativeFloat = 0.0  # weight of the entropy of each token in the loss, taken off it; 0 = no bonus
     # share of the tokens of an optimiser step, those of highest entropy before the update, that train; 1 = all
     top_entropy_quantile: Annotated[float, Range("(0, 1]")] = 1.0

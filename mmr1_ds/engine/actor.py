@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mmr1_ds.algorithm.aggregation import Segments
 from mmr1_ds.algorithm.importance import ImportanceSampling
 from mmr1_ds.algorithm.kl import KLController, kl_penalty
 from mmr1_ds.algorithm.losses import PolicyLoss
-from mmr1_ds.algorithm.selection import top_bound
+from mmr1_ds.algorithm.selection import highest_covariances, top_bound
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import ActorConfig, AlgorithmConfig
 from mmr1_ds.data.encoding import PromptEncoder
@@ -78,6 +79,7 @@ class Actor(Learner):
             settings.clip_ratio_dual,
             settings.tau_positive,
             settings.tau_negative,
+            settings.kl_cov_coef,
         )
         self._entropy_bound = -math.inf  # top_entropy_quantile: tokens below it do not train in this optimiser step
         self._loss_scale_factor = float(settings.loss_scale_factor or sizes.max_response_length)
@@ -129,13 +131,27 @@ class Actor(Learner):
         return metrics
 
     def _optimiser_step(self, trajectories: Sequence[Trajectory]) -> tuple[dict[str, float], dict[str, float]] | None:
-        """See Learner. Which tokens train follows from all of the step's, before any micro-batch is computed."""
+        """See Learner. Which tokens are chosen follows from all of the step's, before any micro-batch is computed."""
+        if self._policy_loss.kind == "kl_cov":
+            trajectories = self._with_choice(trajectories)
         if self.selects_by_entropy:
             own = [item.old_entropies for item in trajectories if item.trains]
             nothing = np.zeros(0, dtype=np.float32)
             entropies_T = np.concatenate([nothing, *(values for values in own if values is not None)])
             self._entropy_bound = top_bound(entropies_T, self._actor_settings.top_entropy_quantile, self._ranks)
         return super()._optimiser_step(trajectories)
+
+    def _with_choice(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Mark the tokens that kl_cov holds. Collective. Without log-probabilities of the old policy there are none."""
+        found = [np.zeros(len(item.token_ids), dtype=bool) for item in trajectories]
+        if trajectories[0].old_logprobs is not None:
+            places = [i for i, item in enumerate(trajectories) if item.trains]
+            old = [values for i in places if (values := trajectories[i].old_logprobs) is not None]
+            advantages = [trajectories[i].advantages for i in places]
+            share = self._actor_settings.kl_cov_ratio
+            for i, chosen in zip(places, highest_covariances(old, advantages, share, self._ranks), strict=True):
+                found[i] = chosen
+        return [replace(item, is_chosen=chosen) for item, chosen in zip(trajectories, found, strict=True)]
 
     def _loss(self, outputs: tuple[Tensor, ...], trajectories: Sequence[Trajectory], segments: Segments) -> TokenLoss:
         logprobs_T, entropies_T = outputs
@@ -146,12 +162,15 @@ class Actor(Learner):
         if trajectories[0].old_logprobs is not None:
             old_T = end_to_end([item.old_logprobs for item in trajectories], device)
         importance_T, drift = self._importance(old_T, rollout_T, segments)
-        loss_T, figures = self._policy_loss(logprobs_T, old_T, advantages_T, segments)
+        chosen_T = None
+        if trajectories[0].is_chosen is not None:
+            chosen_T = end_to_end([item.is_chosen for item in trajectories], device)
+        loss_T, figures = self._policy_loss(logprobs_T, old_T, advantages_T, segments, chosen_T)
         loss_T = loss_T * importance_T
         if self.selects_by_entropy:
-            chosen_T = end_to_end([item.old_entropies for item in trajectories], device) >= self._entropy_bound
-            figures["top_entropy_fraction"] = chosen_T.to(loss_T.dtype)
-            loss_T = loss_T * chosen_T
+            trains_T = end_to_end([item.old_entropies for item in trajectories], device) >= self._entropy_bound
+            figures["top_entropy_fraction"] = trains_T.to(loss_T.dtype)
+            loss_T = loss_T * trains_T
         weighted = {"actor/pg_loss": loss_T.detach()}
         if trajectories[0].ref_logprobs is not None:
             ref_T = end_to_end([item.ref_logprobs for item in trajectories], device)

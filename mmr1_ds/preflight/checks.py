@@ -87,6 +87,12 @@ def _check_algorithm(config: RunConfig) -> None:
             f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} needs "
             f"worker.actor.loss_avg_mode=seq_sum, got {actor.loss_avg_mode}; set the mode or leave the factor out"
         )
+    is_one_step = actor.ppo_epochs == 1 and config.data.rollout_batch_size == actor.global_batch_size
+    if actor.loss_type == "kl_cov" and is_one_step:
+        raise UserError(
+            "worker.actor.loss_type=kl_cov holds tokens to the policy before the update, which the only optimiser step "
+            "of a batch starts from; set worker.actor.global_batch_size below data.rollout_batch_size"
+        )
     if not config.data.shuffle and config.data.sampling_strategy == "shuffle":
         raise UserError(
             "data.shuffle=false contradicts data.sampling_strategy=shuffle; set data.sampling_strategy=sequential"

@@ -312,6 +312,8 @@ def _unused(config: RunConfig) -> list[str]:
         "algorithm.filter_oversample": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "algorithm.filter_low": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "algorithm.filter_high": (algorithm.online_filtering, "algorithm.online_filtering=false"),
+        "worker.actor.kl_cov_ratio": (loss == "kl_cov", f"worker.actor.loss_type={loss}"),
+        "worker.actor.kl_cov_coef": (loss == "kl_cov" or names_a_file(loss), f"worker.actor.loss_type={loss}"),
         "worker.actor.tau_positive": (gates, f"worker.actor.loss_type={loss}"),
         "worker.actor.tau_negative": (gates, f"worker.actor.loss_type={loss}"),
         "worker.ref.offload.offload_optimizer": (False, "a reference, which has no optimiser"),

@@ -124,6 +124,24 @@ def test_dppo_equals_its_formulas(case):
     assert (figures["pg_clipfrac_higher"].sum(), figures["pg_clipfrac_lower"].sum()) == (case["higher"], case["lower"])
 
 
+def test_kl_cov_holds_the_chosen_tokens_alone():
+    """By hand: -A r, and r - 1 - log r at the second and third, whose gradient in log p is r - 1."""
+    logprobs = torch.tensor([-1.0, -2.0, -0.5, -0.1], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([-1.5, -1.0, -0.5, -3.0], dtype=torch.float64)
+    advantages = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    chosen = torch.tensor([False, True, True, False])
+    loss_T, figures = PolicyLoss("kl_cov", 0.2, 0.3, kl_cov_coef=0.7)(
+        logprobs, old, advantages, Segments.of([3, 1]), chosen
+    )
+    loss_T.sum().backward()
+    ratios = np.exp([0.5, -1.0, 0.0, 2.9])
+    held = 0.7 * np.array([0, ratios[1] - 1 + 1, 0, 0])
+    np.testing.assert_allclose(loss_T.detach(), -advantages.numpy() * ratios + held)
+    gradient = -advantages.numpy() * ratios + 0.7 * np.array([0, ratios[1] - 1, 0, 0])
+    np.testing.assert_allclose(logprobs.grad, gradient, atol=1e-15)
+    assert figures["kl_cov_fraction"].tolist() == [0, 1, 1, 0]
+
+
 # TRL's name -> our loss and average. Without delta it has no dual clip; cispo's epsilon is the largest weight itself.
 UNBOUNDED = PolicyLoss("default", CLIP_LOW, CLIP_HIGH)
 TRL_LOSSES = {

@@ -117,6 +117,13 @@ def test_values_of_ours_that_are_not_implemented(valid, argument, expected):
     assert expected in refused(valid, argument)
 
 
+def test_kl_cov_needs_several_optimiser_steps_a_batch(valid):
+    check(valid, "worker.actor.loss_type=kl_cov")
+    check(valid, "worker.actor.loss_type=kl_cov", "worker.actor.global_batch_size=12", "worker.actor.ppo_epochs=2")
+    expected = "of a batch starts from; set worker.actor.global_batch_size below data.rollout_batch_size"
+    assert expected in refused(valid, "worker.actor.loss_type=kl_cov", "worker.actor.global_batch_size=12")
+
+
 GAE = "algorithm.adv_estimator=gae"
 
 
