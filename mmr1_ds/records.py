@@ -92,7 +92,10 @@ class SamplingSettings:
     top_p: float
     top_k: int  # -1 = all
     max_tokens: int
-    raw_logprobs: bool = False  # log-probabilities of the whole distribution, not of the one that top_p and top_k leave
+    raw_logprobs: bool = False  # log-probabilities of the whole distribution, not of the one that is left or bent below
+    min_p: float = 0.0  # least probability of a token, as a share of the likeliest one's; 0 = no bound
+    repetition_penalty: float = 1.0  # logits of tokens that occurred, prompt included, are moved down by it; 1 = none
+    stop: tuple[str, ...] = ()  # a response ends with the token that completes one of these in its text
 
 
 Pair = tuple[Prompt, np.ndarray]  # a prompt, and the tokens of one response to it, (T,) int32
@@ -108,6 +111,8 @@ class Trajectory:
     advantages: np.ndarray  # (T,) float32
     reward: float = 0.0  # the KL taken off where it is taken off the reward; for inspection, no update reads it
     old_logprobs: np.ndarray | None = None  # (T,) float32; None = the policy that is updated is the old one
+    old_entropies: np.ndarray | None = None  # (T,) float32, nats, of the old policy; None = no token is chosen by it
+    is_chosen: np.ndarray | None = None  # (T,) bool: tokens that the loss kl_cov holds; None = it is another loss
     trains: bool = True  # False: counts in no loss, as if it were not there
     ref_logprobs: np.ndarray | None = None  # (T,) float32; None = no KL in the loss
     values: np.ndarray | None = None  # (T,) float32, the critic's, before the update

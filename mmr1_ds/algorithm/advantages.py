@@ -60,6 +60,21 @@ def rloo(rewards_GN: np.ndarray, known_GN: np.ndarray | None = None) -> np.ndarr
     return dr_grpo(rewards_GN, known_GN) * (num_known_G1 / np.maximum(num_known_G1 - 1, 1))
 
 
+def grpo_passk(rewards_GN: np.ndarray, known_GN: np.ndarray | None = None) -> np.ndarray:
+    """The best response's lead on the second best, over the group's std; 0 for the others (arXiv 2503.19595), (G, N).
+
+    verl's grpo_passk. Exactly 0 for all where two share the best reward.
+    """
+    known_GN = np.ones(rewards_GN.shape, dtype=bool) if known_GN is None else known_GN
+    ranked_GN = np.sort(np.where(known_GN, rewards_GN, -np.inf), axis=1)
+    has_second_G = np.isfinite(ranked_GN[:, -2])
+    leads_G = np.subtract(ranked_GN[:, -1], ranked_GN[:, -2], out=np.zeros(len(ranked_GN)), where=has_second_G)
+    centred_GN = dr_grpo(rewards_GN, known_GN)
+    variance_G = (centred_GN**2).sum(axis=1, where=known_GN) / np.maximum(known_GN.sum(axis=1) - 1, 1)
+    is_best_GN = np.arange(rewards_GN.shape[1]) == np.where(known_GN, rewards_GN, -np.inf).argmax(axis=1)[:, None]
+    return np.where(is_best_GN, (leads_G / (np.sqrt(variance_G) + _EPSILON))[:, None], 0.0)
+
+
 def gdpo(
     rewards_KGN: np.ndarray, weights_K: Sequence[float], ranks: Totals, known_GN: np.ndarray | None = None
 ) -> np.ndarray:

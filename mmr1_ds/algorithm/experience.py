@@ -54,6 +54,7 @@ def make_experience(
     *,
     old: Sequence[np.ndarray] | None = None,
     ref: Sequence[np.ndarray] | None = None,
+    entropies: Sequence[np.ndarray] | None = None,
     values: Sequence[np.ndarray] | None = None,
     baselines: Sequence[float] | None = None,
     reward_weights: Mapping[str, float] | None = None,
@@ -62,9 +63,10 @@ def make_experience(
 
     Args: old, ref: log-probabilities of the old policy and of the reference, one array (T,) a response each. Where the
         KL is taken off the reward both are needed, and the controller takes the step's KL in; else they go into the
-        loss as they are. values: gae: the critic's, of the state before each token, one array (T,) a response.
-        baselines: remax: the reward of each prompt's greedy response, one a group. reward_weights: gdpo: of the parts
-        of the reward that are standardised by themselves, by their names.
+        loss as they are. entropies: of the old policy, likewise, where they choose the tokens that train. values: gae:
+        the critic's, of the state before each token, one array (T,) a response. baselines: remax: the reward of each
+        prompt's greedy response, one a group. reward_weights: gdpo: of the parts of the reward that are standardised
+        by themselves, by their names.
     """
     pairs = pairs_of(groups)
     lengths_B = np.array([len(token_ids) for _, token_ids in pairs])
@@ -118,6 +120,7 @@ def make_experience(
             float(rewards_B[i]),
             trains=trains[i],
             old_logprobs=None if old is None else old[i],
+            old_entropies=None if entropies is None else entropies[i],
             ref_logprobs=None if ref is None else ref[i],
             values=None if values is None else values[i],
             returns=None if returns is None else returns[i],
@@ -211,6 +214,7 @@ ESTIMATORS: dict[str, Callable[[StepRewards], Any]] = {  # beside gae, which has
     "grpo": lambda step: advantages.grpo(step.rewards_GN, step.known_GN),
     "dr_grpo": lambda step: advantages.dr_grpo(step.rewards_GN, step.known_GN),
     "rloo": lambda step: advantages.rloo(step.rewards_GN, step.known_GN),
+    "grpo_passk": lambda step: advantages.grpo_passk(step.rewards_GN, step.known_GN),
     "reinforce_plus_plus_baseline": lambda step: advantages.reinforce_plus_plus_baseline(
         step.rewards_GN, step.lengths_B, step.ranks, step.known_GN
     ),

@@ -122,7 +122,7 @@ class AlgorithmConfig:
         str,
         OneOf(
             "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "gae", "gdpo",
-            or_function=True,
+            "grpo_passk", or_function=True,
         ),
     ] = "grpo"  # gae trains a critic; gdpo standardises each of worker.reward.functions by itself
     gamma: Share = 1.0  # reinforce_plus_plus, gae: discount of a reward per token before it
@@ -147,6 +147,7 @@ class AlgorithmConfig:
     overlong_buffer: NonNegativeInt = 0  # tokens before max_response_length that cost ever more reward (DAPO); 0 = none
     overlong_penalty: NonNegativeFloat = 1.0  # overlong_buffer: what a response of max_response_length loses
     online_filtering: bool = False  # draw again until a batch of groups with unequal rewards is full (DAPO)
+    filter_oversample: PositiveInt = 1  # online_filtering: draws of data.rollout_batch_size prompts sampled together
     filter_key: str = "overall"  # key of the reward in which a kept group must differ
     filter_low: float | None = None  # keep only groups whose mean is above; null = no bound
     filter_high: float | None = None  # keep only groups whose mean is below; null = no bound
@@ -182,7 +183,10 @@ class OptimConfig:
     lr: PositiveFloat = 1.0e-6  # highest learning rate
     betas: Annotated[tuple[float, float], Range("[0, 1)")] = (0.9, 0.999)  # decay of the two moments
     weight_decay: NonNegativeFloat = 1.0e-2  # decoupled weight decay
-    strategy: Annotated[str, OneOf("adamw", reason="other optimisers are not implemented")] = "adamw"  # optimiser
+    # adamw_bf16: both moments in bf16, half of their memory
+    strategy: Annotated[
+        str, OneOf("adamw", "adamw_bf16", reason="no 8-bit states and no Muon; adamw_bf16 takes less memory")
+    ] = "adamw"
     lr_warmup_ratio: Share = 0.0  # share of the run's optimiser steps spent warming up
     lr_warmup_steps: NonNegativeInt | None = None  # optimiser steps, instead of the ratio
     # after the warm-up
@@ -213,13 +217,23 @@ class ActorConfig:
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     # default: clipped PPO
     loss_type: Annotated[
-        str, OneOf("default", "gspo", "gspo_token", "cispo", "sapo", or_function=True)
+        str,
+        OneOf(
+            "default", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "kl_cov", or_function=True
+        ),
     ] = "default"
-    clip_ratio_low: Share = 0.2  # all but sapo: the ratio is clipped below at 1 - this
-    clip_ratio_high: NonNegativeFloat = 0.3  # all but sapo: the ratio is clipped above at 1 + this
+    # all but sapo: the ratio is clipped below at 1 - this; gmpo: its log at minus this; dppo: bound of tokens that fall
+    clip_ratio_low: Share = 0.2
+    # all but sapo: the ratio is clipped above at 1 + this; gmpo: its log at this; dppo: bound of tokens that rise
+    clip_ratio_high: NonNegativeFloat = 0.3
     clip_ratio_dual: Annotated[float, Range("(1, inf)")] = 3.0  # default: bound of the loss for negative advantages
     tau_positive: PositiveFloat = 1.0  # sapo: temperature of the gate for positive advantages
     tau_negative: PositiveFloat = 1.05  # sapo: the same for negative ones; higher forgets off-policy tokens sooner
+    kl_cov_ratio: Annotated[float, Range("(0, 1]")] = 2e-4  # kl_cov: share of an optimiser step's tokens that are held
+    kl_cov_coef: NonNegativeFloat = 1.0  # kl_cov: weight of their KL to the policy before the update
+    entropy_coef: NonNegativeFloat = 0.0  # weight of the entropy of each token in the loss, taken off it; 0 = no bonus
+    # share of the tokens of an optimiser step, those of highest entropy before the update, that train; 1 = all
+    top_entropy_quantile: Annotated[float, Range("(0, 1]")] = 1.0
     # over an optimiser step: mean over tokens, mean over responses, or their sum
     loss_avg_mode: Annotated[str, OneOf("token", "seq", "seq_sum", or_function=True)] = "token"
     loss_scale_factor: PositiveFloat | None = None  # seq_sum: what a sum is divided by; null = data.max_response_length
@@ -284,6 +298,9 @@ class ValidationSampling:
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all
     n: PositiveInt = 1  # answers a prompt; accuracies are averaged
     max_tokens: PositiveInt | None = None  # tokens of an answer; null = data.max_response_length
+    min_p: Share = 0.0  # least probability of a token, as a share of the likeliest one's; 0 = no bound
+    repetition_penalty: PositiveFloat = 1.0  # over 1: tokens that occurred, prompt included, become less likely
+    stop: list[str] | None = None  # texts that end an answer; null = worker.rollout.stop
 
 
 @dataclass
@@ -296,7 +313,11 @@ class RolloutConfig:
     temperature: PositiveFloat = 1.0  # logits are divided by it
     top_p: Annotated[float, Range("(0, 1]")] = 1.0  # probability of the most likely tokens to choose from
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all
-    # log-probabilities of samples: of the distribution cut by top_p and top_k, or of the whole one, as the actor's
+    min_p: Share = 0.0  # least probability of a token, as a share of the likeliest one's; 0 = no bound
+    repetition_penalty: PositiveFloat = 1.0  # over 1: tokens that occurred, prompt included, become less likely
+    stop: list[str] = field(default_factory=list)  # texts that end a response, with the token that completes them
+    # log-probabilities of samples: of the distribution cut and bent by top_p, top_k, min_p and repetition_penalty, or
+    # of the whole one, as the actor's
     logprobs: Annotated[str, OneOf("processed", "raw")] = "processed"  # raw: not with engine=server
     seed: NonNegativeInt = 1  # seed of the sampled responses
     limit_images: NonNegativeInt = 0  # images a prompt at most, more are an error; 0 = as many as the data has

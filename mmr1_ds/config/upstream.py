@@ -26,6 +26,7 @@ RENAMED = {
     "worker.actor.clip_low": "worker.actor.clip_ratio_low",
     "worker.actor.clip_ratio_c": "worker.actor.clip_ratio_dual",
     "worker.actor.disable_kl": "algorithm.disable_kl",
+    "worker.actor.entropy_coeff": "worker.actor.entropy_coef",
     "worker.actor.kl_coef": "algorithm.kl_coef",
     "worker.actor.kl_loss_coef": "algorithm.kl_coef",
     "worker.actor.kl_loss_type": "algorithm.kl_penalty",
@@ -45,8 +46,6 @@ _BF16 = ("bf16", "bfloat16", "torch.bfloat16", None)
 # key -> (values that are what this trainer does, what to do instead of another)
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.override_chat_template": ((None,), "set the chat template in the tokenizer's own folder"),
-    "worker.actor.entropy_coef": ((0,), "an entropy bonus is not implemented"),
-    "worker.actor.entropy_coeff": ((0,), "an entropy bonus is not implemented"),
     **{
         f"worker.{part}.fsdp.mp_param_dtype": (_BF16, "forward and backward are in bf16 on a GPU")
         for part in ("actor", "critic", "ref")
@@ -62,12 +61,9 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     **{
         f"worker.rollout.val_override_config.{key}": (accepted, f"{words} not implemented")
         for key, accepted, words in (
-            ("min_p", (0,), "a least probability is"),
-            ("repetition_penalty", (1,), "a penalty of repetition is"),
             ("presence_penalty", (0,), "a penalty of presence is"),
             ("frequency_penalty", (0,), "a penalty of frequency is"),
             ("min_tokens", (0,), "a least length is"),
-            ("stop", (None,), "stop strings are"),
             ("stop_token_ids", (None,), "stop tokens of one's own are"),
         )
     },
@@ -120,7 +116,7 @@ _VALUES = {
     "worker.rollout.dtype": {"bfloat16": "bf16", "float32": "fp32"},
     "algorithm.kl_penalty": {"k1": "kl", "k2": "mse", "k3": "low_var_kl"},
     "worker.actor.loss_avg_mode": {"token-mean": "token", "seq-mean-token-mean": "seq"},
-    "worker.actor.loss_type": {"vanilla": "default"},
+    "worker.actor.loss_type": {"vanilla": "default", "geo_mean": "gmpo"},
     "worker.critic.loss_avg_mode": {"token-mean": "token", "seq-mean-token-mean": "seq"},
 }
 _FILTER_DEFAULTS = (("algorithm.filter_low", 0.01), ("algorithm.filter_high", 0.99))
@@ -240,6 +236,8 @@ def _translate_special(key: str, value: Any, result: Translation) -> bool:
             | "worker.critic.optim.min_lr_ratio"
             | "trainer.experiment_name"
             | "worker.rollout.val_override_config"
+            | "worker.rollout.val_override_config.min_p"
+            | "worker.rollout.val_override_config.repetition_penalty"
         ):
             if value is not None:  # an empty key upstream: the default
                 result.values[key] = value

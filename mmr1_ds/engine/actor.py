@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from mmr1_ds.algorithm.aggregation import Segments
 from mmr1_ds.algorithm.importance import ImportanceSampling
 from mmr1_ds.algorithm.kl import KLController, kl_penalty
 from mmr1_ds.algorithm.losses import PolicyLoss
+from mmr1_ds.algorithm.selection import highest_covariances, top_bound
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import ActorConfig, AlgorithmConfig
 from mmr1_ds.data.encoding import PromptEncoder
@@ -59,6 +62,7 @@ class Actor(Learner):
         )
         offload = settings.offload_states
         super().__init__(policy, settings, sizes, deepspeed_config, ranks, encoder, num_updates, bad_updates, offload)
+        self._actor_settings = settings
         self.kl = KLController(algorithm)
         self._kl_penalty = algorithm.kl_penalty
         self._importance = ImportanceSampling(
@@ -75,7 +79,9 @@ class Actor(Learner):
             settings.clip_ratio_dual,
             settings.tau_positive,
             settings.tau_negative,
+            settings.kl_cov_coef,
         )
+        self._entropy_bound = -math.inf  # top_entropy_quantile: tokens below it do not train in this optimiser step
         self._loss_scale_factor = float(settings.loss_scale_factor or sizes.max_response_length)
 
     def log_probs(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
@@ -83,7 +89,12 @@ class Actor(Learner):
 
         Collective: all ranks, with the same number of pairs.
         """
-        return self._evaluate(pairs)
+        return self._evaluate(pairs)[0]
+
+    def log_probs_and_entropies(self, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """`log_probs`, and the entropy (nats) before every response token in the same form. Collective: as it."""
+        logprobs, entropies = self._evaluate(pairs)
+        return logprobs, entropies
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`."""
@@ -103,7 +114,13 @@ class Actor(Learner):
 
     def needs_old_log_probs(self, num_trajectories: int) -> bool:
         """False when the batch is one optimiser step: then the old policy is the policy itself."""
-        return self._settings.ppo_epochs > 1 or num_trajectories > self._mini_batch_size
+        several = self._settings.ppo_epochs > 1 or num_trajectories > self._mini_batch_size
+        return several or self.selects_by_entropy
+
+    @property
+    def selects_by_entropy(self) -> bool:
+        """Whether `update` needs the entropies of the old policy."""
+        return self._actor_settings.top_entropy_quantile < 1
 
     def update(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """See `Learner.update`. A KL in the loss also steers its coefficient."""
@@ -112,6 +129,29 @@ class Actor(Learner):
             metrics["actor/kl_coef"] = self.kl.coefficient
             self.kl.update(metrics["actor/ref_kl"], len(trajectories) * self._ranks.size)
         return metrics
+
+    def _optimiser_step(self, trajectories: Sequence[Trajectory]) -> tuple[dict[str, float], dict[str, float]] | None:
+        """See Learner. Which tokens are chosen follows from all of the step's, before any micro-batch is computed."""
+        if self._policy_loss.kind == "kl_cov":
+            trajectories = self._with_choice(trajectories)
+        if self.selects_by_entropy:
+            own = [item.old_entropies for item in trajectories if item.trains]
+            nothing = np.zeros(0, dtype=np.float32)
+            entropies_T = np.concatenate([nothing, *(values for values in own if values is not None)])
+            self._entropy_bound = top_bound(entropies_T, self._actor_settings.top_entropy_quantile, self._ranks)
+        return super()._optimiser_step(trajectories)
+
+    def _with_choice(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Mark the tokens that kl_cov holds. Collective. Without log-probabilities of the old policy there are none."""
+        found = [np.zeros(len(item.token_ids), dtype=bool) for item in trajectories]
+        if trajectories[0].old_logprobs is not None:
+            places = [i for i, item in enumerate(trajectories) if item.trains]
+            old = [values for i in places if (values := trajectories[i].old_logprobs) is not None]
+            advantages = [trajectories[i].advantages for i in places]
+            share = self._actor_settings.kl_cov_ratio
+            for i, chosen in zip(places, highest_covariances(old, advantages, share, self._ranks), strict=True):
+                found[i] = chosen
+        return [replace(item, is_chosen=chosen) for item, chosen in zip(trajectories, found, strict=True)]
 
     def _loss(self, outputs: tuple[Tensor, ...], trajectories: Sequence[Trajectory], segments: Segments) -> TokenLoss:
         logprobs_T, entropies_T = outputs
@@ -122,14 +162,24 @@ class Actor(Learner):
         if trajectories[0].old_logprobs is not None:
             old_T = end_to_end([item.old_logprobs for item in trajectories], device)
         importance_T, drift = self._importance(old_T, rollout_T, segments)
-        loss_T, figures = self._policy_loss(logprobs_T, old_T, advantages_T, segments)
+        chosen_T = None
+        if trajectories[0].is_chosen is not None:
+            chosen_T = end_to_end([item.is_chosen for item in trajectories], device)
+        loss_T, figures = self._policy_loss(logprobs_T, old_T, advantages_T, segments, chosen_T)
         loss_T = loss_T * importance_T
+        if self.selects_by_entropy:
+            trains_T = end_to_end([item.old_entropies for item in trajectories], device) >= self._entropy_bound
+            figures["top_entropy_fraction"] = trains_T.to(loss_T.dtype)
+            loss_T = loss_T * trains_T
         weighted = {"actor/pg_loss": loss_T.detach()}
         if trajectories[0].ref_logprobs is not None:
             ref_T = end_to_end([item.ref_logprobs for item in trajectories], device)
             kl_T = kl_penalty(self._kl_penalty, logprobs_T, ref_T)
             loss_T = loss_T + self.kl.coefficient * kl_T
             figures["ref_kl"] = weighted["actor/kl_loss"] = kl_T.detach()
+        if self._actor_settings.entropy_coef > 0:
+            loss_T = loss_T - self._actor_settings.entropy_coef * entropies_T
+        entropies_T = entropies_T.detach()
         per_token = {f"actor/{name}": values_T for name, values_T in figures.items()}
         per_token |= {"actor/entropy_loss": entropies_T, **{f"rollout/{name}": drift[name] for name in drift}}
         largest = float(drift["logprob_diff_mean"].max()) if len(rollout_T) else 0.0

@@ -54,7 +54,7 @@ class Critic(Learner):
 
         Collective: all ranks, with the same number of pairs.
         """
-        return self._evaluate(pairs)
+        return self._evaluate(pairs)[0]
 
     def _counts_prompts_once(self) -> bool:
         """False: the budget counts each prompt with each of its responses."""

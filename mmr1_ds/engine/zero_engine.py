@@ -32,6 +32,7 @@ from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.packing import shares_prompts
 from mmr1_ds.engine.model.policy import PolicyModel, exact_types
 from mmr1_ds.engine.model.value_model import ValueModel
+from mmr1_ds.engine.optimizers import AdamWBf16
 from mmr1_ds.engine.weights.adapter_checkpoint import AdapterCheckpoint
 from mmr1_ds.engine.weights.offloading import drop_host_copies, states_offloaded
 from mmr1_ds.engine.weights.zero_checkpoint import ZeroCheckpoint
@@ -77,8 +78,14 @@ class ZeroEngine:
         """
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.module = module
+        resolved, optimizer = exact_types(deepspeed_config), None
+        if "optimizer" in resolved and settings.optim.strategy == "adamw_bf16":
+            optim = settings.optim
+            eps = resolved["optimizer"]["params"].get("eps", 1e-8)
+            optimizer = AdamWBf16(parameters, optim.lr, optim.betas, eps, optim.weight_decay)
+            resolved["zero_allow_untested_optimizer"] = True
         self.engine, *_ = deepspeed.initialize(
-            model=module, config=exact_types(deepspeed_config), model_parameters=parameters or None
+            model=module, config=resolved, model_parameters=parameters or None, optimizer=optimizer
         )
         self._settings, self._sizes, self._ranks, self._encoder = settings, sizes, ranks, encoder
         self._parallel = module.parallel
@@ -90,21 +97,22 @@ class ZeroEngine:
         return self.module.model
 
     @torch.no_grad()
-    def _evaluate(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
-        """The module's output at every response token, one float32 array (T,) a pair.
+    def _evaluate(self, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], ...]:
+        """Each of the module's outputs at every response token, one float32 array (T,) a pair.
 
         Collective: all ranks, with the same number of pairs.
         """
         self.engine.eval()
         pairs = pairs if self._parallel is None else self._parallel.gather(pairs)
-        found: dict[int, np.ndarray] = {}
+        found: dict[int, tuple[np.ndarray, ...]] = {}
         for part in self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_experience):
             chosen = [pairs[i] for i in part]
-            values_T = self._forward(chosen)[0].float().cpu().numpy()
             cuts = np.cumsum([len(response) for _, response in chosen])[:-1]
-            found.update(zip(part, np.split(values_T, cuts), strict=True))
+            parts = [np.split(output_T.float().cpu().numpy(), cuts) for output_T in self._forward(chosen)]
+            found.update(zip(part, zip(*parts, strict=True), strict=True))
         in_order = [found[i] for i in range(len(pairs))]
-        return in_order if self._parallel is None else self._parallel.own(in_order)
+        in_order = in_order if self._parallel is None else self._parallel.own(in_order)
+        return tuple(list(column) for column in zip(*in_order, strict=True))
 
     def _forward(self, pairs: Sequence[Pair]) -> tuple[Tensor, ...]:
         """The module's outputs at the response tokens of one micro-batch, (T,) each. Collective."""

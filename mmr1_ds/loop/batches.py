@@ -74,6 +74,7 @@ class BatchMaker:
         self._requests = RequestMaker(rollout.seed)
         self._slots = batch_slots(self._batch_size, mini_batch_size, ranks.rank, ranks.size)
         self._in_flight: dict[int, InFlight] = {}  # first draws of this step and of those begun ahead, by step
+        self._draws_at_once = algorithm.filter_oversample if algorithm.online_filtering else 1
         self._max_tries = 1 if not algorithm.online_filtering else max_tries if max_tries > 0 else None
 
     def make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
@@ -116,11 +117,11 @@ class BatchMaker:
         """Draw once, or until enough groups teach. Collective. Returns: what this rank has of it, and metrics."""
         filtering = self._algorithm.online_filtering
         drawn = Drawn()
-        num_tries = num_teaching = 0
+        num_tries = num_teaching = num_draws = 0
         while num_tries == 0 or (num_teaching < self._batch_size and num_tries != self._max_tries):
             if num_tries > 0:
                 logger.info("step %d: %d of %d groups teach, drawing again", step, num_teaching, self._batch_size)
-            in_flight = self._wait(step, num_tries, settings, clock)
+            in_flight = self._wait(step, num_draws, settings, clock)
             came_back = [group for _, group in sorted(in_flight.groups.items()) if group is not None]
             groups, probes, failures = self._score(step, came_back, len(in_flight.slots), clock)
             self._in_flight.pop(step, None)
@@ -128,6 +129,7 @@ class BatchMaker:
                 check_filter_key(self._algorithm.filter_key, groups, self._ranks)
             drawn.add(in_flight.slots, groups, probes, failures, self._batch_size, self._algorithm)
             num_tries += 1
+            num_draws = max(in_flight.slots) // self._batch_size + 1  # those of a resumed step may have been others
             if filtering:
                 own = {"teaching": len(drawn.teaching)}
                 num_teaching = int(self._ranks.sum(own, "count groups that teach")["teaching"])
@@ -140,7 +142,7 @@ class BatchMaker:
             )  # fmt: skip
         return drawn, {
             "online_filtering/num_tries": num_tries,
-            "online_filtering/teaching_fraction": num_teaching / (num_tries * self._batch_size),
+            "online_filtering/teaching_fraction": num_teaching / (num_draws * self._batch_size),
         }
 
     def begin_ahead(self, step: int, settings: SamplingSettings) -> None:
@@ -170,19 +172,30 @@ class BatchMaker:
         if (folder / PARTIAL_STATE).is_file():
             logger.warning("responses that worker.rollout.partial had cut are left: this run samples whole ones")
             return
-        ranks, own = self._ranks, set(self._slots.tolist())
-        for batch in read_in_flight(folder, self._prompts.__getitem__, own.__contains__, ranks.rank, ranks.size):
+        ranks, own, batch_size = self._ranks, set(self._slots.tolist()), self._batch_size
+
+        def is_own(slot: int) -> bool:
+            return slot % batch_size in own
+
+        for batch in read_in_flight(folder, self._prompts.__getitem__, is_own, ranks.rank, ranks.size):
             self._collector.begin(batch, settings)
             self._in_flight[batch.step] = batch
 
-    def _begin(self, step: int, attempt: int, settings: SamplingSettings) -> InFlight:
-        """Draw, and ask for the responses; probes ride along with the first draw, to fill the engine's tail."""
-        indices = self._coordinator.next_batch(step)
-        slots = attempt * self._batch_size + self._slots
-        requests = self._requests(self._prompts, indices[self._slots], self._rollout.n, TRAINING, step, slots)
-        if attempt == 0:
+    def _begin(self, step: int, first_draw: int, settings: SamplingSettings) -> InFlight:
+        """Draw, and ask for the responses; probes ride along with a step's first draws, to fill the engine's tail.
+
+        With `algorithm.filter_oversample` several draws are sampled together, as one after the other would be.
+        """
+        requests: list[RolloutRequest] = []
+        slots: list[int] = []
+        for draw in range(first_draw, first_draw + self._draws_at_once):
+            indices = self._coordinator.next_batch(step)
+            own = draw * self._batch_size + self._slots
+            requests += self._requests(self._prompts, indices[self._slots], self._rollout.n, TRAINING, step, own)
+            slots += own.tolist()
+        if first_draw == 0:
             requests += self._probes(step)
-        in_flight = InFlight(step, requests, slots.tolist())
+        in_flight = InFlight(step, requests, slots)
         self._collector.begin(in_flight, settings)
         return in_flight
 
@@ -192,12 +205,12 @@ class BatchMaker:
         indices = coordinator.next_probes(step)[ranks.rank :: ranks.size]
         return self._requests(self._prompts, indices, coordinator.num_probe_responses, PROBE, step, indices)
 
-    def _wait(self, step: int, attempt: int, settings: SamplingSettings, clock: StageClock) -> InFlight:
+    def _wait(self, step: int, first_draw: int, settings: SamplingSettings, clock: StageClock) -> InFlight:
         """Draw, unless the draw was begun ahead, and wait for its responses. Collective."""
         with clock("draw"):
-            in_flight = self._in_flight.get(step) if attempt == 0 else None
-            in_flight = in_flight or self._begin(step, attempt, settings)
-            if attempt == 0:
+            in_flight = self._in_flight.get(step) if first_draw == 0 else None
+            in_flight = in_flight or self._begin(step, first_draw, settings)
+            if first_draw == 0:
                 self._in_flight[step] = in_flight  # a run that stops here resumes with it
         with clock("gen"):
             self._collector.wait(in_flight)
@@ -223,7 +236,7 @@ class BatchMaker:
         """Sample one greedy response to the prompt of each group. Returns: their rewards. Collective."""
         indices = [item.group.prompt.index for item in groups]
         requests = self._requests(self._prompts, indices, 1, BASELINE, step, indices)
-        greedy = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=-1)
+        greedy = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0)
         scored, _ = self._collector.collect(requests, greedy, clock)
         found = []
         for item, answer in zip(groups, scored, strict=True):

@@ -257,7 +257,13 @@ def make_trainer(
         sampling.top_k,
         data.max_response_length,
         raw_logprobs=sampling.logprobs == "raw",
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        stop=tuple(sampling.stop),
     )
+    of_validation = sampling.val_override_config
+    if of_validation.stop is None:
+        of_validation = dataclasses.replace(of_validation, stop=sampling.stop)
     turns = Turns(rollout, actor, critic)
     learners = Learners(
         config.algorithm,
@@ -293,7 +299,7 @@ def make_trainer(
     )
     validation = Validation(
         val_data,
-        sampling.val_override_config,
+        of_validation,
         data,
         trainer,
         seed,

@@ -26,6 +26,7 @@ class Judged:
     """What the models say of a batch's responses, one array (T,) a response; None for what the step does not need."""
 
     old: list[np.ndarray] | None
+    entropies: list[np.ndarray] | None
     reference: list[np.ndarray] | None
     values: list[np.ndarray] | None
 
@@ -69,19 +70,22 @@ class Learners:
     def judge(self, step: int, batch: Batch, clock: StageClock) -> Judged:
         """Compute the log-probabilities and values that the update of `step` needs. Collective."""
         pairs = pairs_of(batch.groups)
-        old = reference = values = None
+        old = entropies = reference = values = None
         learns = step > self._critic_warmup
         penalises = self._reference is not None and kl_off_reward(self._algorithm)
         if penalises or (learns and self._actor.needs_old_log_probs(len(pairs))):
             with clock("old"):
-                old = self._actor.log_probs(pairs)
+                if self._actor.selects_by_entropy:
+                    old, entropies = self._actor.log_probs_and_entropies(pairs)
+                else:
+                    old = self._actor.log_probs(pairs)
         if self._reference is not None and (penalises or learns):
             with clock("ref"):
                 reference = self._reference.log_probs(pairs)
         if self._critic is not None:
             with clock("values"):
                 values = self._critic.values(pairs)
-        return Judged(old, reference, values)
+        return Judged(old, entropies, reference, values)
 
     def experience(self, batch: Batch, judged: Judged, clock: StageClock) -> Experience:
         """Compute the rewards less the KL, and the advantages. Collective."""
@@ -93,6 +97,7 @@ class Learners:
                 self._ranks,
                 old=judged.old,
                 ref=judged.reference,
+                entropies=judged.entropies,
                 values=judged.values,
                 baselines=batch.baselines,
                 reward_weights=self._reward_weights,

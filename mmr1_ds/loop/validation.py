@@ -67,7 +67,15 @@ class Validation:
             return {}
         clock = self._records.clock()
         most_tokens = sampling.max_tokens or self._data.max_response_length
-        settings = SamplingSettings(sampling.temperature, sampling.top_p, sampling.top_k, most_tokens)
+        settings = SamplingSettings(
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            most_tokens,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            stop=tuple(sampling.stop or ()),
+        )
         chunk = self._data.val_batch_size if self._data.val_batch_size > 0 else len(data)
         groups: list[ScoredGroup] = []
         failures: list[RewardCounts] = []

@@ -87,6 +87,12 @@ def _check_algorithm(config: RunConfig) -> None:
             f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} needs "
             f"worker.actor.loss_avg_mode=seq_sum, got {actor.loss_avg_mode}; set the mode or leave the factor out"
         )
+    is_one_step = actor.ppo_epochs == 1 and config.data.rollout_batch_size == actor.global_batch_size
+    if actor.loss_type == "kl_cov" and is_one_step:
+        raise UserError(
+            "worker.actor.loss_type=kl_cov holds tokens to the policy before the update, which the only optimiser step "
+            "of a batch starts from; set worker.actor.global_batch_size below data.rollout_batch_size"
+        )
     if not config.data.shuffle and config.data.sampling_strategy == "shuffle":
         raise UserError(
             "data.shuffle=false contradicts data.sampling_strategy=shuffle; set data.sampling_strategy=sequential"
@@ -172,7 +178,15 @@ def _is_text_or_list(value: Any) -> bool:
 
 
 def _check_validation(config: RunConfig) -> None:
-    sampling = config.worker.rollout.val_override_config
+    rollout, sampling = config.worker.rollout, config.worker.rollout.val_override_config
+    for key, texts in (("stop", rollout.stop), ("val_override_config.stop", sampling.stop or [])):
+        if "" in texts:
+            raise UserError(f"worker.rollout.{key}={texts} has an empty text, which ends every response; remove it")
+    if rollout.stop and rollout.partial is not None:
+        raise UserError(
+            f"worker.rollout.stop={rollout.stop}: with worker.rollout.partial={rollout.partial} a text across two "
+            "parts of a response would not end it; leave one of the two out"
+        )
     if sampling.temperature == 0 and sampling.n > 1:
         raise UserError(
             f"worker.rollout.val_override_config: n={sampling.n} greedy answers (temperature=0) would all be the same; "

@@ -19,6 +19,7 @@ from typing import Any
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import resolved_critic
 from mmr1_ds.config.loading import config_folders
+from mmr1_ds.config.ranges import value_at
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.files import model_hidden_size
 
@@ -79,6 +80,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     _settle_buckets(resolved["zero_optimization"], config)
     _settle_offload(resolved["zero_optimization"], config, on_gpu)
     _check_offload_states(resolved, config, on_gpu)
+    _check_bf16_states(resolved, config, "actor", on_gpu)
     for section in ("zero_optimization", "bf16"):
         _drop_autos(resolved[section])
     left = [key for key in _autos(resolved) if key not in _KNOWN_TO_DEEPSPEED]
@@ -141,6 +143,7 @@ def critic_deepspeed(config: RunConfig, actor: Mapping[str, Any], world_size: in
         if asked and on_gpu:
             zero[key] = _offloaded(given)
     _check_offload_states(resolved, config, on_gpu)
+    _check_bf16_states(resolved, config, "critic", on_gpu)
     return resolved
 
 
@@ -385,6 +388,17 @@ def _check_offload_states(resolved: Mapping[str, Any], config: RunConfig, on_gpu
                 f"worker.actor.offload_states=true: DeepSpeed moves no states while zero_optimization.{key} keeps a "
                 f"part of them in {device} memory; switch one of the two off"
             )
+
+
+def _check_bf16_states(resolved: Mapping[str, Any], config: RunConfig, part: str, on_gpu: bool) -> None:
+    """DeepSpeed updates in host memory, and moves the states of, its own Adam alone."""
+    if value_at(config, f"worker.{part}.optim.strategy") != "adamw_bf16":
+        return
+    key, zero = f"worker.{part}.optim.strategy=adamw_bf16", resolved["zero_optimization"]
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise UserError(f"{key} keeps its states on the GPU, not with offload_optimizer; switch that off or set adamw")
+    if on_gpu and config.worker.actor.offload_states:
+        raise UserError(f"{key}: worker.actor.offload_states=true moves the states of adamw only; switch it off")
 
 
 def _offloaded(given: Mapping[str, Any]) -> dict[str, Any]:

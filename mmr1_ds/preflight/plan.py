@@ -16,6 +16,8 @@ from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.preflight.files import DataSummary, FileSummary
 
+_OPTIMISERS = {"adamw": "AdamW", "adamw_bf16": "AdamW with bf16 moments"}
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -130,7 +132,7 @@ def _update(config: RunConfig, plan: BatchPlan) -> str:
         batches += f", each computed by {actor.ulysses_size} ranks"
     return (
         f"a rank's optimiser step: {batches}; log-probabilities: {log_probs}; "
-        f"AdamW, lr {optim.lr:g} {optim.lr_scheduler_type}"
+        f"{_OPTIMISERS[optim.strategy]}, lr {optim.lr:g} {optim.lr_scheduler_type}"
     )
 
 
@@ -280,7 +282,7 @@ def _critic(config: RunConfig, plan: BatchPlan, deepspeed: Mapping[str, Any]) ->
     return (
         f"{critic.model.model_path} with a value head; ZeRO-3, {_offload(deepspeed['zero_optimization'])}; "
         f"{steps} optimiser step(s) of {deepspeed['train_batch_size']:,} responses, {at_once}; "
-        f"AdamW, lr {critic.optim.lr:g} {critic.optim.lr_scheduler_type}{start}"
+        f"{_OPTIMISERS[critic.optim.strategy]}, lr {critic.optim.lr:g} {critic.optim.lr_scheduler_type}{start}"
     )
 
 
@@ -307,8 +309,11 @@ def _unused(config: RunConfig) -> list[str]:
     read_by = {
         "algorithm.gamma": (discounts, f"algorithm.adv_estimator={estimator}"),
         "algorithm.lam": (estimator == "gae", f"algorithm.adv_estimator={estimator}"),
+        "algorithm.filter_oversample": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "algorithm.filter_low": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "algorithm.filter_high": (algorithm.online_filtering, "algorithm.online_filtering=false"),
+        "worker.actor.kl_cov_ratio": (loss == "kl_cov", f"worker.actor.loss_type={loss}"),
+        "worker.actor.kl_cov_coef": (loss == "kl_cov" or names_a_file(loss), f"worker.actor.loss_type={loss}"),
         "worker.actor.tau_positive": (gates, f"worker.actor.loss_type={loss}"),
         "worker.actor.tau_negative": (gates, f"worker.actor.loss_type={loss}"),
         "worker.ref.offload.offload_optimizer": (False, "a reference, which has no optimiser"),
@@ -351,11 +356,15 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
             f"the data has {size} prompts, a step takes data.rollout_batch_size={config.data.rollout_batch_size}: "
             "each step repeats prompts"
         )
-    if (rollout.top_p < 1 or rollout.top_k != -1) and rollout.logprobs == "processed":
+    bends = rollout.top_p < 1 or rollout.top_k != -1 or rollout.min_p > 0 or rollout.repetition_penalty != 1
+    if bends and rollout.logprobs == "processed":
+        further = f", min_p={rollout.min_p:g}" if rollout.min_p > 0 else ""
+        if rollout.repetition_penalty != 1:
+            further += f", repetition_penalty={rollout.repetition_penalty:g}"
         notes.append(
-            f"worker.rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k} cut the sampled distribution; the actor's "
-            "log-probabilities belong to the whole one, which biases importance weights: set worker.rollout.logprobs"
-            "=raw (not with engine=server)"
+            f"worker.rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k}{further} cut the sampled distribution; the "
+            "actor's log-probabilities belong to the whole one, which biases importance weights: set "
+            "worker.rollout.logprobs=raw (not with engine=server)"
         )
     algorithm = config.algorithm
     if algorithm.kl_penalty == "kl" and algorithm.use_kl_loss and not algorithm.disable_kl:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.data.images import PixelLimits
+from mmr1_ds.records import SamplingSettings
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -84,6 +85,18 @@ def engine_options(
         "seed": config.seed,
         **options,
     }
+
+
+def shaping(settings: SamplingSettings) -> dict[str, Any]:
+    """Sampling parameters of vLLM, by its names, of what few runs ask for; a request without it stays as short."""
+    options: dict[str, Any] = {"detokenize": bool(settings.stop)}
+    if settings.min_p > 0:
+        options["min_p"] = settings.min_p
+    if settings.repetition_penalty != 1:
+        options["repetition_penalty"] = settings.repetition_penalty
+    if settings.stop:
+        options["stop"] = list(settings.stop)
+    return options
 
 
 def _compute_capability() -> str:

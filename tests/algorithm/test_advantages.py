@@ -47,6 +47,7 @@ def kernel(rewards_GN):
         (kernel, "grpo_std"),
         (advantages.dr_grpo, "grpo_nostd"),
         (advantages.rloo, "rloo"),
+        (advantages.grpo_passk, "grpo_passk_std"),
     ],
 )
 def test_group_advantages_equal_verl(name, estimate, key):
@@ -135,7 +136,7 @@ def test_penalised_rewards_equal_verl(name):
 def test_constant_groups_give_exactly_zero(reward, size):
     """Where the rounding of the mean, over epsilon, would be an advantage."""
     rewards = np.full((2, size), reward)
-    for estimate in (advantages.grpo, advantages.dr_grpo, advantages.rloo):
+    for estimate in (advantages.grpo, advantages.dr_grpo, advantages.rloo, advantages.grpo_passk):
         assert not estimate(rewards).any()
     lengths = np.arange(2 * size)
     assert not advantages.reinforce_plus_plus_baseline(rewards, lengths, RANK).any()

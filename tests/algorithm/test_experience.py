@@ -77,6 +77,7 @@ def plain_token_rewards():
         ("grpo", lambda: np.repeat(advantages.grpo(REWARDS), LENGTHS)),
         ("dr_grpo", lambda: np.repeat(advantages.dr_grpo(REWARDS), LENGTHS)),
         ("rloo", lambda: np.repeat(advantages.rloo(REWARDS), LENGTHS)),
+        ("grpo_passk", lambda: np.repeat([0.5 / (0.5 + 1e-6), 0, 0, 0, 0, 0], LENGTHS)),
         ("reinforce_plus_plus_baseline", lambda: advantages.reinforce_plus_plus_baseline(REWARDS, LENGTHS, RANK)),
         ("reinforce_plus_plus", lambda: advantages.reinforce_plus_plus(plain_token_rewards(), LENGTHS, 0.9, RANK)[0]),
         ("remax", lambda: np.repeat(REWARDS.reshape(-1) - np.repeat([0.75, 0.125], 3), LENGTHS)),
@@ -237,7 +238,9 @@ def test_without_remax_nothing_is_sampled_greedily():
     assert "reward/baseline" not in batch.metrics
 
 
-MASKING = ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline", "reinforce_plus_plus", "remax", "gae"]
+MASKING = [
+    "grpo", "dr_grpo", "rloo", "grpo_passk", "reinforce_plus_plus_baseline", "reinforce_plus_plus", "remax", "gae",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("estimator", MASKING)

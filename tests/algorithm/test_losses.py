@@ -1,5 +1,6 @@
 """Policy losses and how they are averaged, against verl's and TRL's numbers; the learning-rate schedule."""
 
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from fixtures.golden_numbers import (
     CLIP_DUAL,
     CLIP_HIGH,
     CLIP_LOW,
+    GOLDEN,
     TRL,
     VERL,
     mask_of,
@@ -20,7 +22,7 @@ from fixtures.golden_numbers import (
 )
 
 from mmr1_ds.algorithm.aggregation import GlobalBatch, Segments, token_weights
-from mmr1_ds.algorithm.losses import PolicyLoss, value_loss
+from mmr1_ds.algorithm.losses import LOSSES, PolicyLoss, value_loss
 from mmr1_ds.algorithm.schedule import learning_rate
 from mmr1_ds.config import OptimConfig
 
@@ -84,6 +86,62 @@ def test_verl_s_sum_norm_grows_with_the_batch(name, kind):
     np.testing.assert_allclose(gradient * num_responses, expected["grad_log_prob"], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("advantages", ["seq", "token"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gmpo_equals_verl(name, advantages, weighted):
+    """verl weighs a response by the geometric mean of its tokens' weights, and counts empty rows as responses."""
+    case = VERL[name]
+    expected = case["outputs"]["policy_loss"][f"geo_mean||adv_{advantages}" + weighted * "|is_weights"]
+    weights_T = weights_of(case, "seq", num_responses=8.0)
+    if weighted:
+        segments = segments_of(case)
+        weights_T = weights_T * segments.spread(segments.mean(packed(case, "rollout_is_weights").log()).exp())
+    advantages_T = pack(case, case["outputs"]["policy_loss_advantages"][advantages])
+    loss = PolicyLoss("gmpo", CLIP_LOW, CLIP_HIGH)
+    total, gradient, figures = loss_and_gradient(case, loss, advantages_T, weights_T)
+    assert total == pytest.approx(expected["loss"], abs=1e-6)
+    np.testing.assert_allclose(gradient, expected["grad_log_prob"], atol=1e-6)
+    assert figures["ppo_kl"] == pytest.approx(expected["ppo_kl"], abs=1e-6)
+    # verl counts a ratio beyond either bound; held back is only what an advantage would take further.
+    assert 0 < figures["pg_clipfrac_higher"] <= expected["pg_clipfrac"] + expected["pg_clipfrac_lower"] + 1e-6
+
+
+DPPO = json.loads((GOLDEN / "dppo.json").read_text())
+
+
+@pytest.mark.parametrize("case", DPPO["cases"], ids=lambda case: f"{case['kind']}-{case['high']}")
+def test_dppo_equals_its_formulas(case):
+    logprobs_T, old_T, advantages_T = (
+        torch.tensor(DPPO[name], dtype=torch.float64) for name in ("logprobs", "old_logprobs", "advantages")
+    )
+    logprobs_T.requires_grad_()
+    loss = PolicyLoss(case["kind"], case["low"], case["high"])
+    loss_T, figures = loss(logprobs_T, old_T, advantages_T, Segments.of([len(old_T)]))
+    loss_T.sum().backward()
+    np.testing.assert_allclose(loss_T.detach(), case["loss"], atol=1e-9)
+    np.testing.assert_allclose(logprobs_T.grad, case["gradient"], atol=1e-9)
+    assert (figures["pg_clipfrac_higher"].sum(), figures["pg_clipfrac_lower"].sum()) == (case["higher"], case["lower"])
+
+
+def test_kl_cov_holds_the_chosen_tokens_alone():
+    """By hand: -A r, and r - 1 - log r at the second and third, whose gradient in log p is r - 1."""
+    logprobs = torch.tensor([-1.0, -2.0, -0.5, -0.1], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([-1.5, -1.0, -0.5, -3.0], dtype=torch.float64)
+    advantages = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    chosen = torch.tensor([False, True, True, False])
+    loss_T, figures = PolicyLoss("kl_cov", 0.2, 0.3, kl_cov_coef=0.7)(
+        logprobs, old, advantages, Segments.of([3, 1]), chosen
+    )
+    loss_T.sum().backward()
+    ratios = np.exp([0.5, -1.0, 0.0, 2.9])
+    held = 0.7 * np.array([0, ratios[1] - 1 + 1, 0, 0])
+    np.testing.assert_allclose(loss_T.detach(), -advantages.numpy() * ratios + held)
+    gradient = -advantages.numpy() * ratios + 0.7 * np.array([0, ratios[1] - 1, 0, 0])
+    np.testing.assert_allclose(logprobs.grad, gradient, atol=1e-15)
+    assert figures["kl_cov_fraction"].tolist() == [0, 1, 1, 0]
+
+
 # TRL's name -> our loss and average. Without delta it has no dual clip; cispo's epsilon is the largest weight itself.
 UNBOUNDED = PolicyLoss("default", CLIP_LOW, CLIP_HIGH)
 TRL_LOSSES = {
@@ -136,7 +194,7 @@ def test_averages_equal_verl_s_for_a_larger_global_batch(name):
 
 
 @pytest.mark.parametrize("mode", ["token", "seq", "seq_sum"])
-@pytest.mark.parametrize("kind", ["default", "gspo", "gspo_token", "cispo", "sapo"])
+@pytest.mark.parametrize("kind", LOSSES)
 def test_cutting_a_batch_changes_no_gradient(mode, kind):
     random = np.random.default_rng(3)
     lengths = [1, 7, 3, 12, 5, 1]
@@ -167,7 +225,7 @@ def test_weights_of_a_mean_add_up_to_one():
 
 def test_extreme_ratios_stay_finite():
     old, new = torch.tensor([-900.0, -1.0]), torch.tensor([-1.0, -900.0]).requires_grad_()
-    for kind in ("default", "gspo", "gspo_token", "cispo", "sapo"):
+    for kind in LOSSES:
         loss_T, _ = PolicyLoss(kind, 0.2, 0.3, 3.0)(new, old, torch.tensor([-1.0, 0.0]), Segments.of([1, 1]))
         loss_T.sum().backward()
         assert loss_T.isfinite().all() and new.grad.isfinite().all()

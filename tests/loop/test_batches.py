@@ -7,6 +7,7 @@ from fixtures.rank_threads import SingleProcess, on_ranks
 
 from mmr1_ds.cluster.preemption import SamplingAbandoned
 from mmr1_ds.config import AlgorithmConfig
+from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.errors import UserError
 from mmr1_ds.loop.drawn import teaches
 from mmr1_ds.monitoring.clock import StageClock
@@ -64,6 +65,59 @@ def test_filtering_draws_until_the_batch_teaches():
     assert metrics["curriculum/consumed_batches"] == tries
     assert metrics["curriculum/extra_rollout_fraction"] == pytest.approx(tries - 1)
     assert batch.metrics["reward/num_responses"] == tries * B * N
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_draws_sampled_together_are_those_of_one_after_the_other(size):
+    """The same prompts and seeds, and so the same batch, in fewer rounds; the curriculum learns from all of them."""
+    strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online", "curriculum_probe_fraction": 0.5}
+
+    def first_step(oversample):
+        def on_rank(control):
+            maker, coordinator = make(control, FakeCollector(), oversample=oversample, **strategy)
+            batch = maker.make(1, SETTINGS, StageClock())
+            return content(batch), batch.prompts.tolist(), batch.metrics, coordinator.metrics()
+
+        return on_ranks(size, on_rank)
+
+    observed = []
+    original = Coordinator.observe
+
+    def observe(self, step, statistics):
+        observed.extend(statistics)
+        original(self, step, statistics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Coordinator, "observe", observe)
+        single = first_step(1)
+        of_single = len(observed)
+        observed.clear()
+        together = first_step(4)
+    tries = single[0][2]["online_filtering/num_tries"]
+    assert 2 < tries <= 4 and together[0][2]["online_filtering/num_tries"] == 1
+    for one, other in zip(single, together, strict=True):
+        assert one[0] == other[0] and one[1] == other[1]
+    assert together[0][3]["curriculum/consumed_batches"] == 4
+    assert together[0][3]["curriculum/extra_rollout_fraction"] >= 3
+    assert len(observed) - of_single == (4 - tries) * B  # everything that was scored
+    assert together[0][2]["reward/num_responses"] >= 4 * B * N
+
+
+def test_draws_begun_together_are_shared_out_over_other_ranks(tmp_path):
+    def maker_of(control):
+        return make(control, FakeCollector(), oversample=2)[0]
+
+    maker = maker_of(SingleProcess())
+    maker._in_flight[1] = maker._begin(1, 0, SETTINGS)
+    maker.finish_ahead()
+    maker.save(tmp_path)
+
+    def resumed(control):
+        maker = maker_of(control)
+        maker.load(tmp_path, SETTINGS)
+        return maker._in_flight[1].slots
+
+    assert sorted(chain.from_iterable(on_ranks(3, resumed))) == list(range(2 * B))
 
 
 def test_too_few_that_teach_do_not_end_the_run(caplog):

@@ -34,6 +34,9 @@ def test_number_of_steps(valid, num_prompts, steps):
         ("worker.rollout.n=1", "worker.rollout.n must be 2 or more, got 1"),
         ("worker.rollout.temperature=0", "worker.rollout.temperature must be over 0, got 0.0"),
         ("data.curriculum_mixture_ratio=1.5", "data.curriculum_mixture_ratio must be in [0, 1], got 1.5"),
+        ("worker.rollout.min_p=1.5", "worker.rollout.min_p must be in [0, 1], got 1.5"),
+        ("worker.rollout.repetition_penalty=0", "worker.rollout.repetition_penalty must be over 0, got 0.0"),
+        ('worker.rollout.stop=["a",""]', "has an empty text, which ends every response; remove it"),
         ("worker.rollout.top_k=0", "worker.rollout.top_k must be 1 or more, or -1, got 0"),
         ("worker.actor.optim.betas=[0.9,1.0]", "worker.actor.optim.betas must each be in [0, 1), got 1.0"),
         ("data.sampling_strategy=curiculum", "did you mean curriculum?"),
@@ -91,7 +94,7 @@ def test_both_spellings_of_metrics(valid, names):
 @pytest.mark.parametrize(
     "argument, expected",
     [
-        ("algorithm.adv_estimator=grpo_passk", "algorithm.adv_estimator must be grpo or dr_grpo or rloo or "),
+        ("algorithm.adv_estimator=opo", "algorithm.adv_estimator must be grpo or dr_grpo or rloo or "),
         ("algorithm.kl_penalty=full", "algorithm.kl_penalty must be kl or abs or mse or low_var_kl, got full"),
         ("algorithm.kl_type=adaptiv", "algorithm.kl_type must be fixed or adaptive, got adaptiv; did you mean adap"),
         ("algorithm.rollout_is=seq", "algorithm.rollout_is must be token or sequence or none, got seq"),
@@ -105,13 +108,20 @@ def test_both_spellings_of_metrics(valid, names):
         ("worker.actor.loss_avg_mode=batch", "loss_avg_mode must be token or seq or seq_sum or path/file.py:function"),
         ("worker.actor.loss_scale_factor=512", "loss_scale_factor=512 needs worker.actor.loss_avg_mode=seq_sum, got "),
         ("worker.actor.tau_negative=0", "worker.actor.tau_negative must be over 0, got 0.0"),
-        ("worker.actor.optim.strategy=adamw_bf16", "worker.actor.optim.strategy must be adamw"),
+        ("worker.actor.optim.strategy=adamw_8bit", "strategy must be adamw or adamw_bf16, got adamw_8bit; "),
         ("worker.rollout.name=sglang", "worker.rollout.engine must be auto or vllm or server or hf, got"),
         ("data.curriculum_momentum=1.0", "data.curriculum_momentum must be in [0, 1), got 1.0"),
     ],
 )
 def test_values_of_ours_that_are_not_implemented(valid, argument, expected):
     assert expected in refused(valid, argument)
+
+
+def test_kl_cov_needs_several_optimiser_steps_a_batch(valid):
+    check(valid, "worker.actor.loss_type=kl_cov")
+    check(valid, "worker.actor.loss_type=kl_cov", "worker.actor.global_batch_size=12", "worker.actor.ppo_epochs=2")
+    expected = "of a batch starts from; set worker.actor.global_batch_size below data.rollout_batch_size"
+    assert expected in refused(valid, "worker.actor.loss_type=kl_cov", "worker.actor.global_batch_size=12")
 
 
 GAE = "algorithm.adv_estimator=gae"

@@ -2,9 +2,11 @@
 
 Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL [LORA_RANK [TOP_P TOP_K]]
 
-With TOP_P and TOP_K, log-probabilities are those of the whole distribution (worker.rollout.logprobs=raw).
+With TOP_P and TOP_K, min_p and a repetition penalty besides, and log-probabilities are those of the whole distribution
+(worker.rollout.logprobs=raw).
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -22,7 +24,7 @@ from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.reference import AdapterlessReference
 from mmr1_ds.engine.weights import gathering as weights
-from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, Trajectory
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.hf.engine import TransformersRollout
@@ -95,6 +97,8 @@ for step in range(int(num_steps)):
     prompts = [make_prompt(encoder, i, encoder.is_multimodal and i % 3 != 0, MOST_IMAGES) for i in indices]
     requests = [RolloutRequest(prompt, RESPONSES, 1000 * i) for prompt, i in zip(prompts, indices, strict=True)]
     settings = SamplingSettings(0.8, top_p, top_k, 12 + step, raw_logprobs=bool(cuts))
+    if cuts:
+        settings = dataclasses.replace(settings, min_p=0.01, repetition_penalty=1.3)
     groups = rollout.generate(requests, settings)
     given_back_bytes = 0
     if isinstance(rollout, VllmRollout):
@@ -131,6 +135,30 @@ for step in range(int(num_steps)):
     images = [len(prompt.images) for prompt in prompts]
     metrics |= {"moved": moved, "given_back_bytes": given_back_bytes}
     steps.append({**metrics, "lengths": lengths, "tokens": tokens, "forbidden": forbidden, "images": images})
+
+
+def tokens_of(found: list[RolloutGroup]) -> list[list[int]]:
+    return [response.token_ids.tolist() for group in found for response in group.responses]
+
+
+if ranks.size == 1 and not ranks.on_gpu:
+    # Sampled from what is as likely as the likeliest, penalty applied: the greedy ones of transformers.
+    greedy = SamplingSettings(0.0, 1.0, -1, 12, repetition_penalty=1.5)
+    likeliest = dataclasses.replace(settings, top_p=1.0, top_k=-1, max_tokens=12, min_p=1.0, repetition_penalty=1.5)
+    expected = TransformersRollout(actor, ranks, encoder, 5).generate(requests, greedy)
+    assert tokens_of(rollout.generate(requests, likeliest)) == tokens_of(expected)
+    unbent = rollout.generate(requests, dataclasses.replace(greedy, repetition_penalty=1.0))
+    assert tokens_of(unbent) != tokens_of(expected)
+    # A text of two tokens ends each response with the token that completes it.
+    whole = rollout.generate(requests, dataclasses.replace(settings, max_tokens=12))
+    stop = encoder.tokenizer.decode(tokens_of(whole)[0][3:5])
+    cut = rollout.generate(requests, dataclasses.replace(settings, max_tokens=12, stop=(stop,)))
+    ends = [
+        next((n for n in range(1, len(row)) if stop in encoder.tokenizer.decode(row[:n])), len(row))
+        for row in tokens_of(whole)
+    ]
+    assert ends[0] <= 5 and tokens_of(cut) == [row[:n] for row, n in zip(tokens_of(whole), ends, strict=True)]
+    assert cut[0].responses[0].finished
 if engine == "hf":  # a rank without requests keeps up with the others
     own = requests if ranks.rank == 0 else []
     assert len(rollout.generate(own, SamplingSettings(0.8, 0.9, 7, 5))) == len(own)

@@ -25,13 +25,14 @@ model, out, micro_batch, folder, layout = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 2
 LOSSES = (  # and averages: each of both at least once
     ("default", "token"), ("default", "seq"), ("default", "seq_sum"), ("gspo", "token"), ("gspo_token", "seq"),
-    ("cispo", "seq_sum"), ("sapo", "token"),
+    ("cispo", "seq_sum"), ("sapo", "token"), ("kl_cov", "seq"),
 )  # fmt: skip
 
 ranks = Ranks(launch_environment(), timeout_seconds=120)
 config = small_config(model, PROMPTS, RESPONSES, int(micro_batch))
 config.worker.actor.padding_free, config.worker.actor.dynamic_batching = layout != "padded", layout == "by-tokens"
 config.worker.actor.ulysses_size = ranks.size if layout == "ulysses" else 1
+config.worker.actor.kl_cov_ratio = 0.2
 config.worker.actor.optim.lr = 0.0  # every mode starts from the same weights
 config.algorithm.kl_type, config.algorithm.kl_target, config.algorithm.kl_horizon = "adaptive", 0.1, 100.0
 encoder = PromptEncoder(config.worker.actor.model, config.data)
@@ -93,6 +94,7 @@ for kind, mode in LOSSES:
     actor._importance = ImportanceSampling(level, 2.0)
     config.worker.actor.loss_avg_mode = mode
     metrics = actor.update(trajectories)
+    assert 0.2 <= metrics.pop("actor/kl_cov_fraction", 0.2) < 0.25
     results[f"{kind}|{mode}"] = gradients.pop().numpy()
     results[f"{kind}|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
 for mode in ("token", "seq", "seq_sum"):  # the second response to every other prompt was cut at its limit
@@ -104,6 +106,19 @@ for mode in ("token", "seq", "seq_sum"):  # the second response to every other p
     assert metrics.pop("rollout/is_masked_fraction") < 1
     results[f"masked|{mode}"] = gradients.pop().numpy()
     results[f"masked|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
+actor._importance = ImportanceSampling("token", 2.0)
+config.worker.actor.entropy_coef = 0.3
+actor.model.get_output_embeddings()._entropy_gradient = True
+metrics = actor.update(trajectories)
+results["entropy|seq_sum"] = gradients.pop().numpy()
+results["entropy|seq_sum|figures"] = np.array([metrics[name] for name in sorted(metrics)])
+config.worker.actor.entropy_coef, config.worker.actor.top_entropy_quantile = 0.0, 0.3
+entropies = actor.log_probs_and_entropies(pairs)[1]
+chosen = [replace(item, old_entropies=entropies[i]) for i, item in enumerate(trajectories)]
+metrics = actor.update(chosen)
+assert 0.3 <= metrics.pop("actor/top_entropy_fraction") < 0.35
+results["top entropy|seq_sum"] = gradients.pop().numpy()
+results["top entropy|seq_sum|figures"] = np.array([metrics[name] for name in sorted(metrics)])
 actor.save(Path(folder))
 saved, actor.kl.coefficient = actor.kl.coefficient, 0.0
 actor.load(Path(folder))

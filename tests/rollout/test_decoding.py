@@ -1,5 +1,6 @@
 """The decoding loop against transformers' generate and whole forwards; the distribution it draws from."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -12,7 +13,7 @@ from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.log_probs import plain_log_probs
 from mmr1_ds.records import SamplingSettings
-from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, Sampler, sample_responses
+from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, Sampler, Stops, sample_responses
 
 CPU = torch.device("cpu")
 FAMILIES = ["qwen2", "qwen2_5_vl"]
@@ -64,6 +65,45 @@ def test_greedy_tokens_are_those_of_generate(loaded):
             pad_token_id=encoder.eos_token_ids[0],
         )
         assert expected[0, batch.input_ids.shape[1] :].tolist() == tokens
+
+
+@pytest.mark.parametrize("penalty", [1.5, 4.0])
+def test_repeated_tokens_are_penalised_as_by_generate(loaded, penalty):
+    plain, _, encoder, prompts = loaded
+    settings = dataclasses.replace(GREEDY, repetition_penalty=penalty)
+    batch = PromptBatch.of(prompts[:1], 0, CPU)
+    expected = plain.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        **batch.vision,
+        max_new_tokens=GREEDY.max_tokens,
+        do_sample=False,
+        repetition_penalty=penalty,
+        suppress_tokens=list(encoder.forbidden_token_ids),
+        eos_token_id=list(encoder.eos_token_ids),
+        pad_token_id=encoder.eos_token_ids[0],
+    )[0, batch.input_ids.shape[1] :].tolist()
+    found = sample(loaded, [0, 1, 0], [0] * 3, settings)
+    assert found[0][0] == found[2][0] == expected
+    assert expected != sample(loaded, [0], [0], GREEDY)[0][0]
+    ((tokens, raw),) = sample(loaded, [0], [0], dataclasses.replace(settings, raw_logprobs=True))
+    assert tokens == expected and raw != found[0][1]
+
+
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(loaded):
+    _, ours, encoder, prompts = loaded
+    batch = PromptBatch.of(prompts, encoder.eos_token_ids[0], CPU)
+    whole = sample(loaded, [0, 0, 1, 2], [1, 2, 3, 4], WARM)
+    text = encoder.tokenizer.decode(whole[1][0][4:7], skip_special_tokens=True)
+    stops = Stops(encoder.tokenizer, ["never written", text])
+    found = sample_responses(
+        ours, batch, [0, 0, 1, 2], [1, 2, 3, 4], WARM, encoder.forbidden_token_ids, encoder.eos_token_ids, stops
+    )
+    assert len(found[1][0]) <= 7 and stops.end(found[1][0])
+    for (tokens, logprobs), (all_tokens, all_logprobs) in zip(found, whole, strict=True):
+        assert tokens == all_tokens[: len(tokens)] and not stops.end(tokens[:-1])
+        np.testing.assert_allclose(logprobs, all_logprobs[: len(tokens)], atol=2e-5)
+        assert stops.end(tokens) or len(tokens) == len(all_tokens)
 
 
 def test_log_probs_are_those_of_a_whole_forward(loaded):
@@ -125,6 +165,9 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say():
         ({"temperature": 0.5}, [0.01, 0.0625, 0.0025, 0.36]),
         ({"top_k": 2}, [0, 0.25, 0, 0.6]),
         ({"top_p": 0.9}, [0.1, 0.25, 0, 0.6]),
+        ({"min_p": 0.3}, [0, 0.25, 0, 0.6]),
+        ({"min_p": 0.1, "top_k": 3}, [0.1, 0.25, 0, 0.6]),
+        ({"temperature": 0.0, "min_p": 0.9}, [0.1, 0.25, 0.05, 0.6]),
         ({"forbidden": [3]}, [0.1, 0.25, 0.05, 0]),
         ({"temperature": 0.0, "top_k": 1, "forbidden": [1]}, [0.1, 0, 0.05, 0.6]),
     ],

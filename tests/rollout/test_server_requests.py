@@ -1,6 +1,7 @@
 """Requests to rollout servers that answer well, badly, late and never: each gets one group, and it is its own."""
 
 import copy
+import dataclasses
 import json
 import random
 from contextlib import contextmanager
@@ -67,6 +68,14 @@ def until(condition):
     raise AssertionError("it did not happen")
 
 
+def test_a_request_says_what_bends_the_distribution_and_what_ends_a_response():
+    settings = dataclasses.replace(SETTINGS, min_p=0.1, repetition_penalty=1.2, stop=("</answer>", "END"))
+    body = json.loads(Exchange([EOS], FORBIDDEN, VOCABULARY).body(requests(1)[0], settings, "id", 0))
+    sampling = body["sampling_params"]
+    assert (sampling["min_p"], sampling["repetition_penalty"]) == (0.1, 1.2)
+    assert sampling["stop"] == ["</answer>", "END"] and sampling["detokenize"] is True
+
+
 def test_the_requests_and_their_answers():
     with scripted_servers(2) as servers, group_of(servers) as group:
         asked = requests(17)
@@ -75,6 +84,7 @@ def test_the_requests_and_their_answers():
         assert len({body["request_id"] for body in bodies}) == 17 and all(server.bodies for server in servers)
         assert {body["priority"] for body in bodies} == {1}
         assert bodies[0]["sampling_params"]["logit_bias"] == {"7": -100.0, "8": -100.0}
+        assert bodies[0]["sampling_params"]["detokenize"] is False and "stop" not in bodies[0]["sampling_params"]
         assert group.metrics() == {
             "rollout/num_repeated_requests": 0,
             "rollout/num_nonsense_responses": 0,

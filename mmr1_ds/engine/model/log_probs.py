@@ -4,7 +4,7 @@ With the logits l_v = (h . W_v + b_v) / temperature of the tokens v that are not
 
     s = sum_v exp(l_v - m)        log p(y) = l_y - m - log s
     c = sum_v exp(l_v - m) (l_v - m)       entropy = log s - c / s
-    d log p(y) / d l_v = [v = y] - p_v
+    d log p(y) / d l_v = [v = y] - p_v      d entropy / d l_v = -p_v (log p_v + entropy)
 
 m, s and c are carried from block to block: a new maximum m' turns c into r (c + (m - m') s) and s into r s, where
 r = exp(m - m'). The backward computes each block's logits once more, from m + log s: four matrix products where the
@@ -51,6 +51,7 @@ def token_log_probs(
     forbidden_token_ids: Sequence[int] = (),
     temperature: float = 1.0,
     width: int | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (nats) of softmax(logits / temperature) without the forbidden tokens.
 
@@ -58,13 +59,14 @@ def token_log_probs(
     and everything after is float32; so are the sums over blocks of the gradient.
 
     Args: width: tokens of the vocabulary in a block; `block_width` without one.
-    Returns: log-probabilities (T,) with gradient, entropies (T,) without; float32, float64 for such inputs.
+    Returns: log-probabilities (T,) with gradient, entropies (T,) with one where asked for; float32, float64 for such
+        inputs.
     """
     exact = torch.promote_types(hidden_TH.dtype, torch.float32)
     if width is None:
         width = block_width(len(hidden_TH), len(weight_VH), exact.itemsize, hidden_TH.device.type)
     return _TokenLogProbs.apply(
-        hidden_TH, weight_VH, bias_V, targets_T, sorted(set(forbidden_token_ids)), temperature, width
+        hidden_TH, weight_VH, bias_V, targets_T, sorted(set(forbidden_token_ids)), temperature, width, entropy_gradient
     )
 
 
@@ -75,6 +77,7 @@ def plain_log_probs(
     targets_T: Tensor,
     forbidden_token_ids: Sequence[int] = (),
     temperature: float = 1.0,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the same through the logits (T, V) and autograd: the reference for tests and benchmark."""
     logits = nn.functional.linear(hidden_TH, weight_VH, bias_V)
@@ -82,7 +85,7 @@ def plain_log_probs(
     forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
     forbidden[list(forbidden_token_ids)] = True
     logprobs = logits.masked_fill(forbidden, float("-inf")).log_softmax(dim=-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropies = -(logprobs.exp() * logprobs.masked_fill(forbidden, 0.0)).sum(dim=-1)
     return logprobs.gather(-1, targets_T[:, None]).squeeze(-1), entropies
 
@@ -94,20 +97,34 @@ class LogProbHead(nn.Linear):
     module that owns it, and again before that module's backward. Called elsewhere, the weight would be empty.
     """
 
-    def __init__(self, layer: nn.Linear, forbidden_token_ids: Sequence[int], temperature: float) -> None:
+    def __init__(
+        self,
+        layer: nn.Linear,
+        forbidden_token_ids: Sequence[int],
+        temperature: float,
+        entropy_gradient: bool = False,
+    ) -> None:
         # A subclass or a LoRA wrapper computes something else than weight and bias say.
         assert type(layer) is nn.Linear, f"the output layer is a {type(layer).__name__}, not a plain linear one"
         nn.Module.__init__(self)  # not Linear's, which makes parameters of its own
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self.temperature = temperature
-        self._forbidden = list(forbidden_token_ids)
+        self._forbidden, self._entropy_gradient = list(forbidden_token_ids), entropy_gradient
 
     def forward(self, hidden: Tensor, targets_T: Tensor | None = None) -> Any:
         """With targets and hidden states (T, H): what `token_log_probs` returns. Without: the logits, as any head."""
         if targets_T is None:
             return super().forward(hidden)
-        return token_log_probs(hidden, self.weight, self.bias, targets_T, self._forbidden, self.temperature)
+        return token_log_probs(
+            hidden,
+            self.weight,
+            self.bias,
+            targets_T,
+            self._forbidden,
+            self.temperature,
+            entropy_gradient=self._entropy_gradient,
+        )
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -123,6 +140,7 @@ class _TokenLogProbs(torch.autograd.Function):
         forbidden: list[int],
         temperature: float,
         width: int,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         blocks = _Blocks(hidden_TH, weight_VH, bias_V, targets_T, forbidden, temperature, width)
         # A finite start: with -inf, a block of nothing but forbidden tokens would give -inf - -inf.
@@ -146,19 +164,26 @@ class _TokenLogProbs(torch.autograd.Function):
             sums_T = rescale_T * sums_T + block_sums_T
             maxima_T = new_maxima_T
         log_sums_T = sums_T.log()
-        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, targets_T, maxima_T + log_sums_T)
-        ctx.settings = forbidden, temperature, width
         entropies_T = log_sums_T - products_T / sums_T
-        ctx.mark_non_differentiable(entropies_T)
+        kept_T = entropies_T if entropy_gradient else None
+        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, targets_T, maxima_T + log_sums_T, kept_T)
+        ctx.settings = forbidden, temperature, width
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies_T)
         return chosen_T - maxima_T - log_sums_T, entropies_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients_T: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VH, bias_V, targets_T, normaliser_T = ctx.saved_tensors
+        hidden_TH, weight_VH, bias_V, targets_T, normaliser_T, entropies_T = ctx.saved_tensors
         blocks = _Blocks(hidden_TH, weight_VH, bias_V, targets_T, *ctx.settings)
         # (p - [v = y]) is left unscaled: -g / temperature goes onto the two small factors instead of a pass over B.
+        # With the entropy's gradient g_H it is p (g + g_H (log p + entropy)) - g [v = y], the scale -1 / temperature.
+        of_target_T = torch.ones_like(normaliser_T) if entropies_T is None else gradients_T[0]
         scale_T1 = (gradients_T[0] / -blocks.temperature)[:, None]
+        if entropies_T is not None:
+            scale_T1 = torch.full_like(scale_T1, -1 / blocks.temperature)
+            factors = blocks.buffer()
         scaled_TH = (hidden_TH * scale_T1).to(hidden_TH.dtype)
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=blocks.exact) if for_hidden else None
@@ -166,9 +191,16 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_bias_V = torch.empty_like(bias_V) if for_bias else None
         for start, probs_TB in blocks:
             rows = slice(start, start + probs_TB.shape[1])
-            probs_TB.sub_(normaliser_T[:, None]).exp_()
+            probs_TB.sub_(normaliser_T[:, None])
+            if entropies_T is None:
+                probs_TB.exp_()
+            else:
+                of_all_TB = factors[: probs_TB.numel()].view(probs_TB.shape)
+                torch.add(probs_TB, entropies_T[:, None], out=of_all_TB)
+                of_all_TB.mul_(gradients_T[1][:, None]).add_(gradients_T[0][:, None])
+                probs_TB.exp_().mul_(of_all_TB)
             inside_T, columns_T = blocks.targets(start, probs_TB)
-            probs_TB.scatter_add_(1, columns_T[:, None], -inside_T[:, None].to(probs_TB.dtype))
+            probs_TB.scatter_add_(1, columns_T[:, None], -(inside_T * of_target_T)[:, None])
             probs_TB.index_fill_(1, blocks.forbidden_columns(start, probs_TB), 0.0)
             if grad_bias_V is not None:
                 grad_bias_V[rows] = (probs_TB * scale_T1).sum(dim=0)
@@ -182,7 +214,7 @@ class _TokenLogProbs(torch.autograd.Function):
                     grad_hidden_TH += factor_TB @ weight_VH[rows]
         if grad_hidden_TH is not None:
             grad_hidden_TH = grad_hidden_TH.mul_(scale_T1).to(hidden_TH.dtype)
-        return grad_hidden_TH, grad_weight_VH, grad_bias_V, None, None, None, None
+        return grad_hidden_TH, grad_weight_VH, grad_bias_V, None, None, None, None, None
 
 
 class _Blocks:

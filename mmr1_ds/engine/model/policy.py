@@ -36,20 +36,26 @@ class PolicyModel(nn.Module):
         forbidden_token_ids: Sequence[int],
         temperature: float,
         parallel: SequenceParallel | None = None,
+        entropy_gradient: bool = False,
     ) -> None:
-        """Args: parallel: the ranks that compute every sequence together; None = each rank computes its own."""
+        """
+        Args:
+            parallel: the ranks that compute every sequence together; None = each rank computes its own.
+            entropy_gradient: whether the entropies have one.
+        """
         super().__init__()
         self.model: PreTrainedModel = model
         self.parallel = parallel
         if parallel is not None:
             parallel.install(model)
-        model.set_output_embeddings(LogProbHead(model.get_output_embeddings(), forbidden_token_ids, temperature))
+        head = LogProbHead(model.get_output_embeddings(), forbidden_token_ids, temperature, entropy_gradient)
+        model.set_output_embeddings(head)
 
     def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of the sampled distribution at each response token.
 
         The distribution is that of the rollout: temperature applied, forbidden tokens left out.
-        Returns: log-probabilities (T,) with gradient, entropies (T,) without; both float32.
+        Returns: log-probabilities (T,) with gradient, entropies (T,) with one where asked for; both float32.
         """
         if self.parallel is not None:
             return self.parallel.log_probs(self.model, batch)
@@ -108,4 +114,4 @@ def load_policy(
             add_adapters(model, config, dtype)
         if config.enable_gradient_checkpointing:
             checkpoint_gradients(model)
-    return PolicyModel(model, forbidden_token_ids, temperature, parallel)
+    return PolicyModel(model, forbidden_token_ids, temperature, parallel, trainable and settings.entropy_coef > 0)

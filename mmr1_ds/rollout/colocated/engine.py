@@ -21,7 +21,7 @@ from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, Samp
 from mmr1_ds.rollout.base import InTurn, Policy
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import phases_logged
-from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds
+from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
 from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ class VllmRollout(InTurn):
                     logprobs=0,  # the sampled token's only
                     flat_logprobs=True,  # lists of numbers, in place of a dictionary and an object for each token
                     stop_token_ids=list(self._encoder.eos_token_ids),
-                    detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
+                    **shaping(settings),
                 )
             )
         outputs = self._sample(inputs, parameters) if shared else []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -65,18 +65,27 @@ class Sampler:
     def __init__(self, settings: SamplingSettings, forbidden_token_ids: Sequence[int], device: torch.device) -> None:
         self._temperature = settings.temperature
         self._forbidden = torch.tensor(list(forbidden_token_ids), dtype=torch.int64, device=device)
+        self._penalty = settings.repetition_penalty
         self._filters: list[Any] = []
+        if settings.temperature > 0 and settings.min_p > 0:  # first, as vLLM has it
+            self._filters.append(MinPLogitsWarper(settings.min_p))
         if settings.temperature > 0 and settings.top_k > 0:
             self._filters.append(TopKLogitsWarper(settings.top_k))
         if settings.temperature > 0 and settings.top_p < 1:
             self._filters.append(TopPLogitsWarper(settings.top_p))
 
-    def log_probs(self, logits_RV: Tensor, cut: bool = True) -> Tensor:
-        """Temperature applied, forbidden tokens left out, then top-k and top-p; (R, V) float32. Greedy: as at 1.
+    def log_probs(self, logits_RV: Tensor, cut: bool = True, seen_RV: Tensor | None = None) -> Tensor:
+        """Temperature applied, forbidden tokens left out, then min-p, top-k and top-p; (R, V) float32. Greedy: as at 1.
 
-        cut: False = without top-k and top-p.
+        Args:
+            cut: False = of the whole distribution, without any of these and without the penalty.
+            seen_RV: tokens that the repetition penalty is for.
         """
-        scores_RV = logits_RV.float() / (self._temperature or 1.0)
+        scores_RV = logits_RV.float()
+        if cut and seen_RV is not None:
+            bent_RV = torch.where(scores_RV > 0, scores_RV / self._penalty, scores_RV * self._penalty)
+            scores_RV = torch.where(seen_RV, bent_RV, scores_RV)
+        scores_RV = scores_RV / (self._temperature or 1.0)
         scores_RV.index_fill_(1, self._forbidden, float("-inf"))
         for keep in self._filters if cut else ():
             scores_RV = keep(None, scores_RV)
@@ -97,6 +106,21 @@ class Sampler:
         return found_R1.clamp_(max=sums_RV.shape[1] - 1).squeeze(1)
 
 
+class Stops:
+    """Tells where a response's text holds a stop string, asked after each of its tokens."""
+
+    _SPARE = 8  # tokens that spell no character of their own, or the first bytes of one
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._reach = max(len(text.encode()) for text in stop) + self._SPARE  # a token spells a byte or more
+
+    def end(self, token_ids: Sequence[int]) -> bool:
+        """Whether the text of the last tokens holds one."""
+        text = self._tokenizer.decode(token_ids[-self._reach :], skip_special_tokens=True)
+        return any(stop in text for stop in self._stop)
+
+
 @torch.no_grad()
 def sample_responses(
     model: PreTrainedModel,
@@ -106,8 +130,9 @@ def sample_responses(
     settings: SamplingSettings,
     forbidden_token_ids: Sequence[int],
     eos_token_ids: Sequence[int],
+    stops: Stops | None = None,
 ) -> list[tuple[list[int], list[float]]]:
-    """Token ids, up to the end-of-sequence token or max_tokens, and log-probabilities of R responses.
+    """Token ids, up to the end-of-sequence token, a stop string or max_tokens, and log-probabilities of R responses.
 
     Args: model: built with `ATTENTION`, in evaluation mode; prompt_of_response: row of `prompts`, one a response.
     """
@@ -120,10 +145,15 @@ def sample_responses(
     lengths_R = torch.zeros(len(seeds), dtype=torch.int64, device=device)
 
     decoder = _Decoder(model, prompts, torch.tensor(list(prompt_of_response), device=device), limit)
+    seen_RV = None
+    if settings.repetition_penalty != 1:
+        seen_RV = torch.zeros(decoder.logits_RV.shape, dtype=torch.int64, device=device)
+        of_prompt = list(prompt_of_response)
+        seen_RV = seen_RV.scatter_add_(1, prompts.input_ids[of_prompt], prompts.attention_mask[of_prompt]) > 0
     live = torch.arange(len(seeds), device=device)  # the responses in the batch
     ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)  # of those
     for step in range(limit):
-        logprobs_RV = sampler.log_probs(decoder.logits_RV)
+        logprobs_RV = sampler.log_probs(decoder.logits_RV, seen_RV=None if seen_RV is None else seen_RV[live])
         tokens_R = sampler.draw(logprobs_RV, uniforms_RT[live, step])
         if settings.raw_logprobs:
             logprobs_RV = sampler.log_probs(decoder.logits_RV, cut=False)
@@ -131,6 +161,11 @@ def sample_responses(
         chosen_RT[live, step] = logprobs_RV.gather(1, tokens_R[:, None]).squeeze(1)
         lengths_R[live] += ~ended
         ended = ended | torch.isin(tokens_R, eos)
+        if seen_RV is not None:
+            seen_RV[live, tokens_R] = True
+        if stops is not None:
+            for row in (~ended).nonzero().squeeze(1).tolist():
+                ended[row] = stops.end(tokens_RT[live[row], : step + 1].tolist())
         num_left = len(ended) - int(ended.sum())
         if num_left == 0 or step == limit - 1:
             break

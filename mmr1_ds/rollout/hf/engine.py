@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import InTurn, Policy
-from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, sample_responses
+from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, Stops, sample_responses
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -68,6 +68,7 @@ class TransformersRollout(InTurn):
         """One response for each (place of the request, seed); a prompt is read once for all of its responses."""
         rows = {i: row for row, i in enumerate(dict.fromkeys(i for i, _ in wanted))}
         inputs = [self._encoder.expand(requests[i].prompt) for i in rows]
+        stops = Stops(self._encoder.tokenizer, settings.stop) if settings.stop else None
         found = sample_responses(
             self._model,
             PromptBatch.of(inputs, self._encoder.eos_token_ids[0], self._ranks.device),
@@ -76,9 +77,10 @@ class TransformersRollout(InTurn):
             settings,
             self._encoder.forbidden_token_ids,
             self._encoder.eos_token_ids,
+            stops,
         )
         for token_ids, logprobs in found:
-            finished = token_ids[-1] in self._encoder.eos_token_ids
+            finished = token_ids[-1] in self._encoder.eos_token_ids or (stops is not None and stops.end(token_ids))
             yield Response(np.array(token_ids, dtype=np.int32), np.array(logprobs, dtype=np.float32), finished)
 
     def sync_weights(self, policy: Policy) -> None:

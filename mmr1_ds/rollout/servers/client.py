@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.options import shaping
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,7 +116,7 @@ class Exchange:
                 "logprobs": 0,  # the sampled token's only
                 "logit_bias": self._bias,
                 "stop_token_ids": self._eos,
-                "detokenize": False,
+                **shaping(settings),
             },
         }
         if request.prompt.images:
