@@ -108,6 +108,8 @@ class DataConfig:
     # full: scores by rollouts of the whole data (Algorithm 1); online: by the training rollouts
     curriculum_refresh: Annotated[str, OneOf("full", "online")] = "full"
     curriculum_probe_fraction: Share = 0.1  # online: rollouts on prompts long unseen, as a share of training's
+    # online: what else but the category says how hard prompts never seen are; text: words, numbers, lengths, images
+    curriculum_features: Annotated[str, OneOf("none", "text")] = "none"
     curriculum_replacement: bool = True  # draw the scored part with replacement, as the paper does
     # what computes the scores of groups: auto takes the Triton kernel on a GPU, else the C++ one
     curriculum_kernel: Annotated[str, OneOf("auto", "cpu", "triton")] = "auto"

@@ -86,6 +86,7 @@ class Coordinator:
         control: Control,
         sources: np.ndarray | None = None,
         source_names: Sequence[str] = (),
+        features: np.ndarray | None = None,
     ) -> None:
         """
         Args:
@@ -93,6 +94,7 @@ class Coordinator:
             fingerprint: of the data set.
             num_responses: N of a training group.
             num_steps: of the whole run, over which probes are spread.
+            features: (P, D) int8 that the online refresh learns from besides the categories; of rank 0.
             sources: (P,), the place of each prompt's source in `source_names`; None = there is one.
         Raises: UserError for a source that data.train_weights gives a share of and that has no prompt left.
         """
@@ -122,7 +124,7 @@ class Coordinator:
             self._sampler = PromptSampler(self.num_prompts, *settings)
         self._table: CurriculumTable | OnlineTable | None = None
         if self._is_rank_0 and self._is_online:
-            self._table = OnlineTable(prompt_ids, fingerprint, categories, data, num_responses)
+            self._table = OnlineTable(prompt_ids, fingerprint, categories, data, num_responses, features)
         elif self._is_rank_0:
             self._table = CurriculumTable(
                 prompt_ids, fingerprint, data.curriculum_weight_floor, data.curriculum_momentum
@@ -473,6 +475,7 @@ class Coordinator:
             "data.curriculum_metric_weights": list(self.data.curriculum_metric_weights),
             "data.curriculum_weight_floor": self.data.curriculum_weight_floor,
             "data.curriculum_probe_fraction": self.data.curriculum_probe_fraction if self._is_online else 0.0,
+            **({"data.curriculum_features": self.data.curriculum_features} if self._is_online else {}),
             "steps of the run": self.num_steps if self._is_online else 0,
             "worker.rollout.n": self.num_responses,
         }

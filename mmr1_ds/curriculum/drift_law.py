@@ -54,15 +54,22 @@ class Prior:
         self.variance = settings.prior_variance
         self.variance_information = 0.0
 
-    def learn(self, category: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray) -> None:
-        """Take in a step's first observations of prompts, (K,) each; call it also when there are none."""
+    def learn(
+        self, category: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray, effect: np.ndarray | float = 0.0
+    ) -> None:
+        """Take in a step's first observations of prompts; call it also when there are none.
+
+        Args: (K,) each; effect: by how much features raise the prompt's mean.
+        """
         self.mean_information *= self.settings.memory
         self.variance_information *= self.settings.memory
         if len(category) == 0:
             return
         is_first = self.mean_information == 0.0
         for _ in range(_FIRST_PASSES if is_first else 1):
-            information, by_category, of_variance = self._improve(category, num_right, num_responses, is_first)
+            information, by_category, of_variance = self._improve(
+                category, num_right, num_responses, effect, is_first
+            )
             # How far categories lie apart (expectation-maximisation), as if two more lay as far as assumed.
             squares = self.offset**2 + 1.0 / (self.offset_information + by_category + 1.0 / self.offset_variance)
             assumed = 2.0 * self.settings.prior_category_variance
@@ -72,11 +79,16 @@ class Prior:
         self.variance_information += of_variance
 
     def _improve(
-        self, category: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray, is_first: bool
+        self,
+        category: np.ndarray,
+        num_right: np.ndarray,
+        num_responses: np.ndarray,
+        effect: np.ndarray | float,
+        is_first: bool,
     ) -> tuple[float, np.ndarray, float]:
         """Take one step in all parameters. Returns: the information on each."""
         settings, num_categories = self.settings, len(self.offset)
-        mean = self.mean + self.offset[category]
+        mean = self.mean + self.offset[category] + effect
         variance = np.full(len(category), self.variance)
         new_mean, new_variance, _ = posterior(mean, variance, num_right, num_responses)
         gradient = (new_mean - mean) / self.variance

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from mmr1_ds.curriculum.drift_law import DriftLaw, FilterSettings, Prior
+from mmr1_ds.curriculum.feature_prior import FeaturePrior
+from mmr1_ds.curriculum.metric_names import FEATURE_EXPLAINED_FRACTION, FEATURE_WEIGHT
 from mmr1_ds.curriculum.posterior import pooled, posterior
 from mmr1_ds.curriculum.utilities import expected_utility, logistic, sharpening, utility_function, utility_peak
 
@@ -68,11 +70,13 @@ class LogitFilter:
         categories: np.ndarray | None,
         num_responses: int,
         settings: FilterSettings | None = None,
+        features: np.ndarray | None = None,
     ) -> None:
         """
         Args:
             categories: (P,) ints from 0, at most 65,535; None: all prompts in one.
             num_responses: N of a training group.
+            features: (P, D) int8 that the prior learns from besides the category; see `feature_prior`.
         """
         assert num_prompts > 0 and num_responses > 0, (num_prompts, num_responses)
         self.num_prompts, self.num_responses = num_prompts, num_responses
@@ -92,7 +96,12 @@ class LogitFilter:
         self._noise_share = np.zeros(num_prompts, dtype=np.float16)  # dV/dq, in steps
         self._last_seen = np.full(num_prompts, _NEVER, dtype=np.int32)
 
-        # What has moved all prompts: m = anchor + shift_k + (drift_share - last_seen) * slope_k + gain_share * gained.
+        # With features, theirs and 2 bytes more: dm/d(prior mean).
+        self._features = None if features is None else FeaturePrior(features)
+        self._feature_share = np.ones(num_prompts if features is not None else 0, dtype=np.float16)
+
+        # What has moved all prompts: m = anchor + shift_k + (drift_share - last_seen) * slope_k + gain_share * gained
+        # + feature_share * x . w.
         self.step = 0
         self._shift = np.zeros(num_categories)
         self._slope = np.zeros(num_categories)
@@ -129,6 +138,8 @@ class LogitFilter:
             prior = (self._prior.mean + self._prior.offset).astype(np.float32)
             mean = np.where(unseen, prior[category], mean)
             variance = np.where(unseen, np.float32(self._prior.variance), variance)
+        if self._features is not None:
+            mean += self._feature_share[indices].astype(np.float32) * self._features.effect(indices)
         return mean, np.clip(variance, self.settings.min_variance, self.settings.max_variance)
 
     def predicted_pass_rates(self, indices: np.ndarray) -> np.ndarray:
@@ -215,7 +226,8 @@ class LogitFilter:
         indices, right, total = pooled(indices, num_right, num_responses)
         category = self._category[indices]
         seen = self._last_seen[indices] != _NEVER
-        self._prior.learn(category[~seen], right[~seen], total[~seen])
+        effect = self._feature_effect(indices)
+        self._prior.learn(category[~seen], right[~seen], total[~seen], effect[~seen])
 
         self._calibrate(indices, right, total)
         mean, variance = (array.astype(np.float64) for array in self.belief(indices))
@@ -226,7 +238,7 @@ class LogitFilter:
 
         # Or the prompt has jumped since: the belief is the mixture of both accounts, by how well each predicted.
         elapsed = np.where(seen, self.step - self._last_seen[indices], 0).astype(np.float64)
-        fresh_mean = self._prior.mean + self._prior.offset[category]
+        fresh_mean = self._prior.mean + self._prior.offset[category] + effect
         fresh_variance = np.full(len(indices), self._prior.variance)
         jumped_mean, jumped_variance, jumped_evidence = posterior(fresh_mean, fresh_variance, right, total)
         chance = 1.0 - (1.0 - self._law.jump_rate) ** elapsed
@@ -247,12 +259,20 @@ class LogitFilter:
         self._shift += self.step * drift_change
         self._gained += gain_change
 
+        if self._features is not None:
+            moved = drift_share * drift_change[category] + gain_share * gain_change
+            left = stayed * (gradient - np.maximum(0.0, curvature) * moved)
+            feature_share = self._feature_share[indices].astype(np.float64)
+            self._features.learn(indices, left, stayed * curvature, feature_share)
+            self._feature_share[indices] = stayed * kept * feature_share + jumped * jumped_variance / fresh_variance
         kept *= stayed
         drift_share, gain_share, noise_share = kept * drift_share, kept * gain_share, kept**2 * noise_share
         mixed_mean = stayed * new_mean + jumped * jumped_mean
         mixed_variance = stayed * (new_variance + (new_mean - mixed_mean) ** 2)
         mixed_variance += jumped * (jumped_variance + (jumped_mean - mixed_mean) ** 2)
         mixed_mean += drift_share * drift_change[category] + gain_share * gain_change
+        if self._features is not None:
+            mixed_mean += self._feature_share[indices] * (self._feature_effect(indices) - effect)
         self._store(indices, mixed_mean, mixed_variance, drift_share, gain_share, noise_share)
 
     def _calibrate(self, indices: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray) -> None:
@@ -290,7 +310,15 @@ class LogitFilter:
         # The shares as they were rounded, or the mean would be off by the rounding times the sums.
         drift_share, gain_share = (array[indices].astype(np.float64) for array in (self._drift_share, self._gain_share))
         moved = self._shift[category] + (drift_share - self.step) * self._slope[category] + gain_share * self._gained
+        if self._features is not None:
+            moved += self._feature_share[indices] * self._feature_effect(indices)
         self._anchor[indices] = mean.clip(-_MEAN_LIMIT, _MEAN_LIMIT) - moved
+
+    def _feature_effect(self, indices: np.ndarray) -> np.ndarray:
+        """By how much the features raise the prior mean of prompts, (K,) float64; 0 without features."""
+        if self._features is None:
+            return np.zeros(len(indices))
+        return self._features.effect(indices).astype(np.float64)
 
     def predict_step(self, trained_indices: np.ndarray) -> None:
         """End the step: every prompt drifts, those trained on gain. Args: trained_indices: (B,), repeats count."""
@@ -314,8 +342,8 @@ class LogitFilter:
         self.step += 1
 
     def metrics(self) -> dict[str, float]:
-        """The learned parameters, as `curriculum/estimator_*`."""
-        return {
+        """The learned parameters, as `curriculum/estimator_*`; with features, how much those count and explain."""
+        metrics = {
             "curriculum/estimator_drift": float(self._law.drift[0]),
             "curriculum/estimator_training_gain": self._law.gain,
             "curriculum/estimator_process_noise": self._law.noise,
@@ -324,6 +352,12 @@ class LogitFilter:
             "curriculum/estimator_prior_variance": self._prior.variance,
             "curriculum/estimator_sharpening": self._sharpening,
         }
+        if self._features is not None:
+            stride = max(1, self.num_prompts // _SHARPENING_SAMPLE)
+            explained = float(self._features.effect(slice(None, None, stride)).var(dtype=np.float64))
+            metrics[FEATURE_WEIGHT] = self._features.trust
+            metrics[FEATURE_EXPLAINED_FRACTION] = explained / (explained + self._prior.variance)
+        return metrics
 
     # Saving
 
@@ -344,6 +378,12 @@ class LogitFilter:
         Args: positions: (P,) the saved position of each of our prompts; None: the same order. A category's number
             must mean what it meant when saved.
         """
+        wanted, saved_features = self._features, state["arrays"].get(_FEATURES)
+        if saved_features is not None:  # those of today may round otherwise
+            self._features = FeaturePrior(saved_features)
+            self._feature_share = np.ones(self.num_prompts, dtype=np.float16)
+        else:
+            self._features = None
         for key, owner, name in self._saved(_ARRAYS):
             saved, present = state["arrays"][key], getattr(owner, name)
             if key in _OF_PROMPTS and positions is not None:
@@ -353,17 +393,38 @@ class LogitFilter:
         for key, owner, name in self._saved(_NUMBERS):
             setattr(owner, name, state["numbers"][key])
 
+        if wanted is None and self._features is not None:
+            # The beliefs about the prompts that were seen have in them what the features said.
+            effect = self._features.effect(slice(None))
+            self._anchor += np.where(self._last_seen != _NEVER, self._feature_share * effect, 0.0)
+        elif wanted is not None and self._features is None:
+            self._feature_share = (self._last_seen == _NEVER).astype(np.float16)
+        if wanted is None or self._features is None:
+            self._features = wanted
+
     def _saved(self, keys: tuple[str, ...]) -> list[tuple[str, Any, str]]:
         """Each key with the object and the attribute that it stands for."""
-        owners = {"law": self._law, "prior": self._prior}
+        owners = {"law": self._law, "prior": self._prior, "features": self._features}
         found = []
         for key in keys:
+            if self._features is None and key.startswith("feature"):
+                continue
             owner, _, name = key.rpartition(".")
             found.append((key, owners[owner], name) if owner else (key, self, name if name == "step" else f"_{name}"))
         return found
 
 
-_OF_PROMPTS = ("anchor", "variance", "drift_share", "gain_share", "noise_share", "last_seen")
+_FEATURES = "features.features"
+_OF_PROMPTS = (
+    "anchor",
+    "variance",
+    "drift_share",
+    "gain_share",
+    "noise_share",
+    "last_seen",
+    "feature_share",
+    _FEATURES,
+)
 _ARRAYS = (
     *_OF_PROMPTS,
     "shift",
@@ -374,6 +435,9 @@ _ARRAYS = (
     "law.category_information",
     "prior.offset",
     "prior.offset_information",
+    "features.information",
+    "features.evidence",
+    "features.levels",
 )
 _NUMBERS = (
     "step",
@@ -391,4 +455,8 @@ _NUMBERS = (
     "prior.offset_variance",
     "prior.variance",
     "prior.variance_information",
+    "features.deviation_squared",
+    "features.trust_information",
+    "features.trust_evidence",
+    "features.level_size",
 )

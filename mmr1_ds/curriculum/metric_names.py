@@ -15,6 +15,9 @@ DISTINCT = "distinct-n"
 EDIT_DISTANCE = "edit-distance"
 OUTCOME_METRICS = (LEARNABILITY, LEARNABILITY_SQUARED, GRADIENT_PROBABILITY)  # of the pass rate alone
 METRICS = (*OUTCOME_METRICS, SELF_BLEU, DISTINCT, EDIT_DISTANCE)
+FEATURE_WEIGHT = "curriculum/feature_weight"  # how far the features' regression is trusted, [0, 1]
+# Of the variance of the logits of prompts never seen, the categories' aside, what the features explain, [0, 1).
+FEATURE_EXPLAINED_FRACTION = "curriculum/feature_explained_fraction"
 _ALIASES = {"self_bleu_123": SELF_BLEU, "distinct_3": DISTINCT, "edit_distance": EDIT_DISTANCE}  # upstream's spellings
 
 

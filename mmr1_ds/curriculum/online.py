@@ -35,12 +35,14 @@ class OnlineTable:
         categories: Sequence[str],
         data: DataConfig,
         num_responses: int,
+        features: np.ndarray | None = None,
     ) -> None:
         """
         Args:
             prompt_ids, categories: (P,), stable across runs.
             fingerprint: of the data set; a saved table of another one is refused.
             num_responses: N of a training group.
+            features: (P, D) int8 of the prompts; None: categories alone say what prompts have in common.
         Raises: UserError for more categories than the table can hold.
         """
         self.prompt_ids, self.fingerprint = prompt_ids, fingerprint
@@ -52,7 +54,7 @@ class OnlineTable:
         numbers, names = _numbered(categories, data.category_key)
         self._category_key = data.category_key
         self._category_digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-        self._filter = LogitFilter(len(prompt_ids), numbers, num_responses, settings)
+        self._filter = LogitFilter(len(prompt_ids), numbers, num_responses, settings, features)
         self._diversity = np.full(len(prompt_ids), np.nan, dtype=np.float32)  # of the last training group
         self._weights: np.ndarray | None = None
         self._floor = data.curriculum_weight_floor
@@ -125,7 +127,7 @@ class OnlineTable:
             self._diversity[index] = math.fsum(of_groups) / len(of_groups)
 
     def metrics(self) -> dict[str, float]:
-        """The estimator's learned parameters, as `curriculum/estimator_*`."""
+        """The estimator's learned parameters, as `curriculum/estimator_*` and `curriculum/feature_*`."""
         return self._filter.metrics()
 
     def arrays(self) -> dict[str, np.ndarray]:

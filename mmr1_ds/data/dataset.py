@@ -61,6 +61,7 @@ class PromptDataset:
         self._lengths = scan.lengths
         self._rows = _kept_rows(scan.lengths, data)
         self._num_images = scan.num_images
+        self._sketches = scan.sketches
         self.num_filtered = len(scan.lengths) - len(self._rows)
         self.prompt_ids = TextColumn(scan.prompt_ids.take(self._rows))
         self.categories = TextColumn(scan.categories.take(self._rows))
@@ -95,6 +96,11 @@ class PromptDataset:
             columns=partial(reader.reward_columns.read, local),
         )
 
+    def take_sketches(self) -> np.ndarray | None:
+        """Return the sketches of the prompts, (P, SKETCH_BYTES) uint8, if they were asked for, and let go of them."""
+        sketches, self._sketches = self._sketches, None
+        return None if sketches is None else sketches[self._rows]
+
     @property
     def max_images(self) -> int:
         """The number of images of the prompt that has the most."""
@@ -122,15 +128,16 @@ def load_dataset(
     prompt_encoder: PromptEncoder,
     key: str = "data.train_files",
     limit_images: int = 0,
+    with_sketches: bool = False,
 ) -> PromptDataset:
     """Open `files` and scan every row once: prompt, answer, image headers, length.
 
     Args: files: as `data.train_files`; key: the config key they came from, for errors; limit_images: most images a
-        prompt may have, 0 = any number.
+        prompt may have, 0 = any number; with_sketches: also to take down what `text_features` are made from.
     Raises: UserError naming the file, and the row where one is at fault.
     """
     readers = open_readers(open_sources(files, key, data.answer_key), data, prompt_encoder.is_multimodal)
-    scan = scan_rows(readers, data, prompt_encoder)
+    scan = scan_rows(readers, data, prompt_encoder, with_sketches)
     dataset = PromptDataset(readers, scan, data, prompt_encoder)
     if scan.has_answer.any():
         logger.warning(

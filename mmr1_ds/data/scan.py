@@ -15,6 +15,7 @@ import numpy as np
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.data.rows import Row, RowReader
+from mmr1_ds.data.text_features import SKETCH_BYTES, SKETCH_VERSION, sketch
 from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,13 +39,16 @@ class Scan:
     categories: pa.Array  # (R,) strings
     num_images: np.ndarray  # (R,) int32
     has_answer: np.ndarray  # (R,) bool: the assistant's last turn was taken off the prompt
+    sketches: np.ndarray | None  # (R, SKETCH_BYTES) uint8, if asked for; see `text_features`
 
 
-def scan_rows(readers: list[RowReader], data: DataConfig, prompt_encoder: PromptEncoder) -> Scan:
+def scan_rows(
+    readers: list[RowReader], data: DataConfig, prompt_encoder: PromptEncoder, with_sketches: bool = False
+) -> Scan:
     """Scan all sources. The result is the same on every rank. Raises: UserError naming the first bad row found."""
     import pyarrow as pa
 
-    tables = [_scan_reader(reader, data, prompt_encoder) for reader in readers]
+    tables = [_scan_reader(reader, data, prompt_encoder, with_sketches) for reader in readers]
     table = pa.concat_tables(tables).combine_chunks()
     return Scan(
         prompt_ids=_distinct(_flat(table["prompt_id"]), data),
@@ -52,7 +56,17 @@ def scan_rows(readers: list[RowReader], data: DataConfig, prompt_encoder: Prompt
         categories=_flat(table["category"]),
         num_images=table["num_images"].to_numpy().astype(np.int32),
         has_answer=table["has_answer"].to_numpy(),
+        sketches=_sketches(table["sketch"]) if with_sketches else None,
     )
+
+
+def _sketches(column: pa.ChunkedArray) -> np.ndarray:
+    """The sketches as rows of bytes, (R, SKETCH_BYTES) uint8."""
+    parts = [
+        np.frombuffer(chunk.buffers()[1], dtype=np.uint8).reshape(-1, SKETCH_BYTES)[chunk.offset :][: len(chunk)]
+        for chunk in column.chunks
+    ]
+    return np.concatenate(parts)
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
@@ -64,8 +78,9 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
 class BatchScan:
     """A callable that scans a batch of rows; a class, so that it can be sent to worker processes."""
 
-    def __init__(self, reader: RowReader, prompt_encoder: PromptEncoder) -> None:
+    def __init__(self, reader: RowReader, prompt_encoder: PromptEncoder, with_sketches: bool = False) -> None:
         self._reader = reader
+        self._with_sketches = with_sketches
         self._encoder = prompt_encoder
 
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
@@ -73,7 +88,7 @@ class BatchScan:
 
         rows = self._reader.decode(table)
         places = [self._reader.where(index) for index in indices]
-        lengths, prompts = self._measure(rows, places)
+        lengths, prompts, sizes = self._measure(rows, places)
         columns = {
             "prompt_id": [self._reader.prompt_id(row, where) for row, where in zip(rows, places, strict=True)],
             "length": lengths,
@@ -83,17 +98,22 @@ class BatchScan:
         }
         kinds = [("prompt_id", pa.string()), ("length", pa.int32()), ("category", pa.string())]
         kinds += [("num_images", pa.int32()), ("has_answer", pa.bool_())]
+        if self._with_sketches:
+            columns["sketch"] = sketch([prompt.text for prompt in prompts], lengths, sizes)
+            kinds.append(("sketch", pa.binary(SKETCH_BYTES)))
         return pa.table(columns, schema=pa.schema(kinds))
 
-    def _measure(self, rows: list[Row], places: list[str]) -> tuple[list[int], list[PromptText]]:
-        """Return the tokens of each prompt, images included, and the prompt."""
+    def _measure(
+        self, rows: list[Row], places: list[str]
+    ) -> tuple[list[int], list[PromptText], list[list[tuple[int, int]]]]:
+        """Return the tokens of each prompt, images included, the prompt, and the sizes of its images."""
         references = [self._reader.references(row) for row in rows]
         prompts = []
         for row, images, where in zip(rows, references, places, strict=True):
             self._reader.check_supported(row, where)
             self._reader.ground_truth(row, where)  # raises for a missing answer
             prompts.append(self._encoder.prompt_text(self._reader.prompt(row), len(images), where))
-        lengths = []
+        lengths, image_sizes = [], []
         tokenized = self._encoder.tokenize([prompt.text for prompt in prompts])
         for token_ids, images, prompt, where in zip(tokenized, references, prompts, places, strict=True):
             order = prompt.image_order
@@ -101,16 +121,19 @@ class BatchScan:
             sizes = [self._reader.image_source.size(reference, where) for reference in images]
             tokens = [self._encoder.num_image_tokens(*size, where) for size in sizes]
             lengths.append(len(token_ids) - len(order) + sum(tokens[place] for place in order))
-        return lengths, prompts
+            image_sizes.append(sizes)
+        return lengths, prompts, image_sizes
 
 
-def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder) -> pa.Table:
+def _scan_reader(
+    reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder, with_sketches: bool
+) -> pa.Table:
     import pyarrow as pa
 
-    scan = BatchScan(reader, prompt_encoder)
+    scan = BatchScan(reader, prompt_encoder, with_sketches)
     processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, len(reader) // ROWS_A_PROCESS)
     if processes > 1:
-        return _scan_in_processes(reader, scan, processes, data, prompt_encoder)
+        return _scan_in_processes(reader, scan, processes, data, prompt_encoder, with_sketches)
     parts = []
     for start in range(0, len(reader), BATCH_ROWS):
         stop = min(start + BATCH_ROWS, len(reader))
@@ -119,7 +142,12 @@ def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEnco
 
 
 def _scan_in_processes(
-    reader: RowReader, scan: BatchScan, processes: int, data: DataConfig, prompt_encoder: PromptEncoder
+    reader: RowReader,
+    scan: BatchScan,
+    processes: int,
+    data: DataConfig,
+    prompt_encoder: PromptEncoder,
+    with_sketches: bool,
 ) -> pa.Table:
     """Scan a large source in parallel, once a machine: the ranks beside this one wait, then read the result."""
     import datasets
@@ -130,6 +158,7 @@ def _scan_in_processes(
     settings = (
         data.prompt_key, data.answer_key, data.image_key, data.video_key, data.id_key, data.category_key,
         data.image_dir, data.allow_any_image_path, data.max_image_pixels,
+        *((SKETCH_VERSION,) if with_sketches else ()),
     )  # fmt: skip
     rows = (reader.name, reader.rows._fingerprint, len(reader))
     key.update(repr((rows, settings, prompt_encoder.fingerprint())).encode())

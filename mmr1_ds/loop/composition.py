@@ -30,6 +30,7 @@ from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics, score_batch
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.data.text_features import compress
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.critic import Critic
@@ -362,6 +363,7 @@ def make_trainer(
 
 
 def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
+    sketches = data.take_sketches()
     return Coordinator(
         config.data,
         data.prompt_ids,
@@ -372,6 +374,7 @@ def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: 
         ranks,
         data.sources,
         data.source_names,
+        None if sketches is None or ranks.rank > 0 else compress(sketches),
     )
 
 
@@ -528,10 +531,12 @@ def _check_installed(config: RunConfig) -> None:
 
 def _load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset, PromptDataset | None]:
     limit = config.worker.rollout.limit_images
-    train_data = load_dataset(config.data.train_files, config.data, encoder, limit_images=limit)
-    if not config.data.val_files:
+    data, is_curriculum = config.data, config.data.sampling_strategy == "curriculum"
+    with_features = is_curriculum and data.curriculum_refresh == "online" and data.curriculum_features == "text"
+    train_data = load_dataset(data.train_files, data, encoder, limit_images=limit, with_sketches=with_features)
+    if not data.val_files:
         return train_data, None
-    return train_data, load_dataset(config.data.val_files, config.data, encoder, "data.val_files", limit)
+    return train_data, load_dataset(data.val_files, data, encoder, "data.val_files", limit)
 
 
 def _check_gpu(deepspeed_config: Mapping[str, Any], launch: LaunchEnvironment) -> None:

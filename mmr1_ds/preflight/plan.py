@@ -186,16 +186,19 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
         fraction = data.curriculum_probe_fraction
         early = f"{EARLY_PROBING * fraction:.0%} early on"
         probes = f", and {fraction:.0%} more over the run ({early}) on prompts long unseen"
-        return f"online: from the training responses{probes if fraction > 0 else ''}{_of_full_refresh(data)}"
+        features = "; a prior of each prompt from its text" if data.curriculum_features == "text" else ""
+        return f"online: from the training responses{probes if fraction > 0 else ''}{features}{_of_full_refresh(data)}"
     size = plan.train_data.num_rows
+    unused = "; without effect, as data.curriculum_refresh is not online: data.curriculum_features=text"
+    unused = unused if data.curriculum_features == "text" else ""
     every = f"every {data.curriculum_update_freq} steps" if data.curriculum_update_freq else "every epoch"
     if size is None:
-        return f"{every}: each prompt of the data x {data.curriculum_rollout_n} responses"
+        return f"{every}: each prompt of the data x {data.curriculum_rollout_n} responses{unused}"
     steps = data.curriculum_update_freq or max(1, size // data.rollout_batch_size)
     extra, training = size * data.curriculum_rollout_n, steps * plan.responses_per_step
     return (
         f"{every}: {size:,} prompts x {data.curriculum_rollout_n} = {extra:,} responses, "
-        f"{extra / training:.0%} of the {training:,} that training takes meanwhile"
+        f"{extra / training:.0%} of the {training:,} that training takes meanwhile{unused}"
     )
 
 

@@ -125,6 +125,11 @@ def test_what_a_refresh_costs(valid, capfd):
     first = "plan of default: before step 1 a full refresh of 56 responses, as many as 0.9 steps of training; data.curr"
     assert first in plan(valid, capfd, *curriculum).splitlines()[0]
     assert "before step 1" not in plan(valid, capfd, *curriculum, "data.curriculum_refresh=online")
+    features = [*curriculum, "data.curriculum_features=text"]
+    unused = "without effect, as data.curriculum_refresh is not online: data.curriculum_features=text"
+    assert unused in plan(valid, capfd, *features)
+    online = plan(valid, capfd, *features, "data.curriculum_refresh=online")
+    assert "; a prior of each prompt from its text" in online and unused not in online
     epoch = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=0", "data.curriculum_rollout_n=30"]
     assert "every epoch: 7 prompts x 30 = 210 responses, 350% of the 60" in plan(valid, capfd, *epoch)
 

@@ -29,7 +29,8 @@ data = DataConfig(
     curriculum_metric_weights=[0.8, 0.2],
 )  # fmt: skip
 ids, categories = [f"p{i}" for i in range(P)], [f"c{i % 3}" for i in range(P)]
-coordinator = Coordinator(data, ids, categories, "abc", N, num_steps, ranks)
+features = np.random.default_rng(seed).integers(-96, 97, (P, 7), dtype=np.int8) if refresh == "online" else None
+coordinator = Coordinator(data, ids, categories, "abc", N, num_steps, ranks, features=features)
 checkpoints = Checkpoints(folder / "checkpoints", -1, ranks)
 kept = folder / "checkpoints" / "refresh.safetensors"
 

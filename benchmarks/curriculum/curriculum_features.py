@@ -1,0 +1,168 @@
+"""What the online refresh gains from the prompts' texts (data.curriculum_features=text), and what that costs.
+
+    python benchmarks/curriculum/curriculum_features.py [--setting u_shaped_slow] [--prompts 100000] [--seeds 0 1 2]
+        [--share 0.5] [--no-categories] [--json FILE]
+    python benchmarks/curriculum/curriculum_features.py --cost [--prompts 1000000]
+
+The first trains a simulated policy (224 steps of 512 prompts, 8 responses each, half of them drawn by weight, a tenth
+of probes) on prompts whose difficulty is partly in their texts: without features, with those of the texts, and with
+the same shuffled over the prompts, which then say nothing. v is a prompt's true p(1-p). Means over the second half:
+
+spearman: rank correlation of the weights with v, over all prompts.
+never_visited: the same over the prompts that no batch and no probe has held so far; nan where there are none.
+first_quarter, never_visited_first_quarter: both over the first quarter of the run.
+effective: groups trained on that are neither all right nor all wrong, mean over the run.
+weight, explained: the metrics curriculum/feature_weight and feature_explained_fraction of the last step.
+
+The second measures bytes a prompt, and rank 0's time a step with and without features: weights, learning, the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from curriculum_lab import spearman
+from curriculum_lab_policies import RESPONSES, Online, Run
+from curriculum_lab_texts import TextWorld, make_texts
+from curriculum_lab_worlds import SETTINGS, UNLIKE
+
+from mmr1_ds.curriculum.estimator import LogitFilter
+from mmr1_ds.curriculum.metric_names import FEATURE_EXPLAINED_FRACTION, FEATURE_WEIGHT
+from mmr1_ds.curriculum.sampler import PromptSampler
+from mmr1_ds.data.text_features import SKETCH_BYTES, compress, sketch
+
+KINDS = ("none", "text", "shuffled")
+_STEPS, _BATCH = 224, 512
+_ROWS = 256  # sketched at a time
+
+
+def features_of(texts: list[str]) -> np.ndarray:
+    """(P, D) int8."""
+    return compress(np.frombuffer(b"".join(_sketches(texts)), dtype=np.uint8).reshape(-1, SKETCH_BYTES))
+
+
+def _sketches(texts: list[str]) -> Iterator[bytes]:
+    for start in range(0, len(texts), _ROWS):
+        part = texts[start : start + _ROWS]
+        yield from sketch(part, [len(text) // 4 for text in part], [()] * len(part))
+
+
+def run(world: TextWorld, seed: int, features: np.ndarray | None, categories: bool) -> dict[str, float]:
+    """Train for the run's steps. Returns: what the module's docstring lists."""
+    given = world.categories if categories else np.zeros(world.num_prompts, dtype=np.int64)
+    policy = Online(Run(world.num_prompts, given, given, _BATCH, _STEPS, seed), probe_fraction=0.1)
+    policy.filter = LogitFilter(world.num_prompts, given, RESPONSES, features=features)
+    sampler = PromptSampler(world.num_prompts, _BATCH, seed, "curriculum", 0.5)
+    random = np.random.default_rng([seed, 4])
+    found, effective = [], 0.0
+    for step in range(1, _STEPS + 1):
+        rates, weights = world.pass_rates, policy.weights()
+
+        def roll(indices: np.ndarray, num_responses: int, rates: np.ndarray = rates) -> np.ndarray:
+            return random.binomial(num_responses, rates[indices]).astype(np.float64)
+
+        if step % 8 == 0:
+            value, unseen = rates * (1.0 - rates), policy.filter.last_seen_step < 0
+            of_unseen = spearman(weights[unseen], value[unseen]) if np.count_nonzero(unseen) > 50 else np.nan
+            found.append((spearman(weights, value), of_unseen))
+        batch = sampler.draw(step, weights)
+        num_right = roll(batch, RESPONSES)
+        effective += float(((num_right > 0) & (num_right < RESPONSES)).mean()) / _STEPS
+        policy.learn(batch, num_right, roll)
+        world.train(batch)
+    late, early = np.array(found)[len(found) // 2 :].mean(axis=0), np.array(found)[: len(found) // 4].mean(axis=0)
+    metrics = policy.filter.metrics()
+    return {
+        "spearman": float(late[0]),
+        "never_visited": float(late[1]),
+        "first_quarter": float(early[0]),
+        "never_visited_first_quarter": float(early[1]),
+        "effective": effective,
+        "weight": metrics.get(FEATURE_WEIGHT, 0.0),
+        "explained": metrics.get(FEATURE_EXPLAINED_FRACTION, 0.0),
+    }
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    setting = UNLIKE if arguments.setting == UNLIKE.name else SETTINGS[arguments.setting]
+    rows = []
+    for seed in arguments.seeds:
+        features = None
+        for kind in KINDS:
+            world = TextWorld(setting, arguments.prompts, _STEPS, seed, arguments.share)
+            if features is None:
+                features = features_of(world.texts)
+                shuffled = np.random.default_rng([seed, 7]).permutation(features)
+            given = {"none": None, "text": features, "shuffled": shuffled}[kind]
+            row = {"setting": setting.name, "seed": seed, "features": kind}
+            row |= run(world, seed, given, not arguments.no_categories)
+            cells = [f"{name} {cell:.3f}" if isinstance(cell, float) else str(cell) for name, cell in row.items()]
+            sys.stdout.write("  ".join(cells) + "\n")
+            sys.stdout.flush()
+            rows.append(row)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def cost(num_prompts: int) -> None:
+    random = np.random.default_rng(0)
+    texts, _ = make_texts(min(num_prompts, 20_000), random)
+    start = time.perf_counter()
+    rows = np.frombuffer(b"".join(_sketches(texts)), dtype=np.uint8).reshape(-1, SKETCH_BYTES)
+    sketching = (time.perf_counter() - start) / len(texts)
+    rows = np.resize(rows, (num_prompts, SKETCH_BYTES))
+    start = time.perf_counter()
+    features = compress(rows)
+    compressing = time.perf_counter() - start
+    del rows
+    sys.stdout.write(f"in the scan {1e3 * sketching:.3f} ms a prompt; compressing, once, {compressing:.1f} s\n")
+    categories = random.integers(8, size=num_prompts)
+    for name, given in (("none", None), ("text", features)):
+        belief = LogitFilter(num_prompts, categories, RESPONSES, features=given)
+        arrays = belief.state_dict()["arrays"].values()
+        size = sum(array.nbytes for array in arrays if len(array) == num_prompts) / num_prompts + 2  # the category
+        times = []
+        for _ in range(7):
+            batch = random.integers(num_prompts, size=_BATCH)
+            right = random.binomial(RESPONSES, 0.4, size=_BATCH).astype(np.float64)
+            begin = time.perf_counter()
+            belief.weights("learnability")
+            weighed = time.perf_counter()
+            belief.observe(batch, right, np.full(_BATCH, RESPONSES))
+            belief.predict_step(batch)
+            learned = time.perf_counter()
+            belief.metrics()
+            times.append([weighed - begin, learned - weighed, time.perf_counter() - learned])
+        parts = [1e3 * statistics.median(column) for column in zip(*times[1:], strict=True)]
+        sys.stdout.write(
+            f"{name:<6}{size:6.0f} bytes a prompt;  weights {parts[0]:7.1f} ms  learning {parts[1]:6.1f} ms  "
+            f"metrics {parts[2]:5.1f} ms  a step {sum(parts):7.1f} ms\n"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--setting", choices=[*SETTINGS, UNLIKE.name], default="u_shaped_slow")
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--share", type=float, default=0.5, help="of the logits' variance that is in the texts")
+    parser.add_argument("--no-categories", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.cost:
+        cost(arguments.prompts or 1_000_000)
+    else:
+        arguments.prompts = arguments.prompts or 100_000
+        compare(arguments)
+
+
+if __name__ == "__main__":
+    main()
