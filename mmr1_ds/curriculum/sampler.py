@@ -60,7 +60,7 @@ class PromptSampler:
         """
         if number < 1:
             raise ValueError(f"draws are counted from 1, got {number}")
-        walked = self._walk((number - 1) * self.num_walked, self.num_walked)
+        walked = self.walk((number - 1) * self.num_walked, self.num_walked)
         if self.num_weighted == 0:
             return walked
         assert len(weights) == self.num_prompts, (len(weights), self.num_prompts)
@@ -73,7 +73,7 @@ class PromptSampler:
         """Prompts of the current epoch of the walk that are used up after draw `number`, [0, P)."""
         return number * self.num_walked % self.num_prompts
 
-    def _walk(self, start: int, count: int) -> np.ndarray:
+    def walk(self, start: int, count: int) -> np.ndarray:
         """`count` prompts of the endless walk from position `start`: one whole epoch after the other."""
         end = start + count
         if self.sequential:
