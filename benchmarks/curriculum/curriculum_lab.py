@@ -127,7 +127,7 @@ def compare_estimators(
     """Give each policy's belief the same observations. Returns: a row for each."""
     random = np.random.default_rng([run.seed, 4])
     beliefs = {name: _without_probes(name, run) for name in names}
-    drawing = Online(run, probe_fraction=0.0)
+    drawing = Online(run, "proportional", ratio=0.5)
     losses = dict.fromkeys(names, 0.0)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     num_groups = 0

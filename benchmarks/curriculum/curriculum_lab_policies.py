@@ -92,27 +92,30 @@ class FullRefresh(Uniform):
 
 
 class Online(Uniform):
-    """Ours: the logit filter, with probes for `probe_fraction` of the training rollouts."""
+    """Ours, as data.curriculum_refresh=online ships: the logit filter, and a draw from its beliefs."""
 
     def __init__(
         self,
         run: Run,
-        probe_fraction: float = 0.1,
+        rule: str = "posterior",
+        ratio: float = 0.8,
+        probe_fraction: float = 0.0,
         settings: FilterSettings | None = None,
         categories: np.ndarray | None = None,
-        ratio: float = 0.5,
     ) -> None:
         super().__init__(run)
-        self.probe_fraction = probe_fraction
-        self.filter = LogitFilter(
-            run.num_prompts, run.categories if categories is None else categories, RESPONSES, settings
-        )
-        self._sampler = PromptSampler(run.num_prompts, run.batch_size, run.seed, "curriculum", ratio)
+        self.rule, self.probe_fraction = rule, probe_fraction
+        numbers = run.categories if categories is None else categories
+        self.filter = LogitFilter(run.num_prompts, numbers, RESPONSES, settings)
+        self._sampler = PromptSampler(run.num_prompts, run.batch_size, run.seed, "curriculum", ratio, rule=rule)
         self._spent = 0
         self._step = 0
 
     def draw(self, step: int) -> np.ndarray:
-        return self._sampler.draw(step, self.scores())
+        if self.rule != "posterior":
+            return self._sampler.draw(step, self.scores())
+        scores = self.filter.sampled_utility("learnability", self._sampler.noise(step))
+        return self._sampler.draw(step, scores, self.filter.unseen_steps())
 
     def learn(self, batch: np.ndarray, num_right: np.ndarray, roll: Roll) -> int:
         self._step += 1
@@ -144,7 +147,8 @@ OURS: dict[str, Callable[[Run], Uniform]] = {
     "full_n32_t35": lambda run: FullRefresh(run, 32, 35),
     "full_n16_t56": lambda run: FullRefresh(run, 16, 56),
     "full_n8_t4": lambda run: FullRefresh(run, 8, 4),
-    "online_free": lambda run: Online(run, probe_fraction=0.0),
+    "online_proportional": lambda run: Online(run, "proportional", ratio=0.5, probe_fraction=0.1),
+    "online_candidates": lambda run: Online(run, "candidates"),
     "online": Online,
     "online_no_categories": _without_categories,
     "online_clusters": lambda run: Online(run, categories=run.clusters),
