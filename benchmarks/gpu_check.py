@@ -47,7 +47,7 @@ REMEDIES = {
     "demo": f"export {RUNNER}=0 if demo_v1 passed; else worker.rollout.enforce_eager=true; data.curriculum_kernel=cpu",
     "lora": "train without LoRA (worker.actor.model.lora.rank=0) until it holds",
     "offload_states": "set worker.actor.offload_states=false, or raise the limit of locked memory: ulimit -l unlimited",
-    "resume": "read its log: what differs from the demo is checkpoints, chunked prefill, raw log-probabilities, a trace",
+    "resume": "read its log: what differs from the demo is checkpoints, chunked prefill, raw log-probabilities",
     "critic": "take another algorithm.adv_estimator, or leave worker.ref as it is, until it holds",
     "ulysses": "set worker.actor.ulysses_size=1",
     "ipc": "set worker.rollout.weight_transfer=shared_memory, or nccl with a GPU of the server's own",

@@ -1,19 +1,26 @@
 """The curriculum laboratory: how well each sampler knows which prompts are learnable, and what that costs in rollouts.
 
     python benchmarks/curriculum/curriculum_lab.py --quick
-    python benchmarks/curriculum/curriculum_lab.py --seeds 0 1 2 --json lab.json --plots lab/
-    python benchmarks/curriculum/curriculum_lab.py --traces benchmarks/curriculum/data/demo_*.npz
+    python benchmarks/curriculum/curriculum_lab.py --seeds 0 1 2 3 4 --json lab.json --plots lab/
+    python benchmarks/curriculum/curriculum_lab.py --traces benchmarks/curriculum/data/demo_*.npz --batch 16
+    python benchmarks/curriculum/curriculum_lab.py --estimators --seeds 0 1 2 3 4
 
-Every policy trains a simulated policy, whose pass rates are known, for 224 steps of 512 prompts, 8 responses each, half
-of them drawn by weight (lambda = 0.5). v is a prompt's true p(1-p) under the policy that generates the step. Measures:
+Every policy trains a simulated policy, whose pass rates are known, for 224 steps of 512 prompts, 8 responses each, and
+draws by its own rule. v is a prompt's true p(1-p) under the policy that generates the step. Measures, means over the
+second half of the run unless said, and in `*_by_quarter`:
 
-spearman: rank correlation of the weights with v, mean over the second half; a constant ranking counts 0.
-effective_group_fraction: groups trained on that are neither all right nor all wrong, mean over the run.
+spearman: rank correlation of the mean of the belief about each pass rate with the true one; null without a belief.
+variance_spearman: the same of the belief about p(1-p), with v.
+effective_group_fraction: groups trained on that are neither all right nor all wrong.
+mean_variance_share: mean v of the groups trained on, over that of an oracle which draws proportionally to v.
+visited_fraction: prompts ever trained on, in the whole run.
 extra_rollout_fraction: rollouts besides the trained groups' over theirs, all of the run. A full refresh before step 1
     counts, so N=32, T=35 costs 3.66 in 224 steps, against 3.35 in the long run.
-ovs_share: expected v of a draw by the weights, over that of the oracle, who draws proportionally to v: mean over the
-    second half. For DAPO, the mean v of the groups trained on.
-effective_sample_size: (sum w)^2 / (sum w^2 P): how evenly the draws are spread; the oracle's is `oracle_sample_size`.
+effective_per_rollout: groups trained on that teach, for each eight rollouts of the whole run, whatever these were for.
+
+With --estimators every belief is given the same observations instead, those of batches drawn half by our weights, half
+in turn: `log_loss` is what it loses in predicting each group before it is seen, in nats a response above the true pass
+rate's own, over the run.
 """
 
 from __future__ import annotations
@@ -26,13 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from curriculum_lab_policies import DEFAULT_POLICIES, POLICIES, RESPONSES, DynamicSampling, Run, Uniform
+from curriculum_lab_policies import OURS, RESPONSES, Online, Run, Uniform
+from curriculum_lab_rivals import RIVALS
 from curriculum_lab_worlds import SETTINGS, UNLIKE, RecordedTrace, Setting, SimulatedPolicy
 
-from mmr1_ds.curriculum.sampler import PromptSampler
-
-_MIXTURE = 0.5
-_MAX_ROUNDS = 20  # of DAPO's draws for one batch
+POLICIES = OURS | RIVALS
+DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in ("online_no_categories", "online_clusters"))
+ESTIMATORS = ("online", "online_no_categories", "mopps_geo3k", "mopps_math", "dps", "vade")
+_STEP_MEASURES = ("effective_group_fraction", "mean_variance_share", "spearman", "variance_spearman")
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
@@ -59,11 +67,9 @@ def run_policy(
 ) -> dict[str, Any]:
     """Train for the run's steps. Returns: the row of the results."""
     random = np.random.default_rng([run.seed, 4])
-    strategy = "shuffle" if isinstance(policy, DynamicSampling) else "curriculum"
-    sampler = PromptSampler(run.num_prompts, run.batch_size, run.seed, strategy, _MIXTURE)
     measured: list[dict[str, float]] = []
+    visited = np.zeros(run.num_prompts, dtype=bool)
     effective = extra = trained = 0
-    draws = 0
 
     for step in range(1, run.num_steps + 1):
         rates = world.pass_rates
@@ -72,77 +78,111 @@ def run_policy(
             return random.binomial(num_responses, rates[indices]).astype(np.float64)
 
         extra += policy.refresh(step, roll)
-        weights = policy.weights()
-        if strategy == "shuffle":
-            batch, num_right, rounds = _draw_effective(sampler, draws, run.batch_size, roll)
-            draws += rounds
-            extra += RESPONSES * (rounds * run.batch_size - len(batch))
-        else:
-            batch = sampler.draw(step, weights)
-            num_right = roll(batch, RESPONSES)
-            extra += policy.learn(batch, num_right, roll)
-        effective += int(np.count_nonzero((num_right > 0) & (num_right < RESPONSES)))
+        measures = {"step": step, **(measure_belief(policy, rates) if step % measure_every == 0 else {})}
+        batch, num_right, spent = policy.batch(step, roll)
+        extra += spent - RESPONSES * len(batch) + policy.learn(batch, num_right, roll)
+        teaching = int(np.count_nonzero((num_right > 0) & (num_right < RESPONSES)))
+        effective += teaching
         trained += len(batch)
-        if step % measure_every == 0:
-            measured.append({"step": step, **measure(weights, rates, batch if strategy == "shuffle" else None)})
+        visited[batch] = True
+        value = rates * (1.0 - rates)
+        if len(batch):
+            measures["effective_group_fraction"] = teaching / len(batch)
+            measures["mean_variance_share"] = float(value[batch].mean() * value.sum() / (value @ value))
+        measured.append(measures)
         world.train(batch)
     return {
         "policy": name,
         "seed": run.seed,
-        "effective_group_fraction": effective / trained,
+        "visited_fraction": float(visited.mean()),
         "extra_rollout_fraction": extra / (RESPONSES * trained),
+        "effective_per_rollout": effective / (trained + extra / RESPONSES),
         **_summary(measured, run.num_steps),
     }
 
 
-def _draw_effective(sampler: PromptSampler, draws: int, size: int, roll: Any) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rounds of uniform draws until `size` groups are effective; as many as there are after the last round."""
-    batches, counts = [], []
-    found = 0
-    for rounds in range(1, _MAX_ROUNDS + 1):
-        batch = sampler.draw(draws + rounds, np.empty(0))
-        num_right = roll(batch, RESPONSES)
-        kept = (num_right > 0) & (num_right < RESPONSES)
-        batches.append(batch[kept])
-        counts.append(num_right[kept])
-        found += int(np.count_nonzero(kept))
-        if found >= size:
-            break
-    return np.concatenate(batches)[:size], np.concatenate(counts)[:size], rounds
-
-
-def measure(weights: np.ndarray, rates: np.ndarray, trained: np.ndarray | None) -> dict[str, float]:
-    """What weights (P,) know of true pass rates (P,). trained: prompts of a batch that was drawn without them."""
-    value = rates * (1.0 - rates)
-    oracle = float(value @ value / value.sum())
-    weights = weights.astype(np.float64)
-    total = weights.sum()
-    collected = float(value[trained].mean()) if trained is not None else float(weights @ value / total)
-    return {
-        "spearman": spearman(weights, value),
-        "ovs_share": collected / oracle,
-        "effective_sample_size": float(total**2 / (weights @ weights) / len(weights)),
-        "oracle_sample_size": float(value.sum() ** 2 / (value @ value) / len(value)),
-    }
+def measure_belief(policy: Uniform, rates: np.ndarray) -> dict[str, float]:
+    """How a policy's belief ranks prompts of true pass rates (P,); nothing without a belief."""
+    means, scores = policy.pass_rates(), policy.scores()
+    if means is None or scores is None:
+        return {}
+    return {"spearman": spearman(means, rates), "variance_spearman": spearman(scores, rates * (1.0 - rates))}
 
 
 def _summary(measured: Sequence[dict[str, float]], num_steps: int) -> dict[str, Any]:
-    steps = np.array([row["step"] for row in measured])
-    quarter = np.minimum(3, (steps - 1) * 4 // num_steps)
-    columns = {name: np.array([row[name] for row in measured]) for name in measured[0] if name != "step"}
     summary: dict[str, Any] = {}
-    for name, column in columns.items():
-        summary[name] = float(column[quarter >= 2].mean())
-        summary[f"{name}_by_quarter"] = [float(column[quarter == number].mean()) for number in range(4)]
+    for name in _STEP_MEASURES:
+        steps = np.array([row["step"] for row in measured if name in row])
+        values = np.array([row[name] for row in measured if name in row])
+        quarter = np.minimum(3, (steps - 1) * 4 // num_steps)
+        known = len(steps) > 0
+        summary[name] = float(values[quarter >= 2].mean()) if known else None
+        summary[f"{name}_by_quarter"] = [float(values[quarter == k].mean()) for k in range(4)] if known else None
     return summary
 
 
-def run_setting(
-    setting: Setting | Path, names: Sequence[str], num_prompts: int, num_steps: int, batch_size: int, seed: int
+def compare_estimators(
+    world: SimulatedPolicy | RecordedTrace, names: Sequence[str], run: Run, measure_every: int = 4
 ) -> list[dict[str, Any]]:
-    """Every policy on one world. Each meets the same world, moved by what it trains on itself."""
+    """Give each policy's belief the same observations. Returns: a row for each."""
+    random = np.random.default_rng([run.seed, 4])
+    beliefs = {name: _without_probes(name, run) for name in names}
+    drawing = Online(run, "proportional", ratio=0.5)
+    losses = dict.fromkeys(names, 0.0)
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    num_groups = 0
+    for step in range(1, run.num_steps + 1):
+        rates = world.pass_rates
+        batch = drawing.draw(step)
+        _, first = np.unique(batch, return_index=True)
+        batch = batch[np.sort(first)]  # a belief that keeps one group a prompt and step is not to lose by that
+        num_right = random.binomial(RESPONSES, rates[batch]).astype(np.float64)
+        num_groups += len(batch)
+        for name, belief in beliefs.items():
+            means = belief.pass_rates()
+            assert means is not None, name
+            losses[name] += float((_loss(means[batch], num_right) - _loss(rates[batch], num_right)).sum())
+            if step % measure_every == 0:
+                measured[name].append({"step": step, **measure_belief(belief, rates)})
+        for belief in (*beliefs.values(), drawing):
+            belief.learn(batch, num_right, lambda indices, _: np.zeros(len(indices)))
+        world.train(batch)
     rows = []
     for name in names:
+        summary = _summary(measured[name], run.num_steps)
+        kept = {key: value for key, value in summary.items() if "spearman" in key}
+        rows.append({"estimator": name, "seed": run.seed, "log_loss": losses[name] / num_groups / RESPONSES, **kept})
+    return rows
+
+
+def _without_probes(name: str, run: Run) -> Uniform:
+    policy = POLICIES[name](run)
+    if isinstance(policy, Online):
+        policy.probe_fraction = 0.0
+    return policy
+
+
+def _loss(rates: np.ndarray, num_right: np.ndarray) -> np.ndarray:
+    """Nats that groups cost under these pass rates; one a hundredth from certainty at the most, for all alike."""
+    rates = np.clip(rates, 0.001, 0.999)
+    return -(num_right * np.log(rates) + (RESPONSES - num_right) * np.log1p(-rates))
+
+
+def run_setting(
+    setting: Setting | Path,
+    names: Sequence[str],
+    num_prompts: int,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    estimators: bool = False,
+) -> list[dict[str, Any]]:
+    """Every policy on one world. Each meets the same world, moved by what it trains on itself.
+
+    With `estimators` the names' beliefs are compared instead, on one stream of observations.
+    """
+
+    def new_world() -> tuple[SimulatedPolicy | RecordedTrace, Run]:
         world: SimulatedPolicy | RecordedTrace
         if isinstance(setting, Path):
             world = RecordedTrace(setting)
@@ -150,95 +190,95 @@ def run_setting(
             size = max(8, min(batch_size, world.num_prompts // 16))
         else:
             world, size = SimulatedPolicy(setting, num_prompts, num_steps, seed), batch_size
-        run = Run(world.num_prompts, world.categories, world.clusters, size, world.num_steps, seed)
-        measure_every = 4 if world.num_prompts <= 100_000 else 16
-        setting_name = world.name if isinstance(world, RecordedTrace) else world.setting.name
-        row = run_policy(world, name, POLICIES[name](run), run, measure_every)
-        rows.append({"setting": setting_name, "num_prompts": world.num_prompts, **row})
-    return rows
+        return world, Run(world.num_prompts, world.categories, world.clusters, size, world.num_steps, seed)
+
+    world, run = new_world()
+    measure_every = 4 if world.num_prompts <= 100_000 else 16
+    if estimators:
+        rows = compare_estimators(world, names, run, measure_every)
+    else:
+        rows = []
+        for name in names:
+            world, run = new_world()
+            rows.append(run_policy(world, name, POLICIES[name](run), run, measure_every))
+    name = world.name if isinstance(world, RecordedTrace) else world.setting.name
+    return [{"setting": name, "num_prompts": world.num_prompts, **row} for row in rows]
 
 
-_MEASURES = ("spearman", "ovs_share", "effective_group_fraction", "extra_rollout_fraction", "effective_sample_size")
+_MEASURES = (
+    "effective_per_rollout", "effective_group_fraction", "mean_variance_share", "visited_fraction",
+    "extra_rollout_fraction", "log_loss", "spearman", "variance_spearman",
+)  # fmt: skip
 
 
-def mean_over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each setting and policy, in order of appearance."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["setting"], row["policy"]), []).append(row)
-    return [_mean_row(setting, policy, group) for (setting, policy), group in groups.items()]
+def mean_over_settings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each policy: means over settings and seeds, and `*_error`, the standard error over the seeds."""
+    means = []
+    label = "policy" if "policy" in rows[0] else "estimator"
+    for name in dict.fromkeys(row[label] for row in rows):
+        own = [row for row in rows if row[label] == name]
+        mean: dict[str, Any] = {"setting": "mean", label: name}
+        for measure in _MEASURES:
+            if own[0].get(measure) is None:
+                continue
+            by_seed = [
+                np.mean([row[measure] for row in own if row["seed"] == seed]) for seed in {row["seed"] for row in own}
+            ]
+            mean[measure] = float(np.mean(by_seed))
+            mean[f"{measure}_error"] = float(np.std(by_seed, ddof=1) / len(by_seed) ** 0.5) if by_seed[1:] else 0.0
+            if f"{measure}_by_quarter" in own[0]:
+                mean[f"{measure}_by_quarter"] = np.mean([row[f"{measure}_by_quarter"] for row in own], axis=0).tolist()
+        means.append(mean)
+    return means
 
 
-def _mean_row(setting: str, policy: str, group: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    mean: dict[str, Any] = {"setting": setting, "policy": policy}
-    for name, value in group[0].items():
-        if isinstance(value, list):
-            mean[name] = np.mean([row[name] for row in group], axis=0).tolist()
-        elif isinstance(value, float):
-            mean[name] = float(np.mean([row[name] for row in group]))
-    return mean
-
-
-def mean_over_settings(means: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each policy: the mean of its settings."""
-    policies = list(dict.fromkeys(row["policy"] for row in means))
-    return [_mean_row("mean", policy, [row for row in means if row["policy"] == policy]) for policy in policies]
+def mean_by_setting(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each setting and policy: the mean of its seeds."""
+    means = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        own = mean_over_settings([row for row in rows if row["setting"] == setting])
+        means += [{**row, "setting": setting} for row in own]
+    return means
 
 
 def table(means: Sequence[dict[str, Any]]) -> str:
-    """Plain text, one line a setting and policy."""
-    lines = [
-        f"{'setting':<22}{'policy':<22}{'spearman':>9}{'  by quarter':<25}{'ovs':>6}{'  by quarter':<25}"
-        f"{'effective':>9}{'extra':>7}{'sample':>8}{'oracle':>8}"
-    ]
+    """Plain text, one line a setting and policy, with the standard error over seeds."""
+    shown = [measure for measure in _MEASURES if any(measure in row for row in means)]
+    heads = {measure: measure.replace("_fraction", "").replace("effective_", "eff_")[:15] for measure in shown}
+    lines = [f"{'setting':<18}{'policy':<22}" + "".join(f"{heads[measure]:>17}" for measure in shown)]
     for row in means:
-        quarters = [
-            "  " + " ".join(f"{value:.3f}".lstrip("0") for value in row[f"{name}_by_quarter"])
-            for name in ("spearman", "ovs_share")
-        ]
-        lines.append(
-            f"{row['setting']:<22}{row['policy']:<22}{row['spearman']:>9.3f}{quarters[0]:<25}{row['ovs_share']:>6.3f}"
-            f"{quarters[1]:<25}{row['effective_group_fraction']:>9.3f}{row['extra_rollout_fraction']:>7.2f}"
-            f"{row['effective_sample_size']:>8.3f}{row['oracle_sample_size']:>8.3f}"
-        )
+        cells = [f"{row[measure]:.3f} +-{row[f'{measure}_error']:.3f}" if measure in row else "-" for measure in shown]
+        name = row.get("policy") or row["estimator"]
+        lines.append(f"{row['setting']:<18}{name:<22}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines) + "\n"
 
 
-def bars(means: Sequence[dict[str, Any]]) -> str:
-    """Where our policies stand against full refresh; what the project promises."""
-    by_policy: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in means:
-        by_policy.setdefault(row["policy"], {})[row["setting"]] = row
-    if not {"online", "online_free", "full_n16_t56", "full_n32_t35"} <= set(by_policy):
-        return ""
-    free, ours, n16, n32 = (by_policy[name] for name in ("online_free", "online", "full_n16_t56", "full_n32_t35"))
-    margins = {setting: free[setting]["spearman"] - n16[setting]["spearman"] for setting in n16}
-    worst = min(margins, key=lambda setting: margins[setting])
-    lines = [f"online_free - full_n16_t56, spearman, second half: worst {margins[worst]:+.3f} ({worst})"]
-    for quarter in range(4):
-        margins = {
-            setting: ours[setting]["spearman_by_quarter"][quarter] - n16[setting]["spearman_by_quarter"][quarter]
-            for setting in n16
-        }
-        worst = min(margins, key=lambda setting: margins[setting])
-        mean = float(np.mean(list(margins.values())))
+def leads(means: Sequence[dict[str, Any]]) -> str:
+    """In how many settings ours, as it ships, has more groups that teach a rollout than each rival, and where not."""
+    found = {(row["setting"], row["policy"]): row["effective_per_rollout"] for row in means}
+    settings = list(dict.fromkeys(setting for setting, _ in found))
+    lines = []
+    for rival in [name for name in POLICIES if not name.startswith("online")]:
+        if any((setting, name) not in found for setting in settings for name in ("online", rival)):
+            continue
+        margins = {setting: found[setting, "online"] - found[setting, rival] for setting in settings}
+        behind = [f"{setting} {margin:+.3f}" for setting, margin in margins.items() if margin <= 0.0]
         lines.append(
-            f"online - full_n16_t56, quarter {quarter + 1}: mean {mean:+.3f}, worst {margins[worst]:+.3f} ({worst})"
+            f"online against {rival}, groups that teach a rollout: ahead in {len(settings) - len(behind)} of "
+            f"{len(settings)}, mean {np.mean(list(margins.values())):+.3f}"
+            + (f"; not in {', '.join(behind)}" if behind else "")
         )
-    difference = float(np.mean([ours[setting]["spearman"] - n32[setting]["spearman"] for setting in n32]))
-    lines.append(f"online - full_n32_t35, spearman, second half: mean of settings {difference:+.3f}")
-    for name, rows in (("online_free", free), ("online", ours)):
-        worst = min(rows, key=lambda setting: rows[setting]["ovs_share"])
-        lines.append(f"{name} ovs_share, second half: worst {rows[worst]['ovs_share']:.3f} ({worst})")
-    return "\n".join(lines) + "\n"
+    return "".join(f"{line}\n" for line in lines)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Compare curriculum samplers on simulated policies and recorded traces."
     )
-    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, UNLIKE.name], default=list(SETTINGS))
-    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(DEFAULT_POLICIES))
+    everywhere = [*SETTINGS, UNLIKE.name]
+    parser.add_argument("--settings", nargs="+", choices=everywhere, default=list(SETTINGS))
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES))
+    parser.add_argument("--estimators", action="store_true", help="compare beliefs on the same observations")
     parser.add_argument("--prompts", type=int, default=15_000, help="in the simulated data set")
     parser.add_argument("--steps", type=int, default=224)
     parser.add_argument("--batch", type=int, default=512, help="prompts a step")
@@ -246,17 +286,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--traces", type=Path, nargs="+", default=[], help=".npz files to replay instead of simulations"
     )
-    parser.add_argument("--quick", action="store_true", help="three settings and a smaller data set, within a minute")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the prompts and of the batch; minutes")
     parser.add_argument("--json", type=Path, help="write all rows, one for each seed")
     parser.add_argument("--plots", type=Path, help="folder for PNG files")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.policies = options.policies or (ESTIMATORS if options.estimators else DEFAULT_POLICIES)
+    if options.quick:
+        options.settings, options.prompts, options.batch = everywhere, 3_750, 128
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    if options.quick:
-        options.settings = ["u_shaped_slow", "u_shaped_sudden", "hard_fast"]
-        options.prompts, options.batch = 3_750, 128
     settings: list[Setting | Path] = list(options.traces)
     if not settings:
         settings = [UNLIKE if name == UNLIKE.name else SETTINGS[name] for name in options.settings]
@@ -264,15 +305,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for setting in settings:
         of_setting = []
         for seed in options.seeds:
-            of_setting += run_setting(setting, options.policies, options.prompts, options.steps, options.batch, seed)
-        sys.stdout.write(table(mean_over_seeds(of_setting)))
+            sizes = (options.prompts, options.steps, options.batch)
+            of_setting += run_setting(setting, options.policies, *sizes, seed, options.estimators)
+        sys.stdout.write(table(mean_by_setting(of_setting)))
         sys.stdout.flush()
         rows += of_setting
         if options.json:  # after each setting: a long run that is stopped keeps what it found
             options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    means = mean_over_seeds(rows)
-    sys.stdout.write(table(mean_over_settings(means)) + bars(means))
-    if options.plots:
+    means = mean_by_setting(rows)
+    sys.stdout.write(table(mean_over_settings(rows)) + ("" if options.estimators else leads(means)))
+    if options.plots and not options.estimators:
         from curriculum_lab_plots import plot
 
         options.plots.mkdir(parents=True, exist_ok=True)

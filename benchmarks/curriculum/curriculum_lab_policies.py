@@ -1,6 +1,7 @@
 """The samplers that the laboratory compares: what each believes, and what it rolls out to know it.
 
-A policy sees responses only. Full refreshes, ours and the draws themselves are the shipped code.
+A policy sees responses only. Full refreshes, ours and the draws themselves are the shipped code; the samplers of others
+are in `curriculum_lab_rivals`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmr1_ds.curriculum.estimator import PROBE_RESPONSES, FilterSettings, LogitFilter, probe_budget
+from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.curriculum.table import min_max_normalise
 
 RESPONSES = 8  # a training group
@@ -34,90 +36,86 @@ class Uniform:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._weights = np.ones(run.num_prompts, dtype=np.float32)
-        self._weights.flags.writeable = False
+        self.random = np.random.default_rng([run.seed, 3])
+        self._walk = PromptSampler(run.num_prompts, run.batch_size, run.seed)
 
     def refresh(self, step: int, roll: Roll) -> int:
         """Roll out before the draw. Returns: rollouts spent."""
         return 0
 
-    def weights(self) -> np.ndarray:
-        """(P,) what the weighted half is drawn by; also the ranking that is judged."""
-        return self._weights
+    def batch(self, step: int, roll: Roll) -> tuple[np.ndarray, np.ndarray, int]:
+        """Sample the groups to train on. Returns: their prompts, how many responses are right, rollouts spent."""
+        indices = self.draw(step)
+        return indices, roll(indices, RESPONSES), RESPONSES * len(indices)
+
+    def draw(self, step: int) -> np.ndarray:
+        """The prompts of the batch."""
+        return self._walk.draw(step, np.empty(0))
 
     def learn(self, batch: np.ndarray, num_right: np.ndarray, roll: Roll) -> int:
         """Take in the training groups, perhaps with probes of the same policy. Returns: extra rollouts spent."""
         return 0
 
+    def pass_rates(self) -> np.ndarray | None:
+        """The mean of the belief about each pass rate, (P,); None: it believes nothing."""
+        return None
 
-class DynamicSampling(Uniform):
-    """DAPO: draw uniformly until the batch is full of groups that are neither all right nor all wrong."""
+    def scores(self) -> np.ndarray | None:
+        """The belief about each p(1-p), (P,); None: it believes nothing."""
+        return None
 
 
 class FullRefresh(Uniform):
-    """The paper's Algorithm 1: every T steps, N responses to every prompt."""
+    """The paper's Algorithm 1: every T steps, N responses to every prompt; half of a batch is drawn by weight."""
 
     def __init__(self, run: Run, num_responses: int, interval: int) -> None:
         super().__init__(run)
         self.num_responses, self.interval = num_responses, interval
+        self._sampler = PromptSampler(run.num_prompts, run.batch_size, run.seed, "curriculum", 0.5)
 
     def refresh(self, step: int, roll: Roll) -> int:
         if (step - 1) % self.interval:
             return 0
-        rates = roll(np.arange(self.run.num_prompts), self.num_responses) / self.num_responses
-        self._weights = min_max_normalise(rates * (1.0 - rates)).astype(np.float32)
+        self._rates = roll(np.arange(self.run.num_prompts), self.num_responses) / self.num_responses
+        self._weights = min_max_normalise(self._rates * (1.0 - self._rates)).astype(np.float32)
         self._weights.flags.writeable = False
         return self.num_responses * self.run.num_prompts
 
+    def draw(self, step: int) -> np.ndarray:
+        return self._sampler.draw(step, self._weights)
 
-class ThompsonBeta(Uniform):
-    """A Beta per prompt, discounted, and a Thompson draw of its p(1-p): our approximation of MoPPS and VADE.
+    def pass_rates(self) -> np.ndarray:
+        return self._rates
 
-    As in MoPPS (arXiv 2507.04632) the discount pulls a posterior back to its prior when the prompt is visited; with
-    `every_step` all are pulled back every step, as in VADE (arXiv 2511.18902). Both are given the shared draw, half by
-    weight.
-    """
-
-    def __init__(self, run: Run, discount: float, every_step: bool) -> None:
-        super().__init__(run)
-        self.discount, self.every_step = discount, every_step
-        self._right = np.zeros(run.num_prompts)
-        self._wrong = np.zeros(run.num_prompts)
-        self._random = np.random.default_rng([run.seed, 3])
-
-    def weights(self) -> np.ndarray:
-        rates = self._random.beta(1.0 + self._right, 1.0 + self._wrong)
-        return (rates * (1.0 - rates)).astype(np.float32)
-
-    def learn(self, batch: np.ndarray, num_right: np.ndarray, roll: Roll) -> int:
-        discounted = slice(None) if self.every_step else np.unique(batch)
-        self._right[discounted] *= self.discount
-        self._wrong[discounted] *= self.discount
-        np.add.at(self._right, batch, num_right)
-        np.add.at(self._wrong, batch, RESPONSES - num_right)
-        return 0
+    def scores(self) -> np.ndarray:
+        return self._weights
 
 
 class Online(Uniform):
-    """Ours: the logit filter, with probes for `probe_fraction` of the training rollouts."""
+    """Ours, as data.curriculum_refresh=online ships: the logit filter, and a draw from its beliefs."""
 
     def __init__(
         self,
         run: Run,
-        probe_fraction: float,
+        rule: str = "posterior",
+        ratio: float = 0.8,
+        probe_fraction: float = 0.0,
         settings: FilterSettings | None = None,
         categories: np.ndarray | None = None,
     ) -> None:
         super().__init__(run)
-        self.probe_fraction = probe_fraction
-        self.filter = LogitFilter(
-            run.num_prompts, run.categories if categories is None else categories, RESPONSES, settings
-        )
+        self.rule, self.probe_fraction = rule, probe_fraction
+        numbers = run.categories if categories is None else categories
+        self.filter = LogitFilter(run.num_prompts, numbers, RESPONSES, settings)
+        self._sampler = PromptSampler(run.num_prompts, run.batch_size, run.seed, "curriculum", ratio, rule=rule)
         self._spent = 0
         self._step = 0
 
-    def weights(self) -> np.ndarray:
-        return self.filter.weights("learnability")
+    def draw(self, step: int) -> np.ndarray:
+        if self.rule != "posterior":
+            return self._sampler.draw(step, self.scores())
+        scores = self.filter.sampled_utility("learnability", self._sampler.noise(step))
+        return self._sampler.draw(step, scores, self.filter.unseen_steps())
 
     def learn(self, batch: np.ndarray, num_right: np.ndarray, roll: Roll) -> int:
         self._step += 1
@@ -133,22 +131,25 @@ class Online(Uniform):
         self._spent += PROBE_RESPONSES * len(probes)
         return PROBE_RESPONSES * len(probes)
 
+    def pass_rates(self) -> np.ndarray:
+        return self.filter.predicted_pass_rates(np.arange(self.run.num_prompts))
+
+    def scores(self) -> np.ndarray:
+        return self.filter.weights("learnability")
+
 
 def _without_categories(run: Run) -> Online:
-    return Online(run, probe_fraction=0.1, categories=np.zeros(run.num_prompts, dtype=np.int64))
+    return Online(run, categories=np.zeros(run.num_prompts, dtype=np.int64))
 
 
-POLICIES: dict[str, Callable[[Run], Uniform]] = {
+OURS: dict[str, Callable[[Run], Uniform]] = {
     "uniform": Uniform,
-    "dapo": DynamicSampling,
     "full_n32_t35": lambda run: FullRefresh(run, 32, 35),
     "full_n16_t56": lambda run: FullRefresh(run, 16, 56),
     "full_n8_t4": lambda run: FullRefresh(run, 8, 4),
-    "mopps": lambda run: ThompsonBeta(run, discount=0.7, every_step=False),
-    "vade": lambda run: ThompsonBeta(run, discount=0.98, every_step=True),
-    "online_free": lambda run: Online(run, probe_fraction=0.0),
-    "online": lambda run: Online(run, probe_fraction=0.1),
+    "online_proportional": lambda run: Online(run, "proportional", ratio=0.5, probe_fraction=0.1),
+    "online_candidates": lambda run: Online(run, "candidates"),
+    "online": Online,
     "online_no_categories": _without_categories,
-    "online_clusters": lambda run: Online(run, probe_fraction=0.1, categories=run.clusters),
+    "online_clusters": lambda run: Online(run, categories=run.clusters),
 }
-DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in ("online_no_categories", "online_clusters"))

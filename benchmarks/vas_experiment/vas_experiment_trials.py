@@ -208,6 +208,7 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
         "data.category_key": "category" if trial.categories else "null",
         "data.sampling_strategy": "curriculum" if trial.arm in ("full", "online") else "shuffle",
         "data.curriculum_refresh": "online" if trial.arm == "online" else "full",
+        "data.curriculum_draw": "proportional",  # as the published figures were measured
         "data.curriculum_mixture_ratio": trial.ratio,
         "data.curriculum_update_freq": trial.refresh_every,
         "data.curriculum_rollout_n": REFRESH_RESPONSES,

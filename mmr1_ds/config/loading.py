@@ -78,6 +78,12 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
             _merge(merged, key, value)
     if merged.get("data.shuffle") is False:
         merged.setdefault("data.sampling_strategy", "sequential")  # EasyR1 has no other word for it
+    if merged.get("data.curriculum_refresh") == "online":
+        # What was measured to be best with beliefs; the schema's defaults are the paper's.
+        merged.setdefault("data.curriculum_draw", "posterior")
+    if merged.get("data.curriculum_draw") == "posterior":
+        merged.setdefault("data.curriculum_mixture_ratio", 0.8)
+        merged.setdefault("data.curriculum_probe_fraction", 0.0)
     notes = replace_example_files(merged, config_folders())
     config = _typed(merged)
     _expand_home(config)

@@ -112,7 +112,7 @@ class Coordinator:
         self._sources, self._source_names = sources, source_names
         settings = (
             data.rollout_batch_size, data.seed, data.sampling_strategy, data.curriculum_mixture_ratio,
-            data.curriculum_replacement,
+            data.curriculum_replacement, data.curriculum_draw, data.curriculum_candidates,
         )  # fmt: skip
         self._sampler: PromptSampler | MixedSampler
         if data.train_weights and sources is not None:
@@ -149,6 +149,10 @@ class Coordinator:
         return self._is_curriculum and self.data.curriculum_refresh == "online"
 
     @property
+    def _is_posterior(self) -> bool:
+        return self._is_online and self.data.curriculum_draw == "posterior"
+
+    @property
     def table(self) -> CurriculumTable | OnlineTable:
         """The table; rank 0 only."""
         assert self._table is not None, f"the curriculum table lives on rank 0, asked on rank {self.control.rank}"
@@ -163,10 +167,22 @@ class Coordinator:
         """
         self._last_step = step
         self._num_draws += 1
-        drawn = self._sampler.draw(self._num_draws, self.table.sampling_weights) if self._is_rank_0 else None
+        drawn = self._draw() if self._is_rank_0 else None
         drawn = self.control.broadcast_array(drawn, f"curriculum/next_batch of step {step}")
         self._drawn.setdefault(step, []).append(drawn)
         return drawn
+
+    def _draw(self) -> np.ndarray:
+        """Draw the next batch; rank 0 only."""
+        if not self._is_posterior:
+            return self._sampler.draw(self._num_draws, self.table.sampling_weights)
+        assert isinstance(self.table, OnlineTable)
+        scores = self.table.sampled_scores(self._sampler.noise(self._num_draws))
+        unseen_steps = self.table.unseen_steps()
+        for underway in self._drawn.values():  # nothing is known of these yet; they would be the best again
+            for indices in underway:
+                scores[indices], unseen_steps[indices] = -np.inf, 0
+        return self._sampler.draw(self._num_draws, scores, unseen_steps)
 
     @property
     def num_probe_responses(self) -> int:
@@ -443,7 +459,8 @@ class Coordinator:
                 f"keep data.curriculum_refresh and data.sampling_strategy, or set trainer.resume=false"
             )
         positions = self.table.load(state["table"], state["numbers"], state["fingerprint"])
-        changed = {name: (old, self._settings().get(name)) for name, old in state["settings"].items()}
+        settings = {"data.curriculum_draw": "proportional"} | state["settings"]  # earlier versions had no other
+        changed = {name: (old, self._settings().get(name)) for name, old in settings.items()}
         changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
         if changed:
             listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
@@ -471,6 +488,8 @@ class Coordinator:
             **({"data.train_weights": list(self.data.train_weights)} if self.data.train_weights else {}),
             "data.curriculum_mixture_ratio": self.data.curriculum_mixture_ratio,
             "data.curriculum_replacement": self.data.curriculum_replacement,
+            "data.curriculum_draw": self.data.curriculum_draw,
+            "data.curriculum_candidates": self.data.curriculum_candidates,
             "data.curriculum_metrics": list(self.data.curriculum_metrics),
             "data.curriculum_metric_weights": list(self.data.curriculum_metric_weights),
             "data.curriculum_weight_floor": self.data.curriculum_weight_floor,

@@ -37,6 +37,9 @@ _NEVER = -1
 _BLOCK = 1 << 14  # prompts evaluated at a time, so that intermediate results stay in cache
 _SHARPENING_SAMPLE = 1 << 14  # prompts that the exponent is found from
 _TIED_SAMPLE = 64  # prompts equally stale that a probe is chosen from
+# Of a belief's deviation, by which utilities are drawn: the whole (Thompson) draws many prompts that turn out dead,
+# none at all starves what was once believed dead; in the laboratory a half avoids both.
+_SAMPLED_SHARE = np.float32(0.5)
 _MEAN_LIMIT = 15.0  # logits beyond are beyond any pass rate that a run could measure
 
 
@@ -122,6 +125,11 @@ class LogitFilter:
         view.flags.writeable = False
         return view
 
+    def unseen_steps(self) -> np.ndarray:
+        """Steps since each prompt was last observed, (P,) int64; for those never seen more than any run has."""
+        last_seen = self._last_seen.astype(np.int64)
+        return np.where(last_seen == _NEVER, np.iinfo(np.int32).max, self.step - last_seen)
+
     # Beliefs
 
     def belief(self, indices: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
@@ -163,6 +171,20 @@ class LogitFilter:
             if len(own):
                 expected[own + start], _ = expected_utility(mean[own], variance[own], function, self.num_responses)
         return expected
+
+    def sampled_utility(self, name: str, noise: np.ndarray) -> np.ndarray:
+        """A draw of each prompt's u from its belief, at half its deviation, (P,) float32.
+
+        Args: noise: (P,) float32, standard normal.
+        """
+        function = utility_function(name)
+        sampled = np.empty(self.num_prompts, dtype=np.float32)
+        for start in range(0, self.num_prompts, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            mean, variance = self.belief(block)
+            deviation = _SAMPLED_SHARE * np.sqrt(variance)
+            sampled[block] = function(logistic(mean + noise[block] * deviation), self.num_responses)
+        return sampled
 
     def _beliefs_unseen(self) -> tuple[np.ndarray, np.ndarray]:
         """The belief about a prompt of each category that was never seen, as `belief` gives it, (C,) float32 each."""

@@ -79,14 +79,29 @@ class OnlineTable:
             # Sharpened weights reach 1; back to the metric's own scale, or the metrics would not add up as asked.
             score += np.float32(weight * self._filter.utility(name).max()) * self._filter.weights(name)
         if self._diversity_metrics:
-            known = ~np.isnan(self._diversity)
-            mean = self._diversity[known].mean() if known.any() else 0.0
-            score += np.where(known, self._diversity, mean)
+            score += self._diversity_scores()
         low, high = score.min(), score.max()
         if low == high:
             return np.ones(len(self), dtype=np.float32)
         # As with a full refresh: what all prompts have in common must not flatten the weights.
         return np.float32(self._floor) + np.float32(1.0 - self._floor) * (score - low) / (high - low)
+
+    def sampled_scores(self, noise: np.ndarray) -> np.ndarray:
+        """Draw a VPS for each prompt from what is believed of it, (P,) float32. Args: noise: (P,), standard normal."""
+        score = np.zeros(len(self), dtype=np.float32)
+        for name, weight in self._outcome_metrics:
+            score += np.float32(weight) * self._filter.sampled_utility(name, noise)
+        return score + self._diversity_scores() if self._diversity_metrics else score
+
+    def unseen_steps(self) -> np.ndarray:
+        """Steps since each prompt was last observed, (P,) int64; see `LogitFilter.unseen_steps`."""
+        return self._filter.unseen_steps()
+
+    def _diversity_scores(self) -> np.ndarray:
+        """The weighted diversity as last measured, else its mean, (P,) float32."""
+        known = ~np.isnan(self._diversity)
+        mean = self._diversity[known].mean() if known.any() else 0.0
+        return np.where(known, self._diversity, np.float32(mean))
 
     def probes(self, num_probes: int, exclude: np.ndarray) -> np.ndarray:
         """The stalest prompts outside `exclude`, (K,) int64, K <= num_probes."""

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 # What a generator is for; each stream is independent of the others.
-_WALK, _WEIGHTED, _MIX = range(3)
+_WALK, _WEIGHTED, _MIX, _NOISE = range(4)
 _MAX_ROUNDS = 4  # of drawing without replacement by passing over repeats
 
 
@@ -28,18 +28,24 @@ class PromptSampler:
         strategy: str = "shuffle",
         mixture_ratio: float = 0.0,
         replacement: bool = True,
+        rule: str = "proportional",
+        num_candidates: int = 8,
     ) -> None:
         """
         Args:
             strategy: sequential (in the data set's order), shuffle (a seeded permutation an epoch), or curriculum
                 (floor(mixture_ratio * B) drawn by weight, the rest as in shuffle).
             mixture_ratio: lambda, [0, 1]; used by curriculum alone.
-            replacement: whether the part drawn by weight may hold a prompt twice, as in the paper.
+            replacement: whether the part drawn by weight may hold a prompt twice, as in the paper; proportional only.
+            rule: how the curriculum's part is drawn. proportional: each prompt by its weight. candidates: those of
+                highest weight among `num_candidates` times as many, which are drawn uniformly. posterior: those of
+                highest weight of all, where the weights are a fresh draw from what is believed of each prompt; and the
+                walk passes over prompts seen since it last came to them, whose places the best take.
         """
         assert num_prompts > 0 and batch_size > 0, (num_prompts, batch_size)
         self.num_prompts, self.batch_size, self.seed = num_prompts, batch_size, seed
         self.sequential = strategy == "sequential"
-        self.replacement = replacement
+        self.replacement, self.rule, self.num_candidates = replacement, rule, num_candidates
         # Through the decimal form: 0.29 * 100 is 28.999... in floating point, and floor would lose one.
         share = Fraction(repr(float(mixture_ratio))) if strategy == "curriculum" else Fraction(0)
         self.num_weighted = int(share * batch_size)
@@ -48,7 +54,7 @@ class PromptSampler:
         self._sums: np.ndarray | None = None
         self._cumulative: tuple[np.ndarray, np.ndarray] | None = None  # of one version: (weights, (P,) float64)
 
-    def draw(self, number: int, weights: np.ndarray) -> np.ndarray:
+    def draw(self, number: int, weights: np.ndarray, unseen_steps: np.ndarray | None = None) -> np.ndarray:
         """The prompts of one draw, (B,) int64.
 
         Weighted and walked prompts are shuffled together, so that every rank and mini-batch gets of both.
@@ -56,24 +62,38 @@ class PromptSampler:
         Args:
             number: of the draw, from 1 on.
             weights: (P,) float, not negative; all zero means uniform. A read-only array is taken never to change,
-                and what is computed from it is kept.
+                and what is computed from it is kept. By the rules candidates and posterior any order will do.
+            unseen_steps: (P,) int, steps since each prompt was last seen; the rule posterior needs it.
         """
         if number < 1:
             raise ValueError(f"draws are counted from 1, got {number}")
-        walked = self._walk((number - 1) * self.num_walked, self.num_walked)
+        walked = self.walk((number - 1) * self.num_walked, self.num_walked)
         if self.num_weighted == 0:
             return walked
         assert len(weights) == self.num_prompts, (len(weights), self.num_prompts)
         random = self._generator(number, _WEIGHTED)
-        draw_weighted = self._draw_with_replacement if self.replacement else self._draw_without_replacement
-        batch = np.concatenate([draw_weighted(weights, random), walked])
-        return self._generator(number, _MIX).permutation(batch)
+        if self.rule == "candidates":
+            picked = self._best_of_candidates(weights, walked, random)
+        elif self.rule == "posterior":
+            assert unseen_steps is not None and len(unseen_steps) == self.num_prompts
+            # P / num_walked draws make an epoch of the walk, after which a prompt's turn comes again.
+            walked = walked[unseen_steps[walked] * self.num_walked >= self.num_prompts]
+            picked = self._best(weights, self.batch_size - len(walked), walked)
+        elif self.replacement:
+            picked = self._draw_with_replacement(weights, random)
+        else:
+            picked = self._draw_without_replacement(weights, random)
+        return self._generator(number, _MIX).permutation(np.concatenate([picked, walked]))
+
+    def noise(self, number: int) -> np.ndarray:
+        """Standard normals, (P,) float32, for the draw from the beliefs that the rule posterior takes as weights."""
+        return self._generator(number, _NOISE).standard_normal(self.num_prompts, dtype=np.float32)
 
     def random_position(self, number: int) -> int:
         """Prompts of the current epoch of the walk that are used up after draw `number`, [0, P)."""
         return number * self.num_walked % self.num_prompts
 
-    def _walk(self, start: int, count: int) -> np.ndarray:
+    def walk(self, start: int, count: int) -> np.ndarray:
         """`count` prompts of the endless walk from position `start`: one whole epoch after the other."""
         end = start + count
         if self.sequential:
@@ -93,6 +113,28 @@ class PromptSampler:
             self._generator(epoch, _WALK).shuffle(order)
             self._permutation = (epoch, order)
         return self._permutation[1][offset : offset + count]
+
+    def _best_of_candidates(self, weights: np.ndarray, walked: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """The best of the candidates, none of which is walked if enough others are left; ties fall at random."""
+        rounds, remainder = divmod(self.num_weighted, self.num_prompts)
+        wanted = self.num_candidates * remainder
+        drawn = random.choice(self.num_prompts, min(self.num_prompts, wanted + len(walked)), replace=False)
+        others = drawn[~np.isin(drawn, walked)][:wanted]
+        candidates = others if len(others) >= remainder else drawn
+        best = candidates[np.argsort(-weights[candidates], kind="stable")[:remainder]]
+        return np.concatenate([np.tile(np.arange(self.num_prompts), rounds), best])
+
+    def _best(self, scores: np.ndarray, count: int, walked: np.ndarray) -> np.ndarray:
+        """The `count` prompts of highest score, each as often as any; those walked come only after all others."""
+        rounds, remainder = divmod(count, self.num_prompts)
+        everyone = np.tile(np.arange(self.num_prompts), rounds)
+        if remainder == 0:
+            return everyone
+        scores = scores.copy()
+        scores[walked] = -np.inf
+        threshold = np.partition(scores, self.num_prompts - remainder)[self.num_prompts - remainder]
+        above, tied = np.flatnonzero(scores > threshold), np.flatnonzero(scores == threshold)
+        return np.concatenate([everyone, above, tied[: remainder - len(above)]])
 
     def _draw_with_replacement(self, weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
         return self._pick(self._cumulate(weights), random.random(self.num_weighted))

@@ -454,7 +454,9 @@ def _lock(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
 
 def _set_mode(folders: set[Path], mode: str | None) -> None:
     """Let in whom `trainer.run_dir_mode` admits. Raises: UserError where that is not ours to say."""
-    for folder in folders if mode is not None else ():
+    if mode is None:
+        return
+    for folder in folders:
         try:
             folder.chmod(int(mode, 8))
         except OSError as error:

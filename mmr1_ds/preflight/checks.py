@@ -120,6 +120,11 @@ def _check_curriculum(config: RunConfig) -> None:
     low, high = algorithm.filter_low, algorithm.filter_high
     if low is not None and high is not None and not low < high:
         raise UserError(f"algorithm.filter_low={low} must be below algorithm.filter_high={high}; lower it")
+    if data.curriculum_draw == "posterior" and data.curriculum_refresh == "full":
+        raise UserError(
+            "data.curriculum_draw=posterior draws from beliefs, which data.curriculum_refresh=full has none of; "
+            "set data.curriculum_refresh=online, or data.curriculum_draw=candidates"
+        )
     check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
     names = [canonical_metric(name) for name in data.curriculum_metrics]
     if len(set(names)) < len(names):

@@ -171,9 +171,14 @@ def _sampling(config: RunConfig) -> str:
         f"{weight:g} {name}"
         for name, weight in zip(data.curriculum_metrics, data.curriculum_metric_weights, strict=True)
     )
+    rule = {
+        "proportional": "",
+        "candidates": f"the best of {data.curriculum_candidates} times as many, ",
+        "posterior": "the best by a draw from each belief, and where long unseen ",
+    }[data.curriculum_draw]
     return (
         f"curriculum: {sampler.num_weighted} of {data.rollout_batch_size} prompts a step by score ({score}), "
-        f"the others in turn"
+        f"{rule}the others in turn"
         + (f"; momentum {data.curriculum_momentum:g}" if data.curriculum_refresh == "full" else "")
     )
 

@@ -338,6 +338,23 @@ def test_shuffle_false_is_sequential_unless_said_otherwise():
     assert load("data.shuffle=false", "data.sampling_strategy=curriculum").data.sampling_strategy == "curriculum"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ("proportional", 0.5, 0.1)),
+        (["data.curriculum_refresh=full"], ("proportional", 0.5, 0.1)),
+        (["data.curriculum_refresh=online"], ("posterior", 0.8, 0.0)),
+        (["config=mmr1_online"], ("posterior", 0.8, 0.0)),
+        (["data.curriculum_refresh=online", "data.curriculum_draw=proportional"], ("proportional", 0.5, 0.1)),
+        (["data.curriculum_refresh=online", "data.curriculum_mixture_ratio=.5"], ("posterior", 0.5, 0.0)),
+        (["config=mmr1_h100", "data.curriculum_probe_fraction=.2"], ("posterior", 0.8, 0.2)),
+    ],
+)
+def test_the_draw_that_a_refresh_brings(arguments, expected):
+    data = load(*arguments).data
+    assert (data.curriculum_draw, data.curriculum_mixture_ratio, data.curriculum_probe_fraction) == expected
+
+
 def test_tables_of_upstream_keys_are_about_other_keys_than_ours():
     ours = set(leaf_types())
     assert set(RENAMED.values()) <= ours

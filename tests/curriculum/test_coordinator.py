@@ -13,10 +13,11 @@ from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
 
 ONLINE = {"curriculum_refresh": "online"}
+POSTERIOR = ONLINE | {"curriculum_draw": "posterior", "curriculum_mixture_ratio": 0.8}
 MIXED = ONLINE | {"curriculum_metrics": ["learnability", "self-bleu"], "curriculum_metric_weights": [0.7, 0.3]}
 
 
-@pytest.mark.parametrize("settings", [{}, ONLINE], ids=["full", "online"])
+@pytest.mark.parametrize("settings", [{}, ONLINE, POSTERIOR], ids=["full", "online", "posterior"])
 def test_any_number_of_ranks_draws_and_learns_the_same(settings):
     alone = on_ranks(1, lambda control: train(make(control, **settings), range(1, 12)))[0]
     assert len({tuple(batch) for batch, _ in alone}) == 11
@@ -139,7 +140,7 @@ def test_equal_rewards_are_not_effective_whatever_the_accuracy():
     assert coordinator.metrics()["curriculum/effective_group_fraction"] == 0.5
 
 
-@pytest.mark.parametrize("settings", [{}, MIXED], ids=["full", "online"])
+@pytest.mark.parametrize("settings", [{}, MIXED, MIXED | POSTERIOR], ids=["full", "online", "posterior"])
 @pytest.mark.parametrize(("saved_on", "loaded_on"), [(1, 1), (2, 1), (1, 3), (3, 2)])
 def test_resume_draws_what_an_unbroken_run_draws(tmp_path, saved_on, loaded_on, settings):
     unbroken = train(make(**settings), range(1, 21))

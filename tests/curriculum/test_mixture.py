@@ -49,6 +49,15 @@ def test_each_source_is_drawn_as_it_would_be_alone(strategy):
         assert len(set(seen[SOURCES[seen] == 2])) == 400
 
 
+@pytest.mark.parametrize("rule", ["candidates", "posterior"])
+def test_rules_keep_the_quotas(rule):
+    mixed = MixedSampler(SOURCES, WEIGHTS, B, 5, "curriculum", 0.8, True, rule)
+    for number in range(1, 30):
+        drawn = mixed.draw(number, mixed.noise(number), np.full(len(SOURCES), number))
+        assert np.bincount(SOURCES[drawn]).tolist() == [10, 6, 4]
+        assert not np.array_equal(mixed.noise(number), mixed.noise(number + 1))
+
+
 def test_lambda_holds_within_each_source():
     """A weight on one prompt of each source: half of each quota is that prompt, the rest of the walk."""
     table = np.zeros(len(SOURCES), dtype=np.float32)

@@ -1,6 +1,7 @@
 """The online refresh through the coordinator: what it draws, learns, saves; and the edges of both refreshes."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
 
 ONLINE = {"curriculum_refresh": "online"}
+POSTERIOR = ONLINE | {"curriculum_draw": "posterior", "curriculum_mixture_ratio": 0.8}
+CANDIDATES = ONLINE | {"curriculum_draw": "candidates", "curriculum_candidates": 2}
 
 
 def outcome(index, pass_rate, num_responses=N, self_bleu=0.2, is_probe=False):
@@ -35,8 +38,9 @@ def table(num_prompts=P, categories=None, **settings):
     return OnlineTable([f"p{i}" for i in range(num_prompts)], "abc", categories or [""] * num_prompts, data, N)
 
 
-def test_a_resume_on_as_many_ranks_is_exact_to_the_bit(tmp_path):
-    whole, first, second = make(**ONLINE), make(**ONLINE), make(**ONLINE)
+@pytest.mark.parametrize("settings", [ONLINE, POSTERIOR, CANDIDATES], ids=["proportional", "posterior", "candidates"])
+def test_a_resume_on_as_many_ranks_is_exact_to_the_bit(tmp_path, settings):
+    whole, first, second = (make(**settings) for _ in range(3))
     train(whole, range(1, 25))
     train(first, range(1, 10))
     first.save(tmp_path)
@@ -209,11 +213,11 @@ def test_all_equal_scores_are_uniform(settings, rate):
         assert set(weights) == {1.0}
 
 
-@pytest.mark.parametrize("settings", [ONLINE, {}])
+@pytest.mark.parametrize("settings", [ONLINE, {}, POSTERIOR, CANDIDATES, {"curriculum_draw": "candidates"}])
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 @pytest.mark.parametrize("num_prompts", [1, 4, P])
 def test_any_mixture_and_any_size(settings, ratio, num_prompts):
-    coordinator = make(num_prompts=num_prompts, curriculum_mixture_ratio=ratio, **settings)
+    coordinator = make(num_prompts=num_prompts, **(settings | {"curriculum_mixture_ratio": ratio}))
     history = train(coordinator, range(1, 8))
     for batch, metrics in history:
         assert len(batch) == B and set(batch) <= set(range(num_prompts))
@@ -311,3 +315,42 @@ def test_a_resumed_run_leaves_out_the_prompts_of_steps_begun_ahead(tmp_path):
     assert second.next_batch(3).tolist() and len(taken) < P
     probes = second.next_probes(3).tolist()
     assert probes == first.next_probes(3).tolist() != [] and not taken & set(probes)
+
+
+def test_posterior_draws_what_beliefs_allow_for_and_no_prompt_underway():
+    coordinator = make(**(POSTERIOR | {"curriculum_mixture_ratio": 1.0}))
+    for step in range(1, 13):  # the first eight prompts are at 1/2, the others dead; each is seen
+        coordinator.next_batch(step)
+        observed = [outcome(i, 0.5 if i < 8 else 0.0) for i in range(P)]
+        coordinator.observe(step, observed)
+        coordinator.finish_step(step, np.arange(P))
+    first = coordinator.next_batch(13).tolist()
+    assert len(set(first)) == B and set(first) <= set(range(8))
+    again, ahead = coordinator.next_batch(13).tolist(), coordinator.next_batch(14).tolist()
+    assert set(first) | set(again) >= set(range(8)) and len({*first, *again, *ahead}) == 3 * B
+
+
+def test_sampled_scores_follow_the_belief():
+    """u at m + noise sqrt(V) / 2, and diversity as measured."""
+    whole = table(curriculum_metrics=["learnability", "self-bleu"], curriculum_metric_weights=[2.0, 0.5])
+    whole.finish_step(1, [outcome(2, 0.75), outcome(5, 0.25, self_bleu=0.6)], np.array([2, 5]))
+    noise = np.linspace(-2, 2, P, dtype=np.float32)
+    mean, variance = whole._filter.belief(slice(None))
+    rates = 1 / (1 + np.exp(-(mean + noise * np.sqrt(variance) / 2)))
+    diversity = np.full(P, 0.5 * (0.8 + 0.4) / 2)
+    diversity[[2, 5]] = 0.5 * 0.8, 0.5 * 0.4
+    assert whole.sampled_scores(noise) == pytest.approx(2 * rates * (1 - rates) + diversity, abs=1e-5)
+    assert whole.unseen_steps()[[2, 5]].tolist() == [1, 1] and whole.unseen_steps()[3] > 10**9
+
+
+def test_another_rule_than_the_checkpoints_is_told(tmp_path, caplog):
+    first = make(**ONLINE)
+    train(first, range(1, 3))
+    first.save(tmp_path)
+    state = json.loads((tmp_path / "curriculum.json").read_text())
+    del state["settings"]["data.curriculum_draw"]  # as earlier versions left it
+    (tmp_path / "curriculum.json").write_text(json.dumps(state))
+    make(**ONLINE).load(tmp_path)
+    assert not caplog.records
+    make(**POSTERIOR).load(tmp_path)
+    assert "data.curriculum_draw proportional -> posterior" in caplog.text

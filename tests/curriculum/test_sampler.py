@@ -1,3 +1,5 @@
+from itertools import combinations, permutations
+
 import numpy as np
 import pytest
 from scipy.stats import chi2
@@ -206,3 +208,82 @@ def test_concentrated_weights_without_replacement():
             third[sum(batch) - 1] += 1
     p = chi_square_p(third[2:], np.array([3, 2, 1, 1]) / 7)
     assert third.sum() > 3900 and 1e-3 < p < 0.999
+
+
+# The other rules
+
+
+def test_candidates_are_included_as_often_as_counted_by_hand():
+    """Brute force over all equally likely sets of candidates: which two of four are the best of each."""
+    weights = np.array([0.1, 0.9, 0.3, 0.3, 0.8, 0.2, 0.0], dtype=np.float32)  # two of them tie
+    sampler = PromptSampler(7, 2, 11, "curriculum", 1.0, rule="candidates", num_candidates=2)
+    included = np.zeros(7)
+    subsets = list(combinations(range(7), 4))
+    for subset in subsets:
+        for order in permutations(subset):  # ties fall to either
+            included[sorted(order, key=lambda k: -weights[k])[:2]] += 1.0 / (24 * len(subsets))
+    num_steps = 6000
+    counts = np.bincount(draws(sampler, num_steps, weights), minlength=7)
+    spread = np.sqrt(num_steps * included * (1 - included))
+    assert (np.abs(counts - num_steps * included) <= 4 * spread + 1e-9).all()
+
+
+def test_candidates_leave_out_who_is_walked_and_lambda_is_the_share_of_the_best():
+    weights = np.arange(40, dtype=np.float32)
+    sampler = PromptSampler(40, 10, 3, "curriculum", 0.6, rule="candidates", num_candidates=1000)
+    walked = np.zeros(40, dtype=int)
+    for number in range(1, 21):
+        batch, turn = sampler.draw(number, weights), sampler.walk(4 * (number - 1), 4)
+        assert len(set(batch.tolist())) == 10
+        best = [k for k in range(39, -1, -1) if k not in turn][:6]
+        assert sorted(batch) == sorted([*best, *turn])
+        walked[turn] += 1
+    assert (walked == 2).all()  # every prompt within 1 / (1 - lambda) epochs
+
+
+def test_posterior_takes_the_best_and_passes_over_whom_it_saw():
+    scores = np.arange(40, dtype=np.float32)
+    sampler = PromptSampler(40, 10, 3, "curriculum", 0.8, rule="posterior")
+    turn = sampler.walk(2 * 4, 2)  # of the fifth draw; the turn comes again after 20 draws
+    for unseen, taken in ((19, []), (20, list(turn))):
+        batch = sampler.draw(5, scores, np.full(40, unseen))
+        best = [k for k in range(39, -1, -1) if k not in taken][: 10 - len(taken)]
+        assert sorted(batch) == sorted([*best, *taken])
+
+
+def test_every_prompt_is_seen_within_a_turn_and_then_within_three():
+    """Scores that never change: what they leave out comes in turn, whether it is seen elsewhere or not."""
+    random = np.random.default_rng(0)
+    sampler = PromptSampler(57, 8, 3, "curriculum", 0.75, rule="posterior")
+    scores, last_seen = random.random(57).astype(np.float32), np.full(57, -1000)
+    turn = 57 / 2  # draws
+    for number in range(1, 200):
+        batch = sampler.draw(number, scores, number - last_seen)
+        assert len(batch) == 8
+        if number > turn + 1:
+            assert (number - last_seen).max() <= 3 * turn
+        last_seen[batch] = number
+
+
+@pytest.mark.parametrize("rule", ["candidates", "posterior"])
+@pytest.mark.parametrize("ratio", [0.0, 0.37, 1.0])
+@pytest.mark.parametrize(("num_prompts", "batch_size"), [(401, 7), (7, 7), (5, 4), (3, 11), (1, 5), (1, 1)])
+def test_rules_fill_any_batch_from_any_pool(rule, ratio, num_prompts, batch_size):
+    sampler = PromptSampler(num_prompts, batch_size, 3, "curriculum", ratio, rule=rule)
+    weights = np.random.default_rng(1).random(num_prompts).astype(np.float32)
+    for number in range(1, 12):
+        for scores in (weights, np.zeros_like(weights), np.full_like(weights, -np.inf)):
+            batch = sampler.draw(number, scores, np.full(num_prompts, number))
+            assert batch.dtype == np.int64 and len(batch) == batch_size
+            assert batch.min() >= 0 and batch.max() < num_prompts
+            assert np.array_equal(batch, sampler.draw(number, scores, np.full(num_prompts, number)))
+
+
+def test_draws_of_the_other_rules_are_these_numbers():
+    """See `test_draws_are_these_numbers`."""
+    weights = np.arange(1, 14, dtype=np.float32)
+    candidates = PromptSampler(13, 6, 42, "curriculum", 0.5, rule="candidates", num_candidates=2)
+    posterior = PromptSampler(13, 6, 42, "curriculum", 0.5, rule="posterior")
+    assert candidates.draw(1, weights).tolist() == [9, 5, 0, 12, 10, 8]
+    scores = weights * posterior.noise(1)
+    assert posterior.draw(1, scores, np.full(13, 9)).tolist() == [4, 5, 0, 3, 12, 8]

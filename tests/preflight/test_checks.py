@@ -74,6 +74,7 @@ def test_whole_sequences_must_fit_without_chunked_prefill(valid):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
+        (["data.curriculum_draw=posterior"], "set data.curriculum_refresh=online, or data.curriculum_draw=candidates"),
         (["data.curriculum_metrics=[learnabillity]"], "unknown metric 'learnabillity'; known: learnability, "),
         (["data.curriculum_metrics=[learnability,self-bleu]"], "one weight a metric"),
         (["data.curriculum_metrics=[self-bleu,self_bleu_123]", "data.curriculum_metric_weights=[1,1]"], "lists self"),
