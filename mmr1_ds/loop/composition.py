@@ -55,6 +55,7 @@ from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.loop.trainer import Trainer
 from mmr1_ds.loop.turns import Turns
 from mmr1_ds.loop.validation import Validation
+from mmr1_ds.monitoring.answers import AnswerLog
 from mmr1_ds.monitoring.environment import write_environment
 from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
@@ -299,6 +300,7 @@ def make_trainer(
         turns=turns,
         records=records,
         metrics_logger=metrics_logger,
+        answer_log=AnswerLog(run_directory(config) / "eval", is_main=ranks.rank == 0),
         ranks=ranks,
     )
     kept_refresh = checkpoints.root / KEPT

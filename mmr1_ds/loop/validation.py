@@ -1,9 +1,12 @@
-"""Rewards on the validation data."""
+"""Answers to the validation data, and what they were worth."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, TrainerConfig, ValidationSampling
@@ -12,13 +15,19 @@ from mmr1_ds.loop.collector import VALIDATION, Collector, RequestMaker
 from mmr1_ds.loop.metrics import reward_metrics, validation_lengths
 from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.loop.turns import Turns
+from mmr1_ds.loop.validation_metrics import Answered, part_name, validation_metrics
+from mmr1_ds.monitoring.answers import AnswerLog
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.monitoring.logger import MetricsLogger
 from mmr1_ds.records import SamplingSettings, ScoredGroup
+from mmr1_ds.rewards.answers import final_answer
 from mmr1_ds.rewards.scoring import RewardCounts
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
+
+
+_GATHERED = 64  # prompts of a rank whose texts are sent at once
 
 
 class Validation:
@@ -38,6 +47,7 @@ class Validation:
         turns: Turns,
         records: StepRecords,
         metrics_logger: MetricsLogger,
+        answer_log: AnswerLog,
         ranks: Ranks,
     ) -> None:
         """
@@ -49,7 +59,8 @@ class Validation:
         self._val_data, self._sampling, self._data, self._trainer = val_data, sampling, data, trainer
         self._num_steps, self._requests = num_steps, RequestMaker(seed)
         self._collector, self._encoder, self._turns = collector, encoder, turns
-        self._records, self._metrics_logger, self._ranks = records, metrics_logger, ranks
+        self._records, self._metrics_logger, self._answer_log = records, metrics_logger, answer_log
+        self._ranks = ranks
 
     def before_training(self, step: int) -> dict[str, float]:
         """Validate a run that begins now, or that only validates. Collective. Returns: as `run`, or no metrics."""
@@ -71,26 +82,66 @@ class Validation:
         chunk = self._data.val_batch_size if self._data.val_batch_size > 0 else len(data)
         groups: list[ScoredGroup] = []
         failures: list[RewardCounts] = []
+        answered: list[Answered] = []
         with (
             clock("testing"),
             self._turns.rollout(),
-            self._metrics_logger.progress(len(data), f"validation after step {step}") as advance,
+            self._answer_log.of_step(step) as log,
+            self._metrics_logger.progress(len(data) * sampling.n, f"validation after step {step}, answers") as advance,
         ):
+            counted = _of_all_ranks(advance, ranks.size, len(data) * sampling.n)
             for start in range(0, len(data), chunk):
                 own = range(start, min(start + chunk, len(data)))[ranks.rank :: ranks.size]
                 # Step 0 for all: validation at different steps shares its seeds, so that runs compare.
                 requests = self._requests(data, own, sampling.n, VALIDATION, 0, own)
-                scored, chunk_failures = self._collector.collect(requests, settings, StageClock(ranks.stage))
+                scored, chunk_failures = self._collector.collect(requests, settings, StageClock(ranks.stage), counted)
                 groups += scored
                 failures.append(chunk_failures)
-                advance(min(start + chunk, len(data)) - start)
+                for first in range(0, math.ceil(chunk / ranks.size), _GATHERED):
+                    found = [self._answers(data, item) for item in scored[first : first + _GATHERED]]
+                    everyone = ranks.all_gather_objects(found, "gather answers")
+                    in_order = sorted((pair for part in everyone for pair in part), key=lambda pair: pair[0].index)
+                    answered += [one for one, _ in in_order]
+                    log([row for _, rows in in_order for row in rows])
         self._log_generations(step, groups[: self._trainer.val_generations_to_log])
         metrics = self._records.stages(clock)
         metrics |= validation_lengths([item.group for item in groups], self._data.max_prompt_length, ranks)
         for name, value in reward_metrics([group.rewards for group in groups], failures, ranks).items():
             part = name.removeprefix("reward/")
             metrics[f"val/{part}" if part.startswith("num_") else f"val/{part}_reward"] = value
+        metrics |= validation_metrics(answered, sampling.n)
         return metrics | {"val/reward_score": metrics["val/overall_reward"]}
+
+    def _answers(self, data: PromptDataset, item: ScoredGroup) -> tuple[Answered, list[dict[str, Any]]]:
+        """Return what the answers to one prompt were worth, and a row for each."""
+        prompt, rewards = item.group.prompt, item.rewards
+        texts = [self._encoder.decode(response.token_ids.tolist()) for response in item.group.responses]
+        file = data.source_names[data.sources[prompt.index]]
+        parts = [prompt.category] + ([file] if len(data.source_names) > 1 else [])
+        overall = np.where(rewards.is_unknown, np.nan, rewards.overall).astype(np.float32)
+        answered = Answered(
+            prompt.index,
+            tuple(dict.fromkeys(name for part in parts if (name := part_name(part)))),
+            overall,
+            rewards.accuracy,
+            tuple(map(final_answer, texts)),
+        )
+        rows = [
+            {
+                "prompt_id": prompt.prompt_id,
+                "category": prompt.category,
+                "file": file,
+                "answer": k,
+                "response": text,
+                "ground_truth": prompt.ground_truth,
+                "reward": _number(overall[k]),
+                "accuracy": _number(rewards.accuracy[k]),
+                "num_tokens": len(response.token_ids),
+                "finished": response.finished,
+            }
+            for k, (text, response) in enumerate(zip(texts, item.group.responses, strict=True))
+        ]
+        return answered, rows
 
     def _log_generations(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         decode = self._encoder.decode
@@ -105,3 +156,19 @@ class Validation:
             for response, reward in zip(item.group.responses[:1], item.rewards.overall[:1], strict=True)
         ]
         self._metrics_logger.generations(step, rows)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _of_all_ranks(advance: Callable[[int], None], num_ranks: int, total: int) -> Callable[[int], None]:
+    """Count for all ranks, up to `total`, what this one has done: they sample side by side."""
+    done = 0
+
+    def counted(count: int) -> None:
+        nonlocal done
+        before, done = min(done, total), done + count * num_ranks
+        advance(min(done, total) - before)
+
+    return counted
