@@ -17,20 +17,16 @@ from pathlib import Path
 from typing import Any
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-NUM_TRAIN, NUM_VAL = 512, 96
-# What the answer begins with, so that the model says the result at once: it would explain for 60 tokens otherwise.
-PREFILL = "The answer is"
+NUM_TRAIN, NUM_VAL = 560, 84
 CHAIN = {"min_terms": 2, "max_terms": 2}
 # Family -> (task of reasoning-gym, its settings, share of the data).
 FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "add_1_digit": ("chain_sum", {**CHAIN, "min_digits": 1, "max_digits": 1}, 1),
-    "add_2_digits": ("chain_sum", {**CHAIN, "min_digits": 2, "max_digits": 2}, 1),
+    "add_2_digits": ("chain_sum", {**CHAIN, "min_digits": 2, "max_digits": 2}, 2),
     "add_3_terms": ("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}, 1),
     "times_1_digit": ("products", {**CHAIN, "min_digits": 1, "max_digits": 1}, 1),
     "gcd": ("gcd", {"min_value": 2, "max_value": 20}, 1),
     "letters": ("letter_counting", {"min_words": 1, "max_words": 1}, 1),
-    "legs": ("leg_counting", {"min_animals": 1, "max_animals": 1, "min_instances": 1, "max_instances": 3}, 1),
-    "syllogism": ("syllogism", {}, 1),
 }
 
 
@@ -57,24 +53,27 @@ def questions(family: str, seed: int) -> Iterator[dict[str, Any]]:
     seen = set()
     for seed_of_part in range(seed, seed + 100):
         for item in reasoning_gym.create_dataset(task, size=256, seed=seed_of_part, **settings):
-            question = short(task, item["question"].strip())
+            question, beginning = asked(task, item["question"])
             if question not in seen:
                 seen.add(question)
-                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": PREFILL}]
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": beginning}]
                 yield {"prompt": messages, "answer": str(item["answer"]).strip(), "family": family}
 
 
-def short(task: str, question: str) -> str:
-    """Return the question without what a small model only trips over."""
-    if task == "chain_sum":
-        return f"What is {question.split('problem:')[1].split('=')[0].strip()}?"
-    if task == "products":
-        return f"What is {question.split('multiplication:')[1].split('.')[0].strip()}?"
+def asked(task: str, question: str) -> tuple[str, str]:
+    """Return a short form of the question, and the words that its answer begins with.
+
+    With them the model says the result at once; without, it explains for 60 tokens what it is about to do.
+    """
+    if task in ("chain_sum", "products"):
+        formula = question.split("problem:" if task == "chain_sum" else "multiplication:")[1]
+        formula = formula.split("=")[0].split(". ")[0].strip()
+        return f"What is {formula}?", f"{formula} ="
     if task == "gcd":
-        return f"What is the greatest common divisor of {question.split('numbers:')[1].split('.')[0].strip()}?"
-    if task == "leg_counting":
-        return "H" + question.split("Now, h")[-1]
-    return question
+        numbers = question.split("numbers:")[1].split(".")[0].strip()
+        return f"What is the greatest common divisor of {numbers}?", f"The greatest common divisor of {numbers} is"
+    letter, word = question.split('"')[1::2]
+    return f'How often is the letter "{letter}" in "{word}"?', f'The number of letters "{letter}" in "{word}" is'
 
 
 def write_questions(folder: Path) -> None:

@@ -295,6 +295,7 @@ def make_trainer(
         trainer,
         seed,
         num_steps,
+        str(worker.actor.model.model_path),
         collector=collector,
         encoder=encoder,
         turns=turns,
@@ -510,6 +511,9 @@ def _check_installed(config: RunConfig) -> None:
 
 def _load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset, PromptDataset | None]:
     limit = config.worker.rollout.limit_images
+    if config.trainer.val_only:  # no prompt is drawn, so the training data may be any
+        val_data = load_dataset(config.data.val_files, config.data, encoder, "data.val_files", limit)
+        return val_data, val_data
     train_data = load_dataset(config.data.train_files, config.data, encoder, limit_images=limit)
     if not config.data.val_files:
         return train_data, None

@@ -18,6 +18,7 @@ class Answered:
     """One prompt with what its n answers were worth."""
 
     index: int  # of the prompt in the validation data
+    prompt_id: str
     parts: tuple[str, ...]  # names of the parts of the data that it belongs to
     overall: np.ndarray  # (n,) float32, NaN = unknown
     accuracy: np.ndarray  # (n,) float32 in [0, 1], NaN = unknown

@@ -25,8 +25,11 @@ class AnswerLog:
         self._folder, self._is_main = folder, is_main
 
     @contextmanager
-    def of_step(self, step: int) -> Iterator[Callable[[Rows], None]]:
-        """Open the file of a step, in place of an earlier one. Yields: what takes rows and writes them at once."""
+    def of_step(self, step: int, continued: bool = False) -> Iterator[Callable[[Rows], None]]:
+        """Open the file of a step, in place of an earlier one. Yields: what takes rows and writes them at once.
+
+        continued: an earlier one stays, and what is written comes behind it.
+        """
         path = self._folder / f"step_{step}" / FILE
         works = self._is_main
 
@@ -42,5 +45,5 @@ class AnswerLog:
                 works = False
                 logger.warning("%s is not written (%s); its answers are lost, the run goes on", path, in_words(error))
 
-        write((), "w")
+        write((), "a" if continued else "w")
         yield write

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from mmr1_ds.loop.validation_metrics import (
     MOST_PARTS,
     Answered,
@@ -21,7 +22,7 @@ NAN = float("nan")
 
 def answered(accuracy, parts=(), votes=None, index=0):
     accuracy = np.array(accuracy, dtype=np.float32)
-    return Answered(index, tuple(parts), accuracy, accuracy, tuple(votes or map(str, accuracy)))
+    return Answered(index, str(index), tuple(parts), accuracy, accuracy, tuple(votes or map(str, accuracy)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

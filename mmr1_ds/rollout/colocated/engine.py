@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +115,10 @@ class VllmRollout(InTurn):
         try:
             # The ranks of a tensor-parallel group wait for each other in every token.
             with self._preemption.interrupting() if self._tensor_parallel_size == 1 else nullcontext():
-                bar = partial(_Progress, advance, self._tensor_parallel_size)
+
+                def bar(items: Any = None, **options: Any) -> Any:
+                    return _Progress(advance, self._tensor_parallel_size) if items is None else items
+
                 return self._llm.generate(inputs, parameters, use_tqdm=bar)
         except SamplingAbandoned:
             return None
@@ -168,7 +170,7 @@ class VllmRollout(InTurn):
 class _Progress:
     """Stands where vLLM's own bar would, and passes on what it counts."""
 
-    def __init__(self, advance: Callable[[int], None], shared_by: int, **options: Any) -> None:
+    def __init__(self, advance: Callable[[int], None], shared_by: int) -> None:
         """shared_by: ranks whose responses are counted together."""
         self._advance, self._shared_by = advance, shared_by
         self.n, self.postfix = 0, ""
