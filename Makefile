@@ -1,4 +1,5 @@
 # make demo     train the demo: nothing to prepare, a few minutes on two cores (ARGS="key=value ..." overrides)
+# make real     train SmolLM2-135M on reasoning-gym, 30 steps on a CPU (examples/real_text)
 # make check    lint, types and the fast tests
 # make test     every test, the end-to-end ones included
 # make chaos    kill ranks of short runs, KILLS=100 times, and compare with a run that was left alone
@@ -23,10 +24,13 @@ LARGE ?= 150
 SEED ?= 7
 SANITIZED ?= build/fuzz_count_ngrams
 
-.PHONY: demo check lint types fast test slow chaos gpu-check sanitize docs setup clean distclean
+.PHONY: demo real check lint types fast test slow chaos gpu-check sanitize docs setup clean distclean
 
 demo: setup
 	@bash launch/demo.sh $(ARGS)
+
+real: setup
+	@bash examples/real_text/run.sh $(ARGS)
 
 setup:
 	@bash launch/setup.sh

@@ -24,7 +24,7 @@ from mmr1_ds.cluster.launch import (
 from mmr1_ds.cluster.preemption import Preempted, Preemption
 from mmr1_ds.cluster.watch import CollectiveError, exit_code
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import trains_critic
+from mmr1_ds.config.derived import trains_critic, without_training
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.redaction import remember
@@ -102,6 +102,8 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
     """Check everything and log the plan. Returns: None after a dry run."""
     loaded = load_config(argv)
     config = loaded.config
+    if config.trainer.val_only:
+        config = without_training(config)
     remember(asdict(config))
     if launch.rank == 0:
         for line in loaded.warnings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import NamedTuple, NoReturn
 
 from mmr1_ds import train
@@ -15,7 +16,7 @@ from mmr1_ds.commands.data import command as data
 from mmr1_ds.commands.plan import command as plan
 from mmr1_ds.commands.report import command as report
 from mmr1_ds.commands.score import command as score
-from mmr1_ds.config import reference
+from mmr1_ds.config import ValidationSampling, reference
 from mmr1_ds.config.loading import LOCAL_RANK
 from mmr1_ds.errors import UserError
 
@@ -77,8 +78,21 @@ def _train(arguments: argparse.Namespace) -> int:
     return train.main(arguments.settings)
 
 
+def _add_pass_rates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pass-rates", metavar="FILE", help="write each prompt's pass rate there, a JSON line each, and a histogram; "
+        "started again it goes on",
+    )  # fmt: skip
+    parser.epilog = "n=16, temperature, top_p, top_k and max_tokens alone are those of the validation's sampling"
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
-    return train.main([*arguments.settings, "trainer.val_only=true", "trainer.save_freq=-1"])
+    names = tuple(f"{field.name}=" for field in fields(ValidationSampling))
+    prefix = "worker.rollout.val_override_config."
+    settings = [prefix + word if word.startswith(names) else word for word in arguments.settings]
+    if arguments.pass_rates is not None:
+        settings.append(f"trainer.pass_rates={arguments.pass_rates}")
+    return train.main([*settings, "trainer.val_only=true", "trainer.save_freq=-1"])
 
 
 def _add_part(parser: argparse.ArgumentParser) -> None:
@@ -99,8 +113,9 @@ COMMANDS = {
         "config=demo trainer.max_steps=4",
     ),
     "eval": Command(
-        _evaluate, None, True, "validate the model, or the newest checkpoint of the run, on data.val_files",
-        "config=runs/my_run/config.yaml",
+        _evaluate, _add_pass_rates, True,
+        "validate the model, or the newest checkpoint of the run, on data.val_files; needs no training data",
+        "config=runs/my_run/config.yaml n=16 --pass-rates rates.jsonl",
     ),
     "serve": Command(
         serve.main, serve.add_arguments, True, "run a rollout server for a run that trains elsewhere",

@@ -41,6 +41,18 @@ def resolved_critic(config: RunConfig) -> CriticConfig:
     return dataclasses.replace(critic, **shared, model=model)
 
 
+def without_training(config: RunConfig) -> RunConfig:
+    """Return the configuration of a validation alone: what only training reads is put where it asks for nothing.
+
+    The validation data stand for the training data, from which no prompt is drawn.
+    """
+    data = dataclasses.replace(
+        config.data, train_files=config.data.val_files, train_weights=[], sampling_strategy="sequential", shuffle=False
+    )
+    algorithm = dataclasses.replace(config.algorithm, disable_kl=True)
+    return dataclasses.replace(config, data=data, algorithm=algorithm)
+
+
 def total_training_steps(config: RunConfig, num_prompts: int) -> int:
     """Return the steps of the whole run: trainer.max_steps, or total_episodes times P // B, at least 1 an episode."""
     if config.trainer.max_steps is not None:

@@ -112,6 +112,7 @@ def _expand_home(config: RunConfig) -> None:
     """Expand a leading ~, which the shell leaves alone in key=~/path, and vLLM and transformers do not know."""
     model, trainer = config.worker.actor.model, config.trainer
     model.model_path, model.tokenizer_path = _at_home(model.model_path), _at_home(model.tokenizer_path)
+    trainer.pass_rates = _at_home(trainer.pass_rates)
     config.data.image_dir, trainer.run_dir = _at_home(config.data.image_dir), _at_home(trainer.run_dir)
     trainer.load_checkpoint_path = _at_home(trainer.load_checkpoint_path)
     trainer.save_checkpoint_path = _at_home(trainer.save_checkpoint_path)
@@ -254,7 +255,10 @@ def _translated(flat: Mapping[str, Any], where: str) -> Translation:
 
 
 def _merge(merged: dict[str, Any], key: str, value: Any) -> None:
-    """Let a later source's key win. Mappings that are values merge key by key, everything else is replaced."""
+    """Let a later source's key win. Mappings that are values merge key by key, everything else is replaced.
+
+    An empty mapping replaces as well: `key={}` empties it.
+    """
     target = key if key in leaf_types() else _mapping_above(key)
     assert target is not None  # _translated saw to it
     if target != key:
@@ -263,7 +267,9 @@ def _merge(merged: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(merged.get(target), str):
             raise UserError(f"{key}: {target} is the file {merged[target]}; change it there, or give a mapping instead")
     before = merged.get(target)
-    merged[target] = _merged_mappings(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    if isinstance(before, dict) and isinstance(value, dict) and value:
+        value = _merged_mappings(before, value)
+    merged[target] = value
 
 
 def _merged_mappings(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -435,6 +435,8 @@ class TrainerConfig:
     val_freq: PositiveOrMinusOne = -1  # steps between validations; -1 = none after the first
     val_before_train: bool = True  # validate before the first step
     val_only: bool = False  # validate and stop
+    # validation alone: a file that gets each prompt's pass rate, a JSON line each; prompts that it has are passed over
+    pass_rates: str | None = None
     val_generations_to_log: NonNegativeInt = 0  # validation answers logged
     train_generations_to_log: NonNegativeInt = 8  # prompts a step whose best and worst answers go to samples.jsonl
     # parquet: all responses of every step go to rollouts/, a part a step; null = none

@@ -123,11 +123,11 @@ class BatchMaker:
                 logger.info("step %d: %d of %d groups teach, drawing again", step, num_teaching, self._batch_size)
             in_flight = self._wait(step, num_draws, settings, clock)
             came_back = [group for _, group in sorted(in_flight.groups.items()) if group is not None]
-            groups, probes, failures = self._score(step, came_back, len(in_flight.slots), clock)
+            groups, failures = self._score(step, came_back, len(in_flight.slots), clock)
             self._in_flight.pop(step, None)
             if filtering and num_tries == 0:
                 check_filter_key(self._algorithm.filter_key, groups, self._ranks)
-            drawn.add(in_flight.slots, groups, probes, failures, self._batch_size, self._algorithm)
+            drawn.add(in_flight.slots, groups, failures, self._batch_size, self._algorithm)
             num_tries += 1
             num_draws = max(in_flight.slots) // self._batch_size + 1  # those of a resumed step may have been others
             if filtering:
@@ -218,17 +218,17 @@ class BatchMaker:
 
     def _score(
         self, step: int, groups: Sequence[RolloutGroup], num_training: int, clock: StageClock
-    ) -> tuple[list[ScoredGroup], list[ScoredGroup], RewardCounts]:
+    ) -> tuple[list[ScoredGroup], RewardCounts]:
         """Score groups, and let the curriculum observe them; those after the first `num_training` are probes.
 
-        Collective. Returns: the training groups, the probes, and the rewards that failed.
+        Collective. Returns: the training groups, and the rewards that failed, those of probes among them.
         """
         scored, failures = self._collector.score(groups, clock)
         with clock("curriculum"):
             found = self._score_groups(scored)
             of_probes = [dataclasses.replace(prompt, is_probe=True) for prompt in found[num_training:]]
             self._coordinator.observe(step, found[:num_training] + of_probes)
-        return scored[:num_training], scored[num_training:], failures
+        return scored[:num_training], failures
 
     def _baselines(
         self, step: int, groups: Sequence[ScoredGroup], settings: SamplingSettings, clock: StageClock

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rewards.scoring import FAILED, RESPONSES, UNSCORED, RewardCounts, score_groups
+from mmr1_ds.rollout.base import ignore
 
 if TYPE_CHECKING:
     from mmr1_ds.data.dataset import PromptDataset
@@ -75,15 +76,20 @@ class Collector:
         self._rewards_work = False  # whether any reward has come back yet
 
     def collect(
-        self, requests: Sequence[RolloutRequest], settings: SamplingSettings, clock: StageClock
+        self,
+        requests: Sequence[RolloutRequest],
+        settings: SamplingSettings,
+        clock: StageClock,
+        advance: Callable[[int], None] = ignore,
     ) -> tuple[list[ScoredGroup], RewardCounts]:
         """Generate and score the groups of this rank's requests. Returns: them in order, and the failed rewards.
 
         Collective: all ranks, each with its own requests (any number of them).
+        Args: advance: takes how many more responses are sampled.
         Raises: UserError when no reward has worked yet: training on zeros would teach nothing.
         """
         with clock("gen"):
-            groups = self._rollout.generate(requests, settings)
+            groups = self._rollout.generate(requests, settings, advance)
         return self.score(groups, clock)
 
     def begin(self, in_flight: InFlight, settings: SamplingSettings) -> None:

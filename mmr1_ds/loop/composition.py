@@ -57,6 +57,7 @@ from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.loop.trainer import Trainer
 from mmr1_ds.loop.turns import Turns
 from mmr1_ds.loop.validation import Validation
+from mmr1_ds.monitoring.answers import AnswerLog
 from mmr1_ds.monitoring.environment import write_environment
 from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
@@ -305,11 +306,13 @@ def make_trainer(
         trainer,
         seed,
         num_steps,
+        str(worker.actor.model.model_path),
         collector=collector,
         encoder=encoder,
         turns=turns,
         records=records,
         metrics_logger=metrics_logger,
+        answer_log=AnswerLog(run_directory(config) / "eval", is_main=ranks.rank == 0),
         ranks=ranks,
     )
     kept_refresh = checkpoints.root / KEPT
@@ -534,6 +537,9 @@ def _check_installed(config: RunConfig) -> None:
 def _load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset, PromptDataset | None]:
     limit = config.worker.rollout.limit_images
     data, is_curriculum = config.data, config.data.sampling_strategy == "curriculum"
+    if config.trainer.val_only:  # no prompt is drawn, so the training data may be any
+        val_data = load_dataset(data.val_files, data, encoder, "data.val_files", limit)
+        return val_data, val_data
     with_features = is_curriculum and data.curriculum_refresh == "online" and data.curriculum_features == "text"
     train_data = load_dataset(data.train_files, data, encoder, limit_images=limit, with_sketches=with_features)
     if not data.val_files:

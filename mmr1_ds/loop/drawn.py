@@ -20,14 +20,13 @@ class Drawn:
     def __init__(self) -> None:
         self.teaching: dict[int, ScoredGroup] = {}
         self.others: dict[int, ScoredGroup] = {}  # the first few, without their prompts: many may come
-        self.rewards: list[GroupRewards] = []  # of all groups, probes included
+        self.rewards: list[GroupRewards] = []  # of all groups but probes, which train nothing
         self.failures: list[RewardCounts] = []
 
     def add(
         self,
         slots: Sequence[int],
         groups: Sequence[ScoredGroup],
-        probes: Sequence[ScoredGroup],
         failures: RewardCounts,
         most_others: int,
         algorithm: AlgorithmConfig,
@@ -38,7 +37,7 @@ class Drawn:
                 self.teaching[slot] = group
             elif len(self.others) < most_others:
                 self.others[slot] = _without_prompt(group)
-        self.rewards += [group.rewards for group in (*groups, *probes)]
+        self.rewards += [group.rewards for group in groups]
         self.failures.append(failures)
 
 

@@ -100,10 +100,10 @@ class PartialBatchMaker(BatchMaker):
             self._rates.observe("fresh", num_fresh, len(finished) - before - of_carried)
         chosen = [id for id in sorted(finished)[: self._batch_size] if id in self._begun]
         groups = [group for id in chosen if (group := self._begun[id][1]) is not None]
-        scored, scored_probes, failures = self._score(step, groups + probes, len(groups), clock)
+        scored, failures = self._score(step, groups + probes, len(groups), clock)
         for id in chosen:
             del self._begun[id]
-        drawn.add(chosen, scored, scored_probes, failures, self._batch_size, self._algorithm)
+        drawn.add(chosen, scored, failures, self._batch_size, self._algorithm)
         return drawn, {
             "partial/num_rounds": float(num_rounds),
             "partial/num_waiting": float(len(finished) - self._batch_size),  # done, for the next step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from mmr1_ds.rollout.base import ServersGone
 if TYPE_CHECKING:
     from mmr1_ds.engine.actor import Actor
     from mmr1_ds.engine.critic import Critic
+
+logger = logging.getLogger(__name__)
 
 PROMPT_IDS = "prompt_ids.safetensors"  # beside the checkpoints, which link to it
 _SAVE_PARTS = 3  # of a checkpoint, for its bar: what was begun ahead, the engines, digests
@@ -85,6 +88,7 @@ class RunState:
     def saved_when_interrupted(self) -> Iterator[None]:
         """Inside, the run may be told to end, and what was learned is saved.
 
+        A run that is told to end in the validation after its last step is done without it, and leaves as such.
         Raises: ServersGone; Preempted; RuntimeError when the last save failed: the run must not look like one that is
             done.
         """
@@ -95,9 +99,14 @@ class RunState:
             self.begin(self._learners.num_steps_done)
             if self._saves_when_interrupted and self.step > 0 and self._last_saved != self.step:
                 self.log(self.save(in_full=False))
-            if self._is_asked_to_end():
+            if not self._is_asked_to_end():
+                raise
+            if self.step < self._num_steps or not self._saves_when_interrupted:
                 raise self._preempted() from stop
-            raise
+            logger.warning(
+                "%s: all %d steps are done and saved, the last validation is not; mmr1-ds eval does it",
+                self._preemption.reason or "another rank was told to end", self._num_steps,
+            )  # fmt: skip
         self._check_saved()
 
     def end_if_asked(self) -> None:

@@ -37,7 +37,7 @@ class Trainer:
                 state.log(validated)
                 state.save_if_due(validated)
                 parts.report.after_step(self.step)
-            parts.report.finish()
+        parts.report.finish()
 
     def train_step(self) -> Metrics:
         """Take one step of the algorithm. Returns: its metrics, over all ranks."""

@@ -55,11 +55,17 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     checkpoint = config.trainer.load_checkpoint_path
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise UserError(f"trainer.load_checkpoint_path: no such folder {checkpoint!r}; give a global_step_N folder")
-    train_data = check_data(config.data, "train_files", config.worker.actor.model)
+    if config.trainer.val_only and not config.data.val_files:
+        raise UserError("trainer.val_only=true needs data.val_files, which is empty; set it")
+    if config.trainer.pass_rates is not None and not config.trainer.val_only:
+        raise UserError(
+            f"trainer.pass_rates={config.trainer.pass_rates} is for a validation alone; start mmr1-ds eval, or leave "
+            "it out"
+        )
+    train_key = "val_files" if config.trainer.val_only else "train_files"
+    train_data = check_data(config.data, train_key, config.worker.actor.model)
     _check_weights(config.data)
     val_data = check_data(config.data, "val_files", config.worker.actor.model) if config.data.val_files else None
-    if config.trainer.val_only and val_data is None:
-        raise UserError("trainer.val_only=true needs data.val_files, which is empty; set it")
     plan = _plan(config, world_size, train_data, val_data)
     warmup = config.trainer.critic_warmup
     if plan.total_steps is not None and 0 < plan.total_steps <= warmup:

@@ -53,7 +53,7 @@ def describe_plan(
     topics = {
         "model": _model(config),
         "ranks": _ranks(config, plan, on_gpu),
-        "train data": _data(plan.train_data),
+        "train data": "" if config.trainer.val_only else _data(plan.train_data),
         "val data": "none" if plan.val_data is None else _data(plan.val_data),
         "step": "" if config.trainer.val_only else _step(config, plan),
         "update": "" if config.trainer.val_only else _update(config, plan),
@@ -64,7 +64,7 @@ def describe_plan(
         "rollout": _rollout(config),
         "reward": _reward(config),
         "deepspeed": _deepspeed(actor),
-        "reference": _reference(config, reference),
+        "reference": "" if config.trainer.val_only else _reference(config, reference),
         "critic": "" if critic is None else _critic(config, plan, critic),
         "output": _output(config),
     }
@@ -228,9 +228,14 @@ def _of_full_refresh(data: DataConfig) -> str:
 
 def _rollout(config: RunConfig) -> str:
     rollout, data = config.worker.rollout, config.data
+    temperature, most_tokens, answers = rollout.temperature, data.max_response_length, ""
+    if config.trainer.val_only:
+        sampling = rollout.val_override_config
+        temperature, most_tokens = sampling.temperature, sampling.max_tokens or most_tokens
+        answers = f"{sampling.n} answer(s) a prompt, "
     text = (
-        f"engine {rollout.engine}, temperature {rollout.temperature:g}, up to {data.max_prompt_length} + "
-        f"{data.max_response_length} tokens, tensor parallel {rollout.tensor_parallel_size}"
+        f"engine {rollout.engine}, {answers}temperature {temperature:g}, up to {data.max_prompt_length} + "
+        f"{most_tokens} tokens, tensor parallel {rollout.tensor_parallel_size}"
     )
     if rollout.engine != "server":
         return text
@@ -298,7 +303,8 @@ def _output(config: RunConfig) -> str:
     trainer = config.trainer
     if trainer.val_only:
         newest = f"N steps done by the newest checkpoint in {checkpoint_directory(config)}, 0 without one"
-        return f"{run_directory(config) / 'eval' / 'step_N'}, {newest}"
+        rates = "" if trainer.pass_rates is None else f"; pass rates in {trainer.pass_rates}"
+        return f"{run_directory(config) / 'eval' / 'step_N'}, {newest}{rates}"
     saves = "every tenth of the run" if trainer.save_freq is None else f"every {trainer.save_freq} steps"
     if trainer.save_freq == -1:
         saves = "after the last step"

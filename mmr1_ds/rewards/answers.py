@@ -29,6 +29,7 @@ MAX_DEPTH = 6  # of brackets inside brackets
 MAX_VALUES = 50  # of a list
 
 _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
+_NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*")
 _OPTION = re.compile(r"(?:option|choice|answer)\s*:?\s*(\(?[A-Z]\)?)", re.IGNORECASE)
 
@@ -54,6 +55,20 @@ def answers_equal(answer: str, truth: str) -> bool:
     if truth_choice or truth_choices:
         return _commits_to(answer_text, truth_choice, truth_choices)
     return len(truth) <= MAX_ANSWER_CHARS and _same(answer, truth, 0)
+
+
+def final_answer(response: str) -> str:
+    r"""Return the answer that a response commits to, normalised, for votes: equal texts are the same answer.
+
+    What stands in the last `\boxed{}`, in `<answer>` or behind `####`; without any of them the last line, of which a
+    number at its end is enough.
+    """
+    found = read_truth(response)
+    if found == response.strip():
+        line = found.splitlines()[-1] if found else ""
+        numbers = _NUMBERS.findall(line.removesuffix("."))
+        found = numbers[-1].replace(",", "") if numbers else line.rpartition(":")[2].casefold()
+    return normalise(found[:MAX_ANSWER_CHARS])
 
 
 def normalise(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +11,10 @@ from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, Weig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def ignore(count: int) -> None:
+    """Take how many more responses are sampled, where nobody asked."""
 
 
 class ServersGone(UserError):
@@ -39,10 +43,16 @@ class Policy(Protocol):
 class RolloutEngine(Protocol):
     """Samples responses from the actor's current policy."""
 
-    def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        settings: SamplingSettings,
+        advance: Callable[[int], None] = ignore,
+    ) -> list[RolloutGroup]:
         """The responses that each request asks for, in the order of the requests.
 
         Collective: all ranks, each with its own requests (any number of them, also none).
+        Args: advance: takes how many more of this rank's responses are there, while the others are sampled.
         Raises: ServersGone, SamplingAbandoned, on every rank.
         """
         ...
@@ -92,7 +102,12 @@ class Submitted:
 class InTurn:
     """For engines that share the trainer's devices: they sample when `collect` is called."""
 
-    def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        settings: SamplingSettings,
+        advance: Callable[[int], None] = ignore,
+    ) -> list[RolloutGroup]:
         raise NotImplementedError
 
     def submit(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> Submitted:

@@ -318,6 +318,8 @@ def test_rows_of_several_files_repeats_and_rows_that_training_has(tmp_path, text
         assert (f"data.{name}_files: " in text) and found["num_shared"] is None
     _, text, found = look(first, text_model, f"data.val_files={val}", "data.id_key=answer", "data.rollout_batch_size=5")
     assert found["num_shared"] is None and "each step repeats" not in text
+    _, text, _ = look(first, text_model, f"data.val_files=[{first},{val}]", "data.id_key=answer")
+    assert f"data.val_files: {first} is data.train_files too" in " ".join(text.split())
 
 
 def test_several_processes_find_the_same(tmp_path, vision_model, look, monkeypatch):

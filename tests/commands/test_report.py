@@ -10,7 +10,7 @@ import pytest
 import yaml
 from fixtures.report_fixtures import BATCH, GROUP, NUM_PROMPTS, NUM_STEPS, write_run
 
-from mmr1_ds.commands.report import command, curves
+from mmr1_ds.commands.report import command, curves, drawing
 from mmr1_ds.commands.report.curriculum import calibrate, movers, transitions
 from mmr1_ds.commands.report.drawing import compact, duration, percent
 from mmr1_ds.commands.report.files import LineReader, Observations, last_generations, read_metrics
@@ -143,6 +143,19 @@ def test_band_of_different_axes_is_over_what_all_seeds_have():
     np.testing.assert_allclose(low, np.minimum(grid, 2))
     np.testing.assert_allclose(high, np.maximum(grid, 2))
     assert band([first, (np.array([11.0, 12.0]), np.array([0.0, 0.0]))]) is None
+
+
+def test_pass_at_k_is_drawn_where_validations_have_it(tmp_path, runs):
+    assert "Pass at k" not in {card.title for card in drawn(runs / "vas_1")}
+    lines = [{"step": step, "val/pass_at_1": 0.2, "val/pass_at_4": 0.5} for step in (0, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (card,) = drawn(tmp_path)
+    assert card.title == "Pass at k" and "k = 4" in card.pictures["steps"].svg
+
+
+def drawn(run_dir):
+    with drawing.drawing():
+        return curves.draw_curves(curves.LEARNING, group_runs(load_runs([run_dir])), png=False)
 
 
 # Groups

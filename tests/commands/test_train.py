@@ -72,6 +72,10 @@ def test_eval_is_training_with_validation_only(monkeypatch):
     trainer = load_config(given[0]).config.trainer
     assert trainer.val_only and trainer.save_freq == -1
     assert given[1] == ["config=mmr1"]
+    assert cli.main(["eval", "config=mmr1", "n=16", "temperature=0.5", "--pass-rates", "rates.jsonl"]) == 0
+    config = load_config(given[2]).config
+    assert (config.worker.rollout.val_override_config.n, config.trainer.pass_rates) == (16, "rates.jsonl")
+    assert config.worker.rollout.val_override_config.temperature == 0.5
 
 
 @pytest.mark.parametrize("rank", ["--local_rank=1", "--local-rank=1"])
@@ -96,8 +100,13 @@ def test_eval_needs_something_to_validate_on(valid, tmp_path, capfd):
     assert cli.main(["eval", *valid, "trainer.dry_run=true"]) == 2
     assert "trainer.val_only=true needs data.val_files" in capfd.readouterr().err
     val = write_rows(tmp_path, "val.json")
-    assert cli.main(["eval", *valid, f"data.val_files={val}", "trainer.dry_run=true"]) == 0
+    settings = [*valid, f"data.val_files={val}", "data.train_files=nowhere.json", "n=4", "trainer.dry_run=true"]
+    assert cli.main(["eval", *settings, "temperature=0.7"]) == 0
     text = capfd.readouterr().err
+    assert "4 answer(s) a prompt, temperature 0.7" in text  # the validation's own
+    assert "train data" not in text and "reference" not in text
+    assert main([*valid, "trainer.pass_rates=rates.jsonl", "trainer.dry_run=true"]) == 2
+    assert "trainer.pass_rates=rates.jsonl is for a validation alone; start mmr1-ds eval" in capfd.readouterr().err
     assert "run         validation only" in text
     assert (
         "output      runs/default/eval/step_N, N steps done by the newest checkpoint in runs/default/checkpoints"

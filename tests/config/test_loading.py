@@ -169,6 +169,8 @@ def test_lists_are_replaced_and_mappings_merged(tmp_path):
     config = load(f"config={tmp_path / 'run.yaml'}")
     assert config.data.curriculum_metrics == ["distinct-n"]
     assert config.worker.reward.reward_function_kwargs == {"x": 1, "y": {"u": 1, "v": 3}}
+    emptied = load(f"config={tmp_path / 'run.yaml'}", "worker.reward.reward_function_kwargs={}")
+    assert emptied.worker.reward.reward_function_kwargs == {}
 
 
 def test_self_says_where_the_file_itself_comes(tmp_path):

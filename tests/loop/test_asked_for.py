@@ -5,8 +5,8 @@ import json
 
 import pandas
 import pytest
-from fixtures.launching import run_training
-from fixtures.tiny_run import write_run
+from fixtures.launching import run_ranks, run_training
+from fixtures.tiny_run import NUM_PROMPTS, write_run
 
 from mmr1_ds.commands import cli
 
@@ -63,3 +63,33 @@ def test_what_a_run_writes_on_request(tmp_path):
     with gzip.open(trace, "rt") as file:
         found = {event["name"] for event in json.load(file)["traceEvents"]}
     assert {"gen", "update_actor", "sync"} <= found
+
+
+def test_pass_rates_of_a_data_set_without_training_data(tmp_path):
+    """A table that was begun by one rank and is continued by two is the table of one call."""
+    config = write_run(tmp_path / "assets", num_steps=5)
+    data, run_dir = tmp_path / "assets" / "data.jsonl", tmp_path / "run"
+    data.rename(data.with_name("val.jsonl"))  # nothing is left to train on
+    table, answers = tmp_path / "rates.jsonl", run_dir / "eval" / "step_0" / "answers.jsonl"
+    settings = [f"config={config}", f"data.val_files={data.with_name('val.jsonl')}", f"trainer.run_dir={run_dir}"]
+    settings += ["trainer.val_only=true", f"trainer.pass_rates={table}", "worker.rollout.val_override_config.n=3"]
+    settings += ["worker.rollout.val_override_config.temperature=1.0", "data.val_batch_size=4"]
+    done = run_training(*settings, "trainer.n_gpus_per_node=1")
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert f"pass rates of {NUM_PROMPTS} prompts by 3 answers each" in done.stderr
+    whole, of_answers = table.read_bytes(), answers.read_bytes()
+    rates = [json.loads(line) for line in whole.splitlines()]
+    rows = [json.loads(line) for line in of_answers.splitlines()]
+    assert len(rates) == NUM_PROMPTS and len(rows) == 3 * NUM_PROMPTS
+    for place, rate in enumerate(rates):
+        of_prompt = rows[3 * place : 3 * place + 3]
+        assert {row["prompt_id"] for row in of_prompt} == {rate["prompt_id"]}
+        assert rate["pass_rate"] == pytest.approx(sum(row["accuracy"] for row in of_prompt) / 3)
+    (line,) = [json.loads(line) for line in (run_dir / "eval" / "step_0" / "metrics.jsonl").read_text().splitlines()]
+    assert line["val/pass_at_1"] == pytest.approx(line["val/accuracy_reward"])
+    assert line["val/pass_at_1"] < line["val/pass_at_2"] < line["val/pass_at_3"]
+
+    table.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]) + b'{"prompt_id": "torn')
+    answers.write_bytes(b"".join(of_answers.splitlines(keepends=True)[:15]))
+    run_ranks("train.py", *settings, num_ranks=2)
+    assert table.read_bytes() == whole and answers.read_bytes() == of_answers

@@ -72,7 +72,7 @@ def test_every_rank_gets_its_share_whoever_has_sampled_it(size, mini_batch, unev
     def share(control):
         drawn = Drawn()
         own = [slot for slot in range(8) if (0 if uneven else slot % size) == control.rank]
-        drawn.add(own, [groups[slot] for slot in own], [], RewardCounts(), 6, AlgorithmConfig())
+        drawn.add(own, [groups[slot] for slot in own], RewardCounts(), 6, AlgorithmConfig())
         return share_out(drawn, 6, mini_batch, Data(), Ranks(control))
 
     ranks = on_ranks(size, share)

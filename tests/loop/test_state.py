@@ -101,6 +101,17 @@ def test_a_run_that_is_stopped_in_a_step_saves_the_steps_that_are_learned():
     assert parts.saved == [4] and parts.state.step == 4
 
 
+def test_a_run_that_is_stopped_in_the_validation_after_its_last_step_is_done(caplog):
+    parts = Parts(asked=True)
+    with parts.state.saved_when_interrupted():
+        parts.learn(range(1, 9))
+        parts.state.begin(9)
+        parts.learners.num_steps_done = 9
+        raise SamplingAbandoned
+    assert parts.saved == [9]
+    assert "all 9 steps are done and saved, the last validation is not; mmr1-ds eval does it" in caplog.text
+
+
 def test_a_validation_that_is_stopped_leaves_the_checkpoint_as_it_is():
     parts = Parts(saves_when_interrupted=False, asked=True)
     with pytest.raises(Preempted, match="validation is not finished"), parts.state.saved_when_interrupted():

@@ -125,7 +125,7 @@ def _made_of_parts() -> set[str]:
     made |= {f"actor/{name}" for name in ("pg_clipfrac_higher", "pg_clipfrac_lower", "ppo_kl", "ref_kl")}
     drift = ("logprob_diff_mean", "kl", "is_weight_mean", "is_truncated_fraction", "is_masked_fraction")
     made |= {f"rollout/{name}" for name in (*drift, "num_repeated_requests")}
-    made.add("reward/overlong")
+    made |= {"reward/overlong", "val/accuracy_std_over_prompts", "val/accuracy_standard_error"}
     return made
 
 

@@ -135,6 +135,8 @@ def ours(command: str, folder: Path) -> None:
         assert serve._read(parsed(words).settings, None)[1] == 8000
     elif words[0] in ("report", "data"):  # run for real by tests of their own
         load_config([word for word in getattr(parsed(words), "settings", []) if "=" in word])
+    elif words[0] == "eval":
+        assert cli.main([*words, "trainer.dry_run=true"]) == 0
     else:
         assert cli.main(words) in (0, 1)
 

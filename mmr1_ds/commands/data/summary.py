@@ -24,6 +24,7 @@ from mmr1_ds.commands.data.figures import (
 from mmr1_ds.commands.data.findings import Finding, SurveyedRows, find
 from mmr1_ds.config import RunConfig
 from mmr1_ds.data.rows import RowReader
+from mmr1_ds.data.sources import list_names
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.tagged import with_opening
 
@@ -128,6 +129,13 @@ def count_shared(train: SurveyedRows, validation: SurveyedRows) -> int:
 def notes(data_sets: Sequence[DataSetSummary], config: RunConfig, encoder: PromptEncoder) -> list[str]:
     """Return what may be intended and may be a mistake, one line each."""
     found = []
+    if len(data_sets) == 2:
+        trained = list_names(config.data.train_files)
+        found += [
+            f"{VALIDATION}: {name} is {TRAIN} too: its accuracy says what was learned by heart"
+            for name in list_names(config.data.val_files, VALIDATION)
+            if name in trained
+        ]
     for data_set in data_sets:
         if data_set.key == TRAIN and 0 < data_set.num_usable < config.data.rollout_batch_size:
             found.append(

@@ -45,6 +45,11 @@ LEARNING = (
         is_validation=True, exact=True,
     ),
     Curve(
+        "Pass at k", {f"val/pass_at_{k}": f"k = {k}" for k in (1, 2, 4, 8, 16, 32, 64)},
+        "Share of held-out prompts with a right answer among k, by all choices of k of the answers.",
+        is_validation=True, exact=True,
+    ),
+    Curve(
         "Training reward", {"reward/overall": "reward"},
         "Mean reward of the responses of each step. The sampler chooses the prompts, so compare runs by validation.",
     ),

@@ -128,6 +128,8 @@ def facts(group: Group) -> list[tuple[str, str]]:
     """Return what was run and on what, as (name, value), as far as it is known."""
     run, environment = group.first, group.first.environment
     settings = _SETTINGS | (_CURRICULUM if run.setting("data.sampling_strategy") == "curriculum" else {})
+    if run.setting("data.curriculum_refresh") == "online":
+        settings = {name: key for name, key in settings.items() if key != "data.curriculum_update_freq"}
     found = {name: run.setting(key) for name, key in settings.items()}
     for name in ("num_ranks", "num_gpus", "device"):
         found[name.removeprefix("num_").capitalize()] = environment.get(name)

@@ -22,6 +22,7 @@ from mmr1_ds.errors import UserError
 logger = logging.getLogger(__name__)
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FEWEST_KEPT = 0.5  # share of the changed weights that must be left after rounding, or a warning says so
 _INSIDE = "model."  # the transformers model in `PolicyModel`
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -127,6 +128,7 @@ def _fill(model: Any, trained: dict[str, Tensor], config: ModelConfig) -> None:
     """Put the trained weights in the places of the model folder's."""
     own = model.state_dict()
     filled = set()
+    changed = kept = 0
     for name, tensor in trained.items():
         name = base_name(name)
         if name not in own or own[name].shape != tensor.shape:
@@ -134,13 +136,23 @@ def _fill(model: Any, trained: dict[str, Tensor], config: ModelConfig) -> None:
                 f"the checkpoint has {name} {tuple(tensor.shape)}, worker.actor.model.model_path={config.model_path} "
                 "lacks it; name the model that was trained"
             )
-        own[name].copy_(tensor)
+        target, before = own[name], own[name].clone()
+        target.copy_(tensor)
+        if target.data_ptr() not in filled and target.dtype != tensor.dtype:
+            changed += int((tensor != before.to(tensor.dtype)).sum())
+            kept += int((target != before).sum())
         filled.add(own[name].data_ptr())
     if lacking := [name for name, parameter in model.named_parameters() if parameter.data_ptr() not in filled]:
         raise UserError(
             f"the checkpoint lacks {lacking[0]} of worker.actor.model.model_path={config.model_path}; "
             "name the model that was trained"
         )
+    if kept < _FEWEST_KEPT * changed and _stored_type(config) == target.dtype:
+        logger.warning(
+            "rounded to %s, %.0f%% of the weights that training changed are the model folder's again; a run on the CPU "
+            "samples and validates in float32: --dtype fp32 exports that",
+            str(target.dtype).removeprefix("torch."), 100 * (1 - kept / changed),
+        )  # fmt: skip
 
 
 def _write_processor(config: ModelConfig, model_config: Any, out: Path) -> None:

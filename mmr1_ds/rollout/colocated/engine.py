@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import InTurn, Policy
+from mmr1_ds.rollout.base import InTurn, Policy, ignore
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import phases_logged
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
@@ -61,7 +62,12 @@ class VllmRollout(InTurn):
         self._llm.collective_rpc(_forbid, args=(encoder.forbidden_token_ids, self._scale))
         self._cycle = SleepCycle(self._llm, enabled=config.sleep and ranks.on_gpu)
 
-    def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        settings: SamplingSettings,
+        advance: Callable[[int], None] = ignore,
+    ) -> list[RolloutGroup]:
         """See RolloutEngine. Raises: SamplingAbandoned."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -89,7 +95,7 @@ class VllmRollout(InTurn):
                     **shaping(settings),
                 )
             )
-        outputs = self._sample(inputs, parameters) if shared else []
+        outputs = self._sample(inputs, parameters, advance) if shared else []
         if self._ranks.any(outputs is None, "ask whether sampling is abandoned"):
             raise SamplingAbandoned
         assert outputs is not None
@@ -98,7 +104,9 @@ class VllmRollout(InTurn):
             for request, output in zip(requests, outputs[first : first + len(requests)], strict=True)
         ]
 
-    def _sample(self, inputs: list[Any], parameters: list[Any]) -> list[RequestOutput] | None:
+    def _sample(
+        self, inputs: list[Any], parameters: list[Any], advance: Callable[[int], None]
+    ) -> list[RequestOutput] | None:
         """None when this rank was told to end and has no time for more."""
         self._cycle.begin_sampling()
         # What an earlier call left would save little, and a resumed run, which has not made that call, would differ
@@ -107,7 +115,11 @@ class VllmRollout(InTurn):
         try:
             # The ranks of a tensor-parallel group wait for each other in every token.
             with self._preemption.interrupting() if self._tensor_parallel_size == 1 else nullcontext():
-                return self._llm.generate(inputs, parameters, use_tqdm=False)
+
+                def bar(items: Any = None, **options: Any) -> Any:
+                    return _Progress(advance, self._tensor_parallel_size) if items is None else items
+
+                return self._llm.generate(inputs, parameters, use_tqdm=bar)
         except SamplingAbandoned:
             return None
 
@@ -153,6 +165,27 @@ class VllmRollout(InTurn):
             self._llm.llm_engine.engine_core.shutdown()
             del self._llm
             gc.collect()
+
+
+class _Progress:
+    """Stands where vLLM's own bar would, and passes on what it counts."""
+
+    def __init__(self, advance: Callable[[int], None], shared_by: int) -> None:
+        """shared_by: ranks whose responses are counted together."""
+        self._advance, self._shared_by = advance, shared_by
+        self.n, self.postfix = 0, ""
+        self.format_dict = {"elapsed": math.inf}  # from which vLLM computes tokens a second for its bar
+
+    def update(self, count: int) -> None:
+        before = self.n // self._shared_by
+        self.n += count
+        self._advance(self.n // self._shared_by - before)
+
+    def refresh(self) -> None:
+        """Nothing is drawn."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _start_engine(

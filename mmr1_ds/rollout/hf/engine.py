@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import InTurn, Policy
+from mmr1_ds.rollout.base import InTurn, Policy, ignore
 from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, Stops, sample_responses
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ class TransformersRollout(InTurn):
         self._max_num_seqs = max_num_seqs
         self._model = _without_weights(policy.model, ranks.device)
 
-    def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        settings: SamplingSettings,
+        advance: Callable[[int], None] = ignore,
+    ) -> list[RolloutGroup]:
         """See RolloutEngine."""
         wanted = [(i, request.seed + k) for i, request in enumerate(requests) for k in range(request.num_responses)]
         responses: list[list[Response]] = [[] for _ in requests]
@@ -43,6 +48,7 @@ class TransformersRollout(InTurn):
                 part = wanted[start : start + self._max_num_seqs]
                 for (i, _), response in zip(part, self._sample(requests, part, settings), strict=True):
                     responses[i].append(response)
+                advance(len(part))
         version = self._policy.num_updates_done
         return [
             RolloutGroup(request.prompt, tuple(found), version)

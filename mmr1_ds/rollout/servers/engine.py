@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.config.redaction import remember
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import Policy, ServersGone
+from mmr1_ds.rollout.base import Policy, ServersGone, ignore
 from mmr1_ds.rollout.options import ImageBounds, image_bounds
 from mmr1_ds.rollout.servers.address import ServerAddress
 from mmr1_ds.rollout.servers.group import ServerGroup, Ticket
@@ -132,9 +132,14 @@ class ServerRollout:
         if self._supervisor is not None:
             self._supervisor.start()
 
-    def generate(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> list[RolloutGroup]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        settings: SamplingSettings,
+        advance: Callable[[int], None] = ignore,
+    ) -> list[RolloutGroup]:
         """See RolloutEngine."""
-        groups = self.collect(self.submit(requests, settings))
+        groups = self._collect(self.submit(requests, settings), advance)
         found = [group for group in groups if group is not None]
         assert len(found) == len(groups), "generate is for requests that cannot wait"
         return found
@@ -152,10 +157,15 @@ class ServerRollout:
 
     def collect(self, submitted: _Submitted) -> list[RolloutGroup | None]:
         """See RolloutEngine. Raises: ServersGone, SamplingAbandoned."""
+        return self._collect(submitted, ignore)
+
+    def _collect(self, submitted: _Submitted, advance: Callable[[int], None]) -> list[RolloutGroup | None]:
         _, waited_for = submitted.training
-        is_done = False
+        is_done, num_there = False, 0
         while not is_done:
             reports = self._tell(self._group.wait(waited_for, _POLL_SECONDS), may_send=True)
+            before, num_there = num_there, waited_for.num_responses
+            advance(num_there - before)
             if any(report.is_urgent for report in reports):
                 raise SamplingAbandoned
             is_done = all(report.is_done for report in reports)

@@ -35,6 +35,11 @@ class Ticket:
     groups: dict[int, RolloutGroup | None] = field(default_factory=dict)  # by position; None was given up
     taken: bool = False
 
+    @property
+    def num_responses(self) -> int:
+        """Return how many responses are there so far."""
+        return sum(len(group.responses) for group in list(self.groups.values()) if group is not None)
+
 
 @dataclass(eq=False)
 class _Job:
