@@ -19,7 +19,7 @@ _ARRAYS, _NUMBERS, _PROMPT_IDS = "curriculum.safetensors", "curriculum.json", "p
 _FORMAT = 3
 _EARLIER = (2,)  # had the prompt ids among the arrays
 _DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "uint16": "U16", "int32": "I32", "int64": "I64",
+    "bool": "BOOL", "uint8": "U8", "uint16": "U16", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
     "float16": "F16", "float32": "F32", "float64": "F64",
 }  # fmt: skip
 

@@ -441,7 +441,7 @@ def test_probes_are_the_stalest_outside_the_batch():
 
 
 @given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_probes_are_distinct_and_no_other_is_staler(num_prompts, num_probes, seed):
     random = np.random.default_rng(seed)
     belief = LogitFilter(num_prompts, None, 8)

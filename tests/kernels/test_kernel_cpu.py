@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmr1_kernels import cpu, reference
 
-MANY = settings(max_examples=150, deadline=None)
+MANY = settings(max_examples=150)
 LARGEST_ID = 2**31 - 1
 
 

@@ -16,7 +16,7 @@ from mmr1_kernels import cpu, reference
 GOLDEN = Path(__file__).parents[1] / "golden"
 DIVERSITY_CASES = json.loads((GOLDEN / "diversity.json").read_text())["cases"]
 ADVANTAGE_CASES = json.loads((GOLDEN / "group_advantages.json").read_text())["cases"]
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=40)
 on_host_backends = pytest.mark.parametrize(
     "backend",
     ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not cpu.is_available(), reason="is not built here"))],

@@ -63,7 +63,7 @@ def shown(group):
     return repr((group.prompt, group.policy_version, [*map(plain, group.responses)]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]))
 def test_nothing_is_lost_on_another_number_of_ranks(tmp_path_factory, data, before, after):
     folder = tmp_path_factory.mktemp("kept")
