@@ -39,6 +39,8 @@ class AdamWBf16(torch.optim.Optimizer):
         for name in _MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            # torch and DeepSpeed load them as float32, which the parameters are; bf16 holds what was saved exactly.
+            state[name] = state[name].to(torch.bfloat16)
         # Not in place: what DeepSpeed loads from other ranks is one tensor for all parameters.
         state["step"] = state.get("step", torch.zeros(())) + 1
         step = int(state["step"])
@@ -55,14 +57,6 @@ class AdamWBf16(torch.optim.Optimizer):
             values.addcdiv_(mean, square.sqrt().div_(scale).add_(group["eps"]), value=-step_size)
             first.copy_(round_to_bf16(mean, generator))
             second.copy_(round_to_bf16(square, generator))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See Optimizer, which makes the moments float32, as the parameters are. bf16 holds what was saved exactly."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            for name in _MOMENTS:
-                if name in state:
-                    state[name] = state[name].to(torch.bfloat16)
 
 
 def round_to_bf16(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -222,6 +222,8 @@ def test_parts_follow_from_the_model_and_the_ranks(settings, plain):
     on_16 = planned(settings, "trainer.nnodes=2", images_per_prompt=0.0).memory.learning
     assert on_16["optimiser states"] == 12 * number / 16
     assert on_16["activations"] == learning["activations"]
+    halved = planned(settings, "worker.actor.optim.strategy=adamw_bf16", images_per_prompt=0.0).memory.learning
+    assert halved["optimiser states"] == 8 * number / 8
     offloaded = planned(settings, "worker.actor.offload.offload_optimizer=true")
     assert offloaded.memory.learning["optimiser states"] == 0
     assert offloaded.memory.host_per_rank > 12 * number / 8

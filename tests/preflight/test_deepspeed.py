@@ -331,3 +331,16 @@ def test_states_that_are_offloaded_already_cannot_be_moved():
     of_torch = {**AUTO, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
     assert "DeepSpeed moves the states of its own Adam only" in refused(of_torch, "worker.actor.offload_states=true")
     resolve(of_torch, "worker.actor.offload_states=true", on_gpu=False)  # nothing of it is moved there
+
+
+def test_bf16_moments_are_neither_offloaded_nor_moved():
+    """DeepSpeed updates in host memory, and moves the states of, its own Adam alone."""
+    strategy = "worker.actor.optim.strategy=adamw_bf16"
+    assert resolve(AUTO, strategy)["optimizer"]["type"] == "AdamW"
+    offload = "worker.actor.offload.offload_optimizer=true"
+    assert "not with offload_optimizer; switch that off or set adamw" in refused(AUTO, strategy, offload)
+    resolve(AUTO, strategy, offload, on_gpu=False)  # all of it is in host memory there
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert "not with offload_optimizer" in refused({**AUTO, "zero_optimization": zero}, strategy)
+    moved = refused({**AUTO, "zero_optimization": {"stage": 3}}, strategy, "worker.actor.offload_states=true")
+    assert "worker.actor.offload_states=true moves the states of adamw only" in moved

@@ -145,9 +145,10 @@ if ranks.size == 1 and not ranks.on_gpu:
     # Sampled from what is as likely as the likeliest, penalty applied: the greedy ones of transformers.
     greedy = SamplingSettings(0.0, 1.0, -1, 12, repetition_penalty=1.5)
     likeliest = dataclasses.replace(settings, top_p=1.0, top_k=-1, max_tokens=12, min_p=1.0, repetition_penalty=1.5)
-    expected = TransformersRollout(actor, ranks, encoder, 5).generate(requests, greedy)
+    plain = TransformersRollout(actor, ranks, encoder, 5)
+    expected = plain.generate(requests, greedy)
     assert tokens_of(rollout.generate(requests, likeliest)) == tokens_of(expected)
-    unbent = rollout.generate(requests, dataclasses.replace(greedy, repetition_penalty=1.0))
+    unbent = plain.generate(requests, dataclasses.replace(greedy, repetition_penalty=1.0))
     assert tokens_of(unbent) != tokens_of(expected)
     # A text of two tokens ends each response with the token that completes it.
     whole = rollout.generate(requests, dataclasses.replace(settings, max_tokens=12))

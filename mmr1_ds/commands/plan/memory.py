@@ -8,7 +8,8 @@ ZeRO-3 with W ranks, P parameters of e bytes, P' of them trained, and the sizes 
                   view of every weight until the backward, all e P, where memory_efficient_linear is off
     gradients     4 P' / W of the shards, summed in float32 (engine/model/policy.py, exact_types), and e times a bucket
                   (reduce_bucket_size; two with overlap_comm)
-    optimiser     4 P' / W of the float32 copy, 8 P' / W of the two moments; with offload_optimizer in host memory
+    optimiser     4 P' / W of the float32 copy, 8 P' / W of the two moments, 4 P' / W in bf16 (strategy=adamw_bf16);
+                  with offload_optimizer in host memory
     update        4 bytes for each element of a sub_group (at most P' / W): its gradient in float32, one at a time;
                   three times that with torch's own Adam, which makes copies
 
@@ -49,11 +50,18 @@ class EngineMemory:
 
 
 def zero_engine(
-    shape: ModelShape, zero: Mapping[str, Any], ranks: int, element: int, trained: bool, torch_adam: bool = False
+    shape: ModelShape,
+    zero: Mapping[str, Any],
+    ranks: int,
+    element: int,
+    trained: bool,
+    torch_adam: bool = False,
+    strategy: str = "adamw",
 ) -> EngineMemory:
     """Return the memory of an engine with the section `zero_optimization`.
 
-    Args: element: bytes of a weight; trained: False = frozen; torch_adam: in place of DeepSpeed's fused one.
+    Args: element: bytes of a weight; trained: False = frozen; torch_adam: in place of DeepSpeed's fused one;
+        strategy: the optimiser's.
     """
     whole = shape.persistent(zero.get("stage3_param_persistence_threshold", _PERSISTENT))
     shards, kept = element * shape.num_parameters / ranks, element * whole
@@ -68,7 +76,8 @@ def zero_engine(
     own = shape.trained / ranks
     buckets = 2 if zero.get("overlap_comm", True) else 1
     gradients = EXACT * own + element * buckets * zero.get("reduce_bucket_size", _BUCKET)
-    optimizer = EXACT * (1 + _MOMENTS) * own
+    moment = 2 if strategy == "adamw_bf16" else EXACT
+    optimizer = (EXACT + moment * _MOMENTS) * own
     update = EXACT * min(own, zero.get("sub_group_size", _SUB_GROUP)) * (3 if torch_adam else 1)
     if _device(zero, "offload_optimizer") != "none":
         # The accumulated gradients go to host memory with the states; the buckets stay.
@@ -111,12 +120,13 @@ def plan_memory(
 ) -> Plan:
     """Plan one rank's GPU. Args: zero: `zero_optimization` by engine; image_patches: those of a prompt."""
     settings, rollout = config.worker.actor, config.worker.rollout
-    own = zero_engine(actor, zero["actor"], ranks, element, trained=True)
+    own = zero_engine(actor, zero["actor"], ranks, element, trained=True, strategy=settings.optim.strategy)
     engines = {"actor": own}
     if not config.algorithm.disable_kl and settings.model.lora.rank == 0:
         engines["reference"] = zero_engine(actor, zero["reference"], ranks, element, trained=False)
     if critic is not None:
-        engines["critic"] = zero_engine(critic, zero["critic"], ranks, element, trained=True)
+        strategy = config.worker.critic.optim.strategy
+        engines["critic"] = zero_engine(critic, zero["critic"], ranks, element, trained=True, strategy=strategy)
     checkpointed = settings.model.enable_gradient_checkpointing
     keeps = ranks > 1 and not checkpointed and not zero["actor"].get("memory_efficient_linear", True)
     update = micro_batch(config, settings.micro_batch_size_per_device_for_update, image_patches)
