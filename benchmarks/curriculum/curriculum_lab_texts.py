@@ -6,7 +6,8 @@ import numpy as np
 from curriculum_lab_worlds import NUM_CATEGORIES, Setting, SimulatedPolicy
 
 _NAMES = "Alice Bob Chen Dara Emil Farah Goran Hana Ivo Jun Kofi Lena Mei Nia Omar Pia Quin Rosa Sven Tara".split()
-_THINGS = "apples books coins dice eggs flags gears hats inks jars keys lamps maps nuts oars pens rods tins".split()
+_THINGS = "apples books coins dice eggs flags gears hats inks jars keys lamps maps nuts oars pens rods".split()
+_THINGS += ["sacks", "tins"]
 _OPERATORS = {"+": 0.0, "-": 0.2, "*": 0.7, "/": 1.0, "^": 1.4, "%": 1.6}
 _TASKS = {
     "Compute {e} .": 0.0,

@@ -62,11 +62,12 @@ def scan_rows(
 
 def _sketches(column: pa.ChunkedArray) -> np.ndarray:
     """The sketches as rows of bytes, (R, SKETCH_BYTES) uint8."""
-    parts = [
-        np.frombuffer(chunk.buffers()[1], dtype=np.uint8).reshape(-1, SKETCH_BYTES)[chunk.offset :][: len(chunk)]
-        for chunk in column.chunks
-    ]
-    return np.concatenate(parts)
+    parts = [np.empty(0, dtype=np.uint8)]
+    for chunk in column.chunks:
+        if len(chunk) > 0:
+            start, stop = chunk.offset * SKETCH_BYTES, (chunk.offset + len(chunk)) * SKETCH_BYTES
+            parts.append(np.frombuffer(chunk.buffers()[1], dtype=np.uint8)[start:stop])
+    return np.concatenate(parts).reshape(-1, SKETCH_BYTES)
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:

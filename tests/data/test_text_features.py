@@ -87,6 +87,15 @@ def test_blocks_do_not_matter(monkeypatch):
     assert np.abs(compress(sketches).astype(int) - whole).max() <= 1
 
 
+def test_sketches_of_a_column_in_pieces():
+    import pyarrow as pa
+
+    sketches = sketch(TEXTS, [1] * len(TEXTS), [()] * len(TEXTS))
+    kind = pa.binary(SKETCH_BYTES)
+    pieces = [pa.array(sketches, kind)[1:4], pa.array([], kind), pa.array(sketches[4:5], kind)]
+    np.testing.assert_array_equal(scan._sketches(pa.chunked_array(pieces)), as_array(sketches)[1:5])
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_few_prompts(count):
     assert np.isfinite(compress(of_texts(TEXTS[:count])).astype(float)).all()
