@@ -2,8 +2,7 @@
 
 MoPPS (arXiv 2507.04632; github.com/thu-rllab/MoPPS, and recipe/mopps of github.com/volcengine/verl): a Beta(1, 1) a
     prompt, pulled back to the prior when it is visited; a Thompson draw of each of c B candidates, of which the B
-    nearest to 1/2 are taken. Its scripts: Geo3K c = 8, decay .5; MATH c = 16, decay 1 (none, as the issue of this
-    comparison has it; the script leaves it to a default that we did not see).
+    nearest to 1/2 are taken. Its scripts: Geo3K c = 8, decay .5; MATH c = 16, decay 1 (none), the recipe's default.
 DPS (arXiv 2603.10887; github.com/maoyixiu/DPS): a three-state hidden Markov model a prompt (none, some, all right),
     transitions with a Dirichlet prior of 1, decayed by .5 a step; of 8 B candidates the B most probably in the middle
     state (Geo3K script).

@@ -78,7 +78,7 @@ class PromptSampler:
             assert unseen_steps is not None and len(unseen_steps) == self.num_prompts
             # P / num_walked draws make an epoch of the walk, after which a prompt's turn comes again.
             walked = walked[unseen_steps[walked] * self.num_walked >= self.num_prompts]
-            picked = self._best(weights, self.batch_size - len(walked), walked)
+            picked = self._best(weights, self.batch_size - len(walked), walked, random)
         elif self.replacement:
             picked = self._draw_with_replacement(weights, random)
         else:
@@ -124,8 +124,11 @@ class PromptSampler:
         best = candidates[np.argsort(-weights[candidates], kind="stable")[:remainder]]
         return np.concatenate([np.tile(np.arange(self.num_prompts), rounds), best])
 
-    def _best(self, scores: np.ndarray, count: int, walked: np.ndarray) -> np.ndarray:
-        """The `count` prompts of highest score, each as often as any; those walked come only after all others."""
+    def _best(self, scores: np.ndarray, count: int, walked: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """The `count` prompts of highest score, those walked only after all others; ties fall at random.
+
+        When more are asked than there are prompts, every prompt comes once (or as often as it takes) beside the best.
+        """
         rounds, remainder = divmod(count, self.num_prompts)
         everyone = np.tile(np.arange(self.num_prompts), rounds)
         if remainder == 0:
@@ -134,6 +137,8 @@ class PromptSampler:
         scores[walked] = -np.inf
         threshold = np.partition(scores, self.num_prompts - remainder)[self.num_prompts - remainder]
         above, tied = np.flatnonzero(scores > threshold), np.flatnonzero(scores == threshold)
+        if len(tied) > 1:
+            tied = random.permutation(tied)
         return np.concatenate([everyone, above, tied[: remainder - len(above)]])
 
     def _draw_with_replacement(self, weights: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -251,6 +251,13 @@ def test_posterior_takes_the_best_and_passes_over_whom_it_saw():
         assert sorted(batch) == sorted([*best, *taken])
 
 
+def test_posterior_ties_fall_at_random():
+    sampler = PromptSampler(20, 8, 5, "curriculum", 1.0, rule="posterior")
+    equal = np.zeros(20, dtype=np.float32)
+    counts = np.bincount(np.concatenate([sampler.draw(n, equal, equal) for n in range(1, 1001)]), minlength=20)
+    assert chi_square_p(counts, np.full(20, 0.05)) > 1e-3
+
+
 def test_every_prompt_is_seen_within_a_turn_and_then_within_three():
     """Scores that never change: what they leave out comes in turn, whether it is seen elsewhere or not."""
     random = np.random.default_rng(0)
