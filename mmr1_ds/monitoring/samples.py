@@ -141,9 +141,12 @@ def _known_rates(observed: Mapping[str, Any]) -> dict[int, float]:
 def _first_pass_rates(path: Path) -> dict[int, float]:
     if not path.exists():
         return {}
+    rates: dict[int, float] = {}
     with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return {row["index"]: row["pass_rate"] for row in reversed(rows)}
+        for line in lines:  # texts of days: not all at once
+            row = json.loads(line)
+            rates.setdefault(row["index"], row["pass_rate"])
+    return rates
 
 
 def _thumbnail(image: Image) -> bytes:

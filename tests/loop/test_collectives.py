@@ -8,7 +8,7 @@ from fixtures.tiny_run import write_run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mini_batch", "most"), [(4, 18), (2, 22)])
+@pytest.mark.parametrize(("mini_batch", "most"), [(4, 18), (2, 24)])
 def test_a_step_takes_few(tmp_path, mini_batch, most):
     config = write_run(tmp_path, 4)
     run_ranks(
