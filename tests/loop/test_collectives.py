@@ -19,4 +19,4 @@ def test_a_step_takes_few(tmp_path, mini_batch, most):
     for rank in (0, 1):
         steps = json.loads((tmp_path / f"{rank}.json").read_text())
         assert 0 < len(steps[1]) <= most, steps[1]
-        assert steps[1] == steps[2]
+        assert len(steps[1]) == len(steps[2])
