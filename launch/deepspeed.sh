@@ -18,6 +18,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/visible_gpus.sh"
 # shellcheck source=launch/restarts.sh
 source "$root/launch/restarts.sh"
+if [[ -z "${HOSTFILE:-}" ]]; then make_key; fi  # other hosts would not get it
 python="${PYTHON:-$root/.venv/bin/python}"
 num_ranks="$1" module="$2"
 shift 2

@@ -13,6 +13,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/restarts.sh
 source "$root/launch/restarts.sh"
+make_key
 python="${PYTHON:-$root/.venv/bin/python}"
 num_ranks="$1" module="$2"
 shift 2
@@ -20,7 +21,7 @@ export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
 arguments=(-n "$num_ranks")
 if mpirun --version 2> /dev/null | grep -q "Open MPI"; then
-  arguments+=(--bind-to none -x PYTHONPATH)
+  arguments+=(--bind-to none -x PYTHONPATH -x MMR1_DS_RUN_KEY)
   if [[ -n "${HOSTFILE:-}" ]]; then arguments+=(--hostfile "$HOSTFILE"); else arguments+=(--oversubscribe); fi
   if (( EUID == 0 )); then arguments+=(--allow-run-as-root); fi
 elif [[ -n "${HOSTFILE:-}" ]]; then

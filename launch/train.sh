@@ -19,6 +19,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/visible_gpus.sh"
 # shellcheck source=launch/restarts.sh
 source "$root/launch/restarts.sh"
+if [[ "${DEEPSPEED_ARGS:-}" != *"-H"* && "${DEEPSPEED_ARGS:-}" != *"--hostfile"* ]]; then make_key; fi
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
 python="${PYTHON:-}"

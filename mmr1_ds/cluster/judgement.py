@@ -110,6 +110,14 @@ def lost(known: Known, silence_seconds: float | None = None) -> str:
     return ", and ".join(found)
 
 
+def unusual(known: Known) -> bool:
+    """Return whether any other rank has ended, names another lost, or is silent."""
+    return any(
+        heard.place.verdict or heard.place.state != RUNNING or known.silent_seconds(heard) > known.silence_seconds
+        for heard in known.others
+    )
+
+
 def elsewhere(known: Known) -> str:
     """Where a collective failed and every rank is alive: the ranks that are elsewhere, or else where each one is."""
     own = known.own

@@ -7,6 +7,7 @@ for control traffic (indices, statistics, metrics), so that a small message neve
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import signal
@@ -37,6 +38,8 @@ T = TypeVar("T")
 
 STACKS_SIGNAL = signal.SIGUSR2  # SIGTERM and SIGUSR1 ask a run to end
 _NAME_BYTES = 64  # of a collective's name, compared between the ranks
+_HEADER_BYTES = 8 + _NAME_BYTES
+_SHORT_BYTES = 4096  # that travel with the header: a batch of 512 indices, the figures of a stage
 _PORT_SECONDS = 0.2  # between two looks whether rank 0 listens
 
 
@@ -157,52 +160,65 @@ class Ranks:
             except RuntimeError as error:
                 raise self.watch.explain(stage, error) from error
 
-    def _gather_header(self, length: int, stage: str) -> list[int]:
-        """The lengths that all ranks give, by rank. Raises: CollectiveError if they are in different collectives."""
+    def _gather_frames(self, own: np.ndarray, stage: str) -> tuple[list[int], list[np.ndarray]]:
+        """How many bytes each rank has, and the first `_SHORT_BYTES` of them, by rank; most have no more.
+
+        Raises: CollectiveError if the ranks are in different collectives.
+        """
         import torch
         import torch.distributed as dist
 
-        name = np.zeros(_NAME_BYTES, dtype=np.uint8)
+        frame = np.zeros(_HEADER_BYTES + _SHORT_BYTES, dtype=np.uint8)
+        frame[:8] = np.array([len(own)], dtype=np.int64).view(np.uint8)
         text = np.frombuffer(stage.encode()[:_NAME_BYTES], dtype=np.uint8)
-        name[: len(text)] = text
-        own = torch.from_numpy(np.concatenate([[length], name.view(np.int64)]))
-        headers = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(headers, own, group=self._control)
-        names = [header.numpy()[1:].tobytes().rstrip(bytes(1)).decode(errors="replace") for header in headers]
+        frame[8 : 8 + len(text)] = text
+        frame[_HEADER_BYTES:][: len(own)] = own[:_SHORT_BYTES]
+        gathered = [torch.empty(len(frame), dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(gathered, torch.from_numpy(frame), group=self._control)
+        frames = [each.numpy() for each in gathered]
+        names = [each[8:_HEADER_BYTES].tobytes().rstrip(bytes(1)).decode(errors="replace") for each in frames]
         if len(set(names)) > 1:
             raise self.watch.astray(names)
-        return [int(header[0]) for header in headers]
+        return [int(each[:8].view(np.int64)[0]) for each in frames], [each[_HEADER_BYTES:] for each in frames]
 
     def broadcast_array(self, array: np.ndarray | None, stage: str) -> np.ndarray:
         """Rank 0's int64 array of one axis, on every rank. Other ranks pass None."""
         import torch
         import torch.distributed as dist
 
+        assert array is None or array.dtype == np.int64
+        own = np.empty(0, dtype=np.uint8) if array is None or self.rank else _bytes_of(array)
         with self._deadline(stage):
-            lengths = self._gather_header(0 if array is None else len(array), stage)
-            data = torch.empty(lengths[0], dtype=torch.int64)
-            if self.rank == 0:
-                assert array is not None and array.dtype == np.int64
-                data = torch.from_numpy(np.ascontiguousarray(array))
-            dist.broadcast(data, 0, group=self._control)
-        return data.numpy().copy()
+            sizes, parts = self._gather_frames(own, stage)
+            data = parts[0]
+            if sizes[0] > _SHORT_BYTES:
+                data = own if self.rank == 0 else np.empty(sizes[0], dtype=np.uint8)
+                dist.broadcast(torch.from_numpy(data), 0, group=self._control)
+        return data[: sizes[0]].copy().view(np.int64)
 
     def all_gather_array(self, array: np.ndarray, stage: str) -> list[np.ndarray]:
         """Every rank's array, by rank. First axes may differ in length, the others and the type may not."""
         import torch
         import torch.distributed as dist
 
+        own = _bytes_of(array)
         with self._deadline(stage):
-            lengths = self._gather_header(len(array), stage)
-            padded = np.zeros((max(lengths), *array.shape[1:]), dtype=array.dtype)
-            padded[: len(array)] = array
-            parts = [torch.empty_like(torch.from_numpy(padded)) for _ in range(self.size)]
-            dist.all_gather(parts, torch.from_numpy(padded), group=self._control)
-        return [part.numpy()[:length] for part, length in zip(parts, lengths, strict=True)]
+            sizes, parts = self._gather_frames(own, stage)
+            if max(sizes) > _SHORT_BYTES:
+                padded = np.zeros(max(sizes), dtype=np.uint8)
+                padded[: len(own)] = own
+                gathered = [torch.empty(len(padded), dtype=torch.uint8) for _ in range(self.size)]
+                dist.all_gather(gathered, torch.from_numpy(padded), group=self._control)
+                parts = [each.numpy() for each in gathered]
+        row = math.prod(array.shape[1:]) * array.itemsize
+        return [
+            part[:size].copy().view(array.dtype).reshape(size // row if row else len(array), *array.shape[1:])
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
     def all_gather_objects(self, value: Any, stage: str) -> list[Any]:
         """Every rank's picklable value, by rank: for messages between ranks of one run, never for state."""
-        own = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
+        own = np.frombuffer(bytearray(pickle.dumps(value)), dtype=np.uint8)
         return [pickle.loads(part.tobytes()) for part in self.all_gather_array(own, stage)]
 
     def exchange_arrays(self, to_ranks: Sequence[Mapping[str, np.ndarray]], stage: str) -> list[dict[str, np.ndarray]]:
@@ -243,6 +259,17 @@ class Ranks:
         local = np.array([[values[name] for name in names]], dtype=np.float64)
         gathered = np.concatenate(self.all_gather_array(local, stage))
         return dict(zip(names, operation(gathered, axis=0).tolist(), strict=True))
+
+    def sum_and_max(
+        self, sums: Mapping[str, float], largest: Mapping[str, float], stage: str
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Do what `sum` and `max` do, in one collective."""
+        values = [*(sums[name] for name in sorted(sums)), *(largest[name] for name in sorted(largest))]
+        gathered = np.concatenate(self.all_gather_array(np.array([values], dtype=np.float64), stage))
+        totals, maxima = gathered[:, : len(sums)].sum(axis=0), gathered[:, len(sums) :].max(axis=0)
+        return dict(zip(sorted(sums), totals.tolist(), strict=True)), dict(
+            zip(sorted(largest), maxima.tolist(), strict=True)
+        )
 
     def any(self, flag: bool, stage: str) -> bool:
         """Whether the flag is true on any rank, the same on every rank."""
@@ -301,6 +328,10 @@ class Neighbours:
         with self.deadline("gather log-probabilities of a group"):
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+
+def _bytes_of(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _connect(rank: int, timeout_seconds: float, hosts: bool = False) -> Store:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import hmac
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from mmr1_ds.cluster import judgement
 from mmr1_ds.cluster.exits import EXIT_USER_ERROR
@@ -31,7 +33,14 @@ from mmr1_ds.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 EXIT_FAULT = 1
+KEY_VARIABLE = "MMR1_DS_RUN_KEY"  # the launch scripts set it: what a stranger writes to the store is ignored
+READ_BY_ALL = 64  # ranks, up to which each reads all others' places
+_ALARM = "alarm"
 GRACE_SECONDS = 5.0  # beyond the time limit: to inform the other ranks, and then for an orderly end
 
 
@@ -97,6 +106,9 @@ class Watch:
         self._places: dict[int, tuple[Place, float]] = {}  # and when its beat last changed
         self._answered = self._awake()  # the store's last answer
         self._store_is_lost = False
+        self._alarm = True  # until rank 0 says that nothing is unusual
+        self._asks = self._was_strange = False
+        self._key = os.environ.get(KEY_VARIABLE, "").encode()
         self._changed = threading.Condition(threading.RLock())
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -166,7 +178,7 @@ class Watch:
         if self._store is None:
             return self._fault(f"{self._place(0)} of {self._size}: {failed}: {reason}")
         end = time.monotonic() + self._silence + 2 * self._interval + 1
-        lost = ""
+        lost, self._asks = "", True
         with self._changed:
             while not self._verdict and not lost and time.monotonic() < end:
                 self._changed.wait(self._interval)
@@ -227,9 +239,15 @@ class Watch:
             is_last = self._closed.is_set()
             beat += 1
             try:
-                self._store.set(f"place/{self._rank}", json.dumps(asdict(self._place(beat))))
-                known = [r for r in range(self._size) if r in self._places or self._store.check([f"place/{r}"])]
+                self._store.set(f"place/{self._rank}", self._signed(json.dumps(asdict(self._place(beat)))))
+                whole = self._reads_all()
+                asked = range(self._size) if whole else (0, self._rank)
+                known = [r for r in asked if r in self._places or self._store.check([f"place/{r}"])]
                 texts = self._store.multi_get([f"place/{rank}" for rank in known])
+                if self._rank == 0 and self._size > READ_BY_ALL:
+                    self._store.set(_ALARM, self._signed(json.dumps(bool(judgement.unusual(self.known())))))
+                elif self._size > READ_BY_ALL and self._store.check([_ALARM]):
+                    self._alarm = self._read(self._store.get(_ALARM), json.loads) is not False
             except (RuntimeError, OSError):  # DistError is a RuntimeError
                 self._store_is_lost = True
                 with self._changed:
@@ -237,14 +255,44 @@ class Watch:
                 return
             with self._changed:
                 self._answered = now = self._awake()
-                for place in map(Place.read, texts):
-                    before = self._places.get(place.rank)
-                    if before is None or before[0].beat != place.beat:
-                        self._places[place.rank] = place, now
+                for rank, text in zip(known, texts, strict=True):
+                    place, before = self._read(text, Place.read), self._places.get(rank)
+                    if place is not None and place.rank == rank and (before is None or before[0].beat != place.beat):
+                        self._places[rank] = place, now
+                if not whole and not self._alarm:  # rank 0 hears them all
+                    heard = self._places[0][1] if 0 in self._places else now
+                    self._places |= {r: (place, max(heard, at)) for r, (place, at) in self._places.items()}
                 self._changed.notify_all()
             if is_last:
                 return
             self._closed.wait(self._interval)
+
+    def _reads_all(self) -> bool:
+        """Whether to read every rank's place: where few write one, and on other ranks than 0 when it may matter.
+
+        Otherwise each rank reads rank 0's alone, whose alarm says whether anything is unusual: what goes out of its
+        node grows with R and not with R squared.
+        """
+        if self._rank == 0 or self._size <= READ_BY_ALL or self._alarm or len(self._places) < self._size:
+            return True
+        waits_long = self._collective and time.monotonic() - self._waiting_since > self._timeout - 5 * self._interval
+        return bool(waits_long or self._verdict or self._asks or self._closed.is_set())
+
+    def _signed(self, text: str) -> str:
+        return f"{hmac.digest(self._key, text.encode(), 'sha256').hex()} {text}"
+
+    def _read(self, value: bytes, parse: Callable[[bytes], T]) -> T | None:
+        """Read a value of the store. Returns: None, with a line in the log, for what no rank of this run wrote."""
+        try:
+            digest, _, text = value.partition(b" ")
+            if not hmac.compare_digest(digest, hmac.digest(self._key, text, "sha256").hex().encode()):
+                raise ValueError("another key signed it")
+            return parse(text)
+        except (ValueError, TypeError, KeyError) as error:
+            if not self._was_strange:
+                self._was_strange = True
+                logger.warning("a value that no rank of this run wrote is ignored (%s): %.80r", error, value)
+            return None
 
     def _judge(self) -> None:
         """End this process when a rank is lost, as a thread."""

@@ -247,9 +247,7 @@ class Learner(ZeroEngine, ABC):
             return None
         self.bad_updates.was_good()
         self.num_updates_done += 1
-        means = self._ranks.sum(sums, f"{self.name} metrics")
-        if largest:
-            largest = self._ranks.max(largest, f"{self.name} metrics")
+        means, largest = self._ranks.sum_and_max(sums, largest, f"{self.name} metrics")
         means[f"{self.name}/grad_norm"] = float(self.engine.get_global_grad_norm())
         means[f"{self.name}/lr"] = rate
         return means, largest

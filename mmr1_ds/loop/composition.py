@@ -445,7 +445,8 @@ def _lock(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
         try:
             for folder, key in folders.items():
                 stack.enter_context(RunLock(folder, key))
-            _set_mode({run_directory(config), *folders}, config.trainer.run_dir_mode)
+            if config.trainer.run_dir_mode is not None:
+                _set_mode({run_directory(config), *folders}, config.trainer.run_dir_mode)
         except UserError as error:
             refused = str(error)
         except OSError as error:
@@ -455,10 +456,8 @@ def _lock(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
         raise UserError(refused)
 
 
-def _set_mode(folders: set[Path], mode: str | None) -> None:
+def _set_mode(folders: set[Path], mode: str) -> None:
     """Let in whom `trainer.run_dir_mode` admits. Raises: UserError where that is not ours to say."""
-    if mode is None:
-        return
     for folder in folders:
         try:
             folder.chmod(int(mode, 8))

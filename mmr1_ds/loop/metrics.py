@@ -34,16 +34,16 @@ def reward_metrics(rewards: Sequence[GroupRewards], failures: Sequence[RewardCou
             known = values[np.isfinite(values)]
             total, count = sums.get(name, (0.0, 0))
             sums[name] = total + float(known.sum(dtype=np.float64)), count + len(known)
-    everyone = ranks.all_gather_objects(sums, "reward metrics")
+    total_counts = sum(failures, Counter[str]())
+    gathered = ranks.all_gather_objects((sums, {name: total_counts[name] for name in COUNTED}), "reward metrics")
+    everyone = [part for part, _ in gathered]
     names = sorted({name for part in everyone for name in part})
     metrics = {}
     for name in names:
         total, count = (sum(part.get(name, (0.0, 0))[i] for part in everyone) for i in (0, 1))
         if count:
             metrics[f"reward/{name}"] = total / count
-    total_counts = sum(failures, Counter[str]())
-    counts = {name: total_counts[name] for name in COUNTED}
-    return metrics | ranks.sum(counts, "reward failures")
+    return metrics | {name: float(sum(counts[name] for _, counts in gathered)) for name in COUNTED}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,11 @@ def step_metrics(
         [item.advantages.mean(dtype=np.float64) if item.token_ids.size else 0.0 for item in trajectories]
     )
     own = np.column_stack([local, advantages, rewards_B])
-    table = np.concatenate(ranks.all_gather_array(own, "step metrics"))
+    largest = clock.metrics()
+    if clock.memory is not None and ranks.on_gpu:
+        largest |= clock.memory.peaks_of_the_run()
+    everyone = ranks.all_gather_objects((own, largest, psutil.Process().memory_info().rss / 1e9), "step metrics")
+    table = np.concatenate([part for part, _, _ in everyone])
     score, length, clipped, prompt_length, advantage, reward = table.T
     metrics = {
         **_spread("critic/score", score),
@@ -97,7 +101,8 @@ def step_metrics(
         **_spread("critic/returns", advantage),  # as EasyR1 has it without a critic
         **_lengths("", length, clipped, prompt_length, max_prompt_length),
     }
-    metrics |= stage_metrics(clock, ranks)
+    metrics |= {name: max(figures[name] for _, figures, _ in everyone) for name in sorted(largest)}
+    metrics["perf/cpu_memory_used_gb"] = sum(memory for _, _, memory in everyone)
     tokens, seconds = float(length.sum() + prompt_length.sum()), metrics["timing_s/step"]
     metrics |= {
         "perf/total_num_tokens": tokens,
@@ -111,9 +116,6 @@ def step_metrics(
     for stage in _STAGES_BY_TOKEN.keys() & clock.seconds.keys():
         num_tokens = float(length.sum()) if _STAGES_BY_TOKEN[stage] == "responses" else tokens
         metrics[f"timing_per_token_ms/{stage}"] = metrics[f"timing_s/{stage}"] * 1000 / num_tokens
-    metrics |= ranks.sum({"perf/cpu_memory_used_gb": psutil.Process().memory_info().rss / 1e9}, "memory")
-    if clock.memory is not None and ranks.on_gpu:
-        metrics |= ranks.max(clock.memory.peaks_of_the_run(), "memory")
     return metrics
 
 
@@ -165,10 +167,10 @@ def policy_lag_metrics(groups: Sequence[RolloutGroup], version: int, ranks: Rank
         own["lag"] += sum((version - sampled_by) * count for sampled_by, count in spans)
         own["mixed"] += len(spans) > 1
         most = max(most, *(float(version - sampled_by) for sampled_by, _ in spans))
-    totals = ranks.sum(own, "policy lag")
+    totals, largest = ranks.sum_and_max(own, {"most": most}, "policy lag")
     return {
         "rollout/policy_lag_mean": totals["lag"] / max(1.0, totals["tokens"]),
-        "rollout/policy_lag_max": ranks.max({"most": most}, "policy lag")["most"],
+        "rollout/policy_lag_max": largest["most"],
         "rollout/mixed_fraction": totals["mixed"] / max(1.0, totals["responses"]),
     }
 

@@ -83,7 +83,7 @@ class StepRecords:
             self._of_rollout |= policy_lag_metrics(groups, self._version, self._ranks)
         self._metrics_logger.record("draws", step, {"prompts": batch.prompts.tolist()})
         observed = self.keep_of_curriculum(step).get("observations")
-        self._samples.keep(step, batch.groups, observed)
+        self._samples.keep(step, batch.groups, batch.prompts, observed)
         if self._rollouts is not None:
             self._rollouts.keep(step, batch.groups)
 

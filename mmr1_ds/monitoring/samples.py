@@ -50,18 +50,19 @@ class TrainingSamples:
         self._metrics_logger, self._ranks = metrics_logger, ranks
         self._first_pass_rates = _first_pass_rates(run_dir / "samples.jsonl") if ranks.rank == 0 else {}
 
-    def keep(self, step: int, groups: Sequence[ScoredGroup], observed: Mapping[str, Any] | None) -> None:
+    def keep(
+        self, step: int, groups: Sequence[ScoredGroup], trained: np.ndarray, observed: Mapping[str, Any] | None
+    ) -> None:
         """Keep some of this step's groups. Collective.
 
         Args:
-            groups: this rank's part of what the step trains on.
+            groups: this rank's part of what the step trains on; trained: the prompts of all parts.
             observed: the step's record of observations, on rank 0.
         """
         if self._num_groups == 0:
             return
         own = {group.group.prompt.index: group for group in groups}
-        everyone = self._ranks.all_gather_array(np.array(sorted(own), dtype=np.int64), "prompts to show")
-        chosen = self._choose(np.unique(np.concatenate(everyone)), observed) if observed is not None else None
+        chosen = self._choose(np.unique(trained), observed) if observed is not None else None
         chosen = self._ranks.broadcast_array(chosen, "choose prompts to show").tolist()
         rows = {index: self._row(own[index]) for index in chosen if index in own}
         found: dict[int, tuple[dict[str, Any], list[bytes]]] = {}
@@ -140,9 +141,12 @@ def _known_rates(observed: Mapping[str, Any]) -> dict[int, float]:
 def _first_pass_rates(path: Path) -> dict[int, float]:
     if not path.exists():
         return {}
+    rates: dict[int, float] = {}
     with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return {row["index"]: row["pass_rate"] for row in reversed(rows)}
+        for line in lines:  # texts of days: not all at once
+            row = json.loads(line)
+            rates.setdefault(row["index"], row["pass_rate"])
+    return rates
 
 
 def _thumbnail(image: Image) -> bytes:

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmr1_ds.errors import UserError, remedy
-from mmr1_ds.io import in_words, write_whole
+from mmr1_ds.io import in_words, sync
 from mmr1_ds.monitoring.progress import FIGURES, TimeLeft, bar_of, format_duration
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ RECORDS = (  # besides metrics.jsonl; a line each
     "curriculum",  # a line a refresh of the table: histograms, and the prompts that moved since the last
     "samples",  # a line a training group: what was asked and answered
 )
+_BLOCK_BYTES = 1 << 20  # read at a time from the end of a file
 _HISTOGRAMS = ("weight", "pass_rate")  # in a record of the curriculum
 
 
@@ -51,7 +53,7 @@ class _Lines:
         """last_line_bytes: of the line that `replace_last` may put another in place of; 0 = none."""
         self._path = path
         self._offset = (path.stat().st_size if path.exists() else 0) - last_line_bytes  # of the first line in memory
-        self._written = self._path.read_bytes()[self._offset :] if last_line_bytes else b""  # may be replaced
+        self._written = next(_lines_from_end(path))[1] if last_line_bytes else b""  # may be replaced
         self._waiting: list[bytes] = []
 
     def append(self, line: bytes, is_final: bool = True) -> None:
@@ -145,18 +147,39 @@ def _drop_lines_after(path: Path, step: int) -> None:
         numbers = itertools.count(1)
         path.rename(next(name for n in numbers if not (name := path.with_name(f"{path.stem}.{n}.jsonl")).exists()))
         return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+    size = path.stat().st_size
+    for start, line in _lines_from_end(path):  # steps never fall: what is to go stands at the end
+        if line.endswith(b"\n") and json.loads(line)["step"] <= step:
             break
-        kept.append(line)
-    write_whole(path, b"".join(kept))
+        size = start
+    os.truncate(path, size)
+    sync(path)
+
+
+def _lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield where each line begins, and the line, from the last to the first; no more is read than is asked for."""
+    with path.open("rb") as file:
+        start, rest = file.seek(0, os.SEEK_END), b""
+        while start > 0:
+            length = min(_BLOCK_BYTES, start)
+            start -= length
+            file.seek(start)
+            lines = (file.read(length) + rest).splitlines(keepends=True)
+            rest = lines[0]
+            place = start + sum(map(len, lines))
+            for line in reversed(lines[1:]):
+                place -= len(line)
+                yield place, line
+        if rest:
+            yield 0, rest
 
 
 def _last_line(path: Path) -> tuple[dict[str, Any], int]:
     """The last object of a JSON lines file and the length of its line in bytes; ({}, 0) without one."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return (json.loads(lines[-1]), len(lines[-1])) if lines else ({}, 0)
+    if not path.exists():
+        return {}, 0
+    line = next(_lines_from_end(path), (0, b""))[1]
+    return (json.loads(line), len(line)) if line else ({}, 0)
 
 
 def _json_number(value: float) -> float | None:

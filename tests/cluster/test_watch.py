@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import faulthandler
+import hmac
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import pytest
 from fixtures.launching import PROGRAMS, environment, processes_with, wait_until
 
 from mmr1_ds.cluster import judgement
+from mmr1_ds.cluster import watch as watch_module
 from mmr1_ds.cluster.judgement import Heard, Known, Place
 from mmr1_ds.cluster.watch import GRACE_SECONDS, Watch, exit_code, report_fault
 from mmr1_ds.errors import UserError
@@ -256,7 +258,7 @@ class Store:
     """A store of one process, with what was written last."""
 
     def __init__(self):
-        self.values = {}
+        self.values, self.num_read = {}, 0
 
     def set(self, key, value):
         self.values[key] = value.encode()
@@ -265,7 +267,57 @@ class Store:
         return set(keys) <= self.values.keys()
 
     def multi_get(self, keys):
+        self.num_read += len(keys)
         return [self.values[key] for key in keys]
+
+    def get(self, key):
+        return self.values[key]
+
+
+def signed(place, key=b""):
+    text = json.dumps(dataclasses.asdict(place))
+    return f"{hmac.digest(key, text.encode(), 'sha256').hex()} {text}"
+
+
+@pytest.mark.parametrize("strange", ["garbage", "{}", "[1]", "\xff", signed(Place(0, "h9", beat=9), b"another run's"),
+                                     signed(Place(2, "h9", beat=9))])  # fmt: skip
+def test_what_no_rank_of_this_run_wrote_is_ignored_and_logged(strange, caplog):
+    store = Store()
+    store.set("place/0", signed(Place(0, "h0", beat=1, stage="gen")))
+    watch = Watch(1, 2, 10, store)
+    try:
+        watch.wait_for_all()
+        store.set("place/0", strange)
+        read = store.num_read
+        wait_until(lambda: store.num_read >= read + 4, 30, "further readings")
+        store.set("place/0", signed(Place(0, "h0", beat=2, stage="reward")))
+        wait_until(lambda: watch.known().others[0].place.stage == "reward", 30, "the rank heard again")
+    finally:
+        watch.close()
+    assert caplog.text.count("that no rank of this run wrote") <= 1
+    if strange == "garbage":
+        assert "garbage" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["", "of this run"])
+def test_many_ranks_read_rank_0_alone_until_something_is_unusual(monkeypatch, key):
+    monkeypatch.setattr(watch_module, "READ_BY_ALL", 3)
+    monkeypatch.setenv(watch_module.KEY_VARIABLE, key)
+    store, size = Store(), 6
+    watches = [Watch(rank, size, 4, store) for rank in range(size)]
+    try:
+        for each in watches:
+            each.wait_for_all()
+        wait_until(lambda: not any(each._alarm for each in watches[1:]), 30, "all is usual")
+        wait_until(lambda: not watches[3]._reads_all(), 30, "rank 3 reads little")
+        assert watches[0]._reads_all()
+        assert all(heard.seconds_ago < 3 for heard in watches[3].known().others)
+        watches[5].close(MemoryError("no room"))
+        wait_until(lambda: "rank 5" in judgement.lost(watches[3].known()), 30, "rank 3 hears of rank 5")
+        assert "has ended with MemoryError" in judgement.lost(watches[3].known())
+    finally:
+        for each in reversed(watches):
+            each.close()
 
 
 def test_credentials_in_a_fault_are_reported_to_nobody(monkeypatch, tmp_path, capfd):
@@ -273,7 +325,8 @@ def test_credentials_in_a_fault_are_reported_to_nobody(monkeypatch, tmp_path, ca
     words = "cannot load https://me:hunter22@data.example/x with sk-0123456789"
     store = Store()
     Watch(1, 2, 10, store).close(UserError(words))
-    assert Place.read(store.values["place/1"]).state == "UserError: cannot load https://***@data.example/x with ***"
+    state = Place.read(store.values["place/1"].partition(b" ")[2]).state
+    assert state == "UserError: cannot load https://***@data.example/x with ***"
     watch = Watch(0, 1, 10, None)
     watch.stacks.write_into(tmp_path, signal.SIGUSR2)
     try:
@@ -289,7 +342,7 @@ def test_credentials_in_a_fault_are_reported_to_nobody(monkeypatch, tmp_path, ca
 
 def test_a_watch_hears_the_others_through_the_store():
     store = Store()
-    store.set("place/0", json.dumps(dataclasses.asdict(Place(0, "h0", stage="gen", step=3))))
+    store.set("place/0", signed(Place(0, "h0", stage="gen", step=3)))
     watch = Watch(1, 2, 10, store)
     try:
         watch.wait_for_all()
@@ -305,7 +358,7 @@ def test_a_process_that_was_stopped_blames_nobody_for_what_it_missed(monkeypatch
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     store = Store()
-    store.set("place/0", json.dumps(dataclasses.asdict(Place(0, "h0"))))
+    store.set("place/0", signed(Place(0, "h0")))
     watch = Watch(1, 2, 1800, None, lost_seconds=120)
     watch._store = store
     looks = iter([1.0, 2.0, 602.0, 603.0, 604.0])  # 10 minutes in which nothing of this process ran

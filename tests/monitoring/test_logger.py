@@ -12,6 +12,7 @@ import pytest
 from mmr1_ds.config import TrainerConfig
 from mmr1_ds.config.ranges import check_loggers
 from mmr1_ds.errors import UserError
+from mmr1_ds.monitoring import writers
 from mmr1_ds.monitoring.logger import MetricsLogger, configure_logging
 from mmr1_ds.monitoring.progress import format_duration
 from mmr1_ds.monitoring.writers import ConsoleWriter, JsonLinesWriter
@@ -412,3 +413,24 @@ def test_log_lines_of_other_ranks_are_warnings_only(own_logging, capsys):
     logging.getLogger("mmr1_ds.loop.trainer").warning("loud")
     printed = capsys.readouterr().err
     assert "loud" in printed and "quiet" not in printed
+
+
+@pytest.mark.parametrize("block_bytes", [7, 64, 1 << 20])
+def test_a_resume_reads_the_end_of_long_files_alone(tmp_path, monkeypatch, block_bytes):
+    monkeypatch.setattr(writers, "_BLOCK_BYTES", block_bytes)
+    path = tmp_path / "draws.jsonl"
+    lines = [json.dumps({"step": step, "text": "\N{LATIN SMALL LETTER U WITH DIAERESIS}" * (step % 9)}).encode() + b"\n"
+             for step in range(1, 60)]  # fmt: skip
+    path.write_bytes(b"".join(lines) + lines[-1][:11])  # the last is torn
+    found = list(writers._lines_from_end(path))
+    assert [line for _, line in found] == [lines[-1][:11], *reversed(lines)]
+    assert all(path.read_bytes()[start:].startswith(line) for start, line in found)
+    asked = []
+    parse = json.loads
+    monkeypatch.setattr(writers.json, "loads", lambda text: asked.append(text) or parse(text))
+    writers._drop_lines_after(path, 55)
+    assert path.read_bytes() == b"".join(lines[:55])
+    assert len(asked) == 5  # of 59 lines
+    assert writers._last_line(path)[0]["step"] == 55
+    writers._drop_lines_after(path, 99)
+    assert path.read_bytes() == b"".join(lines[:55])

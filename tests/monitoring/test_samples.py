@@ -55,7 +55,8 @@ def run(folder, steps, num_groups=2, resumed_step=0, size=2):
                 samples = TrainingSamples(folder, num_groups, decode, log, Rank(number, size, barrier, slots))
                 for step, groups in steps:
                     row = observed(*groups) if is_main else None
-                    samples.keep(step, groups[number::size], row)
+                    trained = np.array([item.group.prompt.index for item in groups])
+                    samples.keep(step, groups[number::size], trained, row)
         except Exception as error:
             errors.append(error)
             barrier.abort()
@@ -110,7 +111,8 @@ def test_a_resumed_run_knows_what_it_has_shown(tmp_path):
 
 def test_none_are_kept_where_none_are_wanted(tmp_path):
     with MetricsLogger.open(TrainerConfig(logger=[]), tmp_path, 9, 0, {}, True) as log:
-        TrainingSamples(tmp_path, 0, decode, log, Rank(0, 1, threading.Barrier(1), [None])).keep(1, FIRST, None)
+        samples = TrainingSamples(tmp_path, 0, decode, log, Rank(0, 1, threading.Barrier(1), [None]))
+        samples.keep(1, FIRST, np.empty(0), None)
     assert not (tmp_path / "samples.jsonl").exists()
 
 
