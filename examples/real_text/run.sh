@@ -31,6 +31,6 @@ fi
 PYTHON="$python" CONFIG=examples/real_text/config.yaml NUM_GPUS="$num_ranks" bash launch/train.sh "$@"
 
 summary="$("$python" -m mmr1_ds.commands.demo.summary "$run_dir")"
-sed '1d' <<< "$summary" | head -n -1
+sed '1d' <<< "$summary" | head -n -2
 head -n 1 <<< "$summary"  # the accuracy before and after
 tail -n 1 <<< "$summary"  # the report
