@@ -48,7 +48,7 @@ class Actor(Learner):
         """Load the model and wrap it. Collective.
 
         Args: temperature: at which responses are sampled; num_updates: optimiser steps of the whole run, for the
-            learning-rate schedule.
+            learning-rate schedule; deepspeed_config: without an optimizer the policy is only sampled from.
         """
         dtype = start_deepspeed(ranks)
         policy = load_policy(
@@ -57,7 +57,7 @@ class Actor(Learner):
             encoder.forbidden_token_ids,
             temperature,
             dtype,
-            trainable=True,
+            trainable="optimizer" in deepspeed_config,
             ranks=ranks,
         )
         offload = settings.offload_states

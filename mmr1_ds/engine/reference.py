@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -67,18 +66,6 @@ class Reference(ZeroEngine):
                 average.lerp_(theirs[name].ds_tensor.to(average), 1 - self._ema_decay)
                 shard.copy_(average)
         self._has_moved = True
-
-    @contextmanager
-    def _own_shards(self) -> Iterator[dict[str, Tensor]]:
-        """Yield this rank's part of each parameter, to be changed in place. Collective."""
-        parameters: dict[str, Any] = dict(self.module.named_parameters())
-        # Small ones are kept whole between two forwards: those copies are made again.
-        whole = [item for item in parameters.values() if item.ds_status == ZeroParamStatus.AVAILABLE]
-        if whole:
-            whole[0].partition(whole, has_been_updated=False)
-        yield {name: item.ds_tensor.data for name, item in parameters.items()}
-        if whole:
-            whole[0].all_gather(whole)
 
     def save(self, folder: Path) -> None:
         """Write this rank's part into the folder, if it has ever moved. Not a collective. Raises: OSError."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import deepspeed
 import numpy as np
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,7 +36,7 @@ from mmr1_ds.engine.model.value_model import ValueModel
 from mmr1_ds.engine.optimizers import AdamWBf16
 from mmr1_ds.engine.weights.adapter_checkpoint import AdapterCheckpoint
 from mmr1_ds.engine.weights.offloading import drop_host_copies, states_offloaded
-from mmr1_ds.engine.weights.zero_checkpoint import ZeroCheckpoint
+from mmr1_ds.engine.weights.zero_checkpoint import ZeroCheckpoint, trained_weights
 from mmr1_ds.records import Pair, Trajectory
 
 
@@ -134,6 +135,32 @@ class ZeroEngine:
         both = [prompt + response for prompt, response in zip(prompt_lengths, lengths, strict=True)]
         return by_tokens(both, budget, self._ranks)
 
+    @contextmanager
+    def _own_shards(self) -> Iterator[dict[str, Tensor]]:
+        """Yield this rank's part of each parameter, to be changed in place. Collective."""
+        parameters: dict[str, Any] = dict(self.module.named_parameters())
+        # Small ones are kept whole between two forwards: those copies are made again.
+        whole = [item for item in parameters.values() if item.ds_status == ZeroParamStatus.AVAILABLE]
+        if whole:
+            whole[0].partition(whole, has_been_updated=False)
+        yield {name: item.ds_tensor.data for name, item in parameters.items()}
+        if whole:
+            whole[0].all_gather(whole)
+
+    @torch.no_grad()
+    def _take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Put whole weights, by their names in the module, in the places of the engine's own. Collective."""
+        with self._own_shards() as own:
+            left = set(own)
+            for name, weight in weights:
+                if name not in own:  # another name of a tied one
+                    continue
+                shard = own[name]
+                part = weight.flatten()[self._ranks.rank * shard.numel() :][: shard.numel()]
+                shard.copy_(torch.nn.functional.pad(part, (0, shard.numel() - part.numel())))
+                left.discard(name)
+        assert not left, f"the checkpoint has no {min(left)}"
+
     def _counts_prompts_once(self) -> bool:
         """Whether the responses to a prompt are planned together, around one copy of it."""
         return shares_prompts(self.model)
@@ -172,6 +199,7 @@ class Learner(ZeroEngine, ABC):
             `offloaded` does anything.
         """
         super().__init__(module, settings, sizes, deepspeed_config, ranks, encoder)
+        self._learns = "optimizer" in deepspeed_config  # a validation alone has none, nor its memory
         self.bad_updates = bad_updates
         self.num_updates_done = 0
         self._num_updates, self._offload_states = num_updates, offload_states
@@ -188,7 +216,7 @@ class Learner(ZeroEngine, ABC):
 
         with_weights: False = only gradients and the optimiser's states, so that the weights can be read.
         """
-        if not self._offload_states:
+        if not self._offload_states or not self._learns:
             return nullcontext()
         return states_offloaded(self.engine, self._ranks.on_gpu, with_weights)
 
@@ -298,4 +326,7 @@ class Learner(ZeroEngine, ABC):
         Raises: UserError for a checkpoint of other adapters, or one that cannot be converted to this number of ranks.
         """
         self._adapters.check(folder)
+        if not self._learns:
+            self._take(trained_weights(folder))
+            return
         self._load_state_dict(self._checkpoint.load(folder, strict=not self._adapters.leaves_out_frozen))

@@ -143,7 +143,10 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             )
             stack.callback(rollout.close)
         work = _actor_work(config, ranks)
-        actor = _actor(config, deepspeed.actor, num_steps, ranks, encoder)
+        # Adapters are put on what trains, and so need an optimiser.
+        learns = not config.trainer.val_only or config.worker.actor.model.lora.rank > 0
+        engine = deepspeed.actor if learns else deepspeed.reference
+        actor = _actor(config, engine, num_steps, ranks, encoder)
         advance(1)
         critic = None
         if deepspeed.critic is not None:

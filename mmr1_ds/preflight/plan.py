@@ -63,7 +63,7 @@ def describe_plan(
         "refresh": _refresh(config, plan),
         "rollout": _rollout(config),
         "reward": _reward(config),
-        "deepspeed": _deepspeed(actor),
+        "deepspeed": _deepspeed(config, actor),
         "reference": "" if config.trainer.val_only else _reference(config, reference),
         "critic": "" if critic is None else _critic(config, plan, critic),
         "output": _output(config),
@@ -252,10 +252,13 @@ def _reward(config: RunConfig) -> str:
     return f"{reward.reward_function}, {reward.num_workers} processes a rank, {reward.timeout_seconds:g} s a response"
 
 
-def _deepspeed(actor: Mapping[str, Any]) -> str:
+def _deepspeed(config: RunConfig, actor: Mapping[str, Any]) -> str:
     zero = actor["zero_optimization"]
+    types = f"ZeRO-{zero['stage']}, bf16 {'on' if actor['bf16']['enabled'] else 'off'}"
+    if config.trainer.val_only and config.worker.actor.model.lora.rank == 0:
+        return f"{types}, no optimiser"
     return (
-        f"ZeRO-{zero['stage']}, bf16 {'on' if actor['bf16']['enabled'] else 'off'}, {_offload(zero)}; "
+        f"{types}, {_offload(zero)}; "
         f"train_batch_size {actor['train_batch_size']:,} = {actor['train_micro_batch_size_per_gpu']} x "
         f"{actor['gradient_accumulation_steps']} x ranks"
     )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pandas
 import pytest
@@ -26,6 +27,12 @@ def score(reward_inputs):
         CALLS.write_text(calls + "x")
         accuracy = [0.0, 0.25, 0.75, 0.5, 0.5, 0.25][len(calls)]
     return [{"overall": len(item["response"]) % 3 / 2, "accuracy": accuracy} for item in reward_inputs]
+"""
+
+
+REWARD_BY_TEXT = """
+def score(reward_inputs):
+    return [{"overall": 0.0, "accuracy": float(sum(map(ord, item["response"])) % 2)} for item in reward_inputs]
 """
 
 
@@ -65,11 +72,35 @@ def test_what_a_run_writes_on_request(tmp_path):
     assert {"gen", "update_actor", "sync"} <= found
 
 
+def test_a_validation_alone_answers_as_the_one_of_the_run_without_optimiser(tmp_path):
+    """On another number of ranks than wrote the checkpoint as well."""
+    config = write_run(tmp_path / "assets", num_steps=2)
+    data, run_dir = tmp_path / "assets" / "data.jsonl", tmp_path / "run"
+    settings = [f"config={config}", f"data.val_files={data}", f"trainer.run_dir={run_dir}", "trainer.val_freq=2"]
+    settings += ["worker.rollout.val_override_config.n=2", "worker.rollout.val_override_config.temperature=1.0"]
+    settings += ["trainer.val_before_train=false"]
+    done = run_training(*settings, "trainer.n_gpus_per_node=1")
+    assert done.returncode == 0, done.stderr[-6000:]
+    answers = run_dir / "eval" / "step_2" / "answers.jsonl"
+    of_run, lines = answers.read_bytes(), (run_dir / "metrics.jsonl").read_text().splitlines()
+    for num_ranks in (1, 2):
+        answers.unlink()
+        own = f"trainer.n_gpus_per_node={num_ranks}"
+        run_ranks("train.py", *settings, "trainer.val_only=true", own, num_ranks=num_ranks)
+        assert answers.read_bytes() == of_run
+        (line,) = (answers.parent / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(line)["val/pass_at_2"] == json.loads(lines[-1])["val/pass_at_2"]
+    shutil.rmtree(run_dir / "checkpoints")  # the model as it is answers otherwise
+    run_ranks("train.py", *settings, "trainer.val_only=true", "trainer.n_gpus_per_node=1")
+    assert (run_dir / "eval" / "step_0" / "answers.jsonl").read_bytes() != of_run
+
+
 def test_pass_rates_of_a_data_set_without_training_data(tmp_path):
     """A table that was begun by one rank and is continued by two is the table of one call."""
     config = write_run(tmp_path / "assets", num_steps=5)
     data, run_dir = tmp_path / "assets" / "data.jsonl", tmp_path / "run"
     data.rename(data.with_name("val.jsonl"))  # nothing is left to train on
+    (tmp_path / "assets" / "reward.py").write_text(REWARD_BY_TEXT)
     table, answers = tmp_path / "rates.jsonl", run_dir / "eval" / "step_0" / "answers.jsonl"
     settings = [f"config={config}", f"data.val_files={data.with_name('val.jsonl')}", f"trainer.run_dir={run_dir}"]
     settings += ["trainer.val_only=true", f"trainer.pass_rates={table}", "worker.rollout.val_override_config.n=3"]
