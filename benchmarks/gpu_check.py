@@ -183,7 +183,7 @@ def all_parts() -> list[Part]:
         short_run("offload_states", 1, 3, "tests/engine/test_lora.py", "optimiser states move too; pinned memory",
                   "worker.actor.offload_states=true", eager),
         short_run("resume", 1, 4, "tests/loop/test_run.py", "chunked prefill; FusedAdam's states come back; GPU traces",
-                  "trainer.save_freq=1", "trainer.profile_steps=[4]", "worker.rollout.enable_chunked_prefill=true",
+                  "trainer.save_freq=1", "trainer.profile_steps=[2]", "worker.rollout.enable_chunked_prefill=true",
                   "worker.rollout.logprobs=raw", "worker.rollout.top_p=0.9", eager),
         short_run("critic", 1, 3, "tests/algorithm/test_learning_modes.py", "bf16; a reference that moves",
                   "algorithm.adv_estimator=gae", "worker.ref.update_freq=2", eager),

@@ -18,7 +18,8 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.preflight.checks import check_config
 
-ARMS = ("shuffle", "full", "online", "filtering")
+# online: with the proportional draw, as most figures were measured; posterior: online as it ships
+ARMS = ("shuffle", "full", "online", "posterior", "filtering")
 BATCH = 8  # prompts a step
 RESPONSES = 8  # a group
 REFRESH_RESPONSES = 8  # a prompt in a full refresh
@@ -42,7 +43,7 @@ class Trial:
     seed: int
     steps: int
     ratio: float = 0.5  # lambda; full and online
-    categories: bool = True  # whether the filter is told the kind of a question; online
+    categories: bool = True  # whether the filter is told the kind of a question; online, posterior
     probe_fraction: float = 0.1  # online
     refresh_every: int = 60  # steps; full
     mini_batches: int = 1  # optimiser steps a batch
@@ -60,7 +61,7 @@ class Trial:
         parts = [self.pool, self.arm]
         if self.arm in ("full", "online"):
             parts.append(f"ratio{self.ratio:g}")
-        if self.arm == "online" and not self.categories:
+        if self.arm in ("online", "posterior") and not self.categories:
             parts.append("nocategories")
         if self.arm == "online" and self.probe_fraction != 0.1:
             parts.append(f"probes{self.probe_fraction:g}")
@@ -78,7 +79,7 @@ class Trial:
         words = [self.arm]
         if self.arm in ("full", "online"):
             words.append(f"lambda {self.ratio:g}")
-        if self.arm == "online" and not self.categories:
+        if self.arm in ("online", "posterior") and not self.categories:
             words.append("no categories")
         if self.arm == "online" and self.probe_fraction != 0.1:
             words.append(f"probes {self.probe_fraction:g}")
@@ -116,6 +117,8 @@ def all_trials(
             trial = replace(trial, refresh_every=refresh_every)
         if arm == "online":
             trial = replace(trial, categories=told, probe_fraction=probe_fraction)
+        if arm == "posterior":
+            trial = replace(trial, categories=told)
         trials.append(trial)
     return list(dict.fromkeys(trials))
 
@@ -206,13 +209,10 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
         "data.seed": trial.seed,
         "data.rollout_batch_size": BATCH,
         "data.category_key": "category" if trial.categories else "null",
-        "data.sampling_strategy": "curriculum" if trial.arm in ("full", "online") else "shuffle",
-        "data.curriculum_refresh": "online" if trial.arm == "online" else "full",
-        "data.curriculum_draw": "proportional",  # as the published figures were measured
-        "data.curriculum_mixture_ratio": trial.ratio,
+        "data.sampling_strategy": "curriculum" if trial.arm in ("full", "online", "posterior") else "shuffle",
+        "data.curriculum_refresh": "online" if trial.arm in ("online", "posterior") else "full",
         "data.curriculum_update_freq": trial.refresh_every,
         "data.curriculum_rollout_n": REFRESH_RESPONSES,
-        "data.curriculum_probe_fraction": trial.probe_fraction,
         "algorithm.disable_kl": True,
         "algorithm.use_kl_loss": False,
         "algorithm.online_filtering": trial.arm == "filtering",
@@ -233,6 +233,12 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
         "trainer.save_freq": -1,
         "trainer.resume": False,
     }
+    if trial.arm != "posterior":
+        values |= {
+            "data.curriculum_draw": "proportional",
+            "data.curriculum_mixture_ratio": trial.ratio,
+            "data.curriculum_probe_fraction": trial.probe_fraction,
+        }
     config = load_config([f"config={CONFIG}", *(f"{key}={value}" for key, value in values.items())]).config
     check_config(config, world_size=1)
     return config

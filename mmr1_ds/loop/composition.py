@@ -66,7 +66,7 @@ from mmr1_ds.monitoring.rollouts import RolloutLog
 from mmr1_ds.monitoring.samples import TrainingSamples
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
 from mmr1_ds.records import SamplingSettings, ScoredGroup
-from mmr1_ds.rewards.loading import BUILT_IN, reward_weights
+from mmr1_ds.rewards.loading import BUILT_IN, each_function, reward_weights
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
 from mmr1_ds.rollout.colocated.engine import VllmRollout
@@ -524,8 +524,9 @@ def _check_installed(config: RunConfig) -> None:
             "or set it to 0"
         )
     # Without it every response would count as one that could not be scored.
-    if config.worker.reward.reward_function in BUILT_IN:
-        require("gpu", "math_verify", purpose=f"worker.reward.reward_function={config.worker.reward.reward_function}")
+    for name in (one.reward_function for one in each_function(config.worker.reward)):
+        if name in BUILT_IN:
+            require("gpu", "math_verify", purpose=f"the reward {name}")
     if engine == "server":
         require("gpu", "aiohttp", "msgspec", purpose="worker.rollout.engine=server")
     if importlib.util.find_spec("vllm") is not None:

@@ -70,6 +70,9 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     warmup = config.trainer.critic_warmup
     if plan.total_steps is not None and 0 < plan.total_steps <= warmup:
         raise UserError(f"trainer.critic_warmup={warmup} leaves the actor none of {plan.total_steps} steps; lower it")
+    last = max(config.trainer.profile_steps, default=0)
+    if plan.total_steps is not None and last > plan.total_steps:
+        raise UserError(f"trainer.profile_steps has {last}, the run has {plan.total_steps} steps; name earlier ones")
     return plan
 
 

@@ -72,7 +72,10 @@ def needs_of(config: RunConfig, actor: Mapping[str, Any]) -> Needs:
     colocated = rollout.engine == "vllm" or (rollout.engine == "auto" and find_spec("vllm") is not None)
     fraction = rollout.gpu_memory_utilization if colocated else 0.0
     pins = any(zero.get(key, {}).get("pin_memory") for key in ("offload_param", "offload_optimizer"))
-    return Needs(fraction, not actor["optimizer"].get("params", {}).get("torch_adam", False), pins)
+    pins = pins or config.worker.actor.offload_states or config.worker.ref.offload.offload_params
+    is_fused = not actor["optimizer"].get("params", {}).get("torch_adam", False)
+    compiles = is_fused and config.worker.actor.optim.strategy == "adamw" and not config.trainer.val_only
+    return Needs(fraction, compiles, bool(pins))
 
 
 def check_machine(config: RunConfig, actor: Mapping[str, Any]) -> tuple[str, ...]:

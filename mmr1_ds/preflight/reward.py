@@ -32,9 +32,11 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
             return
         result = pool.score([item, item])[0]  # two: a reward that compares responses needs another
     if result.failure is not None and result.failure != "unscored":
+        names = ", ".join(one.reward_function for one in each_function(reward))
+        key = "worker.reward.functions" if reward.functions else "worker.reward.reward_function"
         raise UserError(
-            f"worker.reward.reward_function {reward.reward_function!r} fails on a response to the first row of "
-            f"data.train_files: {result.failure}: {result.reason}"
+            f"{key} {names!r} fails on a response to the first row of data.train_files: "
+            f"{result.failure}: {result.reason}"
         )
 
 

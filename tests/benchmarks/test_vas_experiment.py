@@ -110,7 +110,7 @@ def write_run(folder, trial, rollouts_per_step, accuracy, extra=0.0):
             line |= {"gradient_norm": 1.0, "clip_fraction": 0.0, "drawn_effective_fraction": 0.5}
         if step % 5 == 0:
             line["validation_accuracy"] = accuracy(step)
-        if trial.arm in ("full", "online") and step % 20 == 0 and step:
+        if trial.arm in ("full", "online", "posterior") and step % 20 == 0 and step:
             shares = {"easy": 0.5, "learnable": 0.25, "hard": 0.25}
             line |= {"weight_histogram": [3, *[1] * 19], "weight_shares": shares}
         if trial.arm == "full" and step == 20:
@@ -186,7 +186,7 @@ def test_the_first_crossing_is_interpolated():
 @pytest.mark.slow
 def test_the_report_has_tables_json_and_plots(tmp_path):
     sys_path = [sys.executable, str(BENCHMARKS / "vas_experiment.py"), "report", str(tmp_path)]
-    for arm in ("shuffle", "full", "online", "filtering"):
+    for arm in ("shuffle", "full", "online", "posterior", "filtering"):
         write_run(tmp_path, a_trial(arm=arm), 64, lambda step: step / 100)
     write_run(tmp_path, a_trial(arm="online", ratio=1.0), 64, lambda step: step / 50)
     command = [*sys_path, "--json", str(tmp_path / "figures.json"), "--plots", str(tmp_path / "plots")]

@@ -171,6 +171,12 @@ def test_gdpo_needs_several_rewards_and_no_kl_in_them(valid):
     assert "set algorithm.use_kl_loss=true" in refused(valid, GDPO, TWO_REWARDS, "algorithm.use_kl_loss=false")
 
 
+def test_a_profile_of_a_step_that_never_comes_is_refused(valid):
+    said = refused(valid, "trainer.max_steps=9", "trainer.profile_steps=[2, 10]")
+    assert "trainer.profile_steps has 10, the run has 9 steps" in said
+    check(valid, "trainer.max_steps=9", "trainer.profile_steps=[9]")
+
+
 def test_without_gae_there_is_no_critic(valid):
     assert "trainer.critic_warmup=2 needs a critic, which algorithm.adv_estimator=rloo lacks" in refused(
         valid, "algorithm.adv_estimator=rloo", "trainer.critic_warmup=2"

@@ -57,6 +57,8 @@ def test_what_a_run_does_not_need_is_not_asked_for():
     [
         (["config=mmr1_h100"], Needs(0.55, True, False)),
         (["config=mmr1_h100_32b", "worker.rollout.engine=hf"], Needs(0.0, True, True)),
+        (["config=mmr1_h100", "worker.actor.offload_states=true"], Needs(0.55, True, True)),
+        (["config=mmr1_h100", "worker.actor.optim.strategy=adamw_bf16"], Needs(0.55, False, False)),
     ],
 )
 def test_needs_are_those_of_the_run(settings, expected):

@@ -19,7 +19,7 @@ from settings import schedule_asynchronously, small_config
 
 from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.preemption import Preemption
+from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.loop.turns import Turns
@@ -154,6 +154,23 @@ awake._drain = drain
 # 7. Nor are weights sampled from that were loaded in part.
 policy.fails = True
 found["half loaded"] = [error_of(rollout.sync_weights, policy), error_of(sample)]
+# 8. Sampling that is abandoned in the middle: no step more, and all memory is given back once.
+policy.fails = False
+rollout.sync_weights(policy)
+step, steps = llm.llm_engine.step, []
+
+
+def abandoned_in_the_third() -> object:
+    steps.append(None)
+    if len(steps) == 3:
+        raise SamplingAbandoned
+    return step()
+
+
+llm.llm_engine.step = abandoned_in_the_third
+calls.clear()
+found["abandoned"] = [error_of(rolled_out, 1), len(steps), core.scheduler.has_requests()]
+turn("abandoned calls")
 with open(out, "w", encoding="utf-8") as file:
     json.dump(found, file)
 rollout.close()

@@ -67,6 +67,13 @@ def test_nothing_is_sampled_from_discarded_or_half_loaded_weights(found):
     assert found["third step"] == ["empty", WAKE_WEIGHTS, "load", "empty", WAKE_CACHE, "sample"]
 
 
+@pytest.mark.slow
+def test_sampling_that_is_abandoned_is_not_carried_on_to_its_end(found):
+    said, num_steps, has_requests = found["abandoned"]
+    assert said.startswith("SamplingAbandoned") and num_steps == 3 and has_requests
+    assert found["abandoned calls"] == ["empty", WAKE_CACHE, DISCARD]
+
+
 @pytest.mark.parametrize("with_weights", [True, False])
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_for_a_sync_the_weights_stay_and_the_rest_goes(on_gpu, with_weights):

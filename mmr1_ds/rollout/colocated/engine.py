@@ -121,6 +121,7 @@ class VllmRollout(InTurn):
 
                 return self._llm.generate(inputs, parameters, use_tqdm=bar)
         except SamplingAbandoned:
+            self._cycle.abandon()
             return None
 
     def _requests_of_group(self, own: list[RolloutRequest]) -> tuple[list[RolloutRequest], int]:

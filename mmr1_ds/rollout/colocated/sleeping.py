@@ -34,7 +34,7 @@ class SleepCycle:
 
     def sleep(self, keep_weights: bool) -> None:
         """Give the memory back. keep_weights: that of the KV cache alone, as no sync comes before the next sampling."""
-        if not self._enabled:
+        if not self._enabled or not self._weights_are_mapped:
             return
         if not keep_weights:
             self._drain()
@@ -45,6 +45,16 @@ class SleepCycle:
             self._cache_is_mapped = False
             self._llm.sleep(level=_PAUSED)
             self._llm.release_kv_cache_memory()
+
+    def abandon(self) -> None:
+        """Give all memory back at once, in the middle of whatever vLLM did: nothing more is sampled.
+
+        Its scheduler is not asked, which would have to end a batch first, and may have been broken off in a change.
+        """
+        self._weights_are_current = False
+        if self._enabled:
+            self._weights_are_mapped = self._cache_is_mapped = False
+            self._llm.collective_rpc("sleep", kwargs={"level": _DISCARDED})  # waits for the GPU first
 
     def _drain(self) -> None:
         """Step until vLLM has forgotten its requests.
