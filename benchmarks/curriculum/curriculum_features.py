@@ -57,13 +57,13 @@ def _sketches(texts: list[str]) -> Iterator[bytes]:
 def run(world: TextWorld, seed: int, features: np.ndarray | None, categories: bool) -> dict[str, float]:
     """Train for the run's steps. Returns: what the module's docstring lists."""
     given = world.categories if categories else np.zeros(world.num_prompts, dtype=np.int64)
-    policy = Online(Run(world.num_prompts, given, given, _BATCH, _STEPS, seed), probe_fraction=0.1)
+    policy = Online(Run(world.num_prompts, given, given, _BATCH, _STEPS, seed), rule="proportional", probe_fraction=0.1)
     policy.filter = LogitFilter(world.num_prompts, given, RESPONSES, features=features)
     sampler = PromptSampler(world.num_prompts, _BATCH, seed, "curriculum", 0.5)
     random = np.random.default_rng([seed, 4])
     found, effective = [], 0.0
     for step in range(1, _STEPS + 1):
-        rates, weights = world.pass_rates, policy.weights()
+        rates, weights = world.pass_rates, policy.scores()
 
         def roll(indices: np.ndarray, num_responses: int, rates: np.ndarray = rates) -> np.ndarray:
             return random.binomial(num_responses, rates[indices]).astype(np.float64)

@@ -37,6 +37,7 @@ from mmr1_ds.engine.optimizers import AdamWBf16
 from mmr1_ds.engine.weights.adapter_checkpoint import AdapterCheckpoint
 from mmr1_ds.engine.weights.offloading import drop_host_copies, states_offloaded
 from mmr1_ds.engine.weights.zero_checkpoint import ZeroCheckpoint, trained_weights
+from mmr1_ds.errors import UserError
 from mmr1_ds.records import Pair, Trajectory
 
 
@@ -149,17 +150,30 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Put whole weights, by their names in the module, in the places of the engine's own. Collective."""
+        """Put whole weights, by their names in the module, in the places of the engine's own. Collective.
+
+        Raises: UserError for weights of another model.
+        """
+        parameters: dict[str, Any] = dict(self.module.named_parameters())
+        shapes = {name: tuple(item.ds_shape) for name, item in parameters.items()}
         with self._own_shards() as own:
             left = set(own)
             for name, weight in weights:
                 if name not in own:  # another name of a tied one
                     continue
+                if tuple(weight.shape) != shapes[name]:
+                    raise UserError(
+                        f"the checkpoint has {name} of shape {tuple(weight.shape)}, worker.actor.model.model_path "
+                        f"{shapes[name]}; name the model that was trained"
+                    )
                 shard = own[name]
                 part = weight.flatten()[self._ranks.rank * shard.numel() :][: shard.numel()]
                 shard.copy_(torch.nn.functional.pad(part, (0, shard.numel() - part.numel())))
                 left.discard(name)
-        assert not left, f"the checkpoint has no {min(left)}"
+        if left:
+            raise UserError(
+                f"the checkpoint has no {min(left)}, worker.actor.model.model_path has; name the model that was trained"
+            )
 
     def _counts_prompts_once(self) -> bool:
         """Whether the responses to a prompt are planned together, around one copy of it."""

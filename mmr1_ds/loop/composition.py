@@ -309,7 +309,7 @@ def make_trainer(
         trainer,
         seed,
         num_steps,
-        str(worker.actor.model.model_path),
+        f"{worker.actor.model.model_path} of {run_directory(config)}",
         collector=collector,
         encoder=encoder,
         turns=turns,
@@ -442,7 +442,8 @@ def _lock(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
         folders = {run_directory(config) / "eval": "trainer.run_dir"}
     else:  # another run may be told to keep its checkpoints in this one's directory
         folders = {run_directory(config): "trainer.run_dir"}
-        folders[checkpoint_directory(config)] = "trainer.save_checkpoint_path"
+        if checkpoint_directory(config).resolve() != run_directory(config).resolve():
+            folders[checkpoint_directory(config)] = "trainer.save_checkpoint_path"
     refused = ""
     if ranks.rank == 0:
         try:

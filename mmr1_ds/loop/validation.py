@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ class Validation:
                         table.add([_rate(one, rows[0]) for one, rows in pairs])
         if table is not None:
             logger.info("%s", table.histogram())
-        if not left:
+        if known:  # the figures of the rest alone would be taken for those of the whole
             return {}
         self._log_generations(step, groups[: self._trainer.val_generations_to_log])
         metrics = self._records.stages(clock)
@@ -125,7 +126,9 @@ class Validation:
         table, found, refused = None, frozenset[str](), ""
         if self._ranks.rank == 0:
             try:
-                policy = f"{self._policy} after {step} steps"
+                chosen = {name: value for name, value in asdict(self._sampling).items() if name != "n"}
+                words = ", ".join(f"{name} {value}" for name, value in chosen.items())
+                policy = f"{self._policy} after {step} steps, {words}"
                 table = PassRates(Path(self._trainer.pass_rates), policy, self._sampling.n)
                 found = table.prompt_ids
             except UserError as error:
@@ -154,7 +157,7 @@ class Validation:
         )
         chunk = self._data.val_batch_size if self._data.val_batch_size > 0 else len(indices)
         if self._trainer.pass_rates is not None:
-            chunk = min(chunk, _KEPT)
+            chunk = max(1, min(chunk, _KEPT))
         for start in range(0, len(indices), chunk):
             own = indices[start : start + chunk][ranks.rank :: ranks.size]
             # Step 0 for all: validation at different steps shares its seeds, so that runs compare.

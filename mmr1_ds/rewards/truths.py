@@ -6,7 +6,7 @@ import re
 
 from mmr1_ds.rewards.boxes import last_boxed
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"(?:^|\s)####[ \t]*([^\n]+?)\s*$")
 
 

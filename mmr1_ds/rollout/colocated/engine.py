@@ -46,7 +46,7 @@ class VllmRollout(InTurn):
         most_images: int,
         preemption: Preemption,
     ) -> None:
-        """Collective: start the engine. Its weights are random until the first sync.
+        """Collective: start the engine. Its weights are the model folder's until the first sync.
 
         most_images: images of the prompt that has the most; the run config may allow more.
         """
@@ -208,7 +208,6 @@ def _start_engine(
         options["logprobs_mode"] = "raw_logprobs"
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
-    options["load_format"] = "dummy"  # the first sync writes the actor's over them, before anything is sampled
     with phases_logged():
         return LLM(distributed_executor_backend="external_launcher", **options)
 
