@@ -53,7 +53,7 @@ def test_what_a_run_writes_on_request(tmp_path):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["val/accuracy_reward"] for line in lines] == [0.0, 0.25, 0.75, 0.5, 0.5, 0.25]
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert names == ["best", "global_step_2", "global_step_5", "latest"]
+    assert names == ["best", "global_step_2", "global_step_5", "latest", "prompt_ids.safetensors"]
     assert (run_dir / "checkpoints" / "best").read_text() == "global_step_2\n"
     assert cli.main(["export", f"config={run_dir / 'config.yaml'}", str(tmp_path / "out"), "--best"]) == 0
 
