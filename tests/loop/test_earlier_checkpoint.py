@@ -10,7 +10,7 @@ import pytest
 from fixtures.launching import environment
 
 # A run of three steps by the version before the modules were given rooms: its state after step 2, its figures of
-# step 3. It was sampled by transformers, on one rank.
+# step 3 (but the mean reward, which took probes in). It was sampled by transformers, on one rank.
 EARLIER = Path(__file__).with_name("earlier_checkpoint")
 
 

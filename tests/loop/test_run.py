@@ -164,7 +164,7 @@ def test_a_run_leaves_all_of_itself_in_its_directory(finished_run):
     accuracies = {line["step"]: line["val/accuracy_reward"] for line in lines[1:] if "val/accuracy_reward" in line}
     assert best == f"global_step_{max(accuracies, key=accuracies.get)}"
     names = {path.name for path in (finished_run / "checkpoints").iterdir()}
-    assert names == {"global_step_8", "global_step_10", best, "best", "latest"}
+    assert names == {"global_step_8", "global_step_10", best, "best", "latest", "prompt_ids.safetensors"}
     assert list((finished_run / "tensorboard").glob("events.*"))
     assert list((finished_run / "wandb").glob("offline-run-*"))
 
