@@ -149,7 +149,8 @@ if ranks.size == 1 and not ranks.on_gpu:
     expected = plain.generate(requests, greedy)
     assert tokens_of(rollout.generate(requests, likeliest)) == tokens_of(expected)
     unbent = plain.generate(requests, dataclasses.replace(greedy, repetition_penalty=1.0))
-    assert tokens_of(unbent) != tokens_of(expected)
+    if not lora_rank:  # the penalty changes something; with the adapters' model it need not
+        assert tokens_of(unbent) != tokens_of(expected)
     # A text of two tokens ends each response with the token that completes it.
     whole = rollout.generate(requests, dataclasses.replace(settings, max_tokens=12))
     stop = encoder.tokenizer.decode(tokens_of(whole)[0][3:5])
