@@ -51,6 +51,7 @@ if [[ "$dry_run" == true ]]; then
   exec "$python" -m mmr1_ds.train "${arguments[@]}" "$@"
 fi
 
+export MMR1_DS_SCRIPT_PID=$$  # whose end, by whatever signal, ends the ranks
 # train COMMAND ...: run it in a process group of its own, which our signals reach, until it is done.
 train() {
   local child status told=0

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from mmr1_ds.cluster.exits import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, leave, tell
-from mmr1_ds.cluster.guard import LaunchGuard
+from mmr1_ds.cluster.guard import SCRIPT, LaunchGuard
 from mmr1_ds.cluster.launch import (
     LaunchEnvironment,
     gpu_is_here,
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         launch = launch_environment()
     except UserError as error:
         return tell(error)
-    guard = LaunchGuard() if launch.launcher == "environment" else None
+    guard = LaunchGuard() if launch.launcher == "environment" or SCRIPT in os.environ else None
     configure_logging(launch.rank == 0)
     try:
         prepared = _prepare(argv, launch)

@@ -1,7 +1,8 @@
 """The guard that ends a rank with the launcher that started it.
 
 The deepspeed launcher is two processes: the runner that the user (or the job manager) stops, and under it one that
-starts the ranks. A SIGTERM to the runner ends the runner alone; the rest would keep training, unseen.
+starts the ranks. A SIGTERM to the runner ends the runner alone; the rest would keep training, unseen. So would all of
+them when launch/train.sh, which starts the runner or the only rank, is killed: it names itself in MMR1_DS_SCRIPT_PID.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import psutil
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_SECONDS = 0.5
+SCRIPT = "MMR1_DS_SCRIPT_PID"
 
 
 class LaunchGuard:
-    """Ends this process when its launcher, or the deepspeed runner above it, is gone. Linux only."""
+    """Ends this process when its launcher, the deepspeed runner or the script above it is gone. Linux only."""
 
     def __init__(self) -> None:
         """Begin to watch. SIGTERM comes before SIGKILL, so that the run can save."""
@@ -33,16 +35,28 @@ class LaunchGuard:
         runner = _parent_of(parent)
         if runner is not None and "deepspeed" not in _command_of(runner):
             runner = None
-        threading.Thread(target=self._watch, args=(parent, runner), name="launch guard", daemon=True).start()
+        script = _process(os.environ[SCRIPT]) if SCRIPT in os.environ else None
+        threading.Thread(target=self._watch, args=(parent, runner, script), name="launch guard", daemon=True).start()
 
-    def _watch(self, parent: int, runner: int | None) -> None:
+    def _watch(self, parent: int, runner: int | None, script: psutil.Process | None) -> None:
         never = threading.Event()
         # An orphan is handed to another parent.
-        while os.getppid() == parent and (runner is None or _parent_of(parent) == runner):
+        while (
+            os.getppid() == parent
+            and (runner is None or _parent_of(parent) == runner)
+            and (script is None or script.is_running())
+        ):
             never.wait(POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
         never.wait(self.patience_seconds)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _process(pid: str) -> psutil.Process | None:
+    try:
+        return psutil.Process(int(pid))
+    except (ValueError, psutil.Error):  # of another container
+        return None
 
 
 def _parent_of(pid: int) -> int | None:

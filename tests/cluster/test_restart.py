@@ -2,9 +2,11 @@
 
 import json
 import subprocess
+import sys
 
+import psutil
 import pytest
-from fixtures.launching import ROOT, environment
+from fixtures.launching import ROOT, environment, wait_until
 
 from mmr1_ds.cluster import restart
 
@@ -67,3 +69,28 @@ def test_the_launch_scripts_start_a_crashed_run_again(tmp_path, script, statuses
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert (tmp_path / "said").read_text().split().count("run") == runs
+
+
+GUARDED = """
+import os, pathlib, signal, sys
+from mmr1_ds.cluster.guard import LaunchGuard
+
+guard = LaunchGuard()
+guard.patience_seconds = 0.0
+pathlib.Path(sys.argv[1] + ".new").write_text(str(os.getpid()))
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+signal.pause()
+"""
+LAUNCHER = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"]
+
+
+@pytest.mark.parametrize("between", [[], LAUNCHER], ids=["one rank", "several"])
+def test_a_script_that_is_killed_takes_its_ranks_along(tmp_path, between):
+    begun = tmp_path / "begun"
+    script = ["bash", "-c", 'export MMR1_DS_SCRIPT_PID=$$; "$@" & wait', "-"]
+    parent = subprocess.Popen([*script, *between, sys.executable, "-c", GUARDED, str(begun)], env=environment())
+    wait_until(begun.exists, 60, "the guarded process")
+    guarded = psutil.Process(int(begun.read_text()))
+    parent.kill()
+    parent.wait()
+    guarded.wait(30)
