@@ -105,7 +105,7 @@ class RunState:
                 raise self._preempted() from stop
             logger.warning(
                 "%s: all %d steps are done and saved, the last validation is not; mmr1-ds eval does it",
-                self._preemption.reason or "another rank was told to end", self._num_steps,
+                self._reason(), self._num_steps,
             )  # fmt: skip
         self._check_saved()
 
@@ -207,9 +207,14 @@ class RunState:
     def _is_asked_to_end(self) -> bool:
         return self._ranks.any(self._preemption.is_asked, "ask whether to end")
 
+    def _reason(self) -> str:
+        """Why the run ends, as the first rank that was told says: a signal need not have reached the others yet."""
+        reasons = self._ranks.all_gather_objects(self._preemption.reason, "say why the run ends")
+        return next(reason for reason in reasons if reason)
+
     def _preempted(self) -> Preempted:
+        reason = self._reason()
         self._check_saved()
-        reason = self._preemption.reason or "another rank was told to end"
         where = f"saved in {self._checkpoints.root}" if self.step else "nothing was learned yet"
         if not self._saves_when_interrupted:
             where = "this validation is not finished"
