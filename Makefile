@@ -1,7 +1,8 @@
 # make demo     train the demo: nothing to prepare, a few minutes on two cores (ARGS="key=value ..." overrides)
 # make real     train SmolLM2-135M on reasoning-gym, 30 steps on a CPU (examples/real_text)
 # make check    lint, types and the fast tests
-# make test     every test, the end-to-end ones included
+# make test     the fast tests and the end-to-end ones: what a change must pass
+# make nightly  every test: other families, layouts and faults besides; before a release
 # make chaos    kill ranks of short runs, KILLS=100 times, and compare with a run that was left alone
 # make sanitize fuzz the C++ under the address and undefined-behaviour sanitizers (SMALL=, LARGE=, SEED= inputs)
 # make gpu-check  every check that needs a GPU, benchmarks and a short demo; report in runs/gpu_check
@@ -24,7 +25,7 @@ LARGE ?= 150
 SEED ?= 7
 SANITIZED ?= build/fuzz_count_ngrams
 
-.PHONY: demo real check lint types fast test slow chaos gpu-check sanitize docs setup clean distclean
+.PHONY: demo real check lint types fast test slow nightly chaos gpu-check sanitize docs setup clean distclean
 
 demo: setup
 	@bash launch/demo.sh $(ARGS)
@@ -47,10 +48,13 @@ fast: setup
 	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m "not slow" $(PYTEST_ARGS)
 
 test: setup
-	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) --durations=20 $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m "not nightly" --durations=20 $(PYTEST_ARGS)
 
 slow: setup
-	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m slow $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) -m "slow and not nightly" $(PYTEST_ARGS)
+
+nightly: setup
+	$(PYTHON) -m pytest -q $(SIDE_BY_SIDE) --durations=50 $(PYTEST_ARGS)
 
 # Ranks of short runs are killed at random moments, KILLS times; see tests/cluster/test_chaos.py.
 KILLS ?= 100

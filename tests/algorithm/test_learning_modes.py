@@ -134,6 +134,7 @@ def test_a_run_without_a_critic_does_not_go_on_with_one(arguments, tmp_path):
     assert f"{tmp_path / 'checkpoints' / 'global_step_1'} has no critic, it is of a run without" in done.stderr
 
 
+@pytest.mark.nightly
 def test_adapters_go_on_where_they_were(arguments, tmp_path):
     settings = ["worker.actor.model.lora.rank=3", "worker.actor.optim.lr=1e-2", "algorithm.kl_penalty=mse"]
     straight = run(arguments, tmp_path / "straight", 4, *settings)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from fixtures.launching import run_ranks
-from fixtures.tiny_models import save_vision_model
+from fixtures.tiny_models import save_text_model
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ LAYOUTS = ((1, 1, "padded"), (2, 1, "packed"), (2, 4, "by-tokens"), (2, 2, "ulys
 def results(tmp_path_factory):
     """By layout, what the program wrote."""
     folder = tmp_path_factory.mktemp("loss_modes")
-    model = save_vision_model(folder / "model")
+    model = save_text_model(folder / "model")
     found = {}
     for num_ranks, micro_batch, layout in LAYOUTS:
         out, saved = folder / f"{layout}.npz", folder / layout

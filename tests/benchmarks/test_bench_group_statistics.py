@@ -173,7 +173,7 @@ def test_a_ratio_is_the_median_over_rounds(monkeypatch):
     assert math.isclose(run.agreement["nltk"], 0.0, abs_tol=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_whole_program(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "bench_group_statistics.py"), "--quick"]
     command += ["--json", str(tmp_path / "results.json"), "--plot", str(tmp_path / "plot.png")]

@@ -63,7 +63,7 @@ def test_without_trl_it_says_what_to_install(monkeypatch):
         assert "trl" not in pins(ROOT / "requirements" / f"{name}.lock")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(find_spec("trl") is None, reason="requirements/bench.txt is not installed")
 def test_both_sides_do_the_work(tmp_path):
     command = [sys.executable, BENCHMARKS / "bench_step.py", "--setups", "zero3_two_ranks_transformers"]

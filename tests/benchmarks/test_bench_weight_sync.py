@@ -26,7 +26,7 @@ def test_the_table_says_ours_over_each_method(monkeypatch):
     assert "buckets of 1 MiB" in lines[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_all_methods_hand_over_the_same_weights(tmp_path):
     """The program itself compares the consumer's weights with the model's."""
     command = [sys.executable, BENCHMARK, "--sizes", "1M", "--rounds", "1", "--bucket-mib", "1"]

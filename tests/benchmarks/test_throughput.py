@@ -224,7 +224,7 @@ def test_the_batch_script_parses():
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_real_grid(tmp_path):
     config = write_run(tmp_path, 1)
     command = [

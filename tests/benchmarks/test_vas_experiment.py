@@ -224,7 +224,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_recording_a_trace_changes_no_training_and_rollouts_are_counted(tmp_path):
     script = tmp_path / "real.py"
     script.write_text(REAL)

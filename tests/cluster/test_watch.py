@@ -121,7 +121,7 @@ def seconds_in(message: str) -> float:
     ("fault", "lost"),
     [
         ("kill", 1),
-        ("kill", 0),
+        pytest.param("kill", 0, marks=pytest.mark.nightly),
         ("kill_in_update", 1),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_rank_that_dies_is_named(tmp_path, fault, lost):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "lost"), [("stop", 0), ("stop_in_update", 1)])
+@pytest.mark.parametrize(("fault", "lost"), [pytest.param("stop", 0, marks=pytest.mark.nightly), ("stop_in_update", 1)])
 def test_a_rank_that_is_stopped_is_named(tmp_path, fault, lost):
     with launch(tmp_path, fault, lost) as run:
         run.wait_until_met()
@@ -158,7 +158,7 @@ def test_a_silent_rank_is_named_long_before_the_time_limit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [1, 0])
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.nightly)])
 def test_a_rank_that_stalls_is_named_and_shows_where(tmp_path, lost):
     with launch(tmp_path, "stall", lost) as run:
         run.wait_until_met()
@@ -170,7 +170,7 @@ def test_a_rank_that_stalls_is_named_and_shows_where(tmp_path, lost):
         assert "in stall" in run.stacks(lost)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_native_call_that_keeps_the_interpreter_is_named_and_ends(tmp_path):
     with launch(tmp_path, "hold_interpreter", 1) as run:
         run.wait_until_met()
@@ -212,7 +212,7 @@ def test_the_error_of_a_rank_that_gives_up_is_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [2, 0])
+@pytest.mark.parametrize("lost", [2, pytest.param(0, marks=pytest.mark.nightly)])
 def test_a_rank_that_never_comes_is_named(tmp_path, lost):
     with launch(tmp_path, "never_come", lost) as run:
         for rank in range(SIZE):
@@ -222,7 +222,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path, lost):
                 assert f"within {LIMIT_SECONDS} s" in message
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stacks_on_demand(tmp_path):
     with launch(tmp_path, "none", -1) as run:
         wait_until(lambda: all((tmp_path / f"{rank}.ready").exists() for rank in range(SIZE)), 120, "the ranks meet")
@@ -233,7 +233,7 @@ def test_stacks_on_demand(tmp_path):
         assert run.stacks(0) == ""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_file_system_that_hangs_holds_up_no_end(tmp_path):
     """Every write to the files of the stacks hangs: full FIFOs that nobody reads."""
     (tmp_path / "stacks").mkdir()

@@ -173,7 +173,7 @@ def test_published_models_have_their_published_sizes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_ranks", "checkpointing"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("num_ranks", "checkpointing"), [(1, False), pytest.param(2, True, marks=pytest.mark.nightly)])
 def test_a_real_engine_holds_and_takes_what_was_planned(tmp_path, monkeypatch, num_ranks, checkpointing):
     """38 million parameters, so that what is planned outweighs Python's own memory."""
     folder = save_text_model(tmp_path / "model")

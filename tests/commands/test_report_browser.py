@@ -148,7 +148,7 @@ def opened(browser, reports) -> Iterator:
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", ["one", "several"])
+@pytest.mark.parametrize("name", ["one", pytest.param("several", marks=pytest.mark.nightly)])
 def test_page_is_readable(opened, reports, name):
     page = opened(name)
     for closed in page.query_selector_all("details:not([open])"):

@@ -56,7 +56,7 @@ def run_until_killed(folder: Path, refresh: str, num_ranks: int, after_lines: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refresh", ["full", "online"])
+@pytest.mark.parametrize("refresh", [pytest.param("full", marks=pytest.mark.nightly), "online"])
 def test_killed_runs_draw_what_an_unbroken_one_draws(tmp_path, refresh):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()

@@ -102,7 +102,7 @@ def test_a_kl_that_is_not_finite_leaves_the_coefficient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "offloaded"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("offloaded", marks=pytest.mark.nightly)])
 def test_a_bad_update_on_one_rank_leaves_all_ranks_as_they_were(tmp_path, kind):
     model = save_text_model(tmp_path / "model")
     run_ranks("bad_updates.py", model, tmp_path, kind, num_ranks=2)

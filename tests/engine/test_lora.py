@@ -127,7 +127,7 @@ def vision(tmp_path_factory):
     return four_steps(tmp_path_factory.mktemp("vision"), "vision")
 
 
-@pytest.fixture(params=["text", "vision"])
+@pytest.fixture(params=["text", pytest.param("vision", marks=pytest.mark.nightly)])
 def straight(request):
     return request.getfixturevalue(request.param)
 
@@ -220,7 +220,7 @@ def test_a_checkpoint_leaves_the_frozen_weights_out_and_is_of_their_model_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text", "vision"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("vision", marks=pytest.mark.nightly)])
 def test_vllm_samples_from_the_sum_after_every_sync(tmp_path, kind):
     model = SAVE[kind](tmp_path / "model", tied=kind == "text")
     num_ranks = 2 if kind == "vision" else 1

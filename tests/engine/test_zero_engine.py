@@ -14,8 +14,16 @@ pytestmark = pytest.mark.slow
 SAVE = {"vision": save_vision_model, "text": save_text_model}
 
 
-@pytest.mark.parametrize("kind", ["vision", "text"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        ("vision", True),
+        ("text", False),
+        pytest.param("vision", False, marks=pytest.mark.nightly),
+        pytest.param("text", True, marks=pytest.mark.nightly),
+    ],
+    ids=["tied-vision", "untied-text", "untied-vision", "tied-text"],
+)
 def test_vllm_samples_from_the_actor_after_every_sync(tmp_path, kind, tied):
     model = SAVE[kind](tmp_path / "model", tied=tied)
     num_ranks = 2 if kind == "vision" else 1
@@ -41,10 +49,10 @@ def test_log_probabilities_of_cut_samples_are_the_actor_s_where_raw_ones_are_ask
 @pytest.mark.parametrize(
     ("save", "family", "tied"),
     [
-        (save_vision_model, "qwen2_vl", False),
+        pytest.param(save_vision_model, "qwen2_vl", False, marks=pytest.mark.nightly),
         (save_vision_model, "qwen3_vl", True),
         (save_text_model, "qwen3", True),
-        (save_text_model, "llama", False),
+        pytest.param(save_text_model, "llama", False, marks=pytest.mark.nightly),
     ],
     ids=["qwen2_vl", "qwen3_vl", "qwen3", "llama"],
 )
@@ -73,7 +81,7 @@ def test_two_ranks_share_one_tensor_parallel_vllm(tmp_path):
     assert not list(Path("/dev/shm").glob("*-[[]0-1[]]-cpushm_*"))
 
 
-@pytest.mark.parametrize("kind", ["vision", "text"])
+@pytest.mark.parametrize("kind", [pytest.param("vision", marks=pytest.mark.nightly), "text"])
 def test_transformers_engine_samples_alike_on_one_and_two_ranks(tmp_path, kind):
     model = SAVE[kind](tmp_path / "model")
     run_ranks("logprob_agreement.py", model, tmp_path / "two.json", 2, "hf", 1, num_ranks=2)
@@ -104,7 +112,7 @@ def test_bf16_spares_the_rotary_frequencies_and_a_damaged_model_is_refused(tmp_p
     assert "lacks 1 of the model's tensors" in result["error"]
 
 
-@pytest.mark.parametrize("kind", ["vision", "text"])
+@pytest.mark.parametrize("kind", ["vision", pytest.param("text", marks=pytest.mark.nightly)])
 def test_ranks_and_micro_batches_change_neither_draws_nor_losses(tmp_path, kind):
     model = SAVE[kind](tmp_path / "model")
     results = []

@@ -59,10 +59,10 @@ def start(script: str, num_gpus: str, variables: dict[str, str]) -> subprocess.C
     [
         ("train.sh", "4,5", "", ["4", "5"]),
         ("train.sh", None, "", ["0", "1", "2", "3", "4", "5", "6"]),
-        ("train.sh", "3,6,1", "2", ["3", "6"]),
-        ("deepspeed.sh", "4,5", "2", ["4", "5"]),
+        pytest.param("train.sh", "3,6,1", "2", ["3", "6"], marks=pytest.mark.nightly),
+        pytest.param("deepspeed.sh", "4,5", "2", ["4", "5"], marks=pytest.mark.nightly),
         ("deepspeed.sh", "GPU-66aa-bb,GPU-22aa", "2", ["2", "6"]),
-        ("deepspeed.sh", None, "3", ["0", "1", "2"]),
+        pytest.param("deepspeed.sh", None, "3", ["0", "1", "2"], marks=pytest.mark.nightly),
     ],
 )
 def test_a_rank_takes_a_gpu_of_those_that_the_user_shows(tmp_path, script, visible, num_gpus, expected):

@@ -33,7 +33,10 @@ def test_launch_scripts_parse_and_can_be_executed(script):
         ("import os\nassert os.environ['WORLD_SIZE'] == '2'", None, 0),
         ("import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\n"
          "open('started', 'a').write('x')\ntime.sleep(100)", signal.SIGTERM, 143),
-        ("import time\nopen('started', 'a').write('x')\ntime.sleep(100)", signal.SIGINT, 130),
+        pytest.param(
+            "import time\nopen('started', 'a').write('x')\ntime.sleep(100)", signal.SIGINT, 130,
+            marks=pytest.mark.nightly,
+        ),
         ("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
          "open('started', 'a').write('x')\ntime.sleep(100)", signal.SIGTERM, 143),
     ],

@@ -28,7 +28,7 @@ def is_healthy(process, url):
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_vllms_server_answers_the_judge(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -28,6 +28,7 @@ def test_a_server_samples_and_trains_as_the_engine_in_the_rank(tmp_path):
     assert len({tuple(map(tuple, step["tokens"])) for step in beside}) == 3  # the policy moved
 
 
+@pytest.mark.nightly
 def test_weights_that_change_in_the_middle_of_a_response_are_told_apart(tmp_path):
     """Every token's log-probability is that of the policy it names, and not that of the other."""
     save_vision_model(tmp_path / "model")

@@ -145,6 +145,7 @@ def test_a_server_that_hangs_or_is_killed_costs_time_alone(tmp_path):
         assert set(counts.values()) == {RESPONSES} and len(counts) == PROMPTS
 
 
+@pytest.mark.nightly
 def test_a_run_without_servers_saves_what_it_has_and_goes_on(tmp_path):
     """The server is somebody else's and goes away; responses are cut and go on in the next step, also over the stop."""
     num_steps, marker = 7, uuid.uuid4().hex

@@ -254,7 +254,7 @@ def test_vllm_finds_our_engine():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "num_ranks"), [("vision", 2), ("text", 1)])
+@pytest.mark.parametrize(("kind", "num_ranks"), [("vision", 2), pytest.param("text", 1, marks=pytest.mark.nightly)])
 def test_a_real_server_samples_from_the_actor_after_every_change(tmp_path, kind, num_ranks):
     """The text model has a tied head, and adapters, which are merged."""
     model = tmp_path / "model"
