@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import signal
 import socket
 import subprocess
 import sys
