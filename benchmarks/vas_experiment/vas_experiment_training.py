@@ -43,6 +43,7 @@ from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.zero_engine import Sizes
 from mmr1_ds.loop.collector import Collector
 from mmr1_ds.loop.composition import make_batches, make_trainer
+from mmr1_ds.loop.engines import Engines
 from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
@@ -195,6 +196,7 @@ class Session:
             config,
             trial.steps,
             RecordingTrainer,
+            Engines(counter, actor),
             ranks=self._ranks,
             encoder=self._encoder,
             train_data=train_data,
@@ -202,10 +204,6 @@ class Session:
             coordinator=coordinator,
             batches=batches,
             collector=collector,
-            rollout=counter,
-            actor=actor,
-            reference=None,
-            critic=None,
             checkpoints=NoCheckpoints(self._folder),  # type: ignore[arg-type]
             metrics_logger=metrics_logger,
             report=LiveReport(self._folder, None),

@@ -10,7 +10,7 @@ from fixtures.rank_threads import Ranks, SingleProcess
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.config import RunConfig, TrainerConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.loop import composition
+from mmr1_ds.loop import composition, starting
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
 
 LAUNCH = LaunchEnvironment(0, 1, 0, "none")
@@ -33,11 +33,11 @@ def test_a_gpu_is_used_before_data_is_read(monkeypatch, bf16, reached):
         order.append("GPU")
         return True
 
-    monkeypatch.setattr(composition, "_check_installed", lambda config: None)
+    monkeypatch.setattr(composition, "check_installed", lambda config: None)
     monkeypatch.setattr(composition, "RewardPool", lambda *arguments: contextlib.nullcontext())
-    monkeypatch.setattr(composition, "initialise_gpu", initialise)
+    monkeypatch.setattr(starting, "initialise_gpu", initialise)
     monkeypatch.setattr(composition, "PromptEncoder", lambda *arguments: order.append("tokenizer"))
-    monkeypatch.setattr(composition, "load_dataset", load)
+    monkeypatch.setattr(starting, "load_dataset", load)
     config = DeepspeedConfigs({"bf16": {"enabled": bf16}}, {}, None)
     expected = pytest.raises(Reached) if bf16 else pytest.raises(UserError, match="True, unlike")
     with expected:
@@ -50,11 +50,11 @@ def test_a_run_whose_checkpoints_would_lie_in_another_s_directory_is_refused(tmp
     folder = tmp_path / "first" / "checkpoints"
     second = RunConfig(trainer=TrainerConfig(run_dir=str(tmp_path / "second"), save_checkpoint_path=str(folder)))
     with contextlib.ExitStack() as held:
-        composition._lock(first, Ranks(SingleProcess()), held)
+        starting.lock_folders(first, Ranks(SingleProcess()), held)
         with contextlib.ExitStack() as refused, pytest.raises(UserError, match=f"save_checkpoint_path={folder} is in"):
-            composition._lock(second, Ranks(SingleProcess()), refused)
+            starting.lock_folders(second, Ranks(SingleProcess()), refused)
     with contextlib.ExitStack() as held:
-        composition._lock(second, Ranks(SingleProcess()), held)
+        starting.lock_folders(second, Ranks(SingleProcess()), held)
 
 
 @pytest.mark.parametrize("mode", [None, "700", "770"])
@@ -65,7 +65,7 @@ def test_the_folders_of_a_run_are_opened_to_whom_the_user_says(tmp_path, mode):
     umask = os.umask(0o027)
     try:
         with contextlib.ExitStack() as stack:
-            composition._lock(config, Ranks(SingleProcess()), stack)
+            starting.lock_folders(config, Ranks(SingleProcess()), stack)
             found = {folder.name: oct(folder.stat().st_mode)[-3:] for folder in tmp_path.iterdir()}
     finally:
         os.umask(umask)
@@ -73,8 +73,8 @@ def test_the_folders_of_a_run_are_opened_to_whom_the_user_says(tmp_path, mode):
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(composition.Path, "chmod", mock.Mock(side_effect=PermissionError(1, "Not permitted", "run")))
+    monkeypatch.setattr(starting.Path, "chmod", mock.Mock(side_effect=PermissionError(1, "Not permitted", "run")))
     config = RunConfig()
     config.trainer.run_dir, config.trainer.run_dir_mode = str(tmp_path / "run"), "700"
     with contextlib.ExitStack() as stack, pytest.raises(UserError, match=r"trainer.run_dir_mode=700: Not permitted"):
-        composition._lock(config, Ranks(SingleProcess()), stack)
+        starting.lock_folders(config, Ranks(SingleProcess()), stack)

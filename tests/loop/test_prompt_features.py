@@ -13,7 +13,7 @@ from mmr1_ds.data.text_features import NUM_FEATURES
     ("features", "refresh", "expected"), [("text", "online", True), ("text", "full", False), ("none", "online", False)]
 )
 def test_features_reach_the_online_curriculum(tmp_path, features, refresh, expected):
-    from mmr1_ds.loop import composition
+    from mmr1_ds.loop import composition, starting
 
     path = write_jsonl(tmp_path / "rows.jsonl", text_rows(23))
     data = DataConfig(
@@ -21,7 +21,7 @@ def test_features_reach_the_online_curriculum(tmp_path, features, refresh, expec
         sampling_strategy="curriculum", curriculum_refresh=refresh, curriculum_features=features,
     )  # fmt: skip
     config = RunConfig(data=data)
-    train_data, val_data = composition._load_data(config, encoder_of(write_text_model(tmp_path)))
+    train_data, val_data = starting.load_data(config, encoder_of(write_text_model(tmp_path)))
     assert val_data.take_sketches() is None
     coordinator = composition._coordinator(config, train_data, 10, SingleProcess())
     arrays = coordinator.table.arrays()

@@ -41,7 +41,12 @@ class Parts:
                 log=lambda step, metrics: self.logged.append(step),
                 progress=lambda *_, **__: nullcontext(lambda count: None),
             ),
-            ranks=SimpleNamespace(rank=0, step=0, any=lambda flag, stage: flag),
+            ranks=SimpleNamespace(
+                rank=0,
+                step=0,
+                any=lambda flag, stage: flag,
+                all_gather_objects=lambda reason, stage: ["", reason],  # a rank before this one that was not told
+            ),
         )
 
     def save(self, step, write, folders):

@@ -26,7 +26,8 @@ LIGHT = """
     monitoring.logger curriculum.coordinator rewards.pool rewards.scoring rollout.base loop.batches loop.collector train
     commands.cli commands.launch commands.serve commands.score.command commands.report.command commands.data.command
 """
-# Rooms whose parts take their own sections of the configuration and never the root; the composition root is excepted.
+# The composition root: what a run starts from, its models, its loop. All else takes its own sections of the config.
+COMPOSITION = {f"mmr1_ds.loop.{name}" for name in ("composition", "starting", "engines")}
 PARTS = {"engine", "algorithm", "rollout", "monitoring", "curriculum", "data", "rewards", "cluster", "loop"}
 
 
@@ -71,7 +72,7 @@ def test_parts_take_their_own_section_of_the_configuration():
     named = {
         module
         for module, path in MODULES.items()
-        if room(module) in PARTS and module != "mmr1_ds.loop.composition"
+        if room(module) in PARTS and module not in COMPOSITION
         if re.search(r"\bRunConfig\b", path.read_text())
     }
     assert named == set()
