@@ -132,10 +132,10 @@ def test_gradients_depend_on_neither_ranks_nor_micro_batches_nor_padding(results
     assert 0.05 < figures["critic/vf_clipfrac"] < 0.95
     assert figures["critic/grad_norm"] == pytest.approx(np.linalg.norm(gradients[mode].astype(np.float64)), rel=1e-4)
     assert figures["critic/vpred_mean"] == pytest.approx(one["values"].mean(), abs=1e-5)
-    for other in (results[2, 4], results[2, 1]):
-        assert np.abs(other[mode] - one[mode]).max() < 1e-5 * largest
-        for name, actual in zip(other["names"], other[f"{mode}|figures"], strict=True):
-            assert actual == pytest.approx(figures[name], abs=1e-5, rel=1e-4), name
+    other = results[2, 1]
+    assert np.abs(other[mode] - one[mode]).max() < 1e-5 * largest
+    for name, actual in zip(other["names"], other[f"{mode}|figures"], strict=True):
+        assert actual == pytest.approx(figures[name], abs=1e-5, rel=1e-4), name
 
 
 @pytest.mark.slow
