@@ -20,7 +20,7 @@ LAYOUTS = ((1, 1, "padded"), (2, 1, "packed"), (2, 4, "by-tokens"), (2, 2, "ulys
 def results(tmp_path_factory):
     """By layout, what the program wrote."""
     folder = tmp_path_factory.mktemp("loss_modes")
-    model = save_text_model(folder / "model")
+    model = save_text_model(folder / "model", num_heads=4)
     found = {}
     for num_ranks, micro_batch, layout in LAYOUTS:
         out, saved = folder / f"{layout}.npz", folder / layout
