@@ -38,7 +38,8 @@ from curriculum_lab_rivals import RIVALS
 from curriculum_lab_worlds import SETTINGS, UNLIKE, RecordedTrace, Setting, SimulatedPolicy
 
 POLICIES = OURS | RIVALS
-DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in ("online_no_categories", "online_clusters"))
+_ASKED_FOR = ("online_no_categories", "online_clusters", "online_known_n4", "online_known_n16")
+DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in _ASKED_FOR)
 ESTIMATORS = ("online", "online_no_categories", "mopps_geo3k", "mopps_math", "dps", "vade")
 _STEP_MEASURES = ("effective_group_fraction", "mean_variance_share", "spearman", "variance_spearman")
 

@@ -138,6 +138,21 @@ class Online(Uniform):
         return self.filter.weights("learnability")
 
 
+class KnownOnline(Online):
+    """Online that begins from N measured answers to every prompt, as with data.curriculum_prior."""
+
+    def __init__(self, run: Run, num_responses: int) -> None:
+        super().__init__(run)
+        self.num_responses = num_responses
+
+    def refresh(self, step: int, roll: Roll) -> int:
+        if step > 1:
+            return 0
+        everyone = np.arange(self.run.num_prompts)
+        self.filter.observe(everyone, roll(everyone, self.num_responses), np.full(len(everyone), self.num_responses))
+        return self.num_responses * len(everyone)
+
+
 def _without_categories(run: Run) -> Online:
     return Online(run, categories=np.zeros(run.num_prompts, dtype=np.int64))
 
@@ -150,6 +165,8 @@ OURS: dict[str, Callable[[Run], Uniform]] = {
     "online_proportional": lambda run: Online(run, "proportional", ratio=0.5, probe_fraction=0.1),
     "online_candidates": lambda run: Online(run, "candidates"),
     "online": Online,
+    "online_known_n4": lambda run: KnownOnline(run, 4),
+    "online_known_n16": lambda run: KnownOnline(run, 16),
     "online_no_categories": _without_categories,
     "online_clusters": lambda run: Online(run, categories=run.clusters),
 }

@@ -113,6 +113,7 @@ def _expand_home(config: RunConfig) -> None:
     model, trainer = config.worker.actor.model, config.trainer
     model.model_path, model.tokenizer_path = _at_home(model.model_path), _at_home(model.tokenizer_path)
     trainer.pass_rates = _at_home(trainer.pass_rates)
+    config.data.curriculum_prior = _at_home(config.data.curriculum_prior)
     config.data.image_dir, trainer.run_dir = _at_home(config.data.image_dir), _at_home(trainer.run_dir)
     trainer.load_checkpoint_path = _at_home(trainer.load_checkpoint_path)
     trainer.save_checkpoint_path = _at_home(trainer.save_checkpoint_path)

@@ -112,6 +112,8 @@ class DataConfig:
     curriculum_probe_fraction: Share = 0.1
     # online: what else but the category says how hard prompts never seen are; text: words, numbers, lengths, images
     curriculum_features: Annotated[str, OneOf("none", "text")] = "none"
+    # online: the table of mmr1-ds eval --pass-rates, from which the beliefs of a new run begin
+    curriculum_prior: str | None = None
     # proportional: by weight, the paper's; candidates: the best of some; posterior: best by beliefs, online's default
     curriculum_draw: Annotated[str, OneOf("proportional", "candidates", "posterior")] = "proportional"
     curriculum_candidates: PositiveInt = 8  # candidates: prompts that compete for each place of the scored part

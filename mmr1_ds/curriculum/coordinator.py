@@ -158,6 +158,11 @@ class Coordinator:
         assert self._table is not None, f"the curriculum table lives on rank 0, asked on rank {self.control.rank}"
         return self._table
 
+    def begin_from(self, indices: np.ndarray, num_right: np.ndarray, num_answers: np.ndarray) -> None:
+        """Begin an online refresh from pass rates that were measured before the run; see `known_rates`. Rank 0's."""
+        assert isinstance(self.table, OnlineTable) and self._num_draws == 0, "for the beginning of an online refresh"
+        self.table.begin_from(indices, num_right, num_answers)
+
     # Drawing
 
     def next_batch(self, step: int) -> np.ndarray:

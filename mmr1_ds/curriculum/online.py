@@ -131,6 +131,11 @@ class OnlineTable:
             self._remember_diversity(observed)
         self._weights = None
 
+    def begin_from(self, indices: np.ndarray, num_right: np.ndarray, num_answers: np.ndarray) -> None:
+        """Take in what was measured before the first step, as if all had been asked in step 0. Args: (K,) each."""
+        self._filter.observe(indices, num_right, num_answers)
+        self._weights = None
+
     def _remember_diversity(self, observed: Sequence[PromptStatistics]) -> None:
         """Keep the diversity of training groups, not of probes: their few responses resemble each other less."""
         values = defaultdict(list)

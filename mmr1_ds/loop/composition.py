@@ -43,6 +43,7 @@ from mmr1_ds.loop.partial_batches import PartialBatchMaker
 from mmr1_ds.loop.parts import Parts
 from mmr1_ds.loop.refresh import KEPT, CurriculumRefresh
 from mmr1_ds.loop.starting import (
+    begin_from_known_rates,
     check_gpu,
     check_installed,
     check_ranks,
@@ -109,6 +110,8 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         coordinator = _coordinator(config, train_data, num_steps, ranks)
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
+        elif config.data.curriculum_prior is not None and not config.trainer.val_only:
+            begin_from_known_rates(config.data.curriculum_prior, coordinator, train_data, ranks)
         metrics_logger = stack.enter_context(open_run(config, start, num_steps, ranks))
         ranks.write_stacks(run_directory(config) / "stacks")
         report_freq = None if config.trainer.val_only or ranks.rank > 0 else config.trainer.report_freq

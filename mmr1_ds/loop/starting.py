@@ -15,6 +15,8 @@ from mmr1_ds.cluster.ranks import Ranks, initialise_gpu
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import checkpoint_directory, run_directory
 from mmr1_ds.config.loading import dump_config
+from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.curriculum.known_rates import known_rates
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.weights.weight_files import has_weights_alone
@@ -152,6 +154,18 @@ def check_resumable(folder: Path, with_critic: bool) -> None:
             f"{folder} has no critic, it is of a run without algorithm.adv_estimator=gae; start elsewhere with "
             "another trainer.experiment_name, or take the estimator of that run"
         )
+
+
+def begin_from_known_rates(path: str, coordinator: Coordinator, data: PromptDataset, ranks: Ranks) -> None:
+    """Give the curriculum the pass rates of `data.curriculum_prior`. Collective. Raises: UserError on every rank."""
+    refused = ""
+    if ranks.rank == 0:
+        try:
+            coordinator.begin_from(*known_rates(Path(path), data.prompt_ids))
+        except UserError as error:
+            refused = str(error)
+    if refused := ranks.all_gather_objects(refused, "read the pass rates")[0]:
+        raise UserError(refused)
 
 
 def open_run(config: RunConfig, start: tuple[int, Path] | None, num_steps: int, ranks: Ranks) -> MetricsLogger:

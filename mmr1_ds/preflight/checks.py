@@ -9,6 +9,7 @@ from typing import Any
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory
 from mmr1_ds.config.ranges import MOST_ERROR, check_choices, check_ranges, value_at
 from mmr1_ds.config.schema import DataConfig, LoraConfig, RunConfig, names_a_file
+from mmr1_ds.curriculum.known_rates import read_known_rates
 from mmr1_ds.curriculum.metric_names import canonical_metric, check_metrics
 from mmr1_ds.curriculum.mixture import quotas
 from mmr1_ds.data.sources import list_names
@@ -62,6 +63,8 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
             f"trainer.pass_rates={config.trainer.pass_rates} is for a validation alone; start mmr1-ds eval, or leave "
             "it out"
         )
+    if config.data.curriculum_prior is not None and not config.trainer.val_only:
+        _check_prior(config.data, config.data.curriculum_prior)
     train_key = "val_files" if config.trainer.val_only else "train_files"
     train_data = check_data(config.data, train_key, config.worker.actor.model)
     _check_weights(config.data)
@@ -141,6 +144,15 @@ def _check_curriculum(config: RunConfig) -> None:
             f"data.curriculum_metrics lists {next(name for name in names if names.count(name) > 1)} twice, "
             f"got {data.curriculum_metrics}; give each metric once, with one weight"
         )
+
+
+def _check_prior(data: DataConfig, path: str) -> None:
+    if data.sampling_strategy != "curriculum" or data.curriculum_refresh != "online":
+        raise UserError(
+            f"data.curriculum_prior={path} is for data.sampling_strategy=curriculum with "
+            "data.curriculum_refresh=online; set both, or leave it out"
+        )
+    read_known_rates(Path(path))
 
 
 def _check_weights(data: DataConfig) -> None:

@@ -192,6 +192,8 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
         early = f"{EARLY_PROBING * fraction:.0%} early on"
         probes = f", and {fraction:.0%} more over the run ({early}) on prompts long unseen"
         features = "; a prior of each prompt from its text" if data.curriculum_features == "text" else ""
+        if data.curriculum_prior is not None:
+            features += f"; begins from the pass rates in {data.curriculum_prior}"
         return f"online: from the training responses{probes if fraction > 0 else ''}{features}{_of_full_refresh(data)}"
     size = plan.train_data.num_rows
     unused = "; without effect, as data.curriculum_refresh is not online: data.curriculum_features=text"

@@ -59,6 +59,7 @@ def reader(tmp_path_factory) -> Path:
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps({"hidden_size": 64}))
     (folder / "model" / "model.safetensors").write_bytes(b"")
+    (folder / "rates.jsonl").write_text('{"prompt_id": "a", "pass_rate": 0.25, "num_answers": 16}\n')
     (folder / "hosts").write_text("node7 slots=8\nnode8 slots=8\n")
     shutil.copy(GUIDE / "upstream.yaml", folder / "easyr1.yaml")
     for name in ("first", "my_run", "demo"):
