@@ -13,6 +13,7 @@ import pickle
 import signal
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -247,26 +248,25 @@ class Ranks:
         return [load(part.tobytes()) for part in np.split(received.numpy(), ends)]
 
     def sum(self, values: Mapping[str, float], stage: str) -> dict[str, float]:
-        """Sum each named number over the ranks, in float64. All ranks pass the same names."""
-        return self._reduce(values, stage, np.sum)
+        """Sum each named number over the ranks, in float64. Raises: RuntimeError where ranks pass other names."""
+        return self.sum_and_max(values, {}, stage)[0]
 
     def max(self, values: Mapping[str, float], stage: str) -> dict[str, float]:
-        """Largest of each named number over the ranks."""
-        return self._reduce(values, stage, np.max)
-
-    def _reduce(self, values: Mapping[str, float], stage: str, operation: Any) -> dict[str, float]:
-        names = sorted(values)
-        local = np.array([[values[name] for name in names]], dtype=np.float64)
-        gathered = np.concatenate(self.all_gather_array(local, stage))
-        return dict(zip(names, operation(gathered, axis=0).tolist(), strict=True))
+        """Largest of each named number over the ranks. Raises: as `sum`."""
+        return self.sum_and_max({}, values, stage)[1]
 
     def sum_and_max(
         self, sums: Mapping[str, float], largest: Mapping[str, float], stage: str
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Do what `sum` and `max` do, in one collective."""
+        names = [*sorted(sums), *sorted(largest)]
+        digest = float(zlib.crc32("\n".join(names).encode()))  # a figure that few ranks have would be added to another
         values = [*(sums[name] for name in sorted(sums)), *(largest[name] for name in sorted(largest))]
-        gathered = np.concatenate(self.all_gather_array(np.array([values], dtype=np.float64), stage))
-        totals, maxima = gathered[:, : len(sums)].sum(axis=0), gathered[:, len(sums) :].max(axis=0)
+        gathered = self.all_gather_array(np.array([digest, *values], dtype=np.float64), stage)
+        if any(own[0] != digest for own in gathered):
+            raise RuntimeError(f"the ranks have different figures in stage {stage!r}, this one {', '.join(names)}")
+        columns = np.stack(gathered)[:, 1:]
+        totals, maxima = columns[:, : len(sums)].sum(axis=0), columns[:, len(sums) :].max(axis=0)
         return dict(zip(sorted(sums), totals.tolist(), strict=True)), dict(
             zip(sorted(largest), maxima.tolist(), strict=True)
         )

@@ -116,3 +116,5 @@ def test_control_traffic_between_three_processes(tmp_path):
         assert result["sum"] == {"a": 3.0, "b": 30.0}
         assert result["max"] == {"a": 2.0}
         assert result["any"] == [True, False]
+        own = "a" if rank else "b"
+        assert result["refused"] == f"the ranks have different figures in stage 'of one rank alone', this one {own}"

@@ -28,6 +28,10 @@ result = {
     "max": ranks.max({"a": rank}, "max"),
     "any": [ranks.any(rank == 1, "any"), ranks.any(False, "any")],
 }
+try:
+    ranks.sum({"a" if rank else "b": 1.0}, "of one rank alone")
+except RuntimeError as error:
+    result["refused"] = str(error)
 (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(result))
 ranks.barrier("end")
 ranks.close()
