@@ -293,6 +293,13 @@ def _check_json_files(folder: Path, key: str) -> None:
             raise UserError(f"{key}: text_config in {str(folder / name)!r} must be an object")
 
 
+def model_carries_states(model: ModelConfig) -> bool:
+    """Return whether a local model's config.json lists layers that carry a state along a sequence (Qwen3.5's)."""
+    path = Path(model.model_path or "") / "config.json"
+    content = _json_object(path, "worker.actor.model.model_path") if model.model_path and path.is_file() else {}
+    return "linear_attention" in ((content.get("text_config") or content).get("layer_types") or ())
+
+
 def model_takes_images(model: ModelConfig) -> bool | None:
     """Return whether a local model's config.json says that it takes images; None for a hub model, which is not read."""
     path = Path(model.model_path or "") / "config.json"
