@@ -30,6 +30,7 @@ from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.build_lock import lock_builds_by_kernel
 from mmr1_ds.engine.micro_batches import by_prompts, by_tokens, in_turn
 from mmr1_ds.engine.model.batching import collate
+from mmr1_ds.engine.model.linear_attention import has_states
 from mmr1_ds.engine.model.packing import shares_prompts
 from mmr1_ds.engine.model.policy import PolicyModel, exact_types
 from mmr1_ds.engine.model.value_model import ValueModel
@@ -130,10 +131,12 @@ class ZeroEngine:
         budget = size * (self._sizes.max_prompt_length + self._sizes.max_response_length)
         prompt_lengths = [prompt.num_tokens or len(prompt.token_ids) for prompt, _ in pairs]
         lengths = [len(response) for _, response in pairs]
+        both = [prompt + response for prompt, response in zip(prompt_lengths, lengths, strict=True)]
         if self._counts_prompts_once():
             names = [id(prompt) for prompt, _ in pairs]
+            if has_states(self.model.config):  # its layers compute, and keep, a prompt once for each response
+                prompt_lengths, lengths = [0] * len(pairs), both
             return by_prompts(names, prompt_lengths, lengths, budget, self._ranks)
-        both = [prompt + response for prompt, response in zip(prompt_lengths, lengths, strict=True)]
         return by_tokens(both, budget, self._ranks)
 
     @contextmanager

@@ -22,6 +22,7 @@ from mmr1_ds.preflight.files import (
     check_model_path,
     check_output_folder,
     check_reward,
+    model_carries_states,
 )
 from mmr1_ds.preflight.plan import BatchPlan, _plan
 from mmr1_ds.preflight.servers import check_servers
@@ -289,6 +290,8 @@ def _check_sequence_parallel(config: RunConfig, world_size: int) -> None:
         raise UserError(f"{key} must divide the ranks: {world_size} % {size} = {world_size % size}; set it to 1")
     if not config.worker.actor.padding_free:
         raise UserError(f"{key} needs packed sequences; set worker.actor.padding_free=true")
+    if model_carries_states(config.worker.actor.model):
+        raise UserError(f"{key} cuts sequences, along which layers of this model carry a state; set it to 1")
     if config.worker.rollout.engine == "hf":
         raise UserError(f"{key}: transformers cannot generate with cut sequences; set worker.rollout.engine=vllm")
     if config.algorithm.adv_estimator == "gae":

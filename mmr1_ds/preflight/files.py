@@ -276,6 +276,13 @@ def _check_model_folder(name: str, key: str) -> None:
     if not path.is_dir() or not (path / "config.json").is_file():
         raise UserError(f"{key}: {name!r} is not a model folder; it needs a config.json beside the weights")
     _check_json_files(path, key)
+    content = _json_object(path / "config.json", key)
+    tied, text = content.get("tie_word_embeddings"), content.get("text_config") or {}
+    if content.get("model_type") == "qwen3_5" and tied and not text.get("tie_word_embeddings"):
+        raise UserError(
+            f"{key}: tie_word_embeddings is true in {name!r} but not in its text_config, where vLLM looks: it would "
+            "leave the output layer random; set it there too"
+        )
     if not any(path.glob("*.safetensors")):
         if any(path.glob("*.bin")):
             raise UserError(
@@ -291,6 +298,14 @@ def _check_json_files(folder: Path, key: str) -> None:
         content = _json_object(folder / name, key) if (folder / name).is_file() else {}
         if not isinstance(content.get("text_config") or {}, dict):
             raise UserError(f"{key}: text_config in {str(folder / name)!r} must be an object")
+
+
+def model_carries_states(model: ModelConfig) -> bool:
+    """Return whether a local model's config.json lists layers that carry a state along a sequence (Qwen3.5's)."""
+    path = Path(model.model_path or "") / "config.json"
+    content = _json_object(path, "worker.actor.model.model_path") if model.model_path and path.is_file() else {}
+    text = content.get("text_config")
+    return "linear_attention" in ((text if isinstance(text, dict) else content).get("layer_types") or ())
 
 
 def model_takes_images(model: ModelConfig) -> bool | None:

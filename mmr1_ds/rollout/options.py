@@ -62,6 +62,8 @@ def engine_options(
         options["block_size"] = _CPU_BLOCK_TOKENS
     elif _compute_capability().startswith("10."):
         options["attention_config"] = {"backend_per_kind": _B200_ATTENTION}
+    if not chunked_prefill and _carries_states(model):
+        options["enable_prefix_caching"] = False  # vLLM keeps states where it cuts a prompt, and nowhere else
     if images is not None:
         options["limit_mm_per_prompt"] = {"image": config.limit_images or max(1, images.most), "video": 0}
         size = {"shortest_edge": images.limits.processor_min_pixels, "longest_edge": images.limits.max_pixels}
@@ -85,6 +87,17 @@ def engine_options(
         "seed": config.seed,
         **options,
     }
+
+
+def _carries_states(model: ModelConfig) -> bool:
+    """Whether layers of the model carry a state from token to token. False for one that is not there, as vLLM says."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model.model_path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, TypeError):
+        return False
+    return "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def shaping(settings: SamplingSettings) -> dict[str, Any]:

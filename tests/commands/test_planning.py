@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -30,7 +31,8 @@ BAR = 0.15
 EXACT = 0.003  # of FLOP: rotations are left out
 LENGTHS, RESPONSES = (97, 41), (61, 7)
 GRIDS = [(10, 6), (4, 14)]  # patches; the windows of the tiny Qwen2.5-VL are of 8 x 8
-FAMILIES = ["qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+FAMILIES = ["qwen2", "qwen3", "qwen3_5_text", "llama", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5"]
+VISION = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5")
 # torch's own formulas, for what its counter does not know: the attention of the CPU, a product added in place.
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -38,6 +40,10 @@ FORMULAS = {
     ),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda g, q, k, v, *_, out_val=None, **__: sdpa_backward_flop_count(g, q, k, v)
+    ),
+    # Its own takes a convolution by channels for one of all channels with each other.
+    torch.ops.aten.convolution_backward: lambda gradient, _x, weight, *_, output_mask=None, out_shape=None, **__: (
+        2 * math.prod(gradient) * math.prod(weight[1:]) * sum(tensor is not None for tensor in out_shape[:2])
     ),
     torch.ops.aten.addmm_: lambda added, a, b, out_shape=None, **__: mm_flop(a, b),
 }
@@ -48,7 +54,7 @@ def folders(tmp_path_factory):
     """A tiny model folder of each family."""
     root = tmp_path_factory.mktemp("models")
     return {
-        family: (save_vision_model if family.endswith("vl") else save_text_model)(root / family, family=family)
+        family: (save_vision_model if family in VISION else save_text_model)(root / family, family=family)
         for family in FAMILIES
     }
 
@@ -110,6 +116,8 @@ def saved_bytes(model):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_kept(folders, family, checkpointed, dtype):
+    if family.startswith("qwen3_5") and not checkpointed:
+        pytest.skip("what is planned is what a delta net's kernels for the GPU keep")
     shape = policy_shape(ModelConfig(model_path=str(folders[family])))
     patches = GRIDS[0][0] * GRIDS[0][1] if shape.vision else 0
     batch = MicroBatch(float(LENGTHS[0]), float(LENGTHS[0]), float(patches))

@@ -46,7 +46,7 @@ def text_of(encoder, prompt):
     return encoder.tokenizer.decode(prompt.token_ids)
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def any_vision_model(request, tmp_path_factory):
     return write_vision_model(tmp_path_factory.mktemp(request.param), family=request.param)
 

@@ -14,7 +14,7 @@ TEXT_ONLY = (0, 3, 6)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def family(request, tmp_path_factory):
     """(model, encoder): a tiny model of random weights and its prompt encoder."""
     from transformers import AutoModelForImageTextToText

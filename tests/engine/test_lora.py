@@ -1,5 +1,6 @@
 """Adapters beside partitioned weights: what is trained, what vLLM is given, and the reference that they leave."""
 
+import functools
 import json
 import shutil
 
@@ -17,7 +18,11 @@ from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import reference_deepspeed, resolve_deepspeed
 from mmr1_ds.preflight.plan import describe_plan
 
-SAVE = {"vision": save_vision_model, "text": save_text_model}
+SAVE = {
+    "vision": save_vision_model,
+    "text": save_text_model,
+    "hybrid": functools.partial(save_text_model, family="qwen3_5_text"),
+}
 LAYERS = ["visual.merger.0", "visual.blocks.0.proj", "layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj"]
 
 
@@ -220,7 +225,9 @@ def test_a_checkpoint_leaves_the_frozen_weights_out_and_is_of_their_model_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text", pytest.param("vision", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "kind", ["text", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("vision", "hybrid"))]
+)
 def test_vllm_samples_from_the_sum_after_every_sync(tmp_path, kind):
     model = SAVE[kind](tmp_path / "model", tied=kind == "text")
     num_ranks = 2 if kind == "vision" else 1

@@ -22,11 +22,12 @@ from mmr1_ds.engine.model.attention import (
     attention_implementation,
 )
 from mmr1_ds.engine.model.batching import collate
+from mmr1_ds.engine.model.linear_attention import keep_states_apart
 from mmr1_ds.engine.model.packing import pack, packed_states, padded_states, response_states
 from mmr1_ds.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 both = pytest.mark.parametrize("kind", [PACKED, VARLEN])
 
 
@@ -55,6 +56,7 @@ def family(request, tmp_path_factory):
     def load(name, **config):
         model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=name, **config).eval()
         attend_images_at_once(model)
+        keep_states_apart(model)
         return model
 
     limits = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112)
@@ -221,7 +223,9 @@ def test_responses_that_share_a_prompt_equal_padded_forward_and_backward(family,
     causal = [size for size in varlen_calls if size == (-1, 0)]
     images = [size for size in varlen_calls if size == (-1, -1)]
     if kind == VARLEN:  # one call a layer, whatever the sequences, windows and images
-        assert len(causal) == model.config.get_text_config().num_hidden_layers
+        text = model.config.get_text_config()
+        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        assert len(causal) == kinds.count("full_attention")
         assert len(images) == (model.config.vision_config.depth if encoder.is_multimodal else 0)
     else:
         assert varlen_calls == []

@@ -6,6 +6,7 @@ import sys
 from types import ModuleType
 
 import pytest
+from fixtures.tiny_models import save_text_model
 
 from mmr1_ds.config import RunConfig
 from mmr1_ds.rollout import options
@@ -34,6 +35,21 @@ def test_a_cpu_compiles_no_model_unless_told(said, on_gpu, eager):
         config.worker.rollout, config.worker.actor.model, config.data, on_gpu=on_gpu, images=None
     )
     assert chosen["enforce_eager"] is eager
+
+
+@pytest.mark.parametrize(("family", "chunked", "off"), [
+    ("qwen3_5_text", True, False), ("qwen3_5_text", False, True), ("qwen3", False, False)
+])  # fmt: skip
+def test_prompts_that_are_not_cut_leave_no_states_to_cache(monkeypatch, tmp_path, family, chunked, off):
+    """vLLM refuses the two together, in an assertion."""
+    monkeypatch.setattr(options, "_compute_capability", lambda: "9.0")
+    config = RunConfig()
+    config.worker.actor.model.model_path = str(save_text_model(tmp_path / "model", family=family))
+    config.worker.rollout.enable_chunked_prefill = chunked
+    chosen = options.engine_options(
+        config.worker.rollout, config.worker.actor.model, config.data, on_gpu=True, images=None
+    )
+    assert chosen.get("enable_prefix_caching", True) is not off
 
 
 def test_a_server_on_a_b200_is_told_on_its_command_line(monkeypatch):

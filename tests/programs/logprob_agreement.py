@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fixtures.delta_net import compute_delta_nets_in_float32
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_actor, schedule_asynchronously, small_config
 
@@ -65,8 +66,10 @@ def free_bytes() -> int:
 
 free_before_engine = free_bytes()
 if engine == "vllm":
-    if not ranks.on_gpu and tensor_parallel == "1":
-        schedule_asynchronously()
+    if not ranks.on_gpu:
+        compute_delta_nets_in_float32()
+        if tensor_parallel == "1":
+            schedule_asynchronously()
     rollout = VllmRollout(
         config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES, unasked
     )

@@ -5,10 +5,15 @@ Of a text layer the backward keeps, for each token, with e bytes an element and 
     two norms     the states in float32, normalised, and scaled: 2 (4 + 2e) H
     attention     queries, keys, values, the result, and a float32 a head: e (2 Q + 2 K) + 4 heads
     gated MLP     gate, its activation, up, and their product: 4 e I
+    delta net     in place of attention: the convolution's input, its result before and after the activation, queries
+                  and keys for each head and normalised, the gate, 64 numbers a head of a chunk, and the gated norm over
+                  values: e (3 channels + 4 heads k + 4 V + 64 heads) + 12 V. That is with the kernels of
+                  flash-linear-attention; transformers' own functions in plain torch keep several times as much
 
-where H is the hidden size, Q and K the widths of queries and keys, I the MLP's. In float32 the norms' first copy is the
-states themselves. With gradient checkpointing only each layer's input is kept, e H, and one layer's at a time. A vision
-block is the same by patch, without grouped keys; a plain MLP keeps two in place of four, LayerNorm no copy.
+where H is the hidden size, Q and K are the widths of queries and keys, I the MLP's, k a delta net's keys and V all of
+its values. In float32 the norms' first copy is the states themselves. With gradient checkpointing only each layer's
+input is kept, e H, and one layer's at a time. A vision block is the same by patch, without grouped keys; a plain MLP
+keeps two in place of four, LayerNorm no copy.
 
 Attention is that of flash-attention or of torch's own kernel: no scores are kept.
 """
@@ -17,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmr1_ds.engine.model.shapes import ModelShape, VisionShape
+from mmr1_ds.engine.model.shapes import LinearShape, ModelShape, VisionShape
 
 EXACT_BYTES = 4  # of float32, inside norms and the log-probability head
 
@@ -51,7 +56,15 @@ def training(shape: ModelShape, batch: MicroBatch, element: int, checkpointed: b
         qk_norm=shape.has_qk_norm,
     )  # fmt: skip
     layer = temporaries(shape.hidden, shape.mlp_width, element) * batch.tokens
-    kept = shape.layers * (element * shape.hidden * batch.tokens if checkpointed else text)
+    kept = shape.attention_layers * text
+    if shape.linear is not None:
+        other = batch.tokens * (
+            layer_bytes(shape.hidden, 0, 0, 0, shape.mlp_width, element) + delta_net_bytes(shape.linear, element)
+        )
+        kept += shape.linear.layers * other
+        text = max(text, other)
+    if checkpointed:
+        kept = shape.layers * element * shape.hidden * batch.tokens
     kept += (EXACT_BYTES + 2 * element) * shape.hidden * batch.tokens  # the last norm, and the states of the responses
     if checkpointed:
         layer += text
@@ -92,6 +105,13 @@ def layer_bytes(
         norms += (EXACT_BYTES + element) * (queries + keys)
     attention = element * (2 * queries + 2 * keys) + EXACT_BYTES * heads
     return norms + attention + (4 if gated else 2) * element * mlp
+
+
+def delta_net_bytes(linear: LinearShape, element: int) -> float:
+    """Return the bytes a token that a layer of linear attention keeps for its backward, beside norms and MLP."""
+    values = linear.heads * linear.value_size
+    heads = linear.heads * (4 * linear.key_size + 64)
+    return element * (3 * linear.channels + heads + 4 * values) + 3 * EXACT_BYTES * values
 
 
 def _norm(element: int, is_rms: bool) -> int:

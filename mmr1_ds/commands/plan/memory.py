@@ -169,6 +169,7 @@ def plan_memory(
     if samples_here:
         weights = element * actor.num_parameters / rollout.tensor_parallel_size
         room = engine_size - weights - assumed.vllm_overhead_gb * GB
+        room -= rollout.max_num_seqs * state_bytes(actor) / rollout.tensor_parallel_size
         tokens = room * rollout.tensor_parallel_size / cache_bytes(actor, element)
     return Plan(learning, sampling, host, tokens)
 
@@ -180,4 +181,9 @@ def forward_head(found: activations.Activations) -> float:
 
 def cache_bytes(shape: ModelShape, element: int) -> float:
     """Return the bytes a token of the key-value cache."""
-    return 2.0 * shape.layers * shape.key_width * element
+    return 2.0 * shape.attention_layers * shape.key_width * element
+
+
+def state_bytes(shape: ModelShape) -> float:
+    """Return the bytes of a sequence's states in vLLM, of linear attention, which Qwen3.5 keeps in float32."""
+    return EXACT * shape.linear.state if shape.linear is not None else 0.0

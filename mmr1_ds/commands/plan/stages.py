@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmr1_ds.commands.plan.hardware import GB, Assumptions, Gpu
-from mmr1_ds.commands.plan.memory import EXACT, cache_bytes
+from mmr1_ds.commands.plan.memory import EXACT, cache_bytes, state_bytes
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import steps_between_saves
 from mmr1_ds.engine.model import flops
@@ -167,6 +167,7 @@ def generation(
         at_once = max(1.0, min(at_once, cache_tokens / (load.prompt_tokens + load.response_tokens)))
     tokens = load.responses * load.response_tokens * size  # of the engine's ranks together
     read = (2 * shape.num_parameters + at_once * context * cache_bytes(shape, 2)) / size
+    read += at_once * 2 * state_bytes(shape) / size  # and written again
     a_step = max(
         read / (gpu.memory_tb_s * 1e12 * assumed.decode_efficiency),
         at_once * flops.decode_token(shape, context) / size / (rate * assumed.prefill_efficiency),

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmr1_ds.config import CriticModelConfig, ModelConfig
 from mmr1_ds.engine.model.attention import attend_images_at_once
+from mmr1_ds.engine.model.linear_attention import keep_states_apart
 from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def load_partitioned(
             f"as {missing[0]}; they would start random: complete the download or the export"
         )
     attend_images_at_once(model)
+    keep_states_apart(model)
     return model
 
 

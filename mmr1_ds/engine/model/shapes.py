@@ -36,6 +36,24 @@ class VisionShape:
 
 
 @dataclass(frozen=True)
+class LinearShape:
+    """Layers of linear attention (gated delta nets): a state a head, after a convolution over a few tokens."""
+
+    layers: int
+    heads: int  # of values; several share the keys of one
+    key_size: int  # of a head
+    value_size: int
+    channels: int  # of the convolution: queries, keys and values
+    kernel: int  # tokens that it sees
+
+    @property
+    def state(self) -> int:
+        """Return the numbers in the states of all layers after a sequence, however long it is."""
+        recurrent = self.heads * self.key_size * self.value_size
+        return self.layers * (recurrent + self.channels * (self.kernel - 1))
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a text model, with its vision tower where there is one."""
 
@@ -55,6 +73,12 @@ class ModelShape:
     adapters: int  # trained elements that belong to LoRA's adapters
     vision_is_trained: bool
     vision: VisionShape | None
+    linear: LinearShape | None = None
+
+    @property
+    def attention_layers(self) -> int:
+        """Return the number of layers in which tokens see each other, and whose keys and values are cached."""
+        return self.layers - (self.linear.layers if self.linear is not None else 0)
 
     @property
     def num_parameters(self) -> int:
@@ -131,6 +155,7 @@ def shape_of(
         adapters=adapted,
         vision_is_trained=trains_vision,
         vision=_vision_shape(config, parameters, linear) if has_vision else None,
+        linear=_linear_shape(text),
     )
 
 
@@ -209,6 +234,21 @@ def _adapter_size(lora: LoraConfig, layers: list[tuple[str, nn.Linear]], name: s
 
     chosen = set(target_layers([path for path, _ in layers], lora, name))
     return sum(lora.rank * (layer.in_features + layer.out_features) for path, layer in layers if path in chosen)
+
+
+def _linear_shape(text: PreTrainedConfig) -> LinearShape | None:
+    layers = (getattr(text, "layer_types", None) or []).count("linear_attention")
+    if layers == 0:
+        return None
+    heads, keys = text.linear_num_value_heads, text.linear_num_key_heads * text.linear_key_head_dim
+    return LinearShape(
+        layers=layers,
+        heads=heads,
+        key_size=text.linear_key_head_dim,
+        value_size=text.linear_value_head_dim,
+        channels=2 * keys + heads * text.linear_value_head_dim,
+        kernel=text.linear_conv_kernel_dim,
+    )
 
 
 def _vision_shape(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -193,8 +193,9 @@ class _Decoder:
         text = model.config.get_text_config()
         self._model = model
         # Where each layer sees all of the past, one mask serves all of them, made once and not for each token anew.
-        self._one_mask = all(kind == "full_attention" for kind in getattr(text, "layer_types", None) or [])
-        self._layers = [_Layer() for _ in range(text.num_hidden_layers)]
+        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        self._one_mask = all(kind == "full_attention" for kind in kinds)
+        self._layers = [_StateLayer() if kind == "linear_attention" else _Layer() for kind in kinds]
         self._cache = Cache(layers=self._layers)
         positions, next_P = _positions(model, prompts)
         self.logits_RV = self._forward(prompts.input_ids, prompts.attention_mask, positions, **prompts.vision)
@@ -275,6 +276,14 @@ class _Layer(DynamicLayer):
         self._show(start + key_states.shape[2])
         self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
         return self.keys, self.values
+
+
+class _StateLayer(LinearAttentionLayer):
+    """The state of a layer of linear attention, which is as large after any number of tokens."""
+
+    def take(self, rows: Tensor, room: int) -> None:
+        """The states of these rows, in this order, a row as often as it is named."""
+        self.reorder_cache(rows)
 
 
 def _attention(
