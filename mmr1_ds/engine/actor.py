@@ -21,6 +21,7 @@ from mmr1_ds.config import ActorConfig, AlgorithmConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.model.batching import end_to_end
+from mmr1_ds.engine.model.experts import as_published, is_transposed
 from mmr1_ds.engine.model.policy import exact_types, load_policy
 from mmr1_ds.engine.weights.gathering import weight_buckets, weights_digest, whole_parameters
 from mmr1_ds.engine.weights.weight_files import write_weights
@@ -96,13 +97,25 @@ class Actor(Learner):
         logprobs, entropies = self._evaluate(pairs)
         return logprobs, entropies
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`."""
-        return whole_parameters(self.model)
+    def weights(self, as_held: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`.
+
+        as_held: in the shapes of the model's own parameters, not in those of published checkpoints.
+        """
+        found = whole_parameters(self.model)
+        return found if as_held else as_published(self.model, found)
 
     def weight_buckets(self) -> list[list[WeightInfo]]:
         """What `weights` will yield, by the buckets that are gathered together. Not a collective."""
-        return weight_buckets(self.model)
+        return [
+            [
+                info._replace(shape=(info.shape[0], info.shape[2], info.shape[1]))
+                if is_transposed(self.model, info.name)
+                else info
+                for info in bucket
+            ]
+            for bucket in weight_buckets(self.model)
+        ]
 
     def weights_digest(self) -> str:
         """A name for these very weights, whatever the number of ranks. Collective: gathers them as a sync does."""
@@ -110,7 +123,7 @@ class Actor(Learner):
 
     def save_weights(self, folder: Path) -> None:
         """Write the weights alone, adapters added to them. Collective. Raises: SaveFailed, on every rank."""
-        write_weights(self.weights(), folder, self._ranks)
+        write_weights(self.weights(as_held=True), folder, self._ranks)
 
     def needs_old_log_probs(self, num_trajectories: int) -> bool:
         """False when the batch is one optimiser step: then the old policy is the policy itself."""

@@ -45,8 +45,10 @@ def test_log_probabilities_of_cut_samples_are_the_actor_s_where_raw_ones_are_ask
         (save_vision_model, "qwen3_vl", True),
         (save_text_model, "qwen3", True),
         (save_text_model, "llama", False),
+        (save_text_model, "qwen3_moe", True),
+        (save_vision_model, "qwen3_vl_moe", False),
     ],
-    ids=["qwen2_vl", "qwen3_vl", "qwen3", "llama"],
+    ids=["qwen2_vl", "qwen3_vl", "qwen3", "llama", "qwen3_moe", "qwen3_vl_moe"],
 )
 def test_every_other_family_is_trained_and_sampled_by_vllm(tmp_path, save, family, tied):
     """The vision models on prompts of 0 to 4 images, which share micro-batches with each other."""
