@@ -75,7 +75,7 @@ def recomputed(shape: ModelShape, work: Work, causal: float = 1.0) -> Flops:
     """Count the FLOP that gradient checkpointing adds: the layers' forwards once more, without each one's last product,
     which no gradient of it needs (torch's non-reentrant kind stops before it)."""
     matrices, attention = _text(shape, work.lengths)
-    matrices -= 2.0 * shape.layers * shape.mlp_width * shape.hidden * sum(work.lengths)
+    matrices -= 2.0 * _last_matrices(shape) * sum(work.lengths)
     vision = 0.0
     if shape.vision is not None and shape.vision_is_trained:
         tower = shape.vision
@@ -108,6 +108,14 @@ def _text(shape: ModelShape, lengths: Sequence[float]) -> tuple[float, float]:
     """Count the FLOP of matrices and attention."""
     squares = sum(length * length for length in lengths)
     return 2.0 * shape.layer_matrix * sum(lengths), 4.0 * shape.layers * shape.query_width * squares
+
+
+def _last_matrices(shape: ModelShape) -> float:
+    """Count the entries of the layers' last matrices. Those of experts have products after them: weights of routers."""
+    layers, width = shape.layers, shape.mlp_width
+    if shape.experts is not None:
+        layers, width = layers - shape.experts.layers, shape.dense_width
+    return layers * width * shape.hidden
 
 
 def _head(shape: ModelShape, work: Work) -> float:
