@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mmr1_ds.algorithm.aggregation import Segments
@@ -21,6 +22,7 @@ from mmr1_ds.config import ActorConfig, AlgorithmConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.model.batching import end_to_end
+from mmr1_ds.engine.model.experts import as_published, balance_loss, is_transposed
 from mmr1_ds.engine.model.policy import exact_types, load_policy
 from mmr1_ds.engine.weights.gathering import weight_buckets, weights_digest, whole_parameters
 from mmr1_ds.engine.weights.weight_files import write_weights
@@ -82,6 +84,9 @@ class Actor(Learner):
             settings.kl_cov_coef,
         )
         self._entropy_bound = -math.inf  # top_entropy_quantile: tokens below it do not train in this optimiser step
+        self._balances_experts = policy.balances_experts
+        if policy.balances_experts:
+            self._balance_coef = float(policy.model.config.get_text_config().router_aux_loss_coef)
         self._loss_scale_factor = float(settings.loss_scale_factor or sizes.max_response_length)
 
     def log_probs(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
@@ -93,16 +98,28 @@ class Actor(Learner):
 
     def log_probs_and_entropies(self, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """`log_probs`, and the entropy (nats) before every response token in the same form. Collective: as it."""
-        logprobs, entropies = self._evaluate(pairs)
+        logprobs, entropies, *_ = self._evaluate(pairs)
         return logprobs, entropies
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`."""
-        return whole_parameters(self.model)
+    def weights(self, as_held: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`.
+
+        as_held: in the shapes of the model's own parameters, not in those of published checkpoints.
+        """
+        found = whole_parameters(self.model)
+        return found if as_held else as_published(self.model, found)
 
     def weight_buckets(self) -> list[list[WeightInfo]]:
         """What `weights` will yield, by the buckets that are gathered together. Not a collective."""
-        return weight_buckets(self.model)
+        return [
+            [
+                info._replace(shape=(info.shape[0], info.shape[2], info.shape[1]))
+                if is_transposed(self.model, info.name)
+                else info
+                for info in bucket
+            ]
+            for bucket in weight_buckets(self.model)
+        ]
 
     def weights_digest(self) -> str:
         """A name for these very weights, whatever the number of ranks. Collective: gathers them as a sync does."""
@@ -110,7 +127,7 @@ class Actor(Learner):
 
     def save_weights(self, folder: Path) -> None:
         """Write the weights alone, adapters added to them. Collective. Raises: SaveFailed, on every rank."""
-        write_weights(self.weights(), folder, self._ranks)
+        write_weights(self.weights(as_held=True), folder, self._ranks)
 
     def needs_old_log_probs(self, num_trajectories: int) -> bool:
         """False when the batch is one optimiser step: then the old policy is the policy itself."""
@@ -139,7 +156,20 @@ class Actor(Learner):
             nothing = np.zeros(0, dtype=np.float32)
             entropies_T = np.concatenate([nothing, *(values for values in own if values is not None)])
             self._entropy_bound = top_bound(entropies_T, self._actor_settings.top_entropy_quantile, self._ranks)
+        if self._balances_experts:
+            self._expert_share_E = self._share_of_experts(trajectories)
         return super()._optimiser_step(trajectories)
+
+    def _share_of_experts(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """The share of the step's response tokens that go to each expert, (E,), by one forward. Collective."""
+        chosen = self._evaluate([item.pair for item in trajectories])[3]
+        self.engine.train()
+        own = [rows_TE for item, rows_TE in zip(trajectories, chosen, strict=True) if item.trains]
+        counts_E = np.concatenate([chosen[0][:0], *own]).sum(axis=0, dtype=np.float64)
+        sums = {str(i): float(count) for i, count in enumerate(counts_E)} | {"tokens": float(sum(map(len, own)))}
+        sums = self._ranks.sum(sums, "count the tokens of experts")
+        num_tokens = max(1.0, sums.pop("tokens"))
+        return torch.tensor([count / num_tokens for count in sums.values()], device=self._ranks.device)
 
     def _with_choice(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Mark the tokens that kl_cov holds. Collective. Without log-probabilities of the old policy there are none."""
@@ -154,7 +184,7 @@ class Actor(Learner):
         return [replace(item, is_chosen=chosen) for item, chosen in zip(trajectories, found, strict=True)]
 
     def _loss(self, outputs: tuple[Tensor, ...], trajectories: Sequence[Trajectory], segments: Segments) -> TokenLoss:
-        logprobs_T, entropies_T = outputs
+        logprobs_T, entropies_T, *routing_TE = outputs
         device = self._ranks.device
         rollout_T = end_to_end([item.rollout_logprobs for item in trajectories], device)
         advantages_T = end_to_end([item.advantages for item in trajectories], device)
@@ -179,6 +209,10 @@ class Actor(Learner):
             figures["ref_kl"] = weighted["actor/kl_loss"] = kl_T.detach()
         if self._actor_settings.entropy_coef > 0:
             loss_T = loss_T - self._actor_settings.entropy_coef * entropies_T
+        if routing_TE:
+            balance_T = balance_loss(routing_TE[0], self._expert_share_E)
+            loss_T = loss_T + self._balance_coef * balance_T
+            weighted["actor/router_aux_loss"] = balance_T.detach()
         entropies_T = entropies_T.detach()
         per_token = {f"actor/{name}": values_T for name, values_T in figures.items()}
         per_token |= {"actor/entropy_loss": entropies_T, **{f"rollout/{name}": drift[name] for name in drift}}

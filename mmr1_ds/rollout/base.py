@@ -31,8 +31,11 @@ class Policy(Protocol):
         """The transformers model inside, partitioned. Only `engine=hf` looks at it."""
         ...
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The current weights, whole, under transformers' names. Collective: all ranks exhaust it."""
+    def weights(self, as_held: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The current weights, whole, under transformers' names. Collective: all ranks exhaust it.
+
+        as_held: in the shapes of the model's own parameters, not in those of published checkpoints.
+        """
         ...
 
     def weight_buckets(self) -> list[list[WeightInfo]]:

@@ -31,8 +31,11 @@ BAR = 0.15
 EXACT = 0.003  # of FLOP: rotations are left out
 LENGTHS, RESPONSES = (97, 41), (61, 7)
 GRIDS = [(10, 6), (4, 14)]  # patches; the windows of the tiny Qwen2.5-VL are of 8 x 8
-FAMILIES = ["qwen2", "qwen3", "qwen3_5_text", "llama", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5"]
-VISION = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5")
+FAMILIES = [
+    "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "llama",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5",
+]  # fmt: skip
+VISION = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 # torch's own formulas, for what its counter does not know: the attention of the CPU, a product added in place.
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -45,6 +48,7 @@ FORMULAS = {
     torch.ops.aten.convolution_backward: lambda gradient, _x, weight, *_, output_mask=None, out_shape=None, **__: (
         2 * math.prod(gradient) * math.prod(weight[1:]) * sum(tensor is not None for tensor in out_shape[:2])
     ),
+    torch.ops.aten._grouped_mm: lambda a, b, *_, out_shape=None, **__: 2 * a[0] * a[1] * b[-1],
     torch.ops.aten.addmm_: lambda added, a, b, out_shape=None, **__: mm_flop(a, b),
 }
 
@@ -175,6 +179,21 @@ def test_published_models_have_their_published_sizes():
         assert shape.vision is not None
         text = number - shape.vision.num_parameters - shape.vocabulary * shape.hidden * (1 if size == "3B" else 2)
         assert flops.forward(shape, work).text == pytest.approx(2 * text * 2048, rel=0.15)
+
+
+def test_a_mixture_has_the_parameters_of_its_card_and_computes_with_the_active_ones(tmp_path):
+    """Qwen3-30B-A3B: 30.5 billion in total, 3.3 activated."""
+    transformers.Qwen3MoeConfig(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48, head_dim=128,
+        num_attention_heads=32, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, vocab_size=151936,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    shape = policy_shape(ModelConfig(model_path=str(tmp_path)))
+    assert shape.num_parameters == pytest.approx(30.5e9, rel=0.002)
+    assert shape.num_active == pytest.approx(3.3e9, rel=0.02)
+    of_layers, attention = shape.num_active - 2 * shape.vocabulary * shape.hidden, 4 * 48 * 32 * 128 * 2048**2
+    text = flops.forward(shape, Work([2048.0], 1024.0)).text
+    assert text == pytest.approx(2 * of_layers * 2048 + attention, rel=1e-3)
+    assert shape.largest_parameter == 128 * 2 * 768 * 2048  # gathered whole
 
 
 # Memory

@@ -57,11 +57,13 @@ def test_log_probabilities_of_cut_samples_are_the_actor_s_where_raw_ones_are_ask
         pytest.param(save_vision_model, "qwen2_vl", False, marks=pytest.mark.nightly),
         (save_vision_model, "qwen3_vl", True),
         (save_vision_model, "qwen3_5", True),
+        (save_text_model, "qwen3_moe", True),
+        pytest.param(save_vision_model, "qwen3_vl_moe", False, marks=pytest.mark.nightly),
         pytest.param(save_text_model, "qwen3", True, marks=pytest.mark.nightly),
         pytest.param(save_text_model, "qwen3_5_text", False, marks=pytest.mark.nightly),
         pytest.param(save_text_model, "llama", False, marks=pytest.mark.nightly),
     ],
-    ids=["qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3", "qwen3_5_text", "llama"],
+    ids=["qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3_moe", "qwen3_vl_moe", "qwen3", "qwen3_5_text", "llama"],
 )
 def test_every_other_family_is_trained_and_sampled_by_vllm(tmp_path, save, family, tied):
     """The vision models on prompts of 0 to 4 images, which share micro-batches with each other.

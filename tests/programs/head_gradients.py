@@ -1,6 +1,7 @@
 """Two micro-batches through a ZeRO-3 policy; write log-probabilities, entropies and whole gradients.
 
-Usage: head_gradients.py MODEL OUT.json. The second micro-batch has no response tokens on the last of several ranks.
+Usage: head_gradients.py MODEL OUT.json [apart]. The second micro-batch has no response tokens on the last of several
+ranks. apart: no two ranks have a token in common.
 """
 
 import sys
@@ -16,7 +17,7 @@ from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.model.batching import ModelBatch
 from mmr1_ds.engine.model.policy import load_policy
 
-model, out = sys.argv[1:]
+model, out, *apart = sys.argv[1:]
 FORBIDDEN, TEMPERATURE = (2, 5, 9), 0.7
 ranks = Ranks(launch_environment(), timeout_seconds=60)
 config = small_config(model, 2, 2 * ranks.size, 2)
@@ -27,7 +28,8 @@ settings, for_frozen = deepspeed_configs(config, ranks.size)
 def batch(index: int, empty: bool) -> ModelBatch:
     """Two sequences of random tokens; a part of the positions are responses."""
     random = torch.Generator().manual_seed(index)
-    input_ids = torch.randint(10, 60, (2, 11), generator=random)
+    first, last = (10 + 25 * ranks.rank, 35 + 25 * ranks.rank) if apart else (10, 60)
+    input_ids = torch.randint(first, last, (2, 11), generator=random)
     rows, columns = torch.tensor([[row, column] for row in range(2) for column in range(4 + row, 10)]).unbind(1)
     if empty:
         rows, columns = rows[:0], columns[:0]

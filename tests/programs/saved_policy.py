@@ -42,7 +42,7 @@ for step in range(2):
     actor.update([Trajectory(prompt(i), part, -3 * ones, (1 - 2 * (i % 2)) * ones) for i, part in enumerate(tokens)])
 checkpoints = Checkpoints(Path(run_dir) / "checkpoints", -1, ranks)
 assert checkpoints.save(2, lambda folder: actor.save(folder / "actor"))
-weights = {name: weight.clone() for name, weight in actor.weights()}
+weights = {name: weight.clone() for name, weight in actor.weights(as_held=True)}
 requests = [RolloutRequest(prompt(index), 1, 0) for index in range(4)]
 groups = TransformersRollout(actor, ranks, encoder, 8).generate(requests, SamplingSettings(0.0, 1.0, -1, 8))
 pairs = [(group.prompt, np.asarray(group.responses[0].token_ids, np.int32)) for group in groups]

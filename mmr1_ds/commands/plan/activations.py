@@ -10,10 +10,12 @@ Of a text layer the backward keeps, for each token, with e bytes an element and 
                   values: e (3 channels + 4 heads k + 4 V + 64 heads) + 12 V. That is with the kernels of
                   flash-linear-attention; transformers' own functions in plain torch keep several times as much
 
-where H is the hidden size, Q and K are the widths of queries and keys, I the MLP's, k a delta net's keys and V all of
-its values. In float32 the norms' first copy is the states themselves. With gradient checkpointing only each layer's
-input is kept, e H, and one layer's at a time. A vision block is the same by patch, without grouped keys; a plain MLP
-keeps two in place of four, LayerNorm no copy.
+    experts       each token once for each of its k experts, before and after them: 2 e k H; and 4 a probability
+
+where H is the hidden size, Q and K are the widths of queries and keys, I the MLP's (of several experts: their sum), k a
+delta net's keys and V all of its values. In float32 the norms' first copy is the states themselves. With gradient
+checkpointing only each layer's input is kept, e H, and one layer's at a time. A vision block is the same by patch,
+without grouped keys; a plain MLP keeps two in place of four, LayerNorm no copy.
 
 Attention is that of flash-attention or of torch's own kernel: no scores are kept.
 """
@@ -55,6 +57,7 @@ def training(shape: ModelShape, batch: MicroBatch, element: int, checkpointed: b
         shape.hidden, shape.query_width, shape.key_width, shape.heads, shape.mlp_width, element,
         qk_norm=shape.has_qk_norm,
     )  # fmt: skip
+    text += batch.tokens * routed_bytes(shape, element)
     layer = temporaries(shape.hidden, shape.mlp_width, element) * batch.tokens
     kept = shape.attention_layers * text
     if shape.linear is not None:
@@ -86,6 +89,7 @@ def scoring(shape: ModelShape, batch: MicroBatch, element: int, device: str) -> 
     """Return what a forward without gradient holds: only the states that go from layer to layer are kept."""
     kept = 2 * element * shape.hidden * batch.tokens
     layer = (2 * EXACT_BYTES * shape.hidden + 3 * element * shape.mlp_width) * batch.tokens
+    layer += batch.tokens * routed_bytes(shape, element)
     if shape.vision is not None and batch.patches:
         vision = shape.vision
         kept += element * vision.patch_elements * batch.patches
@@ -94,7 +98,7 @@ def scoring(shape: ModelShape, batch: MicroBatch, element: int, device: str) -> 
 
 
 def layer_bytes(
-    width: int, queries: int, keys: int, heads: int, mlp: int, element: int, gated: bool = True, qk_norm: bool = False
+    width: int, queries: int, keys: int, heads: int, mlp: float, element: int, gated: bool = True, qk_norm: bool = False
 ) -> float:
     """Return the bytes a token, or a patch, that a layer keeps for its backward.
 
@@ -114,11 +118,20 @@ def delta_net_bytes(linear: LinearShape, element: int) -> float:
     return element * (3 * linear.channels + heads + 4 * values) + 3 * EXACT_BYTES * values
 
 
+def routed_bytes(shape: ModelShape, element: int) -> float:
+    """Return the bytes a token that experts keep beside a gated MLP, the mean of all layers."""
+    if shape.experts is None:
+        return 0.0
+    # The token once for each of its experts, before and after them; probabilities in float32.
+    routed = 2 * element * shape.experts.chosen_each * shape.hidden + EXACT_BYTES * shape.experts.experts
+    return routed * shape.experts.layers / shape.layers
+
+
 def _norm(element: int, is_rms: bool) -> int:
     return (EXACT_BYTES if is_rms else 0) + 2 * element
 
 
-def temporaries(width: int, mlp_width: int, element: int) -> float:
+def temporaries(width: int, mlp_width: float, element: int) -> float:
     """Return the bytes a token of gradients beside what is kept, at the MLP of a layer: the widest place."""
     return element * (2 * mlp_width + width)
 

@@ -168,8 +168,9 @@ def _judge(
 def in_words(found: Estimate) -> str:
     """Write the tables."""
     shape, memory = found.shape, found.memory
+    active = f"{shape.num_active / 1e9:.2f} active a token, " if shape.experts is not None else ""
     lines = [
-        f"estimated, not measured: {shape.name}, {shape.num_parameters / 1e9:.2f} billion parameters, "
+        f"estimated, not measured: {shape.name}, {shape.num_parameters / 1e9:.2f} billion parameters, {active}"
         f"{found.world_size} x {found.gpu.name} of {found.gpu.memory_gb:g} GB ({found.gpu.source})",
         "",
     ]

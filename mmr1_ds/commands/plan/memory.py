@@ -144,6 +144,8 @@ def plan_memory(
     engine_size = rollout.gpu_memory_utilization * size
     learning = held | states
     learning["gathered weights"] = max(engine.gathered for engine in engines.values())
+    if actor.experts is not None and ranks > 1 and not checkpointed:  # the backward holds views of them
+        learning["gathered weights"] += element * actor.experts.num_parameters
     if keeps:
         learning["gathered weights"] = float(element * actor.num_parameters)
     learning["largest gradient"] = element * actor.largest_parameter  # whole, until it is reduced

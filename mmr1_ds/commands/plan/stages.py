@@ -126,10 +126,10 @@ def step_seconds(
 def tail(config: RunConfig, shape: ModelShape, gpu: Gpu, assumed: Assumptions, load: Load) -> float:
     """Return the seconds in which the longest response, of the run's limit, is sampled on when the mean one has ended.
 
-    Each of its tokens reads the weights: 2 bytes a parameter, over the ranks of an engine.
+    Each of its tokens reads the weights: 2 bytes an active parameter, over the ranks of an engine.
     """
     left = max(0.0, config.data.max_response_length - load.response_tokens)
-    read = 2 * shape.num_parameters / config.worker.rollout.tensor_parallel_size
+    read = 2 * shape.num_active / config.worker.rollout.tensor_parallel_size
     return left * (read / (gpu.memory_tb_s * 1e12 * assumed.decode_efficiency) + assumed.decode_overhead_seconds)
 
 

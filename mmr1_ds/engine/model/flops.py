@@ -82,7 +82,7 @@ def recomputed(shape: ModelShape, work: Work, causal: float = 1.0) -> Flops:
     """Count the FLOP that gradient checkpointing adds: the layers' forwards once more, without each one's last product,
     which no gradient of it needs (torch's non-reentrant kind stops before it)."""
     matrices, attention = _text(shape, work.lengths)
-    matrices -= 2.0 * shape.layers * shape.mlp_width * shape.hidden * sum(work.lengths)
+    matrices -= 2.0 * _last_matrices(shape) * sum(work.lengths)
     vision = 0.0
     if shape.vision is not None and shape.vision_is_trained:
         tower = shape.vision
@@ -146,6 +146,14 @@ def _delta_net_backward(shape: ModelShape, lengths: Sequence[float]) -> float:
 
 def _chunked(lengths: Sequence[float]) -> float:
     return float(sum(_CHUNK * math.ceil(length / _CHUNK) for length in lengths))
+
+
+def _last_matrices(shape: ModelShape) -> float:
+    """Count the entries of the layers' last matrices. Those of experts have products after them: weights of routers."""
+    layers, width = shape.layers, shape.mlp_width
+    if shape.experts is not None:
+        layers, width = layers - shape.experts.layers, shape.dense_width
+    return layers * width * shape.hidden
 
 
 def _head(shape: ModelShape, work: Work) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmr1_ds.config import CriticModelConfig, ModelConfig
 from mmr1_ds.engine.model.attention import attend_images_at_once
+from mmr1_ds.engine.model.experts import register_layouts
 from mmr1_ds.engine.model.linear_attention import keep_states_apart
 from mmr1_ds.errors import UserError
 
@@ -45,6 +46,7 @@ def load_partitioned(
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    register_layouts()
     partitioned = HfDeepSpeedConfig(dict(deepspeed_config))  # transformers asks for it while it is alive
     try:
         model, loaded = family.from_pretrained(

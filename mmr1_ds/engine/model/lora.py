@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from mmr1_ds.config import LoraConfig, ModelConfig
 from mmr1_ds.config.keys import nearest
+from mmr1_ds.engine.model.experts import has_experts
 from mmr1_ds.errors import UserError, remedy
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,9 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype
             f"{KEY}.rank={config.lora.rank} but peft is not installed; {remedy('gpu')} or set the rank to 0"
         ) from None
     names = target_layers(_linear_layers(model, config), config.lora, str(config.model_path))
+    if has_experts(model):
+        logger.warning("LoRA: the experts of %s and their routers are no linear layers; they stay frozen, without "
+                       "adapters", config.model_path)  # fmt: skip
     settings = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=names, bias="none")
     with torch.random.fork_rng(devices=[]):  # peft's own draws are overwritten below
         peft.inject_adapter_in_model(settings, model, _NAME)

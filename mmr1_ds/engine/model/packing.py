@@ -25,6 +25,12 @@ def response_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
     return packed_states(model, batch) if shares_prompts(model) else padded_states(model, batch)
 
 
+def response_states_and_routing(model: PreTrainedModel, batch: ModelBatch) -> tuple[Tensor, list[Tensor]]:
+    """`response_states`, and the logits of each layer's router there, (T, experts) each."""
+    compute = _packed if shares_prompts(model) else _padded
+    return compute(model, batch, output_router_logits=True)
+
+
 def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether responses to one prompt are computed after one copy of it. Sequence parallelism has its own attention."""
     return model.config.get_text_config()._attn_implementation in (PACKED, VARLEN)
@@ -32,8 +38,14 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 
 def packed_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
     """The states of `padded_states`, to rounding, computed without padding."""
+    return _packed(model, batch)[0]
+
+
+def _packed(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> tuple[Tensor, list[Tensor]]:
     inputs, places_T = pack(model, batch, prompts_once=True)
-    return model.base_model(**inputs, use_cache=False).last_hidden_state[0, places_T]
+    found = model.base_model(**inputs, use_cache=False, **options)
+    routed = found.router_logits if options else ()
+    return found.last_hidden_state[0, places_T], [logits_KE[places_T] for logits_KE in routed]
 
 
 def pack(model: PreTrainedModel, batch: ModelBatch, prompts_once: bool = False) -> tuple[dict[str, Any], Tensor]:
@@ -120,9 +132,16 @@ def _images_of(model: PreTrainedModel, batch: ModelBatch, first_S: Tensor) -> di
 
 def padded_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
     """The hidden state that predicts each response token, (T, H)."""
+    return _padded(model, batch)[0]
+
+
+def _padded(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> tuple[Tensor, list[Tensor]]:
     device = batch.targets.device
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}
     if batch.vision:
         inputs |= _images_of(model, batch, torch.arange(len(batch.input_ids)))
-    states_SLH = model.base_model(**_on_device(inputs, device), use_cache=False).last_hidden_state
-    return states_SLH[batch.rows.to(device), batch.columns.to(device)]
+    found = model.base_model(**_on_device(inputs, device), use_cache=False, **options)
+    places = batch.rows.to(device), batch.columns.to(device)
+    routed = found.router_logits if options else ()
+    shape = *batch.input_ids.shape, -1
+    return found.last_hidden_state[places], [logits.view(shape)[places] for logits in routed]

@@ -14,11 +14,13 @@ from mmr1_ds.config import ActorConfig
 from mmr1_ds.engine.model import sequence_parallel
 from mmr1_ds.engine.model.attention import attention_implementation
 from mmr1_ds.engine.model.batching import ModelBatch
+from mmr1_ds.engine.model.experts import balances_experts, routing
 from mmr1_ds.engine.model.loading import checkpoint_gradients, freeze_vision_tower, load_config, load_partitioned
 from mmr1_ds.engine.model.log_probs import LogProbHead
 from mmr1_ds.engine.model.lora import add_adapters
-from mmr1_ds.engine.model.packing import response_states
+from mmr1_ds.engine.model.packing import response_states, response_states_and_routing
 from mmr1_ds.engine.model.sequence_parallel import SequenceParallel
+from mmr1_ds.errors import UserError
 
 _SECTION = "worker.actor.model"
 
@@ -37,31 +39,39 @@ class PolicyModel(nn.Module):
         temperature: float,
         parallel: SequenceParallel | None = None,
         entropy_gradient: bool = False,
+        balances_experts: bool = False,
     ) -> None:
         """
         Args:
             parallel: the ranks that compute every sequence together; None = each rank computes its own.
             entropy_gradient: whether the entropies have one.
+            balances_experts: whether `forward` returns what `balance_loss` needs.
         """
         super().__init__()
         self.model: PreTrainedModel = model
-        self.parallel = parallel
+        self.parallel, self.balances_experts = parallel, balances_experts
         if parallel is not None:
             parallel.install(model)
         head = LogProbHead(model.get_output_embeddings(), forbidden_token_ids, temperature, entropy_gradient)
         model.set_output_embeddings(head)
 
-    def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: ModelBatch) -> tuple[Tensor, ...]:
         """Log-probability and entropy (nats) of the sampled distribution at each response token.
 
         The distribution is that of the rollout: temperature applied, forbidden tokens left out.
-        Returns: log-probabilities (T,) with gradient, entropies (T,) with one where asked for; both float32.
+        Returns: log-probabilities (T,) with gradient, entropies (T,) with one where asked for; both float32. With
+            balances_experts also `routing`.
         """
         if self.parallel is not None:
             return self.parallel.log_probs(self.model, batch)
         # Without response tokens (a row of padding) both are empty but the former is still in the graph, so the
         # backward reaches every parameter and all ranks reduce the same gradients.
-        return self.model.get_output_embeddings()(response_states(self.model, batch), batch.targets)
+        head = self.model.get_output_embeddings()
+        if not self.balances_experts:
+            return head(response_states(self.model, batch), batch.targets)
+        states_TH, logits_TE = response_states_and_routing(self.model, batch)
+        chosen_each = self.model.config.get_text_config().num_experts_per_tok
+        return *head(states_TH, batch.targets), *routing(logits_TE, chosen_each)
 
 
 def exact_types(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,4 +124,11 @@ def load_policy(
             add_adapters(model, config, dtype)
         if config.enable_gradient_checkpointing:
             checkpoint_gradients(model)
-    return PolicyModel(model, forbidden_token_ids, temperature, parallel, trainable and settings.entropy_coef > 0)
+    entropy_gradient = trainable and settings.entropy_coef > 0
+    balances = trainable and balances_experts(model_config)
+    if balances and parallel is not None:
+        raise UserError(
+            f"worker.actor.ulysses_size={settings.ulysses_size} cannot balance experts, and the config.json of "
+            f"{config.model_path} has output_router_logits=true; set it to false in {_SECTION}.override_config"
+        )
+    return PolicyModel(model, forbidden_token_ids, temperature, parallel, entropy_gradient, balances)

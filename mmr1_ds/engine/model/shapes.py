@@ -54,6 +54,21 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class ExpertsShape:
+    """The experts of a mixture."""
+
+    layers: int  # that have experts; the others are dense
+    experts: int  # of each of these layers
+    chosen_each: int  # that a token goes to
+    num_parameters: int  # elements of all of them
+
+    @property
+    def idle(self) -> int:
+        """Return the elements that a token does not go through."""
+        return self.num_parameters - self.num_parameters * self.chosen_each // self.experts
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a text model, with its vision tower where there is one."""
 
@@ -61,19 +76,21 @@ class ModelShape:
     family: str
     sizes: tuple[int, ...]  # elements of each parameter; tied ones once
     hidden: int
-    mlp_width: int
+    mlp_width: float  # mean over layers; of a mixture's, the width of all experts that a token goes to
+    dense_width: int  # of the MLP of layers without experts
     layers: int
     query_width: int  # heads x head size
     key_width: int  # key-value heads x head size
     heads: int
     vocabulary: int
     has_qk_norm: bool
-    layer_matrix: int  # entries of all layers' matrices, without embedding and output layer
+    layer_matrix: int  # entries of all layers' matrices that a token goes through, without embedding and output layer
     trained: int  # elements that are trained
     adapters: int  # trained elements that belong to LoRA's adapters
     vision_is_trained: bool
     vision: VisionShape | None
     linear: LinearShape | None = None
+    experts: ExpertsShape | None = None
 
     @property
     def attention_layers(self) -> int:
@@ -85,13 +102,18 @@ class ModelShape:
         return sum(self.sizes)
 
     @property
+    def num_active(self) -> int:
+        """Return the parameters that a token goes through: all, but for experts that it is not sent to."""
+        return self.num_parameters - (self.experts.idle if self.experts is not None else 0)
+
+    @property
     def largest_parameter(self) -> int:
         return max(self.sizes)
 
     @property
     def largest_layer(self) -> int:
         """Return the elements of one decoder layer."""
-        return self.layer_matrix // self.layers
+        return (self.layer_matrix + self.num_parameters - self.num_active) // self.layers
 
     def persistent(self, threshold: float) -> int:
         """Return the elements of the parameters that ZeRO-3 keeps whole on every rank."""
@@ -138,24 +160,35 @@ def shape_of(
         reachable = [(path, layer) for path, layer in linear if layer is not head]
         reachable = [item for item in reachable if trains_vision or not _is_vision(item[0])]
         trained = adapted = _adapter_size(lora, reachable, name)
+    experts = _experts_shape(text, model)
+    mlp_width = text.intermediate_size
+    layer_matrix = sum(layer.in_features * layer.out_features for _, layer in of_text)
+    if experts is not None:
+        routed = experts.chosen_each * text.moe_intermediate_size
+        dense = text.num_hidden_layers - experts.layers
+        mlp_width = (experts.layers * routed + dense * mlp_width) / text.num_hidden_layers
+        layer_matrix += experts.num_parameters - experts.idle
+        layer_matrix += experts.layers * experts.experts * text.hidden_size  # the routers
     return ModelShape(
         name=name,
         family=config.model_type,
         sizes=tuple(size for _, size in parameters),
         hidden=text.hidden_size,
-        mlp_width=text.intermediate_size,
+        mlp_width=mlp_width,
+        dense_width=text.intermediate_size,
         layers=text.num_hidden_layers,
         query_width=text.num_attention_heads * head_size,
         key_width=text.num_key_value_heads * head_size,
         heads=text.num_attention_heads,
         vocabulary=text.vocab_size,
         has_qk_norm=any(path.endswith("q_norm.weight") and not _is_vision(path) for path, _ in parameters),
-        layer_matrix=sum(layer.in_features * layer.out_features for _, layer in of_text),
+        layer_matrix=layer_matrix,
         trained=trained,
         adapters=adapted,
         vision_is_trained=trains_vision,
         vision=_vision_shape(config, parameters, linear) if has_vision else None,
         linear=_linear_shape(text),
+        experts=experts,
     )
 
 
@@ -249,6 +282,15 @@ def _linear_shape(text: PreTrainedConfig) -> LinearShape | None:
         channels=2 * keys + heads * text.linear_value_head_dim,
         kernel=text.linear_conv_kernel_dim,
     )
+
+
+def _experts_shape(text: Any, model: nn.Module) -> ExpertsShape | None:
+    """None for a model whose experts, if it has any, transformers does not stack."""
+    stacked = [item for path, item in model.named_parameters() if ".experts." in path and item.ndim == 3]
+    if not stacked:
+        return None
+    layers = sum(path.endswith(".experts.down_proj") for path, _ in model.named_parameters())
+    return ExpertsShape(layers, len(stacked[0]), text.num_experts_per_tok, sum(item.numel() for item in stacked))
 
 
 def _vision_shape(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmr1_ds.config import ModelConfig
+from mmr1_ds.engine.model.experts import register_layouts
 from mmr1_ds.engine.model.loading import load_config
 from mmr1_ds.engine.model.lora import base_name
 from mmr1_ds.engine.weights.adapter_checkpoint import FILE
@@ -86,6 +87,7 @@ def _load(config: ModelConfig, dtype: torch.dtype) -> Any:
     """The model folder's own weights, whole."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    register_layouts()
     model_config = load_config(config)
     family = AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
     return family.from_pretrained(

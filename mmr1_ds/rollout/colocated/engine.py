@@ -23,6 +23,7 @@ from mmr1_ds.rollout.base import InTurn, Policy, ignore
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import phases_logged
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
+from mmr1_ds.rollout.packed_experts import pack_experts_anew
 from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ def _forbid(worker: Any, token_ids: Sequence[int], scale: float = 1.0) -> None:
 
 def _reload(worker: Any, weights: Any, tied: bool) -> None:
     """Runs in vLLM's worker, which is this process."""
+    pack_experts_anew(worker.get_model())
     worker.reload_weights(weights_iterator=weights)
     if tied:
         pack_tied_head(worker.get_model())

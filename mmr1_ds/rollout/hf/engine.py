@@ -59,7 +59,7 @@ class TransformersRollout(InTurn):
     def _weights(self) -> Iterator[None]:
         """The actor's weights, whole, in the copy. Collective on entry."""
         parameters = dict(self._model.named_parameters())
-        for name, weight in self._policy.weights():
+        for name, weight in self._policy.weights(as_held=True):
             parameters.pop(name).data = weight
         assert not parameters, f"the actor has no weight named {next(iter(parameters))}"
         try:

@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader.mtp_validation import disable_mtp_complete
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from mmr1_ds.rollout.packed_experts import pack_experts_anew
 from mmr1_ds.rollout.servers.weights.shared_memory import BufferAddress, MappedBuffer, tensors
 from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
 
@@ -64,6 +65,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
         """See the base class."""
         if self._buffer is None:
             raise RuntimeError("a weight update has started before init_weight_transfer_engine")
+        pack_experts_anew(self.model)
         initialize_layerwise_reload(self.model)
         self._missing = self._names & {name for name, _ in self.model.named_parameters()}
 
