@@ -96,7 +96,7 @@ def assets(tmp_path_factory):
             "max_steps": NUM_STEPS,
             "report_freq": None,
             "n_gpus_per_node": 2,
-            "preemption_seconds": 10,
+            "preemption_seconds": 30,
             "val_freq": 5,
             "save_freq": 2,
             "save_limit": 2,
@@ -178,12 +178,14 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_never_stopped(assets, finished_
     (assets / "hold").touch()
     wait_until(lambda: process.poll() is not None or (6 in steps() and kept.exists()), 400, "a part of the refresh")
     process.terminate()
+    told, log = "SIGTERM received: the run saves", run_dir.with_suffix(".log")
+    wait_until(lambda: log.read_text().count(told) == 2, 60, "both ranks told")
     (assets / "hold").unlink()  # what is being judged is judged to its end
     assert process.wait(timeout=60) != 0
     wait_until(lambda: not processes_with(marker), 30, f"no process left, {processes_with(marker)}")
     assert steps()[-1] == 6
     finish(launch(assets, run_dir, marker), run_dir, marker)
-    log = run_dir.with_suffix(".log").read_text()
+    log = log.read_text()
     assert log.count("going on from") == 1
     assert re.search(r"SIGTERM received: 6 of 10 steps are done, saved in", log)
     assert re.search(r"resuming the refresh: (7|14) of 17 prompts are done", log)
