@@ -22,7 +22,7 @@ from torch.nn.functional import embedding
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mmr1_ds.engine.model.attention import Row
+from mmr1_ds.engine.model.attention import PACKED, VARLEN, Row
 
 
 def has_states(config: PreTrainedConfig) -> bool:
@@ -34,9 +34,10 @@ def keep_states_apart(model: PreTrainedModel) -> None:
     """Let the model's linear attention begin anew in each piece of a packed row. After loading.
 
     transformers has one function a family, which its layers find by name in their module: it is replaced there, once,
-    for all models of the family. Without a row it does what it did.
+    for all models of the family. Without a row it does what it did. A model that is padded needs none of it: what
+    comes after a sequence changes nothing in it.
     """
-    if not has_states(model.config):
+    if not has_states(model.config) or model.config.get_text_config()._attn_implementation not in (PACKED, VARLEN):
         return
     for name in {type(module).__module__ for module in model.modules() if hasattr(module, "A_log")}:
         library: Any = sys.modules[name]
