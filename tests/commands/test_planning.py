@@ -18,7 +18,7 @@ from mmr1_ds.commands.plan import activations
 from mmr1_ds.commands.plan.activations import MicroBatch
 from mmr1_ds.commands.plan.command import estimate, largest_doubt
 from mmr1_ds.commands.plan.hardware import GPUS, Assumptions
-from mmr1_ds.commands.plan.memory import plan_memory
+from mmr1_ds.commands.plan.memory import cache_bytes, plan_memory, state_bytes
 from mmr1_ds.config import ModelConfig, RunConfig
 from mmr1_ds.engine.model import flops
 from mmr1_ds.engine.model.flops import Work
@@ -194,6 +194,16 @@ def test_a_mixture_has_the_parameters_of_its_card_and_computes_with_the_active_o
     text = flops.forward(shape, Work([2048.0], 1024.0)).text
     assert text == pytest.approx(2 * of_layers * 2048 + attention, rel=1e-3)
     assert shape.largest_parameter == 128 * 2 * 768 * 2048  # gathered whole
+
+
+def test_qwen3_5_has_its_published_size():
+    """8.95e9 parameters of text, as its quantised files say; three of four layers are linear attention."""
+    shape = policy_shape(ModelConfig(model_path="Qwen/Qwen3.5-9B"))
+    assert shape.vision is not None and shape.linear is not None
+    assert shape.num_parameters - shape.vision.num_parameters == 8_953_803_264
+    assert (shape.attention_layers, shape.linear.layers) == (8, 24)
+    assert cache_bytes(shape, 2) == 8 * 2 * 4 * 256 * 2
+    assert state_bytes(shape) == 24 * (32 * 128 * 128 + 8192 * 3) * 4
 
 
 # Memory

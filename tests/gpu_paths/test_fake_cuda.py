@@ -12,6 +12,7 @@ from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.attention import PACKED, VARLEN, attend_images_at_once
 from mmr1_ds.engine.model.batching import collate
+from mmr1_ds.engine.model.linear_attention import keep_states_apart
 from mmr1_ds.engine.model.policy import PolicyModel
 from mmr1_ds.engine.model.value_model import ValueModel
 
@@ -28,6 +29,7 @@ OF_A_TOWER = {
 WAITS = {
     ("qwen2", VARLEN): {},
     ("qwen2", PACKED): {},  # but one in find_packed_sequence_indices, left out where transformers takes it for tracing
+    ("qwen3_5_text", VARLEN): {},
     ("qwen2_5_vl", VARLEN): OF_A_TOWER
     | {
         "vision_utils.py:get_vision_window_index": 2,
@@ -51,6 +53,7 @@ def on_gpu(tmp_path, monkeypatch):
         kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         model = kind.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=attention)
         attend_images_at_once(model)
+        keep_states_apart(model)
         prompts = {i: make_prompt(encoder, i, sees and i % 3 != 0, most_images=4) for i, _ in ROWS}
         return model, encoder, [(prompts[i], np.arange(20, 20 + n, dtype=np.int32)) for i, n in ROWS]
 

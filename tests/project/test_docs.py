@@ -244,6 +244,13 @@ def table(page: str, heading: str) -> list[list[str]]:
     return rows(f"{text}\n\n"[start:].partition("\n\n")[0])
 
 
+def test_the_page_of_models_names_every_family_that_is_packed():
+    from mmr1_ds.engine.model.attention import PACKABLE
+
+    named = {span for row in rows((DOCS / "models.md").read_text()) for span in code_spans(row[0])}
+    assert named >= PACKABLE
+
+
 def test_easyr1_s_keys_become_what_the_table_says():
     samples = {"worker.reward.model_name": "judge", "worker.reward.base_url": "http://judge/v1"}
     for theirs, mine, _ in table("coming_from.md", "EasyR1 or MMR1"):

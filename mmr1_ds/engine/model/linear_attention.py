@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mmr1_ds.engine.model.attention import Row
+from mmr1_ds.engine.model.attention import PACKED, VARLEN, Row
 
 
 def has_states(config: PreTrainedConfig) -> bool:
@@ -33,9 +34,10 @@ def keep_states_apart(model: PreTrainedModel) -> None:
     """Let the model's linear attention begin anew in each piece of a packed row. After loading.
 
     transformers has one function a family, which its layers find by name in their module: it is replaced there, once,
-    for all models of the family. Without a row it does what it did.
+    for all models of the family. Without a row it does what it did. A model that is padded needs none of it: what
+    comes after a sequence changes nothing in it.
     """
-    if not has_states(model.config):
+    if not has_states(model.config) or model.config.get_text_config()._attn_implementation not in (PACKED, VARLEN):
         return
     for name in {type(module).__module__ for module in model.modules() if hasattr(module, "A_log")}:
         library: Any = sys.modules[name]
@@ -82,16 +84,15 @@ def _piece_by_piece(row: Row, compute: Callable[..., Tensor], *tensors: Tensor) 
 
     Args: compute: causal, so that the zeros after a shorter piece change nothing; tensors: (1, K, ...) each.
     """
-    pieces = list(zip(*(tensor[0].split(row.lengths) for tensor in tensors), strict=True))
+    lengths = [first + own for first, own in zip(row.firsts, row.lengths, strict=True)]
+    whole = Row(lengths, [0] * len(lengths), row.device)
+    rows = [tensor[0] for tensor in tensors]
+    if (gathered := row.cuts.gathered) is not None:  # by `embedding` for the reason of varlen_attention
+        rows = [embedding(gathered, values.flatten(1)).view(-1, *values.shape[1:]) for values in rows]
+    pieces = [values.split(lengths) for values in rows]
     outputs: dict[int, Tensor] = {}
-    for prompt, parts in row.groups:
-        first = 0 if prompt is None else row.firsts[parts[0][0]]
+    for _, parts in whole.groups:
         for part in parts:
-            whole = [
-                pieces[i] if prompt is None else
-                tuple(torch.cat([before[:first], own]) for before, own in zip(pieces[prompt], pieces[i], strict=True))
-                for i in part
-            ]  # fmt: skip
-            found = compute(*(pad_sequence(list(same), batch_first=True) for same in zip(*whole, strict=True)))
-            outputs |= {i: output[first : first + row.lengths[i]] for i, output in zip(part, found, strict=True)}
-    return torch.cat([outputs[i] for i in range(len(pieces))])[None]
+            found = compute(*(pad_sequence([of_tensor[i] for i in part], batch_first=True) for of_tensor in pieces))
+            outputs |= {i: result[row.firsts[i] : lengths[i]] for i, result in zip(part, found, strict=True)}
+    return torch.cat([outputs[i] for i in range(len(row.lengths))])[None]

@@ -220,12 +220,14 @@ _QWEN2_5_VL = {
     "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420),
     "32B": (5120, 27648, 64, 40, 8, 152064, False, 3456),
 }
-PUBLISHED = {f"Qwen/Qwen2.5-VL-{size}-Instruct": size for size in _QWEN2_5_VL}
+PUBLISHED = {f"Qwen/Qwen2.5-VL-{size}-Instruct": size for size in _QWEN2_5_VL} | {"Qwen/Qwen3.5-9B": "9B"}
 
 
 def _published(path: str, override: dict[str, Any]) -> PreTrainedConfig:
-    from transformers import Qwen2_5_VLConfig
+    from transformers import Qwen2_5_VLConfig, Qwen3_5Config
 
+    if path == "Qwen/Qwen3.5-9B":  # the sizes of transformers' own defaults
+        return Qwen3_5Config(vision_config={"out_hidden_size": 4096}, **override)
     hidden, mlp, layers, heads, key_value_heads, vocabulary, tied, vision_mlp = _QWEN2_5_VL[PUBLISHED[path]]
     text = {
         "hidden_size": hidden,
