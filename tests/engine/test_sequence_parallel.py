@@ -13,7 +13,7 @@ from mmr1_ds.errors import UserError
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen2_5_vl", "qwen3_vl", "qwen3_moe"])
 def test_log_probs_are_those_of_a_rank_alone(tmp_path, family):
     save = save_vision_model if family.endswith("vl") else save_text_model
     model = save(tmp_path / "model", family=family, num_heads=4)
