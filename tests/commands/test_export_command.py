@@ -8,6 +8,7 @@ import pytest
 import torch
 from fixtures.launching import run_ranks
 from fixtures.tiny_models import save_text_model, save_vision_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mmr1_ds.commands import cli
@@ -86,6 +87,30 @@ def test_vllm_answers_as_the_actor(vision, tmp_path):
     expected, actual = (torch.load(path) for path in (vision / "run" / "policy.pt", tmp_path / "answers.pt"))
     assert actual["tokens"] == expected["tokens"]
     assert sum(len(tokens) for tokens in actual["tokens"]) > 8
+    for one, other in zip(expected["logprobs"], actual["logprobs"], strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])
+def test_a_mixture_is_written_as_it_was_published(tmp_path, family):
+    """Experts one by one, or stacked with their axes exchanged: what transformers and vLLM load."""
+    save, kind = {
+        "qwen3_moe": (save_text_model, AutoModelForCausalLM),
+        "qwen3_vl_moe": (save_vision_model, AutoModelForImageTextToText),
+    }[family]
+    model = save(tmp_path / "model", family=family)
+    run_ranks("saved_policy.py", model, tmp_path / "run", 0, num_ranks=2)
+    assert cli.main(["export", str(tmp_path / "run" / "checkpoints" / NAME), str(tmp_path / "out")]) == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    assert {name: item.shape for name, item in before.items()} == {name: item.shape for name, item in after.items()}
+    expected = torch.load(tmp_path / "run" / "policy.pt")
+    found = kind.from_pretrained(tmp_path / "out")
+    assert equal_weights(found, expected["weights"]) == []
+    assert any(".experts." in name for name in moved(expected["weights"], kind.from_pretrained(model)))
+    run_ranks("exported_in_vllm.py", tmp_path / "out", tmp_path / "answers.pt")
+    actual = torch.load(tmp_path / "answers.pt")
+    assert actual["tokens"] == expected["tokens"]
     for one, other in zip(expected["logprobs"], actual["logprobs"], strict=True):
         torch.testing.assert_close(other, one, atol=1e-4, rtol=0)
 

@@ -9,14 +9,16 @@ from fixtures.launching import run_ranks
 from fixtures.tiny_models import EXPERTS, make_prompt, save_text_model, save_vision_model
 from safetensors.torch import load_file, save_file
 
-from mmr1_ds.config import DataConfig, ModelConfig
+from mmr1_ds.config import DataConfig, LoraConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.attention import PACKED
 from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.experts import balance_loss, routing
 from mmr1_ds.engine.model.log_probs import plain_log_probs
+from mmr1_ds.engine.model.lora import adapters, add_adapters
 from mmr1_ds.engine.model.packing import response_states_and_routing
 from mmr1_ds.engine.model.policy import PolicyModel
+from mmr1_ds.errors import UserError
 
 SAVE = {"qwen3_moe": save_text_model, "qwen3_vl_moe": save_vision_model}
 both = pytest.mark.parametrize("family", SAVE)
@@ -86,6 +88,21 @@ def test_routing_averages_over_layers():
     torch.testing.assert_close(probabilities, (logits[0].softmax(1) + logits[1].softmax(1)) / 2)
     assert chosen.tolist() == [[0.5, 0.5, 0.0]]
     assert float(balance_loss(torch.full((1, 3), 1 / 3), torch.full((3,), 2 / 3))) == pytest.approx(2.0)  # even: k
+
+
+@both
+def test_adapters_leave_the_experts_out_and_say_so(tmp_path, family, caplog):
+    folder = SAVE[family](tmp_path / family, family=family)
+    config = ModelConfig(model_path=str(folder), lora=LoraConfig(rank=2))
+    model = load(folder)
+    add_adapters(model, config, torch.float32)
+    assert f"the experts of {folder} and their routers are no linear layers; they stay frozen" in caplog.text
+    adapted = list(adapters(model))
+    assert not any(".experts." in name or name.endswith(".mlp.gate.base_layer.weight") for name in adapted)
+    assert len([name for name in adapted if "_proj" in name]) == 3 * 4 + 3  # of attention, of the dense layer
+    config.lora.target_modules = ["gate_up_proj"]
+    with pytest.raises(UserError, match="gate_up_proj is no linear layer of"):
+        add_adapters(load(folder), config, torch.float32)
 
 
 # --- on real ranks ------------------------------------------------------------------------------------------------

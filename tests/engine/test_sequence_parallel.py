@@ -18,7 +18,7 @@ from mmr1_ds.errors import UserError
     [
         "qwen3",
         "qwen3_vl",
-        *(pytest.param(family, marks=pytest.mark.nightly) for family in ("qwen2", "llama", "qwen2_5_vl")),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("qwen2", "llama", "qwen2_5_vl", "qwen3_moe")),
     ],
 )
 def test_log_probs_are_those_of_a_rank_alone(tmp_path, family):

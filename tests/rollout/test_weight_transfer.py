@@ -254,17 +254,23 @@ def test_vllm_finds_our_engine():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "num_ranks"), [("vision", 2), pytest.param("text", 1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    ("kind", "num_ranks"),
+    [("vision", 2), *(pytest.param(kind, 1, marks=pytest.mark.nightly) for kind in ("text", "experts"))],
+)
 def test_a_real_server_samples_from_the_actor_after_every_change(tmp_path, kind, num_ranks):
     """The text model has a tied head, and adapters, which are merged."""
     model = tmp_path / "model"
-    save_vision_model(model) if kind == "vision" else save_text_model(model, tied=True)
+    if kind == "text":
+        save_text_model(model, tied=True)
+    else:
+        save_vision_model(model, family="qwen3_vl_moe" if kind == "experts" else "qwen2_5_vl")
     rank = ["4"] if kind == "text" else []
     run_ranks("server_weights.py", model, tmp_path / "out.json", 3, *rank, num_ranks=num_ranks)
     report = json.loads((tmp_path / "out.json").read_text())
     assert [row["versions"] for row in report["rows"]] == [["default"], ["1"], ["2"], ["3"]]
     assert all(row["difference"] < 1e-4 and row["failed"] == {} for row in report["rows"])
-    assert all((row["images"] > 0) == (kind == "vision") for row in report["rows"])
+    assert all((row["images"] > 0) == (kind != "text") for row in report["rows"])
     firsts = torch.tensor([row["first"] for row in report["rows"]])
     assert float((firsts[1:] - firsts[:-1]).abs().amax(dim=1).min()) > 0.01  # each change is one
     assert report["num_buckets"] > 10 and report["shared_memory"] == []

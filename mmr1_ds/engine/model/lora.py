@@ -62,12 +62,16 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype
             f"{KEY}.rank={config.lora.rank} but peft is not installed; {remedy('gpu')} or set the rank to 0"
         ) from None
     names = target_layers(_linear_layers(model, config), config.lora, str(config.model_path))
+    whole: nn.Module = model
+    targets = names
     if has_experts(model):
         logger.warning("LoRA: the experts of %s and their routers are no linear layers; they stay frozen, without "
                        "adapters", config.model_path)  # fmt: skip
-    settings = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=names, bias="none")
+        # peft takes the names of a mixture's dense layers for those of its experts, but not without a config in sight.
+        whole, targets = nn.ModuleDict({"model": model}), [f"model.{name}" for name in names]
+    settings = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, bias="none")
     with torch.random.fork_rng(devices=[]):  # peft's own draws are overwritten below
-        peft.inject_adapter_in_model(settings, model, _NAME)
+        peft.inject_adapter_in_model(settings, whole, _NAME)
     made = adapters(model)
     assert sorted(made) == sorted(f"{name}{_BASE}weight" for name in names), "peft adapted other layers"
     for name, adapter in made.items():

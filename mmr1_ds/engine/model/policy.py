@@ -108,6 +108,12 @@ def load_policy(
         settings.attention, settings.padding_free, model_config.model_type, dtype, ranks.device
     )
     parallel = None
+    balances = trainable and balances_experts(model_config)
+    if balances and settings.ulysses_size > 1:
+        raise UserError(
+            f"worker.actor.ulysses_size={settings.ulysses_size} cannot balance experts, and the config.json of "
+            f"{config.model_path} has output_router_logits=true; set it to false in {_SECTION}.override_config"
+        )
     if settings.ulysses_size > 1:
         parallel = SequenceParallel(ranks.neighbours(settings.ulysses_size), model_config, attention)
         attention = {"text_config": sequence_parallel.NAME, "vision_config": attention}
@@ -125,10 +131,4 @@ def load_policy(
         if config.enable_gradient_checkpointing:
             checkpoint_gradients(model)
     entropy_gradient = trainable and settings.entropy_coef > 0
-    balances = trainable and balances_experts(model_config)
-    if balances and parallel is not None:
-        raise UserError(
-            f"worker.actor.ulysses_size={settings.ulysses_size} cannot balance experts, and the config.json of "
-            f"{config.model_path} has output_router_logits=true; set it to false in {_SECTION}.override_config"
-        )
     return PolicyModel(model, forbidden_token_ids, temperature, parallel, entropy_gradient, balances)
