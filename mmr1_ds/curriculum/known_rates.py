@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ def read_known_rates(path: Path) -> dict[str, tuple[float, int]]:
     """
     try:
         text = path.read_bytes()
-        rows = [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]  # a kill may tear the last
+        rows = [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+        with contextlib.suppress(ValueError):  # a kill may have torn the last
+            rows += [json.loads(line) for line in text[text.rfind(b"\n") + 1 :].splitlines()]
         found = {str(row["prompt_id"]): (row["pass_rate"], int(row["num_answers"])) for row in rows}
         rates = {name: (float(rate), count) for name, (rate, count) in found.items() if rate is not None and count > 0}
     except OSError as error:

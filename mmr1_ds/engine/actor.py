@@ -94,11 +94,11 @@ class Actor(Learner):
 
         Collective: all ranks, with the same number of pairs.
         """
-        return self._evaluate(pairs)[0]
+        return self._evaluate(pairs, 1)[0]
 
     def log_probs_and_entropies(self, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """`log_probs`, and the entropy (nats) before every response token in the same form. Collective: as it."""
-        logprobs, entropies, *_ = self._evaluate(pairs)
+        logprobs, entropies = self._evaluate(pairs, 2)
         return logprobs, entropies
 
     def weights(self, as_held: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -168,8 +168,8 @@ class Actor(Learner):
         counts_E = np.concatenate([chosen[0][:0], *own]).sum(axis=0, dtype=np.float64)
         sums = {str(i): float(count) for i, count in enumerate(counts_E)} | {"tokens": float(sum(map(len, own)))}
         sums = self._ranks.sum(sums, "count the tokens of experts")
-        num_tokens = max(1.0, sums.pop("tokens"))
-        return torch.tensor([count / num_tokens for count in sums.values()], device=self._ranks.device)
+        shares = [sums[str(i)] / max(1.0, sums["tokens"]) for i in range(len(counts_E))]
+        return torch.tensor(shares, device=self._ranks.device)
 
     def _with_choice(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Mark the tokens that kl_cov holds. Collective. Without log-probabilities of the old policy there are none."""

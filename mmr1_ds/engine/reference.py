@@ -54,7 +54,7 @@ class Reference(ZeroEngine):
 
     def log_probs(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """See `Actor.log_probs`. Collective: all ranks, with the same number of pairs."""
-        return self._evaluate(pairs)[0]
+        return self._evaluate(pairs, 1)[0]
 
     @torch.no_grad()
     def follow(self, actor: Actor) -> None:

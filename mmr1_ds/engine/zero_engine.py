@@ -100,8 +100,8 @@ class ZeroEngine:
         return self.module.model
 
     @torch.no_grad()
-    def _evaluate(self, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], ...]:
-        """Each of the module's outputs at every response token, one float32 array (T,) a pair.
+    def _evaluate(self, pairs: Sequence[Pair], num_outputs: int | None = None) -> tuple[list[np.ndarray], ...]:
+        """The module's first outputs, or all, at every response token, one float32 array (T,) a pair.
 
         Collective: all ranks, with the same number of pairs.
         """
@@ -111,7 +111,7 @@ class ZeroEngine:
         for part in self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_experience):
             chosen = [pairs[i] for i in part]
             cuts = np.cumsum([len(response) for _, response in chosen])[:-1]
-            parts = [np.split(output_T.float().cpu().numpy(), cuts) for output_T in self._forward(chosen)]
+            parts = [np.split(output_T.float().cpu().numpy(), cuts) for output_T in self._forward(chosen)[:num_outputs]]
             found.update(zip(part, zip(*parts, strict=True), strict=True))
         in_order = [found[i] for i in range(len(pairs))]
         in_order = in_order if self._parallel is None else self._parallel.own(in_order)

@@ -198,5 +198,7 @@ def tell_start(config: RunConfig, start: tuple[int, Path] | None, ranks: Ranks, 
     logger.info("loading %s on %d ranks", config.worker.actor.model.model_path, ranks.size)
     if start is not None:
         logger.info("going on from %s: %d of %d steps are done", start[1], start[0], num_steps)
+        if config.data.curriculum_prior is not None and not config.trainer.val_only:
+            logger.info("data.curriculum_prior is not read again: the checkpoint has the beliefs")
     elif config.trainer.val_only:
         logger.info("no checkpoint in %s: validating the model as it is", checkpoint_directory(config))

@@ -65,7 +65,8 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
             "it out"
         )
     if config.data.curriculum_prior is not None and not config.trainer.val_only:
-        _check_prior(config.data, config.data.curriculum_prior)
+        is_resumed = config.trainer.resume and (checkpoint_directory(config) / "latest").is_file()
+        _check_prior(config.data, config.data.curriculum_prior, is_resumed)
     train_key = "val_files" if config.trainer.val_only else "train_files"
     train_data = check_data(config.data, train_key, config.worker.actor.model)
     _check_weights(config.data)
@@ -147,13 +148,14 @@ def _check_curriculum(config: RunConfig) -> None:
         )
 
 
-def _check_prior(data: DataConfig, path: str) -> None:
+def _check_prior(data: DataConfig, path: str, is_resumed: bool) -> None:
     if data.sampling_strategy != "curriculum" or data.curriculum_refresh != "online":
         raise UserError(
             f"data.curriculum_prior={path} is for data.sampling_strategy=curriculum with "
             "data.curriculum_refresh=online; set both, or leave it out"
         )
-    read_known_rates(Path(path))
+    if not is_resumed:  # such a run has the table's in its checkpoint
+        read_known_rates(Path(path))
 
 
 def _check_weights(data: DataConfig) -> None:

@@ -25,7 +25,7 @@ from mmr1_ds.engine.model.flops import Work
 from mmr1_ds.engine.model.loading import checkpoint_gradients
 from mmr1_ds.engine.model.log_probs import LogProbHead
 from mmr1_ds.engine.model.policy import exact_types
-from mmr1_ds.engine.model.shapes import policy_shape
+from mmr1_ds.engine.model.shapes import policy_shape, shape_of
 
 BAR = 0.15
 EXACT = 0.003  # of FLOP: rotations are left out
@@ -194,6 +194,12 @@ def test_a_mixture_has_the_parameters_of_its_card_and_computes_with_the_active_o
     text = flops.forward(shape, Work([2048.0], 1024.0)).text
     assert text == pytest.approx(2 * of_layers * 2048 + attention, rel=1e-3)
     assert shape.largest_parameter == 128 * 2 * 768 * 2048  # gathered whole
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "jamba", "bamba"])
+def test_other_mixtures_and_states_have_a_size(family):
+    config = transformers.AutoConfig.for_model(family, num_hidden_layers=2, hidden_size=64, intermediate_size=96)
+    assert shape_of(config, family).num_active > 0
 
 
 def test_qwen3_5_has_its_published_size():

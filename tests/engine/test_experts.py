@@ -1,16 +1,19 @@
 """Mixtures of experts: the layouts of their checkpoints, the balance of the experts, and ranks that share none."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fixtures.launching import run_ranks
+from fixtures.rank_threads import Ranks, SingleProcess
 from fixtures.tiny_models import EXPERTS, make_prompt, save_text_model, save_vision_model
 from safetensors.torch import load_file, save_file
 
 from mmr1_ds.config import DataConfig, LoraConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.model.attention import PACKED
 from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.experts import balance_loss, routing
@@ -19,6 +22,7 @@ from mmr1_ds.engine.model.lora import adapters, add_adapters
 from mmr1_ds.engine.model.packing import response_states_and_routing
 from mmr1_ds.engine.model.policy import PolicyModel
 from mmr1_ds.errors import UserError
+from mmr1_ds.rollout.hf.engine import _without_weights
 
 SAVE = {"qwen3_moe": save_text_model, "qwen3_vl_moe": save_vision_model}
 both = pytest.mark.parametrize("family", SAVE)
@@ -103,6 +107,28 @@ def test_adapters_leave_the_experts_out_and_say_so(tmp_path, family, caplog):
     config.lora.target_modules = ["gate_up_proj"]
     with pytest.raises(UserError, match="gate_up_proj is no linear layer of"):
         add_adapters(load(folder), config, torch.float32)
+
+
+@both
+def test_the_copy_that_samples_computes_no_balance(tmp_path, family):
+    model = load(SAVE[family](tmp_path / family, family=family))
+    model.config.get_text_config().output_router_logits = True
+    bare = _without_weights(model, torch.device("cpu"))
+    assert [one.config.get_text_config().output_router_logits for one in (bare, model)] == [False, True]
+
+
+def test_each_expert_has_its_own_share_of_the_tokens():
+    """More than ten of them: their names are not in the order of their numbers."""
+    chosen = [np.eye(12, dtype=np.float32)[[11, 2, 2]], np.eye(12, dtype=np.float32)[[0]], np.ones((2, 12), np.float32)]
+    trajectories = [SimpleNamespace(pair=None, trains=trains) for trains in (True, True, False)]
+    actor = SimpleNamespace(
+        _evaluate=lambda pairs: (None, None, None, chosen),
+        engine=SimpleNamespace(train=lambda: None),
+        _ranks=Ranks(SingleProcess()),
+    )
+    actor._ranks.device = "cpu"
+    share_E = Actor._share_of_experts(actor, trajectories)
+    assert share_E.tolist() == [0.25, 0, 0.5, *[0] * 8, 0.25]
 
 
 # --- on real ranks ------------------------------------------------------------------------------------------------

@@ -83,10 +83,14 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, text, message):
 
 def test_a_table_of_other_prompts_and_another_refresh_are_refused(tmp_path):
     row = json.dumps({"prompt_id": "other", "pass_rate": 0.5, "num_answers": 2})
-    (tmp_path / "rates.jsonl").write_text(row + "\n")
+    (tmp_path / "rates.jsonl").write_text(row)  # whole, without an end of line
+    assert read_known_rates(tmp_path / "rates.jsonl") == {"other": (0.5, 2)}
     with pytest.raises(UserError, match=r"has none of the 3 prompts of data.train_files"):
         known_rates(tmp_path / "rates.jsonl", ["a", "b", "c"])
-    _check_prior(DataConfig(**ONLINE), str(tmp_path / "rates.jsonl"))
+    _check_prior(DataConfig(**ONLINE), str(tmp_path / "rates.jsonl"), False)
+    _check_prior(DataConfig(**ONLINE), str(tmp_path / "gone.jsonl"), True)
+    with pytest.raises(UserError, match="No such file"):
+        _check_prior(DataConfig(**ONLINE), str(tmp_path / "gone.jsonl"), False)
     for settings in (ONLINE | {"curriculum_refresh": "full"}, ONLINE | {"sampling_strategy": "shuffle"}):
         with pytest.raises(UserError, match=r"is for data.sampling_strategy=curriculum with"):
-            _check_prior(DataConfig(**settings), str(tmp_path / "rates.jsonl"))
+            _check_prior(DataConfig(**settings), str(tmp_path / "rates.jsonl"), False)

@@ -110,9 +110,11 @@ def load_policy(
     parallel = None
     balances = trainable and balances_experts(model_config)
     if balances and settings.ulysses_size > 1:
+        place = "" if model_config.get_text_config() is model_config else ".text_config"
         raise UserError(
             f"worker.actor.ulysses_size={settings.ulysses_size} cannot balance experts, and the config.json of "
-            f"{config.model_path} has output_router_logits=true; set it to false in {_SECTION}.override_config"
+            f"{config.model_path} has output_router_logits=true; set {_SECTION}.override_config{place}"
+            ".output_router_logits=false"
         )
     if settings.ulysses_size > 1:
         parallel = SequenceParallel(ranks.neighbours(settings.ulysses_size), model_config, attention)

@@ -164,7 +164,7 @@ def shape_of(
     mlp_width = text.intermediate_size
     layer_matrix = sum(layer.in_features * layer.out_features for _, layer in of_text)
     if experts is not None:
-        routed = experts.chosen_each * text.moe_intermediate_size
+        routed = experts.chosen_each * getattr(text, "moe_intermediate_size", text.intermediate_size)
         dense = text.num_hidden_layers - experts.layers
         mlp_width = (experts.layers * routed + dense * mlp_width) / text.num_hidden_layers
         layer_matrix += experts.num_parameters - experts.idle
@@ -274,6 +274,8 @@ def _adapter_size(lora: LoraConfig, layers: list[tuple[str, nn.Linear]], name: s
 def _linear_shape(text: PreTrainedConfig) -> LinearShape | None:
     layers = (getattr(text, "layer_types", None) or []).count("linear_attention")
     if layers == 0:
+        return None
+    if not hasattr(text, "linear_num_value_heads"):  # a state of another kind, as Mamba's: left out of the plan
         return None
     heads, keys = text.linear_num_value_heads, text.linear_num_key_heads * text.linear_key_head_dim
     return LinearShape(

@@ -101,6 +101,8 @@ def _without_weights(model: PreTrainedModel, device: torch.device) -> PreTrained
     """The same model without DeepSpeed's hooks and without memory for its parameters; buffers are the model's own."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = ATTENTION
+    if hasattr(config.get_text_config(), "output_router_logits"):  # of a loss, which nothing here computes
+        config.get_text_config().output_router_logits = False
     with torch.device("meta"):
         bare = type(model)(config).eval()
     empty: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
