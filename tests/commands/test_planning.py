@@ -202,6 +202,15 @@ def test_other_mixtures_and_states_have_a_size(family):
     assert shape_of(config, family).num_active > 0
 
 
+@pytest.mark.parametrize(
+    ("size", "num_parameters"),
+    [("8B", 8.77e9), ("30B-A3B", 31.07e9)],  # of the published weights
+)
+def test_qwen3_vl_has_its_published_size(size, num_parameters):
+    shape = policy_shape(ModelConfig(model_path=f"Qwen/Qwen3-VL-{size}-Instruct"))
+    assert shape.num_parameters == pytest.approx(num_parameters, rel=5e-4)
+
+
 def test_qwen3_5_has_its_published_size():
     """8.95e9 parameters of text, as its quantised files say; three of four layers are linear attention."""
     shape = policy_shape(ModelConfig(model_path="Qwen/Qwen3.5-9B"))

@@ -220,12 +220,28 @@ _QWEN2_5_VL = {
     "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420),
     "32B": (5120, 27648, 64, 40, 8, 152064, False, 3456),
 }
-PUBLISHED = {f"Qwen/Qwen2.5-VL-{size}-Instruct": size for size in _QWEN2_5_VL} | {"Qwen/Qwen3.5-9B": "9B"}
+_QWEN3_VL: dict[str, dict[str, Any]] = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_key_value_heads": 8},
+    "30B-A3B": {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_key_value_heads": 4,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    },
+}  # fmt: skip
+PUBLISHED = {
+    **{f"Qwen/Qwen2.5-VL-{size}-Instruct": size for size in _QWEN2_5_VL},
+    **{f"Qwen/Qwen3-VL-{size}-Instruct": size for size in _QWEN3_VL},
+    "Qwen/Qwen3.5-9B": "9B",
+}
 
 
 def _published(path: str, override: dict[str, Any]) -> PreTrainedConfig:
-    from transformers import Qwen2_5_VLConfig, Qwen3_5Config
+    from transformers import Qwen2_5_VLConfig, Qwen3_5Config, Qwen3VLConfig, Qwen3VLMoeConfig
 
+    if (sizes := _QWEN3_VL.get(PUBLISHED[path])) is not None:
+        own = {"num_attention_heads": 32, "head_dim": 128, "vocab_size": 151936, **sizes}
+        own |= {key: override.pop(key) for key in list(override) if key in own}
+        family = Qwen3VLMoeConfig if "num_experts" in sizes else Qwen3VLConfig
+        return family(text_config=own, vision_config={"out_hidden_size": own["hidden_size"]}, **override)
     if path == "Qwen/Qwen3.5-9B":  # the sizes of transformers' own defaults
         return Qwen3_5Config(vision_config={"out_hidden_size": 4096}, **override)
     hidden, mlp, layers, heads, key_value_heads, vocabulary, tied, vision_mlp = _QWEN2_5_VL[PUBLISHED[path]]
