@@ -90,11 +90,15 @@ def engine_options(
 
 
 def _carries_states(model: ModelConfig) -> bool:
-    """Whether layers of the model carry a state from token to token. False for one that is not there, as vLLM says."""
+    """Whether layers of the model carry a state from token to token. False for one that is not there, as vLLM says.
+
+    A hub model's config.json is in the cache by now: the prompts' encoder has read it.
+    """
     from transformers import AutoConfig
 
+    code = model.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(model.model_path, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(model.model_path, trust_remote_code=code, local_files_only=True)
     except (OSError, ValueError, TypeError):
         return False
     return "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())

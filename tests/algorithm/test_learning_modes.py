@@ -65,10 +65,12 @@ def run(arguments, run_dir, num_steps, *overrides):
 def test_the_coefficient_of_the_kl_goes_on_where_it_was(arguments, tmp_path):
     settings = ["algorithm.adv_estimator=reinforce_plus_plus", "worker.actor.loss_type=cispo", *KL_OFF_THE_REWARD]
     settings += [*ADAPTIVE, "algorithm.gamma=0.99", "algorithm.rollout_is=sequence"]
-    straight = run(arguments, tmp_path / "straight", 4, *settings)
-    run(arguments, tmp_path / "resumed", 2, *settings)
-    resumed = run(arguments, tmp_path / "resumed", 4, *settings)
+    straight = run(arguments, tmp_path / "straight", 4, *settings, "trainer.save_freq=2")
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "global_step_4")
+    resumed = run(arguments, tmp_path / "resumed", 4, *settings, "trainer.save_freq=2")
     assert [line["step"] for line in resumed] == [1, 2, 3, 4]
+    assert resumed[2]["timing_s/step"] != straight[2]["timing_s/step"]  # done anew
     coefficients = [line["actor/kl_coef"] for line in straight]
     # One step of 12 responses: a fifth of the error over 60 responses at most. At step 1 the KL is 0.
     assert coefficients[:2] == pytest.approx([0.1, 0.1 * (1 - 0.2 * 12 / 60)])

@@ -92,7 +92,7 @@ def test_vllm_answers_as_the_actor(vision, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3_moe", marks=pytest.mark.nightly), "qwen3_vl_moe"])
 def test_a_mixture_is_written_as_it_was_published(tmp_path, family):
     """Experts one by one, or stacked with their axes exchanged: what transformers and vLLM load."""
     save, kind = {

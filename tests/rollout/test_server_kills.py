@@ -105,6 +105,7 @@ def start(folder: Path, marker: str, *words: str, **variables: str) -> subproces
         )
 
 
+@pytest.mark.nightly
 def test_a_server_that_hangs_or_is_killed_costs_time_alone(tmp_path):
     faults = [signal.SIGSTOP, *[signal.SIGKILL] * NUM_KILLS]
     num_steps, marker = 5 * (len(faults) + 1), uuid.uuid4().hex

@@ -408,7 +408,7 @@ def processes_of(root: int) -> dict[int, str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_real_server(tmp_path):
     """`mmr1-ds serve`: its options, its guard on every route, its restart after a SIGKILL, its end with its owner."""
     model = save_vision_model(tmp_path / "model")
