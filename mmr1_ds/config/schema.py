@@ -450,6 +450,7 @@ class TrainerConfig:
     save_limit: PositiveOrMinusOne = 3  # newest checkpoints kept; -1 = all
     # a figure of the validation, higher is better: its best step is saved and never deleted; null = no best
     best_metric: str | None = "val/accuracy_reward"
+    async_save: bool = True  # checkpoints are copied to host memory and written while the next steps train
     save_model_only: bool = False  # checkpoints are weights to export, 2 bytes a parameter; no run resumes from them
     save_checkpoint_path: str | None = None  # null = <run_dir>/checkpoints
     load_checkpoint_path: str | None = None  # a global_step_N folder to start from; null = none

@@ -275,6 +275,7 @@ def make_trainer(
     state = RunState(
         steps_between_saves(config, num_steps),
         not trainer.val_only,
+        trainer.async_save,
         trainer.save_model_only,
         num_steps,
         dump_config(config),
