@@ -193,7 +193,7 @@ class RunState:
         if not self._checkpoints.finish():
             self._last_saved = None
             return {"checkpoint/save_failed": 1.0}
-        return {"checkpoint/background_seconds": self._is_there()}
+        return {"perf/background_save_seconds": self._is_there()}
 
     def _is_there(self) -> float:
         """Note that a save has made its checkpoint. Returns: the seconds since it began."""
