@@ -167,6 +167,8 @@ def plan_memory(
     host = sum(engine.on_host for engine in engines.values())
     if settings.offload_states:
         host += own.weights + own.gradients + own.optimizer
+    if samples_here and rollout.sleep and rollout.lora_sync == "adapters":  # vLLM's weights, while it sleeps
+        host += element * actor.num_parameters / rollout.tensor_parallel_size
     tokens = None
     if samples_here:
         weights = element * actor.num_parameters / rollout.tensor_parallel_size

@@ -1,4 +1,4 @@
-"""LoRA's adapters beside the weights in vLLM's model, given in memory at every sync (worker.rollout.lora_sync=adapters).
+"""LoRA's adapters beside the weights in vLLM's model, given in memory at every sync: worker.rollout.lora_sync=adapters.
 
 vLLM takes an adapter from a folder, by the path in a request. Ours has none: a sync registers the factors under the
 adapter's id and writes them into vLLM's buffers, and a request finds that id registered, so that no path is opened.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.lora.request import LoRARequest
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has buffers for; a lower one is padded with zeros
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has buffers for; a lower one is padded with zeros
 _ID, _NAME = 1, "policy"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -26,7 +26,7 @@ def adapter_options(layers: Sequence[str], rank: int) -> dict[str, Any]:
     options: dict[str, Any] = {
         "enable_lora": True,
         "max_loras": 1,
-        "max_lora_rank": next(size for size in RANKS if size >= rank),
+        "max_lora_rank": next(size for size in _RANKS if size >= rank),
     }
     if any(".visual." in f".{layer}" for layer in layers):
         options["enable_tower_connector_lora"] = True

@@ -7,8 +7,8 @@
     sampling begins      the actor's states go to host memory, vLLM's KV cache wakes
 
 vLLM's weights are not kept in host memory meanwhile (its level 2, not 1): the next sync brings them. What wakes is
-memory of unknown content, so nothing is sampled before a sync that ended well. Where a sync brings LoRA's adapters alone,
-the weights beside them are kept there (level 1), and the buffers of the adapters with them.
+memory of unknown content, so nothing is sampled before a sync that ended well. Where a sync brings LoRA's adapters
+alone, the weights beside them are kept there (level 1), and the adapters' buffers with them.
 """
 
 from __future__ import annotations
