@@ -135,12 +135,12 @@ for step in range(int(num_steps)):
         off = np.concatenate(AdapterlessReference(actor).log_probs([item.pair for item in trajectories]))
         moved = float(np.abs(off - np.concatenate([item.rollout_logprobs for item in trajectories])).max())
     metrics = actor.update(trajectories)
-    rollout.sync_weights(actor)
+    sync_bytes = rollout.sync_weights(actor)
     lengths = [len(item.token_ids) for item in trajectories]
     tokens = [item.token_ids.tolist() for item in trajectories]
     forbidden = sum(token in encoder.forbidden_token_ids for row in tokens for token in row)
     images = [len(prompt.images) for prompt in prompts]
-    metrics |= {"moved": moved, "given_back_bytes": given_back_bytes}
+    metrics |= {"moved": moved, "given_back_bytes": given_back_bytes, "sync_bytes": sync_bytes}
     steps.append({**metrics, "lengths": lengths, "tokens": tokens, "forbidden": forbidden, "images": images})
 
 

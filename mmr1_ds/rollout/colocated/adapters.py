@@ -23,17 +23,14 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 def adapter_options(layers: Sequence[str], rank: int) -> dict[str, Any]:
     """Arguments of vLLM's engine. layers: names of the adapted layers in transformers' model."""
-    options: dict[str, Any] = {
+    return {
         "enable_lora": True,
         "max_loras": 1,
         "max_lora_rank": next(size for size in _RANKS if size >= rank),
-    }
-    if any(".visual." in f".{layer}" for layer in layers):
-        options["enable_tower_connector_lora"] = True
-    else:
         # Else vLLM computes zeros for every layer without an adapter, experts and output layer included.
-        options["lora_target_modules"] = sorted({layer.rpartition(".")[2] for layer in layers})
-    return options
+        "lora_target_modules": sorted({_target(layer) for layer in layers}),
+        "enable_tower_connector_lora": any(".visual." in f".{layer}" for layer in layers),
+    }
 
 
 def adapter_request() -> LoRARequest:
@@ -71,6 +68,15 @@ def load_adapters(worker: Any, tensors: Mapping[str, Tensor], rank: int) -> None
     manager.add_adapter(LoRAModel(_ID, rank, layers))
     manager.activate_adapter(_ID)
     layers.clear()  # vLLM's buffers have them now, and these would be held while the actor learns
+
+
+def _target(layer: str) -> str:
+    """The end of a layer's name, which finds it in vLLM's packed layers too; a tower's whole name where that is vague.
+
+    proj is the name of a convolution as well, and a number that of every layer: vLLM refuses both.
+    """
+    end = layer.rpartition(".")[2]
+    return layer.removeprefix("model.") if end == "proj" or end.isdigit() else end
 
 
 def _name_in_vllm(model: Any, layer: str) -> str:
