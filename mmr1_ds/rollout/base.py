@@ -50,7 +50,7 @@ class Policy(Protocol):
         ...
 
 
-class Given:
+class CountedWeights:
     """Weights that pass by on their way to a rollout engine, counted."""
 
     def __init__(self, weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -18,8 +18,9 @@ from mmr1_ds.cluster.launch import long_imports
 from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
+from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import Given, InTurn, Policy, ignore
+from mmr1_ds.rollout.base import CountedWeights, InTurn, Policy, ignore
 from mmr1_ds.rollout.colocated.adapters import adapter_options, adapter_request, check_places, load_adapters
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import phases_logged
@@ -159,12 +160,12 @@ class VllmRollout(InTurn):
     def sync_weights(self, policy: Policy) -> int:
         """See RolloutEngine."""
         self._cycle.begin_sync()
-        given = Given(policy.adapter_weights() if self._adapter_rank else policy.weights())
+        given = CountedWeights(policy.adapter_weights() if self._adapter_rank else policy.weights())
         if self._adapter_rank:
             self._llm.collective_rpc(load_adapters, args=(dict(given), self._adapter_rank))
             self._adapter = adapter_request()
         else:
-            self._llm.collective_rpc(_reload, args=(given, self._head_is_tied))
+            self._llm.collective_rpc(_reload, args=(iter(given), self._head_is_tied))
         # Everything computed with the old weights: prefix KV, image embeddings, and the processor's cache, which
         # must forget together with the encoder's or the next generation misses what it believes cached.
         self._llm.reset_prefix_cache()
@@ -227,8 +228,13 @@ def _start_engine(
         options["logprobs_mode"] = "raw_logprobs"
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
-    with phases_logged():
-        return LLM(distributed_executor_backend="external_launcher", **options, **lora)
+    try:
+        with phases_logged():
+            return LLM(distributed_executor_backend="external_launcher", **options, **lora)
+    except ValueError as error:
+        if "does not support LoRA" not in str(error):
+            raise
+        raise UserError(f"worker.rollout.lora_sync=adapters: vLLM says {error}; set it to merged") from None
 
 
 def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:
