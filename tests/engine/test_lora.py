@@ -324,7 +324,7 @@ def test_a_layer_that_vllm_would_pass_over_is_named():
     check_places(worker, placed)
     with pytest.raises(UserError) as caught:
         check_places(worker, [*placed, "model.layers.0.mlp.router", "model.layers.1.mlp.down_proj"])
-    assert "vLLM has no place for 2 adapters, model.layers.0.mlp.router among them" in str(caught.value)
+    assert "vLLM says there is no place for 2 adapters, model.layers.0.mlp.router among them; set" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -46,10 +46,15 @@ def check_places(worker: Any, layers: Iterable[str]) -> None:
     places = {*manager.modules, *(part for parts in manager.packed_modules.values() for part in parts)}
     lost = [layer for layer in layers if _name_in_vllm(manager.model, layer) not in places]
     if lost:
-        raise UserError(
-            f"worker.rollout.lora_sync=adapters: vLLM has no place for {len(lost)} adapters, {lost[0]} among them; set "
-            "worker.rollout.lora_sync=merged, or leave such layers out (worker.actor.model.lora.exclude_modules)"
-        )
+        raise UserError(refusal(f"there is no place for {len(lost)} adapters, {lost[0]} among them"))
+
+
+def refusal(reason: str) -> str:
+    """What the user reads when vLLM does not take the adapters; `reason` may be vLLM's own message."""
+    return (
+        f"worker.rollout.lora_sync=adapters: vLLM says {reason.partition('. target_modules=')[0]}; set it to merged, or "
+        "leave such layers out (worker.actor.model.lora.exclude_modules)"
+    )
 
 
 def load_adapters(worker: Any, tensors: Mapping[str, Tensor], rank: int) -> None:

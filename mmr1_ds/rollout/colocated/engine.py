@@ -21,7 +21,7 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import CountedWeights, InTurn, Policy, ignore
-from mmr1_ds.rollout.colocated.adapters import adapter_options, adapter_request, check_places, load_adapters
+from mmr1_ds.rollout.colocated.adapters import adapter_options, adapter_request, check_places, load_adapters, refusal
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import phases_logged
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
@@ -232,9 +232,9 @@ def _start_engine(
         with phases_logged():
             return LLM(distributed_executor_backend="external_launcher", **options, **lora)
     except ValueError as error:
-        if "does not support LoRA" not in str(error):
+        if not lora or "LoRA" not in str(error):
             raise
-        raise UserError(f"worker.rollout.lora_sync=adapters: vLLM says {error}; set it to merged") from None
+        raise UserError(refusal(str(error))) from None
 
 
 def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:
