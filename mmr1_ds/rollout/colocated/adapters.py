@@ -51,9 +51,10 @@ def check_places(worker: Any, layers: Iterable[str]) -> None:
 
 def refusal(reason: str) -> str:
     """What the user reads when vLLM does not take the adapters; `reason` may be vLLM's own message."""
+    said = reason.partition(". target_modules=")[0]
     return (
-        f"worker.rollout.lora_sync=adapters: vLLM says {reason.partition('. target_modules=')[0]}; set it to merged, or "
-        "leave such layers out (worker.actor.model.lora.exclude_modules)"
+        f"worker.rollout.lora_sync=adapters: vLLM says {said}; set it to merged, or leave such layers out "
+        "(worker.actor.model.lora.exclude_modules)"
     )
 
 
