@@ -45,7 +45,7 @@ REMEDIES = {
     "sleep": f"export {RUNNER}=0 if sleep_v1 passed; else worker.rollout.sleep=false, or worker.rollout.engine=server",
     "demo_assets": "read its log: it needs scikit-learn of requirements/gpu.lock and a writable folder",
     "demo": f"export {RUNNER}=0 if demo_v1 passed; else worker.rollout.enforce_eager=true; data.curriculum_kernel=cpu",
-    "lora": "train without LoRA (worker.actor.model.lora.rank=0) until it holds",
+    "lora": "set worker.rollout.lora_sync=merged if steps 1 and 2 held, else worker.actor.model.lora.rank=0",
     "offload_states": "set worker.actor.offload_states=false, or raise the limit of locked memory: ulimit -l unlimited",
     "resume": "read its log: what differs from the demo is checkpoints, chunked prefill, raw log-probabilities",
     "critic": "take another algorithm.adv_estimator, or leave worker.ref as it is, until it holds",
@@ -55,7 +55,12 @@ REMEDIES = {
     "bench": "read its log; no training depends on it",
 }
 START = ("bash", "launch/deepspeed.sh")
-STARTS = {"resume": ("bash", "-c", f'{" ".join(START)} "$@" trainer.max_steps=2 && exec {" ".join(START)} "$@"', "-")}
+AGAIN = f'{" ".join(START)} "$@" trainer.max_steps=2 && exec {" ".join(START)} "$@"'
+GRAPHS = "worker.rollout.enforce_eager=false"
+STARTS = {
+    "resume": ("bash", "-c", AGAIN, "-"),
+    "lora": ("bash", "-c", f"{AGAIN} worker.rollout.lora_sync=adapters {GRAPHS}", "-"),  # the last of a key wins
+}
 PACKAGES = (
     "torch",
     "triton",
@@ -179,7 +184,8 @@ def all_parts() -> list[Part]:
         check("kernel", "cuda", "Triton against C++; compiled, where tests/kernels interprets it"),
         check("packing", "cuda", "varlen and SDPA in bf16 (0.1); the twin has SDPA in float32 (1e-5)"),
         check("log_probs", "cuda", "float32 on the GPU, sums in another order"),
-        short_run("lora", 1, 3, "tests/engine/test_lora.py", "bf16", lora, eager),
+        short_run("lora", 1, 4, "tests/engine/test_lora.py", "bf16; Triton's kernels for adapters, a sleep of level 1",
+                  "trainer.save_freq=1", lora, eager),
         short_run("offload_states", 1, 3, "tests/engine/test_lora.py", "optimiser states move too; pinned memory",
                   "worker.actor.offload_states=true", eager),
         short_run("resume", 1, 4, "tests/loop/test_run.py", "chunked prefill; FusedAdam's states come back; GPU traces",

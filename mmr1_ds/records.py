@@ -5,6 +5,7 @@ Shape letters: G groups, N responses a group, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -130,3 +131,8 @@ class WeightInfo(NamedTuple):
     name: str  # transformers' own
     dtype: torch.dtype
     shape: tuple[int, ...]  # of the whole weight
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of the whole weight."""
+        return math.prod(self.shape) * self.dtype.itemsize

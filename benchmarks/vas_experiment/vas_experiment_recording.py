@@ -45,9 +45,9 @@ class CountingRollout(InTurn):
             self.num_responses += sum(request.num_responses for request in requests)
         return self._engine.generate(requests, settings, advance)
 
-    def sync_weights(self, actor: Actor) -> None:
+    def sync_weights(self, actor: Actor) -> int:
         """See RolloutEngine."""
-        self._engine.sync_weights(actor)
+        return self._engine.sync_weights(actor)
 
     def close(self) -> None:
         """The engine outlives the run."""

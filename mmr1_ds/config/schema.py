@@ -342,6 +342,9 @@ class RolloutConfig:
     max_num_batched_tokens: PositiveInt = 8192  # tokens vLLM schedules at once
     max_num_seqs: PositiveInt = 256  # responses vLLM samples at once
     sleep: bool = True  # vllm on GPU: its weights and cache leave the GPU while the actor trains
+    # with LoRA, what a sync sends: all weights, adapters added, or the adapters alone, which vLLM computes beside the
+    # weights of the model folder; not with engine=server or hf
+    lora_sync: Annotated[str, OneOf("merged", "adapters")] = "merged"
     num_servers: PositiveInt = 1  # server: vLLM servers that the run starts, each on tensor_parallel_size GPUs
     server_devices: list[int] = field(default_factory=list)  # server: GPUs of rank 0's node; [] = after the ranks'
     server_urls: list[str] = field(default_factory=list)  # server: those of `mmr1-ds serve`; the run starts none then

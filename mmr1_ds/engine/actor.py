@@ -24,7 +24,7 @@ from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.model.batching import end_to_end
 from mmr1_ds.engine.model.experts import as_published, balance_loss, is_transposed
 from mmr1_ds.engine.model.policy import exact_types, load_policy
-from mmr1_ds.engine.weights.gathering import weight_buckets, weights_digest, whole_parameters
+from mmr1_ds.engine.weights.gathering import adapter_weights, weight_buckets, weights_digest, whole_parameters
 from mmr1_ds.engine.weights.weight_files import write_weights
 from mmr1_ds.engine.zero_engine import Learner, OptimiserStep, Sizes, TokenLoss, start_deepspeed
 from mmr1_ds.records import Pair, Trajectory, WeightInfo
@@ -108,6 +108,10 @@ class Actor(Learner):
         """
         found = whole_parameters(self.model)
         return found if as_held else as_published(self.model, found)
+
+    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The factors of the adapters alone, whole, for a rollout engine. Collective: see `gathering`'s function."""
+        return adapter_weights(self.model)
 
     def weight_buckets(self) -> list[list[WeightInfo]]:
         """What `weights` will yield, by the buckets that are gathered together. Not a collective."""

@@ -17,6 +17,7 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.critic import Critic
+from mmr1_ds.engine.model.lora import adapted_layers
 from mmr1_ds.engine.reference import AdapterlessReference, Reference
 from mmr1_ds.engine.zero_engine import Sizes
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
@@ -138,7 +139,8 @@ def _rollout(
         logger.warning("vllm is not installed: responses are sampled by transformers, which is far slower")
     if settings.engine == "hf" or not has_vllm:
         return TransformersRollout(actor, ranks, encoder, settings.max_num_seqs)
-    return VllmRollout(settings, model, config.data, ranks, encoder, most_images, preemption)
+    adapted = adapted_layers(actor.model) if settings.lora_sync == "adapters" else ()
+    return VllmRollout(settings, model, config.data, ranks, encoder, most_images, preemption, adapted)
 
 
 def _sizes(config: RunConfig) -> Sizes:

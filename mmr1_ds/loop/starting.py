@@ -49,6 +49,8 @@ def check_installed(config: RunConfig) -> None:
         return
     if engine in ("vllm", "server"):
         raise UserError(f"worker.rollout.engine={engine} but vllm is not installed; {remedy('vllm')} or set engine=hf")
+    if config.worker.rollout.lora_sync == "adapters":
+        raise UserError(f"worker.rollout.lora_sync=adapters but vllm is not installed; {remedy('vllm')} or set merged")
     if actor.offload_states or actor.ulysses_size > 1:  # engine=auto comes to hf
         raise UserError("worker.actor.offload_states and ulysses_size need vllm; it is not installed")
 

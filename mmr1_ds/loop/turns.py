@@ -38,7 +38,9 @@ class Turns:
     def sync_weights(self, clock: StageClock | None = None) -> None:
         """Give the rollout the actor's weights. Collective."""
         with nullcontext() if clock is None else clock("sync"), self._offloaded(with_weights=False):
-            self._rollout.sync_weights(self._actor)  # its weights need room beside the actor's
+            num_bytes = self._rollout.sync_weights(self._actor)  # its weights need room beside the actor's
+        if clock is not None:
+            clock.num_bytes["sync"] = num_bytes
 
     @contextmanager
     def _offloaded(self, with_weights: bool = True) -> Iterator[None]:

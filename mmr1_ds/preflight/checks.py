@@ -28,6 +28,8 @@ from mmr1_ds.preflight.plan import BatchPlan, _plan
 from mmr1_ds.preflight.servers import check_servers
 from mmr1_ds.rewards.loading import check_reward_config, reward_weights
 
+_MAX_ADAPTER_RANK = 512  # vLLM's
+
 
 def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     """Check everything that can be checked without a model, for a launch of `world_size` ranks.
@@ -45,6 +47,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
     _check_lora(config.worker.actor.model.lora)
+    _check_lora_sync(config)
     _check_reference(config)
     _check_critic(config, world_size)
     check_functions(config)
@@ -189,6 +192,24 @@ def _check_lora(lora: LoraConfig) -> None:
             re.compile(exclude)
         except re.error as error:
             raise UserError(f"{key}.exclude_modules={exclude} is no regex: {error}; write it like .*visual.*") from None
+
+
+def _check_lora_sync(config: RunConfig) -> None:
+    rollout, rank = config.worker.rollout, config.worker.actor.model.lora.rank
+    if rollout.lora_sync != "adapters":
+        return
+    key, merged = "worker.rollout.lora_sync=adapters", "worker.rollout.lora_sync=merged"
+    if rank == 0:
+        raise UserError(f"{key}: worker.actor.model.lora.rank=0 makes no adapters; set the rank, or {merged}")
+    if rollout.engine == "server":
+        raise UserError(f"{key} is for vLLM in the ranks; servers (worker.rollout.engine=server) need {merged}")
+    if rollout.engine == "hf":
+        raise UserError(f"{key} needs vLLM, worker.rollout.engine=hf reads the actor's own weights; set {merged}")
+    if rank > _MAX_ADAPTER_RANK:
+        raise UserError(
+            f"{key}: vLLM takes adapters up to rank {_MAX_ADAPTER_RANK}, got worker.actor.model.lora.rank={rank}; "
+            f"lower it, or set {merged}"
+        )
 
 
 def _check_reference(config: RunConfig) -> None:

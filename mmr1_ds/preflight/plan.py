@@ -77,7 +77,9 @@ def _model(config: RunConfig) -> str:
     model = config.worker.actor.model
     where = "local" if os.path.exists(model.model_path or "") else "from the hub"
     tower = ", vision tower frozen" if model.freeze_vision_tower else ""
-    return f"{model.model_path} ({where}){tower}" + (f"; {_lora(model.lora)}" if model.lora.rank > 0 else "")
+    lora = f"; {_lora(model.lora)}" if model.lora.rank > 0 else ""
+    alone = ", adapters alone to vLLM" if config.worker.rollout.lora_sync == "adapters" else ""
+    return f"{model.model_path} ({where}){tower}{lora}{alone}"
 
 
 def _lora(lora: LoraConfig) -> str:

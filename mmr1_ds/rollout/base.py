@@ -38,9 +38,29 @@ class Policy(Protocol):
         """
         ...
 
+    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The factors of LoRA's adapters, whole, as `LAYER.lora_A.weight` (rank, in) and `LAYER.lora_B.weight`.
+
+        LAYER is the layer's name in transformers' model; B (out, rank) comes times the scale. Collective: as `weights`.
+        """
+        ...
+
     def weight_buckets(self) -> list[list[WeightInfo]]:
         """What `weights` will yield, by the buckets that are gathered together. Not a collective."""
         ...
+
+
+class CountedWeights:
+    """Weights that pass by on their way to a rollout engine, counted."""
+
+    def __init__(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        self._weights = weights
+        self.num_bytes = 0  # of those that came by
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self._weights:
+            self.num_bytes += weight.numel() * weight.element_size()
+            yield name, weight
 
 
 class RolloutEngine(Protocol):
@@ -74,8 +94,11 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def sync_weights(self, policy: Policy) -> None:
-        """Take over the policy's weights. Collective. On return the next generation samples from them."""
+    def sync_weights(self, policy: Policy) -> int:
+        """Take over the policy's weights. Collective. On return the next generation samples from them.
+
+        Returns: the bytes that it was given; 0 for an engine that reads the policy's own weights.
+        """
         ...
 
     def sleep(self, keep_weights: bool) -> None:

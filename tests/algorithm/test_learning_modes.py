@@ -137,8 +137,11 @@ def test_a_run_without_a_critic_does_not_go_on_with_one(arguments, tmp_path):
 
 
 @pytest.mark.nightly
-def test_adapters_go_on_where_they_were(arguments, tmp_path):
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_adapters_go_on_where_they_were(arguments, tmp_path, engine):
     settings = ["worker.actor.model.lora.rank=3", "worker.actor.optim.lr=1e-2", "algorithm.kl_penalty=mse"]
+    if engine == "vllm":
+        settings += ["worker.rollout.engine=vllm", "worker.rollout.lora_sync=adapters", "worker.rollout.kv_cache_gb=1"]
     straight = run(arguments, tmp_path / "straight", 4, *settings)
     run(arguments, tmp_path / "resumed", 2, *settings)
     resumed = run(arguments, tmp_path / "resumed", 4, *settings)
@@ -147,6 +150,7 @@ def test_adapters_go_on_where_they_were(arguments, tmp_path):
         for name in ("actor/ref_kl", "actor/pg_loss", "actor/grad_norm", "rollout/is_weight_mean"):
             assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-7), name
         assert expected["rollout/logprob_diff_max"] < 1e-4  # the engine samples from weights and adapters
+        assert (actual["perf/sync_bytes"] > 0) == (engine == "vllm")
     assert all(line["actor/ref_kl"] > 1e-3 for line in straight[1:])
 
 

@@ -2,13 +2,16 @@
 
 import functools
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fixtures.dry_runs import valid_run
 from fixtures.launching import run_ranks
 from fixtures.tiny_models import save_text_model, save_vision_model
+from safetensors import safe_open
 
 from mmr1_ds.config import LoraConfig
 from mmr1_ds.config.loading import load_config
@@ -17,6 +20,7 @@ from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import reference_deepspeed, resolve_deepspeed
 from mmr1_ds.preflight.plan import describe_plan
+from mmr1_ds.rollout.colocated.adapters import adapter_options, check_places
 
 SAVE = {
     "vision": save_vision_model,
@@ -96,6 +100,23 @@ def test_values_of_other_kinds_are_refused(tmp_path):
     assert "exclude_modules=(a is no regex: missing )" in refused(f"{key}.rank=8", f"{key}.exclude_modules=(a")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "worker.actor.model.lora.rank=0 makes no adapters; set the rank, or worker.rollout.lora_sync=merged"),
+        (["rank=8", "worker.rollout.engine=server"], "servers (worker.rollout.engine=server) need"),
+        (["rank=8", "worker.rollout.engine=hf"], "needs vLLM, worker.rollout.engine=hf reads the actor's own weights"),
+        (["rank=513"], "vLLM takes adapters up to rank 512, got worker.actor.model.lora.rank=513; lower it, or set"),
+    ],
+)
+def test_adapters_alone_are_refused_where_nobody_takes_them(tmp_path, arguments, expected):
+    argv = [f"worker.actor.model.lora.{one}" if one.startswith("rank") else one for one in arguments]
+    with pytest.raises(UserError) as caught:
+        check_config(load_config([*valid_run(tmp_path), "worker.rollout.lora_sync=adapters", *argv]).config, 2)
+    assert str(caught.value).startswith("worker.rollout.lora_sync=adapters") and expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_plan_has_no_second_model(tmp_path):
     def plan(*argv):
         config = load_config([*valid_run(tmp_path), *argv]).config
@@ -110,6 +131,8 @@ def test_the_plan_has_no_second_model(tmp_path):
     assert "worker.ref.offload.offload_params: LoRA's reference is the actor" in text
     assert "on all-linear without .*visual.*, all" in plan(f"{key}.rank=8", f"{key}.exclude_modules=.*visual.*")
     assert "LoRA" not in plan() and "no second model" not in plan()
+    alone = plan(f"{key}.rank=8", "worker.rollout.lora_sync=adapters")
+    assert "all else frozen, adapters alone to vLLM" in alone and "alone" not in text
 
 
 # --- on real ranks ------------------------------------------------------------------------------------------------
@@ -224,18 +247,85 @@ def test_a_checkpoint_leaves_the_frozen_weights_out_and_is_of_their_model_alone(
         run_ranks("lora_updates.py", other, tmp_path / "out", tmp_path / "checkpoint", 5, 5, num_ranks=2)
 
 
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """The folder of a kind of model, and the steps of logprob_agreement.py with it, once for each way of a sync."""
+
+    @functools.cache
+    def model(kind):
+        return SAVE[kind](tmp_path_factory.mktemp(kind) / "model", tied=kind == "text")
+
+    @functools.cache
+    def steps(kind, way):
+        out = model(kind).parent / f"{way}.json"
+        engine = {"merged": "vllm"}.get(way, way)
+        run_ranks("logprob_agreement.py", model(kind), out, 4, engine, 1, 3, num_ranks=2 if kind == "vision" else 1)
+        return model(kind), json.loads(out.read_text())["steps"]
+
+    return steps
+
+
+KINDS = ["text", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in SAVE if kind != "text")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["text", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("vision", "hybrid"))]
-)
-def test_vllm_samples_from_the_sum_after_every_sync(tmp_path, kind):
-    model = SAVE[kind](tmp_path / "model", tied=kind == "text")
-    num_ranks = 2 if kind == "vision" else 1
-    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 4, "vllm", 1, 3, num_ranks=num_ranks)
-    steps = json.loads((tmp_path / "out.json").read_text())["steps"]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["merged", "adapters"])
+def test_vllm_samples_from_weights_and_adapters_after_every_sync(sampled, kind, way):
+    _, steps = sampled(kind, way)
     assert len(steps) == 4
     assert all(step["rollout/logprob_diff_max"] < 1e-4 and step["actor/grad_norm"] > 0.01 for step in steps)
     assert all(step["moved"] > 1e-2 for step in steps[1:])  # from the model's own, or the sync had nothing to do
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_alone_sample_what_merged_weights_do_and_are_all_that_is_sent(sampled, kind):
+    (model, merged_steps), (_, steps) = sampled(kind, "merged"), sampled(kind, "adapters")
+    for one, other in zip(merged_steps, steps, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=1e-4)
+    with safe_open(model / "model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    assert {step["sync_bytes"] for step in merged_steps} == {4 * elements}
+    linear = [shape for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name and "head" not in name]
+    assert {step["sync_bytes"] for step in steps} == {4 * 3 * sum(sum(shape) for shape in linear)}
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "expected"),
+    [
+        (["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"], 1, (1, ["q_proj", "up_proj"], False)),
+        (["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"], 9, (16, ["up_proj"], False)),
+        (["model.visual.blocks.0.attn.qkv"], 257, (320, ["qkv"], True)),
+        # Of these vLLM would take the first block and the convolution at the tower's entrance for adapted ones too.
+        (
+            ["model.visual.merger.mlp.0", "model.visual.blocks.1.attn.proj", "model.layers.0.mlp.up_proj"],
+            512,
+            (512, ["up_proj", "visual.blocks.1.attn.proj", "visual.merger.mlp.0"], True),
+        ),
+    ],
+)
+def test_vllm_gets_room_for_the_adapters_alone(layers, rank, expected):
+    options = adapter_options(layers, rank)
+    named = ("max_lora_rank", "lora_target_modules", "enable_tower_connector_lora")
+    assert options["enable_lora"] and options["max_loras"] == 1
+    assert tuple(options.get(name) for name in named) == expected
+
+
+def test_a_layer_that_vllm_would_pass_over_is_named():
+    parts = {"model.layers.0.mlp.gate_up_proj": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]}
+    manager = SimpleNamespace(
+        modules={"model.layers.0.mlp.down_proj": None}, packed_modules=parts, model=SimpleNamespace()
+    )
+    worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager)))
+    placed = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    check_places(worker, placed)
+    with pytest.raises(UserError) as caught:
+        check_places(worker, [*placed, "model.layers.0.mlp.router", "model.layers.1.mlp.down_proj"])
+    assert "vLLM says there is no place for 2 adapters, model.layers.0.mlp.router among them; set" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

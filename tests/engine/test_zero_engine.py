@@ -16,6 +16,9 @@ SAVE = {
     "vision": save_vision_model,
     "text": save_text_model,
     "hybrid": functools.partial(save_vision_model, family="qwen3_5"),
+    "hybrid-text": functools.partial(save_text_model, family="qwen3_5_text"),
+    "experts": functools.partial(save_text_model, family="qwen3_moe"),
+    "vision-experts": functools.partial(save_vision_model, family="qwen3_vl_moe"),
 }
 
 
@@ -125,15 +128,18 @@ def test_bf16_spares_the_rotary_frequencies_and_a_damaged_model_is_refused(tmp_p
 
 
 @pytest.mark.parametrize(
-    "kind", ["vision", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("text", "hybrid"))]
+    "kind", ["vision", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in list(SAVE)[1:])]
 )
-def test_ranks_and_micro_batches_change_neither_draws_nor_losses(tmp_path, kind):
+def test_neither_ranks_nor_micro_batches_nor_a_stop_change_losses(tmp_path, kind):
     model = SAVE[kind](tmp_path / "model")
     results = []
-    for num_ranks, micro_batch in ((1, 12), (1, 4), (2, 2)):
+    for num_ranks, micro_batch, folder in ((1, 12, "-"), (1, 4, "-"), (2, 2, tmp_path / "saved")):
         out = tmp_path / f"{num_ranks}-{micro_batch}.json"
-        run_ranks("loss_curve.py", model, out, micro_batch, "-", num_ranks=num_ranks)
+        run_ranks("loss_curve.py", model, out, micro_batch, folder, num_ranks=num_ranks)
         results.append(json.loads(out.read_text()))
+    stopped = results[2]
+    assert stopped["again"] == stopped["curve"][-1]  # to the last bit
+    assert stopped["digest_again"] == stopped["digest"] != stopped["before"]
     one = results[0]
     for other in results[1:]:
         assert other["drawn"] == one["drawn"]

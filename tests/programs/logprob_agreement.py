@@ -2,6 +2,8 @@
 
 Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL [LORA_RANK [TOP_P TOP_K]]
 
+ENGINE is one of worker.rollout.engine, or adapters: vllm with worker.rollout.lora_sync=adapters.
+
 With TOP_P and TOP_K, min_p and a repetition penalty besides, and log-probabilities are those of the whole distribution
 (worker.rollout.logprobs=raw).
 """
@@ -23,6 +25,7 @@ from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine.model.lora import adapted_layers
 from mmr1_ds.engine.reference import AdapterlessReference
 from mmr1_ds.engine.weights import gathering as weights
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, Trajectory
@@ -65,18 +68,19 @@ def free_bytes() -> int:
 
 
 free_before_engine = free_bytes()
-if engine == "vllm":
+if engine in ("vllm", "adapters"):
     if not ranks.on_gpu:
         compute_delta_nets_in_float32()
         if tensor_parallel == "1":
             schedule_asynchronously()
+    adapted = adapted_layers(actor.model) if engine == "adapters" else ()
     rollout = VllmRollout(
-        config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES, unasked
+        config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES, unasked, adapted
     )
     # On CPU vLLM's worker keeps its memory; its scheduler, its caches and its record of what sleeps are those on GPU.
     if not ranks.on_gpu:
         rollout._llm.collective_rpc(lambda worker: setattr(worker, "discard", lambda tags: None))
-        rollout._cycle = SleepCycle(rollout._llm, enabled=True)
+        rollout._cycle = SleepCycle(rollout._llm, enabled=True, keeps_base=engine == "adapters")
 elif engine == "server":
     config.worker.rollout.engine, config.worker.rollout.server_timeout_seconds = "server", 120.0
     rollout = ServerRollout(
@@ -131,12 +135,12 @@ for step in range(int(num_steps)):
         off = np.concatenate(AdapterlessReference(actor).log_probs([item.pair for item in trajectories]))
         moved = float(np.abs(off - np.concatenate([item.rollout_logprobs for item in trajectories])).max())
     metrics = actor.update(trajectories)
-    rollout.sync_weights(actor)
+    sync_bytes = rollout.sync_weights(actor)
     lengths = [len(item.token_ids) for item in trajectories]
     tokens = [item.token_ids.tolist() for item in trajectories]
     forbidden = sum(token in encoder.forbidden_token_ids for row in tokens for token in row)
     images = [len(prompt.images) for prompt in prompts]
-    metrics |= {"moved": moved, "given_back_bytes": given_back_bytes}
+    metrics |= {"moved": moved, "given_back_bytes": given_back_bytes, "sync_bytes": sync_bytes}
     steps.append({**metrics, "lengths": lengths, "tokens": tokens, "forbidden": forbidden, "images": images})
 
 

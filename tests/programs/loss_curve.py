@@ -1,6 +1,8 @@
 """Update on fixed responses and write the loss curve, the drawn indices and the first parameters' sums.
 
 Usage: loss_curve.py MODEL OUT.json MICRO_BATCH CHECKPOINT_FOLDER|-
+
+With a folder the actor is saved there before the last step, and another one, which loads it, takes that step again.
 """
 
 import json
@@ -19,6 +21,7 @@ from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine.actor import Actor
 from mmr1_ds.loop.sharing import batch_slots
 from mmr1_ds.records import Trajectory
 
@@ -36,6 +39,19 @@ data = DataConfig(sampling_strategy="curriculum", rollout_batch_size=BATCH, seed
 coordinator = Coordinator(data, [str(i) for i in range(29)], [""] * 29, "fingerprint", 8, STEPS, ranks)
 
 
+def update(actor: Actor, indices: np.ndarray) -> dict[str, float]:
+    """One step on the responses of the prompts drawn. Returns: its metrics."""
+    slots = batch_slots(BATCH, MINI_BATCH, ranks.rank, ranks.size)
+    trajectories = [fixed_trajectory(int(i), k) for i in indices[slots] for k in range(RESPONSES)]
+    with actor.offloaded():  # as while responses are sampled; on one rank the states stay
+        assert len(actor.engine.optimizer.offloaded_states) == (3 if ranks.size > 1 else 0)
+    pairs = [item.pair for item in trajectories]
+    old, ref = actor.log_probs(pairs), reference.log_probs(pairs)
+    return actor.update(
+        [replace(item, old_logprobs=old[i], ref_logprobs=ref[i]) for i, item in enumerate(trajectories)]
+    )
+
+
 def fixed_trajectory(index: int, sample: int) -> Trajectory:
     """Response tokens, sampling log-probabilities and advantage that depend on the two numbers alone."""
     random = np.random.default_rng((index, sample))
@@ -50,21 +66,20 @@ curve, drawn = [], []
 for step in range(1, STEPS + 1):
     indices = coordinator.next_batch(step)
     drawn.append(indices.tolist())
-    slots = batch_slots(BATCH, MINI_BATCH, ranks.rank, ranks.size)
-    trajectories = [fixed_trajectory(int(i), k) for i in indices[slots] for k in range(RESPONSES)]
-    with actor.offloaded():  # as while responses are sampled; on one rank the states stay
-        assert len(actor.engine.optimizer.offloaded_states) == (3 if ranks.size > 1 else 0)
-    pairs = [item.pair for item in trajectories]
-    old, ref = actor.log_probs(pairs), reference.log_probs(pairs)
-    curve.append(
-        actor.update([replace(item, old_logprobs=old[i], ref_logprobs=ref[i]) for i, item in enumerate(trajectories)])
-    )
-if folder != "-":
-    Path(folder).mkdir(exist_ok=True, parents=True)
-    actor.save(Path(folder))
+    if folder != "-" and step == STEPS:
+        Path(folder).mkdir(exist_ok=True, parents=True)
+        actor.save(Path(folder))
+    curve.append(update(actor, indices))
 weights = {name: float(tensor.double().sum()) for name, tensor in actor.weights()}
+result = {"curve": curve, "drawn": drawn, "weights": weights, "digest": actor.weights_digest()}
+if folder != "-":
+    resumed = make_actor(config, for_actor, ranks, encoder, num_updates=STEPS * BATCH // MINI_BATCH)
+    resumed.load(Path(folder))
+    result["before"] = resumed.weights_digest()
+    result["again"] = update(resumed, indices)
+    result["digest_again"] = resumed.weights_digest()
 if ranks.rank == 0:
-    Path(out).write_text(json.dumps({"curve": curve, "drawn": drawn, "weights": weights}), encoding="utf-8")
+    Path(out).write_text(json.dumps(result), encoding="utf-8")
 torch.distributed.barrier()
 ranks.close()
 leave(0)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fixtures.delta_net import compute_delta_nets_in_float32_in_servers
 from fixtures.launching import wait_until
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_actor, small_config
@@ -41,6 +42,7 @@ rollout.engine, rollout.weight_transfer, rollout.temperature = "server", "shared
 if lora_rank:
     config.worker.actor.model.lora.rank = int(lora_rank[0])
 encoder = PromptEncoder(config.worker.actor.model, config.data)
+compute_delta_nets_in_float32_in_servers(Path(out).with_suffix(".plugin"))
 server = None
 if ranks.rank == 0:
     server = ServerProcess(

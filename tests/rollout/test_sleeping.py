@@ -9,6 +9,7 @@ from fixtures.launching import run_ranks
 from fixtures.tiny_models import save_vision_model
 
 from mmr1_ds.engine.weights.offloading import states_offloaded
+from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 
 WAKE_WEIGHTS, WAKE_CACHE = "wake_up {'tags': ['weights']}", "wake_up {'tags': ['kv_cache']}"
 RELEASE, DISCARD = "discard (('kv_cache',),)", "sleep {'level': 2}"
@@ -72,6 +73,24 @@ def test_sampling_that_is_abandoned_is_not_carried_on_to_its_end(found):
     num_steps, has_requests = found["abandoned"]
     assert num_steps == 3 and has_requests
     assert found["abandoned calls"] == ["empty", DISCARD]  # vLLM had kept its cache, which it refused to release
+
+
+def test_weights_that_no_sync_brings_wait_in_host_memory():
+    calls = []
+    core = SimpleNamespace(batch_queue=[], scheduler=SimpleNamespace(has_requests=lambda: False))
+    llm = SimpleNamespace(
+        sleep=lambda level: calls.append(level),
+        wake_up=lambda tags: calls.append(*tags),
+        llm_engine=SimpleNamespace(engine_core=SimpleNamespace(engine_core=core)),
+    )
+    cycle = SleepCycle(llm, enabled=True, keeps_base=True)
+    cycle.sleep(keep_weights=False)
+    with pytest.raises(RuntimeError, match="before a sync"):  # they are whole, the adapters are those of before
+        cycle.begin_sampling()
+    cycle.begin_sync()
+    cycle.end_sync()
+    cycle.begin_sampling()
+    assert calls == [1, "weights", "kv_cache"]
 
 
 @pytest.mark.parametrize("with_weights", [True, False])

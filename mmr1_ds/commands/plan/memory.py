@@ -169,6 +169,8 @@ def plan_memory(
         host += sum(saved_bytes(shape) for shape in (actor, critic) if shape is not None) / ranks
     if settings.offload_states:
         host += own.weights + own.gradients + own.optimizer
+    if samples_here and rollout.sleep and rollout.lora_sync == "adapters":  # vLLM's weights, while it sleeps
+        host += element * actor.num_parameters / rollout.tensor_parallel_size
     tokens = None
     if samples_here:
         weights = element * actor.num_parameters / rollout.tensor_parallel_size

@@ -98,6 +98,9 @@ def step_seconds(
     seconds["reward"] = load.responses * assumed.reward_seconds / config.worker.reward.num_workers
     if config.worker.rollout.engine != "server" and config.worker.rollout.sleep:
         seconds["sleep"] = assumed.sleep_seconds
+        if config.worker.rollout.lora_sync == "adapters":  # the weights go to host memory and come back
+            moved = 2 * 2 * actor.num_parameters / config.worker.rollout.tensor_parallel_size
+            seconds["sleep"] += moved / (gpu.pcie_gb_s * assumed.pcie_efficiency * GB)
     steps_a_batch = config.data.rollout_batch_size // settings.global_batch_size
     if (
         settings.ppo_epochs > 1
@@ -113,7 +116,8 @@ def step_seconds(
         seconds["update_critic"] = update(critic, zero["critic"], checkpointed, 1, with_head=False)
     checkpointed = settings.model.enable_gradient_checkpointing
     seconds["update_actor"] = update(actor, zero["actor"], checkpointed, settings.ppo_epochs, with_head=True)
-    seconds["sync"] = 2 * actor.num_parameters / link
+    sent = actor.adapters if config.worker.rollout.lora_sync == "adapters" else actor.num_parameters
+    seconds["sync"] = 2 * sent / link
     every = steps_between_saves(config, plan.total_steps or _UNKNOWN_STEPS)
     if every > 0:
         engines = (actor,) if critic is None else (actor, critic)

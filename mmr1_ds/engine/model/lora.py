@@ -162,6 +162,11 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return found
 
 
+def adapted_layers(model: nn.Module) -> list[str]:
+    """Names of the layers with an adapter in the model as it was before it got them."""
+    return [base_name(name).removesuffix(".weight") for name in adapters(model)]
+
+
 def base_name(name: str) -> str:
     """A parameter's name in the model as it was before it got adapters: the name that vLLM and a model folder know."""
     return name.replace(_BASE, ".")

@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from mmr1_ds.engine.model.lora import Adapter, adapters, base_name, merged
+from mmr1_ds.engine.model.lora import Adapter, adapted_layers, adapters, base_name, merged
 from mmr1_ds.records import WeightInfo
 
 # Memory for whole parameters at any moment, beside the shards. The parameters of a bucket take half of it: while one
@@ -39,8 +39,7 @@ class Part(NamedTuple):
 
     def num_bytes(self) -> int:
         """The bytes of all its shards when whole."""
-        # numel() is 0 for a partitioned parameter.
-        return sum(shard.ds_numel * shard.element_size() for shard in self.shards())  # type: ignore[attr-defined]
+        return _num_bytes(self.shards())
 
 
 def whole_parameters(
@@ -60,6 +59,24 @@ def whole_parameters(
         with _gathered([shard for part in bucket for shard in part.shards()]):
             for name, parameter, adapter in bucket:
                 yield base_name(name), parameter.data if adapter is None else merged(parameter.data, adapter)
+
+
+def adapter_weights(model: nn.Module, bucket_bytes: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield both factors of every adapter once, whole, as `LAYER.lora_A.weight` and `LAYER.lora_B.weight`.
+
+    LAYER is the layer's name in the model without adapters. B comes times the scale, so that the adapter's part is
+    B (A x); it is rounded once. Memory: see `whole_parameters`.
+
+    Collective: all ranks must exhaust it, in the same order. One all-gather a bucket and data type.
+    """
+    beside = adapters(model).values()
+    sized = [[(item, _num_bytes([item[1].a, item[1].b]))] for item in zip(adapted_layers(model), beside, strict=True)]
+    limit = _bucket_bytes([adapter.a for adapter in beside], bucket_bytes) // 2
+    for bucket in fill_buckets(sized, limit):
+        with _gathered([factor for _, adapter in bucket for factor in (adapter.a, adapter.b)]):
+            for layer, (a, b, scale) in bucket:
+                yield f"{layer}.lora_A.weight", a.data
+                yield f"{layer}.lora_B.weight", b.data if scale == 1 else (b.data.float() * scale).to(b.dtype)
 
 
 def weight_buckets(model: nn.Module, bucket_bytes: int | None = None) -> list[list[WeightInfo]]:
@@ -129,10 +146,19 @@ def _buckets(model: nn.Module, bucket_bytes: int | None, with_adapters: bool) ->
     ]
     groups = layer_groups([part.name for part in parts])
     sized = [[(parts[i], parts[i].num_bytes()) for i in group] for group in groups]
-    if bucket_bytes is None:
-        on_cpu = all(part.parameter.device.type == "cpu" for part in parts)
-        bucket_bytes = min(BUCKET_BYTES, CPU_BUCKET_BYTES) if on_cpu else BUCKET_BYTES
-    return fill_buckets(sized, bucket_bytes // 2)
+    return fill_buckets(sized, _bucket_bytes([part.parameter for part in parts], bucket_bytes) // 2)
+
+
+def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    # numel() is 0 for a partitioned parameter.
+    return sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)  # type: ignore[attr-defined]
+
+
+def _bucket_bytes(parameters: Iterable[nn.Parameter], asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    return min(BUCKET_BYTES, CPU_BUCKET_BYTES) if on_cpu else BUCKET_BYTES
 
 
 @contextmanager

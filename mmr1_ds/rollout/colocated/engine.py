@@ -18,8 +18,10 @@ from mmr1_ds.cluster.launch import long_imports
 from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
+from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import InTurn, Policy, ignore
+from mmr1_ds.rollout.base import CountedWeights, InTurn, Policy, ignore
+from mmr1_ds.rollout.colocated.adapters import adapter_options, adapter_request, check_places, load_adapters, refusal
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import phases_logged
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
@@ -28,6 +30,7 @@ from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
+    from vllm.lora.request import LoRARequest
 
     from mmr1_ds.data.encoding import PromptEncoder
 
@@ -46,22 +49,31 @@ class VllmRollout(InTurn):
         encoder: PromptEncoder,
         most_images: int,
         preemption: Preemption,
+        adapted: Sequence[str] = (),
     ) -> None:
         """Collective: start the engine. Its weights are the model folder's until the first sync.
 
-        most_images: images of the prompt that has the most; the run config may allow more.
+        Args:
+            most_images: images of the prompt that has the most; the run config may allow more.
+            adapted: layers whose adapters every sync brings, by transformers' names; none = it brings whole weights.
+        Raises: UserError for a layer that vLLM has no place for an adapter at.
         """
         self._ranks, self._encoder, self._preemption = ranks, encoder, preemption
         self._tensor_parallel_size = config.tensor_parallel_size
         self._version = 0
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
-        self._llm: LLM = _start_engine(config, model, data, ranks, image_bounds(encoder, most_images))
+        lora = adapter_options(adapted, model.lora.rank) if adapted else {}
+        self._llm: LLM = _start_engine(config, model, data, ranks, image_bounds(encoder, most_images), lora)
         _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
         # vLLM's raw log-probabilities are those before temperature: dividing the logits by the training's puts it in.
         self._scale = config.temperature if config.logprobs == "raw" else 1.0
         self._llm.collective_rpc(_forbid, args=(encoder.forbidden_token_ids, self._scale))
-        self._cycle = SleepCycle(self._llm, enabled=config.sleep and ranks.on_gpu)
+        self._cycle = SleepCycle(self._llm, enabled=config.sleep and ranks.on_gpu, keeps_base=bool(adapted))
+        self._adapter_rank = model.lora.rank if adapted else 0
+        self._adapter: LoRARequest | None = None  # of every request from the first sync on
+        if adapted:
+            self._llm.collective_rpc(check_places, args=(adapted,))
 
     def generate(
         self,
@@ -120,7 +132,7 @@ class VllmRollout(InTurn):
                 def bar(items: Any = None, **options: Any) -> Any:
                     return _Progress(advance, self._tensor_parallel_size) if items is None else items
 
-                return self._llm.generate(inputs, parameters, use_tqdm=bar)
+                return self._llm.generate(inputs, parameters, use_tqdm=bar, lora_request=self._adapter)
         except SamplingAbandoned:
             self._cycle.abandon()
             return None
@@ -145,10 +157,15 @@ class VllmRollout(InTurn):
             responses.append(Response(token_ids, logprobs, finished=completion.finish_reason == "stop"))
         return RolloutGroup(prompt, tuple(responses), self._version)
 
-    def sync_weights(self, policy: Policy) -> None:
+    def sync_weights(self, policy: Policy) -> int:
         """See RolloutEngine."""
         self._cycle.begin_sync()
-        self._llm.collective_rpc(_reload, args=(policy.weights(), self._head_is_tied))
+        given = CountedWeights(policy.adapter_weights() if self._adapter_rank else policy.weights())
+        if self._adapter_rank:
+            self._llm.collective_rpc(load_adapters, args=(dict(given), self._adapter_rank))
+            self._adapter = adapter_request()
+        else:
+            self._llm.collective_rpc(_reload, args=(iter(given), self._head_is_tied))
         # Everything computed with the old weights: prefix KV, image embeddings, and the processor's cache, which
         # must forget together with the encoder's or the next generation misses what it believes cached.
         self._llm.reset_prefix_cache()
@@ -156,6 +173,7 @@ class VllmRollout(InTurn):
         self._llm.llm_engine.reset_encoder_cache()
         self._cycle.end_sync()
         self._version = policy.num_updates_done
+        return given.num_bytes
 
     def sleep(self, keep_weights: bool) -> None:
         """See RolloutEngine. With worker.rollout.sleep on GPU."""
@@ -196,6 +214,7 @@ def _start_engine(
     data: DataConfig,
     ranks: Ranks,
     images: ImageBounds | None,
+    lora: dict[str, Any],
 ) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher runs the engine in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -209,8 +228,13 @@ def _start_engine(
         options["logprobs_mode"] = "raw_logprobs"
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
-    with phases_logged():
-        return LLM(distributed_executor_backend="external_launcher", **options)
+    try:
+        with phases_logged():
+            return LLM(distributed_executor_backend="external_launcher", **options, **lora)
+    except ValueError as error:
+        if not lora or "LoRA" not in str(error):
+            raise
+        raise UserError(refusal(str(error))) from None
 
 
 def _unlink_shared_memory(ranks: Ranks, tensor_parallel_size: int) -> None:

@@ -7,7 +7,8 @@
     sampling begins      the actor's states go to host memory, vLLM's KV cache wakes
 
 vLLM's weights are not kept in host memory meanwhile (its level 2, not 1): the next sync brings them. What wakes is
-memory of unknown content, so nothing is sampled before a sync that ended well.
+memory of unknown content, so nothing is sampled before a sync that ended well. Where a sync brings LoRA's adapters
+alone, the weights beside them are kept there (level 1), and the adapters' buffers with them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,21 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 _WEIGHTS, _KV_CACHE = ["weights"], ["kv_cache"]  # vLLM's names for parts of its memory
-_PAUSED, _DISCARDED = 0, 2  # its levels of sleep: nothing runs, memory stays; memory is given back
+# Its levels of sleep: nothing runs, memory stays; memory is given back, the weights wait on the host; all is lost.
+_PAUSED, _KEPT, _DISCARDED = 0, 1, 2
 
 
 class SleepCycle:
     """Puts an engine to sleep and wakes its parts, each when it is needed."""
 
-    def __init__(self, llm: LLM, enabled: bool) -> None:
-        """enabled: False where vLLM cannot sleep (on CPU) or shall not; then only weights half loaded are refused."""
+    def __init__(self, llm: LLM, enabled: bool, keeps_base: bool = False) -> None:
+        """
+        Args:
+            enabled: False where vLLM cannot sleep (on CPU) or shall not; then only weights half loaded are refused.
+            keeps_base: whether a sync leaves the weights of the model folder as they are.
+        """
         self._llm, self._enabled = llm, enabled
+        self._level = _KEPT if keeps_base else _DISCARDED
         self._weights_are_mapped = self._cache_is_mapped = True
         self._weights_are_current = True
 
@@ -39,7 +46,7 @@ class SleepCycle:
         if not keep_weights:
             self._drain()
             self._weights_are_current = self._weights_are_mapped = self._cache_is_mapped = False
-            self._llm.sleep(level=_DISCARDED)
+            self._llm.sleep(level=self._level)
         elif self._cache_is_mapped:
             self._drain()
             self._cache_is_mapped = False
@@ -67,7 +74,7 @@ class SleepCycle:
             self._llm.llm_engine.step()
 
     def begin_sync(self) -> None:
-        """Wake the weights, which are then to be loaded whole."""
+        """Wake the weights; those that a sync brings are then to be loaded whole."""
         self._weights_are_current = False
         if not self._weights_are_mapped:
             self._wake(_WEIGHTS)

@@ -89,9 +89,10 @@ class TransformersRollout(InTurn):
             finished = token_ids[-1] in self._encoder.eos_token_ids or (stops is not None and stops.end(token_ids))
             yield Response(np.array(token_ids, dtype=np.int32), np.array(logprobs, dtype=np.float32), finished)
 
-    def sync_weights(self, policy: Policy) -> None:
+    def sync_weights(self, policy: Policy) -> int:
         """See RolloutEngine. Nothing to move: each generation takes the actor's own weights."""
         assert policy is self._policy
+        return 0
 
     def close(self) -> None:
         """See RolloutEngine."""

@@ -176,8 +176,8 @@ class ServerRollout:
             found.update(zip(positions, self._group.take(ticket), strict=True))
         return [found[position] for position in range(len(found))]
 
-    def sync_weights(self, policy: Policy) -> None:
-        """See RolloutEngine. Raises: ServersGone, and UserError when no server starts."""
+    def sync_weights(self, policy: Policy) -> int:
+        """See RolloutEngine; the bytes are a server's. Raises: ServersGone, and UserError when no server starts."""
         if self._transfer is None:
             self._policy = policy
             backend = transfer_backend(self._config, on_gpu=self._ranks.on_gpu)
@@ -204,6 +204,7 @@ class ServerRollout:
             self._complain(control.forget_and_resume(), ready)
         self._agree(True)
         self._group.release()
+        return sum(info.num_bytes for bucket in policy.weight_buckets() for info in bucket)
 
     def sleep(self, keep_weights: bool) -> None:
         """See RolloutEngine. The servers' memory is their own."""
