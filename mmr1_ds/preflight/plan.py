@@ -332,6 +332,7 @@ def _unused(config: RunConfig) -> list[str]:
         "algorithm.gamma": (discounts, f"algorithm.adv_estimator={estimator}"),
         "algorithm.lam": (estimator == "gae", f"algorithm.adv_estimator={estimator}"),
         "algorithm.filter_oversample": (algorithm.online_filtering, "algorithm.online_filtering=false"),
+        "algorithm.filter_stop": (algorithm.filter_oversample > 1, "algorithm.filter_oversample=1"),
         "algorithm.filter_low": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "algorithm.filter_high": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "worker.actor.kl_cov_ratio": (loss == "kl_cov", f"worker.actor.loss_type={loss}"),

