@@ -203,12 +203,13 @@ class _Stops:
     def sample(self, llm: LLM, inputs: list[Any], parameters: list[Any]) -> None:
         """Do what LLM.generate does, and end what is left when there are enough groups."""
         engine = llm.llm_engine
-        places = {id: place for place, id in enumerate(llm.enqueue(inputs, parameters, use_tqdm=False))}
+        ids = llm.enqueue(inputs, parameters, use_tqdm=False)  # outputs name what stands before the dash
+        places = {id.partition("-")[0]: place for place, id in enumerate(ids)}
         while engine.has_unfinished_requests():
             ended: list[Any] = [output for output in engine.step() if output.finished]
             self.groups |= {places[item.request_id]: self._group(places[item.request_id], item) for item in ended}
             if ended and self._enough(self.groups):
-                engine.abort_request([id for id, place in places.items() if place not in self.groups])
+                engine.abort_request([id for place, id in enumerate(ids) if place not in self.groups], internal=True)
                 break
         while engine.has_unfinished_requests():
             engine.step()
