@@ -89,6 +89,20 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     return resolved
 
 
+def with_written_offload(config: RunConfig, actor: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the actor's config with the offload sections as the user wrote them, which a run on the CPU drops.
+
+    So that a dry run on a machine without GPUs has DeepSpeed read them too.
+    """
+    written, _ = load_deepspeed(config, on_gpu=False)
+    zero = dict(actor["zero_optimization"])
+    for key in ("offload_param", "offload_optimizer"):
+        if isinstance(section := written["zero_optimization"].get(key), dict):
+            _drop_autos(section)
+            zero[key] = section
+    return {**actor, "zero_optimization": zero}
+
+
 def own_deepspeed(config: RunConfig) -> str | None:
     """Return the name of the user's own DeepSpeed config; None for one of the project's, which is known to be good."""
     given = config.worker.actor.deepspeed
