@@ -60,9 +60,8 @@ if not begun:
     pending = actor.save(Path(saved), in_background=True)
     update(2)  # what was copied must not change with it
     written = [file.write() for file in pending]
-    assert not any(
-        file.path.is_file() and digest(file.path) != entry["sha256"] for file, entry in zip(pending, written)
-    )
+    for file, entry in zip(pending, written, strict=True):
+        assert not file.path.is_file() or digest(file.path) == entry["sha256"]
     found["second"], found["saved_alike"] = weights(), np.array(written == at_once and len(written) > 0)
 actor.load(Path(saved))
 if begun:
