@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run the deepspeed launcher so that a signal ends all that it started here before this script returns.
 # `deepspeed` alone, told to stop by SIGTERM, is gone at once; ours end soon after, others' ranks run on.
+# The ranks of one machine are started without the launcher, 8 seconds sooner (mmr1_ds/cluster/local_ranks.py).
 #
 #   bash launch/deepspeed.sh NUM_RANKS MODULE ARGUMENT ...
 #
@@ -23,7 +24,6 @@ python="${PYTHON:-$root/.venv/bin/python}"
 num_ranks="$1" module="$2"
 shift 2
 port="${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
-hosts=(--hostfile /dev/null/none)
 if [[ -n "${HOSTFILE:-}" ]]; then
   hosts=(--hostfile "$HOSTFILE")
   if [[ -n "${NODE_RANK:-}" ]]; then
@@ -32,13 +32,12 @@ if [[ -n "${HOSTFILE:-}" ]]; then
     hosts+=(--no_ssh --node_rank 0 --master_addr "${MASTER_ADDR:-127.0.0.1}")
   fi
 fi
-devices=(--num_gpus "$num_ranks")  # of a host in the file, or processes on the CPU
 if [[ -z "${HOSTFILE:-}" && "${DS_ACCELERATOR:-}" != cpu ]]; then
   gpus="$(take_gpus "$num_ranks")"
   if [[ -n "$gpus" ]]; then
-    devices=(--include "localhost:$gpus")
     # For rollout servers, whose GPUs come after the ranks'.
     if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then export MMR1_DS_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES"; fi
+    export CUDA_VISIBLE_DEVICES="$gpus"
   fi
 fi
 
@@ -58,10 +57,16 @@ stop() {
   exit "$1"
 }
 
+start=("$python" -P "$root/mmr1_ds/cluster/local_ranks.py" "$num_ranks" "$module")
+if [[ -n "${HOSTFILE:-}" ]]; then
+  start=("$python" -m deepspeed.launcher.runner "${hosts[@]}" --num_gpus "$num_ranks" --no_local_rank
+    --master_port "$port" --log_level error --module "$module")
+fi
+export MASTER_PORT="$port"
+
 while true; do
   set -m  # the launcher gets a process group of its own: Ctrl-C reaches it once, through us
-  "$python" -m deepspeed.launcher.runner "${hosts[@]}" "${devices[@]}" --no_local_rank \
-    --master_port "$port" --log_level error --module "$module" "$@" < /dev/null &
+  "${start[@]}" "$@" < /dev/null &
   runner=$!
   set +m
   trap 'stop 130' INT

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from mmr1_ds.cluster.exits import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, leave, tell
 from mmr1_ds.cluster.guard import SCRIPT, LaunchGuard
@@ -39,6 +39,7 @@ from mmr1_ds.preflight.deepspeed import (
     own_deepspeed,
     reference_deepspeed,
     resolve_deepspeed,
+    with_written_offload,
 )
 from mmr1_ds.preflight.machine import MachineError, check_machine, use_own_nvcc
 from mmr1_ds.preflight.plan import describe_plan
@@ -127,7 +128,7 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed guesses, with a warning
         from mmr1_ds.loop.deepspeed_check import check_engines  # imports torch and DeepSpeed
 
-        check_engines(configs, own)
+        check_engines(replace(configs, actor=with_written_offload(config, actor)), own)
     if config.trainer.dry_run:
         try_reward(config.worker.reward, config.data)
         if any(names_a_file(value_at(config, key)) for key in FUNCTION_KEYS):

@@ -22,7 +22,11 @@ def top_bound(values_T: np.ndarray, share: float, ranks: Totals) -> float:
     num_values = ranks.sum({"count": float(len(values_T))}, "count tokens to choose from")["count"]
     if num_values == 0:
         return -math.inf
-    wanted = num_values - math.ceil(round((1 - share) * (num_values - 1), 6))
+    return _kth_largest(values_T, num_values - math.ceil(round((1 - share) * (num_values - 1), 6)), ranks)
+
+
+def _kth_largest(values_T: np.ndarray, wanted: float, ranks: Totals) -> float:
+    """The largest number with `wanted` of the ranks' values at or above it. Collective."""
     keys_T = _ordered(np.ascontiguousarray(values_T, dtype=np.float32).view(np.int32)).astype(np.int64)
     low, high = _LOWEST, _HIGHEST  # the bound's key is the largest with `wanted` values at or above it
     while low < high:
@@ -44,6 +48,35 @@ def highest_covariances(
     2505.22617, eq. 10): where it is high, training makes the policy surer of what it is sure of already.
     Args: one array (T,) a response each. Returns: bool in the same form.
     """
+    covariances_T, _ = _covariances(logprobs, advantages, ranks)
+    return _cut(covariances_T >= top_bound(covariances_T, share, ranks), logprobs)
+
+
+def some_between(
+    logprobs: Sequence[np.ndarray],
+    advantages: Sequence[np.ndarray],
+    share: float,
+    bounds: tuple[float, float],
+    random: Sequence[np.ndarray],
+    ranks: Totals,
+) -> list[np.ndarray]:
+    """As many as are `share` of all tokens, or one, of those whose covariance lies between two bounds. Collective.
+
+    Args: as `highest_covariances`; random: numbers in [0, 1), (T,) float32 each: the highest are chosen.
+    """
+    covariances_T, num_tokens = _covariances(logprobs, advantages, ranks)
+    is_between_T = (covariances_T > bounds[0]) & (covariances_T < bounds[1])
+    random_T = np.concatenate([np.zeros(0, dtype=np.float32), *random])
+    num_between = ranks.sum({"count": float(is_between_T.sum())}, "count tokens between the bounds")["count"]
+    wanted = min(max(1.0, float(int(share * num_tokens))), num_between)
+    bound = _kth_largest(random_T[is_between_T], wanted, ranks) if num_between else math.inf
+    return _cut(is_between_T & (random_T >= bound), logprobs)
+
+
+def _covariances(
+    logprobs: Sequence[np.ndarray], advantages: Sequence[np.ndarray], ranks: Totals
+) -> tuple[np.ndarray, float]:
+    """Return the covariance of each token, end to end, float32, and the number of tokens of all ranks. Collective."""
     nothing = np.zeros(0)
     columns = {
         "logprobs": np.concatenate([nothing, *logprobs]).astype(np.float64),
@@ -52,8 +85,10 @@ def highest_covariances(
     own = {name: float(values_T.sum()) for name, values_T in columns.items()}
     totals = ranks.sum(own | {"count": float(len(columns["logprobs"]))}, "means for covariances")
     first_T, second_T = (values_T - totals[name] / max(1.0, totals["count"]) for name, values_T in columns.items())
-    covariances_T = (first_T * second_T).astype(np.float32)
-    chosen_T = covariances_T >= top_bound(covariances_T, share, ranks)
+    return (first_T * second_T).astype(np.float32), totals["count"]
+
+
+def _cut(chosen_T: np.ndarray, logprobs: Sequence[np.ndarray]) -> list[np.ndarray]:
     return np.split(chosen_T, np.cumsum([len(values) for values in logprobs])[:-1]) if len(logprobs) else []
 
 

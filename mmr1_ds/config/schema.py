@@ -157,6 +157,8 @@ class AlgorithmConfig:
     overlong_penalty: NonNegativeFloat = 1.0  # overlong_buffer: what a response of max_response_length loses
     online_filtering: bool = False  # draw again until a batch of groups with unequal rewards is full (DAPO)
     filter_oversample: PositiveInt = 1  # online_filtering: draws of data.rollout_batch_size prompts sampled together
+    # filter_oversample: stop what is still sampled when the batch is full, which prefers groups of short responses
+    filter_stop: bool = False
     filter_key: str = "overall"  # key of the reward in which a kept group must differ
     filter_low: float | None = None  # keep only groups whose mean is above; null = no bound
     filter_high: float | None = None  # keep only groups whose mean is below; null = no bound
@@ -187,15 +189,15 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and its learning-rate schedule, in optimiser steps."""
+    """The optimiser and its learning-rate schedule, in optimiser steps."""
 
     lr: PositiveFloat = 1.0e-6  # highest learning rate
     betas: Annotated[tuple[float, float], Range("[0, 1)")] = (0.9, 0.999)  # decay of the two moments
     weight_decay: NonNegativeFloat = 1.0e-2  # decoupled weight decay
-    # adamw_bf16: both moments in bf16, half of their memory
-    strategy: Annotated[
-        str, OneOf("adamw", "adamw_bf16", reason="no 8-bit states and no Muon; adamw_bf16 takes less memory")
-    ] = "adamw"
+    # adamw_bf16, adamw_8bit: moments of 2 bytes, of 1 (bitsandbytes); muon: matrices by Muon, all else by AdamW
+    strategy: Annotated[str, OneOf("adamw", "adamw_bf16", "adamw_8bit", "muon")] = "adamw"
+    # muon: highest learning rate of matrices, the spectral norm of an update; null = lr
+    muon_lr: PositiveFloat | None = None
     lr_warmup_ratio: Share = 0.0  # share of the run's optimiser steps spent warming up
     lr_warmup_steps: NonNegativeInt | None = None  # optimiser steps, instead of the ratio
     # after the warm-up
@@ -228,7 +230,8 @@ class ActorConfig:
     loss_type: Annotated[
         str,
         OneOf(
-            "default", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "kl_cov", or_function=True
+            "default", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "kl_cov", "clip_cov",
+            or_function=True,
         ),
     ] = "default"
     # all but sapo: the ratio is clipped below at 1 - this; gmpo: its log at minus this; dppo: bound of tokens that fall
@@ -240,6 +243,9 @@ class ActorConfig:
     tau_negative: PositiveFloat = 1.05  # sapo: the same for negative ones; higher forgets off-policy tokens sooner
     kl_cov_ratio: Annotated[float, Range("(0, 1]")] = 2e-4  # kl_cov: share of an optimiser step's tokens that are held
     kl_cov_coef: NonNegativeFloat = 1.0  # kl_cov: weight of their KL to the policy before the update
+    clip_cov_ratio: Annotated[float, Range("(0, 1]")] = 2e-4  # clip_cov: share of an optimiser step's tokens left out
+    clip_cov_low: float = 1.0  # clip_cov: they are drawn from those whose covariance is over this
+    clip_cov_high: float = 5.0  # clip_cov: and under this
     entropy_coef: NonNegativeFloat = 0.0  # weight of the entropy of each token in the loss, taken off it; 0 = no bonus
     # share of the tokens of an optimiser step, those of highest entropy before the update, that train; 1 = all
     top_entropy_quantile: Annotated[float, Range("(0, 1]")] = 1.0

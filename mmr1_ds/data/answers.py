@@ -30,7 +30,7 @@ def with_exact_answers(rows: Dataset, files: Sequence[str], answer_key: str) -> 
     """
     from datasets import Value
 
-    feature = _feature(rows.features, answer_key)
+    feature = feature_at(rows.features, answer_key)
     if isinstance(feature, Value) and feature.dtype in _EXACT:
         return rows
     answers = list(_answers(files, answer_key))
@@ -65,14 +65,14 @@ class _Number(str):
     """A number as it is written."""
 
 
-def _feature(features: Any, path: str) -> Any:
+def feature_at(features: Any, path: str) -> Any:
     """Return the type of a column or of a part of one; None without it."""
     if path in features:
         return features[path]
     head, _, rest = path.partition(".")
     inner = features.get(head)
     if isinstance(inner, dict) and rest:
-        return _feature(inner, rest)
+        return feature_at(inner, rest)
     return inner  # a list, or values of several types: to be looked into row by row
 
 

@@ -9,9 +9,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mmr1_ds.config import DataConfig
+from mmr1_ds.data.answers import feature_at
 from mmr1_ds.data.chat import carried_images
 from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
 from mmr1_ds.data.images import ImageReference, ImageSource, image_references, update_digest
@@ -54,6 +58,7 @@ class RowReader:
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
         self._features = undecoded_features(source.rows, columns)
+        self._answer_type = getattr(feature_at(source.rows.features, data.answer_key), "dtype", None)
         self.reward_columns = RewardColumns(source.name, source.rows, data)
         self.image_source = ImageSource(
             _image_folder(source, data), _image_roots(source, data), data.max_image_pixels
@@ -112,7 +117,9 @@ class RowReader:
         answer = at_path(row, self._data.answer_key)
         if answer is None or _is_nan(answer) or (isinstance(answer, str) and not answer.strip()):
             raise UserError(f"{where}: no answer in column {self._data.answer_key!r}; fill it in or remove the row")
-        if not isinstance(answer, (str, int, float)):
+        if isinstance(answer, float) and self._answer_type in ("float16", "float32"):
+            answer = np.dtype(self._answer_type).type(answer)  # 0.1, not 0.10000000149011612
+        elif not isinstance(answer, (str, int, float, Decimal)):
             raise UserError(f"{where}: the answer is {answer!r:.80}; give a string or a number")
         return str(answer)
 

@@ -1,15 +1,51 @@
-"""AdamW with its two moments in bf16: 4 bytes a parameter in place of 8, beside ZeRO's float32 weights."""
+"""Optimisers other than DeepSpeed's AdamW: its moments in bf16 or 8 bits, and Muon."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from mmr1_ds.config.schema import OptimConfig
+
+MUON_MOMENTUM = 0.95
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CHUNK = 2**24  # elements computed at once in float32: a partition can have a thousand million
+
+
+def choose_optimizer(
+    resolved: dict[str, Any], parameters: list[Parameter], optim: OptimConfig
+) -> tuple[dict[str, Any], torch.optim.Optimizer | None]:
+    """Return the DeepSpeed configuration and the optimiser of `optim.strategy`; None for one that DeepSpeed makes.
+
+    Args: resolved: for AdamW.
+    """
+    params = resolved["optimizer"]["params"]
+    eps = params.get("eps", 1e-8)
+    settings: Any = {"lr": optim.lr, "betas": optim.betas, "eps": eps, "weight_decay": optim.weight_decay}
+    if optim.strategy == "muon":
+        muon = {"muon_lr": optim.muon_lr or optim.lr, "momentum": MUON_MOMENTUM}
+        # Orthogonalising needs whole gradients, and what DeepSpeed would clip are the updates made of them.
+        zero = {**resolved["zero_optimization"], "reduce_scatter": False}
+        own = {"optimizer": {"type": "Muon", "params": params | muon}, "zero_optimization": zero}
+        return resolved | own | {"gradient_clipping": 0.0}, None
+    if optim.strategy == "adamw_8bit":
+        library = import_module("bitsandbytes.optim")  # of an extra that neither pins nor locks it
+        return resolved | {"zero_allow_untested_optimizer": True}, library.AdamW8bit(parameters, **settings)
+    if optim.strategy == "adamw_bf16":
+        return resolved | {"zero_allow_untested_optimizer": True}, AdamWBf16(parameters, **settings)
+    return resolved, None
+
+
+def set_rates(groups: Iterable[dict[str, Any]], rate: float, optim: OptimConfig) -> None:
+    """Set the learning rate of all groups of parameters; that of Muon's is in proportion to `muon_lr`."""
+    of_muon = rate if optim.muon_lr is None else rate * optim.muon_lr / optim.lr
+    for group in groups:
+        group["lr"] = of_muon if group.get("use_muon", False) else rate
 
 
 class AdamWBf16(torch.optim.Optimizer):

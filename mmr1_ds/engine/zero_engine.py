@@ -34,7 +34,7 @@ from mmr1_ds.engine.model.linear_attention import has_states
 from mmr1_ds.engine.model.packing import shares_prompts
 from mmr1_ds.engine.model.policy import PolicyModel, exact_types
 from mmr1_ds.engine.model.value_model import ValueModel
-from mmr1_ds.engine.optimizers import AdamWBf16
+from mmr1_ds.engine.optimizers import choose_optimizer, set_rates
 from mmr1_ds.engine.weights.adapter_checkpoint import AdapterCheckpoint
 from mmr1_ds.engine.weights.offloading import drop_host_copies, states_offloaded
 from mmr1_ds.engine.weights.zero_checkpoint import ZeroCheckpoint, trained_weights
@@ -91,11 +91,8 @@ class ZeroEngine:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.module = module
         resolved, optimizer = exact_types(deepspeed_config), None
-        if "optimizer" in resolved and settings.optim.strategy == "adamw_bf16":
-            optim = settings.optim
-            eps = resolved["optimizer"]["params"].get("eps", 1e-8)
-            optimizer = AdamWBf16(parameters, optim.lr, optim.betas, eps, optim.weight_decay)
-            resolved["zero_allow_untested_optimizer"] = True
+        if "optimizer" in resolved:
+            resolved, optimizer = choose_optimizer(resolved, parameters, settings.optim)
         self.engine, *_ = deepspeed.initialize(
             model=module, config=resolved, model_parameters=parameters or None, optimizer=optimizer
         )
@@ -235,7 +232,9 @@ class Learner(ZeroEngine, ABC):
         self._num_updates, self._offload_states = num_updates, offload_states
         self._loss_scale_factor = 1.0
         self._adapters = AdapterCheckpoint(self.model)
-        self._checkpoint = ZeroCheckpoint(self.engine, ranks)
+        strategy = settings.optim.strategy
+        bound = "" if strategy in ("adamw", "adamw_bf16") else f"worker.{self.name}.optim.strategy={strategy}"
+        self._checkpoint = ZeroCheckpoint(self.engine, ranks, bound)
 
     @abstractmethod
     def _loss(self, outputs: tuple[Tensor, ...], trajectories: Sequence[Trajectory], segments: Segments) -> TokenLoss:
@@ -292,8 +291,7 @@ class Learner(ZeroEngine, ABC):
             return int(most["micro-batches"])
 
         rate = learning_rate(self._settings.optim, self.num_updates_done, self._num_updates)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_rates(self.engine.optimizer.param_groups, rate, self._settings.optim)
         if self._parallel is not None:
             trajectories = self._parallel.gather(trajectories)
         sums: dict[str, float] = {}

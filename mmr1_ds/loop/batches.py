@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,14 @@ from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.loop.collector import BASELINE, PROBE, TRAINING, Collector, RequestMaker
-from mmr1_ds.loop.drawn import Drawn, check_filter_key
+from mmr1_ds.loop.drawn import Drawn, Stragglers, check_filter_key
 from mmr1_ds.loop.in_flight import InFlight, read_in_flight, write_in_flight
 from mmr1_ds.loop.metrics import reward_metrics
 from mmr1_ds.loop.sharing import batch_slots, share_out
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
-from mmr1_ds.rollout.base import ServersGone
+from mmr1_ds.rollout.base import Enough, ServersGone
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class BatchMaker:
         self._slots = batch_slots(self._batch_size, mini_batch_size, ranks.rank, ranks.size)
         self._in_flight: dict[int, InFlight] = {}  # first draws of this step and of those begun ahead, by step
         self._draws_at_once = algorithm.filter_oversample if algorithm.online_filtering else 1
+        self._stops_stragglers = self._draws_at_once > 1 and algorithm.filter_stop
         self._max_tries = 1 if not algorithm.online_filtering else max_tries if max_tries > 0 else None
 
     def make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
@@ -117,22 +119,25 @@ class BatchMaker:
         """Draw once, or until enough groups teach. Collective. Returns: what this rank has of it, and metrics."""
         filtering = self._algorithm.online_filtering
         drawn = Drawn()
-        num_tries = num_teaching = num_draws = 0
+        num_tries = num_teaching = num_draws = num_stopped = 0
         while num_tries == 0 or (num_teaching < self._batch_size and num_tries != self._max_tries):
             if num_tries > 0:
                 logger.info("step %d: %d of %d groups teach, drawing again", step, num_teaching, self._batch_size)
-            in_flight = self._wait(step, num_draws, settings, clock)
-            came_back = [group for _, group in sorted(in_flight.groups.items()) if group is not None]
-            groups, failures = self._score(step, came_back, len(in_flight.slots), clock)
+            in_flight = self._wait(step, num_draws, settings, clock, self._batch_size - num_teaching)
+            there = [(at, group) for at, group in sorted(in_flight.groups.items()) if group is not None]
+            slots = [in_flight.slots[at] for at, _ in there if at < len(in_flight.slots)]
+            num_stopped += len(in_flight.slots) - len(slots)
+            groups, failures = self._score(step, [group for _, group in there], len(slots), clock)
             self._in_flight.pop(step, None)
             if filtering and num_tries == 0:
                 check_filter_key(self._algorithm.filter_key, groups, self._ranks)
-            drawn.add(in_flight.slots, groups, failures, self._batch_size, self._algorithm)
+            drawn.add(slots, groups, failures, self._batch_size, self._algorithm)
             num_tries += 1
             num_draws = max(in_flight.slots) // self._batch_size + 1  # those of a resumed step may have been others
             if filtering:
-                own = {"teaching": len(drawn.teaching)}
-                num_teaching = int(self._ranks.sum(own, "count groups that teach")["teaching"])
+                own = {"teaching": float(len(drawn.teaching)), "stopped": float(num_stopped)}
+                totals = self._ranks.sum(own, "count groups that teach")
+                num_teaching = int(totals["teaching"])
         if not filtering:
             return drawn, {}
         if num_teaching < self._batch_size:
@@ -142,6 +147,7 @@ class BatchMaker:
             )  # fmt: skip
         return drawn, {
             "online_filtering/num_tries": num_tries,
+            **({"online_filtering/num_stopped": totals["stopped"]} if self._stops_stragglers else {}),
             "online_filtering/teaching_fraction": num_teaching / (num_draws * self._batch_size),
         }
 
@@ -205,15 +211,24 @@ class BatchMaker:
         indices = coordinator.next_probes(step)[ranks.rank :: ranks.size]
         return self._requests(self._prompts, indices, coordinator.num_probe_responses, PROBE, step, indices)
 
-    def _wait(self, step: int, first_draw: int, settings: SamplingSettings, clock: StageClock) -> InFlight:
-        """Draw, unless the draw was begun ahead, and wait for its responses. Collective."""
+    def _wait(
+        self, step: int, first_draw: int, settings: SamplingSettings, clock: StageClock, missing: int
+    ) -> InFlight:
+        """Draw, unless the draw was begun ahead, and wait for its responses. Collective.
+
+        With `algorithm.filter_stop` each rank stops what it still samples when its share of the missing groups teaches.
+        """
         with clock("draw"):
             in_flight = self._in_flight.get(step) if first_draw == 0 else None
             in_flight = in_flight or self._begin(step, first_draw, settings)
             if first_draw == 0:
                 self._in_flight[step] = in_flight  # a run that stops here resumes with it
         with clock("gen"):
-            self._collector.wait(in_flight)
+            enough: Enough = self._collector.score_beside
+            if self._stops_stragglers and self._collector.scores_groups_alone:
+                share = math.ceil(missing / self._ranks.size)
+                enough = Stragglers(self._collector, self._algorithm, len(in_flight.slots), share)
+            self._collector.wait(in_flight, enough)
         return in_flight
 
     def _score(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,12 +18,12 @@ from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rewards.scoring import FAILED, RESPONSES, UNSCORED, RewardCounts, score_groups
-from mmr1_ds.rollout.base import ignore
+from mmr1_ds.rollout.base import ignore, never
 
 if TYPE_CHECKING:
     from mmr1_ds.data.dataset import PromptDataset
     from mmr1_ds.data.encoding import PromptEncoder
-    from mmr1_ds.rollout.base import RolloutEngine
+    from mmr1_ds.rollout.base import Enough, RolloutEngine
 
 # What a seed is for; each purpose draws from a stream of its own.
 TRAINING, REFRESH, VALIDATION, PROBE, BASELINE = range(5)
@@ -74,6 +76,9 @@ class Collector:
         self._rollout, self._rewards, self._encoder, self._ranks = rollout, rewards, encoder, ranks
         self._reward_name = reward_name
         self._rewards_work = False  # whether any reward has come back yet
+        self._early: dict[int, ScoredGroup] = {}  # scored while others were sampled, by the identity of their groups
+        self._early_counts = RewardCounts()
+        self._beside: _Beside | None = None  # of the batch that is sampled
 
     def collect(
         self,
@@ -98,9 +103,36 @@ class Collector:
         # Beside the sampling; a probe is not trained on.
         self._encoder.expand_ahead(request.prompt for request in in_flight.requests if not request.can_wait)
 
-    def wait(self, in_flight: InFlight) -> None:
-        """Wait until the groups of a batch are there, or given up where they can wait. Collective."""
-        in_flight.wait(self._rollout)
+    def wait(self, in_flight: InFlight, enough: Enough = never) -> None:
+        """Wait until the groups of a batch are there, given up where they can wait, or enough of them. Collective.
+
+        enough: is called as groups end: `score_beside`, for one.
+        """
+        try:
+            in_flight.wait(self._rollout, enough)
+        finally:
+            if self._beside is not None:
+                self._beside.end()
+
+    @property
+    def scores_groups_alone(self) -> bool:
+        """Whether the reward of a group depends on no other group."""
+        return self._rewards.together != "batch"
+
+    def score_beside(self, groups: Mapping[int, RolloutGroup]) -> bool:
+        """Score groups in a thread while others are sampled, if each can be scored alone. Returns: False, as Enough."""
+        if self.scores_groups_alone:
+            if self._beside is None:
+                self._beside = _Beside(self.score_early)
+            self._beside.add(groups)
+        return False
+
+    def score_early(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """Score groups while others are sampled; `score` finds what became of them. Not a collective."""
+        scored, counts = score_groups(self._rewards, groups, self._encoder.decode)
+        self._early |= {id(item.group): item for item in scored}
+        self._early_counts += counts
+        return scored if self._penalty is None else [self._penalty(item) for item in scored]
 
     def score(self, groups: Sequence[RolloutGroup], clock: StageClock) -> tuple[list[ScoredGroup], RewardCounts]:
         """Score groups. Returns: them in order with their rewards, and the count of those that failed. Collective.
@@ -108,7 +140,14 @@ class Collector:
         Raises: UserError as `collect`.
         """
         with clock("reward"):
-            scored, counts = score_groups(self._rewards, groups, self._encoder.decode)
+            if self._beside is not None:
+                beside, self._beside = self._beside, None
+                beside.join()
+            rest = [group for group in groups if id(group) not in self._early]
+            late, counts = score_groups(self._rewards, rest, self._encoder.decode)
+            by_group = self._early | {id(item.group): item for item in late}
+            scored, counts = [by_group[id(group)] for group in groups], counts + self._early_counts
+            self._early, self._early_counts = {}, RewardCounts()
         if not self._rewards_work:
             own = {"failed": counts[FAILED], "responses": counts[RESPONSES]}
             totals = self._ranks.sum(own, "check the first rewards")
@@ -135,3 +174,46 @@ class Collector:
             f"worker.reward.reward_function={self._reward_name} failed for {totals['failed']:.0f} of "
             f"{totals['responses']:.0f} responses of one call; the first reasons: {'; '.join(reasons[:SHOWN_REASONS])}"
         )
+
+
+class _Beside:
+    """A thread that scores groups while others are sampled."""
+
+    def __init__(self, score: Callable[[Sequence[RolloutGroup]], object]) -> None:
+        """Start it. score: is called with the groups that have come meanwhile."""
+        self._score = score
+        self._known: set[int] = set()
+        self._new: queue.SimpleQueue[RolloutGroup | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="rewards beside the sampling", daemon=True)
+        self._thread.start()
+
+    def add(self, groups: Mapping[int, RolloutGroup]) -> None:
+        """Have those scored that are new, by their positions."""
+        for position, group in groups.items():
+            if position not in self._known:
+                self._known.add(position)
+                self._new.put(group)
+
+    def end(self) -> None:
+        """Say that none comes any more. Not waiting: a run that is told to end has no time for rewards."""
+        self._new.put(None)
+
+    def join(self) -> None:
+        """Wait until all are scored. Raises: what scoring raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            is_over = False
+            while not is_over:
+                part = [self._new.get()]
+                while not self._new.empty():
+                    part.append(self._new.get())
+                is_over = None in part
+                if groups := [group for group in part if group is not None]:
+                    self._score(groups)
+        except BaseException as error:
+            self._error = error

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import GroupRewards, ScoredGroup
+from mmr1_ds.loop.collector import Collector
+from mmr1_ds.records import GroupRewards, RolloutGroup, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 
 
@@ -64,6 +65,28 @@ def teaches(scored: ScoredGroup, algorithm: AlgorithmConfig) -> bool:
     mean = float(values.mean(dtype=np.float64))
     low, high = algorithm.filter_low, algorithm.filter_high
     return (low is None or mean > low) and (high is None or mean < high)
+
+
+class Stragglers:
+    """Says when as many groups teach as are wanted, so that what is still sampled can be stopped.
+
+    Groups are scored as they end, in few calls: when those that are not scored yet could be what is missing.
+    """
+
+    def __init__(self, collector: Collector, algorithm: AlgorithmConfig, num_training: int, wanted: int) -> None:
+        """num_training: requests that train, which come first; wanted: groups that teach, of this rank."""
+        self._collector, self._algorithm = collector, algorithm
+        self._num_training, self._wanted = num_training, wanted
+        self._teaches: dict[int, bool] = {}
+
+    def __call__(self, groups: Mapping[int, RolloutGroup]) -> bool:
+        """Whether the groups that are there suffice. Args: by position."""
+        new = {at: group for at, group in groups.items() if at < self._num_training and at not in self._teaches}
+        if len(new) < max(1, self._wanted - sum(self._teaches.values())):
+            return False
+        scored = self._collector.score_early([*new.values()])
+        self._teaches.update(zip(new, (teaches(item, self._algorithm) for item in scored), strict=True))
+        return sum(self._teaches.values()) >= self._wanted
 
 
 def check_filter_key(key: str, groups: Sequence[ScoredGroup], ranks: Ranks) -> None:

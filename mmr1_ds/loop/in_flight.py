@@ -17,7 +17,7 @@ import numpy as np
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest
 
 if TYPE_CHECKING:
-    from mmr1_ds.rollout.base import RolloutEngine
+    from mmr1_ds.rollout.base import Enough, RolloutEngine
 
 _OPEN, _SAMPLED, _GIVEN_UP = range(3)
 _NO_SLOT = -1
@@ -39,10 +39,16 @@ class InFlight:
         self.asked = [position for position in range(len(self.requests)) if position not in self.groups]
         self.submitted = engine.submit([self.requests[position] for position in self.asked], settings)
 
-    def wait(self, engine: RolloutEngine) -> None:
-        """Wait for what was submitted; a second call does nothing. Collective."""
+    def wait(self, engine: RolloutEngine, enough: Enough) -> None:
+        """Wait for what was submitted, or for enough of it; a second call does nothing. Collective."""
         if self.submitted is not None:
-            self.groups.update(zip(self.asked, engine.collect(self.submitted), strict=True))
+            asked, of_before = self.asked, {at: group for at, group in self.groups.items() if group is not None}
+
+            def is_enough(groups: Mapping[int, RolloutGroup]) -> bool:
+                return enough(of_before | {asked[place]: group for place, group in groups.items()})
+
+            found = engine.collect(self.submitted, is_enough)
+            self.groups.update(zip(asked, found, strict=True))
             self.submitted = None
 
 

@@ -20,7 +20,7 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import resolved_critic
 from mmr1_ds.config.loading import config_folders
 from mmr1_ds.config.ranges import value_at
-from mmr1_ds.errors import UserError
+from mmr1_ds.errors import UserError, require
 from mmr1_ds.preflight.files import model_hidden_size
 
 logger = logging.getLogger(__name__)
@@ -80,13 +80,27 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     _settle_buckets(resolved["zero_optimization"], config)
     _settle_offload(resolved["zero_optimization"], config, on_gpu)
     _check_offload_states(resolved, config, on_gpu)
-    _check_bf16_states(resolved, config, "actor", on_gpu)
+    _check_strategy(resolved, config, "actor", on_gpu)
     for section in ("zero_optimization", "bf16"):
         _drop_autos(resolved[section])
     left = [key for key in _autos(resolved) if key not in _KNOWN_TO_DEEPSPEED]
     if left:
         raise UserError(f'{name}: {left[0]}="auto" is no key that this trainer fills in; give its value or remove it')
     return resolved
+
+
+def with_written_offload(config: RunConfig, actor: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the actor's config with the offload sections as the user wrote them, which a run on the CPU drops.
+
+    So that a dry run on a machine without GPUs has DeepSpeed read them too.
+    """
+    written, _ = load_deepspeed(config, on_gpu=False)
+    zero = dict(actor["zero_optimization"])
+    for key in ("offload_param", "offload_optimizer"):
+        if isinstance(section := written["zero_optimization"].get(key), dict):
+            _drop_autos(section)
+            zero[key] = section
+    return {**actor, "zero_optimization": zero}
 
 
 def own_deepspeed(config: RunConfig) -> str | None:
@@ -143,7 +157,7 @@ def critic_deepspeed(config: RunConfig, actor: Mapping[str, Any], world_size: in
         if asked and on_gpu:
             zero[key] = _offloaded(given)
     _check_offload_states(resolved, config, on_gpu)
-    _check_bf16_states(resolved, config, "critic", on_gpu)
+    _check_strategy(resolved, config, "critic", on_gpu)
     return resolved
 
 
@@ -390,11 +404,14 @@ def _check_offload_states(resolved: Mapping[str, Any], config: RunConfig, on_gpu
             )
 
 
-def _check_bf16_states(resolved: Mapping[str, Any], config: RunConfig, part: str, on_gpu: bool) -> None:
+def _check_strategy(resolved: Mapping[str, Any], config: RunConfig, part: str, on_gpu: bool) -> None:
     """DeepSpeed updates in host memory, and moves the states of, its own Adam alone."""
-    if value_at(config, f"worker.{part}.optim.strategy") != "adamw_bf16":
+    strategy = value_at(config, f"worker.{part}.optim.strategy")
+    if strategy == "adamw":
         return
-    key, zero = f"worker.{part}.optim.strategy=adamw_bf16", resolved["zero_optimization"]
+    key, zero = f"worker.{part}.optim.strategy={strategy}", resolved["zero_optimization"]
+    if strategy == "adamw_8bit":
+        require("optimizers", "bitsandbytes", purpose=key)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         raise UserError(f"{key} keeps its states on the GPU, not with offload_optimizer; switch that off or set adamw")
     if on_gpu and config.worker.actor.offload_states:

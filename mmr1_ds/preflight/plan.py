@@ -16,7 +16,10 @@ from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.preflight.files import DataSummary, FileSummary
 
-_OPTIMISERS = {"adamw": "AdamW", "adamw_bf16": "AdamW with bf16 moments"}
+_OPTIMISERS = {
+    "adamw": "AdamW", "adamw_bf16": "AdamW with bf16 moments", "adamw_8bit": "AdamW with 8-bit moments",
+    "muon": "Muon for matrices, AdamW for the rest",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -324,17 +327,24 @@ def _output(config: RunConfig) -> str:
 def _unused(config: RunConfig) -> list[str]:
     """Return a note for each key that is set and that the run's algorithm does not read."""
     algorithm, actor = config.algorithm, config.worker.actor
-    estimator, loss = algorithm.adv_estimator, actor.loss_type
+    estimator, loss, optimiser = algorithm.adv_estimator, actor.loss_type, actor.optim.strategy
     discounts = estimator in ("reinforce_plus_plus", "gae") or names_a_file(estimator)
     gates = loss == "sapo" or names_a_file(loss)
     read_by = {
         "algorithm.gamma": (discounts, f"algorithm.adv_estimator={estimator}"),
         "algorithm.lam": (estimator == "gae", f"algorithm.adv_estimator={estimator}"),
         "algorithm.filter_oversample": (algorithm.online_filtering, "algorithm.online_filtering=false"),
+        "algorithm.filter_stop": (algorithm.filter_oversample > 1, "algorithm.filter_oversample=1"),
         "algorithm.filter_low": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "algorithm.filter_high": (algorithm.online_filtering, "algorithm.online_filtering=false"),
         "worker.actor.kl_cov_ratio": (loss == "kl_cov", f"worker.actor.loss_type={loss}"),
         "worker.actor.kl_cov_coef": (loss == "kl_cov" or names_a_file(loss), f"worker.actor.loss_type={loss}"),
+        **{
+            f"worker.actor.clip_cov_{name}": (loss == "clip_cov", f"worker.actor.loss_type={loss}")
+            for name in ("ratio", "low", "high")
+        },
+        "worker.actor.max_grad_norm": (optimiser != "muon", "worker.actor.optim.strategy=muon"),
+        "worker.actor.optim.muon_lr": (optimiser == "muon", f"worker.actor.optim.strategy={optimiser}"),
         "worker.actor.tau_positive": (gates, f"worker.actor.loss_type={loss}"),
         "worker.actor.tau_negative": (gates, f"worker.actor.loss_type={loss}"),
         "worker.ref.offload.offload_optimizer": (False, "a reference, which has no optimiser"),

@@ -16,7 +16,7 @@ from mmr1_ds.rewards.choices import choice, choices
 from mmr1_ds.rewards.dress import undress
 from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
 from mmr1_ds.rewards.names import named, opaque
-from mmr1_ds.rewards.numbers import Number, literal, parse_number, same_unit, split_unit
+from mmr1_ds.rewards.numbers import Number, literal, parse_number, same_unit, split_unit, split_words
 from mmr1_ds.rewards.sizes import depth_of_brackets
 from mmr1_ds.rewards.truths import read_truth
 from mmr1_ds.rewards.values import Value, readings
@@ -30,7 +30,9 @@ MAX_VALUES = 50  # of a list
 
 _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*")
+_PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*|[a-zA-Z]{3,}[\w '-]*")
+_LABEL = re.compile(r"(?:\\text\s*\{\s*)?(?:final )?answer\s*:\s*\}?\s*", re.IGNORECASE)
+_APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])\s*")
 _OPTION = re.compile(r"(?:option|choice|answer)\s*:?\s*(\(?[A-Z]\)?)", re.IGNORECASE)
 
 
@@ -44,7 +46,9 @@ def answers_equal(answer: str, truth: str) -> bool:
         return False
     if max(depth_of_brackets(answer), depth_of_brackets(truth)) > MAX_BRACKETS:
         return answer == truth
-    answer, truth = undress(answer), undress(truth)
+    answer, truth = (_LABEL.sub("", undress(text), count=1) for text in (answer, truth))
+    if (rounded := _APPROXIMATELY.match(truth)) is not None:  # the answer may say so too
+        answer, truth = _APPROXIMATELY.sub("", answer, count=1), truth[rounded.end() :]
     answer_text, truth_text = normalise(answer), normalise(truth)
     if not answer_text or not truth_text:
         return False
@@ -54,7 +58,9 @@ def answers_equal(answer: str, truth: str) -> bool:
     truth_choice, truth_choices = choice(truth_text), choices(truth_text)
     if truth_choice or truth_choices:
         return _commits_to(answer_text, truth_choice, truth_choices)
-    return len(truth) <= MAX_ANSWER_CHARS and _same(answer, truth, 0)
+    if len(truth) > MAX_ANSWER_CHARS:
+        return False
+    return _same(answer, truth, 0) or _same_count(answer, truth)
 
 
 def final_answer(response: str) -> str:
@@ -87,13 +93,25 @@ def normalise(text: str) -> str:
 def _commits_to(answer: str, letter: str | None, letters: str | None) -> bool:
     """A choice is right by its letter; a list by its letters in their order, with or without commas."""
     if letter is not None:
-        return choice(answer) == letter
+        return choice(answer) == letter or (letter == "E" and answer == "e")
     return (choices(answer) or answer) == letters
 
 
 def _same_words(answer: str, truth: str) -> bool:
     """Equal but for capitals, which count in formulas only."""
     return _PLAIN.fullmatch(truth) is not None and len(truth) > 2 and answer.casefold() == truth.casefold()
+
+
+def _same_count(answer: str, truth: str) -> bool:
+    """Whether the answer is the number of a truth that counts something: 3 people."""
+    value, thing = split_words(truth)
+    if not thing:
+        return False
+    own, other = split_words(answer)
+    if other not in ("", thing) or (not other and split_unit(answer)[1]):
+        return False
+    number = parse_number(own)
+    return number is not None and number == parse_number(value)
 
 
 def _same(answer: str, truth: str, depth: int) -> bool:

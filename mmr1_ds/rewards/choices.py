@@ -7,6 +7,7 @@ import re
 # (A) | A) | A. | A: | A, and what the option says after a mark
 _LABELLED = re.compile(r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:])\s*(.*)", re.DOTALL)
 _SINGLE = re.compile(r"[A-Za-z]")
+_OPTIONS = "ABCDEFGHabcdfgh"  # e is a number, as x is a variable: those are not E and X
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])")
 _OTHER_WORDS = re.compile(r"\b(?:or|and|not|nor|neither|either)\b", re.IGNORECASE)
 _LIST = re.compile(r"\(?[A-Z]\)?(?:(?:\s*[,;&]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-Z]\)?)+")
@@ -18,7 +19,7 @@ def choice(text: str) -> str | None:
     What follows the mark must name no other option: "(A) or (B)" and "A. B" commit to none.
     """
     if _SINGLE.fullmatch(text):
-        return text.upper()
+        return text.upper() if text in _OPTIONS else text
     match = _LABELLED.fullmatch(text)
     if match is None or _OTHER_LETTER.search(match[4]) or _OTHER_WORDS.search(match[4]):
         return None

@@ -12,6 +12,7 @@ _SYMBOLS: dict[str, str] = {
     "\N{INFINITY}": r"\infty ", "\N{UNION}": r"\cup ", "\N{GREEK SMALL LETTER PI}": r"\pi ",
     "\N{GREEK SMALL LETTER THETA}": r"\theta ", "\N{ANGLE}": r"\angle ",
     "\N{LESS-THAN OR EQUAL TO}": r"\le ", "\N{GREATER-THAN OR EQUAL TO}": r"\ge ", "\N{NOT EQUAL TO}": r"\ne ",
+    "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}", "\N{CENT SIGN}": " cent",
     "\N{EMPTY SET}": r"\emptyset ", "\N{PLUS-MINUS SIGN}": r"\pm ", "\N{ELEMENT OF}": r"\in ",
     "\N{DEGREE SIGN}": r"^\circ ", "\N{PRIME}": "'", "\N{RIGHT SINGLE QUOTATION MARK}": "'",
     "\N{SUPERSCRIPT TWO}": "^2", "\N{SUPERSCRIPT THREE}": "^3", "\N{IDEOGRAPHIC COMMA}": ",",
@@ -27,6 +28,7 @@ _COMMANDS = {
     "varnothing": r"\emptyset", "lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "vert": "|",
     "lvert": "|", "rvert": "|", "dots": r"\ldots", "cdots": r"\ldots", "colon": ":", "degree": r"^\circ",
     "quad": " ", "qquad": " ", "iff": r"\iff", "lor": r"\text{ or }", "land": r"\text{ and }",
+    "bigcup": r"\cup", "backslash": r"\setminus", "cent": " cent ", "overrightarrow": r"\vec", "bar": r"\overline",
 }  # fmt: skip
 _COMMAND = re.compile(rf"\\({'|'.join(_COMMANDS)})(?![a-zA-Z])")
 _SIZES = re.compile(
@@ -35,10 +37,10 @@ _SIZES = re.compile(
 )
 _BOLD = re.compile(r"\\(?:boldsymbol|bm|mathbf|mathit|mathsf|underline|emph|boxed|fbox|textbf|textit|textrm|mathrm)\{")
 _BOX = re.compile(r"\\f?boxed\s*\{")
-_COLOURED = re.compile(r"\\(?:text)?color\s*\{[a-zA-Z!\d]*\}")
+_COLOURED = re.compile(r"\\(?:text)?color(?:box)?\s*\{[a-zA-Z!\d]*\}")
 _SPACES = re.compile(r"(?P<row>\\\\)|\\[ ,;:>]|~|\s+")
 _GROUPED = re.compile(r"(?<![\d.,}])\d{1,3}(?:(?:\{,\}|,\\!|\\,|\\ | )\d{3})+(?![\d,}])")
-_OVER = re.compile(r"\{([^{}]*?)\s*\\over(?![a-zA-Z])\s*([^{}]*)\}")
+_OVER = re.compile(r"\{([^{}]*?)\s*\\(over|choose)(?![a-zA-Z])\s*([^{}]*)\}")
 _FRACTION_ARGUMENTS = re.compile(r"\\frac\s*(\d|\{[^{}]*\})\s*(\d(?![\d])|\{|[a-zA-Z](?![a-zA-Z]))")
 _ROOT_ARGUMENT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z])")
 _ROOT = re.compile("\N{SQUARE ROOT}\\s*(?:\\(([^()]*)\\)|(\\w+))")
@@ -51,7 +53,7 @@ def undress(text: str) -> str:
     Commas inside `{,}` belong to a number; a bare comma may also part two values.
     """
     text = text.translate(_CHARACTERS).strip()
-    while (box := _BOX.match(text)) and closing(text, box.end() - 1) == len(text) - 1:
+    while (box := _BOX.match(text)) and closing(text, box.end() - 1, "{}") == len(text) - 1:
         text = text[box.end() : -1].strip()
     text = _CODE.sub(lambda code: code[1] or code[2], text)
     text = _strip_dollars(text).replace(r"\(", "").replace(r"\)", "").replace(r"\[", "").replace(r"\]", "")
@@ -59,11 +61,14 @@ def undress(text: str) -> str:
     text = _COMMAND.sub(lambda command: _COMMANDS[command[1]], text)
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ").replace("==", "=")
     text = re.sub(r"\\text\{\s*(\\\$|-|:)\s*\}", r"\1", text).replace("{:}", ":").replace("{-}", "-")
-    text = re.sub(r"\^\s*\{?\s*\\prime\s*\}?", "'", text)
+    text = re.sub(r"\^\s*\{?((?:\s*\\prime)+)\s*\}?", lambda primes: "'" * primes[1].count("p"), text)
+    text = re.sub(r"\\log\s*_\s*\{?e\}?", r"\\ln", text)
+    text = re.sub(r"\\mathbb\s*(\w)", r"\\mathbb{\1}", text)
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", text)
     text = _GROUPED.sub(lambda digits: "{,}".join(re.findall(r"\d+", digits[0])), text).replace(r"\!", "")
     text = _BOLD.sub(lambda wrapper: r"\text{" if "text" in wrapper[0] or "rm" in wrapper[0] else "{", text)
-    text = _OVER.sub(r"\\frac{\1}{\2}", text)
+    text = re.sub(r"^([^{}]+\\over(?![a-zA-Z])[^{}]+)$", r"{\1}", text)
+    text = _OVER.sub(lambda over: rf"\{'frac' if over[2] == 'over' else 'binom'}{{{over[1]}}}{{{over[3]}}}", text)
     text = _FRACTION_ARGUMENTS.sub(lambda found: rf"\frac{_braced(found[1])}{_braced(found[2])}", text)
     text = _ROOT_ARGUMENT.sub(r"\\sqrt{\1}", text)
     text = _SPACES.sub(lambda space: space["row"] or " ", text).strip()
@@ -91,14 +96,15 @@ def _parted(text: str) -> bool:
     return bool(split(text, ",")[1:])
 
 
-def closing(text: str, start: int) -> int | None:
+def closing(text: str, start: int, brackets: str = "({[)}]") -> int | None:
     """Return the place of the bracket that closes the one at `start`, of whatever kind: `[0, 1)` is one pair."""
+    half = len(brackets) // 2
     depth = 0
     for place in range(start, len(text)):
         character = text[place]
-        if character in "({[":
+        if character in brackets[:half]:
             depth += 1
-        elif character in ")}]":
+        elif character in brackets[half:]:
             depth -= 1
             if depth == 0:
                 return place

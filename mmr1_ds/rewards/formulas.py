@@ -67,7 +67,7 @@ def _comparable(answer: str, truth: str) -> bool:
         _is_bounded(answer)
         and _is_bounded(truth)
         and not re.search(r"[\d)}] [\d({]", answer)
-        and not any("," in text for text in (answer, truth))
+        and not any(mark in text for mark in ",'" for text in (answer, truth))
         and not _other_case(answer, truth)
         and not _other_case(truth, answer)
         and all(_same_count(mark, answer, truth) for mark in ("|", "=", "<", ">"))
@@ -78,7 +78,10 @@ def _is_bounded(text: str) -> bool:
     """Whether sympy reads it as a formula and can hold what it makes of it."""
     if len(text) > MAX_FORMULA_CHARS or _UNBOUNDED.search(text) or _TOWER.search(text):
         return False
-    words = _WORD.findall(_COMMAND.sub(" ", text))
+    letters = _COMMAND.sub(" ", text)
+    if re.search(r"[a-zA-Z]\d", letters):  # CO2 is a name, x2 nobody's formula
+        return False
+    words = _WORD.findall(letters)
     if words and (max(map(len, words)) > 3 or not re.search(r"[-+\d^\\=]", text) or _CONJUNCTIONS & set(words)):
         return False  # sympy would read words as products of letters
     if text.count("^") - text.count(r"^\circ") > 12 or re.search(r"\d{40}", text):

@@ -24,7 +24,11 @@ _TEXT_UNIT = re.compile(
     r"(?P<value>.*[^\s\\{(,;=])\s*\\(?:text|mbox)\s*\{(?P<unit>[^{}\d]*(?:\^\s*\{?[23]\}?)?)\}\s*"
     r"(?P<power>\^\s*\{?[23]\}?)?"
 )
-_DEGREES = re.compile(r"(?P<value>.+?)\s*\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*)?(?P<scale>[CF]?)\s*\}?")
+_DEGREES = re.compile(
+    r"(?P<value>.+?)\s*(?:\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*)?(?P<scale>[CF]?)\s*\}?|\b(?:\\text\{\s*)?degrees?"
+    r" (?P<named>[CF])(?:elsius|ahrenheit)?\s*\}?)",
+    re.IGNORECASE,
+)
 _PERCENT = re.compile(r"(?P<value>.+?)\s*(?:\\?%|\bpct|\bpercent|\bper cent|\\text\{\s*(?:percent|pct|per cent)\s*\})")
 _CURRENCIES = {
     "dollar": r"\\?\$", "euro": "\N{EURO SIGN}", "pound sterling": "\N{POUND SIGN}", "yen": "\N{YEN SIGN}",
@@ -34,6 +38,8 @@ _NO_UNITS = frozenset(
     "or and not to through more less about approximately approx at least most if when where factorial squared cubed "
     "hundred half the is so times than as thousand million billion trillion dozen mod root".split()
 )
+_WORDS = re.compile(r"(?P<value>.*\d)(?:\s+(?P<unit>[A-Za-z]+(?: [a-z]+)?)|\s*(?P<sign>[\u4e00-\u9fff]{1,2}))")
+_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|dot)\{(\d{1,20})\}")
 _SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALED = re.compile(rf"(?P<value>.*\d)\s*(?:\\text\{{)?\s*(?P<scale>{'|'.join(_SCALES)})s?\s*\}}?")
 
@@ -60,9 +66,14 @@ def split_unit(text: str) -> tuple[str, str]:
     for pattern, unit in ((_PERCENT, "%"), (_DEGREES, "degree")):
         found = pattern.fullmatch(text)
         if found is not None:
-            return found["value"], unit + (found.groupdict().get("scale") or "")
+            scale = found.groupdict().get("scale") or found.groupdict().get("named") or ""
+            return found["value"], unit + scale.upper()
     if re.search(r"\\Omega$", text):
         return text.removesuffix(r"\Omega").rstrip(), "ohm"
+    coded = re.fullmatch(r"(USD|EUR|GBP) ?(\d.*)", text)
+    if coded is not None:
+        return coded[2], canonical_unit(coded[1])
+    text = re.sub(r'(?<=\d)"$', " inch", text)
     found = _TEXT_UNIT.fullmatch(text)
     if found is None:
         return split_bare_unit(text) or (text, "")
@@ -70,6 +81,17 @@ def split_unit(text: str) -> tuple[str, str]:
     if _NO_UNITS & set(re.split(r"[^a-z]+", unit.lower())) or not re.search("[a-zA-Z]", unit):
         return text, ""
     return found["value"], canonical_unit(unit + (found["power"] or ""))
+
+
+def split_words(text: str) -> tuple[str, str]:
+    """Split `3 people` or `1200 rpm` into a number and what is no known unit; that is "" where there is none."""
+    found = _WORDS.fullmatch(text)
+    thing = "" if found is None else found["unit"] or found["sign"]
+    words = set(thing.lower().split())
+    is_unit = split_unit(text)[1] or words & (_NO_UNITS | _SCALES.keys())
+    if found is None or is_unit or parse_number(found["value"]) is None:
+        return text, ""
+    return found["value"], thing
 
 
 def parse_number(text: str) -> Number | None:
@@ -115,6 +137,11 @@ def _value(text: str) -> Fraction | None:
     if fraction is not None:
         above, below = _decimal(fraction[2] or fraction[4]), _decimal(fraction[3] or fraction[5])
         return None if above is None or not below else _signed(fraction[1] or "", above / below)
+    repeating = _REPEATING.fullmatch(text)
+    if repeating is not None:
+        ahead, again = repeating[3], repeating[4]
+        rest = Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(ahead))
+        return _signed(repeating[1], Fraction(f"{repeating[2] or '0'}.{ahead or '0'}") + rest)
     of_ten = _POWER_OF_TEN.fullmatch(text)
     if of_ten is not None:
         return _sign(of_ten[1]) * _ten_to(of_ten[2]) if abs(int(of_ten[2])) <= MAX_EXPONENT else None

@@ -129,6 +129,11 @@ class RewardPool:
     ) -> None:
         self.close()
 
+    @property
+    def together(self) -> str:
+        """Which responses the reward sees in one call: one, group or batch. Known once the workers have started."""
+        return self._together
+
     def score(self, items: list[RewardItem]) -> list[RewardResult]:
         """Score responses; results in the order of the items, failures included. Never raises for a bad response.
 
@@ -162,6 +167,8 @@ class RewardPool:
         self._selector.close()
 
     def _start(self) -> _Worker:
+        if self._is_closed:  # by another thread than that which scores
+            raise RuntimeError("the reward pool is closed")
         process = WorkerProcess(self._selector)
         process.send(self._setup)
         return _Worker(process, time.monotonic() + STARTUP_SECONDS)

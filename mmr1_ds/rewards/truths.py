@@ -7,11 +7,18 @@ import re
 from mmr1_ds.rewards.boxes import last_boxed
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
+_SENTENCE = re.compile(
+    r"(?:^|[.!:,;\n]\s*|\b(?:so|thus|hence|therefore),? )\**(?:the )?(?:final |correct )?answer\**"
+    r"(?:\s*[:=]|\s+is:?)\**\s*([^\n]+?)\s*$",
+    re.IGNORECASE,
+)
 _HASHES = re.compile(r"(?:^|\s)####[ \t]*([^\n]+?)\s*$")
 
 
 def read_truth(text: str) -> str:
-    r"""Return the answer in `<answer> 2 </answer>`, `... #### 72` or a solution with `\boxed{}`; else the text itself.
+    r"""Return the answer in `<answer> 2 </answer>`, `... #### 72`, a solution with `\boxed{}` or `The answer is 42.`.
+
+    Without any of them it is the text itself.
 
     Every built-in reward reads truths by this function, and so does `mmr1-ds data`; a reward file gets them as they
     are.
@@ -23,4 +30,7 @@ def read_truth(text: str) -> str:
     if hashes is not None:
         return hashes[1].strip()
     boxed = last_boxed(text)
-    return text.strip() if boxed is None or not boxed.strip() else boxed.strip()
+    if boxed is not None and boxed.strip():
+        return boxed.strip()
+    sentence = _SENTENCE.search(text)
+    return text.strip() if sentence is None else sentence[1].removesuffix(".").strip()

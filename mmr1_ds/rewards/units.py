@@ -10,7 +10,7 @@ _SPELLINGS = {
     "dm": "dm decimeter decimetre",
     "m": "m meter metre",
     "km": "km kilometer kilometre",
-    "inch": "inch inches in.",
+    "inch": "inch inches in. in",
     "ft": "ft foot feet",
     "yd": "yd yard",
     "mile": "mile mi",
@@ -52,6 +52,8 @@ _SPELLINGS = {
 }
 _CANONICAL = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 _POWER_WORDS = {"square": "^2", "sq": "^2", "cubic": "^3"}
+_POWERED = re.compile(r"(.*[A-Za-z]) (squared|cubed)")
+_PER = re.compile(r"(?<=[a-z]) per (?=[a-z])")
 # The bare letters among them are variables as often as units: "5 m" is five metres only with the space.
 _SHORT = tuple(spelling for spelling in _CANONICAL if len(spelling) == 1 and spelling.isalpha())
 _BARE = re.compile(
@@ -62,21 +64,29 @@ _BARE = re.compile(
 
 def canonical_unit(text: str) -> str:
     """Return a unit's one spelling: `metres` is m, `square feet` is ft^2. An unknown unit stays as it is."""
+    text = _PER.sub("/", text)
+    if (powered := _POWERED.fullmatch(text)) is not None:
+        text = powered[1] + ("^2" if powered[2] == "squared" else "^3")
     words = text.split()
     power = _POWER_WORDS.get(words[0].lower(), "") if len(words) > 1 else ""
     name = " ".join(words[1:] if power else words)
     base = re.sub(r"\^\s*\{?([23])\}?$", "", name).strip()
     power = power or "".join(f"^{digit}" for digit in re.findall(r"\^\s*\{?([23])\}?$", name))
-    return (_known(base) or re.sub(r"\s", "", base)) + power
+    parts = [_known(part) or part for part in re.sub(r"\s", "", base).split("/")]
+    return (_known(base) or "/".join(parts)) + power
 
 
 def split_bare_unit(text: str) -> tuple[str, str] | None:
     """Split `5 cm^2` into (`5`, `cm^2`), a number and a unit in plain letters. None without a known unit."""
+    text = _PER.sub("/", text)
+    powered = _POWERED.fullmatch(text)
+    if powered is not None:
+        text = powered[1] + ("^2" if powered[2] == "squared" else "^3")
     match = _BARE.fullmatch(text)
     if match is None:
         return None
     last = match["unit"].split()[-1]
-    if _known(last) is None or not re.search(r"[\d\\]", match["value"]):
+    if any(_known(part) is None for part in last.split("/")) or not re.search(r"[\d\\]", match["value"]):
         return None
     if not match["space"] and (last in _SHORT or not match["value"][-1].isdigit()):
         return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from mmr1_ds.rewards import sets
 from mmr1_ds.rewards.dress import closing, split
+from mmr1_ds.rewards.names import named
 
 _MATRIX = re.compile(r"(?:\[|\()? ?\\begin\{(p|b|B|v|V|)matrix\}(.*)\\end\{\1matrix\} ?(?:\]|\))?", re.DOTALL)
 _ARRAY = re.compile(r"[\[(] ?\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\} ?[\])]", re.DOTALL)
@@ -22,7 +24,7 @@ _INFINITE = re.compile(r"\+ ?\\infty")
 class Value:
     """A value and its parts, as undressed texts."""
 
-    kind: str  # atom, list, tuple, union, matrix, relation
+    kind: str  # atom, list, tuple, union, matrix, relation, except (all reals but those)
     items: tuple[str, ...]
     brackets: str = ""  # of a tuple or interval; of relations their signs; of a matrix its shape
     is_ordered: bool = False
@@ -33,9 +35,18 @@ class Value:
 def readings(text: str) -> list[Value]:
     """Return all readings of an undressed text."""
     text = text.strip()
+    if (written := sets.rewritten(text)) is not None:
+        return readings(written)
+    if (points := sets.excluded_points(text)) is not None:
+        return [Value("except", points)]
     member = _MEMBER.match(text)
     if member is not None:
         return [replace(value, name=member[1]) for value in readings(text[member.end() :])]
+    name, value = named(text)
+    if name and name not in ("y", "f(x)"):
+        of_name = [replace(found, name=name) for found in readings(value)]
+        if all(found.kind in ("list", "tuple", "matrix", "union") for found in of_name):
+            return of_name
     matrix = _matrix(text)
     if matrix is not None:
         return [matrix]
@@ -107,8 +118,13 @@ def _bare_commas(text: str) -> list[Value]:
         return [Value("union", tuple(expanded))]
     is_sequence = any(r"\ldots" in part or "..." in part for part in expanded)
     found = [Value("list", tuple(expanded), is_ordered=is_sequence)]
+    names, coordinates = zip(*map(named, expanded), strict=True)
+    if names in (("x", "y"), ("x", "y", "z")):
+        found.append(Value("tuple", coordinates, "()", is_ordered=True))
     if ", " in text or ";" in text or text.count(",") == 0:
         return found
+    if any(re.fullmatch(r"0\d+", part) for part in expanded):  # 1,000 and 0,05 list nothing
+        found.clear()
     if re.sub(_THOUSANDS, "", text).count(",") == 0:
         if re.search(r",\d{3}\.\d", text):  # 12,345.67 is no list
             return [Value("atom", (text.replace(",", "{,}"),))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +11,15 @@ from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, Weig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# Takes the groups that are there, by the positions of their requests. Returns: whether the others may be given up.
+Enough = Callable[[Mapping[int, RolloutGroup]], bool]
+
+
+def never(groups: Mapping[int, RolloutGroup]) -> bool:
+    """Let all be sampled."""
+    return False
 
 
 def ignore(count: int) -> None:
@@ -87,9 +96,11 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def collect(self, submitted: Any) -> list[RolloutGroup | None]:
-        """The groups of one `submit`, once, in the order of its requests; None for one that can wait and was given up.
+    def collect(self, submitted: Any, enough: Enough = never) -> list[RolloutGroup | None]:
+        """The groups of one `submit`, once, in the order of its requests; None for one that was given up.
 
+        Given up are those that can wait, and all that are still sampled when `enough` says so: an engine that cannot
+        stop them samples them all.
         Collective: all ranks, in the same order. Raises: as `generate`.
         """
         ...
@@ -140,7 +151,7 @@ class InTurn:
         """See RolloutEngine."""
         return Submitted(requests, settings)
 
-    def collect(self, submitted: Submitted) -> list[RolloutGroup | None]:
+    def collect(self, submitted: Submitted, enough: Enough = never) -> list[RolloutGroup | None]:
         """See RolloutEngine."""
         return list(self.generate(submitted.requests, submitted.settings))
 

@@ -179,3 +179,15 @@ def test_a_launch_of_another_size_than_the_config_s_is_refused(valid, capfd):
 @pytest.mark.parametrize("environ", [{"DS_ACCELERATOR": "cpu"}, {"CUDA_VISIBLE_DEVICES": ""}])
 def test_a_gpu_can_be_hidden(environ):
     assert not gpu_is_here(environ)
+
+
+def test_no_file_in_the_folder_of_the_call_shadows_a_module(tmp_path):
+    """`python -m` puts that folder first."""
+    for name in ("random", "typing", "queue", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} is shadowed')\n")
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml" / "__init__.py").write_text("raise SystemExit('yaml is shadowed')\n")
+    for module in ("mmr1_ds.train", "mmr1_ds.commands.cli"):
+        command = [sys.executable, "-m", module, *(["keys"] if "cli" in module else ["trainer.nope=1"])]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+        assert "shadowed" not in done.stderr and done.returncode == (0 if "cli" in module else 2), done.stderr

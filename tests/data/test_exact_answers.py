@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets.packaged_modules.json import json as json_reader
 from fixtures.data_fixtures import load, write_text_model
@@ -84,3 +87,17 @@ def test_equal_files_give_equal_data_sets(tmp_path, text_model):
     first, second = (load(write("jsonl", tmp_path / name, ["1", "0.5"]), text_model) for name in ("a", "b"))
     assert first.fingerprint == second.fingerprint
     assert json.dumps(list(first.prompt_ids)) == json.dumps(list(second.prompt_ids))
+
+
+def test_answers_of_parquet_are_as_short_as_their_type_holds_them(tmp_path, text_model):
+    columns = {
+        "half": (pa.array([0.1], pa.float32()), "0.1"),
+        "money": (pa.array([Decimal("1.10")]), "1.10"),
+        "double": (pa.array([0.1 + 0.2]), "0.30000000000000004"),
+        "whole": (pa.array([2**60 + 1]), str(2**60 + 1)),
+        "label": (pa.array([7]).dictionary_encode(), "7"),
+    }
+    table = pa.table({"prompt": ["p"], **{name: column for name, (column, _) in columns.items()}})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    for name, (_, expected) in columns.items():
+        assert answers(str(tmp_path / "rows.parquet"), text_model, answer_key=name) == [expected]

@@ -23,6 +23,8 @@ CALLS = {
         "reset_mm_cache": "vllm.v1.engine.llm_engine:LLMEngine.reset_mm_cache",
         "reset_encoder_cache": "vllm.v1.engine.llm_engine:LLMEngine.reset_encoder_cache",
         "step": "vllm.v1.engine.llm_engine:LLMEngine.step",
+        "enqueue": "vllm.entrypoints.llm:LLM.enqueue",
+        "abort_request": "vllm.v1.engine.llm_engine:LLMEngine.abort_request",
         "shutdown": "vllm.v1.engine.core_client:InprocClient.shutdown",
         "has_requests": "vllm.v1.core.sched.async_scheduler:AsyncScheduler.has_requests",
         "reload_weights": "vllm.v1.worker.gpu_worker:Worker.reload_weights",

@@ -103,6 +103,58 @@ def test_draws_sampled_together_are_those_of_one_after_the_other(size):
     assert together[0][2]["reward/num_responses"] >= 4 * B * N
 
 
+class InTurn(FakeCollector):
+    """Its groups end one after the other, the last asked for first, until there are enough."""
+
+    def wait(self, in_flight, enough=None):
+        super().wait(in_flight)
+        there = {}
+        for position in reversed(range(len(in_flight.requests))):
+            there[position] = in_flight.groups[position]
+            if enough is not None and enough(there):
+                break
+        in_flight.groups.update(dict.fromkeys(in_flight.groups.keys() - there.keys()))
+
+    def score_early(self, groups):
+        self.calls = [*getattr(self, "calls", []), len(groups)]
+        return self.score(groups, None)[0]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_is_still_sampled_is_stopped_when_the_batch_is_full(size):
+    """A third of the prompts teach, so that some 3 of 5 draws are needed; the curriculum sees what came back alone."""
+    observed = []
+    original = Coordinator.observe
+
+    def observe(self, step, statistics):
+        observed.extend(statistics)
+        original(self, step, statistics)
+
+    def on_rank(control):
+        collector = InTurn()
+        maker, _ = make(control, collector, oversample=5, stop=True)
+        batch = maker.make(1, SETTINGS, StageClock())
+        return [teaches(group, AlgorithmConfig()) for group in batch.groups], batch.metrics, collector.calls
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Coordinator, "observe", observe)
+        found = on_ranks(size, on_rank)
+    assert sum(len(taught) for taught, _, _ in found) == B and all(all(taught) for taught, _, _ in found)
+    metrics = found[0][1]
+    assert metrics["online_filtering/num_tries"] == 1 and 5 <= metrics["online_filtering/num_stopped"] < 4 * B
+    assert metrics["reward/num_responses"] == (5 * B - metrics["online_filtering/num_stopped"]) * N
+    assert len(observed) * N == metrics["reward/num_responses"]
+    assert all(len(calls) < 5 * B / size for _, _, calls in found)  # not one for each group
+
+
+def test_a_reward_that_compares_all_responses_waits_for_all():
+    collector = InTurn()
+    collector.scores_groups_alone = False
+    batch = make(SingleProcess(), collector, oversample=5, stop=True)[0].make(1, SETTINGS, StageClock())
+    assert batch.metrics["online_filtering/num_stopped"] == 0
+    assert batch.metrics["reward/num_responses"] == 5 * B * N
+
+
 def test_draws_begun_together_are_shared_out_over_other_ranks(tmp_path):
     def maker_of(control):
         return make(control, FakeCollector(), oversample=2)[0]
@@ -204,7 +256,7 @@ class CutOff(FakeCollector):
         super().__init__()
         self.left = at
 
-    def wait(self, in_flight):
+    def wait(self, in_flight, enough=None):
         self.left -= 1
         if self.left == 0:
             raise SamplingAbandoned

@@ -111,7 +111,7 @@ def test_both_spellings_of_metrics(valid, names):
         ("worker.actor.loss_avg_mode=batch", "loss_avg_mode must be token or seq or seq_sum or path/file.py:function"),
         ("worker.actor.loss_scale_factor=512", "loss_scale_factor=512 needs worker.actor.loss_avg_mode=seq_sum, got "),
         ("worker.actor.tau_negative=0", "worker.actor.tau_negative must be over 0, got 0.0"),
-        ("worker.actor.optim.strategy=adamw_8bit", "strategy must be adamw or adamw_bf16, got adamw_8bit; "),
+        ("worker.actor.optim.strategy=sgd", "strategy must be adamw or adamw_bf16 or adamw_8bit or muon, got sgd"),
         ("worker.rollout.name=sglang", "worker.rollout.engine must be auto or vllm or server or hf, got"),
         ("data.curriculum_momentum=1.0", "data.curriculum_momentum must be in [0, 1), got 1.0"),
     ],

@@ -7,7 +7,13 @@ import pytest
 
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.deepspeed import critic_deepspeed, own_deepspeed, reference_deepspeed, resolve_deepspeed
+from mmr1_ds.preflight.deepspeed import (
+    critic_deepspeed,
+    own_deepspeed,
+    reference_deepspeed,
+    resolve_deepspeed,
+    with_written_offload,
+)
 
 BATCH = [
     "worker.actor.global_batch_size=6",
@@ -331,6 +337,29 @@ def test_states_that_are_offloaded_already_cannot_be_moved():
     of_torch = {**AUTO, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
     assert "DeepSpeed moves the states of its own Adam only" in refused(of_torch, "worker.actor.offload_states=true")
     resolve(of_torch, "worker.actor.offload_states=true", on_gpu=False)  # nothing of it is moved there
+
+
+def test_a_machine_without_gpus_has_the_offload_sections_read_too():
+    """A run there drops them; a misspelt key in them would fail in the queue."""
+    config = load_config(BATCH).config
+    config.worker.actor.deepspeed = changed(zero_optimization__offload_param={"devise": "cpu", "buffer_size": "auto"})
+    actor = resolve_deepspeed(config, 2, on_gpu=False)
+    assert "offload_param" not in actor["zero_optimization"]
+    assert with_written_offload(config, actor)["zero_optimization"]["offload_param"] == {"devise": "cpu"}
+    assert "offload_param" not in actor["zero_optimization"]
+
+
+@pytest.mark.parametrize("strategy", ["adamw_bf16", "muon"])
+def test_states_of_other_optimisers_are_neither_offloaded_nor_moved(strategy):
+    offload = "worker.actor.offload.offload_optimizer=true"
+    refusal = refused(AUTO, f"worker.actor.optim.strategy={strategy}", offload)
+    assert f"strategy={strategy} keeps its states on the GPU, not with offload_optimizer" in refusal
+
+
+def test_8_bit_moments_ask_for_their_library(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refused(AUTO, "worker.actor.optim.strategy=adamw_8bit", on_gpu=False)
+    assert message.endswith("needs bitsandbytes, not installed here: pip install 'mmr1_ds[optimizers]'")
 
 
 def test_bf16_moments_are_neither_offloaded_nor_moved():

@@ -109,6 +109,11 @@ for step in range(int(num_steps)):
     groups = rollout.generate(requests, settings)
     given_back_bytes = 0
     if isinstance(rollout, VllmRollout):
+        if tensor_parallel == "1":  # what is stopped leaves nothing behind
+            short = [dataclasses.replace(requests[0], max_tokens=1), *requests[1:]]
+            found = rollout.collect(rollout.submit(short, settings), lambda there: 0 in there)
+            assert found[0] is not None and None in found
+            assert all(len(response.token_ids) == 1 for response in found[0].responses)
         rollout.sleep(keep_weights=True)
         assert rollout._llm.llm_engine.is_sleeping()
         before, groups = groups, rollout.generate(requests, settings)

@@ -22,7 +22,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as normalised
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = {extra: lines for extra, lines in PROJECT["optional-dependencies"].items() if extra != "trackers"}
+UNPINNED = ("trackers", "optimizers")
+OPTIONAL = {extra: lines for extra, lines in PROJECT["optional-dependencies"].items() if extra not in UNPINNED}
 NAMED = {"": PROJECT["dependencies"], **OPTIONAL}  # by extra; the base without
 BOUNDS = [
     (extra, requirement)

@@ -13,7 +13,10 @@ TRUTHS = [
     ("2", "2"), (" 2 ", "2"), ("<answer> 2 </answer>", "2"), ("48 / 2 = 24\n48 + 24 = 72\n#### 72", "72"),
     ("#### 1,234", "1,234"), ("So $x = \\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"), ("\\boxed{3}", "3"),
     ("<think>a</think><answer>\\boxed{5}</answer>", "5"), ("First \\boxed{1}, then \\boxed{2}", "2"),
-    ("(A) 12", "(A) 12"), ("\\boxed{", "\\boxed{"), ("<answer>2", "<answer>2"),
+    ("The answer is 42.", "42"), ("Final answer: 42", "42"), ("Answer: C", "C"), ("So 6 + 6.\nANSWER: 12", "12"),
+    ("2 + 2, so the answer is: $4$.", "$4$"), ("**Answer:** 7", "7"), ("no answer", "no answer"),
+    ("the answer to life", "the answer to life"), ("(A) 12", "(A) 12"), ("\\boxed{", "\\boxed{"),
+    ("<answer>2", "<answer>2"),
 ]  # fmt: skip
 
 
@@ -27,7 +30,7 @@ def test_a_truth_is_read_by_what_is_inside(truth, inside):
 
 
 def test_the_survey_says_how_truths_are_read():
-    answers = ["7", "<answer> 2 </answer>", "so #### 72", "word " * 30]
+    answers = ["7", "<answer> 2 </answer>", "so #### 72", "42\nfor 6 x 7 is 42"]
     check = check_reward(answers, RewardConfig("math"), 1)
     assert (check.num_answers, check.num_refused) == (4, 0)
     assert check.wrapped == [("<answer> 2 </answer>", "2"), ("so #### 72", "72")]

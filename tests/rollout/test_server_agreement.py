@@ -210,6 +210,27 @@ def test_probes_that_can_wait_are_given_up_when_the_training_has_its_own(monkeyp
         assert on_ranks(monkeypatch, servers, [Watched(servers[0])], work)[0] == [2.0 * RANKS] * RANKS
 
 
+def test_what_is_still_sampled_is_stopped_when_there_is_enough(monkeypatch):
+    with scripted_servers(1) as servers:
+        servers[0].script = lambda body: "hang" if body["token_ids"][0] % 2 else None
+
+        def work(engine, rank):
+            engine.sync_weights(ACTOR)
+            asked, seen = requests(5), []
+
+            def enough(groups):
+                seen.append(sorted(groups))
+                return len(groups) == 3
+
+            found = engine.collect(engine.submit(asked, SETTINGS), enough)
+            assert [group is None for group in found] == [False, True, False, True, False]
+            assert seen[-1] == [0, 2, 4]
+            servers[0].script = lambda body: None
+            assert None not in engine.collect(engine.submit(asked, SETTINGS))
+
+        assert on_ranks(monkeypatch, servers, [Watched(servers[0])], work)[0] == [None] * RANKS
+
+
 def test_a_start_that_fails_is_every_ranks_error(monkeypatch):
     with scripted_servers(1) as servers:
         watched = [Watched(servers[0])]

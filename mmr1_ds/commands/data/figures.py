@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NUM_BINS = 10
 SHOWN = 3  # examples of anything
 MOST_FREQUENT = 5
-MOST_WORDS = 15  # of an answer that a response can be expected to match
+MOST_WORDS = 10  # of an answer that a response can be expected to match
 NUM_SCORED = 1000  # at most so many answers are given to the reward
 BY_RULE = ("math", "r1v", "openr1_wo_LMM")  # built-in rewards without a judge
 
@@ -181,7 +181,7 @@ def check_reward(answers: Sequence[str], reward: RewardConfig, seed: int) -> Rew
     refused = [answer for answer, result in zip(distinct, results, strict=True) if result.accuracy != 1.0]
     read = [(answer, read_truth(answer)) for answer in distinct]
     wrapped = [(answer, inside) for answer, inside in read if inside != answer.strip()]
-    prose = [inside for _, inside in read if len(inside.split()) > MOST_WORDS]
+    prose = [inside for _, inside in read if len(inside.split()) > MOST_WORDS or "\n" in inside.strip()]
     return RewardCheck(
         reward.reward_function, len(distinct), len(refused), refused[:SHOWN],
         len(wrapped), wrapped[:SHOWN], len(prose), prose[:SHOWN],

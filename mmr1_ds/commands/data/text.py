@@ -149,8 +149,8 @@ def _answers(found: AnswerSummary | None, check: RewardCheck | None, num_usable:
     if check.num_wrapped:
         shown = ", ".join(f"{_printable(one, 60)!r} as {_printable(inside, 40)!r}" for one, inside in check.wrapped)
         yield from _wrapped(
-            f"{check.num_wrapped:,} of them stand in <answer>, behind #### or in a solution with a \\boxed{{}}, and "
-            f"are read by what is inside: {shown}",
+            f"{check.num_wrapped:,} of them stand in <answer>, behind #### or 'the answer is', or in a "
+            f"solution with a \\boxed{{}}, and are read by what is inside: {shown}",
             _INDENT * 2,
         )
     if check.num_prose:

@@ -8,7 +8,8 @@ ZeRO-3 with W ranks, P parameters of e bytes, P' of them trained, and the sizes 
                   view of every weight until the backward, all e P, where memory_efficient_linear is off
     gradients     4 P' / W of the shards, summed in float32 (engine/model/policy.py, exact_types), and e times a bucket
                   (reduce_bucket_size; two with overlap_comm)
-    optimiser     4 P' / W of the float32 copy, 8 P' / W of the two moments, 4 P' / W in bf16 (strategy=adamw_bf16);
+    optimiser     4 P' / W of the float32 copy, 8 P' / W of the two moments, 4 P' / W in bf16 (strategy=adamw_bf16) and
+                  with Muon's one momentum, 2.03 P' / W in 8 bits;
                   with offload_optimizer in host memory
     update        4 bytes for each element of a sub_group (at most P' / W): its gradient in float32, one at a time;
                   three times that with torch's own Adam, which makes copies
@@ -31,6 +32,7 @@ from mmr1_ds.engine.model.shapes import ModelShape
 
 EXACT = 4  # bytes of float32
 _MOMENTS = 2
+_MOMENT_BYTES = {"adamw_bf16": 2, "adamw_8bit": 1 + 4 / 256, "muon": EXACT / 2}  # muon: one for both
 _SUB_GROUP = 1e9  # DeepSpeed's own sizes, in elements
 _BUCKET = 5e8
 _LIVE = 1e9
@@ -76,7 +78,7 @@ def zero_engine(
     own = shape.trained / ranks
     buckets = 2 if zero.get("overlap_comm", True) else 1
     gradients = EXACT * own + element * buckets * zero.get("reduce_bucket_size", _BUCKET)
-    moment = 2 if strategy == "adamw_bf16" else EXACT
+    moment = _MOMENT_BYTES.get(strategy, EXACT)
     optimizer = (EXACT + moment * _MOMENTS) * own
     update = EXACT * min(own, zero.get("sub_group_size", _SUB_GROUP)) * (3 if torch_adam else 1)
     if _device(zero, "offload_optimizer") != "none":

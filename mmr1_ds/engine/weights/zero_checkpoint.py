@@ -54,9 +54,12 @@ _WORKERS = 4  # of the conversion, each with a rank's shards in memory
 class ZeroCheckpoint:
     """Saves and loads one engine."""
 
-    def __init__(self, engine: Any, ranks: Ranks) -> None:
-        """engine: DeepSpeed's, with an optimizer. It then writes its files through this."""
-        self._engine, self._ranks = engine, ranks
+    def __init__(self, engine: Any, ranks: Ranks, bound_by: str = "") -> None:
+        """Take over the writing of an engine's files.
+
+        Args: engine: DeepSpeed's, with an optimizer; bound_by: the setting whose states no other number of ranks reads.
+        """
+        self._engine, self._ranks, self._bound_by = engine, ranks, bound_by
         self._writer = engine.checkpoint_engine = _Writer()
         # Rank 0 alone copies a script beside the shards, not through its checkpoint engine: where that fails, the
         # other ranks wait for it. `mmr1-ds export` does what the script does.
@@ -88,7 +91,13 @@ class ZeroCheckpoint:
         Raises: UserError when it cannot be converted.
         """
         tag = _TAG
-        if self._written_by(folder) != self._ranks.size:
+        written_by = self._written_by(folder)
+        if written_by != self._ranks.size and self._bound_by:
+            raise UserError(
+                f"{folder} was written by {written_by} ranks, and {self._bound_by} resumes on as many alone: DeepSpeed "
+                f"converts the states of adamw only; start {written_by} ranks"
+            )
+        if written_by != self._ranks.size:
             tag = CONVERTED
             self._convert(folder)
         # As a DeepSpeed configuration would say it, but that this is known only now.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import CountedWeights, InTurn, Policy, ignore
+from mmr1_ds.rollout.base import CountedWeights, Enough, InTurn, Policy, Submitted, ignore, never
 from mmr1_ds.rollout.colocated.adapters import adapter_options, adapter_request, check_places, load_adapters, refusal
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import phases_logged
@@ -82,6 +81,21 @@ class VllmRollout(InTurn):
         advance: Callable[[int], None] = ignore,
     ) -> list[RolloutGroup]:
         """See RolloutEngine. Raises: SamplingAbandoned."""
+        found = [group for group in self._generate(requests, settings, advance, never) if group is not None]
+        assert len(found) == len(requests)
+        return found
+
+    def collect(self, submitted: Submitted, enough: Enough = never) -> list[RolloutGroup | None]:
+        """See RolloutEngine. The ranks of a tensor-parallel group would have to stop together: they sample all."""
+        return self._generate(submitted.requests, submitted.settings, ignore, enough)
+
+    def _generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        settings: SamplingSettings,
+        advance: Callable[[int], None],
+        enough: Enough,
+    ) -> list[RolloutGroup | None]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -108,34 +122,48 @@ class VllmRollout(InTurn):
                     **shaping(settings),
                 )
             )
-        outputs = self._sample(inputs, parameters, advance) if shared else []
-        if self._ranks.any(outputs is None, "ask whether sampling is abandoned"):
+        own = range(first, first + len(requests))
+        prompts = [request.prompt for request in shared]
+        groups = self._sample(prompts, inputs, parameters, own, advance, enough) if shared else {}
+        if self._ranks.any(groups is None, "ask whether sampling is abandoned"):
             raise SamplingAbandoned
-        assert outputs is not None
-        return [
-            self._group(request.prompt, output)
-            for request, output in zip(requests, outputs[first : first + len(requests)], strict=True)
-        ]
+        assert groups is not None
+        return [groups.get(position) for position in range(len(requests))]
 
     def _sample(
-        self, inputs: list[Any], parameters: list[Any], advance: Callable[[int], None]
-    ) -> list[RequestOutput] | None:
-        """None when this rank was told to end and has no time for more."""
+        self,
+        prompts: Sequence[Prompt],
+        inputs: list[Any],
+        parameters: list[Any],
+        own: range,
+        advance: Callable[[int], None],
+        enough: Enough,
+    ) -> dict[int, RolloutGroup] | None:
+        """The groups of this rank's `own` places, by position among them. None when it has no time for more."""
         self._cycle.begin_sampling()
         # What an earlier call left would save little, and a resumed run, which has not made that call, would differ
         # from the straight one in rounding: a prompt's states depend on what they are computed together with.
         self._llm.reset_prefix_cache()
+        engine, groups = self._llm.llm_engine, dict[int, RolloutGroup]()
         try:
             # The ranks of a tensor-parallel group wait for each other in every token.
             with self._preemption.interrupting() if self._tensor_parallel_size == 1 else nullcontext():
-
-                def bar(items: Any = None, **options: Any) -> Any:
-                    return _Progress(advance, self._tensor_parallel_size) if items is None else items
-
-                return self._llm.generate(inputs, parameters, use_tqdm=bar, lora_request=self._adapter)
+                ids = self._llm.enqueue(inputs, parameters, use_tqdm=False, lora_request=self._adapter)
+                places = {id.partition("-")[0]: place for place, id in enumerate(ids)}  # outputs name what is before it
+                while engine.has_unfinished_requests():
+                    ended: list[Any] = [output for output in engine.step() if output.finished]
+                    ended = [(place, output) for output in ended if (place := places[output.request_id]) in own]
+                    for place, output in ended:
+                        groups[place - own.start] = self._group(prompts[place], output)
+                        advance(len(output.outputs))
+                    if ended and enough(groups) and self._tensor_parallel_size == 1:
+                        rest = [ids[place] for place in own if place - own.start not in groups]
+                        engine.abort_request(rest, internal=True)
+                        own = range(0)  # what comes now was cut off
         except SamplingAbandoned:
             self._cycle.abandon()
             return None
+        return groups
 
     def _requests_of_group(self, own: list[RolloutRequest]) -> tuple[list[RolloutRequest], int]:
         """The requests of all ranks of the tensor-parallel group, in rank order, and where this rank's begin."""
@@ -185,27 +213,6 @@ class VllmRollout(InTurn):
             self._llm.llm_engine.engine_core.shutdown()
             del self._llm
             gc.collect()
-
-
-class _Progress:
-    """Stands where vLLM's own bar would, and passes on what it counts."""
-
-    def __init__(self, advance: Callable[[int], None], shared_by: int) -> None:
-        """shared_by: ranks whose responses are counted together."""
-        self._advance, self._shared_by = advance, shared_by
-        self.n, self.postfix = 0, ""
-        self.format_dict = {"elapsed": math.inf}  # from which vLLM computes tokens a second for its bar
-
-    def update(self, count: int) -> None:
-        before = self.n // self._shared_by
-        self.n += count
-        self._advance(self.n // self._shared_by - before)
-
-    def refresh(self) -> None:
-        """Nothing is drawn."""
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def _start_engine(

@@ -18,7 +18,7 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.config.redaction import remember
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import Policy, ServersGone, ignore
+from mmr1_ds.rollout.base import Enough, Policy, ServersGone, ignore, never
 from mmr1_ds.rollout.options import ImageBounds, image_bounds
 from mmr1_ds.rollout.servers.address import ServerAddress
 from mmr1_ds.rollout.servers.group import ServerGroup, Ticket
@@ -155,21 +155,28 @@ class ServerRollout:
             ask([i for i, request in enumerate(requests) if request.can_wait], _PROBE),
         )
 
-    def collect(self, submitted: _Submitted) -> list[RolloutGroup | None]:
+    def collect(self, submitted: _Submitted, enough: Enough = never) -> list[RolloutGroup | None]:
         """See RolloutEngine. Raises: ServersGone, SamplingAbandoned."""
-        return self._collect(submitted, ignore)
+        return self._collect(submitted, ignore, enough)
 
-    def _collect(self, submitted: _Submitted, advance: Callable[[int], None]) -> list[RolloutGroup | None]:
-        _, waited_for = submitted.training
+    def _collect(
+        self, submitted: _Submitted, advance: Callable[[int], None], enough: Enough = never
+    ) -> list[RolloutGroup | None]:
+        positions, waited_for = submitted.training
         is_done, num_there = False, 0
         while not is_done:
-            reports = self._tell(self._group.wait(waited_for, _POLL_SECONDS), may_send=True)
+            own_done = self._group.wait(waited_for, _POLL_SECONDS)
+            if not own_done:
+                there = {positions[i]: group for i, group in list(waited_for.groups.items()) if group is not None}
+                own_done = enough(there)
+            reports = self._tell(own_done, may_send=True)
             before, num_there = num_there, waited_for.num_responses
             advance(num_there - before)
             if any(report.is_urgent for report in reports):
                 raise SamplingAbandoned
             is_done = all(report.is_done for report in reports)
         # The training waits for nothing more: what probes have not said by now is not worth its time.
+        self._group.cut_off(waited_for)  # where there are enough
         self._num_given_up += self._group.cut_off(submitted.probes[1])
         found: dict[int, RolloutGroup | None] = {}
         for positions, ticket in (submitted.training, submitted.probes):

@@ -1,6 +1,8 @@
-"""Two updates by an actor whose optimiser has bf16 moments, the second once more from a checkpoint of the first.
+"""Two updates by an actor with an optimiser, the second once more from a checkpoint of the first.
 
-Usage: bf16_states.py MODEL OUT.npz SAVED_FOLDER. Where the folder has a checkpoint it only goes on from it.
+Usage: optimizer_states.py MODEL OUT.npz SAVED_FOLDER [STRATEGY: adamw_bf16]
+
+Where the folder has a checkpoint it only goes on from it.
 """
 
 import sys
@@ -19,11 +21,12 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.io import digest
 from mmr1_ds.records import Trajectory
 
-model, out, saved = sys.argv[1:]
+model, out, saved, strategy = [*sys.argv[1:], "adamw_bf16"][:4]
 PROMPTS = 4
 ranks = Ranks(launch_environment(), timeout_seconds=120)
 config = small_config(model, PROMPTS, 1, micro_batch=2)
-config.worker.actor.optim.strategy = "adamw_bf16"
+config.worker.actor.optim.strategy = strategy
+config.worker.actor.optim.muon_lr = 0.01 if strategy == "muon" else None
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 settings = deepspeed_configs(config, ranks.size)[0]
 settings["zero_optimization"]["sub_group_size"] = 20_000  # several groups of parameters
@@ -57,9 +60,8 @@ if not begun:
     pending = actor.save(Path(saved), in_background=True)
     update(2)  # what was copied must not change with it
     written = [file.write() for file in pending]
-    assert not any(
-        file.path.is_file() and digest(file.path) != entry["sha256"] for file, entry in zip(pending, written)
-    )
+    for file, entry in zip(pending, written, strict=True):
+        assert not file.path.is_file() or digest(file.path) == entry["sha256"]
     found["second"], found["saved_alike"] = weights(), np.array(written == at_once and len(written) > 0)
 actor.load(Path(saved))
 if begun:
@@ -67,8 +69,9 @@ if begun:
 update(2)
 found["again"] = weights()
 states = actor.engine.optimizer.optimizer.state.values()
-sizes = {state[name].element_size() for state in states for name in ("exp_avg", "exp_avg_sq")}
-found["moments"] = np.array(max(sizes))
+tensors = [value for state in states for value in state.values() if torch.is_tensor(value) and value.numel() > 4096]
+found["moments"] = np.array(max(tensor.element_size() for tensor in tensors))
+found["shapes"] = np.array([(*item.ds_shape, 1)[:2] for item in actor.module.parameters()])
 if ranks.rank == 0:
     np.savez(out, **found)
 torch.distributed.barrier()
