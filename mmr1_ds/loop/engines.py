@@ -17,9 +17,12 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.critic import Critic
+from mmr1_ds.engine.model.experts import has_experts
 from mmr1_ds.engine.model.lora import adapted_layers
 from mmr1_ds.engine.reference import AdapterlessReference, Reference
 from mmr1_ds.engine.zero_engine import Sizes
+from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.checks import NO_ADAPTERS_BESIDE_EXPERTS
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
 from mmr1_ds.rollout.base import RolloutEngine
 from mmr1_ds.rollout.colocated.engine import VllmRollout
@@ -140,6 +143,8 @@ def _rollout(
     if settings.engine == "hf" or not has_vllm:
         return TransformersRollout(actor, ranks, encoder, settings.max_num_seqs)
     adapted = adapted_layers(actor.model) if settings.lora_sync == "adapters" else ()
+    if adapted and has_experts(actor.model):  # a hub model's, whose config.json was not looked at
+        raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
     return VllmRollout(settings, model, config.data, ranks, encoder, most_images, preemption, adapted)
 
 

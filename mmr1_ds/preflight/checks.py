@@ -23,12 +23,17 @@ from mmr1_ds.preflight.files import (
     check_output_folder,
     check_reward,
     model_carries_states,
+    model_has_experts,
 )
 from mmr1_ds.preflight.plan import BatchPlan, _plan
 from mmr1_ds.preflight.servers import check_servers
 from mmr1_ds.rewards.loading import check_reward_config, reward_weights
 
 _MAX_ADAPTER_RANK = 512  # vLLM's
+# With adapters anywhere vLLM computes the experts by other kernels, which its CPU build lacks and nobody has compared.
+NO_ADAPTERS_BESIDE_EXPERTS = (
+    "worker.rollout.lora_sync=adapters is not for mixtures of experts; set worker.rollout.lora_sync=merged"
+)
 
 
 def check_config(config: RunConfig, world_size: int) -> BatchPlan:
@@ -215,6 +220,8 @@ def _check_lora_sync(config: RunConfig) -> None:
             f"{key}: vLLM takes adapters up to rank {_MAX_ADAPTER_RANK}, got worker.actor.model.lora.rank={rank}; "
             f"lower it, or set {merged}"
         )
+    if model_has_experts(config.worker.actor.model):
+        raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
 
 
 def _check_reference(config: RunConfig) -> None:

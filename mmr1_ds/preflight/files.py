@@ -302,10 +302,20 @@ def _check_json_files(folder: Path, key: str) -> None:
 
 def model_carries_states(model: ModelConfig) -> bool:
     """Return whether a local model's config.json lists layers that carry a state along a sequence (Qwen3.5's)."""
+    return "linear_attention" in (_text_config(model).get("layer_types") or ())
+
+
+def model_has_experts(model: ModelConfig) -> bool:
+    """Return whether a local model's config.json is that of a mixture of experts."""
+    return bool(_text_config(model).get("num_experts"))
+
+
+def _text_config(model: ModelConfig) -> dict[str, Any]:
+    """The part of a local model's config.json on its text; empty for a hub model, which is not read."""
     path = Path(model.model_path or "") / "config.json"
     content = _json_object(path, "worker.actor.model.model_path") if model.model_path and path.is_file() else {}
     text = content.get("text_config")
-    return "linear_attention" in ((text if isinstance(text, dict) else content).get("layer_types") or ())
+    return text if isinstance(text, dict) else content
 
 
 def model_takes_images(model: ModelConfig) -> bool | None:

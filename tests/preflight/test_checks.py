@@ -217,6 +217,17 @@ def model_folder(folder, content):
 
 
 @pytest.mark.parametrize("part", [None, "text_config"])
+def test_adapters_alone_are_not_sent_to_mixtures_of_experts(valid, tmp_path, part):
+    experts = {"num_experts": 4}
+    folder = model_folder(tmp_path, experts if part is None else {part: experts})
+    lora = ["worker.actor.model.lora.rank=8", "worker.rollout.lora_sync=adapters"]
+    message = refused(valid, folder, *lora)
+    assert message == (
+        "worker.rollout.lora_sync=adapters is not for mixtures of experts; set worker.rollout.lora_sync=merged"
+    )
+
+
+@pytest.mark.parametrize("part", [None, "text_config"])
 def test_sequences_along_which_a_state_is_carried_are_not_cut(valid, tmp_path, part):
     kinds = {"layer_types": ["linear_attention", "full_attention"]}
     folder = model_folder(tmp_path, kinds if part is None else {part: kinds})
