@@ -102,6 +102,7 @@ class Collector:
 
     def wait(self, in_flight: InFlight, enough: Enough | None = None) -> None:
         """Wait until the groups of a batch are there, given up where they can wait, or enough of them. Collective."""
+        self._early, self._early_counts = {}, RewardCounts()  # of a step that was cut off
         in_flight.wait(self._rollout, enough)
 
     @property
