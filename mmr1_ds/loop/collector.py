@@ -108,6 +108,7 @@ class Collector:
 
         enough: is called as groups end: `score_beside`, for one.
         """
+        self._early, self._early_counts = {}, RewardCounts()  # of a step that was cut off
         try:
             in_flight.wait(self._rollout, enough)
         finally:

@@ -79,7 +79,7 @@ class StageClock:
     memory: StageMemory | None = None  # None: not measured
     seconds: dict[str, float] = field(default_factory=dict)
     memory_gb: dict[str, float] = field(default_factory=dict)
-    num_bytes: dict[str, int] = field(default_factory=dict)  # that a stage moved, where it is counted
+    num_bytes: dict[str, int] = field(default_factory=dict)  # that a stage moved, by the metric that says so
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -97,5 +97,5 @@ class StageClock:
     def metrics(self) -> dict[str, float]:
         """Return `timing_s/*`, `memory_gb/*` and `perf/*_bytes` of this rank."""
         timing = {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
-        timing |= {f"perf/{stage}_bytes": float(moved) for stage, moved in self.num_bytes.items()}
+        timing |= {name: float(moved) for name, moved in self.num_bytes.items()}
         return timing | {f"memory_gb/{stage}": size for stage, size in self.memory_gb.items()}
