@@ -12,7 +12,7 @@ from typing import Any
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import resolved_critic, run_directory
+from mmr1_ds.config.derived import resolved_critic, returns_experts, run_directory
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
@@ -138,7 +138,7 @@ def _rollout(
         logger.warning("vllm is not installed: responses are sampled by transformers, which is far slower")
     if settings.engine == "hf" or not has_vllm:
         return TransformersRollout(actor, ranks, encoder, settings.max_num_seqs)
-    return VllmRollout(settings, model, config.data, ranks, encoder, most_images, preemption)
+    return VllmRollout(settings, model, config.data, ranks, encoder, most_images, preemption, returns_experts(config))
 
 
 def _sizes(config: RunConfig) -> Sizes:

@@ -21,7 +21,7 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import InTurn, Policy, ignore
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
-from mmr1_ds.rollout.colocated.starting import phases_logged
+from mmr1_ds.rollout.colocated.starting import experts_returned_on_every_rank, phases_logged
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
 from mmr1_ds.rollout.packed_experts import pack_experts_anew
 from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
@@ -46,16 +46,19 @@ class VllmRollout(InTurn):
         encoder: PromptEncoder,
         most_images: int,
         preemption: Preemption,
+        returns_experts: bool = False,
     ) -> None:
         """Collective: start the engine. Its weights are the model folder's until the first sync.
 
-        most_images: images of the prompt that has the most; the run config may allow more.
+        Args: most_images: images of the prompt that has the most; the run config may allow more. returns_experts:
+            whether settings may ask for the experts of a mixture, which vLLM's CPU build cannot say.
         """
         self._ranks, self._encoder, self._preemption = ranks, encoder, preemption
         self._tensor_parallel_size = config.tensor_parallel_size
         self._version = 0
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
-        self._llm: LLM = _start_engine(config, model, data, ranks, image_bounds(encoder, most_images))
+        images = image_bounds(encoder, most_images)
+        self._llm: LLM = _start_engine(config, model, data, ranks, images, returns_experts)
         _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
         # vLLM's raw log-probabilities are those before temperature: dividing the logits by the training's puts it in.
@@ -101,7 +104,7 @@ class VllmRollout(InTurn):
             raise SamplingAbandoned
         assert outputs is not None
         return [
-            self._group(request.prompt, output)
+            self._group(request.prompt, output, settings.with_experts)
             for request, output in zip(requests, outputs[first : first + len(requests)], strict=True)
         ]
 
@@ -135,14 +138,17 @@ class VllmRollout(InTurn):
         before = parts[: self._ranks.rank - leader]
         return [request for part in parts for request in part], sum(len(part) for part in before)
 
-    def _group(self, prompt: Prompt, output: RequestOutput) -> RolloutGroup:
+    def _group(self, prompt: Prompt, output: RequestOutput, with_experts: bool) -> RolloutGroup:
         responses = []
         for completion in output.outputs:
             found: Any = completion.logprobs
             assert list(found.token_ids) == list(completion.token_ids)  # one entry a position
             token_ids = np.array(completion.token_ids, dtype=np.int32)
             logprobs = np.array(found.logprobs, dtype=np.float32)
-            responses.append(Response(token_ids, logprobs, finished=completion.finish_reason == "stop"))
+            experts = completion.routed_experts if with_experts else None
+            assert not with_experts or experts is not None
+            finished = completion.finish_reason == "stop"
+            responses.append(Response(token_ids, logprobs, finished, experts=experts))
         return RolloutGroup(prompt, tuple(responses), self._version)
 
     def sync_weights(self, policy: Policy) -> None:
@@ -196,6 +202,7 @@ def _start_engine(
     data: DataConfig,
     ranks: Ranks,
     images: ImageBounds | None,
+    returns_experts: bool,
 ) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher runs the engine in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -209,7 +216,9 @@ def _start_engine(
         options["logprobs_mode"] = "raw_logprobs"
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
-    with phases_logged():
+    if returns_experts:
+        options["enable_return_routed_experts"] = True
+    with phases_logged(), experts_returned_on_every_rank():
         return LLM(distributed_executor_backend="external_launcher", **options)
 
 
