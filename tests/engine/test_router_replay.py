@@ -193,6 +193,7 @@ def test_replay_takes_away_the_drift_of_routers_that_differ(tmp_path, family, nu
         assert equal["with"]["max"] < 1e-4 and equal["without"]["max"] < 1e-4
         assert perturbed["with"]["mean"] < 0.5 * perturbed["without"]["mean"]
         assert perturbed["with"]["max"] < perturbed["without"]["max"]
+        assert rank["recorded"]  # by the actor, of the same sequences as vLLM's
         first, *others = rank["updates"]
         assert 0.01 < first["actor/rerouted_fraction"] < 0.5
         assert first["actor/grad_norm"] > 0.01

@@ -86,6 +86,14 @@ result["updates"] = []
 for step in range(2, 5):  # after the first the routers are equal again
     result["updates"].append(update(sample(step), with_replay=True))
     rollout.sync_weights(actor)
+groups = sample(5)
+config.worker.actor.router_replay.mode = "R2"  # of which the actor has the same object
+pairs = [(group.prompt, response.token_ids) for group in groups for response in group.responses]
+mixed = [0, 2]  # layers
+of_vllm = [np.sort(response.experts[:, mixed]) for group in groups for response in group.responses]
+recorded = actor.old_policy(pairs).experts
+assert recorded is not None
+result["recorded"] = all(np.array_equal(np.sort(a[:, mixed]), b) for a, b in zip(recorded, of_vllm, strict=True))
 everyone = ranks.all_gather_objects(result, "gather results")
 if ranks.rank == 0:
     with open(out, "w", encoding="utf-8") as file:

@@ -218,7 +218,7 @@ def _start_engine(
         options["enable_sleep_mode"] = config.sleep
     if returns_experts:
         options["enable_return_routed_experts"] = True
-    with phases_logged(), experts_returned_on_every_rank():
+    with phases_logged(), experts_returned_on_every_rank() if returns_experts else nullcontext():
         return LLM(distributed_executor_backend="external_launcher", **options)
 
 
