@@ -111,11 +111,9 @@ class Actor(Learner):
         Args: experts: of the rollout engine, which are replayed; with router_replay.mode=R2 the policy's own are noted.
         """
         if self._actor_settings.router_replay.mode == "R2":
-            self._policy.records_experts = True
-            try:
+            assert self._policy.replay is not None
+            with self._policy.replay.recording():
                 logprobs, entropies, experts = self._evaluate(pairs, 3)
-            finally:
-                self._policy.records_experts = False
         else:
             logprobs, entropies = self._evaluate(pairs, 2, experts)
         return OldPolicy(logprobs, entropies if self.selects_by_entropy else None, experts)

@@ -64,15 +64,12 @@ def text_layers(model):
 
 def record(policy, pairs, encoder):
     """What the routers choose, a sequence at a time: (prompt + T - 1, 3, 2) each."""
-    policy.records_experts = True
-    with torch.no_grad():
-        found = _experts_of(policy(collate(pairs, encoder, CPU))[2])[: len(pairs)]
-    policy.records_experts = False
-    return found
+    with torch.no_grad(), policy.replay.recording():
+        return _experts_of(policy(collate(pairs, encoder, CPU))[2])[: len(pairs)]
 
 
 def replaying(model, experts):
-    """A model whose routers send the tokens of one sequence to these, written out expert by expert; the last is free."""
+    """A model whose routers send one sequence's tokens to these, written out token by token; the last is free."""
     for layer in MIXED:
         gate = text_layers(model)[layer].mlp.gate
 
@@ -80,7 +77,8 @@ def replaying(model, experts):
             logits = linear(states.reshape(-1, gate.weight.shape[1]), gate.weight)
             indices = logits.topk(2).indices
             indices[: len(experts)] = torch.from_numpy(experts[:, layer].astype(np.int64))
-            scores = torch.stack([row[own].exp() / row[own].exp().sum() for row, own in zip(logits, indices)])  # noqa: B905
+            kept = [row[own].exp() for row, own in zip(logits, indices, strict=True)]
+            scores = torch.stack([row / row.sum() for row in kept])
             return logits, scores, indices
 
         gate.forward = forward

@@ -31,9 +31,15 @@ def test_a_mixture_can_replay(mixture, mode):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["R3", "worker.rollout.engine=hf"], "worker.rollout.engine=hf does not bring them; set worker.rollout.engine="),
+        (
+            ["R3", "worker.rollout.engine=hf"],
+            "worker.rollout.engine=hf does not bring them; set worker.rollout.engine=",
+        ),
         (["R3", "worker.rollout.engine=server"], "worker.rollout.engine=server does not bring them"),
-        (["R3", "worker.rollout.partial=9"], "with worker.rollout.partial=9 the parts of a response are sampled by sev"),
+        (
+            ["R3", "worker.rollout.partial=9"],
+            "with worker.rollout.partial=9 the parts of a response are sampled by sev",
+        ),
         (["R2", "worker.actor.ulysses_size=2"], "worker.actor.ulysses_size=2 cuts them; set R3, or ulysses_size to 1"),
         (["R2", "data.rollout_batch_size=6"], "which the only optimiser step of a batch starts from; set R3, or"),
     ],

@@ -54,7 +54,6 @@ class PolicyModel(nn.Module):
         self.model: PreTrainedModel = model
         self.parallel, self.balances_experts = parallel, balances_experts
         self.replay = RouterReplay(model) if replays_experts else None
-        self.records_experts = False  # whether `forward` returns what `RouterReplay.chosen` says instead of the rest
         if parallel is not None:
             parallel.install(model)
         head = LogProbHead(model.get_output_embeddings(), forbidden_token_ids, temperature, entropy_gradient)
@@ -75,8 +74,8 @@ class PolicyModel(nn.Module):
         head = self.model.get_output_embeddings()
         found = compute(self.model, batch, **({"output_router_logits": True} if self.balances_experts else {}))
         outputs = head(found.states_KH[found.places_T], batch.targets)
-        if self.records_experts:
-            return *outputs, self._chosen(batch, found.places_SL)
+        if self.replay is not None and self.replay.records:
+            return *outputs, _chosen(self.replay, batch, found.places_SL)
         if self.balances_experts:
             chosen_each = self.model.config.get_text_config().num_experts_per_tok
             outputs = *outputs, *routing([logits_KE[found.places_T] for logits_KE in found.router_logits], chosen_each)
@@ -85,12 +84,12 @@ class PolicyModel(nn.Module):
             outputs = *outputs, self.replay.differing()[found.places_T]
         return outputs
 
-    def _chosen(self, batch: ModelBatch, places_SL: Tensor) -> Tensor:
-        """The experts of every sequence's tokens but the last, (S, L, layers, chosen); -1 elsewhere."""
-        assert self.replay is not None
-        chosen = self.replay.chosen().cpu()[places_SL]
-        followed_SL = torch.nn.functional.pad(batch.attention_mask[:, 1:], (0, 1)).bool()
-        return chosen.where(followed_SL[:, :, None, None], chosen.new_full((), -1))
+
+def _chosen(replay: RouterReplay, batch: ModelBatch, places_SL: Tensor) -> Tensor:
+    """The experts of every sequence's tokens but the last, (S, L, layers, chosen); -1 elsewhere."""
+    chosen = replay.chosen().cpu()[places_SL]
+    followed_SL = torch.nn.functional.pad(batch.attention_mask[:, 1:], (0, 1)).bool()
+    return chosen.where(followed_SL[:, :, None, None], chosen.new_full((), -1))
 
 
 def exact_types(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ Shape letters: S sequences, L longest, K tokens of a forward, l layers, k expert
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,13 +40,14 @@ def check_family(mode: str, config: PreTrainedConfig) -> None:
 
 
 class RouterReplay:
-    """Stands behind the routers of a model: notes what they choose, and sends tokens elsewhere where it is told to.
+    """Stands behind the routers of a model: sends tokens elsewhere where it is told to, or notes what they choose.
 
     What is told comes with the forward, as `INPUT`: layers that are computed again in the backward get it once more.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Register hooks; before DeepSpeed registers its own."""
+        self.records = False
         self._given: dict[int, Tensor | None] = {}  # by layer: (K, k)
         self._chosen: dict[int, Tensor] = {}  # (K, k), by the router itself
         self._differs: dict[int, Tensor] = {}  # (K,) bool
@@ -55,12 +58,22 @@ class RouterReplay:
             if hasattr(layer.mlp, "experts"):
                 layer.mlp.gate.register_forward_hook(partial(self._route, number))
 
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, what the routers choose is noted."""
+        self.records = True
+        try:
+            yield
+        finally:
+            self.records = False
+            self._chosen.clear()
+
     def differing(self) -> Tensor:
         """The share of layers in which the last forward sent a token to other experts than its own router, (K,)."""
         return torch.stack([*self._differs.values()]).float().mean(dim=0)
 
     def chosen(self) -> Tensor:
-        """What the routers chose in the last forward, (K, l, k) int16; 0 in dense layers."""
+        """What the routers chose in the last forward while recording, (K, l, k) int16; 0 in dense layers."""
         one = next(iter(self._chosen.values()))
         found = one.new_zeros(len(one), self._num_layers, one.shape[1], dtype=torch.int16)
         for number, chosen_Kk in self._chosen.items():
@@ -75,7 +88,8 @@ class RouterReplay:
 
     def _route(self, number: int, router: nn.Module, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
         logits_KE, weights_Kk, own_Kk = output
-        self._chosen[number] = own_Kk
+        if self.records:
+            self._chosen[number] = own_Kk
         given_Kk = self._given[number]
         if given_Kk is None:
             return output
