@@ -115,9 +115,11 @@ class ZeroEngine:
         for part in self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_experience):
             chosen = [pairs[i] for i in part]
             cuts = np.cumsum([len(response) for _, response in chosen])[:-1]
-            outputs = self._forward(chosen, experts and [experts[i] for i in part])[:num_outputs]
-            parts = [_experts_of(o) if o.ndim == 4 else np.split(o.float().cpu().numpy(), cuts) for o in outputs]
-            found.update(zip(part, zip(*(parts[: len(chosen)] for parts in parts), strict=True), strict=True))
+            parts = [
+                _experts_of(output[: len(chosen)]) if output.ndim == 4 else np.split(output.float().cpu().numpy(), cuts)
+                for output in self._forward(chosen, experts and [experts[i] for i in part])[:num_outputs]
+            ]
+            found.update(zip(part, zip(*parts, strict=True), strict=True))
         in_order = [found[i] for i in range(len(pairs))]
         in_order = in_order if self._parallel is None else self._parallel.own(in_order)
         return tuple(list(column) for column in zip(*in_order, strict=True))
