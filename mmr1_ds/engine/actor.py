@@ -232,14 +232,13 @@ class Actor(Learner):
             figures["ref_kl"] = weighted["actor/kl_loss"] = kl_T.detach()
         if self._actor_settings.entropy_coef > 0:
             loss_T = loss_T - self._actor_settings.entropy_coef * entropies_T
-        if trajectories[0].experts is not None:
-            figures["rerouted_fraction"] = more.pop()
+        rerouted = {"actor/rerouted_fraction": more.pop()} if trajectories[0].experts is not None else {}
         if more:
             balance_T = balance_loss(more[0], self._expert_share_E)
             loss_T = loss_T + self._balance_coef * balance_T
             weighted["actor/router_aux_loss"] = balance_T.detach()
         entropies_T = entropies_T.detach()
-        per_token = {f"actor/{name}": values_T for name, values_T in figures.items()}
+        per_token = rerouted | {f"actor/{name}": values_T for name, values_T in figures.items()}
         per_token |= {"actor/entropy_loss": entropies_T, **{f"rollout/{name}": drift[name] for name in drift}}
         largest = float(drift["logprob_diff_mean"].max()) if len(rollout_T) else 0.0
         return TokenLoss(loss_T, weighted, per_token, {"rollout/logprob_diff_max": largest})
