@@ -51,6 +51,9 @@ class Response:
     logprobs: np.ndarray  # (T,) float32, natural log, of the distribution that was sampled from
     finished: bool  # False when cut off at the length limit
     policy_versions: tuple[tuple[int, int], ...] = ()  # (version, tokens sampled by it); () = the group's
+    # of a mixture: the experts that each token of the sequence but the last went to, (prompt + T - 1, layers, chosen),
+    # uint8 where there are at most 256, else of two bytes; None = nobody asked
+    experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class SamplingSettings:
     min_p: float = 0.0  # least probability of a token, as a share of the likeliest one's; 0 = no bound
     repetition_penalty: float = 1.0  # logits of tokens that occurred, prompt included, are moved down by it; 1 = none
     stop: tuple[str, ...] = ()  # a response ends with the token that completes one of these in its text
+    with_experts: bool = False  # whether responses say which experts their tokens went to
 
 
 Pair = tuple[Prompt, np.ndarray]  # a prompt, and the tokens of one response to it, (T,) int32
@@ -118,6 +122,7 @@ class Trajectory:
     ref_logprobs: np.ndarray | None = None  # (T,) float32; None = no KL in the loss
     values: np.ndarray | None = None  # (T,) float32, the critic's, before the update
     returns: np.ndarray | None = None  # (T,) float32, what the critic learns
+    experts: np.ndarray | None = None  # as a response's: where the update sends the tokens; None = by its own router
 
     @property
     def pair(self) -> Pair:

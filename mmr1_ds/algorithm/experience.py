@@ -41,6 +41,12 @@ def pairs_of(groups: Sequence[ScoredGroup]) -> list[Pair]:
     ]
 
 
+def experts_of(groups: Sequence[ScoredGroup]) -> list[np.ndarray] | None:
+    """The experts that the rollout engine sent the tokens of every response to, in order; None where nobody asked."""
+    found = [response.experts for item in groups for response in item.group.responses]
+    return None if found[0] is None else [experts for experts in found if experts is not None]
+
+
 def kl_off_reward(algorithm: AlgorithmConfig) -> bool:
     """Whether the KL to the reference is taken off the reward; else it is a term of the loss."""
     return not algorithm.disable_kl and not algorithm.use_kl_loss
@@ -56,6 +62,7 @@ def make_experience(
     ref: Sequence[np.ndarray] | None = None,
     entropies: Sequence[np.ndarray] | None = None,
     values: Sequence[np.ndarray] | None = None,
+    experts: Sequence[np.ndarray] | None = None,
     baselines: Sequence[float] | None = None,
     reward_weights: Mapping[str, float] | None = None,
 ) -> Experience:
@@ -66,7 +73,7 @@ def make_experience(
         loss as they are. entropies: of the old policy, likewise, where they choose the tokens that train. values: gae:
         the critic's, of the state before each token, one array (T,) a response. baselines: remax: the reward of each
         prompt's greedy response, one a group. reward_weights: gdpo: of the parts of the reward that are standardised
-        by themselves, by their names.
+        by themselves, by their names. experts: where the update sends the tokens of each response.
     """
     pairs = pairs_of(groups)
     lengths_B = np.array([len(token_ids) for _, token_ids in pairs])
@@ -124,6 +131,7 @@ def make_experience(
             ref_logprobs=None if ref is None else ref[i],
             values=None if values is None else values[i],
             returns=None if returns is None else returns[i],
+            experts=None if experts is None else experts[i],
         )
         for i, (prompt, token_ids) in enumerate(pairs)
     ]

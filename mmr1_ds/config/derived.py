@@ -76,3 +76,8 @@ def checkpoint_directory(config: RunConfig) -> Path:
     """Return the folder of the checkpoints: trainer.save_checkpoint_path, or checkpoints/ in the run directory."""
     path = config.trainer.save_checkpoint_path
     return Path(path) if path else run_directory(config) / "checkpoints"
+
+
+def returns_experts(config: RunConfig) -> bool:
+    """Whether the rollout engine says which experts of a mixture its tokens went to."""
+    return config.worker.actor.router_replay.mode == "R3" and not config.trainer.val_only

@@ -214,6 +214,14 @@ class OffloadConfig:
 
 
 @dataclass
+class RouterReplayConfig:
+    """Mixtures of experts: whether tokens are sent to the experts that were chosen for them before the update."""
+
+    # R3: those that vLLM chose in the ranks as it sampled; R2: those of the policy before a batch's first update
+    mode: Annotated[str, OneOf("disabled", "R2", "R3")] = "disabled"
+
+
+@dataclass
 class ActorConfig:
     """The policy and its update."""
 
@@ -258,6 +266,7 @@ class ActorConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     offload_states: bool = False  # states wait in host memory while vLLM samples; not with other offload
+    router_replay: RouterReplayConfig = field(default_factory=RouterReplayConfig)
 
 
 @dataclass

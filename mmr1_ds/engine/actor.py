@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,14 @@ from mmr1_ds.engine.weights.gathering import adapter_weights, weight_buckets, we
 from mmr1_ds.engine.weights.weight_files import write_weights
 from mmr1_ds.engine.zero_engine import Learner, OptimiserStep, Sizes, TokenLoss, start_deepspeed
 from mmr1_ds.records import Pair, Trajectory, WeightInfo
+
+
+class OldPolicy(NamedTuple):
+    """The policy that a step's updates start from, one array a pair."""
+
+    logprobs: list[np.ndarray]  # (T,) float32
+    entropies: list[np.ndarray] | None  # (T,) float32, nats; None = no token is chosen by it
+    experts: Sequence[np.ndarray] | None  # where the update sends tokens, see Trajectory; None = where the router says
 
 
 class Actor(Learner):
@@ -65,7 +73,7 @@ class Actor(Learner):
         )
         offload = settings.offload_states
         super().__init__(policy, settings, sizes, deepspeed_config, ranks, encoder, num_updates, bad_updates, offload)
-        self._actor_settings = settings
+        self._actor_settings, self._policy = settings, policy
         self.kl = KLController(algorithm)
         self._kl_penalty = algorithm.kl_penalty
         self._importance = ImportanceSampling(
@@ -90,17 +98,26 @@ class Actor(Learner):
             self._balance_coef = float(policy.model.config.get_text_config().router_aux_loss_coef)
         self._loss_scale_factor = float(settings.loss_scale_factor or sizes.max_response_length)
 
-    def log_probs(self, pairs: Sequence[Pair]) -> list[np.ndarray]:
+    def log_probs(self, pairs: Sequence[Pair], experts: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
         """The log-probability of every response token, one float32 array (T,) a pair.
 
-        Collective: all ranks, with the same number of pairs.
+        Collective: all ranks, with the same number of pairs. Args: experts: of a mixture: where the tokens of each pair
+            are sent (`Response.experts`); None = where the router says.
         """
-        return self._evaluate(pairs, 1)[0]
+        return self._evaluate(pairs, 1, experts)[0]
 
-    def log_probs_and_entropies(self, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """`log_probs`, and the entropy (nats) before every response token in the same form. Collective: as it."""
-        logprobs, entropies = self._evaluate(pairs, 2)
-        return logprobs, entropies
+    def old_policy(self, pairs: Sequence[Pair], experts: Sequence[np.ndarray] | None = None) -> OldPolicy:
+        """What the update needs of the policy before it. Collective: as `log_probs`.
+
+        Args: experts: of the rollout engine, which are replayed; with router_replay.mode=R2 the policy's own are noted.
+        """
+        if self._actor_settings.router_replay.mode == "R2":
+            assert self._policy.replay is not None
+            with self._policy.replay.recording():
+                logprobs, entropies, experts = self._evaluate(pairs, 3)
+        else:
+            logprobs, entropies = self._evaluate(pairs, 2, experts)
+        return OldPolicy(logprobs, entropies if self.selects_by_entropy else None, experts)
 
     def weights(self, as_held: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`.
@@ -165,9 +182,15 @@ class Actor(Learner):
             self._expert_share_E = self._share_of_experts(trajectories)
         return super()._optimiser_step(trajectories)
 
+    def _experts(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray] | None:
+        """See Learner."""
+        found = [item.experts for item in trajectories if item.experts is not None]
+        assert len(found) in (0, len(trajectories)), "experts of some sequences alone"
+        return found or None
+
     def _share_of_experts(self, trajectories: Sequence[Trajectory]) -> Tensor:
         """The share of the step's response tokens that go to each expert, (E,), by one forward. Collective."""
-        chosen = self._evaluate([item.pair for item in trajectories])[3]
+        chosen = self._evaluate([item.pair for item in trajectories], 4, self._experts(trajectories))[3]
         self.engine.train()
         own = [rows_TE for item, rows_TE in zip(trajectories, chosen, strict=True) if item.trains]
         counts_E = np.concatenate([chosen[0][:0], *own]).sum(axis=0, dtype=np.float64)
@@ -195,7 +218,7 @@ class Actor(Learner):
         return [replace(item, is_chosen=is_chosen) for item, is_chosen in zip(trajectories, found, strict=True)]
 
     def _loss(self, outputs: tuple[Tensor, ...], trajectories: Sequence[Trajectory], segments: Segments) -> TokenLoss:
-        logprobs_T, entropies_T, *routing_TE = outputs
+        logprobs_T, entropies_T, *more = outputs
         device = self._ranks.device
         rollout_T = end_to_end([item.rollout_logprobs for item in trajectories], device)
         advantages_T = end_to_end([item.advantages for item in trajectories], device)
@@ -220,12 +243,13 @@ class Actor(Learner):
             figures["ref_kl"] = weighted["actor/kl_loss"] = kl_T.detach()
         if self._actor_settings.entropy_coef > 0:
             loss_T = loss_T - self._actor_settings.entropy_coef * entropies_T
-        if routing_TE:
-            balance_T = balance_loss(routing_TE[0], self._expert_share_E)
+        rerouted = {"actor/rerouted_fraction": more.pop()} if trajectories[0].experts is not None else {}
+        if more:
+            balance_T = balance_loss(more[0], self._expert_share_E)
             loss_T = loss_T + self._balance_coef * balance_T
             weighted["actor/router_aux_loss"] = balance_T.detach()
         entropies_T = entropies_T.detach()
-        per_token = {f"actor/{name}": values_T for name, values_T in figures.items()}
+        per_token = rerouted | {f"actor/{name}": values_T for name, values_T in figures.items()}
         per_token |= {"actor/entropy_loss": entropies_T, **{f"rollout/{name}": drift[name] for name in drift}}
         largest = float(drift["logprob_diff_mean"].max()) if len(rollout_T) else 0.0
         return TokenLoss(loss_T, weighted, per_token, {"rollout/logprob_diff_max": largest})

@@ -106,27 +106,34 @@ class ZeroEngine:
         return self.module.model
 
     @torch.no_grad()
-    def _evaluate(self, pairs: Sequence[Pair], num_outputs: int | None = None) -> tuple[list[np.ndarray], ...]:
+    def _evaluate(
+        self, pairs: Sequence[Pair], num_outputs: int | None = None, experts: Sequence[np.ndarray] | None = None
+    ) -> tuple[list[np.ndarray], ...]:
         """The module's first outputs, or all, at every response token, one float32 array (T,) a pair.
 
-        Collective: all ranks, with the same number of pairs.
+        Collective: all ranks, with the same number of pairs. Args: experts: see `collate`.
         """
         self.engine.eval()
-        pairs = pairs if self._parallel is None else self._parallel.gather(pairs)
+        if self._parallel is not None:
+            pairs = self._parallel.gather(pairs)
+            experts = experts and self._parallel.gather(experts)
         found: dict[int, tuple[np.ndarray, ...]] = {}
         size = self._settings.micro_batch_size_per_device_for_experience
         for part in self._micro_batches(pairs, size, self._most_of_all_ranks):
             chosen = [pairs[i] for i in part]
             cuts = np.cumsum([len(response) for _, response in chosen])[:-1]
-            parts = [np.split(output_T.float().cpu().numpy(), cuts) for output_T in self._forward(chosen)[:num_outputs]]
+            parts = [
+                _experts_of(output[: len(chosen)]) if output.ndim == 4 else np.split(output.float().cpu().numpy(), cuts)
+                for output in self._forward(chosen, experts and [experts[i] for i in part])[:num_outputs]
+            ]
             found.update(zip(part, zip(*parts, strict=True), strict=True))
         in_order = [found[i] for i in range(len(pairs))]
         in_order = in_order if self._parallel is None else self._parallel.own(in_order)
         return tuple(list(column) for column in zip(*in_order, strict=True))
 
-    def _forward(self, pairs: Sequence[Pair]) -> tuple[Tensor, ...]:
+    def _forward(self, pairs: Sequence[Pair], experts: Sequence[np.ndarray] | None = None) -> tuple[Tensor, ...]:
         """The module's outputs at the response tokens of one micro-batch, (T,) each. Collective."""
-        outputs = self.engine(collate(pairs, self._encoder, self._ranks.device))
+        outputs = self.engine(collate(pairs, self._encoder, self._ranks.device, experts))
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def _most_of_all_ranks(self, fewest: int) -> int:
@@ -193,6 +200,13 @@ class ZeroEngine:
         return shares_prompts(self.model)
 
 
+def _experts_of(recorded_SLlk: Tensor) -> list[np.ndarray]:
+    """Of each sequence, as `Response.experts`: without the places that have none."""
+    found = recorded_SLlk.cpu().numpy()
+    narrow = np.uint8 if found.max(initial=0) < 256 else np.uint16
+    return [rows[rows[:, 0, 0] >= 0].astype(narrow) for rows in found]
+
+
 @dataclass(frozen=True)
 class TokenLoss:
     """The loss at each token of a micro-batch, and what to report of it."""
@@ -239,6 +253,10 @@ class Learner(ZeroEngine, ABC):
     @abstractmethod
     def _loss(self, outputs: tuple[Tensor, ...], trajectories: Sequence[Trajectory], segments: Segments) -> TokenLoss:
         """The loss at each token, given the module's outputs there."""
+
+    def _experts(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray] | None:
+        """Where the tokens of each are sent again, of a mixture; None = where the router says."""
+        return None
 
     def offloaded(self, with_weights: bool = True) -> AbstractContextManager[None]:
         """With worker.actor.offload_states: inside, the states are in host memory and the device is the rollout's.
@@ -322,7 +340,7 @@ class Learner(ZeroEngine, ABC):
         self, trajectories: Sequence[Trajectory], batch: GlobalBatch
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Go forward and backward. Returns: this micro-batch's shares of the means, and its maxima."""
-        outputs = self._forward([item.pair for item in trajectories])
+        outputs = self._forward([item.pair for item in trajectories], self._experts(trajectories))
         segments = Segments.of([len(item.token_ids) for item in trajectories], self._ranks.device)
         found = self._loss(outputs, trajectories, segments)
         weights_T = token_weights(self._settings.loss_avg_mode, segments, batch, self._loss_scale_factor)

@@ -18,6 +18,7 @@ from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, RolloutConfig, RunConfig
 from mmr1_ds.config.derived import (
     checkpoint_directory,
+    returns_experts,
     run_directory,
     steps_between_saves,
     total_training_steps,
@@ -292,7 +293,7 @@ def make_trainer(
         ranks=ranks,
     )
     parts = Parts(
-        settings=settings,
+        settings=dataclasses.replace(settings, with_experts=returns_experts(config)),
         turns=turns,
         batches=batches,
         learners=learners,

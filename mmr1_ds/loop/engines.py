@@ -12,7 +12,7 @@ from typing import Any
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import resolved_critic, run_directory
+from mmr1_ds.config.derived import resolved_critic, returns_experts, run_directory
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
@@ -145,7 +145,9 @@ def _rollout(
     adapted = adapted_layers(actor.model) if settings.lora_sync == "adapters" else ()
     if adapted and has_experts(actor.model):  # a hub model's, whose config.json was not looked at
         raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
-    return VllmRollout(settings, model, config.data, ranks, encoder, most_images, preemption, adapted)
+    return VllmRollout(
+        settings, model, config.data, ranks, encoder, most_images, preemption, adapted, returns_experts(config)
+    )
 
 
 def _sizes(config: RunConfig) -> Sizes:

@@ -98,6 +98,14 @@ def read_in_flight(
 def pack_responses(responses: Sequence[Response]) -> dict[str, np.ndarray]:
     """Lay B responses of T tokens in all end to end, for a file or another rank. Inverse: `unpack_responses`."""
     spans = [response.policy_versions for response in responses]
+    experts = [response.experts for response in responses if response.experts is not None]
+    routed = {}
+    if experts:
+        assert len(experts) == len(responses), "experts of some responses alone"
+        routed = {
+            "num_routed": np.array([len(rows) for rows in experts], dtype=np.int64),  # (B,)
+            "experts": np.concatenate(experts),
+        }
     return {
         "length": np.array([len(response.token_ids) for response in responses], dtype=np.int64),  # (B,)
         "finished": np.array([response.finished for response in responses], dtype=np.bool_),
@@ -105,6 +113,7 @@ def pack_responses(responses: Sequence[Response]) -> dict[str, np.ndarray]:
         "spans": np.array([pair for span in spans for pair in span], dtype=np.int64).reshape(-1, 2),
         "token_ids": np.concatenate([np.empty(0, dtype=np.int32), *(r.token_ids for r in responses)]),  # (T,)
         "logprobs": np.concatenate([np.empty(0, dtype=np.float32), *(r.logprobs for r in responses)]),
+        **routed,
     }
 
 
@@ -112,11 +121,14 @@ def unpack_responses(arrays: Mapping[str, np.ndarray]) -> list[Response]:
     """Cut the arrays of `pack_responses` up again. Files of earlier versions have wider types, which are cast."""
     token_ids, logprobs = arrays["token_ids"].astype(np.int32), arrays["logprobs"].astype(np.float32)
     spans = [tuple(pair) for pair in arrays["spans"].tolist()]
+    experts: list[np.ndarray | None] = [None] * len(arrays["length"])
+    if "experts" in arrays:
+        experts = [arrays["experts"][part].copy() for part in _slices(arrays["num_routed"])]
     return [
         # Copies: a view of one response would keep the arrays of all.
-        Response(token_ids[part].copy(), logprobs[part].copy(), finished, tuple(spans[own]))
-        for part, own, finished in zip(
-            _slices(arrays["length"]), _slices(arrays["num_spans"]), arrays["finished"].tolist(), strict=True
+        Response(token_ids[part].copy(), logprobs[part].copy(), finished, tuple(spans[own]), routed)
+        for part, own, finished, routed in zip(
+            _slices(arrays["length"]), _slices(arrays["num_spans"]), arrays["finished"].tolist(), experts, strict=True
         )
     ]
 

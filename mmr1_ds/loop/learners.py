@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmr1_ds.algorithm.experience import Experience, kl_off_reward, make_experience, pairs_of
+from mmr1_ds.algorithm.experience import Experience, experts_of, kl_off_reward, make_experience, pairs_of
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.loop.batches import Batch
@@ -29,6 +29,7 @@ class Judged:
     entropies: list[np.ndarray] | None
     reference: list[np.ndarray] | None
     values: list[np.ndarray] | None
+    experts: Sequence[np.ndarray] | None = None  # where the update sends the tokens of a mixture, see Trajectory
 
 
 class Learners:
@@ -71,21 +72,19 @@ class Learners:
         """Compute the log-probabilities and values that the update of `step` needs. Collective."""
         pairs = pairs_of(batch.groups)
         old = entropies = reference = values = None
+        experts: Sequence[np.ndarray] | None = experts_of(batch.groups)
         learns = step > self._critic_warmup
         penalises = self._reference is not None and kl_off_reward(self._algorithm)
         if penalises or (learns and self._actor.needs_old_log_probs(len(pairs))):
             with clock("old"):
-                if self._actor.selects_by_entropy:
-                    old, entropies = self._actor.log_probs_and_entropies(pairs)
-                else:
-                    old = self._actor.log_probs(pairs)
+                old, entropies, experts = self._actor.old_policy(pairs, experts)
         if self._reference is not None and (penalises or learns):
             with clock("ref"):
                 reference = self._reference.log_probs(pairs)
         if self._critic is not None:
             with clock("values"):
                 values = self._critic.values(pairs)
-        return Judged(old, entropies, reference, values)
+        return Judged(old, entropies, reference, values, experts)
 
     def experience(self, batch: Batch, judged: Judged, clock: StageClock) -> Experience:
         """Compute the rewards less the KL, and the advantages. Collective."""
@@ -99,6 +98,7 @@ class Learners:
                 ref=judged.reference,
                 entropies=judged.entropies,
                 values=judged.values,
+                experts=judged.experts,
                 baselines=batch.baselines,
                 reward_weights=self._reward_weights,
             )

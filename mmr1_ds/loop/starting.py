@@ -13,7 +13,7 @@ from typing import Any
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.ranks import Ranks, initialise_gpu
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import checkpoint_directory, run_directory
+from mmr1_ds.config.derived import checkpoint_directory, returns_experts, run_directory
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.known_rates import known_rates
@@ -53,6 +53,10 @@ def check_installed(config: RunConfig) -> None:
         raise UserError(f"worker.rollout.lora_sync=adapters but vllm is not installed; {remedy('vllm')} or set merged")
     if actor.offload_states or actor.ulysses_size > 1:  # engine=auto comes to hf
         raise UserError("worker.actor.offload_states and ulysses_size need vllm; it is not installed")
+    if returns_experts(config):
+        raise UserError(
+            f"worker.actor.router_replay.mode=R3 but vllm is not installed; {remedy('vllm')} or set it to R2"
+        )
 
 
 def check_gpu(deepspeed_config: Mapping[str, Any], launch: LaunchEnvironment) -> None:
@@ -84,6 +88,11 @@ def check_ranks(config: RunConfig, train_data: PromptDataset, ranks: Ranks) -> N
     transfer = config.worker.rollout.weight_transfer
     if config.worker.rollout.engine == "server" and transfer in ("nccl", "ipc") and not ranks.on_gpu:
         raise UserError(f"worker.rollout.weight_transfer={transfer} needs GPUs, there is none; set it to auto")
+    if returns_experts(config) and not ranks.on_gpu:
+        raise UserError(
+            "worker.actor.router_replay.mode=R3 needs GPUs, vLLM's CPU build does not say which experts it chose; "
+            "set it to R2"
+        )
     if config.data.curriculum_kernel == "triton" and not ranks.on_gpu:
         raise UserError("data.curriculum_kernel=triton needs a GPU, there is none; set it to auto")
     if len(set(ranks.all_gather_objects(train_data.fingerprint, "compare the data sets"))) > 1:

@@ -26,6 +26,7 @@ from mmr1_ds.preflight.files import (
     model_has_experts,
 )
 from mmr1_ds.preflight.plan import BatchPlan, _plan
+from mmr1_ds.preflight.router_replay import check_router_replay
 from mmr1_ds.preflight.servers import check_servers
 from mmr1_ds.rewards.loading import check_reward_config, reward_weights
 
@@ -54,6 +55,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_lora(config.worker.actor.model.lora)
     _check_lora_sync(config)
     _check_reference(config)
+    check_router_replay(config)
     _check_critic(config, world_size)
     check_functions(config)
     _check_gdpo(config)

@@ -318,6 +318,15 @@ def _text_config(model: ModelConfig) -> dict[str, Any]:
     return text if isinstance(text, dict) else content
 
 
+def model_has_experts(model: ModelConfig) -> bool | None:
+    """Return whether a local model's config.json is that of a mixture of experts; None for a hub model, not read."""
+    path = Path(model.model_path or "") / "config.json"
+    if not model.model_path or not os.path.isfile(path):
+        return None
+    content = _json_object(path, "worker.actor.model.model_path")
+    return bool((content.get("text_config") or content).get("num_experts_per_tok"))
+
+
 def model_takes_images(model: ModelConfig) -> bool | None:
     """Return whether a local model's config.json says that it takes images; None for a hub model, which is not read."""
     path = Path(model.model_path or "") / "config.json"

@@ -19,7 +19,7 @@ from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.experts import balance_loss, routing
 from mmr1_ds.engine.model.log_probs import plain_log_probs
 from mmr1_ds.engine.model.lora import adapters, add_adapters
-from mmr1_ds.engine.model.packing import response_states_and_routing
+from mmr1_ds.engine.model.packing import compute
 from mmr1_ds.engine.model.policy import PolicyModel
 from mmr1_ds.errors import UserError
 from mmr1_ds.rollout.hf.engine import _without_weights
@@ -65,7 +65,8 @@ def test_the_balance_is_transformers_own_over_the_response_tokens(tmp_path, fami
     pairs = pairs_of(encoder)
     whole = collate(pairs, encoder, torch.device("cpu"))
     plain = load(folder, attn_implementation="sdpa")
-    routed = tuple(response_states_and_routing(plain, whole)[1])
+    computed = compute(plain, whole, output_router_logits=True)
+    routed = tuple(logits[computed.places_T] for logits in computed.router_logits)
     assert len(routed) == 2  # layers with experts
     expected = load_balancing_loss_func(routed, EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"])
     expected.backward()
@@ -122,7 +123,8 @@ def test_each_expert_has_its_own_share_of_the_tokens():
     chosen = [np.eye(12, dtype=np.float32)[[11, 2, 2]], np.eye(12, dtype=np.float32)[[0]], np.ones((2, 12), np.float32)]
     trajectories = [SimpleNamespace(pair=None, trains=trains) for trains in (True, True, False)]
     actor = SimpleNamespace(
-        _evaluate=lambda pairs: (None, None, None, chosen),
+        _evaluate=lambda pairs, num_outputs, experts: (None, None, None, chosen),
+        _experts=lambda trajectories: None,
         engine=SimpleNamespace(train=lambda: None),
         _ranks=Ranks(SingleProcess()),
     )

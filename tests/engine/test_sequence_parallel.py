@@ -27,7 +27,7 @@ def test_log_probs_are_those_of_a_rank_alone(tmp_path, family):
     run_ranks("sequence_parallel.py", model, tmp_path, num_ranks=2)
     results = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2)]
     for found in results:
-        for i in range(5):
+        for i in range(15 if family == "qwen3_moe" else 5):  # the others: with experts replayed, and where they differ
             np.testing.assert_allclose(found[f"together {i}"], found[f"alone {i}"], atol=1e-5)
     assert sum(len(results[1][f"alone {i}"]) for i in range(5)) > 20
     # Each rank computes half of all tokens, once; rows of an odd number are filled up.

@@ -116,7 +116,7 @@ metrics = actor.update(trajectories)
 results["entropy|seq_sum"] = gradients.pop().numpy()
 results["entropy|seq_sum|figures"] = np.array([metrics[name] for name in sorted(metrics)])
 config.worker.actor.entropy_coef, config.worker.actor.top_entropy_quantile = 0.0, 0.3
-entropies = actor.log_probs_and_entropies(pairs)[1]
+entropies = actor.old_policy(pairs).entropies
 chosen = [replace(item, old_entropies=entropies[i]) for i, item in enumerate(trajectories)]
 metrics = actor.update(chosen)
 assert 0.3 <= metrics.pop("actor/top_entropy_fraction") < 0.35

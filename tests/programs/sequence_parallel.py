@@ -11,6 +11,7 @@ from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine.model.router_replay import RouterReplay
 
 model, folder = sys.argv[1:]
 
@@ -32,6 +33,18 @@ language_model = getattr(together.model.base_model, "language_model", together.m
 language_model.norm.register_forward_hook(lambda _, args, states: cuts.append(states.shape[1]))
 found = {f"together {i}": values for i, values in enumerate(together.log_probs(pairs))}
 found |= {f"alone {i}": values for i, values in enumerate(alone.log_probs(pairs))}
+if ranks.size > 1 and hasattr(language_model.layers[0].mlp, "experts"):  # sent to experts of any choice
+    random = np.random.default_rng(ranks.rank)
+    experts = []
+    for prompt, response in pairs:
+        length = len(encoder.expand(prompt).input_ids) + len(response) - 1
+        experts.append(np.array([[random.permutation(5)[:2] for _ in range(3)] for _ in range(length)], dtype=np.uint8))
+    for engine in (together, alone):
+        engine.module.replay = RouterReplay(engine.model)
+    for name, engine in {"together": together, "alone": alone}.items():
+        logprobs, _, differing = engine._evaluate(pairs, 3, experts)
+        found |= {f"{name} {5 + i}": values for i, values in enumerate(logprobs)}
+        found |= {f"{name} {10 + i}": values for i, values in enumerate(differing)}
 lengths = [len(encoder.expand(prompt).input_ids) + len(response) for prompt, response in pairs]
 np.savez(Path(folder) / f"{ranks.rank}.npz", cuts=np.array(cuts), lengths=np.array(lengths), **found)
 ranks.barrier("end")

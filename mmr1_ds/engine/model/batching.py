@@ -28,6 +28,7 @@ class ModelBatch:
     columns: Tensor  # (T,) int64: position whose hidden state predicts it
     targets: Tensor  # (T,) int64: the token itself
     shares: Tensor  # (S,) int64: the first row with the same prompt, whose images they share
+    experts: Tensor | None = None  # (S, L, layers, chosen) int16: where tokens are sent; -1 = where the router says
 
 
 def blank_image_prompt(encoder: PromptEncoder) -> Prompt:
@@ -43,8 +44,13 @@ def end_to_end(arrays: Sequence[np.ndarray | None], device: torch.device) -> Ten
     return torch.from_numpy(np.concatenate(arrays, dtype=np.float32)).to(device)  # type: ignore[arg-type]
 
 
-def collate(pairs: Sequence[Pair], encoder: PromptEncoder, device: torch.device) -> ModelBatch:
-    """Pad prompt-response pairs to one batch.
+def collate(
+    pairs: Sequence[Pair],
+    encoder: PromptEncoder,
+    device: torch.device,
+    experts: Sequence[np.ndarray] | None = None,
+) -> ModelBatch:
+    """Pad prompt-response pairs to one batch. experts: where the tokens of each pair are sent (`Response.experts`).
 
     Under ZeRO-3 every forward gathers parameters collectively, so the vision tower must run on all ranks or on
     none. A multi-modal batch without images therefore gets one more row with a small blank image and no targets.
@@ -81,11 +87,20 @@ def collate(pairs: Sequence[Pair], encoder: PromptEncoder, device: torch.device)
             "pixel_values": _pixels([item for item in once if item.pixel_values is not None], device),
             "image_grid_thw": torch.cat([item.image_grid_thw for item in inputs if item.image_grid_thw is not None]),
         }
+    experts_SLlk = None
+    if experts is not None:
+        experts_SLlk = torch.full((*shape, *experts[0].shape[1:]), -1, dtype=torch.int16)
+        for row, chosen in enumerate(experts):
+            assert len(chosen) == starts[row] + lengths[row] - 1, "experts of another sequence"
+            experts_SLlk[row, : len(chosen)] = torch.from_numpy(chosen.astype(np.int16))
+            last = experts_SLlk[shares[row], starts[row] - 1]  # of the shared prompt, which an empty response has not
+            last.copy_(torch.where(last < 0, experts_SLlk[row, starts[row] - 1], last))
     lengths_S, starts_S = torch.tensor(lengths), torch.tensor(starts)
     rows = torch.repeat_interleave(torch.arange(len(inputs)), lengths_S)
     within = torch.arange(len(targets)) - (lengths_S.cumsum(0) - lengths_S)[rows]
     columns = starts_S[rows] + within - 1
-    return ModelBatch(input_ids, attention_mask, vision, rows, columns, targets.to(device), torch.tensor(shares))
+    shares_S = torch.tensor(shares)
+    return ModelBatch(input_ids, attention_mask, vision, rows, columns, targets.to(device), shares_S, experts_SLlk)
 
 
 def _pixels(items: Sequence[ModelInputs], device: torch.device) -> Tensor:

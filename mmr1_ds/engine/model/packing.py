@@ -9,7 +9,7 @@ Shape letters: S sequences, L longest, K tokens of all of them, T response token
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +18,27 @@ from transformers import PreTrainedModel
 from mmr1_ds.data.encoding import IMAGE_TYPE
 from mmr1_ds.engine.model.attention import PACKED, VARLEN, Row
 from mmr1_ds.engine.model.batching import ModelBatch
+from mmr1_ds.engine.model.router_replay import INPUT
+
+
+class Computed(NamedTuple):
+    """What a forward computes, of all of its K tokens, padding included."""
+
+    states_KH: Tensor
+    router_logits: tuple[Tensor, ...]  # (K, experts) of each layer that has them; () = nobody asked
+    places_SL: Tensor  # int64, on the host: the place among the K tokens of each sequence's tokens
+    places_T: Tensor  # int64: of those that predict the response tokens
 
 
 def response_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
     """The hidden state that predicts each response token, (T, H)."""
-    return packed_states(model, batch) if shares_prompts(model) else padded_states(model, batch)
+    found = compute(model, batch)
+    return found.states_KH[found.places_T]
 
 
-def response_states_and_routing(model: PreTrainedModel, batch: ModelBatch) -> tuple[Tensor, list[Tensor]]:
-    """`response_states`, and the logits of each layer's router there, (T, experts) each."""
-    compute = _packed if shares_prompts(model) else _padded
-    return compute(model, batch, output_router_logits=True)
+def compute(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> Computed:
+    """Run the model without its head. options: of its forward, as output_router_logits."""
+    return (_packed if shares_prompts(model) else _padded)(model, batch, **options)
 
 
 def shares_prompts(model: PreTrainedModel) -> bool:
@@ -38,23 +48,34 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 
 def packed_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
     """The states of `padded_states`, to rounding, computed without padding."""
-    return _packed(model, batch)[0]
+    found = _packed(model, batch)
+    return found.states_KH[found.places_T]
 
 
-def _packed(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> tuple[Tensor, list[Tensor]]:
-    inputs, places_T = pack(model, batch, prompts_once=True)
+def _packed(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> Computed:
+    inputs, places_SL = pack(model, batch, prompts_once=True)
     found = model.base_model(**inputs, use_cache=False, **options)
-    routed = found.router_logits if options else ()
-    return found.last_hidden_state[0, places_T], [logits_KE[places_T] for logits_KE in routed]
+    return _computed(batch, found.last_hidden_state[0], found, places_SL, options)
+
+
+def _computed(batch: ModelBatch, states_KH: Tensor, found: Any, places_SL: Tensor, options: dict[str, Any]) -> Computed:
+    routed = found.router_logits if options.get("output_router_logits") else ()
+    return Computed(states_KH, routed, places_SL, response_places(batch, places_SL))
+
+
+def response_places(batch: ModelBatch, places_SL: Tensor) -> Tensor:
+    """The place of each token that predicts one of a response, (T,), on the device."""
+    return places_SL[batch.rows, batch.columns].to(batch.targets.device, non_blocking=True)
 
 
 def pack(model: PreTrainedModel, batch: ModelBatch, prompts_once: bool = False) -> tuple[dict[str, Any], Tensor]:
-    """The inputs of the model, all sequences in one row of K tokens, and where in it each response token is predicted.
+    """The inputs of the model, all sequences in one row of K tokens, and where in it each sequence's tokens are.
 
     The row is laid out on the host, which waits for nothing of the device.
     Args: prompts_once: each prompt once, its responses after it.
     Returns: row, input_ids (1, K), position_ids (1, K), or (4, 1, K) where images turn the rotary embedding in three
-        dimensions and the first is the place in the sequence, vision inputs; places (T,) int64.
+        dimensions and the first is the place in the sequence, vision inputs, replayed experts; places (S, L) int64, on
+        the host.
     """
     device = batch.targets.device
     real_SL = batch.attention_mask.bool()
@@ -74,12 +95,13 @@ def pack(model: PreTrainedModel, batch: ModelBatch, prompts_once: bool = False) 
         position_ids = torch.cat([position_ids[None], spatial_3SL[:, order_S][:, kept_SL][:, None]])
         inputs = _images_of(model, batch, first_S)
     inputs |= {"input_ids": batch.input_ids[order_S][kept_SL][None], "position_ids": position_ids}
+    if batch.experts is not None:
+        inputs[INPUT] = batch.experts[order_S][kept_SL]
     places_SL = torch.empty_like(batch.input_ids)
     places_SL[order_S] = (kept_SL.reshape(-1).cumsum(0) - 1).view(kept_SL.shape)
-    # The first token of a response is predicted at the end of the prompt, where the row that has it has it.
-    rows_T = torch.where(in_prompt_SL[batch.rows, batch.columns], first_S[batch.rows], batch.rows)
-    places_T = places_SL[rows_T, batch.columns]
-    return _on_device(inputs, device) | {"row": row}, places_T.to(device, non_blocking=True)
+    # The prompt's are where the row that has it has them.
+    places_SL = torch.where(in_prompt_SL, places_SL[first_S], places_SL)
+    return _on_device(inputs, device) | {"row": row}, places_SL
 
 
 def _spatial_positions(model: PreTrainedModel, batch: ModelBatch, prompts_S: Tensor) -> Tensor:
@@ -132,16 +154,17 @@ def _images_of(model: PreTrainedModel, batch: ModelBatch, first_S: Tensor) -> di
 
 def padded_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
     """The hidden state that predicts each response token, (T, H)."""
-    return _padded(model, batch)[0]
+    found = _padded(model, batch)
+    return found.states_KH[found.places_T]
 
 
-def _padded(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> tuple[Tensor, list[Tensor]]:
+def _padded(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> Computed:
     device = batch.targets.device
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}
     if batch.vision:
         inputs |= _images_of(model, batch, torch.arange(len(batch.input_ids)))
+    if batch.experts is not None:
+        inputs[INPUT] = batch.experts.flatten(0, 1)
     found = model.base_model(**_on_device(inputs, device), use_cache=False, **options)
-    places = batch.rows.to(device), batch.columns.to(device)
-    routed = found.router_logits if options else ()
-    shape = *batch.input_ids.shape, -1
-    return found.last_hidden_state[places], [logits.view(shape)[places] for logits in routed]
+    places_SL = torch.arange(batch.input_ids.numel()).view(batch.input_ids.shape)
+    return _computed(batch, found.last_hidden_state.flatten(0, 1), found, places_SL, options)

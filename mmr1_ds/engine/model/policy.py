@@ -18,7 +18,8 @@ from mmr1_ds.engine.model.experts import balances_experts, routing
 from mmr1_ds.engine.model.loading import checkpoint_gradients, freeze_vision_tower, load_config, load_partitioned
 from mmr1_ds.engine.model.log_probs import LogProbHead
 from mmr1_ds.engine.model.lora import add_adapters
-from mmr1_ds.engine.model.packing import response_states, response_states_and_routing
+from mmr1_ds.engine.model.packing import compute
+from mmr1_ds.engine.model.router_replay import RouterReplay, check_family
 from mmr1_ds.engine.model.sequence_parallel import SequenceParallel
 from mmr1_ds.errors import UserError
 
@@ -40,16 +41,19 @@ class PolicyModel(nn.Module):
         parallel: SequenceParallel | None = None,
         entropy_gradient: bool = False,
         balances_experts: bool = False,
+        replays_experts: bool = False,
     ) -> None:
         """
         Args:
             parallel: the ranks that compute every sequence together; None = each rank computes its own.
             entropy_gradient: whether the entropies have one.
             balances_experts: whether `forward` returns what `balance_loss` needs.
+            replays_experts: whether tokens can be sent to given experts.
         """
         super().__init__()
         self.model: PreTrainedModel = model
         self.parallel, self.balances_experts = parallel, balances_experts
+        self.replay = RouterReplay(model) if replays_experts else None
         if parallel is not None:
             parallel.install(model)
         head = LogProbHead(model.get_output_embeddings(), forbidden_token_ids, temperature, entropy_gradient)
@@ -60,18 +64,32 @@ class PolicyModel(nn.Module):
 
         The distribution is that of the rollout: temperature applied, forbidden tokens left out.
         Returns: log-probabilities (T,) with gradient, entropies (T,) with one where asked for; both float32. With
-            balances_experts also `routing`.
+            balances_experts also `routing`, with experts in the batch behind it `RouterReplay.differing`, (T,). While
+            it records, the experts of each sequence's tokens in place of both, as `ModelBatch.experts`.
         """
         if self.parallel is not None:
-            return self.parallel.log_probs(self.model, batch)
+            return self.parallel.log_probs(self.model, batch, self.replay)
         # Without response tokens (a row of padding) both are empty but the former is still in the graph, so the
         # backward reaches every parameter and all ranks reduce the same gradients.
         head = self.model.get_output_embeddings()
-        if not self.balances_experts:
-            return head(response_states(self.model, batch), batch.targets)
-        states_TH, logits_TE = response_states_and_routing(self.model, batch)
-        chosen_each = self.model.config.get_text_config().num_experts_per_tok
-        return *head(states_TH, batch.targets), *routing(logits_TE, chosen_each)
+        found = compute(self.model, batch, **({"output_router_logits": True} if self.balances_experts else {}))
+        outputs = head(found.states_KH[found.places_T], batch.targets)
+        if self.replay is not None and self.replay.records:
+            return *outputs, _chosen(self.replay, batch, found.places_SL)
+        if self.balances_experts:
+            chosen_each = self.model.config.get_text_config().num_experts_per_tok
+            outputs = *outputs, *routing([logits_KE[found.places_T] for logits_KE in found.router_logits], chosen_each)
+        if batch.experts is not None:
+            assert self.replay is not None
+            outputs = *outputs, self.replay.differing()[found.places_T]
+        return outputs
+
+
+def _chosen(replay: RouterReplay, batch: ModelBatch, places_SL: Tensor) -> Tensor:
+    """The experts of every sequence's tokens but the last, (S, L, layers, chosen); -1 elsewhere."""
+    chosen = replay.chosen().cpu()[places_SL]
+    followed_SL = torch.nn.functional.pad(batch.attention_mask[:, 1:], (0, 1)).bool()
+    return chosen.where(followed_SL[:, :, None, None], chosen.new_full((), -1))
 
 
 def exact_types(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +134,9 @@ def load_policy(
             f"{config.model_path} has output_router_logits=true; set {_SECTION}.override_config{place}"
             ".output_router_logits=false"
         )
+    replays = trainable and settings.router_replay.mode != "disabled"
+    if replays:
+        check_family(settings.router_replay.mode, model_config)
     if settings.ulysses_size > 1:
         parallel = SequenceParallel(ranks.neighbours(settings.ulysses_size), model_config, attention)
         attention = {"text_config": sequence_parallel.NAME, "vision_config": attention}
@@ -133,4 +154,4 @@ def load_policy(
         if config.enable_gradient_checkpointing:
             checkpoint_gradients(model)
     entropy_gradient = trainable and settings.entropy_coef > 0
-    return PolicyModel(model, forbidden_token_ids, temperature, parallel, entropy_gradient, balances)
+    return PolicyModel(model, forbidden_token_ids, temperature, parallel, entropy_gradient, balances, replays)

@@ -22,7 +22,8 @@ from mmr1_ds.cluster.ranks import Neighbours
 from mmr1_ds.engine.model.attention import PACKED, VARLEN, Row
 from mmr1_ds.engine.model.batching import ModelBatch
 from mmr1_ds.engine.model.linear_attention import has_states
-from mmr1_ds.engine.model.packing import pack
+from mmr1_ds.engine.model.packing import pack, response_places
+from mmr1_ds.engine.model.router_replay import INPUT, RouterReplay
 from mmr1_ds.errors import UserError
 
 T = TypeVar("T")
@@ -91,13 +92,16 @@ class SequenceParallel:
         share = len(values) // self.size
         return list(values[self._neighbours.rank * share : (self._neighbours.rank + 1) * share])
 
-    def log_probs(self, model: PreTrainedModel, batch: ModelBatch) -> tuple[Tensor, Tensor]:
+    def log_probs(
+        self, model: PreTrainedModel, batch: ModelBatch, replay: RouterReplay | None = None
+    ) -> tuple[Tensor, ...]:
         """Log-probability and entropy of all response tokens, (T,) each, with the gradient of this rank's cut.
 
         Each rank's loss is that of all tokens, its gradient that of its own ones: their sum over the ranks of the group
-        is the gradient of the loss.
+        is the gradient of the loss. With replayed experts also `RouterReplay.differing`, (T,).
         """
-        inputs, places_T = pack(model, batch)
+        inputs, places_SL = pack(model, batch)
+        places_T = response_places(batch, places_SL)
         length = inputs["input_ids"].shape[1]
         cut = -(-length // self.size)
         spare = cut * self.size - length
@@ -107,13 +111,19 @@ class SequenceParallel:
         inputs["input_ids"] = pad(inputs["input_ids"], (0, spare), value=filler or 0)
         positions = torch.arange(spare, device=places_T.device).expand(*inputs["position_ids"].shape[:-1], spare)
         inputs["position_ids"] = torch.cat([inputs["position_ids"], positions], dim=-1)
+        if INPUT in inputs:
+            inputs[INPUT] = pad(inputs[INPUT], (0, 0, 0, 0, 0, spare), value=-1)
         row = inputs["row"]
         inputs["row"] = Row.of([*row.lengths, spare], [*row.firsts, 0], row.device)
         states = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
         start = self._neighbours.rank * cut
         own = ((places_T >= start) & (places_T < start + cut)).nonzero().squeeze(1)
         logprobs, entropies = model.get_output_embeddings()(states[places_T[own] - start], batch.targets[own])
-        return self._merge(logprobs, own, len(places_T)), self._merge(entropies, own, len(places_T))
+        found = [logprobs, entropies]
+        if INPUT in inputs:
+            assert replay is not None
+            found.append(replay.differing()[places_T[own] - start])
+        return tuple(self._merge(values, own, len(places_T)) for values in found)
 
     def _merge(self, values: Tensor, own: Tensor, length: int) -> Tensor:
         """The values of all ranks at their places, (T,), of which this rank's have a gradient."""
@@ -130,6 +140,8 @@ class SequenceParallel:
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name].narrow(1, start, cut)
         kwargs["position_ids"] = kwargs["position_ids"].narrow(-1, start, cut)
+        if INPUT in kwargs:
+            kwargs[INPUT] = kwargs[INPUT].narrow(0, start, cut)
         masks = kwargs.get("visual_pos_masks")
         if masks is not None:  # Qwen3-VL adds features of images in its first layers once more
             before, inside = int(masks[:, :start].sum()), int(masks[:, start : start + cut].sum())

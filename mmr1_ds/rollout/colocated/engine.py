@@ -22,7 +22,7 @@ from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, Samp
 from mmr1_ds.rollout.base import CountedWeights, Enough, InTurn, Policy, Submitted, ignore, never
 from mmr1_ds.rollout.colocated.adapters import adapter_options, adapter_request, check_places, load_adapters, refusal
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
-from mmr1_ds.rollout.colocated.starting import phases_logged
+from mmr1_ds.rollout.colocated.starting import experts_returned_on_every_rank, phases_logged
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
 from mmr1_ds.rollout.packed_experts import pack_experts_anew
 from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
@@ -49,20 +49,24 @@ class VllmRollout(InTurn):
         most_images: int,
         preemption: Preemption,
         adapted: Sequence[str] = (),
+        returns_experts: bool = False,
     ) -> None:
         """Collective: start the engine. Its weights are the model folder's until the first sync.
 
         Args:
             most_images: images of the prompt that has the most; the run config may allow more.
             adapted: layers whose adapters every sync brings, by transformers' names; none = it brings whole weights.
+            returns_experts: whether settings may ask for the experts of a mixture, which vLLM's CPU build cannot say.
         Raises: UserError for a layer that vLLM has no place for an adapter at.
         """
         self._ranks, self._encoder, self._preemption = ranks, encoder, preemption
         self._tensor_parallel_size = config.tensor_parallel_size
         self._version = 0
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
-        lora = adapter_options(adapted, model.lora.rank) if adapted else {}
-        self._llm: LLM = _start_engine(config, model, data, ranks, image_bounds(encoder, most_images), lora)
+        more = adapter_options(adapted, model.lora.rank) if adapted else {}
+        if returns_experts:
+            more["enable_return_routed_experts"] = True
+        self._llm: LLM = _start_engine(config, model, data, ranks, image_bounds(encoder, most_images), more)
         _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
         # vLLM's raw log-probabilities are those before temperature: dividing the logits by the training's puts it in.
@@ -123,8 +127,11 @@ class VllmRollout(InTurn):
                 )
             )
         own = range(first, first + len(requests))
-        prompts = [request.prompt for request in shared]
-        groups = self._sample(prompts, inputs, parameters, own, advance, enough) if shared else {}
+
+        def group_of(place: int, output: RequestOutput) -> RolloutGroup:
+            return self._group(shared[place].prompt, output, settings.with_experts)
+
+        groups = self._sample(inputs, parameters, own, group_of, advance, enough) if shared else {}
         if self._ranks.any(groups is None, "ask whether sampling is abandoned"):
             raise SamplingAbandoned
         assert groups is not None
@@ -132,10 +139,10 @@ class VllmRollout(InTurn):
 
     def _sample(
         self,
-        prompts: Sequence[Prompt],
         inputs: list[Any],
         parameters: list[Any],
         own: range,
+        group_of: Callable[[int, RequestOutput], RolloutGroup],
         advance: Callable[[int], None],
         enough: Enough,
     ) -> dict[int, RolloutGroup] | None:
@@ -154,7 +161,7 @@ class VllmRollout(InTurn):
                     ended: list[Any] = [output for output in engine.step() if output.finished]
                     ended = [(place, output) for output in ended if (place := places[output.request_id]) in own]
                     for place, output in ended:
-                        groups[place - own.start] = self._group(prompts[place], output)
+                        groups[place - own.start] = group_of(place, output)
                         advance(len(output.outputs))
                     if ended and enough(groups) and self._tensor_parallel_size == 1:
                         rest = [ids[place] for place in own if place - own.start not in groups]
@@ -175,14 +182,17 @@ class VllmRollout(InTurn):
         before = parts[: self._ranks.rank - leader]
         return [request for part in parts for request in part], sum(len(part) for part in before)
 
-    def _group(self, prompt: Prompt, output: RequestOutput) -> RolloutGroup:
+    def _group(self, prompt: Prompt, output: RequestOutput, with_experts: bool) -> RolloutGroup:
         responses = []
         for completion in output.outputs:
             found: Any = completion.logprobs
             assert list(found.token_ids) == list(completion.token_ids)  # one entry a position
             token_ids = np.array(completion.token_ids, dtype=np.int32)
             logprobs = np.array(found.logprobs, dtype=np.float32)
-            responses.append(Response(token_ids, logprobs, finished=completion.finish_reason == "stop"))
+            experts = completion.routed_experts if with_experts else None
+            assert not with_experts or experts is not None
+            finished = completion.finish_reason == "stop"
+            responses.append(Response(token_ids, logprobs, finished, experts=experts))
         return RolloutGroup(prompt, tuple(responses), self._version)
 
     def sync_weights(self, policy: Policy) -> int:
@@ -221,7 +231,7 @@ def _start_engine(
     data: DataConfig,
     ranks: Ranks,
     images: ImageBounds | None,
-    lora: dict[str, Any],
+    more: dict[str, Any],
 ) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher runs the engine in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -235,11 +245,12 @@ def _start_engine(
         options["logprobs_mode"] = "raw_logprobs"
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
+    returns_experts = "enable_return_routed_experts" in more
     try:
-        with phases_logged():
-            return LLM(distributed_executor_backend="external_launcher", **options, **lora)
+        with phases_logged(), experts_returned_on_every_rank() if returns_experts else nullcontext():
+            return LLM(distributed_executor_backend="external_launcher", **options, **more)
     except ValueError as error:
-        if not lora or "LoRA" not in str(error):
+        if "enable_lora" not in more or "LoRA" not in str(error):
             raise
         raise UserError(refusal(str(error))) from None
 

@@ -1,4 +1,4 @@
-"""What vLLM inside a rank does as it starts: a log line before and after each phase, of which some take minutes."""
+"""How vLLM inside a rank starts: a log line before and after each phase, of which some take minutes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -33,6 +34,18 @@ def phases_logged() -> Iterator[None]:
             setattr(wrapper.worker, method, _logged(getattr(wrapper.worker, method), words))
 
     with mock.patch.object(WorkerWrapperBase, "init_device", init_and_wrap):
+        yield
+
+
+@contextmanager
+def experts_returned_on_every_rank() -> Iterator[None]:
+    """Let each rank of a tensor-parallel group hand out the experts that were chosen, for engines that start inside.
+
+    vLLM's worker does so on the group's first rank alone, and here every rank has a scheduler, which waits for them.
+    """
+    from vllm.distributed.aux_output_connector import worker
+
+    with mock.patch.object(worker, "get_tp_group", lambda: SimpleNamespace(is_first_rank=True)):
         yield
 
 

@@ -1,0 +1,41 @@
+"""Checks between worker.actor.router_replay and the rest of the run."""
+
+from __future__ import annotations
+
+from mmr1_ds.config.schema import RunConfig
+from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.files import model_has_experts
+
+
+def check_router_replay(config: RunConfig) -> None:
+    """Raises: UserError where nothing could be replayed, or something else than the mode says."""
+    actor, rollout, mode = config.worker.actor, config.worker.rollout, config.worker.actor.router_replay.mode
+    if mode == "disabled" or config.trainer.val_only:
+        return
+    key = f"worker.actor.router_replay.mode={mode}"
+    if model_has_experts(actor.model) is False:
+        raise UserError(
+            f"{key}: {actor.model.model_path} is no mixture of experts, it has no router; set it to disabled"
+        )
+    if mode == "R2":
+        if actor.ulysses_size > 1:
+            raise UserError(
+                f"{key} notes the experts of whole sequences, worker.actor.ulysses_size={actor.ulysses_size} cuts "
+                "them; set R3, or ulysses_size to 1"
+            )
+        if actor.ppo_epochs == 1 and config.data.rollout_batch_size == actor.global_batch_size:
+            raise UserError(
+                f"{key} replays the experts of the policy before the update, which the only optimiser step of a batch "
+                "starts from; set R3, or worker.actor.global_batch_size below data.rollout_batch_size"
+            )
+        return
+    if rollout.engine in ("hf", "server"):
+        raise UserError(
+            f"{key} needs the experts that vLLM chose in the ranks, worker.rollout.engine={rollout.engine} does not "
+            "bring them; set worker.rollout.engine=vllm, or R2"
+        )
+    if rollout.partial is not None:
+        raise UserError(
+            f"{key}: with worker.rollout.partial={rollout.partial} the parts of a response are sampled by several "
+            "policies, each with experts of its own; leave partial out, or set R2"
+        )
