@@ -305,11 +305,6 @@ def model_carries_states(model: ModelConfig) -> bool:
     return "linear_attention" in (_text_config(model).get("layer_types") or ())
 
 
-def model_has_experts(model: ModelConfig) -> bool:
-    """Return whether a local model's config.json is that of a mixture of experts."""
-    return bool(_text_config(model).get("num_experts"))
-
-
 def _text_config(model: ModelConfig) -> dict[str, Any]:
     """The part of a local model's config.json on its text; empty for a hub model, which is not read."""
     path = Path(model.model_path or "") / "config.json"
@@ -320,11 +315,8 @@ def _text_config(model: ModelConfig) -> dict[str, Any]:
 
 def model_has_experts(model: ModelConfig) -> bool | None:
     """Return whether a local model's config.json is that of a mixture of experts; None for a hub model, not read."""
-    path = Path(model.model_path or "") / "config.json"
-    if not model.model_path or not os.path.isfile(path):
-        return None
-    content = _json_object(path, "worker.actor.model.model_path")
-    return bool((content.get("text_config") or content).get("num_experts_per_tok"))
+    text = _text_config(model)
+    return bool(text.get("num_experts")) if text else None
 
 
 def model_takes_images(model: ModelConfig) -> bool | None:
