@@ -27,7 +27,7 @@ def read_truth(text: str) -> str:
 
 
 def unwrapped(text: str) -> str:
-    r"""Return the answer in `<answer> 2 </answer>`, `... #### 72` or a solution with `\boxed{}`; else the text itself."""
+    r"""Return the answer in `<answer> 2 </answer>`, `... #### 72` or a solution with `\boxed{}`, else all of it."""
     blocks = _ANSWER.findall(text)
     if len(blocks) == 1:
         text = blocks[0]
