@@ -18,7 +18,7 @@ from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
 from mmr1_ds.rewards.names import named, opaque
 from mmr1_ds.rewards.numbers import Number, literal, parse_number, same_unit, split_unit, split_words
 from mmr1_ds.rewards.sizes import depth_of_brackets
-from mmr1_ds.rewards.truths import read_truth
+from mmr1_ds.rewards.truths import read_truth, unwrapped
 from mmr1_ds.rewards.values import Value, readings
 
 __all__ = ["Number", "answers_equal", "normalise", "parse_number"]
@@ -69,7 +69,7 @@ def final_answer(response: str) -> str:
     What stands in the last `\boxed{}`, in `<answer>` or behind `####`; without any of them the last line, of which a
     number at its end is enough.
     """
-    found = read_truth(response)
+    found = unwrapped(response)
     if found == response.strip():
         line = found.splitlines()[-1] if found else ""
         numbers = _NUMBERS.findall(line.removesuffix("."))

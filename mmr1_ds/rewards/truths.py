@@ -16,13 +16,18 @@ _HASHES = re.compile(r"(?:^|\s)####[ \t]*([^\n]+?)\s*$")
 
 
 def read_truth(text: str) -> str:
-    r"""Return the answer in `<answer> 2 </answer>`, `... #### 72`, a solution with `\boxed{}` or `The answer is 42.`.
-
-    Without any of them it is the text itself.
+    r"""Return the answer in a wrapper or in a sentence, `The answer is 42.`; without any of them it is the text itself.
 
     Every built-in reward reads truths by this function, and so does `mmr1-ds data`; a reward file gets them as they
     are.
     """
+    found = unwrapped(text)
+    sentence = _SENTENCE.search(found) if found == text.strip() else None
+    return found if sentence is None else sentence[1].removesuffix(".").strip()
+
+
+def unwrapped(text: str) -> str:
+    r"""Return the answer in `<answer> 2 </answer>`, `... #### 72` or a solution with `\boxed{}`, else all of it."""
     blocks = _ANSWER.findall(text)
     if len(blocks) == 1:
         text = blocks[0]
@@ -30,7 +35,4 @@ def read_truth(text: str) -> str:
     if hashes is not None:
         return hashes[1].strip()
     boxed = last_boxed(text)
-    if boxed is not None and boxed.strip():
-        return boxed.strip()
-    sentence = _SENTENCE.search(text)
-    return text.strip() if sentence is None else sentence[1].removesuffix(".").strip()
+    return text.strip() if boxed is None or not boxed.strip() else boxed.strip()
