@@ -44,6 +44,7 @@ def load_engines(
     deepspeed: DeepspeedConfigs,
     num_steps: int,
     most_images: int,
+    most_videos: int,
     ranks: Ranks,
     encoder: PromptEncoder,
     preemption: Preemption,
@@ -77,7 +78,7 @@ def load_engines(
     reference = _reference(config, deepspeed.reference, actor, ranks, encoder)
     advance(1)
     if rollout is None:
-        rollout = _rollout(config, actor, ranks, encoder, most_images, preemption)
+        rollout = _rollout(config, actor, ranks, encoder, most_images, most_videos, preemption)
         stack.callback(rollout.close)
     advance(1)
     return Engines(rollout, actor, reference, critic)
@@ -130,6 +131,7 @@ def _rollout(
     ranks: Ranks,
     encoder: PromptEncoder,
     most_images: int,
+    most_videos: int,
     preemption: Preemption,
 ) -> RolloutEngine:
     settings, model = config.worker.rollout, config.worker.actor.model
@@ -138,7 +140,7 @@ def _rollout(
         logger.warning("vllm is not installed: responses are sampled by transformers, which is far slower")
     if settings.engine == "hf" or not has_vllm:
         return TransformersRollout(actor, ranks, encoder, settings.max_num_seqs)
-    return VllmRollout(settings, model, config.data, ranks, encoder, most_images, preemption)
+    return VllmRollout(settings, model, config.data, ranks, encoder, most_images, preemption, most_videos)
 
 
 def _sizes(config: RunConfig) -> Sizes:

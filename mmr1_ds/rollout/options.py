@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.data.images import PixelLimits
+from mmr1_ds.data.videos import VideoLimits
+from mmr1_ds.data.vision import VIDEO_OPTIONS
 from mmr1_ds.records import SamplingSettings
 
 if TYPE_CHECKING:
@@ -23,15 +25,25 @@ _B200_ATTENTION = {"full_attention": "FLASH_ATTN", "sliding_window": "FLASH_ATTN
 
 @dataclass(frozen=True)
 class ImageBounds:
-    """The images that an engine must be ready for, and keeps memory for."""
+    """The images and videos that an engine must be ready for, and keeps memory for."""
 
-    most: int  # of the prompt that has the most; the run config may allow more
+    most: int  # images of the prompt that has the most; the run config may allow more
     limits: PixelLimits
+    most_videos: int
+    video_limits: VideoLimits
+
+    @property
+    def video_tokens(self) -> int:
+        """The tokens of the largest video: a pair of frames has those of an image."""
+        pixels = self.video_limits.pixels
+        return self.video_limits.max_frames // 2 * (pixels.max_pixels // pixels.factor**2)
 
 
-def image_bounds(encoder: PromptEncoder, most: int) -> ImageBounds | None:
-    """The bounds on images of a run; None for a model that takes none."""
-    return ImageBounds(most, encoder.pixel_limits) if encoder.is_multimodal else None
+def image_bounds(encoder: PromptEncoder, most: int, most_videos: int = 0) -> ImageBounds | None:
+    """The bounds on images and videos of a run; None for a model that takes none."""
+    if not encoder.is_multimodal:
+        return None
+    return ImageBounds(most, encoder.pixel_limits, most_videos, encoder.video_limits)
 
 
 def engine_environment(config: RolloutConfig, *, on_gpu: bool) -> tuple[dict[str, str], dict[str, str]]:
@@ -65,9 +77,20 @@ def engine_options(
     if not chunked_prefill and _carries_states(model):
         options["enable_prefix_caching"] = False  # vLLM keeps states where it cuts a prompt, and nowhere else
     if images is not None:
-        options["limit_mm_per_prompt"] = {"image": config.limit_images or max(1, images.most), "video": 0}
+        options["limit_mm_per_prompt"] = {
+            "image": config.limit_images or max(1, images.most),
+            "video": images.most_videos,
+        }
         size = {"shortest_edge": images.limits.processor_min_pixels, "longest_edge": images.limits.max_pixels}
         options["mm_processor_kwargs"] = {"images_kwargs": {"size": size}}
+        if images.most_videos:
+            # What vLLM keeps memory for: Qwen3-VL's processor bounds all pixels of a video together.
+            pixels = images.video_limits.pixels
+            whole = images.video_limits.max_frames * pixels.max_pixels
+            size = {"shortest_edge": pixels.min_pixels, "longest_edge": whole}
+            options["mm_processor_kwargs"]["videos_kwargs"] = {**VIDEO_OPTIONS, "size": size}
+            # Its cache of what the tower made is as large as a batch, and must hold a whole video.
+            max_num_batched_tokens = max(max_num_batched_tokens, min(images.video_tokens, data.max_prompt_length))
     return {
         "model": model.model_path,
         "tokenizer": model.tokenizer_path or model.model_path,

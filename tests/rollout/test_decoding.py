@@ -59,6 +59,11 @@ def assert_alike(loaded, one, other):
     np.testing.assert_allclose(one[1], other[1], rtol=0, atol=1e-6 if convolves else 0)
 
 
+def vision_of(vision, input_ids, encoder):
+    """With what transformers finds positions by itself."""
+    return {**vision, "mm_token_type_ids": (input_ids == encoder.image_token_id).long()} if vision else {}
+
+
 def test_greedy_tokens_are_those_of_generate(loaded):
     plain, _, encoder, prompts = loaded
     found = sample(loaded, [0, 1, 2, 3, 4, 4], [0] * 6, GREEDY)
@@ -68,7 +73,7 @@ def test_greedy_tokens_are_those_of_generate(loaded):
         expected = plain.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            **batch.vision,
+            **vision_of(batch.vision, batch.input_ids, encoder),
             max_new_tokens=GREEDY.max_tokens,
             do_sample=False,
             suppress_tokens=list(encoder.forbidden_token_ids),
@@ -86,7 +91,7 @@ def test_repeated_tokens_are_penalised_as_by_generate(loaded, penalty):
     expected = plain.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        **batch.vision,
+        **vision_of(batch.vision, batch.input_ids, encoder),
         max_new_tokens=GREEDY.max_tokens,
         do_sample=False,
         repetition_penalty=penalty,
@@ -126,9 +131,7 @@ def test_log_probs_are_those_of_a_whole_forward(loaded):
         batch = PromptBatch.of([prompt], 0, CPU)
         length = batch.input_ids.shape[1]
         ids = torch.cat([batch.input_ids, torch.tensor([tokens])], dim=1)
-        vision = dict(batch.vision)
-        if vision:
-            vision["mm_token_type_ids"] = torch.nn.functional.pad(vision["mm_token_type_ids"], (0, len(tokens)))
+        vision = vision_of(batch.vision, ids, encoder)
         with torch.no_grad():
             hidden = plain.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **vision).last_hidden_state
             expected, _ = plain_log_probs(

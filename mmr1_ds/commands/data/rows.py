@@ -34,7 +34,7 @@ def survey_rows(
 ) -> pa.Table:
     """Look at every row of every source, in their order.
 
-    Args: decode_images: read the images whole, not only their headers; advance: takes how many more are done.
+    Args: decode_images: read images and frames whole, not only headers; advance: takes how many more are done.
     Returns: R rows of `schema()`.
     """
     import pyarrow as pa
@@ -65,6 +65,7 @@ def schema() -> pa.Schema:
             ("length", pa.int32()),  # tokens, images included
             ("category", pa.large_string()),
             ("num_images", pa.int32()),
+            ("num_videos", pa.int32()),
             ("has_answer", pa.bool_()),  # the assistant's last turn was taken off the prompt
             ("answer", pa.large_string()),
             ("widths", pa.large_list(pa.int32())),  # of its images, as they came
@@ -106,6 +107,8 @@ class _SpanSurvey:
             try:
                 for reference in references:
                     reader.image_source.load(reference, where).close()
+                for video in reader.video_references(row):
+                    self._encoder.sampled(reader.video_source.open(video, where), where)
             except UserError as error:
                 return _refused(error, WHEN_DRAWN, where)
         sizes = [reader.image_source.size(reference, where) for reference in references]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.data.rows import RowReader
 from mmr1_ds.data.sources import list_names
 from mmr1_ds.errors import UserError
+from mmr1_ds.records import Video
 from mmr1_ds.rewards.tagged import with_opening
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class DataSetSummary:
     findings: list[Finding]
     lengths: Lengths | None  # None where nothing could be measured
     images: ImageSummary | None  # images of the same prompts; None for a text model
+    num_videos: int  # of the same prompts
     categories: dict[str, int]  # counts over usable rows, most frequent first; empty without data.category_key
     answers: AnswerSummary | None  # summary over usable rows; None without any
     reward_check: RewardCheck | None  # None where the check cannot be done
@@ -113,6 +115,7 @@ def summarise(
         images=summarise_images(
             rows.flat("widths"), rows.flat("heights"), rows.num_images[rows.is_measured], int(measured.sum()), encoder
         ),
+        num_videos=int(rows.table["num_videos"].fill_null(0).to_numpy().sum()),
         categories=dict(Counter(rows.texts("category", rows.usable)).most_common()) if config.data.category_key else {},
         answers=summarise_answers(answers),
         reward_check=check_reward(answers, config.worker.reward, config.data.seed),
@@ -194,11 +197,11 @@ def _samples(rows: SurveyedRows, encoder: PromptEncoder, num_samples: int, seed:
 
 
 def _rendered(reader: RowReader, row: int, encoder: PromptEncoder) -> tuple[str | None, str | None]:
-    """The prompt of a row, by the way that it takes to the model; None, and why, when its images cannot be read."""
+    """The prompt of a row, by the way that it takes to the model; None, and why, when what it shows cannot be read."""
     where = reader.where(row)
     try:
         content = reader.read(row)
-        token_ids, images = encoder.encode(content.prompt, content.images, where)
+        token_ids, images, videos = encoder.encode(content.prompt, content.images, where, content.videos)
     except UserError as error:
         return None, " ".join(str(error).split()).removeprefix(f"{where}: ")
 
@@ -207,9 +210,18 @@ def _rendered(reader: RowReader, row: int, encoder: PromptEncoder) -> tuple[str 
         return text
 
     text, start = "", 0
-    places = [place for place, token in enumerate(token_ids) if images and token == encoder.image_token_id]
-    for place, image in zip(places, images, strict=True):
-        tokens = encoder.num_image_tokens(*image.size, where)
-        text += f"{decoded(token_ids[start:place])}<image {image.width}x{image.height}, {tokens} tokens>"
-        start = place + 1
+    seen = {encoder.image_token_id: iter(images), encoder.video_token_id: iter(videos)} if images or videos else {}
+    for place, token in enumerate(token_ids):
+        if token in seen:
+            text += decoded(token_ids[start:place]) + _in_words(next(seen[token]), encoder, where)
+            start = place + 1
     return text + decoded(token_ids[start:]), None
+
+
+def _in_words(shown: Any, encoder: PromptEncoder, where: str) -> str:
+    """Write what stands for an image or a video of a prompt."""
+    if not isinstance(shown, Video):
+        tokens = encoder.num_image_tokens(shown.width, shown.height, where)
+        return f"<image {shown.width}x{shown.height}, {tokens} tokens>"
+    count, height, width, _ = shown.frames.shape
+    return f"<video {count} frames of {width}x{height}, {encoder.num_tokens_of(shown)} tokens>"

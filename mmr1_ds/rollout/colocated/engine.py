@@ -46,16 +46,17 @@ class VllmRollout(InTurn):
         encoder: PromptEncoder,
         most_images: int,
         preemption: Preemption,
+        most_videos: int = 0,
     ) -> None:
         """Collective: start the engine. Its weights are the model folder's until the first sync.
 
-        most_images: images of the prompt that has the most; the run config may allow more.
+        most_images, most_videos: of the prompt that has the most; of images the run config may allow more.
         """
         self._ranks, self._encoder, self._preemption = ranks, encoder, preemption
         self._tensor_parallel_size = config.tensor_parallel_size
         self._version = 0
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
-        self._llm: LLM = _start_engine(config, model, data, ranks, image_bounds(encoder, most_images))
+        self._llm: LLM = _start_engine(config, model, data, ranks, image_bounds(encoder, most_images, most_videos))
         _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
         # vLLM's raw log-probabilities are those before temperature: dividing the logits by the training's puts it in.
@@ -78,8 +79,9 @@ class VllmRollout(InTurn):
         parameters = []
         for request in shared:
             item: dict[str, Any] = {"prompt_token_ids": list(request.prompt.token_ids)}
-            if request.prompt.images:
-                item["multi_modal_data"] = {"image": list(request.prompt.images)}
+            if request.prompt.has_vision:
+                videos = [(video.frames, video.metadata) for video in request.prompt.videos]
+                item["multi_modal_data"] = {"image": list(request.prompt.images), "video": videos}
             inputs.append(item)
             parameters.append(
                 SamplingParams(
