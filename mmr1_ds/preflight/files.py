@@ -43,6 +43,7 @@ class FileSummary:
     is_local: bool  # False: taken for a hub name, not checked
     num_rows: int | None  # before over-long prompts are dropped; None = not counted
     has_images: bool | None  # None = unknown
+    has_videos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ def _look_at(name: str, data: DataConfig, key: str, takes_images: bool | None) -
     if columns is not None:
         check_columns(name, columns, data)
         _check_images(name, parts[0], data, key, takes_images)
-    return FileSummary(name, True, num_rows, _has_images(columns, data))
+    return FileSummary(name, True, num_rows, _has(data.image_key, columns), _has(data.video_key, columns))
 
 
-def _has_images(columns: list[str] | None, data: DataConfig) -> bool | None:
+def _has(key: str | None, columns: list[str] | None) -> bool | None:
     if columns is None:
         return None
-    return data.image_key is not None and column_of(data.image_key, columns) is not None
+    return key is not None and column_of(key, columns) is not None
 
 
 def _check_images(name: str, part: Path, data: DataConfig, key: str, takes_images: bool | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,7 +26,6 @@ from mmr1_ds.config import RunConfig
 from mmr1_ds.data.rows import RowReader
 from mmr1_ds.data.sources import list_names
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import Video
 from mmr1_ds.rewards.tagged import with_opening
 
 if TYPE_CHECKING:
@@ -209,19 +208,15 @@ def _rendered(reader: RowReader, row: int, encoder: PromptEncoder) -> tuple[str 
         text: str = encoder.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
+    words = [f"<image {one.width}x{one.height}, {encoder.num_image_tokens(*one.size, where)} tokens>" for one in images]
+    shown = {encoder.image_token_id: iter(words)} if images or videos else {}
+    if videos:
+        shapes = [(encoder.num_tokens_of(video), *video.frames.shape) for video in videos]
+        words = [f"<video {count} frames of {w}x{h}, {tokens} tokens>" for tokens, count, h, w, _ in shapes]
+        shown[encoder.video_token_id] = iter(words)
     text, start = "", 0
-    seen = {encoder.image_token_id: iter(images), encoder.video_token_id: iter(videos)} if images or videos else {}
     for place, token in enumerate(token_ids):
-        if token in seen:
-            text += decoded(token_ids[start:place]) + _in_words(next(seen[token]), encoder, where)
+        if token in shown:
+            text += decoded(token_ids[start:place]) + next(shown[token])
             start = place + 1
     return text + decoded(token_ids[start:]), None
-
-
-def _in_words(shown: Any, encoder: PromptEncoder, where: str) -> str:
-    """Write what stands for an image or a video of a prompt."""
-    if not isinstance(shown, Video):
-        tokens = encoder.num_image_tokens(shown.width, shown.height, where)
-        return f"<image {shown.width}x{shown.height}, {tokens} tokens>"
-    count, height, width, _ = shown.frames.shape
-    return f"<video {count} frames of {width}x{height}, {encoder.num_tokens_of(shown)} tokens>"
