@@ -64,6 +64,11 @@ Turn = tuple[str, str]  # role, text
 Message = dict[str, Any]  # {"role": str, "content": str | list of parts}, what apply_chat_template takes
 
 
+def no_videos(where: str) -> str:
+    """Say that a model takes no videos. Args: where: names the row that has one."""
+    return f"{where}: the row has a video and the model takes none; remove the row, or take one like Qwen2.5-VL"
+
+
 @dataclass(frozen=True)
 class FormatPrompt:
     """A jinja template over `content`, kept as text because compiled templates cannot be sent to other processes."""
@@ -111,7 +116,7 @@ class ChatFormat:
         turns = _turns(cell, where)
         turns, prefill, has_answer = self._without_answer(turns, where)
         if not self.takes_videos and (num_videos or any(VIDEOS.pattern.search(text) for _, text in turns)):
-            raise UserError(f"{where}: the row has a video and the model takes none; remove the row, or take Qwen-VL")
+            raise UserError(no_videos(where))
         if self.system_prompt and all(role != "system" for role, _ in turns):
             turns.insert(0, ("system", self.system_prompt))
         user_turns = [position for position, (role, _) in enumerate(turns) if role == "user"]

@@ -6,14 +6,13 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.data.chat import IMAGES, VIDEOS
-from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
+from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read, needed_columns, unread_videos
 from mmr1_ds.data.images import ImageReference, ImageSource, image_references, update_digest
 from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.data.reward_columns import RewardColumns, check_reward_columns, undecoded_features
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Row = Mapping[str, Any]
-# As data sets call them, whatever data.video_key says; not video_id, num_videos and the like.
-_VIDEO_NAME = re.compile(r"videos?|(videos?|clips?)[ _-]?(paths?|files?|urls?|bytes)|mp4", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,8 @@ class RowReader:
         names = source.rows.column_names
         self._image_key = data.image_key if data.image_key and column_of(data.image_key, names) else None
         self._video_key = data.video_key if data.video_key and column_of(data.video_key, names) else None
-        self._unread_videos = _unread_videos(names, data)
-        columns = [*_needed_columns(data, names), *self._unread_videos]
+        self.unread_videos = unread_videos(names, data)
+        columns = [*needed_columns(data, names), *self.unread_videos]
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
         self._features = undecoded_features(source.rows, columns)
@@ -94,15 +91,6 @@ class RowReader:
         # Row by row: a row with all its images may be large, and mostly the first one settles it.
         rows = (features.decode_example(first[at : at + 1].to_pylist()[0]) for at in range(len(first)))
         check_images_are_read(self.name, rows, self._data)
-
-    def check_videos_are_read(self, row: Row, where: str) -> None:
-        """Check for videos that are passed over. Raises: UserError naming the row and the column that has one."""
-        for column in self._unread_videos:
-            if not _is_empty(row[column]):
-                raise UserError(
-                    f"{where}: column {column!r} holds a video that no one would see; set data.video_key={column}, or "
-                    "remove the column if the prompts do without"
-                )
 
     def prompt(self, row: Row) -> object:
         return at_path(row, self._data.prompt_key)
@@ -185,31 +173,8 @@ def _digested(image: object) -> str:
     return type(image).__name__
 
 
-def _unread_videos(columns: Sequence[str], data: DataConfig) -> list[str]:
-    """Return the columns that hold videos by their names and that the run does not read."""
-    if data.video_key is None:
-        return []
-    read = set(_needed_columns(data, columns))
-    return [name for name in columns if name not in read and _VIDEO_NAME.fullmatch(name)]
-
-
-def _is_empty(cell: object) -> bool:
-    """Return whether a cell holds nothing: null, an empty text or list, or lists and mappings of such."""
-    if isinstance(cell, Mapping):
-        return all(_is_empty(value) for value in cell.values())
-    if isinstance(cell, (list, tuple)):
-        return all(_is_empty(value) for value in cell)
-    return cell is None or (isinstance(cell, (str, bytes)) and not cell.strip()) or _is_nan(cell)
-
-
 def _is_nan(cell: object) -> bool:
     return isinstance(cell, float) and math.isnan(cell)
-
-
-def _needed_columns(data: DataConfig, names: Sequence[str]) -> list[str]:
-    keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key, data.image_key, data.video_key]
-    columns = [column_of(key, names) for key in keys if key is not None]
-    return list(dict.fromkeys(column for column in columns if column is not None))
 
 
 def _image_roots(source: Source, data: DataConfig) -> tuple[str, ...] | None:

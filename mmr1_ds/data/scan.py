@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmr1_ds.config import DataConfig
+from mmr1_ds.data.columns import check_videos_are_read
 from mmr1_ds.data.rows import Row, RowReader
 from mmr1_ds.data.text_features import SKETCH_BYTES, SKETCH_VERSION, sketch
 from mmr1_ds.errors import UserError
@@ -115,7 +116,7 @@ class BatchScan:
         videos = [self._reader.video_references(row) for row in rows]
         prompts = []
         for row, its_images, its_videos, where in zip(rows, references, videos, places, strict=True):
-            self._reader.check_videos_are_read(row, where)
+            check_videos_are_read(row, self._reader.unread_videos, where)
             self._reader.ground_truth(row, where)  # raises for a missing answer
             cell = self._reader.prompt(row)
             prompts.append(self._encoder.prompt_text(cell, len(its_images), len(its_videos), where))
