@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 logger = logging.getLogger(__name__)
+
+_DECODING_THREADS = 4  # a rank
 
 
 class TextColumn(Sequence[str]):
@@ -97,6 +100,14 @@ class PromptDataset:
             num_tokens=int(self._lengths[row]),
             columns=partial(reader.reward_columns.read, local),
         )
+
+    def prompts(self, indices: Sequence[int] | np.ndarray) -> list[Prompt]:
+        """Return the prompts at these places. Rows with videos are decoded in threads, which FFmpeg lets run."""
+        places = [int(index) for index in indices]
+        if self.max_videos == 0:
+            return [self[place] for place in places]
+        with ThreadPoolExecutor(_DECODING_THREADS, "videos") as threads:
+            return list(threads.map(self.__getitem__, places))
 
     def take_sketches(self) -> np.ndarray | None:
         """Return the sketches of the prompts, (P, SKETCH_BYTES) uint8, if they were asked for, and let go of them."""
