@@ -94,8 +94,8 @@ class PromptEncoder:
             self.tokenizer: Any = self.processor.tokenizer
             self.pixel_limits = _pixel_limits(self.processor, data, source)
             self.image_token_id = int(self.processor.image_token_id)
-            self._vision = Vision(self.processor, config)
-            self.takes_videos = self._vision.takes_videos
+            self.vision = Vision(self.processor, config)
+            self.takes_videos = self.vision.takes_videos
             self.video_limits = _video_limits(self.pixel_limits.factor, data)
         else:
             self.tokenizer = _load_pretrained("AutoTokenizer", source, model.trust_remote_code)
@@ -197,7 +197,7 @@ class PromptEncoder:
 
     def num_tokens_of(self, video: Video) -> int:
         """Return how many tokens a video becomes whose frames are chosen."""
-        return self._vision.num_tokens(video)
+        return self.vision.num_tokens(video)
 
     def expand(self, prompt: Prompt) -> ModelInputs:
         """Return what transformers takes for the prompt, equal to the processor's output on its text and images.
@@ -241,7 +241,7 @@ class PromptEncoder:
 
         if not self.is_multimodal:
             return ModelInputs(torch.tensor(prompt.token_ids, dtype=torch.int64), None, None, None)
-        images, videos = self._vision.images(prompt.images), self._vision.videos(prompt.videos)
+        images, videos = self.vision.images(prompt.images), self.vision.videos(prompt.videos)
         kinds = {self.image_token_id: images, self.video_token_id: videos}
         token_ids: list[int] = []
         seen: list[Seen] = []

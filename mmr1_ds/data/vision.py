@@ -40,6 +40,10 @@ class Vision:
         self._processor = processor
         self._tokens_per_second = config.to_dict()["vision_config"].get("tokens_per_second")
         self.takes_videos = getattr(processor, "video_processor", None) is not None
+        # Whether pixels of images and videos become numbers alike.
+        self.normalises_alike = not self.takes_videos or _scales(processor.video_processor) == _scales(
+            processor.image_processor
+        )
 
     def images(self, images: Sequence[Image]) -> Iterator[Seen]:
         """Process the images of a prompt in one call, and yield each."""
@@ -89,6 +93,10 @@ class Vision:
         text = self._processor.replace_video_token(inputs, 0)
         token_ids: list[int] = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return token_ids
+
+
+def _scales(processor: Any) -> tuple[list[float], list[float], float]:
+    return list(processor.image_mean), list(processor.image_std), processor.rescale_factor
 
 
 def _metadata(video: Video) -> Any:
