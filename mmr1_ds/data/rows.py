@@ -68,6 +68,11 @@ class RowReader:
         """The source as the user wrote it."""
         return self._source.name
 
+    @property
+    def reads_videos(self) -> bool:
+        """Whether there is a column of videos."""
+        return self._video_key is not None
+
     def where(self, row: int) -> str:
         """Return the name of a row, as errors give it."""
         return self._source.where(row)

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 BATCH_ROWS = 256
 CACHE_FOLDER = "mmr1_ds_scans_4"  # inside the cache of `datasets`; counted up when the columns of a scan change
 ROWS_A_PROCESS = 20_000  # below this, starting processes costs more than it saves
+_ROWS_A_VIDEO = 100  # opening one takes so many times as long as measuring a row of text
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,18 @@ class BatchScan:
         return lengths, prompts, image_sizes
 
 
+def work_of(reader: RowReader) -> int:
+    """Return the work of scanning a source, in rows of text."""
+    return len(reader) * (_ROWS_A_VIDEO if reader.reads_videos else 1)
+
+
 def _scan_reader(
     reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder, with_sketches: bool
 ) -> pa.Table:
     import pyarrow as pa
 
     scan = BatchScan(reader, prompt_encoder, with_sketches)
-    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, len(reader) // ROWS_A_PROCESS)
+    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, work_of(reader) // ROWS_A_PROCESS)
     if processes > 1:
         return _scan_in_processes(reader, scan, processes, data, prompt_encoder, with_sketches)
     parts = []

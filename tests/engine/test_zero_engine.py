@@ -16,6 +16,7 @@ SAVE = {
     "vision": save_vision_model,
     "text": save_text_model,
     "hybrid": functools.partial(save_vision_model, family="qwen3_5"),
+    "timestamps": functools.partial(save_vision_model, family="qwen3_vl"),  # of videos, as text
 }
 
 
@@ -66,12 +67,13 @@ def test_log_probabilities_of_cut_samples_are_the_actor_s_where_raw_ones_are_ask
     ids=["qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3_moe", "qwen3_vl_moe", "qwen3", "qwen3_5_text", "llama"],
 )
 def test_every_other_family_is_trained_and_sampled_by_vllm(tmp_path, save, family, tied):
-    """The vision models on prompts of 0 to 4 images, which share micro-batches with each other.
+    """The vision models on prompts of 0 to 4 images and 0 to 2 videos, which share micro-batches with each other.
 
     Qwen3.5's linear attention is computed in float32 (fixtures/delta_net.py): vLLM's CPU build has it in bf16 alone.
     """
     model = save(tmp_path / "model", tied=tied, family=family)
-    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 3, "vllm", 1)
+    num_ranks = 2 if family == "qwen3_vl" else 1
+    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 3, "vllm", 1, num_ranks=num_ranks)
     steps = json.loads((tmp_path / "out.json").read_text())["steps"]
     assert len(steps) == 3
     for step in steps:
@@ -79,7 +81,10 @@ def test_every_other_family_is_trained_and_sampled_by_vllm(tmp_path, save, famil
         assert step["forbidden"] == 0
         assert step["actor/grad_norm"] > 0.01
     if save is save_vision_model:
-        assert [step["images"] for step in steps] == [[0, 2, 3, 0], [3, 0, 1, 2], [1, 2, 0, 4]]
+        of_rank_0 = slice(4 // num_ranks)
+        images, videos = [[0, 2, 3, 0], [3, 0, 1, 2], [1, 2, 0, 4]], [[0, 1, 0, 0], [0, 0, 0, 1], [0, 1, 0, 2]]
+        assert [step["images"] for step in steps] == [counts[of_rank_0] for counts in images]
+        assert [step["videos"] for step in steps] == [counts[of_rank_0] for counts in videos]
 
 
 def test_two_ranks_share_one_tensor_parallel_vllm(tmp_path):
@@ -125,7 +130,7 @@ def test_bf16_spares_the_rotary_frequencies_and_a_damaged_model_is_refused(tmp_p
 
 
 @pytest.mark.parametrize(
-    "kind", ["vision", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("text", "hybrid"))]
+    "kind", ["vision", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("text", "hybrid", "timestamps"))]
 )
 def test_ranks_and_micro_batches_change_neither_draws_nor_losses(tmp_path, kind):
     model = SAVE[kind](tmp_path / "model")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.data.rows import Row, RowReader
-from mmr1_ds.data.scan import BATCH_ROWS, ROWS_A_PROCESS, BatchScan
+from mmr1_ds.data.scan import BATCH_ROWS, ROWS_A_PROCESS, BatchScan, work_of
 from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def survey_rows(
         for source, reader in enumerate(readers)
         for start in range(0, len(reader), BATCH_ROWS)
     ]
-    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, sum(map(len, readers)) // ROWS_A_PROCESS)
+    wanted = sum(map(work_of, readers)) // ROWS_A_PROCESS
+    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, wanted)
     parts = []
     for span, part in zip(spans, _run(survey, spans, processes), strict=True):
         parts.append(part)
