@@ -13,6 +13,7 @@ from transformers.video_utils import VideoMetadata
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.data.images import ImageSource, PixelLimits
+from mmr1_ds.data.positions import spatial_positions
 from mmr1_ds.data.videos import Clip, VideoLimits, VideoSource
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt
@@ -256,3 +257,15 @@ def test_a_template_without_a_place_for_videos_is_named(tmp_path):
     clip = Clip(4, 2.0, 56, 56, lambda places, size: np.zeros((len(places), *size[::-1], 3), np.uint8))
     with pytest.raises(UserError, match="row 3: the model's chat template has no place for videos"):
         encoder.encode("<video>?", [], "row 3", [clip])
+
+
+def test_text_goes_on_behind_a_video_that_is_longer_in_time_than_high_and_wide():
+    """By hand: two letters, three pairs of frames of one token 2.6 positions apart, a letter, an image of 1 x 2."""
+    is_seen = np.array([0, 0, 1, 1, 1, 0, 1, 1, 0], dtype=bool)
+    found = spatial_positions(is_seen, [(3, 1, 1, 2.6), (1, 1, 2, 1.0)])
+    assert found.tolist() == [
+        [0, 1, 2, 4, 7, 8, 9, 9, 11],
+        [0, 1, 2, 2, 2, 8, 9, 9, 11],
+        [0, 1, 2, 2, 2, 8, 9, 10, 11],
+    ]
+    assert spatial_positions(np.zeros(2, dtype=bool), []).tolist() == [[0, 1]] * 3

@@ -141,6 +141,32 @@ def test_log_probs_are_those_of_a_whole_forward(loaded):
         np.testing.assert_allclose(logprobs, expected.numpy(), atol=2e-5)
 
 
+def test_log_probs_after_videos_are_those_of_a_whole_forward(loaded):
+    """At our positions: those of transformers are others behind a video (docs/models.md)."""
+    plain, ours, encoder, _ = loaded
+    if not encoder.is_multimodal:
+        return
+    prompts = [encoder.expand(make_prompt(encoder, i, True, most_images=3, with_videos=True)) for i in (5, 7)]
+    batch = PromptBatch.of(prompts, 0, CPU)
+    found = sample_responses(ours, batch, [0, 1], [3, 4], WARM, encoder.forbidden_token_ids, encoder.eos_token_ids)
+    for prompt, (tokens, logprobs) in zip(prompts, found, strict=True):
+        length = len(prompt.input_ids)
+        ids = torch.cat([prompt.input_ids, torch.tensor(tokens)])[None]
+        after = prompt.positions.max() + 1 + torch.arange(len(tokens))
+        with torch.no_grad():
+            hidden = plain.base_model(
+                input_ids=ids,
+                position_ids=torch.cat([prompt.positions, after.expand(3, -1)], dim=1)[:, None],
+                pixel_values=prompt.pixel_values,
+                image_grid_thw=prompt.image_grid_thw,
+            ).last_hidden_state
+            expected, _ = plain_log_probs(
+                hidden[0, length - 1 : -1], plain.get_output_embeddings().weight, None, torch.tensor(tokens),
+                encoder.forbidden_token_ids, WARM.temperature,
+            )  # fmt: skip
+        np.testing.assert_allclose(logprobs, expected.numpy(), atol=2e-5)
+
+
 def test_a_response_depends_on_its_prompt_and_seed_alone(loaded):
     eos = loaded[2].eos_token_ids
     rows, seeds = [3, 0, 0, 2, 4, 1, 4, 0, 1], [5, 1, 2, 3, 4, 9, 4, 11, 12]
