@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 MOST_BYTES = 1 << 20  # of an answer
+
+
+class FileEntry(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class PendingFile(NamedTuple):
+    """A file whose content is settled, but which may not be on the disk yet."""
+
+    path: Path
+    write: Callable[[], FileEntry]  # writes and syncs what is left; called once, in any thread; raises OSError
 
 
 @contextmanager
@@ -66,6 +81,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal. Raises: OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def in_words(error: OSError) -> str:

@@ -445,6 +445,8 @@ class TrainerConfig:
     # validation alone: a file that gets each prompt's pass rate, a JSON line each; prompts that it has are passed over
     pass_rates: str | None = None
     val_generations_to_log: NonNegativeInt = 0  # validation answers logged
+    # GB of samples.jsonl, of generations.jsonl and of all eval/step_N/answers.jsonl; over it old steps are thinned out
+    samples_limit_gb: PositiveFloat = 2.0
     train_generations_to_log: NonNegativeInt = 8  # prompts a step whose best and worst answers go to samples.jsonl
     # parquet: all responses of every step go to rollouts/, a part a step; null = none
     rollout_log: Annotated[str | None, OneOf("parquet")] = None
@@ -455,6 +457,7 @@ class TrainerConfig:
     save_limit: PositiveOrMinusOne = 3  # newest checkpoints kept; -1 = all
     # a figure of the validation, higher is better: its best step is saved and never deleted; null = no best
     best_metric: str | None = "val/accuracy_reward"
+    async_save: bool = True  # checkpoints are copied to host memory and written while the next steps train
     save_model_only: bool = False  # checkpoints are weights to export, 2 bytes a parameter; no run resumes from them
     save_checkpoint_path: str | None = None  # null = <run_dir>/checkpoints
     load_checkpoint_path: str | None = None  # a global_step_N folder to start from; null = none

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 256
-CACHE_FOLDER = "mmr1_ds_scans_4"  # inside the cache of `datasets`; counted up when the columns of a scan change
+CACHE_FOLDER = "mmr1_ds_scans_5"  # inside the cache of `datasets`; counted up when the columns of a scan change
 ROWS_A_PROCESS = 20_000  # below this, starting processes costs more than it saves
 _ROWS_A_VIDEO = 100  # opening one takes so many times as long as measuring a row of text
+ROWS_KEPT = 1_000  # below this, a scan is not worth a file
+_TOLD_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -142,35 +145,36 @@ def work_of(reader: RowReader) -> int:
     return len(reader) * (_ROWS_A_VIDEO if reader.reads_videos else 1)
 
 
-def _scan_reader(
-    reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder, with_sketches: bool
-) -> pa.Table:
-    import pyarrow as pa
+def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder, with_sketches: bool) -> pa.Table:
 
     scan = BatchScan(reader, prompt_encoder, with_sketches)
-    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, work_of(reader) // ROWS_A_PROCESS)
-    if processes > 1:
-        return _scan_in_processes(reader, scan, processes, data, prompt_encoder, with_sketches)
-    parts = []
+    if len(reader) < ROWS_KEPT:
+        return _scan_in_place(reader, scan)
+    return _kept_scan(reader, scan, data, prompt_encoder, with_sketches)
+
+
+def _scan_in_place(reader: RowReader, scan: BatchScan) -> pa.Table:
+    import pyarrow as pa
+
+    parts, told = [], time.monotonic()
     for start in range(0, len(reader), BATCH_ROWS):
         stop = min(start + BATCH_ROWS, len(reader))
         parts.append(scan(reader.rows[start:stop], range(start, stop)))
+        if time.monotonic() - told > _TOLD_SECONDS:
+            told = time.monotonic()
+            logger.info("scanned %d of %d rows of %s", stop, len(reader), reader.name)
     return pa.concat_tables(parts)
 
 
-def _scan_in_processes(
-    reader: RowReader,
-    scan: BatchScan,
-    processes: int,
-    data: DataConfig,
-    prompt_encoder: PromptEncoder,
-    with_sketches: bool,
+def _kept_scan(
+    reader: RowReader, scan: BatchScan, data: DataConfig, prompt_encoder: PromptEncoder, with_sketches: bool
 ) -> pa.Table:
-    """Scan a large source in parallel, once a machine: the ranks beside this one wait, then read the result."""
+    """Scan a source once a machine, a large one in several processes: other ranks and later starts map the result."""
     import datasets
     from filelock import FileLock
     from pyarrow import feather
 
+    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, work_of(reader) // ROWS_A_PROCESS)
     key = hashlib.blake2b(digest_size=16)
     settings = (
         data.prompt_key, data.answer_key, data.image_key, data.video_key, data.id_key, data.category_key,
@@ -182,25 +186,33 @@ def _scan_in_processes(
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, CACHE_FOLDER)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, key.hexdigest() + ".arrow")
-    logger.info("scanning %d rows in %d processes (or waiting for a neighbour to)", len(reader), processes)
     with FileLock(path + ".lock"):
         if not os.path.exists(path):
+            logger.info(
+                "scanning %d rows of %s; ranks of this machine and later starts read the result",
+                len(reader),
+                reader.name,
+            )
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                scanned = reader.rows.map(
-                    scan,
-                    batched=True,
-                    batch_size=BATCH_ROWS,
-                    with_indices=True,
-                    num_proc=processes,
-                    desc="scanning prompts",
-                    remove_columns=reader.rows.column_names,
-                    new_fingerprint=key.hexdigest(),
-                    cache_file_name=os.path.join(scratch, "part.arrow"),
-                )
+                if processes > 1:
+                    found = reader.rows.map(
+                        scan,
+                        batched=True,
+                        batch_size=BATCH_ROWS,
+                        with_indices=True,
+                        num_proc=processes,
+                        desc="scanning prompts",
+                        remove_columns=reader.rows.column_names,
+                        new_fingerprint=key.hexdigest(),
+                        cache_file_name=os.path.join(scratch, "part.arrow"),
+                    ).data.table
+                else:
+                    found = _scan_in_place(reader, scan)
                 whole = os.path.join(scratch, "whole.arrow")
-                feather.write_feather(scanned.data.table, whole, compression="zstd")
+                # In one piece and not compressed, so that the ranks of a machine map the same pages.
+                feather.write_feather(found.combine_chunks(), whole, compression="uncompressed", chunksize=len(found))
                 os.replace(whole, path)
-        return feather.read_table(path)
+        return feather.read_table(path, memory_map=True)
 
 
 def _distinct(prompt_ids: pa.Array, data: DataConfig) -> pa.Array:

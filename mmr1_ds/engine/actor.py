@@ -26,7 +26,7 @@ from mmr1_ds.engine.model.experts import as_published, balance_loss, is_transpos
 from mmr1_ds.engine.model.policy import exact_types, load_policy
 from mmr1_ds.engine.weights.gathering import weight_buckets, weights_digest, whole_parameters
 from mmr1_ds.engine.weights.weight_files import write_weights
-from mmr1_ds.engine.zero_engine import Learner, Sizes, TokenLoss, start_deepspeed
+from mmr1_ds.engine.zero_engine import Learner, OptimiserStep, Sizes, TokenLoss, start_deepspeed
 from mmr1_ds.records import Pair, Trajectory, WeightInfo
 
 
@@ -147,7 +147,7 @@ class Actor(Learner):
             self.kl.update(metrics["actor/ref_kl"], len(trajectories) * self._ranks.size)
         return metrics
 
-    def _optimiser_step(self, trajectories: Sequence[Trajectory]) -> tuple[dict[str, float], dict[str, float]] | None:
+    def _optimiser_step(self, trajectories: Sequence[Trajectory]) -> OptimiserStep | None:
         """See Learner. Which tokens are chosen follows from all of the step's, before any micro-batch is computed."""
         if self._policy_loss.kind == "kl_cov":
             trajectories = self._with_choice(trajectories)

@@ -6,11 +6,11 @@ Under ZeRO-3 every forward is a collective: all ranks make as many, and wait for
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmr1_ds.cluster.ranks import Ranks
+Agree = Callable[[int], int]  # from how many micro-batches this rank needs to how many all make: a collective
 
 _EVEN = 0.01  # of the mean: more balance than this is not worth moving groups for
 
@@ -20,7 +20,7 @@ def in_turn(num_sequences: int, size: int) -> list[list[int]]:
     return [list(range(start, min(start + size, num_sequences))) for start in range(0, num_sequences, size)]
 
 
-def by_tokens(lengths: Sequence[int], budget: int, ranks: Ranks) -> list[list[int]]:
+def by_tokens(lengths: Sequence[int], budget: int, agree: Agree) -> list[list[int]]:
     """Micro-batches of at most `budget` tokens, as few as the ranks need, all of nearly the same number of tokens.
 
     Args: lengths: tokens of this rank's sequences; one over the budget gets a micro-batch of its own.
@@ -28,7 +28,10 @@ def by_tokens(lengths: Sequence[int], budget: int, ranks: Ranks) -> list[list[in
     Collective: all ranks, with the same number of sequences.
     """
     fewest = first_fit(lengths, budget)
-    number = int(ranks.max({"micro-batches": float(len(fewest))}, "plan micro-batches")["micro-batches"])
+    return _parts(lengths, budget, fewest, agree(len(fewest)))
+
+
+def _parts(lengths: Sequence[int], budget: int, fewest: list[list[int]], number: int) -> list[list[int]]:
     even = spread(lengths, number)
     if max(sum(lengths[i] for i in part) for part in even) <= max(budget, *lengths):
         return even
@@ -41,7 +44,7 @@ def by_tokens(lengths: Sequence[int], budget: int, ranks: Ranks) -> list[list[in
 
 
 def by_prompts(
-    prompts: Sequence[int], prompt_lengths: Sequence[int], lengths: Sequence[int], budget: int, ranks: Ranks
+    prompts: Sequence[int], prompt_lengths: Sequence[int], lengths: Sequence[int], budget: int, agree: Agree
 ) -> list[list[int]]:
     """Micro-batches as of `by_tokens`, the responses to a prompt together where they fit, their prompt counted once.
 
@@ -55,13 +58,13 @@ def by_prompts(
             runs.append([])
             tokens = prompt_lengths[i] + own
         runs[-1].append(i)
-    # No rank may have fewer runs than another one needs micro-batches.
-    most = int(ranks.max({"runs": float(len(runs))}, "plan micro-batches")["runs"])
-    while len(runs) < most:
+    number = agree(len(first_fit([prompt_lengths[run[0]] + sum(lengths[i] for i in run) for run in runs], budget)))
+    while len(runs) < number:  # what another rank needs; each run is a micro-batch then
         longest = max(range(len(runs)), key=lambda place: len(runs[place]))
         runs[longest : longest + 1] = [runs[longest][::2], runs[longest][1::2]]
     sizes = [prompt_lengths[run[0]] + sum(lengths[i] for i in run) for run in runs]
-    return [sorted(i for place in part for i in runs[place]) for part in by_tokens(sizes, budget, ranks)]
+    parts = _parts(sizes, budget, first_fit(sizes, budget), number)
+    return [sorted(i for place in part for i in runs[place]) for part in parts]
 
 
 def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import deepspeed
 import numpy as np
@@ -28,7 +28,7 @@ from mmr1_ds.config import ActorConfig, CriticConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.build_lock import lock_builds_by_kernel
-from mmr1_ds.engine.micro_batches import by_prompts, by_tokens, in_turn
+from mmr1_ds.engine.micro_batches import Agree, by_prompts, by_tokens, in_turn
 from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.linear_attention import has_states
 from mmr1_ds.engine.model.packing import shares_prompts
@@ -39,6 +39,7 @@ from mmr1_ds.engine.weights.adapter_checkpoint import AdapterCheckpoint
 from mmr1_ds.engine.weights.offloading import drop_host_copies, states_offloaded
 from mmr1_ds.engine.weights.zero_checkpoint import ZeroCheckpoint, trained_weights
 from mmr1_ds.errors import UserError
+from mmr1_ds.io import PendingFile
 from mmr1_ds.records import Pair, Trajectory
 
 
@@ -61,6 +62,14 @@ class Sizes:
     num_responses: int  # to each prompt
     max_prompt_length: int  # tokens
     max_response_length: int  # tokens
+
+
+class OptimiserStep(NamedTuple):
+    """The figures of an optimiser step."""
+
+    shares: dict[str, float]  # this rank's parts of means over the global batch
+    largest: dict[str, float]  # on this rank
+    of_all: dict[str, float]  # the same on every rank
 
 
 class ZeroEngine:
@@ -108,7 +117,8 @@ class ZeroEngine:
         self.engine.eval()
         pairs = pairs if self._parallel is None else self._parallel.gather(pairs)
         found: dict[int, tuple[np.ndarray, ...]] = {}
-        for part in self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_experience):
+        size = self._settings.micro_batch_size_per_device_for_experience
+        for part in self._micro_batches(pairs, size, self._most_of_all_ranks):
             chosen = [pairs[i] for i in part]
             cuts = np.cumsum([len(response) for _, response in chosen])[:-1]
             parts = [np.split(output_T.float().cpu().numpy(), cuts) for output_T in self._forward(chosen)[:num_outputs]]
@@ -122,7 +132,10 @@ class ZeroEngine:
         outputs = self.engine(collate(pairs, self._encoder, self._ranks.device))
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    def _micro_batches(self, pairs: Sequence[Pair], size: int | None) -> list[list[int]]:
+    def _most_of_all_ranks(self, fewest: int) -> int:
+        return int(self._ranks.max({"micro-batches": float(fewest)}, "plan micro-batches")["micro-batches"])
+
+    def _micro_batches(self, pairs: Sequence[Pair], size: int | None, agree: Agree) -> list[list[int]]:
         """Which pairs are computed together, by position. Collective: all ranks, with the same number of pairs."""
         assert size is not None  # resolved
         size *= self._num_neighbours  # a rank holds a cut of each sequence
@@ -136,8 +149,8 @@ class ZeroEngine:
             names = [id(prompt) for prompt, _ in pairs]
             if has_states(self.model.config):  # its layers compute, and keep, a prompt once for each response
                 prompt_lengths, lengths = [0] * len(pairs), both
-            return by_prompts(names, prompt_lengths, lengths, budget, self._ranks)
-        return by_tokens(both, budget, self._ranks)
+            return by_prompts(names, prompt_lengths, lengths, budget, agree)
+        return by_tokens(both, budget, agree)
 
     @contextmanager
     def _own_shards(self) -> Iterator[dict[str, Tensor]]:
@@ -252,23 +265,32 @@ class Learner(ZeroEngine, ABC):
         Collective: all ranks, with the same number of trajectories.
         """
         self.engine.train()
-        means: list[dict[str, float]] = []
-        maxima: list[dict[str, float]] = []
+        steps: list[OptimiserStep] = []
         for _ in range(self._settings.ppo_epochs):
             for start in range(0, len(trajectories), self._mini_batch_size):
                 taken = self._optimiser_step(trajectories[start : start + self._mini_batch_size])
                 if taken is not None:
-                    means.append(taken[0])
-                    maxima.append(taken[1])
+                    steps.append(taken)
         metrics = {f"{self.name}/num_bad_updates": float(self.bad_updates.num_bad)}
-        if means:
-            metrics |= {name: sum(step[name] for step in means) / len(means) for name in means[0]}
-            metrics |= {name: max(step[name] for step in maxima) for name in maxima[0]}
+        if steps:
+            shares, maxima, of_all = zip(*steps, strict=True)
+            largest = {name: max(step[name] for step in maxima) for name in maxima[0]}
+            means, largest = self._ranks.sum_and_max(_mean(shares), largest, f"{self.name} metrics")
+            metrics |= means | largest | _mean(of_all)
         return metrics
 
-    def _optimiser_step(self, trajectories: Sequence[Trajectory]) -> tuple[dict[str, float], dict[str, float]] | None:
-        """Returns: metrics to average over steps, and metrics whose largest counts; None when it was left out."""
-        batch = self._global_batch(trajectories)
+    def _optimiser_step(self, trajectories: Sequence[Trajectory]) -> OptimiserStep | None:
+        """Returns: its figures, None when it was left out."""
+        lengths = [len(item.token_ids) for item in trajectories if item.trains]
+        own = {"tokens": float(sum(lengths)), "responses": float(sum(length > 0 for length in lengths))}
+        totals: dict[str, float] = {}
+
+        def agree(fewest: int) -> int:
+            """Agree on a number of micro-batches; the same collective counts what the losses are averaged over."""
+            sums, most = self._ranks.sum_and_max(own, {"micro-batches": float(fewest)}, "plan the update")
+            totals.update(sums)
+            return int(most["micro-batches"])
+
         rate = learning_rate(self._settings.optim, self.num_updates_done, self._num_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -277,7 +299,10 @@ class Learner(ZeroEngine, ABC):
         sums: dict[str, float] = {}
         largest: dict[str, float] = {}
         pairs = [item.pair for item in trajectories]
-        micro_batches = self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_update)
+        micro_batches = self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_update, agree)
+        if not totals:  # without dynamic batching all ranks have the same number anyway
+            agree(len(micro_batches))
+        batch = GlobalBatch(totals["tokens"], totals["responses"])
         for number, part in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             shares, own_largest = self._micro_step([trajectories[i] for i in part], batch)
@@ -292,16 +317,8 @@ class Learner(ZeroEngine, ABC):
             return None
         self.bad_updates.was_good()
         self.num_updates_done += 1
-        means, largest = self._ranks.sum_and_max(sums, largest, f"{self.name} metrics")
-        means[f"{self.name}/grad_norm"] = float(self.engine.get_global_grad_norm())
-        means[f"{self.name}/lr"] = rate
-        return means, largest
-
-    def _global_batch(self, trajectories: Sequence[Trajectory]) -> GlobalBatch:
-        lengths = [len(item.token_ids) for item in trajectories if item.trains]
-        own = {"tokens": float(sum(lengths)), "responses": float(sum(length > 0 for length in lengths))}
-        totals = self._ranks.sum(own, "count response tokens")
-        return GlobalBatch(totals["tokens"], totals["responses"])
+        norm = float(self.engine.get_global_grad_norm())
+        return OptimiserStep(sums, largest, {f"{self.name}/grad_norm": norm, f"{self.name}/lr": rate})
 
     def _micro_step(
         self, trajectories: Sequence[Trajectory], batch: GlobalBatch
@@ -331,11 +348,13 @@ class Learner(ZeroEngine, ABC):
         self.num_updates_done = int(state["num_updates_done"])
         self.bad_updates.load_state_dict(state.get("bad_updates", {}))
 
-    def save(self, folder: Path) -> None:
-        """Write the sharded state. Collective. Raises: SaveFailed, on every rank."""
+    def save(self, folder: Path, in_background: bool = False) -> list[PendingFile]:
+        """Write the sharded state; see `ZeroCheckpoint.save`. Collective. Raises: SaveFailed, on every rank."""
         drop_host_copies(self.engine.optimizer.optimizer)
-        self._checkpoint.save(folder, self._state_dict(), exclude_frozen=self._adapters.leaves_out_frozen)
+        leaves_out = self._adapters.leaves_out_frozen
+        files = self._checkpoint.save(folder, self._state_dict(), leaves_out, in_background)
         in_step(self._ranks, "name the adapters", lambda: self._adapters.write(folder, self._ranks.rank == 0))
+        return files
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, on any number of ranks. Collective.
@@ -347,3 +366,7 @@ class Learner(ZeroEngine, ABC):
             self._take(trained_weights(folder))
             return
         self._load_state_dict(self._checkpoint.load(folder, strict=not self._adapters.leaves_out_frozen))
+
+
+def _mean(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}

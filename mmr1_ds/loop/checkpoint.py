@@ -2,7 +2,8 @@
 
 `root/global_step_N/` is written under a temporary name, synced to disk, described by a manifest of sizes and
 digests, and only then renamed; `latest` and `best` beside it follow. A kill at any moment leaves the previous one
-loadable.
+loadable. In the background a thread of each rank writes what was copied
+to host memory, while training goes on.
 A save that fails for want of space, or of the disk itself, fails on all ranks together and leaves the run and what was
 saved before as they were. The folder must be one that all ranks see.
 """
@@ -15,7 +16,9 @@ import logging
 import math
 import re
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from mmr1_ds.cluster.agreement import SaveFailed, in_step
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.weights import CONVERTED
 from mmr1_ds.errors import UserError
-from mmr1_ds.io import in_words, sync, write_whole
+from mmr1_ds.io import FileEntry, PendingFile, digest, in_words, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +46,16 @@ class Checkpoints:
         self.root, self._save_limit, self._ranks, self._best_metric = root, save_limit, ranks, best_metric
         self._own: set[int] = set()  # steps that this run saved, or that it goes on from
         self._damaged: set[int] = set()  # steps that were found damaged
+        self._writing: _Writing | None = None  # at most one
         self.failure = ""  # why the last save failed; empty when it did not
 
-    def save(self, step: int, write: Callable[[Path], None], folders: Sequence[str] = ()) -> Path | None:
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], list[PendingFile] | None],
+        folders: Sequence[str] = (),
+        in_background: bool = False,
+    ) -> bool:
         """Call `write(folder)` on every rank, then make its files the checkpoint of `step`. Collective.
 
         The step may be saved again, and the old one goes when the new one is there. Checkpoints of later steps are of
@@ -53,28 +63,55 @@ class Checkpoints:
         the newest.
 
         Args: write: where it has collectives, a rank that the disk fails must stay in step with the others, see
-            `in_step`; folders: names of those that it finds made.
-        Returns: None when the disk failed a rank. It is told, kept as `failure`, and what was saved before is there.
+            `in_step`; it returns the files that are still to be written; folders: names of those that it finds made;
+            in_background: return as soon as `write` does, before the checkpoint is there; `finish` is still due.
+        Returns: False when the disk failed a rank. It is told, kept as `failure`, and what was saved before is there.
         """
-        final, temporary = self.root / f"global_step_{step}", self.root / f".global_step_{step}.tmp"
+        temporary = self.root / f".global_step_{step}.tmp"
         try:
             self._on_main("make the checkpoint folder", lambda: _make_anew(temporary, folders))
-            in_step(self._ranks, "write the checkpoint", lambda: write(temporary))
-            files = self._describe(temporary)
-            content = {"step": step, "ranks": self._ranks.size, "files": files}
-            self._on_main("publish the checkpoint", lambda: self._publish(step, temporary, content))
+            pending = in_step(self._ranks, "write the checkpoint", lambda: write(temporary)) or []
+            described = self._share_of_files(temporary, [str(file.path.relative_to(temporary)) for file in pending])
         except SaveFailed as failure:
-            self.failure = f"the checkpoint of step {step} was not saved in {self.root}: {failure}"
-            if self._ranks.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                logger.error("%s; the run goes on, earlier checkpoints are as they were", self.failure)
-            return None
+            return self._failed(step, failure)
+        self._writing = _Writing(step, temporary, pending, described)
+        return in_background or self.finish()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save in the background is to be finished."""
+        return self._writing is not None
+
+    def has_written(self) -> bool:
+        """Return whether `finish` would not wait for any rank's disk. Collective."""
+        is_busy = self._writing is not None and self._writing.is_busy
+        return not self._ranks.any(is_busy, "ask whether the checkpoint is written")
+
+    def finish(self) -> bool:
+        """Wait for the save in the background, and give it its name. Collective. Returns: as `save`."""
+        assert self._writing is not None
+        writing, self._writing = self._writing, None
+        try:
+            own = in_step(self._ranks, "write the checkpoint's files", writing.entries)
+            parts = self._ranks.all_gather_objects(own, "share the checkpoint's digests")
+            files = {name: entry for part in parts for name, entry in sorted(part.items())}
+            content = {"step": writing.step, "ranks": self._ranks.size, "files": files}
+            self._on_main("publish the checkpoint", lambda: self._publish(writing.step, writing.folder, content))
+        except SaveFailed as failure:
+            return self._failed(writing.step, failure)
         self.failure = ""
-        self._own.add(step)
-        self._damaged.discard(step)
+        self._own.add(writing.step)
+        self._damaged.discard(writing.step)
         if self._ranks.rank == 0:
-            self._prune(step)
-        return final
+            self._prune(writing.step)
+        return True
+
+    def _failed(self, step: int, failure: SaveFailed) -> bool:
+        self.failure = f"the checkpoint of step {step} was not saved in {self.root}: {failure}"
+        if self._ranks.rank == 0:
+            shutil.rmtree(self.root / f".global_step_{step}.tmp", ignore_errors=True)
+            logger.error("%s; the run goes on, earlier checkpoints are as they were", self.failure)
+        return False
 
     def _publish(self, step: int, temporary: Path, content: dict[str, Any]) -> None:
         """Describe it, sync it and give it its name; `latest` follows."""
@@ -196,21 +233,18 @@ class Checkpoints:
                 break
         return next((text for text in self._ranks.all_gather_objects(found, "verify the checkpoint") if text), "")
 
-    def _describe(self, folder: Path) -> dict[str, dict[str, str | int]]:
-        """Size and digest of every file, synced to disk. The ranks share the reading. Collective."""
+    def _share_of_files(self, folder: Path, pending: Sequence[str]) -> list[Path]:
+        """The files of all ranks, less those that are pending, which this rank is to describe. Collective."""
         found: list[str] = []
 
         def list_files() -> None:  # one listing for all: a network file system may show each rank another
             found.extend(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
 
         self._on_main("list the checkpoint's files", list_files)
-        names = self._ranks.all_gather_objects(found, "share the checkpoint's files")[0]
-        own = names[self._ranks.rank :: self._ranks.size]
-        described = in_step(
-            self._ranks, "digest the checkpoint", lambda: {name: _synced_entry(folder / name) for name in own}
-        )
-        parts = self._ranks.all_gather_objects(described, "share the checkpoint's digests")
-        return {name: entry for part in parts for name, entry in sorted(part.items())}
+        parts = self._ranks.all_gather_objects((found, pending), "share the checkpoint's files")
+        described = {name for _, names in parts for name in names}
+        others = [name for name in parts[0][0] if name not in described]
+        return [folder / name for name in others[self._ranks.rank :: self._ranks.size]]
 
     def _list(self) -> list[tuple[int, Path]]:
         """Checkpoints as rank 0 sees them. Collective."""
@@ -255,6 +289,43 @@ class Checkpoints:
             return True
 
 
+class _Writing:
+    """A thread that writes this rank's part of a checkpoint. It holds up no end of the process: a disk may hang."""
+
+    def __init__(self, step: int, folder: Path, pending: list[PendingFile], written: Sequence[Path]) -> None:
+        """Start it. written: files that are there, to be synced and digested."""
+        self.step, self.folder = step, folder
+        self._files = pending + [PendingFile(path, partial(_synced_entry, path)) for path in written]
+        self._entries: dict[str, FileEntry] = {}
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        return self._thread.is_alive()
+
+    def entries(self) -> dict[str, FileEntry]:
+        """Wait for the files. Returns: what the manifest says of them. Raises: what the thread met, OSError mostly."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._entries
+
+    def _run(self) -> None:
+        try:
+            while self._files:  # a copy in memory goes with its file
+                file = self._files.pop(0)
+                self._entries[str(file.path.relative_to(self.folder))] = file.write()
+        except BaseException as error:
+            self._error = error
+
+
+def _synced_entry(path: Path) -> FileEntry:
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
 def _make_anew(folder: Path, inside: Sequence[str]) -> None:
     if folder.exists():  # of an interrupted save
         shutil.rmtree(folder)
@@ -295,16 +366,6 @@ def _difference(folder: Path, name: str, expected: dict[str, str | int]) -> str:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-        return "" if _digest(path) == expected["sha256"] else f"{name} has another content than was written"
+        return "" if digest(path) == expected["sha256"] else f"{name} has another content than was written"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-
-
-def _synced_entry(path: Path) -> dict[str, str | int]:
-    sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

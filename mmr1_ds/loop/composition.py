@@ -253,7 +253,7 @@ def make_trainer(
         turns=turns,
         records=records,
         metrics_logger=metrics_logger,
-        answer_log=AnswerLog(run_directory(config) / "eval", is_main=ranks.rank == 0),
+        answer_log=AnswerLog(run_directory(config) / "eval", ranks.rank == 0, int(trainer.samples_limit_gb * 1e9)),
         ranks=ranks,
     )
     kept_refresh = checkpoints.root / KEPT
@@ -277,6 +277,7 @@ def make_trainer(
     state = RunState(
         steps_between_saves(config, num_steps),
         not trainer.val_only,
+        trainer.async_save,
         trainer.save_model_only,
         num_steps,
         dump_config(config),

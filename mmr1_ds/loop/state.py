@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from mmr1_ds.cluster.preemption import Preempted, Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.io import PendingFile
 from mmr1_ds.loop.batches import BatchMaker
 from mmr1_ds.loop.checkpoint import VALIDATION, Checkpoints
 from mmr1_ds.loop.learners import Learners
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROMPT_IDS = "prompt_ids.safetensors"  # beside the checkpoints, which link to it
-_SAVE_PARTS = 3  # of a checkpoint, for its bar: what was begun ahead, the engines, digests
+_SAVE_PARTS = 3  # of a checkpoint, for its bar: what was begun ahead, the engines, the rest
 
 
 class RunState:
@@ -37,6 +39,7 @@ class RunState:
         self,
         save_freq: int,
         saves_when_interrupted: bool,
+        saves_in_background: bool,
         weights_alone: bool,
         num_steps: int,
         config_yaml: str,
@@ -58,6 +61,7 @@ class RunState:
             save_freq: steps between checkpoints, -1 = only after the last.
             saves_when_interrupted: False for a validation alone, which learns nothing: its curriculum is empty, and a
                 save would put that in place of the checkpoint that it validates.
+            saves_in_background: whether the next steps go on while a checkpoint is written.
             weights_alone: whether checkpoints hold nothing to resume from.
             num_steps: of the whole run.
             config_yaml: the resolved configuration, kept for `mmr1-ds export`.
@@ -65,12 +69,14 @@ class RunState:
         """
         self._save_freq, self._num_steps = save_freq, num_steps
         self._saves_when_interrupted, self._weights_alone = saves_when_interrupted, weights_alone
+        self._saves_in_background = saves_in_background
         self._config_yaml, self._kept_refresh = config_yaml, kept_refresh
         self._actor, self._critic, self._coordinator, self._batches = actor, critic, coordinator, batches
         self._learners, self._checkpoints, self._preemption = learners, checkpoints, preemption
         self._records, self._metrics_logger, self._ranks = records, metrics_logger, ranks
         self.step = 0  # steps done; within a step, its number
-        self._last_saved: int | None = None  # step of the newest checkpoint
+        self._last_saved: int | None = None  # step of the newest checkpoint, which may still be written
+        self._began_saving = 0.0  # monotonic
         self._validation: dict[str, float] = {}  # of the current step, where it was validated
 
     def begin(self, step: int) -> None:
@@ -97,6 +103,7 @@ class RunState:
             yield
         except (ServersGone, SamplingAbandoned) as stop:
             self.begin(self._learners.num_steps_done)
+            self.log(self.publish())
             if self._saves_when_interrupted and self.step > 0 and self._last_saved != self.step:
                 self.log(self.save(in_full=False))
             if not self._is_asked_to_end():
@@ -107,11 +114,14 @@ class RunState:
                 "%s: all %d steps are done and saved, the last validation is not; mmr1-ds eval does it",
                 self._reason(), self._num_steps,
             )  # fmt: skip
+        self.log(self.publish())
         self._check_saved()
 
     def end_if_asked(self) -> None:
         """Raises: Preempted, on every rank, when one was told to end; all is saved."""
-        if self._is_asked_to_end():
+        is_asked = self._is_asked_to_end()
+        self.log(self.publish(wait=is_asked))
+        if is_asked:
             if self.step > 0 and self._last_saved != self.step:
                 self.log(self.save())
             raise self._preempted()
@@ -124,7 +134,7 @@ class RunState:
         if metrics:
             self.log(metrics)
             if self.step > 0 and self._save_freq > 0 and self.step % self._save_freq == 0:
-                self.log(self.save())
+                self.log(self.save(in_background=self._saves_in_background))
             self.end_if_asked()
 
     def save_if_due(self, validation: dict[str, float]) -> None:
@@ -134,18 +144,22 @@ class RunState:
         Args: validation: figures of the step, empty where it was not validated.
         """
         self._validation = validation
-        is_due = self._save_freq > 0 and (
-            self.step % self._save_freq == 0 or self._coordinator.refresh_due(self.step + 1)
-        )
-        if self._checkpoints.is_best(validation) or is_due or self.step == self._num_steps:
-            self.log(self.save())
+        refreshes, is_last = self._coordinator.refresh_due(self.step + 1), self.step == self._num_steps
+        is_due = self._save_freq > 0 and (self.step % self._save_freq == 0 or refreshes)
+        if validation:
+            self.log(self.publish())  # the best may be the one that is written
+        if self._checkpoints.is_best(validation) or is_due or is_last:
+            self.log(self.save(in_background=self._saves_in_background and not refreshes and not is_last))
 
-    def save(self, in_full: bool = True) -> dict[str, float]:
+    def save(self, in_full: bool = True, in_background: bool = False) -> dict[str, float]:
         """Write the checkpoint of this step. When the disk fails it, the run goes on, see `Checkpoints.save`.
 
-        in_full: wait for responses begun ahead and keep them; else the resumed run samples them anew.
+        Args: in_full: wait for responses begun ahead and keep them; else the resumed run samples them anew;
+            in_background: return once the states are copied to host memory; `publish` is still due.
         Returns: metrics.
         """
+        metrics = self.publish()
+        self._began_saving = time.monotonic()
         clock, title = self._records.clock(), f"checkpoint of step {self.step}"
         with (
             clock("save_checkpoint"),
@@ -155,20 +169,39 @@ class RunState:
                 self._batches.finish_ahead()
             advance(1)
 
-            def write(folder: Path) -> None:
-                self._write(folder, advance)
+            def write(folder: Path) -> list[PendingFile]:
+                return self._write(folder, in_background, advance)
 
             folders = () if self._weights_alone else ("curriculum", "rollout", "reference")
-            saved = self._checkpoints.save(self.step, write, folders)
+            saved = self._checkpoints.save(self.step, write, folders, in_background)
             advance(1)
-            if saved and self._ranks.rank == 0:
-                self._kept_refresh.unlink(missing_ok=True)
-        metrics = self._records.stages(clock)
-        if saved is None:
+        metrics |= self._records.stages(clock)
+        if not saved:
             return metrics | {"checkpoint/save_failed": 1.0}
         self._last_saved = self.step
-        self._preemption.took(to_save=clock.seconds["save_checkpoint"])
+        if not in_background:
+            self._is_there()
         return metrics
+
+    def publish(self, wait: bool = True) -> dict[str, float]:
+        """Finish a save in the background, if there is one: now, or without wait once every rank has written its part.
+
+        Returns: metrics.
+        """
+        if not self._checkpoints.is_writing or not (wait or self._checkpoints.has_written()):
+            return {}
+        if not self._checkpoints.finish():
+            self._last_saved = None
+            return {"checkpoint/save_failed": 1.0}
+        return {"perf/background_save_seconds": self._is_there()}
+
+    def _is_there(self) -> float:
+        """Note that a save has made its checkpoint. Returns: the seconds since it began."""
+        seconds = time.monotonic() - self._began_saving
+        self._preemption.took(to_save=seconds)
+        if self._ranks.rank == 0:
+            self._kept_refresh.unlink(missing_ok=True)
+        return seconds
 
     def load(self, step: int, folder: Path, settings: SamplingSettings | None) -> None:
         """Resume from a checkpoint of `step`; the coordinator has read its part already.
@@ -186,13 +219,14 @@ class RunState:
             self._validation = json.loads((folder / VALIDATION).read_text(encoding="utf-8"))
         self._learners.num_steps_done = self._last_saved = step
 
-    def _write(self, folder: Path, advance: Callable[[int], None]) -> None:
+    def _write(self, folder: Path, in_background: bool, advance: Callable[[int], None]) -> list[PendingFile]:
+        pending: list[PendingFile] = []
         if self._weights_alone:
             self._actor.save_weights(folder / "actor")
         else:
-            self._actor.save(folder / "actor")
+            pending += self._actor.save(folder / "actor", in_background)
             if self._critic is not None:
-                self._critic.save(folder / "critic")
+                pending += self._critic.save(folder / "critic", in_background)
         advance(1)
         # From here on no collectives: a disk may fail one rank alone.
         if not self._weights_alone:
@@ -203,6 +237,7 @@ class RunState:
             (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
             if self._validation:
                 (folder / VALIDATION).write_text(json.dumps(self._validation), encoding="utf-8")
+        return pending
 
     def _is_asked_to_end(self) -> bool:
         return self._ranks.any(self._preemption.is_asked, "ask whether to end")

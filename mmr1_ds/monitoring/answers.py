@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmr1_ds.io import in_words
+from mmr1_ds.monitoring.thinning import thin_folders
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +21,9 @@ Rows = Sequence[Mapping[str, Any]]
 class AnswerLog:
     """Writes the answers of validations. A disk that refuses them costs the answers, and not the run."""
 
-    def __init__(self, folder: Path, is_main: bool) -> None:
-        """folder: `eval` of the run; is_main: False writes nothing."""
-        self._folder, self._is_main = folder, is_main
+    def __init__(self, folder: Path, is_main: bool, most_bytes: int = 1 << 40) -> None:
+        """folder: `eval` of the run; is_main: False writes nothing; most_bytes: of the answers of all steps."""
+        self._folder, self._is_main, self._most_bytes = folder, is_main, most_bytes
 
     @contextmanager
     def of_step(self, step: int, continued: bool = False) -> Iterator[Callable[[Rows], None]]:
@@ -47,3 +48,8 @@ class AnswerLog:
 
         write((), "a" if continued else "w")
         yield write
+        try:
+            if works:
+                thin_folders(self._folder, FILE, self._most_bytes)
+        except OSError as error:
+            logger.warning("%s stays over trainer.samples_limit_gb (%s)", self._folder, in_words(error))

@@ -105,7 +105,7 @@ class MetricsLogger:
         check_loggers(trainer.logger)
         if not is_main:
             return cls()
-        files = JsonLinesWriter(run_dir, resumed_step)
+        files = JsonLinesWriter(run_dir, resumed_step, int(trainer.samples_limit_gb * 1e9))
         writers: list[Writer] = [files]
         if "console" in trainer.logger:
             writers.append(ConsoleWriter(total_steps))

@@ -16,6 +16,7 @@ from typing import Any
 from mmr1_ds.errors import UserError, remedy
 from mmr1_ds.io import in_words, sync
 from mmr1_ds.monitoring.progress import FIGURES, TimeLeft, bar_of, format_duration
+from mmr1_ds.monitoring.thinning import thin_lines
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ RECORDS = (  # besides metrics.jsonl; a line each
     "curriculum",  # a line a refresh of the table: histograms, and the prompts that moved since the last
     "samples",  # a line a training group: what was asked and answered
 )
+_TEXTS = ("generations", "samples")
 _BLOCK_BYTES = 1 << 20  # read at a time from the end of a file
 _HISTOGRAMS = ("weight", "pass_rate")  # in a record of the curriculum
 
@@ -70,6 +72,15 @@ class _Lines:
             self._waiting, self._written = [line], b""
         self._write(is_final=False)
 
+    def thin(self, most_bytes: int) -> None:
+        """Drop old steps where the file has more bytes."""
+        if self._offset <= most_bytes or self._waiting:
+            return
+        try:
+            self._offset = thin_lines(self._path, most_bytes)
+        except OSError as error:
+            logger.warning("%s stays over trainer.samples_limit_gb (%s)", self._path, in_words(error))
+
     def close(self) -> None:
         """Write what still waits, or log that it is lost."""
         if self._waiting:
@@ -100,7 +111,9 @@ class _Lines:
 class JsonLinesWriter(Writer):
     """Writes `metrics.jsonl`, one flat object a step, and a file for each of `RECORDS`; none stays open."""
 
-    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+    def __init__(self, run_dir: Path, resumed_step: int, most_text_bytes: int = 1 << 40) -> None:
+        """most_text_bytes: of each of the records that hold texts."""
+        self._most_text_bytes = most_text_bytes
         paths = {name: run_dir / f"{name}.jsonl" for name in ("metrics", *RECORDS)}
         for path in paths.values():
             _drop_lines_after(path, resumed_step)
@@ -133,6 +146,8 @@ class JsonLinesWriter(Writer):
                 return
             self._last_renewal = step
         self._records[name].append(json.dumps({"step": step, **row}, ensure_ascii=False).encode() + b"\n")
+        if name in _TEXTS:
+            self._records[name].thin(self._most_text_bytes)
 
     def close(self) -> None:
         for lines in (self._metrics, *self._records.values()):

@@ -55,8 +55,9 @@ class Run:
         wait_until(lambda: not processes_with(self.marker), 60, f"no process left, {processes_with(self.marker)}")
         return codes
 
-    def is_saving(self) -> bool:
-        return any(self.run_dir.glob("checkpoints/.global_step_*.tmp"))
+    def saving(self) -> set[str]:
+        """The checkpoint that is being written, if there is one: by the step itself, or behind the next."""
+        return {path.name for path in self.run_dir.glob("checkpoints/.global_step_*.tmp")}
 
     def kill(self, rank: int) -> None:
         os.kill(self._ranks[rank].pid, signal.SIGKILL)
@@ -104,21 +105,21 @@ def kill_one(run: Run, chance: random.Random, seconds: float, counts: Counter[st
     """Kill a random rank at a random moment of what a whole run takes, or while a checkpoint is being written."""
     rank, in_save = chance.randrange(2), chance.random() < 0.5
     moment = time.monotonic() + chance.uniform(0.0, seconds)
-    saves_to_wait_for, was_saving = chance.randrange(1, 4), False
+    saves_to_wait_for, known = chance.randrange(1, 4), set[str]()
     while not run.has_ended():
-        is_saving = run.is_saving()
-        if in_save and is_saving and not was_saving:
+        new = run.saving() - known
+        known |= new
+        if in_save and new:
             saves_to_wait_for -= 1
             if saves_to_wait_for == 0:
                 time.sleep(chance.uniform(0.0, 0.03))  # somewhere in the save
                 break
         if not in_save and time.monotonic() >= moment:
             break
-        was_saving = is_saving
         time.sleep(0.001)
     if run.has_ended():
         return
-    counts["kills while a checkpoint was written" if run.is_saving() else "kills at other moments"] += 1
+    counts["kills while a checkpoint was written" if run.saving() else "kills at other moments"] += 1
     run.kill(rank)
     counts["kills"] += 1
     counts[f"kills of rank {rank}"] += 1

@@ -308,7 +308,9 @@ def test_what_lies_beside_the_passes_by_hand(settings):
     seconds = found.seconds
     assert seconds["tail"] == pytest.approx((4096 - 1701) * (2 * number / (3.35e12 * 0.6) + 0.004))
     assert seconds["reward"] == pytest.approx(512 * 0.03 / 7)
-    assert seconds["save"] == pytest.approx((2 + 12) * number / 3e9 / 5)
+    assert seconds["save"] == pytest.approx(12 * number / 8 / (64e9 * 0.5) / 5)  # the copy; the rest is behind the training
+    at_once = planned(settings, *more, "trainer.async_save=false", disk_gb_s=3.0).seconds
+    assert at_once["save"] == pytest.approx(12 * number / 3e9 / 5)
     assert seconds["sleep"] == 3.0
     # 1,280 tokens of 28 x 28 pixels each, by four threads, beside the sampling.
     assert seconds["images"] == pytest.approx(64 * 1.00352 * 30 / 4 - seconds["gen"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 
 import datasets
 import numpy as np
@@ -402,11 +403,19 @@ def test_scan_in_processes_equals_scan_in_place(tmp_path, vision_model, monkeypa
     path = write_kind("parquet", tmp_path, rows)
     settings = {"format_prompt": "{{ content }} Think."}
     expected = load(path, vision_model, **settings)
+    monkeypatch.setattr(scan, "ROWS_KEPT", 20)
     monkeypatch.setattr(scan, "ROWS_A_PROCESS", 20)
     monkeypatch.setattr(scan, "BATCH_ROWS", 8)
-    monkeypatch.setattr(scan.os, "cpu_count", lambda: 2)
-    for _ in range(2):  # computed, then read from the cache
-        dataset = load(path, vision_model, **settings)
+    measured, number = [], PromptEncoder.num_image_tokens
+    monkeypatch.setattr(PromptEncoder, "num_image_tokens", lambda *size: measured.append(1) or number(*size))
+    copy = str(tmp_path / "copy.parquet")
+    shutil.copy(path, copy)
+    # In this process, and kept; read from what was kept; in two processes; read.
+    for file, cores, count in ((path, 1, 41), (path, 1, 0), (copy, 2, 0), (copy, 1, 0)):
+        monkeypatch.setattr(scan.os, "cpu_count", lambda cores=cores: cores)
+        measured.clear()
+        dataset = load(file, vision_model, **settings)
+        assert len(measured) == count
         assert list(dataset.prompt_ids) == list(expected.prompt_ids)
         assert dataset.fingerprint == expected.fingerprint
         assert np.array_equal(dataset._lengths, expected._lengths)

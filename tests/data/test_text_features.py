@@ -118,6 +118,7 @@ def test_the_scan_sketches_only_what_is_asked_for_and_kept(tmp_path, monkeypatch
 
     alone = taken()
     np.testing.assert_allclose(counts_of(alone)[:, 10], np.log1p([(28 + i) * 28 for i in range(41) if i != 3]))
+    monkeypatch.setattr(scan, "ROWS_KEPT", 20)
     monkeypatch.setattr(scan, "ROWS_A_PROCESS", 20)
     monkeypatch.setattr(scan, "BATCH_ROWS", 8)
     monkeypatch.setattr(scan.os, "cpu_count", lambda: 2)

@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 from mmr1_ds.engine.micro_batches import balance, by_prompts, by_tokens, first_fit, in_turn, spread
 
 
-class SomeRanks:
-    """Other ranks need this many micro-batches at most."""
-
-    def __init__(self, needed=1):
-        self.needed = needed
-
-    def max(self, values, stage):
-        return {name: max(value, float(self.needed)) for name, value in values.items()}
+def needing(others=1):
+    """Agree with other ranks, which need this many micro-batches at most."""
+    return lambda own: max(own, others)
 
 
 def total(lengths, part):
@@ -35,7 +30,7 @@ LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40)
 @given(LENGTHS, st.integers(100, 300), st.integers(1, 40))
 def test_every_sequence_once_within_the_budget(lengths, budget, needed):
     needed = min(needed, len(lengths))
-    parts = by_tokens(lengths, budget, SomeRanks(needed))
+    parts = by_tokens(lengths, budget, needing(needed))
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
     assert all(part and total(lengths, part) <= budget for part in parts)
     assert len(parts) == max(needed, len(first_fit(lengths, budget)))
@@ -70,7 +65,7 @@ def test_nearly_as_few_as_possible(seed):
 
 
 def test_a_sequence_over_the_budget_is_alone():
-    assert by_tokens([3, 50, 4], 10, SomeRanks()) in ([[0, 2], [1]], [[1], [0, 2]])
+    assert by_tokens([3, 50, 4], 10, needing()) in ([[0, 2], [1]], [[1], [0, 2]])
 
 
 @pytest.mark.parametrize(("count", "number"), [(64, 7), (401, 13), (5, 5)])
@@ -86,7 +81,7 @@ def test_parts_cost_alike(count, number):
 
 def test_tight_bins_are_cut_when_the_others_need_more():
     lengths = [60, 40, 60, 40, 55, 45]  # three bins of exactly 100; longest first would overfill one of three
-    parts = by_tokens(lengths, 100, SomeRanks(4))
+    parts = by_tokens(lengths, 100, needing(4))
     assert len(parts) == 4 and all(total(lengths, part) <= 100 for part in parts)
 
 
@@ -124,14 +119,14 @@ def test_what_is_even_stays_in_place():
 def test_responses_to_a_prompt_stay_together_and_count_it_once():
     # Three prompts of 10 tokens with 4 responses of 5: 30 tokens each, two fit into 60 and three do not.
     prompts, lengths = [7] * 4 + [8] * 4 + [9] * 4, [5] * 12
-    parts = by_prompts(prompts, [10] * 12, lengths, 60, SomeRanks())
+    parts = by_prompts(prompts, [10] * 12, lengths, 60, needing())
     assert sorted(sorted({prompts[i] for i in part}) for part in parts) in ([[7], [8, 9]], [[7, 8], [9]], [[7, 9], [8]])
     assert sorted(i for part in parts for i in part) == list(range(12))
     # A group over the budget is cut; every part counts the prompt again.
-    parts = by_prompts([1] * 9, [10] * 9, [8] * 9, 40, SomeRanks())
+    parts = by_prompts([1] * 9, [10] * 9, [8] * 9, 40, needing())
     assert sorted(len(part) for part in parts) == [3, 3, 3]
 
 
 def test_a_rank_with_few_runs_makes_as_many_micro_batches_as_another_needs():
-    parts = by_prompts([1] * 6, [10] * 6, [1] * 6, 100, SomeRanks(4))
+    parts = by_prompts([1] * 6, [10] * 6, [1] * 6, 100, needing(4))
     assert len(parts) == 4 and all(parts) and sorted(i for part in parts for i in part) == list(range(6))

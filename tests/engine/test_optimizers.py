@@ -68,6 +68,7 @@ def test_a_real_engine_saves_and_resumes_its_states_exactly(tmp_path):
     run_ranks("bf16_states.py", model, tmp_path / "out.npz", tmp_path / "saved", num_ranks=2)
     two = dict(np.load(tmp_path / "out.npz"))
     assert two["moments"] == 2  # bytes of an element
+    assert two["saved_alike"]  # in the background, while the next step trained, as at once
     assert (two["first"] != two["start"]).any() and (two["second"] != two["first"]).any()
     np.testing.assert_array_equal(two["again"], two["second"])
     # On another number of ranks: the same weights and moments, and the next step but for the moments' rounding.

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +17,7 @@ from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.weights.zero_checkpoint import CONVERTED
 from mmr1_ds.errors import UserError
+from mmr1_ds.io import PendingFile, digest
 from mmr1_ds.loop.checkpoint import MANIFEST, VALIDATION, Checkpoints
 
 
@@ -153,7 +155,8 @@ def test_a_step_is_saved_again(tmp_path, ranks):
 
 
 def test_another_number_of_ranks_is_told(tmp_path, ranks, caplog, monkeypatch):
-    folder = Checkpoints(tmp_path, -1, ranks).save(2, write)
+    assert Checkpoints(tmp_path, -1, ranks).save(2, write)
+    folder = tmp_path / "global_step_2"
     with caplog.at_level("INFO", logger="mmr1_ds"):
         Checkpoints(tmp_path, -1, ranks).check_ranks(folder)
         assert caplog.text == ""
@@ -164,7 +167,8 @@ def test_another_number_of_ranks_is_told(tmp_path, ranks, caplog, monkeypatch):
 
 def test_every_bit_of_a_manifest_counts(tmp_path, ranks):
     checkpoints = Checkpoints(tmp_path, -1, ranks)
-    folder = checkpoints.save(5, write)
+    assert checkpoints.save(5, write)
+    folder = tmp_path / "global_step_5"
     manifest = (folder / MANIFEST).read_bytes()
     content = json.loads(manifest)
     for place in range(0, len(manifest), 7):
@@ -178,6 +182,41 @@ def test_every_bit_of_a_manifest_counts(tmp_path, ranks):
     del content["sha256"]  # as earlier versions wrote it
     (folder / MANIFEST).write_text(json.dumps(content))
     assert checkpoints.damage(folder) == ""
+
+
+def test_one_in_the_background_is_there_once_it_is_finished(tmp_path, ranks):
+    checkpoints = Checkpoints(tmp_path, -1, ranks)
+    checkpoints.save(3, write)
+    goes_on = threading.Event()
+
+    def write_later(folder):
+        write(folder)
+
+        def write_shard():
+            assert goes_on.wait(20)
+            (folder / "actor" / "shard").write_bytes(b"shard")
+            return {"bytes": 5, "sha256": digest(folder / "actor" / "shard")}
+
+        return [PendingFile(folder / "actor" / "shard", write_shard)]
+
+    assert checkpoints.save(5, write_later, in_background=True)
+    assert checkpoints.is_writing and not checkpoints.has_written()
+    assert Checkpoints(tmp_path, -1, ranks).newest() == (3, tmp_path / "global_step_3")
+    goes_on.set()
+    assert checkpoints.finish() and not checkpoints.is_writing
+    assert Checkpoints(tmp_path, -1, ranks).newest() == (5, tmp_path / "global_step_5")
+    files = json.loads((tmp_path / "global_step_5" / MANIFEST).read_text())["files"]
+    assert sorted(files) == ["actor/shard", "actor/weights.bin", "state.json"]
+
+    def fail_later(folder):
+        def fail():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "shard"))
+
+        return [PendingFile(folder / "shard", fail)]
+
+    assert checkpoints.save(7, fail_later, in_background=True)
+    assert not checkpoints.finish() and "No space left on device" in checkpoints.failure
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_3", "global_step_5", "latest"]
 
 
 @pytest.fixture
@@ -208,7 +247,7 @@ def test_a_full_disk_fails_the_save_and_not_the_run(small_disk, ranks, caplog):
 
     for attempt in (write_much, write_arrays):
         caplog.clear()
-        assert checkpoints.save(5, attempt) is None
+        assert not checkpoints.save(5, attempt)
         assert "the checkpoint of step 5 was not saved in " in checkpoints.failure
         assert "rank 0: " in checkpoints.failure and "No space left on device" in checkpoints.failure
         assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
@@ -234,7 +273,7 @@ def test_a_disk_that_goes_away_fails_the_save_at_any_point(tmp_path, ranks, monk
             patch.setattr(os, "fsync", fail)
         else:
             patch.setattr(Path, {"open": "write_bytes"}.get(broken, broken), fail)
-        assert checkpoints.save(5, write) is None
+        assert not checkpoints.save(5, write)
     assert "Stale file handle" in checkpoints.failure
     assert Checkpoints(tmp_path, 1, ranks).newest() == (3, tmp_path / "global_step_3")
     assert not list(tmp_path.glob(".*"))
@@ -252,7 +291,7 @@ def test_the_limit_takes_damaged_ones_before_good_ones(tmp_path, ranks):
     resumed = Checkpoints(tmp_path, 2, ranks)
     assert resumed.newest() == (2, tmp_path / "global_step_2")
     for step in (4, 3):  # the run that goes on from 2 puts them aside when it comes by
-        assert resumed.save(step, lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device"))) is None
+        assert not resumed.save(step, lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert resumed.newest() == (2, tmp_path / "global_step_2")
     limited = Checkpoints(tmp_path, 2, ranks)
     limited.newest()
@@ -262,7 +301,8 @@ def test_the_limit_takes_damaged_ones_before_good_ones(tmp_path, ranks):
 
 def test_what_was_converted_goes_when_a_newer_one_is_there(tmp_path, ranks):
     checkpoints = Checkpoints(tmp_path, -1, ranks)
-    folder = checkpoints.save(2, write)
+    assert checkpoints.save(2, write)
+    folder = tmp_path / "global_step_2"
     (folder / "actor" / CONVERTED).mkdir()
     assert checkpoints.damage(folder) == ""
     checkpoints.save(3, write)

@@ -199,10 +199,8 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_never_stopped(assets, finished_
     expected, actual = metrics_of(finished_run), metrics_of(run_dir)
     assert [line["step"] for line in actual] == [line["step"] for line in expected]
     for one, other in zip(expected, actual, strict=True):
-        measured = {name for name in one if name.startswith(OF_THE_MACHINE)}
-        assert {n: v for n, v in other.items() if n not in measured | {"timing_s/save_checkpoint"}} == {
-            n: v for n, v in one.items() if n not in measured
-        }
+        figures = [{n: v for n, v in line.items() if not n.startswith(OF_THE_MACHINE)} for line in (one, other)]
+        assert figures[0] == figures[1] and len(figures[0]) > 20
     for rank in (0, 1):
         name = f"checkpoints/global_step_10/actor/zero3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         one, other = (torch.load(folder / name, weights_only=False) for folder in (finished_run, run_dir))

@@ -12,10 +12,26 @@ from mmr1_ds.monitoring.clock import StageClock
 
 
 class Parts:
-    """A run of 9 steps on one rank, which notes what it saves and logs; a refresh is due before `refreshes`."""
+    """A run of 9 steps on one rank, which notes what it saves and logs; a refresh is due before `refreshes`.
 
-    def __init__(self, save_freq=-1, saves_when_interrupted=True, refreshes=(), asked=False):
-        self.saved, self.logged = [], []
+    A save in the background is written when it is waited for, and fails where `fails`.
+    """
+
+    def __init__(
+        self,
+        save_freq=-1,
+        saves_when_interrupted=True,
+        refreshes=(),
+        asked=False,
+        saves_in_background=False,
+        fails=False,
+    ):
+        self.saved, self.logged = [], []  # a step in the background as (step, "begun"), and its publication
+        self._fails = fails
+        self.checkpoints = SimpleNamespace(
+            root=Path("root"), failure="", save=self.save, is_best=lambda figures: figures, is_writing=False,
+            has_written=lambda: False, finish=self.finish,
+        )  # fmt: skip
         nothing = SimpleNamespace(save=lambda folder: None, load=lambda folder: None, finish_ahead=lambda: None)
         self.learners = SimpleNamespace(num_steps_done=0, save_reference=nothing.save, load_reference=nothing.load)
         self.preemption = SimpleNamespace(
@@ -24,6 +40,7 @@ class Parts:
         self.state = RunState(
             save_freq,
             saves_when_interrupted,
+            saves_in_background,
             False,
             9,
             "",
@@ -33,7 +50,7 @@ class Parts:
             coordinator=SimpleNamespace(refresh_due=lambda step: step in refreshes, save=lambda folder: None),
             batches=nothing,
             learners=self.learners,
-            checkpoints=SimpleNamespace(root=Path("root"), failure="", save=self.save, is_best=lambda figures: figures),
+            checkpoints=self.checkpoints,
             preemption=self.preemption,
             records=SimpleNamespace(clock=StageClock, stages=lambda clock: {"timing_s/save_checkpoint": 1.0}),
             metrics_logger=SimpleNamespace(
@@ -49,9 +66,16 @@ class Parts:
             ),
         )
 
-    def save(self, step, write, folders):
-        self.saved.append(step)
-        return Path("root")
+    def save(self, step, write, folders, in_background):
+        assert not self.checkpoints.is_writing
+        self.checkpoints.is_writing = in_background
+        self.saved.append((step, "begun") if in_background else step)
+        return True
+
+    def finish(self):
+        self.checkpoints.is_writing = False
+        self.saved.append("failed" if self._fails else "there")
+        return not self._fails
 
     def learn(self, steps, validated=None):
         for step in steps:
@@ -87,6 +111,25 @@ def test_a_refresh_is_saved_where_its_step_is_saved_anyway():
     assert parts.saved == [3, 3, 5]
     parts.state.take_refresh({})  # none was due
     assert parts.saved == [3, 3, 5]
+
+
+def test_what_is_saved_in_the_background():
+    """Not the last step, and not before a refresh, whose kept answers a later save would throw away."""
+    parts = Parts(save_freq=2, refreshes=(5,), saves_in_background=True)
+    parts.learn(range(1, 10), validated={7: {"val/accuracy_reward": 0.5}})
+    assert parts.saved == [
+        (2, "begun"), "there", 4, (6, "begun"), "there", (7, "begun"), "there", (8, "begun"), "there", 9,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_is_stopped_waits_for_what_is_written(fails):
+    parts = Parts(save_freq=4, saves_in_background=True, fails=fails)
+    parts.learn(range(1, 5))
+    parts.preemption.is_asked = True
+    with pytest.raises(Preempted, match="4 of 9 steps are done, saved in root"):
+        parts.state.end_if_asked()
+    assert parts.saved == [(4, "begun")] + (["failed", 4] if fails else ["there"])
 
 
 def test_a_request_to_end_that_came_in_a_refresh_is_heeded_before_the_next_step():

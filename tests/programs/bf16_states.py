@@ -16,6 +16,7 @@ from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.io import digest
 from mmr1_ds.records import Trajectory
 
 model, out, saved = sys.argv[1:]
@@ -52,9 +53,14 @@ begun = (Path(saved) / "zero3").is_dir()
 if not begun:
     update(1)
     found["first"] = weights()
-    actor.save(Path(saved))
-    update(2)
-    found["second"] = weights()
+    at_once = [file.write() for file in actor.save(Path(f"{saved}.at_once"))]
+    pending = actor.save(Path(saved), in_background=True)
+    update(2)  # what was copied must not change with it
+    written = [file.write() for file in pending]
+    assert not any(
+        file.path.is_file() and digest(file.path) != entry["sha256"] for file, entry in zip(pending, written)
+    )
+    found["second"], found["saved_alike"] = weights(), np.array(written == at_once and len(written) > 0)
 actor.load(Path(saved))
 if begun:
     found["first"] = weights()

@@ -169,7 +169,8 @@ def _judge(
     host = memory.host_per_rank * config.trainer.n_gpus_per_node
     if assumed.host_memory_gb is not None and host > assumed.host_memory_gb * GB:
         problems.append(
-            f"offloading takes {host / GB:.0f} of {assumed.host_memory_gb:g} GB of a node's host memory: switch it off"
+            f"offloading and the copy for checkpoints take {host / GB:.0f} of {assumed.host_memory_gb:g} GB of a "
+            "node's host memory: switch it off, or set trainer.async_save=false"
         )
     return problems, warnings
 

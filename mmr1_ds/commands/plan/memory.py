@@ -165,6 +165,8 @@ def plan_memory(
     if samples_here:
         sampling = {"context": assumed.context_gb * GB, "vLLM": engine_size, **held, **states}
     host = sum(engine.on_host for engine in engines.values())
+    if config.trainer.async_save and not config.trainer.save_model_only:
+        host += sum(saved_bytes(shape) for shape in (actor, critic) if shape is not None) / ranks
     if settings.offload_states:
         host += own.weights + own.gradients + own.optimizer
     tokens = None
@@ -174,6 +176,11 @@ def plan_memory(
         room -= rollout.max_num_seqs * state_bytes(actor) / rollout.tensor_parallel_size
         tokens = room * rollout.tensor_parallel_size / cache_bytes(actor, element)
     return Plan(learning, sampling, host, tokens)
+
+
+def saved_bytes(shape: ModelShape) -> float:
+    """Return the bytes of a checkpoint: float32 weights and two moments of what is trained, 2 of what is frozen."""
+    return EXACT * (1 + _MOMENTS) * shape.trained + 2.0 * (shape.num_parameters - shape.trained)
 
 
 def forward_head(found: activations.Activations) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmr1_ds.commands.plan.hardware import GB, Assumptions, Gpu
-from mmr1_ds.commands.plan.memory import EXACT, cache_bytes, state_bytes
+from mmr1_ds.commands.plan.memory import EXACT, cache_bytes, saved_bytes, state_bytes
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import steps_between_saves
 from mmr1_ds.engine.model import flops
@@ -22,7 +22,6 @@ from mmr1_ds.preflight.plan import BatchPlan
 _CAUSAL = 0.5  # share of the attention that is computed
 _GPUS_PER_NODE = 8  # reached by NVLink
 _IMAGE_THREADS = 4  # of a rank (data/encoding.py)
-_STATE_BYTES = 12  # a trained parameter in a checkpoint: float32 copy and two moments, beside the bf16 weights
 _UNKNOWN_STEPS = 200  # of a run whose data is not there to be counted
 _ADAM_BYTES = 28  # a parameter: gradient, float32 copy and moments read, all but the gradient written
 
@@ -120,8 +119,11 @@ def step_seconds(
     every = steps_between_saves(config, plan.total_steps or _UNKNOWN_STEPS)
     if every > 0:
         engines = (actor,) if critic is None else (actor, critic)
-        written = sum(2 * shape.num_parameters + _STATE_BYTES * shape.trained for shape in engines)
-        seconds["save"] = written / config.trainer.nnodes / (assumed.disk_gb_s * GB) / every
+        written = sum(map(saved_bytes, engines))
+        if config.trainer.async_save and not config.trainer.save_model_only:  # what is left is the copy to host memory
+            seconds["save"] = written / plan.world_size / (gpu.pcie_gb_s * assumed.pcie_efficiency * GB) / every
+        else:
+            seconds["save"] = written / config.trainer.nnodes / (assumed.disk_gb_s * GB) / every
     return seconds
 
 

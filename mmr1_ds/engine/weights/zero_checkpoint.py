@@ -7,6 +7,8 @@ nothing is raised while it saves: what failed is remembered, the rest is not wri
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
 import io
 import logging
 import os
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from mmr1_ds.cluster.agreement import in_step
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.weights import CONVERTED
 from mmr1_ds.errors import UserError
-from mmr1_ds.io import whole_folder
+from mmr1_ds.io import FileEntry, PendingFile, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +62,14 @@ class ZeroCheckpoint:
         # other ranks wait for it. `mmr1-ds export` does what the script does.
         engine._copy_recovery_script = lambda folder: None
 
-    def save(self, folder: Path, client_state: dict[str, Any], exclude_frozen: bool = False) -> None:
-        """Write this rank's shards. Collective. Raises: SaveFailed, on every rank."""
-        self._writer.error = None
+    def save(
+        self, folder: Path, client_state: dict[str, Any], exclude_frozen: bool = False, in_background: bool = False
+    ) -> list[PendingFile]:
+        """Write this rank's shards, or with in_background copy them to host memory. Collective.
+
+        Returns: this rank's files. Raises: SaveFailed, on every rank.
+        """
+        self._writer.begin(in_background)
         self._engine.save_checkpoint(
             str(folder),
             tag=_TAG,
@@ -70,6 +78,7 @@ class ZeroCheckpoint:
             exclude_frozen_parameters=exclude_frozen,
         )
         in_step(self._ranks, "write the ZeRO-3 shards", self._writer.check)
+        return self._writer.files
 
     def load(self, folder: Path, strict: bool = True) -> dict[str, Any]:
         """Read what `save` wrote, on any number of ranks. Returns: the client state. Collective.
@@ -122,7 +131,13 @@ class _Writer(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__(None)
+        self.begin(in_background=False)
+
+    def begin(self, in_background: bool) -> None:
+        """Forget the last save. in_background: what is to be saved is copied, and written when its file is."""
+        self._in_background = in_background
         self.error: OSError | None = None
+        self.files: list[PendingFile] = []
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """See CheckpointEngine."""
@@ -135,20 +150,66 @@ class _Writer(TorchCheckpointEngine):
         """See CheckpointEngine. Nothing more is written once something failed."""
         if self.error is not None:
             return
+        if self._in_background:
+            self.files.append(PendingFile(Path(path), partial(_write, [host_copy(state_dict)], path)))
+            return
         try:
-            with open(path, "wb", buffering=0) as file:
-                target: Any = _Tolerant(file)
-                torch.save(state_dict, target)
-            self.error = target.error
+            entry = _write([state_dict], path)
+            self.files.append(PendingFile(Path(path), lambda: entry))
         except OSError as error:
             self.error = error
-        if self.error is not None:
-            self.error.filename = path  # not known to a write
 
     def check(self) -> None:
         """Raises: OSError, the first that happened."""
         if self.error is not None:
             raise self.error
+
+
+def host_copy(state: Any) -> Any:
+    """Copy a state to host memory, as it is now; it is saved as the same bytes, tensors of one storage once.
+
+    From a GPU into pinned memory, which PyTorch keeps for the next copy.
+    """
+    storages: dict[int, Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            if (key := storage.data_ptr() or id(value)) not in storages:  # an empty one has no address
+                source = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
+                storages[key] = torch.empty(source.shape, dtype=torch.uint8, pin_memory=value.is_cuda)
+                storages[key].copy_(source, non_blocking=True)
+            host = torch.empty(0, dtype=value.dtype)
+            host.set_(storages[key].untyped_storage(), value.storage_offset(), value.size(), value.stride())
+            host.__dict__.update(vars(value))  # DeepSpeed names parameters so, and they are saved with them
+            return host.requires_grad_(value.requires_grad)
+        if isinstance(value, dict):
+            found = copy.copy(value)
+            found.update((name, copied(item)) for name, item in value.items())
+            return found
+        if type(value) in (list, tuple):
+            return type(value)(map(copied, value))
+        return copy.deepcopy(value)
+
+    copy_of_all = copied(state)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the next update must not overtake the copies
+    return copy_of_all
+
+
+def _write(states: list[Any], path: str) -> FileEntry:
+    """Write and sync the one state of a list, which is emptied. Raises: OSError, naming the path."""
+    try:
+        with open(path, "wb", buffering=0) as file:
+            target: Any = _Tolerant(file)
+            torch.save(states.pop(), target)
+            if target.error is not None:
+                raise target.error
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = path  # not known to a write
+        raise
+    return {"bytes": target.num_bytes, "sha256": target.sha256.hexdigest()}
 
 
 class _Tolerant(io.RawIOBase):
@@ -158,6 +219,7 @@ class _Tolerant(io.RawIOBase):
         super().__init__()
         self._file = file
         self.error: OSError | None = None
+        self.num_bytes, self.sha256 = 0, hashlib.sha256()
 
     def writable(self) -> bool:
         return True
@@ -165,6 +227,8 @@ class _Tolerant(io.RawIOBase):
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
         size = len(left)
+        self.num_bytes += size
+        self.sha256.update(left)  # of what is meant to be there: a disk that changes it is found out
         while self.error is None and len(left):
             try:
                 left = left[self._file.write(left) :]
