@@ -17,19 +17,45 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+@dataclass(frozen=True, eq=False)
+class Video:
+    """The frames of a video that a model sees. Equal to itself alone, as a response is."""
+
+    frames: np.ndarray  # (F, height, width, 3) uint8, RGB, already inside the pixel limits; F is even
+    places: tuple[int, ...]  # (F,) which frames of the video they are, ascending
+    num_frames: int  # of the video
+    fps: float  # frames a second of the video
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What both transformers and vLLM ask of a video whose frames are chosen, by transformers' names."""
+        return {
+            "total_num_frames": self.num_frames,
+            "fps": self.fps,
+            "duration": self.num_frames / self.fps,
+            "frames_indices": list(self.places),
+        }
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One row of the data set, ready to be sampled from."""
 
     index: int  # position in the (filtered) data set, [0, P)
     prompt_id: str  # stable across runs and machines: the row's own id, or a digest of its content
-    token_ids: tuple[int, ...]  # chat template applied; ONE placeholder an image, as vLLM takes it
+    token_ids: tuple[int, ...]  # chat template applied; ONE placeholder an image or video, as vLLM takes it
     images: tuple[Image, ...]  # RGB, already inside the pixel limits
     ground_truth: str
     category: str = ""
-    num_tokens: int = 0  # length with every image expanded, as the data set measured it
+    num_tokens: int = 0  # length with every image and video expanded, as the data set measured it
     # reads the row's columns that rewards see
     columns: Callable[[], Mapping[str, Any]] = field(default=dict, compare=False, repr=False)
+    videos: tuple[Video, ...] = ()
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether there is something to see: an image or a video."""
+        return bool(self.images or self.videos)
 
 
 @dataclass(frozen=True)

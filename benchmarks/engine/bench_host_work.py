@@ -111,7 +111,7 @@ def read_prompts(encoder: PromptEncoder, number: int, side: int, times: Times) -
     for index in range(number):
         with times.of(BESIDE[0]):
             image = Image.open(io.BytesIO(file.getvalue())).convert("RGB")
-            token_ids, sized = encoder.encode("<image>" + "what is it?" * 10, [image])
+            token_ids, sized, _ = encoder.encode("<image>" + "what is it?" * 10, [image])
         tokens = len(token_ids) - 1 + encoder.num_image_tokens(*sized[0].size)
         prompts.append(Prompt(index, str(index), token_ids, sized, "1", num_tokens=tokens))
     return prompts

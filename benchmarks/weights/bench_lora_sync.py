@@ -86,7 +86,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     engines = {}
     for way in WAYS:
         adapted = adapted_layers(actor.model) if way == "adapters" else ()
-        engines[way] = VllmRollout(rollout, model, config.data, ranks, encoder, 0, Preemption(60.0, None), adapted)
+        engines[way] = VllmRollout(
+            rollout, model, config.data, ranks, encoder, 0, Preemption(60.0, None), adapted=adapted
+        )
     prompt = Prompt(0, "0", tuple(range(5, 25)), (), "")
     settings = SamplingSettings(1.0, 1.0, -1, RESPONSE_TOKENS)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -71,7 +71,12 @@ class DataConfig:
     answer_key: str = "answer"  # column with the ground truth, or a path like reward_model.ground_truth
     # column with the images (bytes, paths or PIL), which text-only data lacks; null = no images are read
     image_key: str | None = "images"
-    video_key: str = "videos"  # column with videos, which are not supported: a row that has one is refused
+    # column with the videos (files, bytes, lists of frames), which most data lacks; null = no videos are read
+    video_key: str | None = "videos"
+    video_fps: PositiveFloat = 2.0  # frames that are taken of a second of a video
+    video_max_frames: Annotated[int, Range("[2, inf)")] = 32  # of a video; a longer one gives fewer a second
+    video_min_pixels: PositiveInt = 3136  # smaller frames are enlarged to so many pixels
+    video_max_pixels: PositiveInt = 100352  # larger frames are shrunk to so many, >= video_min_pixels
     id_key: str | None = None  # column with a stable id; null = a digest of the row's content
     category_key: str | None = None  # column that groups similar prompts; null = no groups
     # columns that rewards see beside the ground truth: a list of names, or all = all others that hold no images
@@ -84,7 +89,7 @@ class DataConfig:
     format_prompt: str | None = None  # jinja template over `content`: its path, or the template itself
     # true: a last message of the assistant begins the response; false: it is the answer, and taken off the prompt
     assistant_prefill: bool = False
-    max_prompt_length: PositiveInt = 512  # tokens, images included
+    max_prompt_length: PositiveInt = 512  # tokens, images and videos included
     max_response_length: PositiveInt = 512  # tokens
     rollout_batch_size: PositiveInt = 512  # prompts a step, a multiple of worker.actor.global_batch_size
     val_batch_size: PositiveOrMinusOne = -1  # prompts a validation call; -1 = all at once

@@ -75,7 +75,6 @@ IGNORED = (
     "data.mini_rollout_batch_size",
     "data.num_workers",
     "data.rollout_micro_batch_size",
-    "data.video_fps",
     "fault_tolerance.*",
     "ray_init.*",
     "ray_kwargs.*",

@@ -1,7 +1,7 @@
-"""Turning a cell of the prompt column into chat messages: system prompt, format prompt, image markers.
+"""Turning a cell of the prompt column into chat messages: system prompt, format prompt, markers of images and videos.
 
-The conventions are EasyR1's: `<image>` in the text marks where an image goes (`<image1>`, `<image_2>` which one), and
-`data.format_prompt` is a jinja template over `content`, the user's text.
+The conventions are EasyR1's: `<image>` in the text marks where an image goes (`<image1>`, `<image_2>` which one),
+`<video>` a video, and `data.format_prompt` is a jinja template over `content`, the user's text.
 """
 
 from __future__ import annotations
@@ -10,23 +10,49 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.data.images import as_reference
+from mmr1_ds.data.videos import video_references
 from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-IMAGE_MARKER = "<image>"
-VIDEO_MARKER = "<video>"
-_CARRIED = ("\ufdd0", "\ufdd1")  # no characters of any text: around the number of an image that a message carries
-_PLACE = "\ufdd2"  # of an image, in text that is about to become parts
-_NUMBERED = r"(?i:<\|?image[ _-]?(?P<number>\d{1,3})\|?>)"
-_MARKER = re.compile(rf"{_CARRIED[0]}(?P<carried>\d+){_CARRIED[1]}|{IMAGE_MARKER}|{_NUMBERED}")
-_IMAGE_TYPES = ("image", "image_url", "input_image")
+_PARTS = re.compile("([\ufdd2\ufdd3])")
+
+
+class Kind:
+    """What stands in a prompt beside its text: images, or videos."""
+
+    def __init__(self, name: str, carried: Callable[[Any], list[Any]], place: str) -> None:
+        """carried: what a part of a message carries; place: a character of no text, of one in text to become parts."""
+        self.name, self.carried, self.place = name, carried, place
+        self.marker = f"<{name}>"
+        self.types = (name, f"{name}_url", f"input_{name}")
+        # Around the number of one that a message carries stand characters of no text, too.
+        numbered = rf"(?i:<\|?{name}[ _-]?(?P<number>\d{{1,3}})\|?>)"
+        self.pattern = re.compile(rf"\ufdd0{name}(?P<carried>\d+)\ufdd1|{self.marker}|{numbered}")
+
+    def is_part(self, part: object) -> bool:
+        """Return whether a part of a message is one."""
+        if not isinstance(part, dict):
+            return False
+        kind = part.get("type")
+        return kind in self.types or (kind is None and any(part.get(name) is not None for name in self.types))
+
+    def in_messages(self, cell: object) -> list[Any]:
+        """Return what the parts of a prompt's messages carry (path, bytes, URL, frames), in their order."""
+        turns = [turn for turn in cell if isinstance(turn, dict)] if isinstance(cell, list) else []
+        parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+        return [found for part in parts if self.is_part(part) for found in self.carried(part)]
+
+
+IMAGES = Kind("image", lambda part: [] if (found := as_reference(part)) is None else [found], "\ufdd2")
+VIDEOS = Kind("video", video_references, "\ufdd3")
+KINDS = (IMAGES, VIDEOS)
 _ASSISTANTS = ("assistant", "model", "gpt", "bot")  # roles that answer
 _TEXT_TYPES = (None, "text", "input_text")
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
@@ -36,6 +62,11 @@ _RENDER_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, Attribute
 
 Turn = tuple[str, str]  # role, text
 Message = dict[str, Any]  # {"role": str, "content": str | list of parts}, what apply_chat_template takes
+
+
+def no_videos(where: str) -> str:
+    """Say that a model takes no videos. Args: where: names the row that has one."""
+    return f"{where}: the row has a video and the model takes none; remove the row, or take one like Qwen2.5-VL"
 
 
 @dataclass(frozen=True)
@@ -58,8 +89,9 @@ class FormatPrompt:
 class Chat:
     """One prompt as the chat template takes it."""
 
-    messages: list[Message]  # content is a list of parts when the row has images, a string otherwise
+    messages: list[Message]  # content is a list of parts when the row has images or videos, a string otherwise
     image_order: tuple[int, ...]  # which of the row's images stands at each place; one may stand at several
+    video_order: tuple[int, ...]  # the same of its videos
     prefill: str = ""  # what the response begins with, behind the generation prompt
     has_answer: bool = False  # whether the assistant's last turn was taken off
 
@@ -72,18 +104,19 @@ class ChatFormat:
     format_prompt: FormatPrompt | None
     continues_assistant: bool  # whether a last turn of the assistant begins the response, or is the answer
     is_multimodal: bool  # whether <image> means an image; for a text model it is only text
+    takes_videos: bool = False  # whether the model does
 
-    def chat(self, cell: object, num_images: int, where: str) -> Chat:
+    def chat(self, cell: object, num_images: int, num_videos: int, where: str) -> Chat:
         """Return one row as the chat template takes it.
 
-        Args: cell: a string or a list of {role, content}; num_images: of the row, first those of its column, then those
-            that the messages carry, in their order; where: names the row in errors.
-        Raises: UserError when the cell is no prompt, or its markers do not fit `num_images`.
+        Args: cell: a string or a list of {role, content}; num_images, num_videos: of the row, first those of its
+            column, then those that the messages carry, in their order; where: names the row in errors.
+        Raises: UserError when the cell is no prompt, its markers do not fit the numbers, or the model takes no videos.
         """
         turns = _turns(cell, where)
         turns, prefill, has_answer = self._without_answer(turns, where)
-        if any(VIDEO_MARKER in text for _, text in turns):
-            raise UserError(f"{where}: the text has {VIDEO_MARKER}, and videos are not supported; remove the row")
+        if not self.takes_videos and (num_videos or any(VIDEOS.pattern.search(text) for _, text in turns)):
+            raise UserError(no_videos(where))
         if self.system_prompt and all(role != "system" for role, _ in turns):
             turns.insert(0, ("system", self.system_prompt))
         user_turns = [position for position, (role, _) in enumerate(turns) if role == "user"]
@@ -92,10 +125,18 @@ class ChatFormat:
         if self.format_prompt is not None:
             last = user_turns[-1]
             turns[last] = ("user", self.format_prompt.render(turns[last][1], where))
-        if not self.is_multimodal:
-            return Chat([{"role": role, "content": text} for role, text in turns], (), prefill, has_answer)
-        messages, order = _place_images(turns, user_turns[0], num_images, num_images - len(carried_images(cell)), where)
-        return Chat(messages, order, prefill, has_answer)
+        images: tuple[int, ...] = ()
+        videos: tuple[int, ...] = ()
+        if self.takes_videos:
+            in_column = num_videos - len(VIDEOS.in_messages(cell))
+            turns, videos = _place(VIDEOS, turns, user_turns[0], num_videos, in_column, where)
+        if self.is_multimodal:
+            in_column = num_images - len(IMAGES.in_messages(cell))
+            turns, images = _place(IMAGES, turns, user_turns[0], num_images, in_column, where)
+        messages: list[Message] = [{"role": role, "content": text} for role, text in turns]
+        if images or videos:
+            messages = [{"role": role, "content": _parts(text)} for role, text in turns]
+        return Chat(messages, images, videos, prefill, has_answer)
 
     def _without_answer(self, turns: list[Turn], where: str) -> tuple[list[Turn], str, bool]:
         """Take off what the assistant says at the end. Returns: the other turns, the prefill, whether it is an answer.
@@ -110,8 +151,8 @@ class ChatFormat:
             return turns[:asked], "", False
         if not (self.continues_assistant or _opens_tag(last)):
             return turns[:asked], "", True
-        if asked < len(turns) - 1 or _MARKER.search(last):
-            raise UserError(f"{where}: a prefill is one message of the assistant without images; remove the others")
+        if asked < len(turns) - 1 or any(kind.pattern.search(last) for kind in KINDS):
+            raise UserError(f"{where}: a prefill is one message of the assistant without images or video; remove them")
         return turns[:asked], last, False
 
 
@@ -172,24 +213,17 @@ def _opens_tag(text: str) -> bool:
 
 
 def _turns(cell: object, where: str) -> list[Turn]:
-    """(role, text) pairs; image parts of a structured content become markers."""
+    """(role, text) pairs; parts of a structured content that are images or videos become markers."""
     if isinstance(cell, str) and cell.strip():
         return [("user", cell)]
     if isinstance(cell, list) and cell and all(isinstance(turn, dict) and turn.get("role") for turn in cell):
-        numbers = itertools.count()
+        numbers = {kind.name: itertools.count() for kind in KINDS}
         return [(turn["role"], _content_text(turn.get("content"), where, numbers)) for turn in cell]
     shown = "nothing" if cell is None or cell == "" or cell == [] else repr(cell)[:80]
     raise UserError(f"{where}: the prompt is {shown}; give a string or a list of {{role, content}}")
 
 
-def carried_images(cell: object) -> list[Any]:
-    """Return what the image parts of a prompt's messages carry (path, bytes, URL), in their order."""
-    turns = [turn for turn in cell if isinstance(turn, dict)] if isinstance(cell, list) else []
-    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
-    return [carried for part in parts if _is_image(part) and (carried := as_reference(part)) is not None]
-
-
-def _content_text(content: object, where: str, numbers: Iterator[int]) -> str:
+def _content_text(content: object, where: str, numbers: Mapping[str, Iterator[int]]) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -197,50 +231,47 @@ def _content_text(content: object, where: str, numbers: Iterator[int]) -> str:
     raise UserError(f"{where}: a message's content is {content!r:.80}; give a string or a list of parts")
 
 
-def _part_text(part: object, where: str, numbers: Iterator[int]) -> str:
-    """Return a part as text. numbers: of the images that parts carry."""
-    if _is_image(part):
-        return IMAGE_MARKER if as_reference(part) is None else f"{_CARRIED[0]}{next(numbers)}{_CARRIED[1]}"
+def _part_text(part: object, where: str, numbers: Mapping[str, Iterator[int]]) -> str:
+    """Return a part as text. numbers: of what parts carry, for each kind."""
+    for kind in KINDS:
+        if kind.is_part(part):
+            is_carried = bool(kind.carried(part))
+            return f"\ufdd0{kind.name}{next(numbers[kind.name])}\ufdd1" if is_carried else kind.marker
     if isinstance(part, dict) and part.get("type") in _TEXT_TYPES and isinstance(part.get("text"), str):
         return part["text"]
-    raise UserError(f"{where}: a message holds the part {part!r:.80}; only text and image parts are known")
+    raise UserError(f"{where}: a message holds the part {part!r:.80}; only text, image and video parts are known")
 
 
-def _is_image(part: object) -> bool:
-    if not isinstance(part, dict):
-        return False
-    kind = part.get("type")
-    return kind in _IMAGE_TYPES or (kind is None and any(part.get(name) is not None for name in _IMAGE_TYPES))
+def _place(
+    kind: Kind, turns: Sequence[Turn], first_user: int, number: int, num_column: int, where: str
+) -> tuple[list[Turn], tuple[int, ...]]:
+    """Put images, or videos, at their markers. num_column: of `number` ones, those that no message carries.
 
-
-def _place_images(
-    turns: list[Turn], first_user: int, num_images: int, num_column: int, where: str
-) -> tuple[list[Message], tuple[int, ...]]:
-    """Put images at their markers. num_column: of the images, those that no message carries.
-
-    Returns: the messages, and which image stands at each place.
+    Returns: the turns with a character in place of each, and which of them stands at each place.
     Raises: UserError when the markers do not fit.
     """
-    markers = [marker for _, text in turns for marker in _MARKER.finditer(text)]
-    plain = sum(marker[0] == IMAGE_MARKER for marker in markers)
+    turns = list(turns)
+    name, marked = kind.name, kind.marker
+    markers = [marker for _, text in turns for marker in kind.pattern.finditer(text)]
+    plain = sum(marker[0] == marked for marker in markers)
     numbers = [int(marker["number"]) for marker in markers if marker["number"] is not None]
     # Where other markers place all images, <image1> is a word about one of them.
-    has_numbers = bool(numbers) and not (plain == num_column and num_images > 0)
+    has_numbers = bool(numbers) and not (plain == num_column and number > 0)
     if has_numbers:
         first = min(1, *numbers)  # some data count from 0
         if plain or {number - first for number in numbers} != set(range(num_column)):
             named = ", ".join(dict.fromkeys(marker[0] for marker in markers if marker["carried"] is None))
             raise UserError(
-                f"{where}: the prompt marks images by {named} and the row has {num_column}; mark each of them by its "
-                "number, or all by <image>"
+                f"{where}: the prompt marks {name}s by {named} and the row has {num_column}; mark each of them by its "
+                f"number, or all by {marked}"
             )
-    elif plain == 0 and num_column > 0:  # unmarked images come first
+    elif plain == 0 and num_column > 0:  # unmarked ones come first
         role, text = turns[first_user]
-        turns[first_user] = (role, IMAGE_MARKER * num_column + text)
+        turns[first_user] = (role, marked * num_column + text)
     elif plain != num_column:
         raise UserError(
-            f"{where}: the prompt has {plain} {IMAGE_MARKER} markers and the row {num_column} images; make them equal"
-            + ("" if num_column else ": does data.image_key name the column of the images?")
+            f"{where}: the prompt has {plain} {marked} markers and the row {num_column} {name}s; make them equal"
+            + ("" if num_column else f": does data.{name}_key name the column of the {name}s?")
         )
     order: list[int] = []
     column = iter(range(max(num_column, 0)))
@@ -254,19 +285,16 @@ def _place_images(
             order.append(int(marker["number"]) - first)
         else:
             return marker[0]
-        return _PLACE
+        return kind.place
 
-    placed = [(role, _MARKER.sub(place, text)) for role, text in turns]
-    if not order:
-        return [{"role": role, "content": text} for role, text in placed], ()
-    return [{"role": role, "content": _image_parts(text)} for role, text in placed], tuple(order)
+    placed = [(role, kind.pattern.sub(place, text)) for role, text in turns]
+    return placed, tuple(order)
 
 
-def _image_parts(text: str) -> list[dict[str, str]]:
-    parts: list[dict[str, str]] = []
-    for position, piece in enumerate(text.split(_PLACE)):
-        if position > 0:
-            parts.append({"type": "image"})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+def _parts(text: str) -> list[dict[str, str]]:
+    names = {kind.place: kind.name for kind in KINDS}
+    return [
+        {"type": names[piece]} if piece in names else {"type": "text", "text": piece}
+        for piece in _PARTS.split(text)
+        if piece
+    ]

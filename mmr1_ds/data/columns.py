@@ -1,11 +1,12 @@
-"""Columns that look as if they held images, for data whose images would otherwise be passed over."""
+"""Columns that look as if they held images or videos, for data in which these would otherwise be passed over."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmr1_ds.config import DataConfig
@@ -21,6 +22,8 @@ _NAME = re.compile(
     r"(images?|imgs?|pictures?|photos?|pics?|screenshots?)([ _-]?(paths?|files?|urls?|bytes|base64|b64|data|list))?",
     re.IGNORECASE,
 )
+# As data sets call them; not video_id, num_videos and the like.
+_VIDEO_NAME = re.compile(r"videos?|(videos?|clips?)[ _-]?(paths?|files?|urls?|bytes)|mp4", re.IGNORECASE)
 _SUFFIX = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|avif)(\?\S*)?", re.IGNORECASE)
 # What PNG, JPEG, GIF, WebP and TIFF files begin with, and the same in base64. BMP's two letters say too little.
 _BYTES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
@@ -66,6 +69,44 @@ def check_images_are_read(name: str, rows: Iterable[Mapping[str, Any]], data: Da
         "%s: column %r holds images, and data.image_key=%s is empty in the first rows; %s",
         name, column, data.image_key, remedy,
     )  # fmt: skip
+
+
+def needed_columns(data: DataConfig, names: Sequence[str]) -> list[str]:
+    """Return the columns that a run reads of those that there are."""
+    keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key, data.image_key, data.video_key]
+    columns = [column_of(key, names) for key in keys if key is not None]
+    return list(dict.fromkeys(column for column in columns if column is not None))
+
+
+def unread_videos(columns: Sequence[str], data: DataConfig) -> list[str]:
+    """Return the columns that hold videos by their names and that the run does not read; none if it is to read none."""
+    if data.video_key is None:
+        return []
+    read = set(needed_columns(data, columns))
+    return [name for name in columns if name not in read and _VIDEO_NAME.fullmatch(name)]
+
+
+def check_videos_are_read(row: Mapping[str, Any], unread: Sequence[str], where: str) -> None:
+    """Check for videos that are passed over. Raises: UserError naming the row and the column that has one.
+
+    unread: as `unread_videos` returns them.
+    """
+    for column in unread:
+        if not _is_empty(row[column]):
+            raise UserError(
+                f"{where}: column {column!r} holds a video that no one would see; set data.video_key={column}, or "
+                "data.video_key=null to train without"
+            )
+
+
+def _is_empty(cell: object) -> bool:
+    """Return whether a cell holds nothing: null, an empty text or list, or lists and mappings of such."""
+    if isinstance(cell, Mapping):
+        return all(_is_empty(value) for value in cell.values())
+    if isinstance(cell, (list, tuple)):
+        return all(_is_empty(value) for value in cell)
+    is_blank = isinstance(cell, (str, bytes)) and not cell.strip()
+    return cell is None or is_blank or (isinstance(cell, float) and math.isnan(cell))
 
 
 def _parts(prompt: object) -> Iterable[object]:

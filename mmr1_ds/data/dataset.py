@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 logger = logging.getLogger(__name__)
+
+_DECODING_THREADS = 4  # a rank
 
 
 class TextColumn(Sequence[str]):
@@ -48,7 +51,7 @@ class TextColumn(Sequence[str]):
 
 
 class PromptDataset:
-    """The P prompts of a run, in the order of the files. A row is read and its images are decoded on access.
+    """The P prompts of a run, in the order of the files. A row is read and decoded on access.
 
     `prompt_ids` and `categories` are sequences of P strings; `sources` is (P,) int64, places in `source_names`.
     """
@@ -60,12 +63,12 @@ class PromptDataset:
         self._max_length = data.max_prompt_length
         self._lengths = scan.lengths
         self._rows = _kept_rows(scan.lengths, data)
-        self._num_images = scan.num_images
+        self._num_images, self._num_videos = scan.num_images, scan.num_videos
         self._sketches = scan.sketches
         self.num_filtered = len(scan.lengths) - len(self._rows)
         self.prompt_ids = TextColumn(scan.prompt_ids.take(self._rows))
         self.categories = TextColumn(scan.categories.take(self._rows))
-        self.fingerprint = _fingerprint(self.prompt_ids, data)
+        self.fingerprint = _fingerprint(self.prompt_ids, data, self.max_videos > 0)
         self.sources = np.searchsorted(self._starts, self._rows, side="right") - 1
         self.source_names = _short_names([reader.name for reader in readers])
 
@@ -84,17 +87,27 @@ class PromptDataset:
                 f"{self._max_length}; raise it, or set data.filter_overlong_prompts=true"
             )
         content = reader.read(local)
-        token_ids, images = self._encoder.encode(content.prompt, content.images, reader.where(local))
+        where = reader.where(local)
+        token_ids, images, videos = self._encoder.encode(content.prompt, content.images, where, content.videos)
         return Prompt(
             index=int(index),
             prompt_id=self.prompt_ids[index],
             token_ids=token_ids,
             images=images,
+            videos=videos,
             ground_truth=content.ground_truth,
             category=self.categories[index],
             num_tokens=int(self._lengths[row]),
             columns=partial(reader.reward_columns.read, local),
         )
+
+    def prompts(self, indices: Sequence[int] | np.ndarray) -> list[Prompt]:
+        """Return the prompts at these places. Rows with videos are decoded in threads, which FFmpeg lets run."""
+        places = [int(index) for index in indices]
+        if self.max_videos == 0:
+            return [self[place] for place in places]
+        with ThreadPoolExecutor(_DECODING_THREADS, "videos") as threads:
+            return list(threads.map(self.__getitem__, places))
 
     def take_sketches(self) -> np.ndarray | None:
         """Return the sketches of the prompts, (P, SKETCH_BYTES) uint8, if they were asked for, and let go of them."""
@@ -106,6 +119,11 @@ class PromptDataset:
         """The number of images of the prompt that has the most."""
         return int(self._num_images[self._rows].max(initial=0))
 
+    @property
+    def max_videos(self) -> int:
+        """The number of videos of the prompt that has the most."""
+        return int(self._num_videos[self._rows].max(initial=0))
+
     def check_images(self, limit: int) -> None:
         """Check the number of images. Raises: UserError naming the first prompt with more than `limit` images."""
         over = self._rows[self._num_images[self._rows] > limit]
@@ -115,6 +133,13 @@ class PromptDataset:
                 f"{reader.where(local)}: the prompt has {self._num_images[over[0]]} images, over "
                 f"worker.rollout.limit_images={limit}; raise it, or set it to 0 for as many as the data has"
             )
+
+    def check_no_videos(self, reason: str) -> None:
+        """Check that no prompt has a video. Raises: UserError naming the first one that has, and the reason."""
+        rows = self._rows[self._num_videos[self._rows] > 0]
+        if len(rows):
+            reader, local = self._place(int(rows[0]))
+            raise UserError(f"{reader.where(local)}: the prompt has a video and {reason}")
 
     def _place(self, row: int) -> tuple[RowReader, int]:
         """The reader of a row of the scan, and the row in it."""
@@ -172,13 +197,15 @@ def _kept_rows(lengths: np.ndarray, data: DataConfig) -> np.ndarray:
     return np.flatnonzero(lengths <= data.max_prompt_length)
 
 
-def _fingerprint(prompt_ids: TextColumn, data: DataConfig) -> str:
+def _fingerprint(prompt_ids: TextColumn, data: DataConfig, has_videos: bool) -> str:
     """Digest of what the run trains on: the ids in order, and the settings that shape a prompt."""
     digest = hashlib.blake2b(digest_size=16)
     settings = (data.prompt_key, data.answer_key, data.image_key, data.system_prompt)
     template = load_format_prompt(data.format_prompt)  # its text: the file may change under the same name
-    prefill = (True,) if data.assistant_prefill else ()
-    digest.update(repr((settings, template, data.min_pixels, data.max_pixels, *prefill)).encode())
+    more: tuple[Any, ...] = (True,) if data.assistant_prefill else ()
+    if has_videos:
+        more += (data.video_fps, data.video_max_frames, data.video_min_pixels, data.video_max_pixels)
+    digest.update(repr((settings, template, data.min_pixels, data.max_pixels, *more)).encode())
     for prompt_id in prompt_ids:
         digest.update(prompt_id.encode() + b"\0")
     return digest.hexdigest()

@@ -11,7 +11,7 @@ import struct
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ class ImageSource:
         try:
             if found is None:
                 raise ValueError("neither bytes nor a path")
-            place = self._place(found, where) if isinstance(found, str) else found
+            place = self.place(found, where) if isinstance(found, str) else found
             image = Image.open(io.BytesIO(place) if isinstance(place, bytes) else place)
         except Image.DecompressionBombError:
             raise UserError(f"{where}: an image has over twice data.max_image_pixels; remove the row") from None
@@ -110,7 +110,7 @@ class ImageSource:
             )
         return image
 
-    def _place(self, text: str, where: str) -> str | bytes:
+    def place(self, text: str, where: str, kind: str = "image") -> str | bytes:
         """Return the path that a text names, or the bytes that it holds. Raises: UserError for what must be fetched."""
         scheme = _SCHEME.match(text)
         if scheme is None:
@@ -124,8 +124,7 @@ class ImageSource:
             parts = urllib.parse.urlsplit(text)
             if parts.netloc in ("", "localhost"):
                 return self._inside(urllib.request.url2pathname(parts.path), where)
-        raise UserError(f"{where}: the image {_shown(text)} is not fetched; download it and give the path of the file")
-
+        raise UserError(f"{where}: the {kind} {shown(text)} is not fetched; download it and give the path of the file")
 
     def _inside(self, path: str, where: str) -> str:
         """Return the path. Raises: UserError when it leads out of the roots, by `..` or by links too."""
@@ -133,7 +132,7 @@ class ImageSource:
         if self.roots is None or any(_lies_in(real, os.path.realpath(root)) for root in self.roots):
             return path
         raise UserError(
-            f"{where}: {_shown(path)} lies outside the folder of the data and data.image_dir; set data.image_dir to "
+            f"{where}: {shown(path)} lies outside the folder of the data and data.image_dir; set data.image_dir to "
             "its folder, or data.allow_any_image_path=true where the data is trusted"
         )
 
@@ -175,10 +174,14 @@ def _decoded(text: str) -> bytes:
     return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
 
 
-def as_reference(cell: object) -> bytes | str | Image.Image | None:
-    """Return the bytes, text (path, URL, base64) or PIL image in a cell or in a part of a message; None without any."""
+def as_reference(cell: object, carriers: Sequence[str] = _CARRIERS) -> bytes | str | Image.Image | None:
+    """Return the bytes, text (path, URL, base64) or PIL image in a cell or in a part of a message; None without any.
+
+    carriers: keys of a mapping that may hold it.
+    """
     if isinstance(cell, Mapping):
-        return next((found for key in _CARRIERS if (found := as_reference(cell.get(key))) is not None), None)
+        found = (as_reference(cell.get(key), carriers) for key in carriers)
+        return next((one for one in found if one is not None), None)
     if isinstance(cell, (bytes, bytearray, memoryview)):
         return bytes(cell) or None
     if isinstance(cell, str):
@@ -242,7 +245,7 @@ def _unreadable(reference: ImageReference, where: str, error: BaseException) -> 
     found = as_reference(reference)
     if isinstance(found, bytes) and isinstance(reference, Mapping):
         found = reference.get("path")
-    name = _shown(found) if isinstance(found, str) and found else "the image"
+    name = shown(found) if isinstance(found, str) and found else "the image"
     # UnidentifiedImageError says no more than the name, or an address in memory.
     is_unknown = isinstance(error, UnidentifiedImageError)
     reason = "of no format that Pillow knows" if is_unknown else first_line(error)
@@ -251,7 +254,12 @@ def _unreadable(reference: ImageReference, where: str, error: BaseException) -> 
     return UserError(f"{where}: {name} cannot be read as an image ({reason}); replace it or remove the row")
 
 
-def _shown(text: str) -> str:
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the image at this (width, height)."""
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def shown(text: str) -> str:
     """Return a path or URL for an error. Base64 is cut: no one reads it."""
     return repr(text) if len(text) <= _MOST_SHOWN else f"{text[:40]!r}... ({len(text)} characters)"
 

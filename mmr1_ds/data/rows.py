@@ -1,4 +1,4 @@
-"""Reading rows by the run's keys: prompt, answer, images, id, category."""
+"""Reading rows by the run's keys: prompt, answer, images, videos, id, category."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,12 +15,13 @@ import numpy as np
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.data.answers import feature_at
-from mmr1_ds.data.chat import carried_images
-from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
+from mmr1_ds.data.chat import IMAGES, VIDEOS
+from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read, needed_columns, unread_videos
 from mmr1_ds.data.images import ImageReference, ImageSource, image_references, update_digest
 from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.data.reward_columns import RewardColumns, check_reward_columns, undecoded_features
 from mmr1_ds.data.sources import Source
+from mmr1_ds.data.videos import Clip, VideoReference, VideoSource, update_video_digest, video_references
 from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Row = Mapping[str, Any]
-# As data sets call them, whatever data.video_key says; not video_id, num_videos and the like.
-_VIDEO_NAME = re.compile(r"videos?|(videos?|clips?)[ _-]?(paths?|files?|urls?|bytes)|mp4", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class RowContent:
 
     prompt: object  # the prompt column's cell: a string or a chat
     images: list[Image]  # RGB, as large as they came
+    videos: list[Clip]  # not decoded yet
     ground_truth: str
 
 
@@ -53,8 +52,9 @@ class RowReader:
         check_columns(source.name, source.rows.column_names, data)
         names = source.rows.column_names
         self._image_key = data.image_key if data.image_key and column_of(data.image_key, names) else None
-        self._video_columns = _video_columns(names, data)
-        columns = [*_needed_columns(data, self._image_key, names), *self._video_columns]
+        self._video_key = data.video_key if data.video_key and column_of(data.video_key, names) else None
+        self.unread_videos = unread_videos(names, data)
+        columns = [*needed_columns(data, names), *self.unread_videos]
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
         self._features = undecoded_features(source.rows, columns)
@@ -63,6 +63,7 @@ class RowReader:
         self.image_source = ImageSource(
             _image_folder(source, data), _image_roots(source, data), data.max_image_pixels
         )
+        self.video_source = VideoSource(self.image_source, data.video_fps)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,16 +73,22 @@ class RowReader:
         """The source as the user wrote it."""
         return self._source.name
 
+    @property
+    def reads_videos(self) -> bool:
+        """Whether there is a column of videos."""
+        return self._video_key is not None
+
     def where(self, row: int) -> str:
         """Return the name of a row, as errors give it."""
         return self._source.where(row)
 
     def read(self, index: int) -> RowContent:
-        """Read one row and decode its images. Raises: UserError naming the row."""
+        """Read one row, decode its images and open its videos. Raises: UserError naming the row."""
         (row,) = self.decode(self.rows[index : index + 1])
         where = self.where(index)
         images = [self.image_source.load(reference, where) for reference in self.references(row)]
-        return RowContent(self.prompt(row), images, self.ground_truth(row, where))
+        videos = [self.video_source.open(reference, where) for reference in self.video_references(row)]
+        return RowContent(self.prompt(row), images, videos, self.ground_truth(row, where))
 
     def decode(self, table: pa.Table) -> list[Row]:
         """Return rows of a table as Python values, images still encoded."""
@@ -95,22 +102,18 @@ class RowReader:
         rows = (features.decode_example(first[at : at + 1].to_pylist()[0]) for at in range(len(first)))
         check_images_are_read(self.name, rows, self._data)
 
-    def check_supported(self, row: Row, where: str) -> None:
-        """Check what a run would leave out. Raises: UserError naming the row when it has a video."""
-        for column in self._video_columns:
-            if not _is_empty(row[column]):
-                raise UserError(
-                    f"{where}: column {column!r} holds a video, and videos are not supported; remove the row, or the "
-                    "column if the prompts do without"
-                )
-
     def prompt(self, row: Row) -> object:
         return at_path(row, self._data.prompt_key)
 
     def references(self, row: Row) -> list[ImageReference]:
         """Return the row's images: those of its column, then those that its messages carry."""
         column = [] if self._image_key is None else image_references(at_path(row, self._image_key))
-        return [*column, *carried_images(self.prompt(row))]
+        return [*column, *IMAGES.in_messages(self.prompt(row))]
+
+    def video_references(self, row: Row) -> list[VideoReference]:
+        """Return the row's videos: those of its column, then those that its messages carry."""
+        column = [] if self._video_key is None else video_references(at_path(row, self._video_key))
+        return [*column, *VIDEOS.in_messages(self.prompt(row))]
 
     def ground_truth(self, row: Row, where: str) -> str:
         """Return the answer as a string. Raises: UserError when the row has no answer."""
@@ -124,7 +127,7 @@ class RowReader:
         return str(answer)
 
     def prompt_id(self, row: Row, where: str) -> str:
-        """Return the row's own id, or a digest of prompt, answer and images that is the same on every machine."""
+        """Return the row's own id, or a digest of the content that is the same on every machine."""
         key = self._data.id_key
         if key is None:
             return self._digest(row, where)
@@ -145,6 +148,8 @@ class RowReader:
         digest.update(text.encode())
         for reference in self.references(row):
             update_digest(digest, reference)
+        for reference in self.video_references(row):
+            update_video_digest(digest, reference)
         return digest.hexdigest()
 
 
@@ -162,12 +167,13 @@ def open_readers(sources: list[Source], data: DataConfig, takes_images: bool) ->
 def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
     """Check the columns. Raises: UserError naming the first one that `data` asks for and `name` lacks.
 
-    A text source may lack the default image column, not one asked for by name.
+    A text source may lack the default columns of images and videos, not one asked for by name.
     """
     wanted = {"prompt_key": data.prompt_key, "answer_key": data.answer_key}
     wanted |= {"id_key": data.id_key} if data.id_key is not None else {}
     wanted |= {"category_key": data.category_key} if data.category_key is not None else {}
     wanted |= {"image_key": data.image_key} if data.image_key not in (None, DataConfig.image_key) else {}
+    wanted |= {"video_key": data.video_key} if data.video_key not in (None, DataConfig.video_key) else {}
     for key, column in wanted.items():
         if column_of(column, columns) is None:
             raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
@@ -175,33 +181,12 @@ def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
 
 
 def _digested(image: object) -> str:
-    """Return what stands for an image in a message; its bytes are in the row's digest beside it."""
+    """Return what stands for an image or video in a message; its bytes are in the row's digest beside it."""
     return type(image).__name__
-
-
-def _video_columns(columns: Sequence[str], data: DataConfig) -> list[str]:
-    """Return the columns that hold videos by their names, none of those that the run reads as something else."""
-    read = set(_needed_columns(data, data.image_key, columns))
-    return [name for name in columns if name not in read and (name == data.video_key or _VIDEO_NAME.fullmatch(name))]
-
-
-def _is_empty(cell: object) -> bool:
-    """Return whether a cell holds nothing: null, an empty text or list, or lists and mappings of such."""
-    if isinstance(cell, Mapping):
-        return all(_is_empty(value) for value in cell.values())
-    if isinstance(cell, (list, tuple)):
-        return all(_is_empty(value) for value in cell)
-    return cell is None or (isinstance(cell, (str, bytes)) and not cell.strip()) or _is_nan(cell)
 
 
 def _is_nan(cell: object) -> bool:
     return isinstance(cell, float) and math.isnan(cell)
-
-
-def _needed_columns(data: DataConfig, image_key: str | None, names: Sequence[str]) -> list[str]:
-    keys = [data.prompt_key, data.answer_key, data.id_key, data.category_key, image_key]
-    columns = [column_of(key, names) for key in keys if key is not None]
-    return list(dict.fromkeys(column for column in columns if column is not None))
 
 
 def _image_roots(source: Source, data: DataConfig) -> tuple[str, ...] | None:

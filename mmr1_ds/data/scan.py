@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmr1_ds.config import DataConfig
+from mmr1_ds.data.columns import check_videos_are_read
 from mmr1_ds.data.rows import Row, RowReader
 from mmr1_ds.data.text_features import SKETCH_BYTES, SKETCH_VERSION, sketch
 from mmr1_ds.errors import UserError
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 256
-CACHE_FOLDER = "mmr1_ds_scans_4"  # inside the cache of `datasets`; counted up when the columns of a scan change
+CACHE_FOLDER = "mmr1_ds_scans_5"  # inside the cache of `datasets`; counted up when the columns of a scan change
 ROWS_A_PROCESS = 20_000  # below this, starting processes costs more than it saves
+_ROWS_A_VIDEO = 100  # opening one takes so many times as long as measuring a row of text
 ROWS_KEPT = 1_000  # below this, a scan is not worth a file
 _TOLD_SECONDS = 30.0
 
@@ -38,9 +40,10 @@ class Scan:
     """What the scan found about all R rows, over-long ones included, in the order of the files."""
 
     prompt_ids: pa.Array  # (R,) strings, all different
-    lengths: np.ndarray  # (R,) int32 tokens, images included
+    lengths: np.ndarray  # (R,) int32 tokens, images and videos included
     categories: pa.Array  # (R,) strings
     num_images: np.ndarray  # (R,) int32
+    num_videos: np.ndarray  # (R,) int32
     has_answer: np.ndarray  # (R,) bool: the assistant's last turn was taken off the prompt
     sketches: np.ndarray | None  # (R, SKETCH_BYTES) uint8, if asked for; see `text_features`
 
@@ -58,6 +61,7 @@ def scan_rows(
         lengths=table["length"].to_numpy().astype(np.int32),
         categories=_flat(table["category"]),
         num_images=table["num_images"].to_numpy().astype(np.int32),
+        num_videos=table["num_videos"].to_numpy().astype(np.int32),
         has_answer=table["has_answer"].to_numpy(),
         sketches=_sketches(table["sketch"]) if with_sketches else None,
     )
@@ -98,10 +102,11 @@ class BatchScan:
             "length": lengths,
             "category": [self._reader.category(row) for row in rows],
             "num_images": [len(prompt.image_order) for prompt in prompts],
+            "num_videos": [len(prompt.video_order) for prompt in prompts],
             "has_answer": [prompt.has_answer for prompt in prompts],
         }
         kinds = [("prompt_id", pa.string()), ("length", pa.int32()), ("category", pa.string())]
-        kinds += [("num_images", pa.int32()), ("has_answer", pa.bool_())]
+        kinds += [("num_images", pa.int32()), ("num_videos", pa.int32()), ("has_answer", pa.bool_())]
         if self._with_sketches:
             columns["sketch"] = sketch([prompt.text for prompt in prompts], lengths, sizes)
             kinds.append(("sketch", pa.binary(SKETCH_BYTES)))
@@ -110,23 +115,34 @@ class BatchScan:
     def _measure(
         self, rows: list[Row], places: list[str]
     ) -> tuple[list[int], list[PromptText], list[list[tuple[int, int]]]]:
-        """Return the tokens of each prompt, images included, the prompt, and the sizes of its images."""
+        """Return the tokens of each prompt, images and videos included, the prompt, and the sizes of its images."""
         references = [self._reader.references(row) for row in rows]
+        videos = [self._reader.video_references(row) for row in rows]
         prompts = []
-        for row, images, where in zip(rows, references, places, strict=True):
-            self._reader.check_supported(row, where)
+        for row, its_images, its_videos, where in zip(rows, references, videos, places, strict=True):
+            check_videos_are_read(row, self._reader.unread_videos, where)
             self._reader.ground_truth(row, where)  # raises for a missing answer
-            prompts.append(self._encoder.prompt_text(self._reader.prompt(row), len(images), where))
+            cell = self._reader.prompt(row)
+            prompts.append(self._encoder.prompt_text(cell, len(its_images), len(its_videos), where))
         lengths, image_sizes = [], []
         tokenized = self._encoder.tokenize([prompt.text for prompt in prompts])
-        for token_ids, images, prompt, where in zip(tokenized, references, prompts, places, strict=True):
-            order = prompt.image_order
-            self._encoder.check_placeholders(token_ids, len(order), where)
-            sizes = [self._reader.image_source.size(reference, where) for reference in images]
+        for token_ids, its_images, its_videos, prompt, where in zip(
+            tokenized, references, videos, prompts, places, strict=True
+        ):
+            self._encoder.check_placeholders(token_ids, len(prompt.image_order), len(prompt.video_order), where)
+            sizes = [self._reader.image_source.size(reference, where) for reference in its_images]
             tokens = [self._encoder.num_image_tokens(*size, where) for size in sizes]
-            lengths.append(len(token_ids) - len(order) + sum(tokens[place] for place in order))
+            clips = [self._reader.video_source.open(reference, where) for reference in its_videos]
+            video_tokens = [self._encoder.num_video_tokens(clip, where) for clip in clips]
+            length = len(token_ids) + sum(tokens[place] - 1 for place in prompt.image_order)
+            lengths.append(length + sum(video_tokens[place] - 1 for place in prompt.video_order))
             image_sizes.append(sizes)
         return lengths, prompts, image_sizes
+
+
+def work_of(reader: RowReader) -> int:
+    """Return the work of scanning a source, in rows of text."""
+    return len(reader) * (_ROWS_A_VIDEO if reader.reads_videos else 1)
 
 
 def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder, with_sketches: bool) -> pa.Table:
@@ -158,11 +174,11 @@ def _kept_scan(
     from filelock import FileLock
     from pyarrow import feather
 
-    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, len(reader) // ROWS_A_PROCESS)
+    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, work_of(reader) // ROWS_A_PROCESS)
     key = hashlib.blake2b(digest_size=16)
     settings = (
         data.prompt_key, data.answer_key, data.image_key, data.video_key, data.id_key, data.category_key,
-        data.image_dir, data.allow_any_image_path, data.max_image_pixels,
+        data.image_dir, data.allow_any_image_path, data.max_image_pixels, data.video_fps,
         *((SKETCH_VERSION,) if with_sketches else ()),
     )  # fmt: skip
     rows = (reader.name, reader.rows._fingerprint, len(reader))

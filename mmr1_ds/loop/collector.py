@@ -50,12 +50,12 @@ class RequestMaker:
         """Make a request for each prompt of `data` at `indices`; its seed follows from (seed, purpose, step, slot)."""
         return [
             RolloutRequest(
-                data[int(index)],
+                prompt,
                 num_responses,
                 int(np.random.SeedSequence((self.seed, purpose, step, int(slot))).generate_state(1)[0]),
                 can_wait=purpose == PROBE,
             )
-            for index, slot in zip(indices, slots, strict=True)
+            for prompt, slot in zip(data.prompts(indices), slots, strict=True)
         ]
 
 

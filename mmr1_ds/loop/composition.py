@@ -124,9 +124,11 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             metrics_logger.progress(LOADED_PARTS, "loading the models", with_lines=False) as advance,
         ):
             work = _actor_work(config, ranks)
-            most_images = max(data.max_images for data in (train_data, val_data) if data is not None)
+            data_sets = [data for data in (train_data, val_data) if data is not None]
+            most_images = max(data.max_images for data in data_sets)
+            most_videos = max(data.max_videos for data in data_sets)
             engines = load_engines(
-                config, deepspeed, num_steps, most_images, ranks, encoder, preemption, stack, advance
+                config, deepspeed, num_steps, most_images, most_videos, ranks, encoder, preemption, stack, advance
             )
             collector = _collector(config, engines.rollout, rewards, encoder, ranks)
             batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker

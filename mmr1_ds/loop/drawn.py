@@ -43,7 +43,7 @@ class Drawn:
 
 
 def _without_prompt(scored: ScoredGroup) -> ScoredGroup:
-    prompt = dataclasses.replace(scored.group.prompt, images=(), token_ids=())
+    prompt = dataclasses.replace(scored.group.prompt, images=(), videos=(), token_ids=())
     return dataclasses.replace(scored, group=dataclasses.replace(scored.group, prompt=prompt))
 
 

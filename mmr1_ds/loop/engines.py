@@ -48,6 +48,7 @@ def load_engines(
     deepspeed: DeepspeedConfigs,
     num_steps: int,
     most_images: int,
+    most_videos: int,
     ranks: Ranks,
     encoder: PromptEncoder,
     preemption: Preemption,
@@ -81,7 +82,7 @@ def load_engines(
     reference = _reference(config, deepspeed.reference, actor, ranks, encoder)
     advance(1)
     if rollout is None:
-        rollout = _rollout(config, actor, ranks, encoder, most_images, preemption)
+        rollout = _rollout(config, actor, ranks, encoder, most_images, most_videos, preemption)
         stack.callback(rollout.close)
     advance(1)
     return Engines(rollout, actor, reference, critic)
@@ -134,6 +135,7 @@ def _rollout(
     ranks: Ranks,
     encoder: PromptEncoder,
     most_images: int,
+    most_videos: int,
     preemption: Preemption,
 ) -> RolloutEngine:
     settings, model = config.worker.rollout, config.worker.actor.model
@@ -146,8 +148,9 @@ def _rollout(
     if adapted and has_experts(actor.model):  # a hub model's, whose config.json was not looked at
         raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
     return VllmRollout(
-        settings, model, config.data, ranks, encoder, most_images, preemption, adapted, returns_experts(config)
-    )
+        settings, model, config.data, ranks, encoder, most_images, preemption,
+        most_videos=most_videos, adapted=adapted, returns_experts=returns_experts(config),
+    )  # fmt: skip
 
 
 def _sizes(config: RunConfig) -> Sizes:

@@ -71,6 +71,14 @@ def check_gpu(deepspeed_config: Mapping[str, Any], launch: LaunchEnvironment) ->
 
 def load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset, PromptDataset | None]:
     """Return training and validation data; in a validation alone both are its own. Raises: UserError."""
+    train_data, val_data = _load_data(config, encoder)
+    if config.worker.rollout.engine == "server":
+        for data in [train_data] if val_data is None else [train_data, val_data]:
+            data.check_no_videos("worker.rollout.engine=server takes none; set it to vllm")
+    return train_data, val_data
+
+
+def _load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset, PromptDataset | None]:
     limit = config.worker.rollout.limit_images
     data, is_curriculum = config.data, config.data.sampling_strategy == "curriculum"
     if config.trainer.val_only:  # no prompt is drawn, so the training data may be any

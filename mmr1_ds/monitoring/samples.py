@@ -14,7 +14,7 @@ import numpy as np
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.io import in_words, write_whole
 from mmr1_ds.monitoring.logger import MetricsLogger
-from mmr1_ds.records import ScoredGroup
+from mmr1_ds.records import Prompt, ScoredGroup
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -104,7 +104,7 @@ class TrainingSamples:
                 for k in shown
             ],
         }
-        return row, [_thumbnail(image) for image in group.prompt.images]
+        return row, [_thumbnail(image) for image in _seen(group.prompt)]
 
     def _write(
         self, step: int, rows: Sequence[tuple[dict[str, Any], list[bytes]]], observed: Mapping[str, Any]
@@ -147,6 +147,13 @@ def _first_pass_rates(path: Path) -> dict[int, float]:
             row = json.loads(line)
             rates.setdefault(row["index"], row["pass_rate"])
     return rates
+
+
+def _seen(prompt: Prompt) -> list[Image]:
+    """Return the images of a prompt and the first frame of each of its videos."""
+    from PIL.Image import fromarray
+
+    return [*prompt.images, *(fromarray(video.frames[0]) for video in prompt.videos)]
 
 
 def _thumbnail(image: Image) -> bytes:

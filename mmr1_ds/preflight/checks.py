@@ -270,6 +270,11 @@ def _check_lengths(config: RunConfig) -> None:
     data, rollout = config.data, config.worker.rollout
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
         raise UserError(f"data.min_pixels={data.min_pixels} is over data.max_pixels={data.max_pixels}; lower it")
+    if data.video_min_pixels > data.video_max_pixels:
+        raise UserError(
+            f"data.video_min_pixels={data.video_min_pixels} is over data.video_max_pixels={data.video_max_pixels}; "
+            "lower it"
+        )
     length = data.max_prompt_length + data.max_response_length
     if rollout.max_model_len is not None and rollout.max_model_len < length:
         raise UserError(

@@ -24,6 +24,7 @@ from mmr1_ds.data.paths import column_of
 from mmr1_ds.data.rows import check_columns
 from mmr1_ds.data.sources import BUILDERS, list_names, split_name
 from mmr1_ds.errors import UserError, first_line
+from mmr1_ds.preflight.videos import check_first_videos
 from mmr1_ds.rewards.interfaces import call_style
 from mmr1_ds.rewards.loading import BUILT_IN, each_function, split_reference
 
@@ -43,6 +44,7 @@ class FileSummary:
     is_local: bool  # False: taken for a hub name, not checked
     num_rows: int | None  # before over-long prompts are dropped; None = not counted
     has_images: bool | None  # None = unknown
+    has_videos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class DataSummary:
 def check_data(data: DataConfig, key: str, model: ModelConfig) -> DataSummary:
     """Check that the files of data.train_files or data.val_files (`key`) exist and their first rows have the columns.
 
-    Images in a column of another name are an error for a local model that takes images, else a warning.
+    Images in a column of another name are an error for a local model that takes images, else a warning. Videos of the
+    first rows are opened where PyAV is installed.
     Raises: UserError naming the file, the key, and the columns of the file.
     """
     files = data.train_files if key == "train_files" else data.val_files
@@ -72,12 +75,11 @@ def check_data(data: DataConfig, key: str, model: ModelConfig) -> DataSummary:
         raise UserError(f"data.{key} must be a path, a hub name or a list of them, got {files}")
     if data.image_dir is not None and not Path(data.image_dir).is_dir():
         raise UserError(f"data.image_dir: no such folder {data.image_dir!r}")
-    takes_images = model_takes_images(model)
     names = list_names(files, f"data.{key}")
-    return DataSummary(tuple(_look_at(name, data, f"data.{key}", takes_images) for name in names))
+    return DataSummary(tuple(_look_at(name, data, f"data.{key}", model) for name in names))
 
 
-def _look_at(name: str, data: DataConfig, key: str, takes_images: bool | None) -> FileSummary:
+def _look_at(name: str, data: DataConfig, key: str, model: ModelConfig) -> FileSummary:
     path_text, split = split_name(name)
     path = Path(path_text)
     if not os.path.exists(path):
@@ -92,14 +94,15 @@ def _look_at(name: str, data: DataConfig, key: str, takes_images: bool | None) -
     columns = _readable(_columns, parts[0], key)
     if columns is not None:
         check_columns(name, columns, data)
-        _check_images(name, parts[0], data, key, takes_images)
-    return FileSummary(name, True, num_rows, _has_images(columns, data))
+        _check_images(name, parts[0], data, key, model_takes_images(model))
+        check_first_videos(name, path, _readable(_first_rows, parts[0], key), data, model_takes_images(model))
+    return FileSummary(name, True, num_rows, _has(data.image_key, columns), _has(data.video_key, columns))
 
 
-def _has_images(columns: list[str] | None, data: DataConfig) -> bool | None:
+def _has(key: str | None, columns: list[str] | None) -> bool | None:
     if columns is None:
         return None
-    return data.image_key is not None and column_of(data.image_key, columns) is not None
+    return key is not None and column_of(key, columns) is not None
 
 
 def _check_images(name: str, part: Path, data: DataConfig, key: str, takes_images: bool | None) -> None:

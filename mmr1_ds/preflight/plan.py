@@ -108,8 +108,9 @@ def _file(file: FileSummary) -> str:
     if not file.is_local:
         return f"{file.name} (no such local path, so a hub data set: not looked at)"
     count = "not counted" if file.num_rows is None else f"{file.num_rows:,} prompts"
-    images = {True: ", with images", False: ", text only", None: ""}[file.has_images]
-    return f"{file.name} ({count}{images})"
+    seen = [kind for kind, there in (("images", file.has_images), ("videos", file.has_videos)) if there]
+    shown = ", with " + " and ".join(seen) if seen else ", text only" if file.has_images is False else ""
+    return f"{file.name} ({count}{shown})"
 
 
 def _step(config: RunConfig, plan: BatchPlan) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.data.images import PixelLimits
+from mmr1_ds.data.videos import VideoLimits
+from mmr1_ds.data.vision import VIDEO_OPTIONS
 from mmr1_ds.records import SamplingSettings
 
 if TYPE_CHECKING:
@@ -22,16 +24,34 @@ _B200_ATTENTION = {"full_attention": "FLASH_ATTN", "sliding_window": "FLASH_ATTN
 
 
 @dataclass(frozen=True)
+class VideoBounds:
+    """The videos that an engine must be ready for."""
+
+    most: int  # of the prompt that has the most
+    limits: VideoLimits
+    normalised_as_images: bool  # by the model's processors
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of the largest one: a pair of frames has those of an image."""
+        return self.limits.max_frames // 2 * (self.limits.pixels.max_pixels // self.limits.pixels.factor**2)
+
+
+@dataclass(frozen=True)
 class ImageBounds:
-    """The images that an engine must be ready for, and keeps memory for."""
+    """The images and videos that an engine must be ready for, and keeps memory for."""
 
     most: int  # of the prompt that has the most; the run config may allow more
     limits: PixelLimits
+    videos: VideoBounds | None = None  # None = there are none
 
 
-def image_bounds(encoder: PromptEncoder, most: int) -> ImageBounds | None:
-    """The bounds on images of a run; None for a model that takes none."""
-    return ImageBounds(most, encoder.pixel_limits) if encoder.is_multimodal else None
+def image_bounds(encoder: PromptEncoder, most: int, most_videos: int = 0) -> ImageBounds | None:
+    """The bounds on images and videos of a run; None for a model that takes none."""
+    if not encoder.is_multimodal:
+        return None
+    videos = VideoBounds(most_videos, encoder.video_limits, encoder.vision.normalises_alike) if most_videos else None
+    return ImageBounds(most, encoder.pixel_limits, videos)
 
 
 def engine_environment(config: RolloutConfig, *, on_gpu: bool) -> tuple[dict[str, str], dict[str, str]]:
@@ -65,9 +85,20 @@ def engine_options(
     if not chunked_prefill and _carries_states(model):
         options["enable_prefix_caching"] = False  # vLLM keeps states where it cuts a prompt, and nowhere else
     if images is not None:
-        options["limit_mm_per_prompt"] = {"image": config.limit_images or max(1, images.most), "video": 0}
+        most_videos = 0 if images.videos is None else images.videos.most
+        options["limit_mm_per_prompt"] = {"image": config.limit_images or max(1, images.most), "video": most_videos}
         size = {"shortest_edge": images.limits.processor_min_pixels, "longest_edge": images.limits.max_pixels}
         options["mm_processor_kwargs"] = {"images_kwargs": {"size": size}}
+    if images is not None and images.videos is not None:
+        limits = images.videos.limits
+        # For what vLLM keeps memory: Qwen3-VL's processor bounds all pixels of a video together.
+        whole = limits.max_frames * limits.pixels.max_pixels
+        size = {"shortest_edge": limits.pixels.min_pixels, "longest_edge": whole}
+        options["mm_processor_kwargs"]["videos_kwargs"] = {**VIDEO_OPTIONS, "size": size}
+        if not images.videos.normalised_as_images:
+            options["mm_device_do_normalize"] = False  # on the device vLLM takes the numbers of images for both
+        # Its cache of what the tower made is as large as a batch, and must hold a whole video.
+        max_num_batched_tokens = max(max_num_batched_tokens, min(images.videos.tokens, data.max_prompt_length))
     return {
         "model": model.model_path,
         "tokenizer": model.tokenizer_path or model.model_path,

@@ -141,7 +141,8 @@ def test_the_warm_up_trains_on_the_tokens_and_pixels_of_the_ordinary_data_path(m
         assert prompt.ground_truth == questions[row].answer and prompt.category == questions[row].kind
         assert len(expanded.input_ids) == 18
         assert inputs["input_ids"][row, :18].tolist() == expanded.input_ids.tolist()
-        assert inputs["mm_token_type_ids"][row, :18].tolist() == expanded.mm_token_type_ids.tolist()
+        seen = (expanded.input_ids == encoder.image_token_id).long()
+        assert inputs["mm_token_type_ids"][row, :18].tolist() == seen.tolist()
         assert inputs["image_grid_thw"][row].tolist() == expanded.image_grid_thw[0].tolist() == [1, 2, 8]
         np.testing.assert_array_equal(inputs["pixel_values"][16 * row : 16 * row + 16], expanded.pixel_values)
 

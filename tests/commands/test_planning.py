@@ -317,13 +317,21 @@ def test_what_lies_beside_the_passes_by_hand(settings):
     assert "sleep" not in planned(settings, "worker.rollout.sleep=false").seconds
 
 
-def test_attention_and_vision_are_parts_of_the_update(settings):
+def test_attention_and_vision_are_parts_of_the_update(settings, tmp_path):
     found = planned(settings, prompt_tokens=1399.0, response_tokens=1701.0)
     # 28 layers, 28 heads of 128: forward, recomputed, and 2.5 of it backward; half of it is causal.
     attention = 4 * 28 * 3584 * 3100**2 * 512 * 0.5 * (1 + 1 + 2.5)
     assert found.of_passes["attention"] == pytest.approx(attention / (989.4e12 * 0.4), rel=1e-3)
     assert 0 < found.of_passes["vision"] < found.seconds["update_actor"]
     assert planned(settings, images_per_prompt=0.0).of_passes["vision"] == 0
+    # 24 pairs of frames, each of 64 tokens of 4 patches of 14 x 14 pixels: alone, they attend to no other pair.
+    rows = write_rows(tmp_path, rows=[{"problem": "p", "answer": "1", "videos": []}] * 2)
+    more = [*settings, "data.max_prompt_length=2048", f"data.train_files={rows}", "data.video_max_frames=48"]
+    more += [f"data.{key}={64 * 28 * 28}" for key in ("video_max_pixels", "max_pixels", "min_pixels")]
+    seen, unseen = (planned(more, images_per_prompt=0.0, videos_per_prompt=n) for n in (1.0, 0.0))
+    images = planned([*more, f"data.train_files={settings[1].partition('=')[2]}"], images_per_prompt=1.0)
+    assert seen.of_passes["vision"] == pytest.approx(24 * images.of_passes["vision"], rel=1e-6)
+    assert unseen.of_passes["vision"] == 0
 
 
 def test_weights_stay_gathered_without_gradient_checkpointing():

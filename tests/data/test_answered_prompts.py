@@ -75,7 +75,7 @@ def test_a_prefill_is_continued_and_not_closed(tmp_path, text_model, content, se
 def test_a_tag_that_the_template_opens_is_not_opened_twice(text_model):
     encoder = PromptEncoder(ModelConfig(model_path=text_model), config())
     encoder.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
-    prompt = encoder.prompt_text([QUESTION, {"role": "assistant", "content": "<think>\nFirst"}], 0, "row 0")
+    prompt = encoder.prompt_text([QUESTION, {"role": "assistant", "content": "<think>\nFirst"}], 0, 0, "row 0")
     assert prompt.text.endswith("<|im_start|>assistant\n<think>\nFirst")
 
 

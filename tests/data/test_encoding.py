@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from fixtures.data_fixtures import NUM_UNUSED_IDS, VOCABULARY, image, write_text_model, write_vision_model
+from fixtures.data_fixtures import NUM_UNUSED_IDS, VOCABULARY, image, rope_index, write_text_model, write_vision_model
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mmr1_ds.config import DataConfig, ModelConfig
@@ -38,7 +38,7 @@ def encoder_of(model_path, **data):
 
 
 def prompt_of(encoder, cell, images):
-    token_ids, sized = encoder.encode(cell, images)
+    token_ids, sized, _ = encoder.encode(cell, images)
     return Prompt(0, "id", token_ids, sized, "7")
 
 
@@ -69,7 +69,9 @@ def test_expand_equals_the_processor(any_vision_model, cell, sizes):
     inputs = encoder.expand(prompt)
 
     assert torch.equal(inputs.input_ids, expected["input_ids"][0])
-    assert torch.equal(inputs.mm_token_type_ids, expected["mm_token_type_ids"][0])
+    types = expected["mm_token_type_ids"][0]
+    assert torch.equal(inputs.input_ids == encoder.image_token_id, types == 1)
+    assert torch.equal(inputs.positions, rope_index(any_vision_model, expected))
     if sizes:
         assert torch.equal(inputs.pixel_values, expected["pixel_values"])
         assert torch.equal(inputs.image_grid_thw, expected["image_grid_thw"])
@@ -159,7 +161,7 @@ def test_text_model_gives_input_ids_only(text_model):
     inputs = encoder.expand(prompt)
     assert encoder.processor is None and not encoder.is_multimodal
     assert tuple(inputs.input_ids.tolist()) == prompt.token_ids
-    assert inputs.pixel_values is inputs.image_grid_thw is inputs.mm_token_type_ids is None
+    assert inputs.pixel_values is inputs.image_grid_thw is inputs.positions is None
     assert "<image>" in text_of(encoder, prompt)
 
 

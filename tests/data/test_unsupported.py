@@ -1,4 +1,4 @@
-"""What a run would pass over in silence: videos, and images in a column of another name."""
+"""What a run would pass over in silence: a text model's videos, and images and videos in a column of another name."""
 
 from __future__ import annotations
 
@@ -33,20 +33,37 @@ def text_model(tmp_path_factory):
         {"prompt": [{"role": "user", "content": [{"type": "video", "text": None}, {"type": "text", "text": "what?"}]}]},
     ],
 )
-@pytest.mark.parametrize("kind", ["vision", "text"])
-def test_a_row_with_a_video_is_refused(tmp_path, vision_model, text_model, row, kind):
-    model = {"vision": vision_model, "text": text_model}[kind]
+def test_a_row_with_a_video_is_refused(tmp_path, text_model, row):
     rows = [{**dict.fromkeys(row), **good, "answer": "1"} for good in text_rows(3)]
     path = write_jsonl(tmp_path / "a.jsonl", [*rows, {"prompt": "what?", "answer": "1", **row}])
     with pytest.raises(UserError, match=r"a.jsonl row 3 .*video"):
-        load(path, model)
+        load(path, text_model)
+    if "prompt" not in row:
+        with pytest.raises(UserError, match=r"a.jsonl row 3 .*video"):
+            check_data(DataConfig(train_files=path), "train_files", ModelConfig(model_path=text_model))
+
+
+@pytest.mark.parametrize("column", ["video", "Video_Path", "video_url"])
+def test_a_video_in_a_column_of_another_name_is_no_blind_training(tmp_path, vision_model, column):
+    rows = [{"prompt": "p", "answer": "1", column: value} for value in ("", "a.mp4")]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match=rf"row 1 .*column '{column}' holds a video .*set data.video_key={column}"):
+        load(path, vision_model)
+    with pytest.raises(UserError, match=rf"row 1 .*column '{column}' holds a video"):
+        check_data(DataConfig(train_files=path), "train_files", ModelConfig(model_path=vision_model))
+    assert len(load(path, vision_model, video_key=None)) == 2
 
 
 def test_the_column_of_videos_may_have_another_name(tmp_path, vision_model):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "answer": "1", "film": "a.mp4"}])
     assert len(load(path, vision_model)) == 1
-    with pytest.raises(UserError, match=r"row 0 .*column 'film' holds a video"):
+    with pytest.raises(UserError, match=r"row 0 .*'a.mp4' cannot be read as a video \(No such file or directory\)"):
         load(path, vision_model, video_key="film")
+    data = DataConfig(train_files=path, video_key="film")
+    with pytest.raises(UserError, match=r"row 0 .*'a.mp4' cannot be read as a video \(No such file or directory\)"):
+        check_data(data, "train_files", ModelConfig(model_path=vision_model))
+    with pytest.raises(UserError, match=r"no column 'clip' \(data.video_key\)"):
+        load(path, vision_model, video_key="clip")
 
 
 @pytest.mark.parametrize("empty", [None, "", [], {"path": None, "bytes": None}, [None]])

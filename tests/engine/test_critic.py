@@ -88,11 +88,11 @@ def alone(model, results):
         given = {
             field.name: getattr(inputs, field.name)
             for field in dataclasses.fields(inputs)
-            if field.name not in ("input_ids", "mm_token_type_ids") and getattr(inputs, field.name) is not None
+            if field.name not in ("input_ids", "positions") and getattr(inputs, field.name) is not None
         }
         input_ids = torch.cat([inputs.input_ids, torch.tensor(tokens)])[None]
         types = torch.zeros_like(input_ids)
-        types[0, : len(inputs.input_ids)] = inputs.mm_token_type_ids
+        types[0, : len(inputs.input_ids)] = inputs.input_ids == encoder.image_token_id
         states = base(input_ids=input_ids, mm_token_type_ids=types, **given).last_hidden_state[0]
         before = states[len(inputs.input_ids) - 1 : -1]  # of the token before each of the response's
         value = before @ weight[0] + bias

@@ -64,10 +64,11 @@ def family(request, tmp_path_factory):
 
 
 def pairs_of(encoder, indices):
-    """Prompts with 0 to 4 images where the model sees; responses of 0 to 12 tokens."""
+    """Prompts with 0 to 4 images and 0 to 2 videos where the model sees; responses of 0 to 12 tokens."""
     found = []
     for i in indices:
-        prompt = make_prompt(encoder, i, with_image=encoder.is_multimodal and i % 3 != 0, most_images=4)
+        with_image = encoder.is_multimodal and i % 3 != 0
+        prompt = make_prompt(encoder, i, with_image, most_images=4, with_videos=encoder.takes_videos)
         found.append((prompt, np.arange(20, 20 + 5 * i % 13, dtype=np.int32)))
     return found
 
@@ -218,7 +219,7 @@ def test_responses_that_share_a_prompt_equal_padded_forward_and_backward(family,
     once = sum(len(encoder.expand(prompt).input_ids) for prompt in prompts.values())
     assert inputs["input_ids"].shape == (1, once + sum(n for _, n in rows))
     if encoder.is_multimodal:
-        assert len(inputs["image_grid_thw"]) == sum(len(prompt.images) for prompt in prompts.values())
+        assert len(inputs["image_grid_thw"]) == sum(len(prompt.images + prompt.videos) for prompt in prompts.values())
         assert len(batch.vision["pixel_values"]) == int(inputs["image_grid_thw"].prod(dim=1).sum())
     causal = [size for size in varlen_calls if size == (-1, 0)]
     images = [size for size in varlen_calls if size == (-1, -1)]

@@ -19,6 +19,7 @@ SAVE = {
     "hybrid-text": functools.partial(save_text_model, family="qwen3_5_text"),
     "experts": functools.partial(save_text_model, family="qwen3_moe"),
     "vision-experts": functools.partial(save_vision_model, family="qwen3_vl_moe"),
+    "timestamps": functools.partial(save_vision_model, family="qwen3_vl"),  # of videos, as text
 }
 
 
@@ -69,12 +70,13 @@ def test_log_probabilities_of_cut_samples_are_the_actor_s_where_raw_ones_are_ask
     ids=["qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3_moe", "qwen3_vl_moe", "qwen3", "qwen3_5_text", "llama"],
 )
 def test_every_other_family_is_trained_and_sampled_by_vllm(tmp_path, save, family, tied):
-    """The vision models on prompts of 0 to 4 images, which share micro-batches with each other.
+    """The vision models on prompts of 0 to 4 images and 0 to 2 videos, which share micro-batches with each other.
 
     Qwen3.5's linear attention is computed in float32 (fixtures/delta_net.py): vLLM's CPU build has it in bf16 alone.
     """
     model = save(tmp_path / "model", tied=tied, family=family)
-    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 3, "vllm", 1)
+    num_ranks = 2 if family == "qwen3_vl" else 1
+    run_ranks("logprob_agreement.py", model, tmp_path / "out.json", 3, "vllm", 1, num_ranks=num_ranks)
     steps = json.loads((tmp_path / "out.json").read_text())["steps"]
     assert len(steps) == 3
     for step in steps:
@@ -82,7 +84,10 @@ def test_every_other_family_is_trained_and_sampled_by_vllm(tmp_path, save, famil
         assert step["forbidden"] == 0
         assert step["actor/grad_norm"] > 0.01
     if save is save_vision_model:
-        assert [step["images"] for step in steps] == [[0, 2, 3, 0], [3, 0, 1, 2], [1, 2, 0, 4]]
+        of_rank_0 = slice(4 // num_ranks)
+        images, videos = [[0, 2, 3, 0], [3, 0, 1, 2], [1, 2, 0, 4]], [[0, 1, 0, 0], [0, 0, 0, 1], [0, 1, 0, 2]]
+        assert [step["images"] for step in steps] == [counts[of_rank_0] for counts in images]
+        assert [step["videos"] for step in steps] == [counts[of_rank_0] for counts in videos]
 
 
 def test_two_ranks_share_one_tensor_parallel_vllm(tmp_path):

@@ -1,4 +1,4 @@
-"""The whole program through the deepspeed launcher: two ranks, ZeRO-3, vLLM, images, curriculum, resume."""
+"""The whole program through the deepspeed launcher: two ranks, ZeRO-3, vLLM, images, videos, curriculum, resume."""
 
 import json
 import math
@@ -16,6 +16,7 @@ import yaml
 from fixtures.launching import ROOT, environment, processes_with, wait_until
 from fixtures.tiny_models import save_vision_model
 from fixtures.tiny_run import OF_THE_MACHINE
+from fixtures.videos import write_video
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -46,17 +47,20 @@ NUM_STEPS = 10
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
-    """A random tiny Qwen2.5-VL, 13 prompts with images and 4 without, a reward file, and the run's config."""
+    """A random tiny Qwen2.5-VL, 12 prompts with images, two of 17 with videos, a reward file, and the run's config."""
     folder = tmp_path_factory.mktemp("assets")
     save_vision_model(folder / "model")
     (folder / "reward.py").write_text(REWARD)
     rows = []
     for i in range(17):
-        row = {"question": f"what is {i}?", "answer": i, "image": []}
+        row = {"question": f"what is {i}?", "answer": i, "image": [], "videos": []}
         if i % 4:
             noise = np.random.default_rng(i).integers(0, 256, (28, 28 * (i % 4), 3), dtype=np.uint8)
             Image.fromarray(noise).save(folder / f"{i}.png")
             row |= {"question": f"<image>what is {i}?", "image": [f"{i}.png"]}
+        if i in (4, 5):  # without images, and between an image and text
+            videos = [write_video(folder / f"{i}{name}", num_frames=4 + 3 * i) for name in ("a.mp4", "b.webm")[: i - 3]]
+            row |= {"question": row["question"] + "<video>" * len(videos), "videos": videos}
         rows.append(row)
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
@@ -67,6 +71,8 @@ def assets(tmp_path_factory):
             "image_key": "image",
             "min_pixels": 784,
             "max_pixels": 12544,
+            "video_max_frames": 6,
+            "video_max_pixels": 6272,
             "max_prompt_length": 96,
             "max_response_length": 12,
             "rollout_batch_size": 4,

@@ -38,11 +38,12 @@ weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 
 model, out, num_steps, engine, tensor_parallel, *more = sys.argv[1:]
 lora_rank, cuts = int(more[0]) if more else 0, more[1:]
-PROMPTS, RESPONSES, MOST_IMAGES = 4, 3, 4
+PROMPTS, RESPONSES, MOST_IMAGES, MOST_VIDEOS = 4, 3, 4, 2
 
 ranks = Ranks(launch_environment(), timeout_seconds=120)
 # On one rank micro-batches mix prompts of text, of one image and of several; on more each is one prompt's responses.
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=4 if ranks.size == 1 else 3)
+config.data.max_prompt_length = 224  # with two videos, and the times of their frames by the letter
 config.worker.rollout.temperature = 0.8  # raw and processed log-probabilities then differ
 config.worker.rollout.tensor_parallel_size = int(tensor_parallel)
 config.worker.rollout.logprobs = "raw" if cuts else "processed"
@@ -75,8 +76,9 @@ if engine in ("vllm", "adapters"):
             schedule_asynchronously()
     adapted = adapted_layers(actor.model) if engine == "adapters" else ()
     rollout = VllmRollout(
-        config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES, unasked, adapted
-    )
+        config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, MOST_IMAGES, unasked,
+        most_videos=MOST_VIDEOS if encoder.takes_videos else 0, adapted=adapted,
+    )  # fmt: skip
     # On CPU vLLM's worker keeps its memory; its scheduler, its caches and its record of what sleeps are those on GPU.
     if not ranks.on_gpu:
         rollout._llm.collective_rpc(lambda worker: setattr(worker, "discard", lambda tags: None))
@@ -101,7 +103,8 @@ for step in range(int(num_steps)):
     first = step * PROMPTS // 2 + ranks.rank * share
     indices = range(first, first + share)
     # Every third prompt is text only; in some micro-batches no prompt has an image at all.
-    prompts = [make_prompt(encoder, i, encoder.is_multimodal and i % 3 != 0, MOST_IMAGES) for i in indices]
+    with_videos = encoder.takes_videos and engine != "server"
+    prompts = [make_prompt(encoder, i, encoder.is_multimodal and i % 3 != 0, MOST_IMAGES, with_videos) for i in indices]
     requests = [RolloutRequest(prompt, RESPONSES, 1000 * i) for prompt, i in zip(prompts, indices, strict=True)]
     settings = SamplingSettings(0.8, top_p, top_k, 12 + step, raw_logprobs=bool(cuts))
     if cuts:
@@ -144,9 +147,9 @@ for step in range(int(num_steps)):
     lengths = [len(item.token_ids) for item in trajectories]
     tokens = [item.token_ids.tolist() for item in trajectories]
     forbidden = sum(token in encoder.forbidden_token_ids for row in tokens for token in row)
-    images = [len(prompt.images) for prompt in prompts]
+    seen = {"images": [len(prompt.images) for prompt in prompts], "videos": [len(prompt.videos) for prompt in prompts]}
     metrics |= {"moved": moved, "given_back_bytes": given_back_bytes, "sync_bytes": sync_bytes}
-    steps.append({**metrics, "lengths": lengths, "tokens": tokens, "forbidden": forbidden, "images": images})
+    steps.append({**metrics, "lengths": lengths, "tokens": tokens, "forbidden": forbidden, **seen})
 
 
 def tokens_of(found: list[RolloutGroup]) -> list[list[int]]:

@@ -57,7 +57,8 @@ def fixed_trajectory(index: int, sample: int) -> Trajectory:
     random = np.random.default_rng((index, sample))
     length = int(random.integers(1, 15))
     token_ids = random.integers(0, 100, length).astype(np.int32)
-    prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
+    with_image = encoder.is_multimodal and index % 3 != 0
+    prompt = make_prompt(encoder, index, with_image, with_videos=encoder.takes_videos)
     logprobs = random.normal(-3, 1, length).astype(np.float32)
     return Trajectory(prompt, token_ids, logprobs, np.full(length, random.normal(), np.float32))
 

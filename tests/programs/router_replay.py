@@ -33,8 +33,9 @@ encoder = PromptEncoder(config.worker.actor.model, config.data)
 actor = make_actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder)
 return_routed_experts()
 rollout = VllmRollout(
-    config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, 4, Preemption(60.0, None), True
-)
+    config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, 4, Preemption(60.0, None),
+    returns_experts=True,
+)  # fmt: skip
 settings = SamplingSettings(0.8, 1.0, -1, 20, with_experts=True)
 
 

@@ -26,7 +26,8 @@ together = make_reference(config, settings, ranks, encoder)
 
 pairs = []
 for i in range(5):
-    prompt = make_prompt(encoder, 7 * ranks.rank + i, with_image=encoder.is_multimodal and i % 2 == 0, most_images=3)
+    with_image = encoder.is_multimodal and i % 2 == 0
+    prompt = make_prompt(encoder, 7 * ranks.rank + i, with_image, most_images=3, with_videos=encoder.takes_videos)
     pairs.append((prompt, np.arange(20, 20 + 5 * (i + ranks.rank) % 13, dtype=np.int32)))
 cuts: list[int] = []
 language_model = getattr(together.model.base_model, "language_model", together.model.base_model)

@@ -59,6 +59,11 @@ def assert_alike(loaded, one, other):
     np.testing.assert_allclose(one[1], other[1], rtol=0, atol=1e-6 if convolves else 0)
 
 
+def vision_of(vision, input_ids, encoder):
+    """With what transformers finds positions by itself."""
+    return {**vision, "mm_token_type_ids": (input_ids == encoder.image_token_id).long()} if vision else {}
+
+
 def test_greedy_tokens_are_those_of_generate(loaded):
     plain, _, encoder, prompts = loaded
     found = sample(loaded, [0, 1, 2, 3, 4, 4], [0] * 6, GREEDY)
@@ -68,7 +73,7 @@ def test_greedy_tokens_are_those_of_generate(loaded):
         expected = plain.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            **batch.vision,
+            **vision_of(batch.vision, batch.input_ids, encoder),
             max_new_tokens=GREEDY.max_tokens,
             do_sample=False,
             suppress_tokens=list(encoder.forbidden_token_ids),
@@ -86,7 +91,7 @@ def test_repeated_tokens_are_penalised_as_by_generate(loaded, penalty):
     expected = plain.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        **batch.vision,
+        **vision_of(batch.vision, batch.input_ids, encoder),
         max_new_tokens=GREEDY.max_tokens,
         do_sample=False,
         repetition_penalty=penalty,
@@ -126,11 +131,35 @@ def test_log_probs_are_those_of_a_whole_forward(loaded):
         batch = PromptBatch.of([prompt], 0, CPU)
         length = batch.input_ids.shape[1]
         ids = torch.cat([batch.input_ids, torch.tensor([tokens])], dim=1)
-        vision = dict(batch.vision)
-        if vision:
-            vision["mm_token_type_ids"] = torch.nn.functional.pad(vision["mm_token_type_ids"], (0, len(tokens)))
+        vision = vision_of(batch.vision, ids, encoder)
         with torch.no_grad():
             hidden = plain.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **vision).last_hidden_state
+            expected, _ = plain_log_probs(
+                hidden[0, length - 1 : -1], plain.get_output_embeddings().weight, None, torch.tensor(tokens),
+                encoder.forbidden_token_ids, WARM.temperature,
+            )  # fmt: skip
+        np.testing.assert_allclose(logprobs, expected.numpy(), atol=2e-5)
+
+
+def test_log_probs_after_videos_are_those_of_a_whole_forward(loaded):
+    """At our positions: those of transformers are others behind a video (docs/models.md)."""
+    plain, ours, encoder, _ = loaded
+    if not encoder.is_multimodal:
+        return
+    prompts = [encoder.expand(make_prompt(encoder, i, True, most_images=3, with_videos=True)) for i in (5, 7)]
+    batch = PromptBatch.of(prompts, 0, CPU)
+    found = sample_responses(ours, batch, [0, 1], [3, 4], WARM, encoder.forbidden_token_ids, encoder.eos_token_ids)
+    for prompt, (tokens, logprobs) in zip(prompts, found, strict=True):
+        length = len(prompt.input_ids)
+        ids = torch.cat([prompt.input_ids, torch.tensor(tokens)])[None]
+        after = prompt.positions.max() + 1 + torch.arange(len(tokens))
+        with torch.no_grad():
+            hidden = plain.base_model(
+                input_ids=ids,
+                position_ids=torch.cat([prompt.positions, after.expand(3, -1)], dim=1)[:, None],
+                pixel_values=prompt.pixel_values,
+                image_grid_thw=prompt.image_grid_thw,
+            ).last_hidden_state
             expected, _ = plain_log_probs(
                 hidden[0, length - 1 : -1], plain.get_output_embeddings().weight, None, torch.tensor(tokens),
                 encoder.forbidden_token_ids, WARM.temperature,

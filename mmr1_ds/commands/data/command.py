@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", choices=("train", "val"), help="only this one; default: both")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="prompts of each to show; default: 3")
     parser.add_argument(
-        "--decode", action="store_true", help="read every image whole, not only its header: finds truncated ones"
+        "--decode", action="store_true", help="read images and videos whole, not only headers: finds truncated ones"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.data.rows import Row, RowReader
-from mmr1_ds.data.scan import BATCH_ROWS, ROWS_A_PROCESS, BatchScan
+from mmr1_ds.data.scan import BATCH_ROWS, ROWS_A_PROCESS, BatchScan, work_of
 from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def survey_rows(
 ) -> pa.Table:
     """Look at every row of every source, in their order.
 
-    Args: decode_images: read the images whole, not only their headers; advance: takes how many more are done.
+    Args: decode_images: read images and frames whole, not only headers; advance: takes how many more are done.
     Returns: R rows of `schema()`.
     """
     import pyarrow as pa
@@ -45,7 +45,8 @@ def survey_rows(
         for source, reader in enumerate(readers)
         for start in range(0, len(reader), BATCH_ROWS)
     ]
-    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, sum(map(len, readers)) // ROWS_A_PROCESS)
+    wanted = sum(map(work_of, readers)) // ROWS_A_PROCESS
+    processes = min(data.filter_overlong_prompts_workers, os.cpu_count() or 1, wanted)
     parts = []
     for span, part in zip(spans, _run(survey, spans, processes), strict=True):
         parts.append(part)
@@ -65,6 +66,7 @@ def schema() -> pa.Schema:
             ("length", pa.int32()),  # tokens, images included
             ("category", pa.large_string()),
             ("num_images", pa.int32()),
+            ("num_videos", pa.int32()),
             ("has_answer", pa.bool_()),  # the assistant's last turn was taken off the prompt
             ("answer", pa.large_string()),
             ("widths", pa.large_list(pa.int32())),  # of its images, as they came
@@ -106,6 +108,8 @@ class _SpanSurvey:
             try:
                 for reference in references:
                     reader.image_source.load(reference, where).close()
+                for video in reader.video_references(row):
+                    self._encoder.sampled(reader.video_source.open(video, where), where)
             except UserError as error:
                 return _refused(error, WHEN_DRAWN, where)
         sizes = [reader.image_source.size(reference, where) for reference in references]

@@ -71,6 +71,7 @@ class DataSetSummary:
     findings: list[Finding]
     lengths: Lengths | None  # None where nothing could be measured
     images: ImageSummary | None  # images of the same prompts; None for a text model
+    num_videos: int  # of the same prompts
     categories: dict[str, int]  # counts over usable rows, most frequent first; empty without data.category_key
     answers: AnswerSummary | None  # summary over usable rows; None without any
     reward_check: RewardCheck | None  # None where the check cannot be done
@@ -113,6 +114,7 @@ def summarise(
         images=summarise_images(
             rows.flat("widths"), rows.flat("heights"), rows.num_images[rows.is_measured], int(measured.sum()), encoder
         ),
+        num_videos=int(rows.table["num_videos"].fill_null(0).to_numpy().sum()),
         categories=dict(Counter(rows.texts("category", rows.usable)).most_common()) if config.data.category_key else {},
         answers=summarise_answers(answers),
         reward_check=check_reward(answers, config.worker.reward, config.data.seed),
@@ -194,11 +196,11 @@ def _samples(rows: SurveyedRows, encoder: PromptEncoder, num_samples: int, seed:
 
 
 def _rendered(reader: RowReader, row: int, encoder: PromptEncoder) -> tuple[str | None, str | None]:
-    """The prompt of a row, by the way that it takes to the model; None, and why, when its images cannot be read."""
+    """The prompt of a row, by the way that it takes to the model; None, and why, when what it shows cannot be read."""
     where = reader.where(row)
     try:
         content = reader.read(row)
-        token_ids, images = encoder.encode(content.prompt, content.images, where)
+        token_ids, images, videos = encoder.encode(content.prompt, content.images, where, content.videos)
     except UserError as error:
         return None, " ".join(str(error).split()).removeprefix(f"{where}: ")
 
@@ -206,10 +208,15 @@ def _rendered(reader: RowReader, row: int, encoder: PromptEncoder) -> tuple[str 
         text: str = encoder.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
+    words = [f"<image {one.width}x{one.height}, {encoder.num_image_tokens(*one.size, where)} tokens>" for one in images]
+    shown = {encoder.image_token_id: iter(words)} if images or videos else {}
+    if videos:
+        shapes = [(encoder.num_tokens_of(video), *video.frames.shape) for video in videos]
+        words = [f"<video {count} frames of {w}x{h}, {tokens} tokens>" for tokens, count, h, w, _ in shapes]
+        shown[encoder.video_token_id] = iter(words)
     text, start = "", 0
-    places = [place for place, token in enumerate(token_ids) if images and token == encoder.image_token_id]
-    for place, image in zip(places, images, strict=True):
-        tokens = encoder.num_image_tokens(*image.size, where)
-        text += f"{decoded(token_ids[start:place])}<image {image.width}x{image.height}, {tokens} tokens>"
-        start = place + 1
+    for place, token in enumerate(token_ids):
+        if token in shown:
+            text += decoded(token_ids[start:place]) + next(shown[token])
+            start = place + 1
     return text + decoded(token_ids[start:]), None

@@ -47,6 +47,7 @@ def _data_set(found: DataSetSummary) -> Iterator[str]:
     for section in (
         _lengths(found.lengths, found.images is not None),
         _images(found.images),
+        [f"{_INDENT}videos: {found.num_videos:,}"] if found.num_videos else [],
         _categories(found.categories, found.num_usable),
         _answers(found.answers, found.reward_check, found.num_usable),
     ):

@@ -86,12 +86,12 @@ def estimate(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Estimat
     if trains_critic(config):
         critic = critic_shape(resolved_critic(config).model)
         zero["critic"] = critic_deepspeed(config, actor_config, world_size, on_gpu=True)["zero_optimization"]
-    patches = _patches(config, plan, actor, assumed)
+    patches, pieces = _patches(config, plan, actor, assumed)
     memory = plan_memory(config, actor, critic, zero, world_size, gpu, assumed, patches)
-    load = load_of(config, plan, assumed, patches)
+    load = load_of(config, plan, assumed, patches, pieces)
 
     def seconds_with(chosen: Assumptions) -> dict[str, float]:
-        its = load_of(config, plan, chosen, _patches(config, plan, actor, chosen))
+        its = load_of(config, plan, chosen, *_patches(config, plan, actor, chosen))
         return step_seconds(config, plan, actor, critic, zero, gpu, chosen, its, memory.cache_tokens)
 
     seconds = seconds_with(assumed)
@@ -119,12 +119,21 @@ def largest_doubt(assumed: Assumptions, step: Callable[[Assumptions], float]) ->
     return f"{name}={value:g} is assumed; {other:.4g} would make a step {there:.0f} s and not {now:.0f} (--assume)"
 
 
-def _patches(config: RunConfig, plan: BatchPlan, shape: ModelShape, assumed: Assumptions) -> float:
-    """Return the patches of a prompt's images: as large as the run and the prompt's length allow."""
-    if shape.vision is None or all(file.has_images is False for file in plan.train_data.files):
-        return 0.0
-    tokens = assumed.images_per_prompt * (config.data.max_pixels or math.inf) / shape.vision.pixels_per_token
-    return min(tokens, config.data.max_prompt_length) * shape.vision.merge**2
+def _patches(config: RunConfig, plan: BatchPlan, shape: ModelShape, assumed: Assumptions) -> tuple[float, float]:
+    """Return the patches of a prompt's images and videos, and the images and pairs of frames that these are.
+
+    They are as large as the run and the prompt's length allow. Of a video all frames that the run takes at most.
+    """
+    if shape.vision is None:
+        return 0.0, 1.0
+    data, files, tokens, pieces = config.data, plan.train_data.files, 0.0, 1.0
+    if not all(file.has_images is False for file in files):
+        tokens = assumed.images_per_prompt * (data.max_pixels or math.inf) / shape.vision.pixels_per_token
+    if any(file.has_videos for file in files):
+        pairs = assumed.videos_per_prompt * data.video_max_frames / 2
+        tokens += pairs * data.video_max_pixels / shape.vision.pixels_per_token
+        pieces = max(1.0, pairs)
+    return min(tokens, data.max_prompt_length) * shape.vision.merge**2, pieces
 
 
 def _judge(

@@ -50,6 +50,7 @@ class Assumptions:
     prompt_tokens: float | None = None  # mean tokens of a prompt, its images included
     response_tokens: float | None = None  # mean tokens of a response
     images_per_prompt: float = 1.0  # where the model takes images and the data is not known to have none
+    videos_per_prompt: float = 1.0  # where the data has a column of videos
     num_prompts: float | None = None  # of the data set; None: counted where the files are local
 
     # Rates reached.

@@ -34,20 +34,22 @@ class Load:
     prompts: float
     prompt_tokens: float  # mean, images included
     response_tokens: float  # mean
-    patches: float  # of a prompt's images
+    patches: float  # of a prompt's images and videos
+    pieces: float = 1.0  # images, and pairs of frames, that these are
 
     @property
     def tokens(self) -> float:
         return self.responses * (self.prompt_tokens + self.response_tokens)
 
 
-def load_of(config: RunConfig, plan: BatchPlan, assumed: Assumptions, patches: float) -> Load:
+def load_of(
+    config: RunConfig, plan: BatchPlan, assumed: Assumptions, patches: float, pieces: float = 1.0
+) -> Load:
     """Return a rank's share of a step; lengths that no assumption gives are half of the longest."""
     prompt = assumed.prompt_tokens or config.data.max_prompt_length / 2
     response = assumed.response_tokens or config.data.max_response_length / 2
-    return Load(
-        plan.responses_per_step / plan.world_size, plan.prompts_per_step / plan.world_size, prompt, response, patches
-    )
+    responses, prompts = plan.responses_per_step / plan.world_size, plan.prompts_per_step / plan.world_size
+    return Load(responses, prompts, prompt, response, patches, pieces)
 
 
 def step_seconds(
@@ -164,7 +166,7 @@ def generation(
     """Return the seconds of the prompts and all tokens, as if the longest responses kept no others waiting."""
     rollout = config.worker.rollout
     size = rollout.tensor_parallel_size
-    work = Work([load.prompt_tokens] * math.ceil(load.prompts), 0.0, _grids(load.patches, load.prompts))
+    work = Work([load.prompt_tokens] * math.ceil(load.prompts), 0.0, _grids(load, load.prompts))
     rate = gpu.bf16_tflops * 1e12
     prefill = flops.forward(shape, work, _CAUSAL, with_head=False).total / (rate * assumed.prefill_efficiency)
     context = load.prompt_tokens + load.response_tokens / 2
@@ -200,13 +202,13 @@ def _work(load: Load) -> Work:
     """Return equal sequences, which leaves out what attention costs more for unequal ones."""
     count = max(1, math.ceil(load.responses))
     length = load.tokens / count
-    return Work([length] * count, load.responses * load.response_tokens, _grids(load.patches, load.responses))
+    return Work([length] * count, load.responses * load.response_tokens, _grids(load, load.responses))
 
 
-def _grids(patches: float, sequences: float) -> list[tuple[int, int]]:
-    """Return one square image a sequence."""
-    side = round(math.sqrt(patches))
-    return [(side, side)] * math.ceil(sequences) if side else []
+def _grids(load: Load, sequences: float) -> list[tuple[int, int]]:
+    """Return square images, as many for each sequence; a pair of frames is one, which sees itself alone."""
+    side = round(math.sqrt(load.patches / load.pieces))
+    return [(side, side)] * math.ceil(sequences * load.pieces) if side else []
 
 
 def _passes(config: RunConfig, load: Load, responses_at_once: int) -> float:

@@ -22,12 +22,13 @@ class ModelBatch:
 
     input_ids: Tensor  # (S, L) int64, padded on the right
     attention_mask: Tensor  # (S, L) int64
-    # mm_token_type_ids (S, L), image_grid_thw, and pixel_values: of each shared prompt once. Empty for text models.
+    # Of images and videos: image_grid_thw of each row's, pixel_values of each shared prompt's. Empty for text models.
     vision: dict[str, Tensor]
     rows: Tensor  # (T,) int64: row of each response token
     columns: Tensor  # (T,) int64: position whose hidden state predicts it
     targets: Tensor  # (T,) int64: the token itself
-    shares: Tensor  # (S,) int64: the first row with the same prompt, whose images they share
+    shares: Tensor  # (S,) int64: the first row with the same prompt, whose images and videos they share
+    positions: Tensor | None = None  # (3, S, L) int64, in time, height and width; None for text models
     experts: Tensor | None = None  # (S, L, layers, chosen) int16: where tokens are sent; -1 = where the router says
 
 
@@ -75,15 +76,16 @@ def collate(
     first: dict[int, int] = {}  # a group's rows have one Prompt between them: no need to compare images
     shares = [first.setdefault(id(prompt), row) for row, (prompt, _) in enumerate(pairs)]
     shares += range(len(pairs), len(inputs))
-    vision = {}
+    vision, positions = {}, None
     if encoder.is_multimodal:
-        token_types = torch.zeros(shape, dtype=torch.int64)  # 0 = text, so responses need nothing
+        columns_L = torch.arange(shape[1])
+        positions = torch.empty(3, *shape, dtype=torch.int64)
         for row, item in enumerate(inputs):
-            assert item.mm_token_type_ids is not None
-            token_types[row, : starts[row]] = item.mm_token_type_ids
+            assert item.positions is not None
+            positions[:, row] = columns_L + (item.positions.max() + 1 - starts[row])  # responses go on as text
+            positions[:, row, : starts[row]] = item.positions
         once = [item for row, item in enumerate(inputs) if shares[row] == row]
         vision = {
-            "mm_token_type_ids": token_types,
             "pixel_values": _pixels([item for item in once if item.pixel_values is not None], device),
             "image_grid_thw": torch.cat([item.image_grid_thw for item in inputs if item.image_grid_thw is not None]),
         }
@@ -100,7 +102,9 @@ def collate(
     within = torch.arange(len(targets)) - (lengths_S.cumsum(0) - lengths_S)[rows]
     columns = starts_S[rows] + within - 1
     shares_S = torch.tensor(shares)
-    return ModelBatch(input_ids, attention_mask, vision, rows, columns, targets.to(device), shares_S, experts_SLlk)
+    return ModelBatch(
+        input_ids, attention_mask, vision, rows, columns, targets.to(device), shares_S, positions, experts_SLlk
+    )
 
 
 def _pixels(items: Sequence[ModelInputs], device: torch.device) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmr1_ds.data.encoding import IMAGE_TYPE
 from mmr1_ds.engine.model.attention import PACKED, VARLEN, Row
 from mmr1_ds.engine.model.batching import ModelBatch
 from mmr1_ds.engine.model.router_replay import INPUT
@@ -90,9 +89,8 @@ def pack(model: PreTrainedModel, batch: ModelBatch, prompts_once: bool = False) 
 
     position_ids = (batch.attention_mask.cumsum(dim=1) - 1)[order_S][kept_SL][None]
     inputs: dict[str, Any] = {}
-    if batch.vision:
-        spatial_3SL = _spatial_positions(model, batch, prompts_S)
-        position_ids = torch.cat([position_ids[None], spatial_3SL[:, order_S][:, kept_SL][:, None]])
+    if batch.positions is not None:
+        position_ids = torch.cat([position_ids[None], batch.positions[:, order_S][:, kept_SL][:, None]])
         inputs = _images_of(model, batch, first_S)
     inputs |= {"input_ids": batch.input_ids[order_S][kept_SL][None], "position_ids": position_ids}
     if batch.experts is not None:
@@ -104,32 +102,11 @@ def pack(model: PreTrainedModel, batch: ModelBatch, prompts_once: bool = False) 
     return _on_device(inputs, device) | {"row": row}, places_SL
 
 
-def _spatial_positions(model: PreTrainedModel, batch: ModelBatch, prompts_S: Tensor) -> Tensor:
-    """The model's three-dimensional positions, (3, S, L): found for each prompt once, where its responses go on.
-
-    transformers looks at every token in Python. Args: prompts_S: tokens of each row's prompt.
-    """
-    rows_S, columns_L = torch.arange(len(prompts_S)), torch.arange(batch.input_ids.shape[1])
-    once_S, in_prompt_SL = batch.shares == rows_S, columns_L < prompts_S[:, None]
-    longest = int(prompts_S.max())
-    prompts_3UP, offsets_U1 = model.base_model.get_rope_index(
-        batch.input_ids[once_S, :longest],
-        mm_token_type_ids=batch.vision["mm_token_type_ids"][once_S, :longest],
-        image_grid_thw=batch.vision["image_grid_thw"][once_S[_rows_of_images(model, batch)]],
-        attention_mask=in_prompt_SL[once_S, :longest].long(),
-    )
-    places_S = (once_S.cumsum(0) - 1)[batch.shares]
-    positions_3SL = (columns_L + offsets_U1[places_S]).repeat(3, 1, 1)
-    in_prompt_SP = in_prompt_SL[:, :longest]
-    positions_3SL[:, :, :longest][:, in_prompt_SP] = prompts_3UP[:, places_S][:, in_prompt_SP]
-    return positions_3SL
-
-
 def _rows_of_images(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
     """The row of each image in `image_grid_thw`, by the tokens that it takes there."""
     patches = batch.vision["image_grid_thw"].prod(dim=1)
     ends = (patches // model.config.vision_config.spatial_merge_size**2).cumsum(0)
-    tokens_S = (batch.vision["mm_token_type_ids"] == IMAGE_TYPE).sum(dim=1)
+    tokens_S = (batch.input_ids == model.config.image_token_id).sum(dim=1)
     return torch.arange(len(tokens_S)).repeat_interleave(tokens_S)[ends - 1]
 
 
@@ -165,6 +142,8 @@ def _padded(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> Comput
         inputs |= _images_of(model, batch, torch.arange(len(batch.input_ids)))
     if batch.experts is not None:
         inputs[INPUT] = batch.experts.flatten(0, 1)
+    if batch.positions is not None and hasattr(model.base_model, "get_rope_index"):
+        inputs["position_ids"] = batch.positions
     found = model.base_model(**_on_device(inputs, device), use_cache=False, **options)
     places_SL = torch.arange(batch.input_ids.numel()).view(batch.input_ids.shape)
     return _computed(batch, found.last_hidden_state.flatten(0, 1), found, places_SL, options)

@@ -48,13 +48,15 @@ class VllmRollout(InTurn):
         encoder: PromptEncoder,
         most_images: int,
         preemption: Preemption,
+        *,
+        most_videos: int = 0,
         adapted: Sequence[str] = (),
         returns_experts: bool = False,
     ) -> None:
         """Collective: start the engine. Its weights are the model folder's until the first sync.
 
         Args:
-            most_images: images of the prompt that has the most; the run config may allow more.
+            most_images, most_videos: of the prompt that has the most; of images the run config may allow more.
             adapted: layers whose adapters every sync brings, by transformers' names; none = it brings whole weights.
             returns_experts: whether settings may ask for the experts of a mixture, which vLLM's CPU build cannot say.
         Raises: UserError for a layer that vLLM has no place for an adapter at.
@@ -66,7 +68,8 @@ class VllmRollout(InTurn):
         more = adapter_options(adapted, model.lora.rank) if adapted else {}
         if returns_experts:
             more["enable_return_routed_experts"] = True
-        self._llm: LLM = _start_engine(config, model, data, ranks, image_bounds(encoder, most_images), more)
+        images = image_bounds(encoder, most_images, most_videos)
+        self._llm: LLM = _start_engine(config, model, data, ranks, images, more)
         _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
         # vLLM's raw log-probabilities are those before temperature: dividing the logits by the training's puts it in.
@@ -108,8 +111,9 @@ class VllmRollout(InTurn):
         parameters = []
         for request in shared:
             item: dict[str, Any] = {"prompt_token_ids": list(request.prompt.token_ids)}
-            if request.prompt.images:
-                item["multi_modal_data"] = {"image": list(request.prompt.images)}
+            if request.prompt.has_vision:
+                videos = [(video.frames, video.metadata) for video in request.prompt.videos]
+                item["multi_modal_data"] = {"image": list(request.prompt.images), "video": videos}
             inputs.append(item)
             parameters.append(
                 SamplingParams(

@@ -36,26 +36,32 @@ class PromptBatch:
 
     input_ids: Tensor  # (P, L) int64
     attention_mask: Tensor  # (P, L) int64
-    vision: dict[str, Tensor]  # pixel_values, image_grid_thw, mm_token_type_ids (P, L), as far as there are any
+    positions: Tensor  # (P, L) int64, or (3, P, L) where images turn the rotary embedding in three dimensions
+    next_positions: Tensor  # (P,) int64, of the tokens after
+    vision: dict[str, Tensor]  # pixel_values and image_grid_thw, of images and videos, where there are any
 
     @staticmethod
     def of(prompts: Sequence[ModelInputs], padding: int, device: torch.device) -> PromptBatch:
         """padding: any token of the vocabulary; it is masked."""
         shape = (len(prompts), max(len(prompt.input_ids) for prompt in prompts))
-        input_ids, types = torch.full(shape, padding), torch.zeros(shape, dtype=torch.int64)
-        mask = torch.zeros(shape, dtype=torch.int64)
+        input_ids, mask = torch.full(shape, padding), torch.zeros(shape, dtype=torch.int64)
+        positions = torch.zeros((3, *shape), dtype=torch.int64)
         vision: dict[str, Tensor] = {}
         for row, prompt in enumerate(prompts):
             columns = slice(shape[1] - len(prompt.input_ids), None)
             input_ids[row, columns], mask[row, columns] = prompt.input_ids, 1
-            if prompt.mm_token_type_ids is not None:
-                types[row, columns] = prompt.mm_token_type_ids
-                vision["mm_token_type_ids"] = types
+            own = torch.arange(len(prompt.input_ids)) if prompt.positions is None else prompt.positions
+            positions[:, row, columns] = own
         if any(prompt.pixel_values is not None for prompt in prompts):
             vision["pixel_values"] = torch.cat([p.pixel_values for p in prompts if p.pixel_values is not None])
             vision["image_grid_thw"] = torch.cat([p.image_grid_thw for p in prompts if p.image_grid_thw is not None])
+        following = positions.amax(dim=(0, 2)) + 1
         return PromptBatch(
-            input_ids.to(device), mask.to(device), {n: tensor.to(device) for n, tensor in vision.items()}
+            input_ids.to(device),
+            mask.to(device),
+            (positions if vision else positions[0]).to(device),
+            following.to(device),
+            {name: tensor.to(device) for name, tensor in vision.items()},
         )
 
 
@@ -197,10 +203,9 @@ class _Decoder:
         self._one_mask = all(kind == "full_attention" for kind in kinds)
         self._layers = [_StateLayer() if kind == "linear_attention" else _Layer() for kind in kinds]
         self._cache = Cache(layers=self._layers)
-        positions, next_P = _positions(model, prompts)
-        self.logits_RV = self._forward(prompts.input_ids, prompts.attention_mask, positions, **prompts.vision)
+        self.logits_RV = self._forward(prompts.input_ids, prompts.attention_mask, prompts.positions, **prompts.vision)
         self.logits_RV = self.logits_RV[prompt_of_response]
-        self._next_R1 = next_P[prompt_of_response][:, None]
+        self._next_R1 = prompts.next_positions[prompt_of_response][:, None]
         mask_RL = prompts.attention_mask[prompt_of_response]
         self._mask_RL = torch.cat([mask_RL, mask_RL.new_ones(len(mask_RL), limit)], dim=1)
         self._length = mask_RL.shape[1]
@@ -234,18 +239,6 @@ class _Decoder:
             **vision,
         )
         return outputs.logits[:, -1]
-
-
-def _positions(model: PreTrainedModel, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
-    """Positions of the prompts' tokens, (P, L), or (3, P, L) with images; and those of the tokens after, (P,)."""
-    positions = (prompts.attention_mask.cumsum(dim=1) - 1).clamp_(min=0)
-    next_P = positions[:, -1] + 1
-    if "image_grid_thw" not in prompts.vision:
-        return positions, next_P
-    places = {name: prompts.vision[name] for name in ("mm_token_type_ids", "image_grid_thw")}
-    base: Any = model.base_model
-    positions, shifts_P1 = base.get_rope_index(prompts.input_ids, attention_mask=prompts.attention_mask, **places)
-    return positions, next_P + shifts_P1.view(-1)
 
 
 class _Layer(DynamicLayer):

@@ -1,0 +1,49 @@
+"""How vLLM is told of a run's images and videos."""
+
+import pytest
+from fixtures.data_fixtures import write_vision_model
+
+from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
+from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.rollout import options
+from mmr1_ds.rollout.options import engine_options, image_bounds
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """Arguments of vLLM's engine on a GPU, for a family and a number of videos a prompt."""
+    monkeypatch.setattr(options, "_compute_capability", lambda: "9.0")
+
+    def options_of(family, most_videos, **data):
+        model = ModelConfig(model_path=write_vision_model(tmp_path / family, family=family))
+        limits = {"video_max_frames": 9, "video_max_pixels": 100 * 28 * 28, "max_prompt_length": 3000}
+        data = DataConfig(**{**limits, **data})
+        bounds = image_bounds(PromptEncoder(model, data), 3, most_videos)
+        rollout = RolloutConfig(max_num_batched_tokens=128)
+        return engine_options(rollout, model, data, on_gpu=True, images=bounds)
+
+    return options_of
+
+
+def test_without_videos_vllm_keeps_no_memory_for_them(told):
+    found = told("qwen2_5_vl", 0)
+    assert found["limit_mm_per_prompt"] == {"image": 3, "video": 0}
+    assert found["mm_processor_kwargs"].keys() == {"images_kwargs"}
+    assert found["max_num_batched_tokens"] == 128
+
+
+def test_a_batch_holds_the_largest_video(told):
+    found = told("qwen2_5_vl", 2)
+    assert found["limit_mm_per_prompt"] == {"image": 3, "video": 2}
+    assert found["max_num_batched_tokens"] == 4 * 100  # four pairs of nine frames, of 100 tokens each
+    assert told("qwen2_5_vl", 2, max_prompt_length=250)["max_num_batched_tokens"] == 250
+    videos = found["mm_processor_kwargs"]["videos_kwargs"]
+    assert videos["size"]["longest_edge"] == 9 * 100 * 28 * 28
+    assert videos["do_resize"] is videos["do_sample_frames"] is False
+
+
+def test_videos_scaled_by_other_numbers_than_images_are_scaled_on_the_host(told):
+    """The tiny Qwen3-VL has CLIP's numbers for images and .5 for videos; published ones have .5 for both."""
+    assert "mm_device_do_normalize" not in told("qwen2_5_vl", 1)
+    assert told("qwen3_vl", 1)["mm_device_do_normalize"] is False
+    assert "mm_device_do_normalize" not in told("qwen3_vl", 0)
