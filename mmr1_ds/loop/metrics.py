@@ -126,7 +126,7 @@ _STAGES_BY_TOKEN = dict.fromkeys(("gen", "reward"), "responses") | dict.fromkeys
 
 
 def stage_metrics(clock: StageClock, ranks: Ranks) -> dict[str, float]:
-    """Gather `timing_s/*`, `memory_gb/*` and `perf/*_bytes`, each of the rank that has most. Collective."""
+    """Gather `timing_s/*`, `memory_gb/*` and the clock's counts, each of the rank that has most. Collective."""
     return ranks.max(clock.metrics(), "stages")
 
 

@@ -40,7 +40,7 @@ class Turns:
         with nullcontext() if clock is None else clock("sync"), self._offloaded(with_weights=False):
             num_bytes = self._rollout.sync_weights(self._actor)  # its weights need room beside the actor's
         if clock is not None:
-            clock.num_bytes["perf/sync_bytes"] = num_bytes
+            clock.counts["perf/sync_bytes"] = float(num_bytes)
 
     @contextmanager
     def _offloaded(self, with_weights: bool = True) -> Iterator[None]:

@@ -73,13 +73,13 @@ def _resident_peak_bytes() -> int:
 
 @dataclass
 class StageClock:
-    """The seconds of each stage, summed over repeated entries, its peak of memory, and what it moved."""
+    """The seconds of each stage, summed over repeated entries, its peak of memory, and what else is counted."""
 
     mark: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered with each stage: Ranks.stage
     memory: StageMemory | None = None  # None: not measured
     seconds: dict[str, float] = field(default_factory=dict)
     memory_gb: dict[str, float] = field(default_factory=dict)
-    num_bytes: dict[str, int] = field(default_factory=dict)  # that a stage moved, by the metric that says so
+    counts: dict[str, float] = field(default_factory=dict)  # by their metrics' names
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -95,7 +95,6 @@ class StageClock:
                 self.memory_gb[stage] = max(self.memory_gb.get(stage, 0.0), self.memory.end())
 
     def metrics(self) -> dict[str, float]:
-        """Return `timing_s/*`, `memory_gb/*` and `perf/*_bytes` of this rank."""
+        """Return `timing_s/*`, `memory_gb/*` and what else was counted on this rank."""
         timing = {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
-        timing |= {name: float(moved) for name, moved in self.num_bytes.items()}
-        return timing | {f"memory_gb/{stage}": size for stage, size in self.memory_gb.items()}
+        return timing | {f"memory_gb/{stage}": size for stage, size in self.memory_gb.items()} | self.counts

@@ -5,12 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
+import torch
 from fixtures.scripted_server import EOS, FORBIDDEN, KEY, VOCABULARY, scripted_servers, tokens_of
 from fixtures.server_requests import SETTINGS, body_of, is_its_own, requests
 
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.config import RunConfig
 from mmr1_ds.errors import UserError
+from mmr1_ds.records import WeightInfo
 from mmr1_ds.rollout.base import ServersGone
 from mmr1_ds.rollout.servers import engine as server_engine
 from mmr1_ds.rollout.servers import group as server_group
@@ -148,7 +150,10 @@ def on_ranks(monkeypatch, servers, watched, work, **settings):
     return [future.result() for future in futures], calls
 
 
-ACTOR = SimpleNamespace(num_updates_done=3)
+ACTOR = SimpleNamespace(
+    num_updates_done=3,
+    weight_buckets=lambda: [[WeightInfo("a", torch.bfloat16, (3, 5))], [WeightInfo("b", torch.float32, (7,))]],
+)
 
 
 def test_a_server_that_dies_comes_back_with_the_weights(monkeypatch):
@@ -160,7 +165,7 @@ def test_a_server_that_dies_comes_back_with_the_weights(monkeypatch):
             return "close"
 
         def work(engine, rank):
-            engine.sync_weights(ACTOR)
+            assert engine.sync_weights(ACTOR) == 2 * 3 * 5 + 4 * 7
             if rank == 0:
                 servers[0].script = die
             asked = requests(7, first=100 * rank)
