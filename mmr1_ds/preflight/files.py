@@ -319,7 +319,7 @@ def _text_config(model: ModelConfig) -> dict[str, Any]:
 def model_has_experts(model: ModelConfig) -> bool | None:
     """Return whether a local model's config.json is that of a mixture of experts; None for a hub model, not read."""
     text = _text_config(model)
-    return bool(text.get("num_experts")) if text else None
+    return bool(text.get("num_experts_per_tok") or text.get("num_experts")) if text else None
 
 
 def model_takes_images(model: ModelConfig) -> bool | None:

@@ -105,9 +105,10 @@ def test_tokens_go_to_the_experts_of_another_router_and_its_own_learns(models, f
     for pair, chosen in zip(pairs, experts, strict=True):
         batch = collate([pair], encoder, CPU)
         model = replaying(plain, chosen)
-        routed = model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.vision, output_router_logits=True
-        )
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}
+        if batch.positions is not None:
+            given["position_ids"] = batch.positions
+        routed = model.base_model(**given, output_router_logits=True)
         states = routed.last_hidden_state[batch.rows, batch.columns]
         head = plain.get_output_embeddings().weight
         expected.append(plain_log_probs(states, head, None, batch.targets, encoder.forbidden_token_ids, 0.7)[0])
