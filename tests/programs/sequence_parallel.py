@@ -34,6 +34,7 @@ language_model = getattr(together.model.base_model, "language_model", together.m
 language_model.norm.register_forward_hook(lambda _, args, states: cuts.append(states.shape[1]))
 found = {f"together {i}": values for i, values in enumerate(together.log_probs(pairs))}
 found |= {f"alone {i}": values for i, values in enumerate(alone.log_probs(pairs))}
+cuts_of_one_pass = np.array(cuts)
 if ranks.size > 1 and hasattr(language_model.layers[0].mlp, "experts"):  # sent to experts of any choice
     random = np.random.default_rng(ranks.rank)
     experts = []
@@ -47,7 +48,7 @@ if ranks.size > 1 and hasattr(language_model.layers[0].mlp, "experts"):  # sent 
         found |= {f"{name} {5 + i}": values for i, values in enumerate(logprobs)}
         found |= {f"{name} {10 + i}": values for i, values in enumerate(differing)}
 lengths = [len(encoder.expand(prompt).input_ids) + len(response) for prompt, response in pairs]
-np.savez(Path(folder) / f"{ranks.rank}.npz", cuts=np.array(cuts), lengths=np.array(lengths), **found)
+np.savez(Path(folder) / f"{ranks.rank}.npz", cuts=cuts_of_one_pass, lengths=np.array(lengths), **found)
 ranks.barrier("end")
 ranks.close()
 leave(0)
