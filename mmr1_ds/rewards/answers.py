@@ -46,9 +46,9 @@ def answers_equal(answer: str, truth: str) -> bool:
         return False
     if max(depth_of_brackets(answer), depth_of_brackets(truth)) > MAX_BRACKETS:
         return answer == truth
-    answer, truth = (_LABEL.sub("", undress(text), count=1) for text in (answer, truth))
-    if (rounded := _APPROXIMATELY.match(truth)) is not None:  # the answer may say so too
-        answer, truth = _APPROXIMATELY.sub("", answer, count=1), truth[rounded.end() :]
+    answer, truth = (_without(_LABEL, undress(text)) for text in (answer, truth))
+    if _APPROXIMATELY.match(truth) is not None:  # the answer may say so too
+        answer, truth = (_without(_APPROXIMATELY, text) for text in (answer, truth))
     answer_text, truth_text = normalise(answer), normalise(truth)
     if not answer_text or not truth_text:
         return False
@@ -61,6 +61,12 @@ def answers_equal(answer: str, truth: str) -> bool:
     if len(truth) > MAX_ANSWER_CHARS:
         return False
     return _same(answer, truth, 0) or _same_count(answer, truth)
+
+
+def _without(label: re.Pattern[str], text: str) -> str:
+    """The text without a label in front of it."""
+    found = label.match(text)
+    return text if found is None else text[found.end() :]
 
 
 def final_answer(response: str) -> str:

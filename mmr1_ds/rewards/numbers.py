@@ -38,7 +38,12 @@ _NO_UNITS = frozenset(
     "or and not to through more less about approximately approx at least most if when where factorial squared cubed "
     "hundred half the is so times than as thousand million billion trillion dozen mod root".split()
 )
-_WORDS = re.compile(r"(?P<value>.*\d)(?:\s+(?P<unit>[A-Za-z]+(?: [a-z]+)?)|\s*(?P<sign>[\u4e00-\u9fff]{1,2}))")
+# Plural nouns, and Chinese measure words; what scales the number (2 thirds, 3 pairs, ten thousands) is no thing.
+_WORDS = re.compile(
+    r"(?P<value>.*\d)(?:\s+(?P<unit>[a-z]{3,}s|people|children|men|women)|"
+    r"\s*(?P<sign>(?:(?![十百千万亿成折倍半分点])[\u4e00-\u9fff]){1,2}))"
+)
+_PARTS = re.compile(r"\w*(?:hs|ths|rds|lves|rters|nds|ies)|pairs|dozens|scores|tens|plus|minus|less|times|digits|bits")
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|dot)\{(\d{1,20})\}")
 _SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALED = re.compile(rf"(?P<value>.*\d)\s*(?:\\text\{{)?\s*(?P<scale>{'|'.join(_SCALES)})s?\s*\}}?")
@@ -89,7 +94,7 @@ def split_words(text: str) -> tuple[str, str]:
     thing = "" if found is None else found["unit"] or found["sign"]
     words = set(thing.lower().split())
     is_unit = split_unit(text)[1] or words & (_NO_UNITS | _SCALES.keys())
-    if found is None or is_unit or parse_number(found["value"]) is None:
+    if found is None or is_unit or _PARTS.fullmatch(thing) or parse_number(found["value"]) is None:
         return text, ""
     return found["value"], thing
 

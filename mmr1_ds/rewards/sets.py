@@ -9,7 +9,7 @@ _BUILDER = re.compile(
 )
 _FRENCH = re.compile(r"([\[\]]) ?([^\[\]()]+[,;][^\[\]()]+?) ?([\[\]])")
 _MODULUS = re.compile(r"\| ?([a-zA-Z]) ?\| ?(<|\\le(?![a-zA-Z])) ?(.+)")
-_POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))|\( ?[a-z](?: ?, ?[a-z])+ ?\) ?= ?(\(.*\))")
+_POINT = re.compile(r"([ABDEFGHIJKLMOPQRSTUVWXYZ]) ?(\([^()]*,[^()]*\))|\( ?(x ?, ?y(?: ?, ?z)?) ?\) ?= ?(\(.*\))")
 _REALS = ("\\mathbb{R}", "all real numbers", "all reals", "the real numbers", "real numbers")
 _NOTHING = re.compile(
     r"(?:there (?:is|are) )?no (?:real )?(?:solutions?|roots?)|(?:the )?empty set|no real number", re.IGNORECASE
@@ -37,19 +37,19 @@ def rewritten(text: str) -> str | None:
     point = _POINT.fullmatch(text)
     if point is None:
         return None
-    return point[3] or f"{point[1]}={point[2]}"
+    return point[4] or f"{point[1]}={point[2]}"
 
 
-def excluded_points(text: str) -> tuple[str, ...] | None:
-    r"""Return the numbers that a set of all others leaves out; None for another set.
+def excluded_points(text: str) -> tuple[str, tuple[str, ...]] | None:
+    r"""Return the variable, or "", and the numbers that a set of all others leaves out; None for another set.
 
     Such are `\mathbb{R} \setminus \{2\}`, `x \ne 2` and `(-\infty, 2) \cup (2, \infty)`.
     """
     if (without := _WITHOUT.fullmatch(text)) is not None:
-        return tuple(part.strip() for part in without[1].split(","))
+        return "", tuple(part.strip() for part in without[1].split(","))
     unequal = _UNEQUAL.fullmatch(text)
     if unequal is not None and re.search(r"[,<>=]|\\", number := unequal[1] or unequal[2]) is None:
-        return (number.strip(),)
+        return (re.sub(r"\\ne", "", text).replace(number, "").strip(), (number.strip(),))
     parts = [_OPEN.fullmatch(part.strip()) for part in re.split(r"\\cup(?![a-zA-Z])", text)]
     if len(parts) < 2 or any(part is None for part in parts):
         return None
@@ -58,4 +58,5 @@ def excluded_points(text: str) -> tuple[str, ...] | None:
     while last is not None and last in ends:
         points.append(last)
         last = ends.pop(last)
-    return tuple(points) if points and not ends and last is not None and re.fullmatch(r"\+? ?\\infty", last) else None
+    ends_well = last is not None and re.fullmatch(r"\+? ?\\infty", last) is not None
+    return ("", tuple(points)) if points and not ends and ends_well else None

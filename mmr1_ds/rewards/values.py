@@ -38,7 +38,8 @@ def readings(text: str) -> list[Value]:
     if (written := sets.rewritten(text)) is not None:
         return readings(written)
     if (points := sets.excluded_points(text)) is not None:
-        return [Value("except", points)]
+        variable, numbers = points
+        return [Value("except", numbers, name=variable)]
     member = _MEMBER.match(text)
     if member is not None:
         return [replace(value, name=member[1]) for value in readings(text[member.end() :])]

@@ -143,7 +143,7 @@ def test_a_prompt_seen_before_moves_by_its_share_of_what_the_features_say_now():
 def test_features_that_say_nothing_cost_nothing():
     """Of rank correlation with p(1-p), at most .005 in the mean of seeds: the weights that draw must not suffer."""
     lost = []
-    for seed in range(5):
+    for seed in range(16):  # of one seed it is up to .015 either way
         found = {}
         for kind in ("none", "shuffled"):
             belief, _, logits = run_filter(kind, seed, num_prompts=4001, steps=120)

@@ -1,6 +1,6 @@
 """Sample with vLLM, update, synchronise, several times; write how far vLLM's log-probabilities were from the actor's.
 
-Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL [LORA_RANK [TOP_P TOP_K]]
+Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL [LORA_RANK [TOP_P TOP_K]] [no-videos]
 
 ENGINE is one of worker.rollout.engine, or adapters: vllm with worker.rollout.lora_sync=adapters.
 
@@ -37,6 +37,8 @@ from mmr1_ds.rollout.servers.engine import ServerRollout
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 
 model, out, num_steps, engine, tensor_parallel, *more = sys.argv[1:]
+without_videos = more[-1:] == ["no-videos"] or engine == "server"
+more = [word for word in more if word != "no-videos"]
 lora_rank, cuts = int(more[0]) if more else 0, more[1:]
 PROMPTS, RESPONSES, MOST_IMAGES, MOST_VIDEOS = 4, 3, 4, 2
 
@@ -103,7 +105,7 @@ for step in range(int(num_steps)):
     first = step * PROMPTS // 2 + ranks.rank * share
     indices = range(first, first + share)
     # Every third prompt is text only; in some micro-batches no prompt has an image at all.
-    with_videos = encoder.takes_videos and engine != "server"
+    with_videos = encoder.takes_videos and not without_videos
     prompts = [make_prompt(encoder, i, encoder.is_multimodal and i % 3 != 0, MOST_IMAGES, with_videos) for i in indices]
     requests = [RolloutRequest(prompt, RESPONSES, 1000 * i) for prompt, i in zip(prompts, indices, strict=True)]
     settings = SamplingSettings(0.8, top_p, top_k, 12 + step, raw_logprobs=bool(cuts))

@@ -42,9 +42,9 @@ rollout.engine, rollout.weight_transfer, rollout.temperature = "server", "shared
 if lora_rank:
     config.worker.actor.model.lora.rank = int(lora_rank[0])
 encoder = PromptEncoder(config.worker.actor.model, config.data)
-compute_delta_nets_in_float32_in_servers(Path(out).with_suffix(".plugin"))
 server = None
 if ranks.rank == 0:
+    compute_delta_nets_in_float32_in_servers(Path(out).with_suffix(".plugin"))
     server = ServerProcess(
         rollout,
         config.worker.actor.model,

@@ -193,7 +193,7 @@ def test_jinja_prompts(tmp_path, template, expected):
     path = tmp_path / "format.jinja"
     path.write_text(template)
     chat = ChatFormat(None, load_format_prompt(str(path)), False, is_multimodal=False)
-    assert chat.chat(" How many? ", 0, "row 1").messages == [{"role": "user", "content": expected}]
+    assert chat.chat(" How many? ", 0, 0, "row 1").messages == [{"role": "user", "content": expected}]
 
 
 @pytest.mark.parametrize("name", ["math.py", "r1v.py", "json.py", "sympy.py", "random.py", "mmr1_ds.py"])
