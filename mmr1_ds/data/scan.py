@@ -8,14 +8,14 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmr1_ds.config import DataConfig
-from mmr1_ds.data.columns import check_videos_are_read
+from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_videos_are_read
 from mmr1_ds.data.rows import Row, RowReader
 from mmr1_ds.data.text_features import SKETCH_BYTES, SKETCH_VERSION, sketch
 from mmr1_ds.errors import UserError
@@ -146,11 +146,26 @@ def work_of(reader: RowReader) -> int:
 
 
 def _scan_reader(reader: RowReader, data: DataConfig, prompt_encoder: PromptEncoder, with_sketches: bool) -> pa.Table:
-
     scan = BatchScan(reader, prompt_encoder, with_sketches)
-    if len(reader) < ROWS_KEPT:
+    # Files beside the rows may change without them: their scan is kept where it takes long alone.
+    least = 2 * ROWS_A_PROCESS if _names_files(reader) else ROWS_KEPT
+    if len(reader) < least:
         return _scan_in_place(reader, scan)
-    return _kept_scan(reader, scan, data, prompt_encoder, with_sketches)
+    try:
+        return _kept_scan(reader, scan, data, prompt_encoder, with_sketches)
+    except OSError as error:
+        logger.warning("the scan of %s cannot be kept (%s): every rank scans it", reader.name, error)
+        return _scan_in_place(reader, scan)
+
+
+def _names_files(reader: RowReader) -> bool:
+    """Whether the first rows have images or videos that they do not hold themselves."""
+    for row in reader.decode(reader.rows[: min(len(reader), ROWS_LOOKED_AT)]):
+        for item in (*reader.references(row), *reader.video_references(row)):
+            held = item.get("bytes") if isinstance(item, Mapping) else item
+            if isinstance(held, str) or held is None:
+                return True
+    return False
 
 
 def _scan_in_place(reader: RowReader, scan: BatchScan) -> pa.Table:

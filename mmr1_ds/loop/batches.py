@@ -225,7 +225,8 @@ class BatchMaker:
                 self._in_flight[step] = in_flight  # a run that stops here resumes with it
         with clock("gen"):
             enough: Enough = self._collector.score_beside
-            if self._stops_stragglers and self._collector.scores_groups_alone:
+            can_stop = self._rollout.engine == "server" or self._rollout.tensor_parallel_size == 1
+            if self._stops_stragglers and can_stop and self._collector.scores_groups_alone:
                 share = math.ceil(missing / self._ranks.size)
                 enough = Stragglers(self._collector, self._algorithm, len(in_flight.slots), share)
             self._collector.wait(in_flight, enough)

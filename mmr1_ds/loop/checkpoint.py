@@ -17,6 +17,7 @@ import math
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ class Checkpoints:
         self._own: set[int] = set()  # steps that this run saved, or that it goes on from
         self._damaged: set[int] = set()  # steps that were found damaged
         self._writing: _Writing | None = None  # at most one
+        self.written_at = 0.0  # monotonic: when this rank had written its part of the last save
         self.failure = ""  # why the last save failed; empty when it did not
 
     def save(
@@ -69,7 +71,7 @@ class Checkpoints:
         """
         temporary = self.root / f".global_step_{step}.tmp"
         try:
-            self._on_main("make the checkpoint folder", lambda: _make_anew(temporary, folders))
+            self._on_main("make the checkpoint folder", lambda: self._make_anew(temporary, folders))
             pending = in_step(self._ranks, "write the checkpoint", lambda: write(temporary)) or []
             described = self._share_of_files(temporary, [str(file.path.relative_to(temporary)) for file in pending])
         except SaveFailed as failure:
@@ -94,6 +96,7 @@ class Checkpoints:
         try:
             own = in_step(self._ranks, "write the checkpoint's files", writing.entries)
             parts = self._ranks.all_gather_objects(own, "share the checkpoint's digests")
+            self.written_at = writing.ended
             files = {name: entry for part in parts for name, entry in sorted(part.items())}
             content = {"step": writing.step, "ranks": self._ranks.size, "files": files}
             self._on_main("publish the checkpoint", lambda: self._publish(writing.step, writing.folder, content))
@@ -105,6 +108,13 @@ class Checkpoints:
         if self._ranks.rank == 0:
             self._prune(writing.step)
         return True
+
+    def _make_anew(self, folder: Path, inside: Sequence[str]) -> None:
+        for left in self.root.glob(".global_step_*.tmp"):  # of a save that was killed
+            shutil.rmtree(left)
+        folder.mkdir(parents=True)
+        for name in inside:
+            (folder / name).mkdir()
 
     def _failed(self, step: int, failure: SaveFailed) -> bool:
         self.failure = f"the checkpoint of step {step} was not saved in {self.root}: {failure}"
@@ -298,6 +308,7 @@ class _Writing:
         self._files = pending + [PendingFile(path, partial(_synced_entry, path)) for path in written]
         self._entries: dict[str, FileEntry] = {}
         self._error: BaseException | None = None
+        self.ended = 0.0  # monotonic
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -319,19 +330,12 @@ class _Writing:
                 self._entries[str(file.path.relative_to(self.folder))] = file.write()
         except BaseException as error:
             self._error = error
+        self.ended = time.monotonic()
 
 
 def _synced_entry(path: Path) -> FileEntry:
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
-
-
-def _make_anew(folder: Path, inside: Sequence[str]) -> None:
-    if folder.exists():  # of an interrupted save
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    for name in inside:
-        (folder / name).mkdir()
 
 
 def _seal(content: dict[str, Any]) -> str:

@@ -77,6 +77,7 @@ class RunState:
         self.step = 0  # steps done; within a step, its number
         self._last_saved: int | None = None  # step of the newest checkpoint, which may still be written
         self._began_saving = 0.0  # monotonic
+        self._kept_at: int | None = None  # when the kept refresh had changed by then: a later one is not in the save
         self._validation: dict[str, float] = {}  # of the current step, where it was validated
 
     def begin(self, step: int) -> None:
@@ -160,6 +161,7 @@ class RunState:
         """
         metrics = self.publish()
         self._began_saving = time.monotonic()
+        self._kept_at = _changed_at(self._kept_refresh)
         clock, title = self._records.clock(), f"checkpoint of step {self.step}"
         with (
             clock("save_checkpoint"),
@@ -197,11 +199,11 @@ class RunState:
 
     def _is_there(self) -> float:
         """Note that a save has made its checkpoint. Returns: the seconds since it began."""
-        seconds = time.monotonic() - self._began_saving
-        self._preemption.took(to_save=seconds)
-        if self._ranks.rank == 0:
+        # Not until now, where it was published: steps have gone by since it was written.
+        self._preemption.took(to_save=self._checkpoints.written_at - self._began_saving)
+        if self._ranks.rank == 0 and self._kept_at == _changed_at(self._kept_refresh):
             self._kept_refresh.unlink(missing_ok=True)
-        return seconds
+        return time.monotonic() - self._began_saving
 
     def load(self, step: int, folder: Path, settings: SamplingSettings | None) -> None:
         """Resume from a checkpoint of `step`; the coordinator has read its part already.
@@ -259,3 +261,11 @@ class RunState:
     def _check_saved(self) -> None:
         if self._checkpoints.failure:
             raise RuntimeError(f"the run ends unsaved: {self._checkpoints.failure}")
+
+
+def _changed_at(path: Path) -> int | None:
+    """When a file last changed, ns; None without it."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None

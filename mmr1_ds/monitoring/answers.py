@@ -50,6 +50,6 @@ class AnswerLog:
         yield write
         try:
             if works:
-                thin_folders(self._folder, FILE, self._most_bytes)
+                thin_folders(self._folder, FILE, self._most_bytes, keep=step)
         except OSError as error:
             logger.warning("%s stays over trainer.samples_limit_gb (%s)", self._folder, in_words(error))

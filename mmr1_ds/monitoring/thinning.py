@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmr1_ds.io import whole_file
 
+_FOLDER = re.compile(r"step_(\d+)")
 _STEP = re.compile(rb'\{"step": (\d+)')  # how each line of a record begins
 
 
@@ -20,7 +21,7 @@ def too_many(steps: Iterable[int]) -> set[int]:
 def thin_lines(path: Path, most_bytes: int) -> int:
     """Drop old steps of a file of records until it has at most `most_bytes`, or nothing more can go.
 
-    Returns: its bytes. Raises: OSError; the file is then as it was.
+    Returns: its bytes. Raises: OSError; the file is then whole, as it was or after a part of the work.
     """
     while (size := path.stat().st_size) > most_bytes:
         with path.open("rb") as file:
@@ -38,12 +39,13 @@ def _step(line: bytes) -> int:
     return int(found[1]) if found else -1
 
 
-def thin_folders(root: Path, name: str, most_bytes: int) -> None:
+def thin_folders(root: Path, name: str, most_bytes: int, keep: int) -> None:
     """Delete the file `name` of old steps from `root/step_N/` until all of them have at most `most_bytes` together.
 
-    Raises: OSError.
+    Args: keep: a step that stays whatever its age. Raises: OSError.
     """
-    files = {int(path.parent.name.removeprefix("step_")): path for path in root.glob(f"step_[0-9]*/{name}")}
-    while sum(path.stat().st_size for path in files.values()) > most_bytes and (going := too_many(files)):
+    folders = {path: _FOLDER.fullmatch(path.parent.name) for path in root.glob(f"*/{name}")}
+    files = {int(found[1]): path for path, found in folders.items() if found is not None}
+    while sum(path.stat().st_size for path in files.values()) > most_bytes and (going := too_many(files) - {keep}):
         for step in going:
             files.pop(step).unlink()

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ class _Lines:
         try:
             self._offset = thin_lines(self._path, most_bytes)
         except OSError as error:
+            with suppress(OSError):
+                self._offset = self._path.stat().st_size
             logger.warning("%s stays over trainer.samples_limit_gb (%s)", self._path, in_words(error))
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -160,9 +161,12 @@ class RewardPool:
 
     def close(self) -> None:
         """Kill all workers. Idempotent; nothing is left running."""
+        if self._is_closed:
+            return
         self._is_closed = True
-        for worker in self._workers:
-            worker.process.close()
+        for worker in [*self._workers]:
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # a thread that scores may be closing it too
+                worker.process.close()
         self._workers.clear()
         self._selector.close()
 

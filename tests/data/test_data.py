@@ -420,6 +420,16 @@ def test_scan_in_processes_equals_scan_in_place(tmp_path, vision_model, monkeypa
         assert dataset.fingerprint == expected.fingerprint
         assert np.array_equal(dataset._lengths, expected._lengths)
         assert dataset.max_images == expected.max_images == 1
+    for index in range(41):  # beside the rows, and not in them: they may change without them
+        (tmp_path / f"{index}.png").write_bytes(png(28 + index, 28, index))
+    rows = [{"prompt": f"what is {i}?", "answer": str(i), "images": [f"{i}.png"]} for i in range(41)]
+    named = write_jsonl(tmp_path / "named.jsonl", rows)
+    monkeypatch.setattr(scan, "ROWS_A_PROCESS", 30)
+    for _ in range(2):
+        measured.clear()
+        load(named, vision_model, **settings)
+        assert len(measured) == 41
+    monkeypatch.setattr(scan, "ROWS_A_PROCESS", 20)
     bad = write_jsonl(tmp_path / "bad.jsonl", [*text_rows(40), {"prompt": "p", "answer": None}])
     with pytest.raises(UserError, match=r"bad.jsonl row 40"):
         load(bad, vision_model)

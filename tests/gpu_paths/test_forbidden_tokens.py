@@ -28,8 +28,16 @@ def test_the_v2_runner_takes_what_we_ask_for(monkeypatch):
     """Its own check of a request, vllm/v1/worker/gpu/sample/logit_bias.py, which runs without a GPU."""
     logit_bias = pytest.importorskip("vllm.v1.worker.gpu.sample.logit_bias")
     asked = []
+    unfinished = ["0-abc"]
+    core = SimpleNamespace(batch_queue=None, scheduler=SimpleNamespace(has_requests=lambda: False))
+    llm_engine = SimpleNamespace(
+        has_unfinished_requests=lambda: bool(unfinished),
+        step=lambda: [SimpleNamespace(request_id=unfinished.pop().partition("-")[0], finished=True, outputs=[])],
+        engine_core=SimpleNamespace(engine_core=core),
+    )
     llm = SimpleNamespace(
-        generate=lambda inputs, parameters, use_tqdm: asked.extend(parameters) or [SimpleNamespace(outputs=[])],
+        enqueue=lambda inputs, parameters, **settings: asked.extend(parameters) or [*unfinished],
+        llm_engine=llm_engine,
         reset_prefix_cache=lambda: None,
         collective_rpc=lambda function, args=(): [False],
     )

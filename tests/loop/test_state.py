@@ -1,5 +1,6 @@
 """When a run is saved: at its steps, around a refresh, and when it is stopped. The real thing is in test_run.py."""
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,12 +26,13 @@ class Parts:
         asked=False,
         saves_in_background=False,
         fails=False,
+        kept=Path("none"),
     ):
         self.saved, self.logged = [], []  # a step in the background as (step, "begun"), and its publication
         self._fails = fails
         self.checkpoints = SimpleNamespace(
             root=Path("root"), failure="", save=self.save, is_best=lambda figures: figures, is_writing=False,
-            has_written=lambda: False, finish=self.finish,
+            has_written=lambda: False, finish=self.finish, written_at=0.0,
         )  # fmt: skip
         nothing = SimpleNamespace(save=lambda folder: None, load=lambda folder: None, finish_ahead=lambda: None)
         self.learners = SimpleNamespace(num_steps_done=0, save_reference=nothing.save, load_reference=nothing.load)
@@ -44,7 +46,7 @@ class Parts:
             False,
             9,
             "",
-            Path("none"),
+            kept,
             actor=nothing,
             critic=None,
             coordinator=SimpleNamespace(refresh_due=lambda step: step in refreshes, save=lambda folder: None),
@@ -130,6 +132,18 @@ def test_a_run_that_is_stopped_waits_for_what_is_written(fails):
     with pytest.raises(Preempted, match="4 of 9 steps are done, saved in root"):
         parts.state.end_if_asked()
     assert parts.saved == [(4, "begun")] + (["failed", 4] if fails else ["there"])
+
+
+def test_a_refresh_that_is_kept_after_a_save_began_outlives_it(tmp_path):
+    kept = tmp_path / "refresh.safetensors"
+    for is_later in (False, True):
+        parts = Parts(save_freq=4, saves_in_background=True, kept=kept)
+        kept.write_text("answers")
+        parts.learn(range(1, 5))
+        if is_later:
+            os.utime(kept, (1, 1))
+        parts.state.publish()
+        assert kept.exists() == is_later
 
 
 def test_a_request_to_end_that_came_in_a_refresh_is_heeded_before_the_next_step():

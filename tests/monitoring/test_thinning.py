@@ -37,5 +37,11 @@ def test_answers_of_old_validations_go(tmp_path):
     for step in range(0, 90, 10):
         with AnswerLog(tmp_path, True, 1_000).of_step(step) as write:
             write([{"answer": "y" * 180}])
-    kept = sorted(int(path.parent.name.removeprefix("step_")) for path in tmp_path.glob(f"*/{FILE}"))
+    (tmp_path / "step_old").mkdir()
+    (tmp_path / "step_old" / FILE).write_text("somebody's own")
+    with AnswerLog(tmp_path, True, 1_000).of_step(10) as write:  # an earlier checkpoint, validated alone
+        write([{"answer": "z" * 180}])
+    assert (tmp_path / "step_10" / FILE).is_file()
+    (tmp_path / "step_10" / FILE).unlink()
+    kept = sorted(int(path.parent.name.removeprefix("step_")) for path in tmp_path.glob(f"step_[0-9]*/{FILE}"))
     assert kept[0] == 0 and kept[-3:] == [60, 70, 80] and len(kept) == 5

@@ -160,8 +160,11 @@ class _Writer(TorchCheckpointEngine):
         if self.error is not None:
             return
         if self._in_background:
-            self.files.append(PendingFile(Path(path), partial(_write, [host_copy(state_dict)], path)))
-            return
+            try:
+                self.files.append(PendingFile(Path(path), partial(_write, [host_copy(state_dict)], path)))
+                return
+            except (RuntimeError, MemoryError) as error:
+                logger.warning("no host memory for a copy of %s (%s): it is written at once", path, error)
         try:
             entry = _write([state_dict], path)
             self.files.append(PendingFile(Path(path), lambda: entry))
@@ -201,7 +204,7 @@ def host_copy(state: Any) -> Any:
         return copy.deepcopy(value)
 
     copy_of_all = copied(state)
-    if torch.cuda.is_available():
+    if any(tensor.is_pinned() for tensor in storages.values()):
         torch.cuda.synchronize()  # the next update must not overtake the copies
     return copy_of_all
 

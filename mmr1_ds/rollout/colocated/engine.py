@@ -171,6 +171,8 @@ class VllmRollout(InTurn):
                         rest = [ids[place] for place in own if place - own.start not in groups]
                         engine.abort_request(rest, internal=True)
                         own = range(0)  # what comes now was cut off
+                # With routed experts the next reset of the cache may not meet a batch that is still in flight.
+                self._cycle.drain()
         except SamplingAbandoned:
             self._cycle.abandon()
             return None

@@ -44,11 +44,11 @@ class SleepCycle:
         if not self._enabled or not self._weights_are_mapped:
             return
         if not keep_weights:
-            self._drain()
+            self.drain()
             self._weights_are_current = self._weights_are_mapped = self._cache_is_mapped = False
             self._llm.sleep(level=self._level)
         elif self._cache_is_mapped:
-            self._drain()
+            self.drain()
             self._cache_is_mapped = False
             self._llm.sleep(level=_PAUSED)
             self._llm.release_kv_cache_memory()
@@ -63,7 +63,7 @@ class SleepCycle:
             self._weights_are_mapped = self._cache_is_mapped = False
             self._llm.collective_rpc("sleep", kwargs={"level": _DISCARDED})  # waits for the GPU first
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """Step until vLLM has forgotten its requests.
 
         When the last response ends, vLLM still counts it as its own, and with asynchronous scheduling has one batch
