@@ -148,9 +148,9 @@ turn("never asleep")
 # 6. What vLLM says of a cache that is released after one step more, with a batch still in the queue.
 rollout._cycle = awake
 sample()
-drain, awake._drain = awake._drain, llm.llm_engine.step
+drain, awake.drain = awake.drain, llm.llm_engine.step
 found["not drained"] = error_of(rollout.sleep, True)
-awake._drain = drain
+awake.drain = drain
 # 7. Sampling that is abandoned in the middle: no step more, and all memory is given back once.
 step, steps = llm.llm_engine.step, []
 

@@ -63,7 +63,7 @@ class VllmRollout(InTurn):
         """
         self._ranks, self._encoder, self._preemption = ranks, encoder, preemption
         self._tensor_parallel_size = config.tensor_parallel_size
-        self._version = 0
+        self._version, self._returns_experts = 0, returns_experts
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
         more = adapter_options(adapted, model.lora.rank) if adapted else {}
         if returns_experts:
@@ -171,8 +171,8 @@ class VllmRollout(InTurn):
                         rest = [ids[place] for place in own if place - own.start not in groups]
                         engine.abort_request(rest, internal=True)
                         own = range(0)  # what comes now was cut off
-                # With routed experts the next reset of the cache may not meet a batch that is still in flight.
-                self._cycle.drain()
+                if self._returns_experts:  # the next reset of the cache may not meet a batch that is still in flight
+                    self._cycle.drain()
         except SamplingAbandoned:
             self._cycle.abandon()
             return None
