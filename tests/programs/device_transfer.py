@@ -24,6 +24,7 @@ from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.weights import gathering
+from mmr1_ds.rollout.colocated.engine import _unlink_shared_memory
 from mmr1_ds.rollout.options import engine_environment, engine_options, image_bounds
 from mmr1_ds.rollout.servers.weights import transfer
 from mmr1_ds.rollout.tied_head import head_is_tied
@@ -54,10 +55,12 @@ from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: E402
 UnquantizedEmbeddingMethod.process_weights_after_loading = lambda self, layer: None
 options = engine_options(rollout, config.worker.actor.model, config.data, on_gpu=False, images=image_bounds(encoder, 1))
 vllm_config = EngineArgs(distributed_executor_backend="external_launcher", **options).create_engine_config()
+_unlink_shared_memory(ranks, ranks.size)  # vLLM's, of an earlier run
 with set_current_vllm_config(vllm_config):
     worker = CPUWorker(vllm_config, ranks.rank, ranks.rank, "env://", is_driver_worker=True)
     worker.init_device()
     worker.load_model()
+_unlink_shared_memory(ranks, ranks.size)
 put_in_place()
 theirs = worker.model_runner.get_model()
 arrived: list[tuple[str, torch.Tensor]] = []
