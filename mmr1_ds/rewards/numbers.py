@@ -40,7 +40,7 @@ _NO_UNITS = frozenset(
 )
 # Plural nouns, and Chinese measure words; what scales the number (2 thirds, 3 pairs, ten thousands) is no thing.
 _WORDS = re.compile(
-    r"(?P<value>.*\d)(?:\s+(?P<unit>[a-z]{3,}s|people|children|men|women)|"
+    r"(?P<value>.*\d)(?:\s+(?P<unit>[a-z]{3,}s|people|children|men|women|cup|rpm)|"
     r"\s*(?P<sign>(?:(?![十百千万亿成折倍半分点])[\u4e00-\u9fff]){1,2}))"
 )
 _PARTS = re.compile(r"\w*(?:hs|ths|rds|lves|rters|nds|ies)|pairs|dozens|scores|tens|plus|minus|less|times|digits|bits")
