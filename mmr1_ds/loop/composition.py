@@ -125,7 +125,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             return
         if start is not None:
             check_resumable(start[1], deepspeed.critic is not None)
-        coordinator = _coordinator(config, train_data, num_steps, ranks)
+        coordinator = make_coordinator(config, train_data, num_steps, ranks)
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
         elif config.data.curriculum_prior is not None and not config.trainer.val_only:
@@ -179,14 +179,14 @@ def make_batches(config: RunConfig, batch_maker: type[B], opened: Opened, collec
         config.worker.actor.global_batch_size,
         config.trainer.max_try_make_batch,
         opened.ranks,
-        _scorer(config.data, opened.ranks, opened.encoder),
+        make_scorer(config.data, opened.ranks, opened.encoder),
         opened.train_data,
         opened.coordinator,
         collector,
     )
 
 
-def _scorer(
+def make_scorer(
     data: DataConfig, ranks: Ranks, encoder: PromptEncoder
 ) -> Callable[[Sequence[ScoredGroup]], list[PromptStatistics]]:
     """What turns scored groups into what the curriculum observes, with the kernel of this device."""
@@ -283,7 +283,7 @@ def _refresh(
         coordinator=opened.coordinator,
         collector=collector,
         train_data=opened.train_data,
-        score=_scorer(config.data, opened.ranks, opened.encoder),
+        score=make_scorer(config.data, opened.ranks, opened.encoder),
         turns=turns,
         weights_digest=engines.actor.weights_digest,
         kept=opened.checkpoints.root / KEPT,
@@ -360,7 +360,7 @@ def _records(config: RunConfig, engines: Engines, opened: Opened, work: ActorWor
     )
 
 
-def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
+def make_coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
     sketches = data.take_sketches()
     return Coordinator(
         config.data,

@@ -358,7 +358,7 @@ def _unused(config: RunConfig) -> list[str]:
     ]
 
 
-def _plan(config: RunConfig, world_size: int, train_data: DataSummary, val_data: DataSummary | None) -> BatchPlan:
+def batch_plan(config: RunConfig, world_size: int, train_data: DataSummary, val_data: DataSummary | None) -> BatchPlan:
     actor, n = config.worker.actor, config.worker.rollout.n
     prompts = config.data.rollout_batch_size
     responses = actor.global_batch_size * n
