@@ -13,12 +13,9 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
 from fixtures.tiny_models import make_prompt
-from settings import make_actor, small_config
+from settings import end, make_actor, small_config, start_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine import actor as actor_module
 from mmr1_ds.engine.actor import Actor
@@ -29,7 +26,7 @@ from mmr1_ds.records import Trajectory
 model, out = sys.argv[1:]
 PROMPTS, RESPONSES, STEPS = 4, 4, 20
 
-ranks = Ranks(launch_environment(), timeout_seconds=300)
+ranks = start_ranks(300)
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=1)  # as many additions as responses
 actor_config = config.worker.actor
 actor_config.micro_batch_size_per_device_for_experience = 16
@@ -127,6 +124,4 @@ if ranks.rank == 0:
         "distance_summed_in_bf16": distance(exact["gradients"], rough["gradients"]),
     }
     Path(out).write_text(json.dumps(report))
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

@@ -18,12 +18,9 @@ import numpy as np
 import torch
 from fixtures.delta_net import compute_delta_nets_in_float32
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, schedule_asynchronously, small_config
+from settings import deepspeed_configs, end, make_actor, schedule_asynchronously, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.lora import adapted_layers
 from mmr1_ds.engine.reference import AdapterlessReference
@@ -42,7 +39,7 @@ more = [word for word in more if word != "no-videos"]
 lora_rank, cuts = int(more[0]) if more else 0, more[1:]
 PROMPTS, RESPONSES, MOST_IMAGES, MOST_VIDEOS = 4, 3, 4, 2
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 # On one rank micro-batches mix prompts of text, of one image and of several; on more each is one prompt's responses.
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=4 if ranks.size == 1 else 3)
 config.data.max_prompt_length = 224  # with two videos, and the times of their frames by the letter
@@ -186,5 +183,4 @@ if ranks.rank == 0:
     with open(out, "w", encoding="utf-8") as file:
         json.dump({"steps": steps, "taken_bytes": taken_bytes, "shared_memory": shared_memory}, file)
 rollout.close()
-ranks.close()
-leave(0)
+end(ranks)

@@ -12,12 +12,9 @@ import numpy as np
 import torch
 from fixtures.routed_experts import return_routed_experts
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, small_config
+from settings import deepspeed_configs, end, make_actor, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, Trajectory
 from mmr1_ds.rollout.colocated.engine import VllmRollout
@@ -25,7 +22,7 @@ from mmr1_ds.rollout.colocated.engine import VllmRollout
 model, out, tensor_parallel = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 3
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=3)
 config.worker.rollout.temperature, config.worker.rollout.tensor_parallel_size = 0.8, int(tensor_parallel)
 config.worker.actor.router_replay.mode = "R3"
@@ -100,5 +97,4 @@ if ranks.rank == 0:
     with open(out, "w", encoding="utf-8") as file:
         json.dump(everyone, file)
 rollout.close()
-ranks.close()
-leave(0)
+end(ranks)

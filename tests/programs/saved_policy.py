@@ -10,11 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, small_config
+from settings import deepspeed_configs, end, make_actor, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.loop.checkpoint import Checkpoints
@@ -22,7 +19,7 @@ from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
 from mmr1_ds.rollout.hf.engine import TransformersRollout
 
 model, run_dir, lora_rank = sys.argv[1:]
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, prompts=2, responses=2, micro_batch=1)
 config.trainer.run_dir = run_dir
 config.worker.actor.optim.lr = 1e-2
@@ -51,6 +48,4 @@ if ranks.rank == 0:
     (Path(run_dir) / "config.yaml").write_text(dump_config(config))
     answers = {"tokens": [tuple(pair[1].tolist()) for pair in pairs], "logprobs": list(map(torch.tensor, logprobs))}
     torch.save({"weights": weights, **answers}, f"{run_dir}/policy.pt")
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

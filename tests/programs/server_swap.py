@@ -9,12 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, make_reference, small_config
+from settings import deepspeed_configs, end, make_actor, make_reference, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
 from mmr1_ds.rollout.servers.engine import ServerRollout
@@ -22,7 +19,7 @@ from mmr1_ds.rollout.servers.engine import ServerRollout
 model, out = sys.argv[1:]
 PROMPTS, RESPONSES, LONGEST = 3, 2, 400
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=2)
 config.data.max_response_length = LONGEST
 config.worker.actor.optim.lr = 1e-2
@@ -70,5 +67,4 @@ for number, response in enumerate(response for group in groups for response in g
 with open(out, "w", encoding="utf-8") as file:
     json.dump({"rows": rows, "oldest": [group.policy_version for group in groups]}, file)
 rollout.close()
-ranks.close()
-leave(0)
+end(ranks)

@@ -15,12 +15,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from fixtures.tiny_models import make_prompt
 from safetensors.torch import load_file
-from settings import schedule_asynchronously, small_config
+from settings import end, schedule_asynchronously, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.loop.turns import Turns
 from mmr1_ds.records import RolloutRequest, SamplingSettings
@@ -28,7 +25,7 @@ from mmr1_ds.rollout.colocated.engine import VllmRollout
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 
 model, out = sys.argv[1:]
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, 2, 3, micro_batch=3)
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 calls: list[str] = []
@@ -175,5 +172,4 @@ found["half loaded"] = [error_of(rollout.sync_weights, policy), error_of(sample)
 with open(out, "w", encoding="utf-8") as file:
     json.dump(found, file)
 rollout.close()
-ranks.close()
-leave(0)
+end(ranks)

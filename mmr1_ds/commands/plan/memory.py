@@ -32,6 +32,7 @@ from mmr1_ds.engine.model.shapes import ModelShape
 
 EXACT = 4  # bytes of float32
 _MOMENTS = 2
+BF16 = 2  # bytes of a weight, as it is held on a GPU
 _MOMENT_BYTES = {"adamw_bf16": 2, "adamw_8bit": 1 + 4 / 256, "muon": EXACT / 2}  # muon: one for both
 _SUB_GROUP = 1e9  # DeepSpeed's own sizes, in elements
 _BUCKET = 5e8
@@ -117,24 +118,22 @@ def plan_memory(
     gpu: Gpu,
     assumed: Assumptions,
     image_patches: float,
-    element: int = 2,
-    device: str = "cuda",
 ) -> Plan:
     """Plan one rank's GPU. Args: zero: `zero_optimization` by engine; image_patches: those of a prompt."""
     settings, rollout = config.worker.actor, config.worker.rollout
-    own = zero_engine(actor, zero["actor"], ranks, element, trained=True, strategy=settings.optim.strategy)
+    own = zero_engine(actor, zero["actor"], ranks, BF16, trained=True, strategy=settings.optim.strategy)
     engines = {"actor": own}
     if not config.algorithm.disable_kl and settings.model.lora.rank == 0:
-        engines["reference"] = zero_engine(actor, zero["reference"], ranks, element, trained=False)
+        engines["reference"] = zero_engine(actor, zero["reference"], ranks, BF16, trained=False)
     if critic is not None:
         strategy = config.worker.critic.optim.strategy
-        engines["critic"] = zero_engine(critic, zero["critic"], ranks, element, trained=True, strategy=strategy)
+        engines["critic"] = zero_engine(critic, zero["critic"], ranks, BF16, trained=True, strategy=strategy)
     checkpointed = settings.model.enable_gradient_checkpointing
     keeps = ranks > 1 and not checkpointed and not zero["actor"].get("memory_efficient_linear", True)
     update = micro_batch(config, settings.micro_batch_size_per_device_for_update, image_patches)
     scoring = micro_batch(config, settings.micro_batch_size_per_device_for_experience, image_patches)
-    backward = activations.training(actor, update, element, checkpointed, device)
-    forward = activations.scoring(actor, scoring, element, device)
+    backward = activations.training(actor, update, BF16, checkpointed, "cuda")
+    forward = activations.scoring(actor, scoring, BF16, "cuda")
     working = max(backward.peak, forward.peak)
     held = {f"{name} weights": engine.weights for name, engine in engines.items()}
     states = {
@@ -147,10 +146,10 @@ def plan_memory(
     learning = held | states
     learning["gathered weights"] = max(engine.gathered for engine in engines.values())
     if actor.experts is not None and ranks > 1 and not checkpointed:  # the backward holds views of them
-        learning["gathered weights"] += element * actor.experts.num_parameters
+        learning["gathered weights"] += BF16 * actor.experts.num_parameters
     if keeps:
-        learning["gathered weights"] = float(element * actor.num_parameters)
-    learning["largest gradient"] = element * actor.largest_parameter  # whole, until it is reduced
+        learning["gathered weights"] = float(BF16 * actor.num_parameters)
+    learning["largest gradient"] = BF16 * actor.largest_parameter  # whole, until it is reduced
     learning["activations"] = max(working - forward_head(backward), 0.0)
     learning["log-probability blocks"] = forward_head(backward)
     # The optimiser steps when the activations are gone.
@@ -172,13 +171,13 @@ def plan_memory(
     if settings.offload_states:
         host += own.weights + own.gradients + own.optimizer
     if samples_here and rollout.sleep and rollout.lora_sync == "adapters":  # vLLM's weights, while it sleeps
-        host += element * actor.num_parameters / rollout.tensor_parallel_size
+        host += BF16 * actor.num_parameters / rollout.tensor_parallel_size
     tokens = None
     if samples_here:
-        weights = element * actor.num_parameters / rollout.tensor_parallel_size
+        weights = BF16 * actor.num_parameters / rollout.tensor_parallel_size
         room = engine_size - weights - assumed.vllm_overhead_gb * GB
         room -= rollout.max_num_seqs * state_bytes(actor) / rollout.tensor_parallel_size
-        tokens = room * rollout.tensor_parallel_size / cache_bytes(actor, element)
+        tokens = room * rollout.tensor_parallel_size / cache_bytes(actor, BF16)
     return Plan(learning, sampling, host, tokens)
 
 
