@@ -21,7 +21,9 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.ranges import check_choices, check_ranges
 from mmr1_ds.errors import UserError, require
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
-from mmr1_ds.preflight.files import check_data, check_format_prompt, check_model
+from mmr1_ds.preflight.data import check_data
+from mmr1_ds.preflight.files import check_format_prompt
+from mmr1_ds.preflight.models import check_model
 from mmr1_ds.rollout.options import image_bounds
 from mmr1_ds.rollout.servers.address import ServerPort
 from mmr1_ds.rollout.servers.process import ServerProcess, check_key

@@ -14,17 +14,10 @@ from mmr1_ds.curriculum.metric_names import canonical_metric, check_metrics
 from mmr1_ds.curriculum.mixture import quotas
 from mmr1_ds.data.sources import list_names
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import (
-    check_data,
-    check_format_prompt,
-    check_functions,
-    check_model,
-    check_model_path,
-    check_output_folder,
-    check_reward,
-    model_carries_states,
-    model_has_experts,
-)
+from mmr1_ds.preflight.data import check_data
+from mmr1_ds.preflight.files import check_format_prompt, check_output_folder
+from mmr1_ds.preflight.functions import check_functions, check_reward
+from mmr1_ds.preflight.models import check_model, check_model_path, model_carries_states, model_has_experts
 from mmr1_ds.preflight.plan import BatchPlan, batch_plan
 from mmr1_ds.preflight.router_replay import check_router_replay
 from mmr1_ds.preflight.servers import check_servers

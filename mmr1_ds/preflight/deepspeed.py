@@ -21,7 +21,7 @@ from mmr1_ds.config.derived import resolved_critic
 from mmr1_ds.config.loading import config_folders
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.preflight.files import model_hidden_size
+from mmr1_ds.preflight.models import model_hidden_size
 
 logger = logging.getLogger(__name__)
 

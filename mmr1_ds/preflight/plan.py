@@ -14,7 +14,7 @@ from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.schema import CriticConfig, names_a_file
 from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
-from mmr1_ds.preflight.files import DataSummary, FileSummary
+from mmr1_ds.preflight.data import DataSummary, FileSummary
 
 _OPTIMISERS = {
     "adamw": "AdamW", "adamw_bf16": "AdamW with bf16 moments", "adamw_8bit": "AdamW with 8-bit moments",

@@ -8,7 +8,7 @@ from fixtures.data_fixtures import load, png, user_text, write_kind
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import check_data
+from mmr1_ds.preflight.data import check_data
 
 
 def verl_rows(with_images=False):

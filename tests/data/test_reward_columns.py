@@ -11,7 +11,7 @@ from fixtures.responses import response
 from mmr1_ds.config import DataConfig, ModelConfig, RewardConfig
 from mmr1_ds.data.dataset import load_dataset
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import check_data
+from mmr1_ds.preflight.data import check_data
 from mmr1_ds.preflight.reward import try_reward
 from mmr1_ds.records import RolloutGroup
 from mmr1_ds.rewards.pool import RewardPool

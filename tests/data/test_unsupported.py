@@ -7,7 +7,7 @@ from fixtures.data_fixtures import load, png, text_rows, write_jsonl, write_kind
 
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import check_data
+from mmr1_ds.preflight.data import check_data
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from mmr1_ds.commands import cli, serve
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.config.loading import dump_config, load_config
 from mmr1_ds.preflight.checks import check_config
+from mmr1_ds.preflight.data import check_data
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
-from mmr1_ds.preflight.files import check_data
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "throughput"))
 import throughput
