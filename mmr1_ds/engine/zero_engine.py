@@ -96,7 +96,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(
             model=module, config=resolved, model_parameters=parameters or None, optimizer=optimizer
         )
-        self._settings, self._sizes, self._ranks, self._encoder = settings, sizes, ranks, encoder
+        self.settings, self._sizes, self._ranks, self._encoder = settings, sizes, ranks, encoder
         self._parallel = module.parallel
         self._num_neighbours = 1 if self._parallel is None else self._parallel.size  # ranks that share each sequence
 
@@ -118,7 +118,7 @@ class ZeroEngine:
             pairs = self._parallel.gather(pairs)
             experts = experts and self._parallel.gather(experts)
         found: dict[int, tuple[np.ndarray, ...]] = {}
-        size = self._settings.micro_batch_size_per_device_for_experience
+        size = self.settings.micro_batch_size_per_device_for_experience
         for part in self._micro_batches(pairs, size, self._most_of_all_ranks):
             chosen = [pairs[i] for i in part]
             cuts = np.cumsum([len(response) for _, response in chosen])[:-1]
@@ -143,7 +143,7 @@ class ZeroEngine:
         """Which pairs are computed together, by position. Collective: all ranks, with the same number of pairs."""
         assert size is not None  # resolved
         size *= self._num_neighbours  # a rank holds a cut of each sequence
-        if not self._settings.dynamic_batching:
+        if not self.settings.dynamic_batching:
             return in_turn(len(pairs), size)
         budget = size * (self._sizes.max_prompt_length + self._sizes.max_response_length)
         prompt_lengths = [prompt.num_tokens or len(prompt.token_ids) for prompt, _ in pairs]
@@ -270,8 +270,8 @@ class Learner(ZeroEngine, ABC):
     @property
     def _mini_batch_size(self) -> int:
         """Responses an optimiser step on this rank."""
-        assert self._settings.global_batch_size is not None  # resolved
-        return self._settings.global_batch_size * self._sizes.num_responses // self._ranks.size
+        assert self.settings.global_batch_size is not None  # resolved
+        return self.settings.global_batch_size * self._sizes.num_responses // self._ranks.size
 
     def update(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Train on this rank's share of a batch: one optimiser step for each global_batch_size prompts.
@@ -283,7 +283,7 @@ class Learner(ZeroEngine, ABC):
         """
         self.engine.train()
         steps: list[OptimiserStep] = []
-        for _ in range(self._settings.ppo_epochs):
+        for _ in range(self.settings.ppo_epochs):
             for start in range(0, len(trajectories), self._mini_batch_size):
                 taken = self._optimiser_step(trajectories[start : start + self._mini_batch_size])
                 if taken is not None:
@@ -308,14 +308,14 @@ class Learner(ZeroEngine, ABC):
             totals.update(sums)
             return int(most["micro-batches"])
 
-        rate = learning_rate(self._settings.optim, self.num_updates_done, self._num_updates)
-        set_rates(self.engine.optimizer.param_groups, rate, self._settings.optim)
+        rate = learning_rate(self.settings.optim, self.num_updates_done, self._num_updates)
+        set_rates(self.engine.optimizer.param_groups, rate, self.settings.optim)
         if self._parallel is not None:
             trajectories = self._parallel.gather(trajectories)
         sums: dict[str, float] = {}
         largest: dict[str, float] = {}
         pairs = [item.pair for item in trajectories]
-        micro_batches = self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_update, agree)
+        micro_batches = self._micro_batches(pairs, self.settings.micro_batch_size_per_device_for_update, agree)
         if not totals:  # without dynamic batching all ranks have the same number anyway
             agree(len(micro_batches))
         batch = GlobalBatch(totals["tokens"], totals["responses"])
@@ -343,7 +343,7 @@ class Learner(ZeroEngine, ABC):
         outputs = self._forward([item.pair for item in trajectories], self._experts(trajectories))
         segments = Segments.of([len(item.token_ids) for item in trajectories], self._ranks.device)
         found = self._loss(outputs, trajectories, segments)
-        weights_T = token_weights(self._settings.loss_avg_mode, segments, batch, self._loss_scale_factor)
+        weights_T = token_weights(self.settings.loss_avg_mode, segments, batch, self._loss_scale_factor)
         trains_S = torch.tensor([item.trains for item in trajectories], device=self._ranks.device)
         trains_T = segments.spread(trains_S).to(found.loss_T.dtype)
         weights_T = weights_T.to(found.loss_T.dtype) * trains_T

@@ -78,7 +78,7 @@ def update(old: list[np.ndarray]) -> dict[str, float]:
 gradients = kept_gradients(critic)
 results = {}
 for mode in ("token", "seq"):
-    critic._settings.loss_avg_mode = mode
+    critic.settings.loss_avg_mode = mode
     metrics = update(old)
     results[mode] = gradients.pop().numpy()
     results[f"{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
@@ -88,7 +88,7 @@ for name, column in (("values", 1), ("old", 2), ("returns", 3)):
 responses = [token_ids for part in everyone for _, token_ids in part[0]]
 results["tokens"], results["lengths"] = np.concatenate(responses), np.array([len(item) for item in responses])
 
-critic._settings.optim.lr, critic._settings.loss_avg_mode = 3e-5, "token"
+critic.settings.optim.lr, critic.settings.loss_avg_mode = 3e-5, "token"
 critic.save(Path(folder))
 num_updates = 12 if layout == "by-tokens" else 3
 losses = [update(critic.values(pairs))["critic/vf_loss"] for _ in range(num_updates)]

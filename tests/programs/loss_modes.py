@@ -82,8 +82,8 @@ gradients = kept_gradients(actor)
 results = {}
 for kind, mode in LOSSES:
     level = "sequence" if mode == "seq" else "token"
-    actor._policy_loss = PolicyLoss(kind, 0.2, 0.3, 3.0)
-    actor._importance = ImportanceSampling(level, 2.0)
+    actor.policy_loss = PolicyLoss(kind, 0.2, 0.3, 3.0)
+    actor.importance = ImportanceSampling(level, 2.0)
     config.worker.actor.loss_avg_mode = mode
     metrics = actor.update(trajectories)
     assert 0.2 <= metrics.pop("actor/kl_cov_fraction", 0.2) < 0.25
@@ -91,15 +91,15 @@ for kind, mode in LOSSES:
     results[f"{kind}|{mode}"] = gradients.pop().numpy()
     results[f"{kind}|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
 for mode in ("token", "seq", "seq_sum"):  # the second response to every other prompt was cut at its limit
-    config.worker.actor.loss_avg_mode, actor._policy_loss = mode, PolicyLoss("default", 0.2, 0.3, 3.0)
+    config.worker.actor.loss_avg_mode, actor.policy_loss = mode, PolicyLoss("default", 0.2, 0.3, 3.0)
     mask = {"token": "token", "seq": "geometric", "seq_sum": "k3"}[mode]
-    actor._importance = ImportanceSampling("token", 2.0, mask, 0.8, 1.2)
+    actor.importance = ImportanceSampling("token", 2.0, mask, 0.8, 1.2)
     masked = [replace(item, trains=item.prompt.index % 2 == 0 or i % 2 == 0) for i, item in enumerate(trajectories)]
     metrics = actor.update(masked)
     assert metrics.pop("rollout/is_masked_fraction") < 1
     results[f"masked|{mode}"] = gradients.pop().numpy()
     results[f"masked|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
-actor._importance = ImportanceSampling("token", 2.0)
+actor.importance = ImportanceSampling("token", 2.0)
 config.worker.actor.entropy_coef = 0.3
 actor.model.get_output_embeddings()._entropy_gradient = True
 metrics = actor.update(trajectories)
