@@ -39,10 +39,10 @@ def names_a_file(value: str) -> bool:
 
 
 class OneOf:
-    """The words that a key takes, and functions of the user's own files if told so. `reason` is what an error adds."""
+    """The words that a key takes, and functions of the user's own files if told so."""
 
-    def __init__(self, *choices: str, or_function: bool = False, reason: str = "") -> None:
-        self.choices, self.reason, self._or_function = choices, reason, or_function
+    def __init__(self, *choices: str, or_function: bool = False) -> None:
+        self.choices, self._or_function = choices, or_function
 
     def __contains__(self, value: str | None) -> bool:
         return value in self.choices or (self._or_function and value is not None and names_a_file(value))
