@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from mmr1_ds.cluster.agreement import by_rank_0
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.ranks import Ranks, initialise_gpu
 from mmr1_ds.config import RunConfig
@@ -115,20 +116,19 @@ def lock_folders(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
         folders = {run_directory(config): "trainer.run_dir"}
         if checkpoint_directory(config).resolve() != run_directory(config).resolve():
             folders[checkpoint_directory(config)] = "trainer.save_checkpoint_path"
-    refused = ""
-    if ranks.rank == 0:
+
+    def lock() -> None:
         try:
             for folder, key in folders.items():
                 stack.enter_context(RunLock(folder, key))
             if config.trainer.run_dir_mode is not None:
                 _set_mode({run_directory(config), *folders}, config.trainer.run_dir_mode)
-        except UserError as error:
-            refused = str(error)
         except OSError as error:
+            if key == "trainer.run_dir":
+                raise UserError(f"{key}: {in_words(error)}; name another") from error
             # Checkpoints that cannot be written are for the saves to report: the run goes on without them.
-            refused = f"trainer.run_dir: {in_words(error)}; name another" if key == "trainer.run_dir" else ""
-    if refused := ranks.all_gather_objects(refused, "lock the run directory")[0]:
-        raise UserError(refused)
+
+    by_rank_0(ranks, "lock the run directory", lock)
 
 
 def _set_mode(folders: set[Path], mode: str) -> None:
@@ -177,14 +177,7 @@ def check_resumable(folder: Path, with_critic: bool) -> None:
 
 def begin_from_known_rates(path: str, coordinator: Coordinator, data: PromptDataset, ranks: Ranks) -> None:
     """Give the curriculum the pass rates of `data.curriculum_prior`. Collective. Raises: UserError on every rank."""
-    refused = ""
-    if ranks.rank == 0:
-        try:
-            coordinator.begin_from(*known_rates(Path(path), data.prompt_ids))
-        except UserError as error:
-            refused = str(error)
-    if refused := ranks.all_gather_objects(refused, "read the pass rates")[0]:
-        raise UserError(refused)
+    by_rank_0(ranks, "read the pass rates", lambda: coordinator.begin_from(*known_rates(Path(path), data.prompt_ids)))
 
 
 def open_run(config: RunConfig, start: tuple[int, Path] | None, num_steps: int, ranks: Ranks) -> MetricsLogger:
