@@ -5,8 +5,8 @@
     python benchmarks/real_model/experiment.py report FOLDER --json FILE --plot FILE
 
 SmolLM2-135M-Instruct (made by `make real`), full fine-tuning with the config of examples/real_text, on 1,140 questions
-of 13 families (pool.py), validated on 227 others, four answers each at temperature 1. Every sampled response counts:
-probes, and groups that dynamic sampling throws away. No arm is told the families. Each training writes
+of 13 families (pool.py), validated on 227 others, four answers each at temperature 1. Every sampled response counts,
+those of groups that dynamic sampling throws away too; online as it ships has no probes. No arm is told the families. Each training writes
 FOLDER/ARM_seedN.json; finished ones are skipped, and several processes share the work.
 """
 
@@ -31,7 +31,6 @@ ROOT = EXAMPLE.parents[1]
 ASSETS = ROOT / "runs" / "real_text_assets"
 STEP = 64  # responses
 VALIDATE_EVERY = {"dapo": 3}  # steps: its steps spend several times the rollouts
-PROBES = 0.1  # of online's training rollouts, its default
 
 ARMS: dict[str, list[str]] = {
     "shuffle": ["data.sampling_strategy=shuffle"],
@@ -76,11 +75,10 @@ def train(out: Path, arm: str, seed: int, budget: int) -> None:
     """Train one arm of one seed and keep its figures."""
     run_dir, started = out / f"{arm}_seed{seed}", time.monotonic()
     shutil.rmtree(run_dir, ignore_errors=True)
-    num_steps = int(budget / STEP / (1 + PROBES)) if arm in ("online", "text") else budget // STEP
     validate_every = VALIDATE_EVERY.get(arm, 12)
     settings = [
         f"data.train_files={out / 'train.json'}", f"data.val_files={out / 'val.json'}", "data.category_key=null",
-        f"data.seed={seed}", f"worker.rollout.seed={seed}", f"trainer.max_steps={num_steps}",
+        f"data.seed={seed}", f"worker.rollout.seed={seed}", f"trainer.max_steps={budget // STEP}",
         f"trainer.run_dir={run_dir}", "trainer.save_freq=-1", "trainer.save_model_only=true",
     ]  # fmt: skip
     command = [

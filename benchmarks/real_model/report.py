@@ -101,7 +101,7 @@ def draw(runs: Runs, path: Path) -> None:
             mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / len(values) ** 0.5
             axis.plot(grid, mean, color=colour, label=f"{arm} ({len(values)} seeds)")
             axis.fill_between(grid, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
-        axis.set_xlabel("rollouts, probes and dropped groups included")
+        axis.set_xlabel("rollouts, dropped groups included")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
     axes[0].legend(fontsize=8)
