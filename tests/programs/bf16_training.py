@@ -20,9 +20,7 @@ from mmr1_ds.cluster.exits import leave
 from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine import actor as actor_module
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.zero_engine import start_deepspeed
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 from mmr1_ds.records import Trajectory
 
@@ -72,8 +70,7 @@ def loss(actor: Actor) -> float:
     return sums["loss"] / sums["tokens"]
 
 
-def train(deepspeed: dict, dtype: torch.dtype, num_steps: int) -> dict:
-    actor_module.start_deepspeed = lambda ranks: (start_deepspeed(ranks), dtype)[1]
+def train(deepspeed: dict, num_steps: int) -> dict:
     actor = make_actor(config, deepspeed, ranks, encoder, num_updates=STEPS)
     with Types() as types:
         losses = [loss(actor)]
@@ -115,9 +112,9 @@ preset["optimizer"]["params"]["torch_adam"] = True  # the fused one needs a GPU
 preset["zero_optimization"]["overlap_comm"] = False  # streams
 in_fp32 = preset | {"bf16": {"enabled": False}}
 summed_in_bf16 = preset | {"data_types": {"grad_accum_dtype": "bf16"}}
-exact = train(in_fp32, torch.float32, STEPS)
-ours = train(preset, torch.bfloat16, STEPS)
-rough = train(summed_in_bf16, torch.bfloat16, 1)
+exact = train(in_fp32, STEPS)
+ours = train(preset, STEPS)
+rough = train(summed_in_bf16, 1)
 if ranks.rank == 0:
     report = {
         "exact": exact["losses"],
