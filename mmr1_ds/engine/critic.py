@@ -43,7 +43,8 @@ class Critic(Learner):
             offload_states: as worker.actor.offload_states.
         """
         start_deepspeed(ranks)
-        module = load_value_model(settings, exact_types(deepspeed_config), weights_dtype(deepspeed_config), ranks.device)
+        dtype = weights_dtype(deepspeed_config)
+        module = load_value_model(settings, exact_types(deepspeed_config), dtype, ranks.device)
         super().__init__(
             module, settings, sizes, deepspeed_config, ranks, encoder, num_updates, bad_updates, offload_states
         )

@@ -106,8 +106,9 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         start = starting_point(config, checkpoints)
         if is_done(config, start, num_steps):
             return
-        if start is not None and not config.trainer.val_only:
-            check_resumable(start[1], deepspeed.critic is not None, bool(deepspeed.actor["bf16"]["enabled"]))
+        if start is not None:
+            in_bf16 = None if config.trainer.val_only else bool(deepspeed.actor["bf16"]["enabled"])
+            check_resumable(start[1], deepspeed.critic is not None, in_bf16)
         coordinator = _coordinator(config, train_data, num_steps, ranks)
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched

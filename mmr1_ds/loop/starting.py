@@ -159,8 +159,8 @@ def starting_point(config: RunConfig, checkpoints: Checkpoints) -> tuple[int, Pa
     return found
 
 
-def check_resumable(folder: Path, with_critic: bool, in_bf16: bool) -> None:
-    """Raises: UserError for a checkpoint that no training goes on from."""
+def check_resumable(folder: Path, with_critic: bool, in_bf16: bool | None) -> None:
+    """Raises: UserError for a checkpoint that no training goes on from. in_bf16: the run; None = it trains nothing."""
     if has_weights_alone(folder / "actor"):
         raise UserError(
             f"{folder} has weights alone (trainer.save_model_only), no run resumes from it; begin anew with "
@@ -172,7 +172,7 @@ def check_resumable(folder: Path, with_critic: bool, in_bf16: bool) -> None:
             "another trainer.experiment_name, or take the estimator of that run"
         )
     was_in_bf16 = any((folder / "actor").rglob("bf16_*optim_states.pt"))  # DeepSpeed's names
-    if was_in_bf16 != in_bf16:
+    if in_bf16 is not None and was_in_bf16 != in_bf16:
         before, now = ("bf16", "fp32") if was_in_bf16 else ("fp32", "bf16")
         raise UserError(
             f"{folder} was trained in {before}, as on a {'GPU' if was_in_bf16 else 'CPU'}, and this run is in {now}; "
