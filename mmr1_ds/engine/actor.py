@@ -27,7 +27,7 @@ from mmr1_ds.engine.model.experts import as_published, balance_loss, is_transpos
 from mmr1_ds.engine.model.policy import exact_types, load_policy
 from mmr1_ds.engine.weights.gathering import adapter_weights, weight_buckets, weights_digest, whole_parameters
 from mmr1_ds.engine.weights.weight_files import write_weights
-from mmr1_ds.engine.zero_engine import Learner, OptimiserStep, Sizes, TokenLoss, start_deepspeed
+from mmr1_ds.engine.zero_engine import Learner, OptimiserStep, Sizes, TokenLoss, start_deepspeed, weights_dtype
 from mmr1_ds.records import Pair, Trajectory, WeightInfo
 
 
@@ -61,13 +61,13 @@ class Actor(Learner):
         Args: temperature: at which responses are sampled; num_updates: optimiser steps of the whole run, for the
             learning-rate schedule; deepspeed_config: without an optimizer the policy is only sampled from.
         """
-        dtype = start_deepspeed(ranks)
+        start_deepspeed(ranks)
         policy = load_policy(
             settings,
             exact_types(deepspeed_config),
             encoder.forbidden_token_ids,
             temperature,
-            dtype,
+            weights_dtype(deepspeed_config),
             trainable="optimizer" in deepspeed_config,
             ranks=ranks,
         )

@@ -43,8 +43,13 @@ from mmr1_ds.io import PendingFile
 from mmr1_ds.records import Pair, Trajectory
 
 
-def start_deepspeed(ranks: Ranks) -> torch.dtype:
-    """Let DeepSpeed adopt the process group that is there. Returns: the type that weights are loaded in. Collective."""
+def weights_dtype(deepspeed_config: Mapping[str, Any]) -> torch.dtype:
+    """Return the type that weights are loaded in."""
+    return torch.bfloat16 if deepspeed_config["bf16"]["enabled"] else torch.float32
+
+
+def start_deepspeed(ranks: Ranks) -> None:
+    """Let DeepSpeed adopt the process group that is there. Collective."""
     lock_builds_by_kernel()
     deepspeed.init_distributed(auto_mpi_discovery=False)
     ranks.barrier("start of DeepSpeed")
@@ -52,8 +57,6 @@ def start_deepspeed(ranks: Ranks) -> torch.dtype:
     # with the last of them, however they end.
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
     Path(f"/dev/shm/{name}_{ranks.rank}").unlink(missing_ok=True)
-    return torch.bfloat16 if ranks.on_gpu else torch.float32
-
 
 @dataclass(frozen=True)
 class Sizes:

@@ -106,7 +106,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
     with ExitStack() as stack:
         # Starts before the models take the memory.
         rewards = stack.enter_context(RewardPool(config.worker.reward, config.data.max_response_length))
-        check_gpu(deepspeed.actor, launch)  # before the data is read, which may take minutes
+        check_gpu(launch)  # before the data is read, which may take minutes
         encoder = PromptEncoder(config.worker.actor.model, config.data)
         if deepspeed.critic is not None and config.worker.critic.model.model_path is not None:
             check_reads_alike(config.worker.critic.model, config.data, encoder)
@@ -124,7 +124,8 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         if is_done(config, start, num_steps):
             return
         if start is not None:
-            check_resumable(start[1], deepspeed.critic is not None)
+            in_bf16 = None if config.trainer.val_only else bool(deepspeed.actor["bf16"]["enabled"])
+            check_resumable(start[1], deepspeed.critic is not None, in_bf16)
         coordinator = make_coordinator(config, train_data, num_steps, ranks)
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from mmr1_ds.cluster.agreement import by_rank_0
-from mmr1_ds.cluster.launch import LaunchEnvironment
+from mmr1_ds.cluster.launch import LaunchEnvironment, gpu_is_here
 from mmr1_ds.cluster.ranks import Ranks, initialise_gpu
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import checkpoint_directory, returns_experts, run_directory
@@ -60,10 +58,10 @@ def check_installed(config: RunConfig) -> None:
         )
 
 
-def check_gpu(deepspeed_config: Mapping[str, Any], launch: LaunchEnvironment) -> None:
+def check_gpu(launch: LaunchEnvironment) -> None:
     """Initialise CUDA. Raises: UserError for a GPU that does not work, or one that torch does not see."""
     on_gpu = initialise_gpu(launch)
-    if on_gpu != bool(deepspeed_config["bf16"]["enabled"]):
+    if on_gpu != gpu_is_here():
         raise UserError(
             f"torch.cuda.is_available() is {on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
             "install a CUDA build of torch, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
@@ -161,8 +159,8 @@ def starting_point(config: RunConfig, checkpoints: Checkpoints) -> tuple[int, Pa
     return found
 
 
-def check_resumable(folder: Path, with_critic: bool) -> None:
-    """Raises: UserError for a checkpoint that no training goes on from."""
+def check_resumable(folder: Path, with_critic: bool, in_bf16: bool | None) -> None:
+    """Raises: UserError for a checkpoint that no training goes on from. in_bf16: the run; None = it trains nothing."""
     if has_weights_alone(folder / "actor"):
         raise UserError(
             f"{folder} has weights alone (trainer.save_model_only), no run resumes from it; begin anew with "
@@ -172,6 +170,13 @@ def check_resumable(folder: Path, with_critic: bool) -> None:
         raise UserError(
             f"{folder} has no critic, it is of a run without algorithm.adv_estimator=gae; start elsewhere with "
             "another trainer.experiment_name, or take the estimator of that run"
+        )
+    was_in_bf16 = any((folder / "actor").rglob("bf16_*optim_states.pt"))  # DeepSpeed's names
+    if in_bf16 is not None and was_in_bf16 != in_bf16:
+        before, now = ("bf16", "fp32") if was_in_bf16 else ("fp32", "bf16")
+        raise UserError(
+            f"{folder} was trained in {before}, as on a {'GPU' if was_in_bf16 else 'CPU'}, and this run is in {now}; "
+            f"set worker.actor.dtype={before}, or train the model that mmr1-ds export writes"
         )
 
 

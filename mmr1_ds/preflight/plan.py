@@ -94,7 +94,8 @@ def _lora(lora: LoraConfig) -> str:
 
 def _ranks(config: RunConfig, plan: BatchPlan, on_gpu: bool) -> str:
     trainer = config.trainer
-    device = "GPU, bf16" if on_gpu else "CPU, fp32 (no GPU here)"
+    cpu = "bf16" if config.worker.actor.dtype == "bf16" else "fp32"
+    device = "GPU, bf16" if on_gpu else f"CPU, {cpu} (no GPU here)"
     return f"{plan.world_size} = {trainer.nnodes} node(s) x {trainer.n_gpus_per_node}, {device}"
 
 

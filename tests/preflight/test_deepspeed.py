@@ -90,6 +90,17 @@ def test_on_cpu_fp32_and_torch_s_adam():
     assert resolved["optimizer"]["params"]["torch_adam"] is True
 
 
+def test_bf16_on_a_cpu_where_it_is_asked_for():
+    asked = "worker.actor.dtype=bf16"
+    assert resolve(AUTO, asked, on_gpu=False)["bf16"] == resolve(changed(bf16__enabled=True), asked)["bf16"]
+    assert resolve(AUTO, asked, on_gpu=False)["bf16"] == {"enabled": True}
+    assert "contradicts worker.actor.dtype=bf16" in refused(changed(bf16__enabled=False), asked, on_gpu=False)
+    assert resolve(changed(bf16__enabled=True), on_gpu=False)["bf16"] == {"enabled": False}
+    assert "worker.actor.dtype=fp32 is for the CPU" in refused(AUTO, "worker.actor.dtype=fp32")
+    assert load_config([*BATCH, asked]).config.worker.rollout.dtype == "bf16"
+    assert load_config([*BATCH, asked, "worker.rollout.dtype=fp32"]).config.worker.rollout.dtype == "fp32"
+
+
 def test_absent_sections_are_added():
     resolved = resolve({"zero_optimization": {"stage": 3}})
     assert resolved["train_batch_size"] == 30 and resolved["gradient_clipping"] == 0.5

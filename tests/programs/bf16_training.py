@@ -17,9 +17,7 @@ from settings import end, make_actor, small_config, start_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine import actor as actor_module
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.zero_engine import start_deepspeed
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 from mmr1_ds.records import Trajectory
 
@@ -69,8 +67,7 @@ def loss(actor: Actor) -> float:
     return sums["loss"] / sums["tokens"]
 
 
-def train(deepspeed: dict, dtype: torch.dtype, num_steps: int) -> dict:
-    actor_module.start_deepspeed = lambda ranks: (start_deepspeed(ranks), dtype)[1]
+def train(deepspeed: dict, num_steps: int) -> dict:
     actor = make_actor(config, deepspeed, ranks, encoder, num_updates=STEPS)
     with Types() as types:
         losses = [loss(actor)]
@@ -112,9 +109,9 @@ preset["optimizer"]["params"]["torch_adam"] = True  # the fused one needs a GPU
 preset["zero_optimization"]["overlap_comm"] = False  # streams
 in_fp32 = preset | {"bf16": {"enabled": False}}
 summed_in_bf16 = preset | {"data_types": {"grad_accum_dtype": "bf16"}}
-exact = train(in_fp32, torch.float32, STEPS)
-ours = train(preset, torch.bfloat16, STEPS)
-rough = train(summed_in_bf16, torch.bfloat16, 1)
+exact = train(in_fp32, STEPS)
+ours = train(preset, STEPS)
+rough = train(summed_in_bf16, 1)
 if ranks.rank == 0:
     report = {
         "exact": exact["losses"],

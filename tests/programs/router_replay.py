@@ -17,6 +17,7 @@ from settings import deepspeed_configs, end, make_actor, small_config, start_ran
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.rollout.base import generate
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 
 model, out, tensor_parallel = sys.argv[1:]
@@ -40,7 +41,7 @@ def sample(step: int) -> list[RolloutGroup]:
     share = PROMPTS // ranks.size
     indices = range(step * PROMPTS + ranks.rank * share, step * PROMPTS + (ranks.rank + 1) * share)
     prompts = [make_prompt(encoder, i, encoder.is_multimodal and i % 3 != 0, 4) for i in indices]
-    return rollout.generate([RolloutRequest(prompt, RESPONSES, 1000 * prompt.index) for prompt in prompts], settings)
+    return generate(rollout, [RolloutRequest(prompt, RESPONSES, 1000 * prompt.index) for prompt in prompts], settings)
 
 
 def drift(groups: list[RolloutGroup], with_replay: bool) -> dict[str, float]:

@@ -16,6 +16,7 @@ from mmr1_ds.config.loading import dump_config
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.rollout.base import generate
 from mmr1_ds.rollout.hf.engine import TransformersRollout
 
 model, run_dir, lora_rank = sys.argv[1:]
@@ -41,7 +42,7 @@ checkpoints = Checkpoints(Path(run_dir) / "checkpoints", -1, ranks)
 assert checkpoints.save(2, lambda folder: actor.save(folder / "actor"))
 weights = {name: weight.clone() for name, weight in actor.weights(as_held=True)}
 requests = [RolloutRequest(prompt(index), 1, 0) for index in range(4)]
-groups = TransformersRollout(actor, ranks, encoder, 8).generate(requests, SamplingSettings(0.0, 1.0, -1, 8))
+groups = generate(TransformersRollout(actor, ranks, encoder, 8), requests, SamplingSettings(0.0, 1.0, -1, 8))
 pairs = [(group.prompt, np.asarray(group.responses[0].token_ids, np.int32)) for group in groups]
 logprobs = actor.log_probs(pairs)
 if ranks.rank == 0:

@@ -14,6 +14,7 @@ from settings import deepspeed_configs, end, make_actor, make_reference, small_c
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.rollout.base import generate
 from mmr1_ds.rollout.servers.engine import ServerRollout
 
 model, out = sys.argv[1:]
@@ -36,7 +37,7 @@ before = make_reference(config, for_reference, ranks, encoder)
 rollout.sync_weights(actor)
 settings = SamplingSettings(1.0, 1.0, -1, 8)
 requests = [RolloutRequest(make_prompt(encoder, i, i > 0, 2), RESPONSES, 50 * i) for i in range(PROMPTS)]
-groups = rollout.generate(requests, settings)  # the first compiles
+groups = generate(rollout, requests, settings)  # the first compiles
 trajectories = [
     Trajectory(
         group.prompt,

@@ -21,6 +21,7 @@ from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.loop.turns import Turns
 from mmr1_ds.records import RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.base import generate
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 
@@ -85,7 +86,7 @@ found["lines"] = [line for line in lines.found if line.startswith("vLLM: ")]
 
 
 def sample() -> None:
-    groups = rollout.generate(requests, settings)
+    groups = generate(rollout, requests, settings)
     calls.append("sample")
     found["tokens"].append([response.token_ids.tolist() for group in groups for response in group.responses])
     found["left"].append(len(core.batch_queue))
