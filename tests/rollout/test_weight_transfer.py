@@ -256,6 +256,7 @@ def test_vllm_finds_our_engine():
 OTHERS = {
     "qwen3_5": save_vision_model,
     "qwen3_5_text": save_text_model,
+    "qwen3_5_moe": save_vision_model,
     "qwen3_moe": save_text_model,
     "qwen3_vl_moe": save_vision_model,
 }
