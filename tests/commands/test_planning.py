@@ -221,6 +221,22 @@ def test_qwen3_5_has_its_published_size():
     assert state_bytes(shape) == 24 * (32 * 128 * 128 + 8192 * 3) * 4
 
 
+def test_a_mixture_of_qwen3_5_has_the_parameters_of_its_card():
+    """Qwen3.5-35B-A3B: 35 billion in total and 3 activated; one more expert a layer, which every token goes to."""
+    shape = policy_shape(ModelConfig(model_path="Qwen/Qwen3.5-35B-A3B"))
+    assert shape.vision is not None and shape.linear is not None and shape.experts is not None
+    of_text, hidden = shape.num_parameters - shape.vision.num_parameters, 2048
+    delta_net = hidden * (8192 + 4096 + 32 + 32) + 8192 * 4 + 32 + 32 + 128 + 4096 * hidden
+    attention = hidden * (2 * 4096 + 2 * 512) + 4096 * hidden + 2 * 256
+    mixture = (256 + 1) * 3 * 512 * hidden + 256 * hidden + hidden
+    norms = 40 * 2 * hidden + hidden
+    assert of_text == 30 * delta_net + 10 * attention + 40 * mixture + norms + 2 * 248320 * hidden
+    assert of_text == pytest.approx(35e9, rel=0.01)
+    assert shape.num_parameters - shape.num_active == 40 * (256 - 8) * 3 * 512 * hidden
+    assert shape.num_active - shape.vision.num_parameters - 2 * 248320 * hidden == pytest.approx(2.44e9, rel=0.01)
+    assert shape.mlp_width == (8 + 1) * 512
+
+
 # Memory
 
 
