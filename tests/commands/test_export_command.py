@@ -92,7 +92,10 @@ def test_vllm_answers_as_the_actor(vision, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("qwen3_moe", "qwen3_5_moe")), "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3_vl_moe", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("qwen3_moe", "qwen3_5_moe"))],
+)
 def test_a_mixture_is_written_as_it_was_published(tmp_path, family):
     """Experts one by one, or stacked, with their axes exchanged or not: what transformers and vLLM load."""
     save, kind = {

@@ -20,7 +20,7 @@ from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import reference_deepspeed, resolve_deepspeed
 from mmr1_ds.preflight.plan import describe_plan
-from mmr1_ds.rollout.colocated.adapters import adapter_options, check_places
+from mmr1_ds.rollout.adapters import adapter_options, check_places
 
 SAVE = {
     "vision": save_vision_model,
@@ -104,7 +104,10 @@ def test_values_of_other_kinds_are_refused(tmp_path):
     ("arguments", "expected"),
     [
         ([], "worker.actor.model.lora.rank=0 makes no adapters; set the rank, or worker.rollout.lora_sync=merged"),
-        (["rank=8", "worker.rollout.engine=server"], "servers (worker.rollout.engine=server) need"),
+        (
+            ["rank=8", "worker.rollout.engine=server", "worker.rollout.weight_swap=in_flight"],
+            "keeps the adapter that it began with, worker.rollout.weight_swap=in_flight would change it; set it to",
+        ),
         (["rank=8", "worker.rollout.engine=hf"], "needs vLLM, worker.rollout.engine=hf reads the actor's own weights"),
         (["rank=513"], "vLLM takes adapters up to rank 512, got worker.actor.model.lora.rank=513; lower it, or set"),
     ],
