@@ -273,7 +273,7 @@ KINDS = ["text", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in SAV
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["merged", "adapters"])
+@pytest.mark.parametrize("way", ["merged", "adapters", "server-adapters"])
 def test_vllm_samples_from_weights_and_adapters_after_every_sync(sampled, kind, way):
     _, steps = sampled(kind, way)
     assert len(steps) == 4
@@ -288,6 +288,8 @@ def test_adapters_alone_sample_what_merged_weights_do_and_are_all_that_is_sent(s
     for one, other in zip(merged_steps, steps, strict=True):
         assert one["tokens"] == other["tokens"]
         assert one["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=1e-4)
+    _, of_servers = sampled(kind, "server-adapters")
+    assert {step["sync_bytes"] for step in of_servers} == {step["sync_bytes"] for step in steps}
     with safe_open(model / "model.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     elements = sum(math.prod(shape) for shape in shapes.values())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fixtures.delta_net import compute_delta_nets_in_float32
+from fixtures.delta_net import compute_delta_nets_in_float32, compute_delta_nets_in_float32_in_servers
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, make_actor, schedule_asynchronously, small_config
 
@@ -88,6 +88,8 @@ if engine in ("vllm", "adapters"):
         rollout._cycle = SleepCycle(rollout._llm, enabled=True, keeps_base=engine == "adapters")
 elif engine in ("server", "server-adapters"):
     config.worker.rollout.engine, config.worker.rollout.server_timeout_seconds = "server", 120.0
+    if ranks.rank == 0:
+        compute_delta_nets_in_float32_in_servers(Path(out).with_suffix(".plugin"))
     rollout = ServerRollout(
         config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder,
         first_device=config.trainer.n_gpus_per_node, most_images=MOST_IMAGES,
