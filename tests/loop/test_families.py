@@ -123,17 +123,13 @@ def test_a_run_samples_from_its_actor_whatever_the_ranks_and_goes_on_where_it_wa
         assert step["rollout/logprob_diff_max"] < 1e-4
         assert step["actor/grad_norm"] > 0.01  # else the sync had nothing to move
 
-    # A rank alone: the same losses wherever it sampled the same. A near tie may fall the other way after an update,
-    # whose sums have another order; then nothing is left to compare. The first step is before any.
+    # A rank alone samples the same and learns the same. Its sums have another order: in float32 that was up to 5e-7 of
+    # a loss and 4e-6 of a gradient's norm; that a token falls the other way by so little happens once in a thousand runs.
     alone = train("alone", "trainer.n_gpus_per_node=1", "trainer.save_freq=-1", num_ranks=1)
-    compared = 0
     for one, other in zip(steps, steps_of(alone), strict=True):
-        if responses_of(whole, compared + 1) != responses_of(alone, compared + 1):
-            break
-        compared += 1
+        assert responses_of(whole, one["step"]) == responses_of(alone, other["step"]), one["step"]
         for figure in ("actor/pg_loss", "actor/kl_loss", "actor/entropy_loss", "actor/grad_norm"):
-            assert other[figure] == pytest.approx(one[figure], rel=1e-4, abs=1e-5), (compared, figure)
-    assert compared > 0
+            assert other[figure] == pytest.approx(one[figure], rel=1e-5, abs=3e-6), (one["step"], figure)
 
     (tmp_path / "stop").touch()
     stopped = train("stopped", exit_code=75)
