@@ -124,10 +124,12 @@ def test_a_run_samples_from_its_actor_whatever_the_ranks_and_goes_on_where_it_wa
         assert step["actor/grad_norm"] > 0.01  # else the sync had nothing to move
 
     # A rank alone samples the same and learns the same. Its sums have another order: in float32 that was up to 5e-7 of
-    # a loss and 4e-6 of a gradient's norm; that a token falls the other way by so little happens once in a thousand runs.
+    # a loss and 4e-6 of a gradient's norm, too little for a token to fall the other way.
     alone = train("alone", "trainer.n_gpus_per_node=1", "trainer.save_freq=-1", num_ranks=1)
     for one, other in zip(steps, steps_of(alone), strict=True):
-        assert responses_of(whole, one["step"]) == responses_of(alone, other["step"]), one["step"]
+        sampled = responses_of(whole, one["step"])
+        assert sampled == responses_of(alone, other["step"]), one["step"]
+        assert any(index % 3 for index, _ in sampled)  # with images or videos, if the kind has them
         for figure in ("actor/pg_loss", "actor/kl_loss", "actor/entropy_loss", "actor/grad_norm"):
             assert other[figure] == pytest.approx(one[figure], rel=1e-5, abs=3e-6), (one["step"], figure)
 
