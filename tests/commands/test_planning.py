@@ -33,9 +33,9 @@ LENGTHS, RESPONSES = (97, 41), (61, 7)
 GRIDS = [(10, 6), (4, 14)]  # patches; the windows of the tiny Qwen2.5-VL are of 8 x 8
 FAMILIES = [
     "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "llama",
-    "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
 ]  # fmt: skip
-VISION = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+VISION = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 # torch's own formulas, for what its counter does not know: the attention of the CPU, a product added in place.
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
