@@ -13,9 +13,17 @@ from fixtures.launching import run_ranks
 from fixtures.tiny_models import save_text_model, save_vision_model
 from safetensors import safe_open
 
-from mmr1_ds.config import LoraConfig
+from mmr1_ds.config import LoraConfig, ModelConfig
 from mmr1_ds.config.loading import load_config
-from mmr1_ds.engine.model.lora import Adapter, merged, target_layers, wanted_modules
+from mmr1_ds.engine.model.lora import (
+    Adapter,
+    adapted_layers,
+    add_adapters,
+    layers_to_adapt,
+    merged,
+    target_layers,
+    wanted_modules,
+)
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import reference_deepspeed, resolve_deepspeed
@@ -69,6 +77,21 @@ def test_names_that_the_model_has_not(targets, exclude, expected):
 def test_all_linear_means_all():
     assert wanted_modules(LoraConfig()) is None
     assert wanted_modules(LoraConfig(target_modules="a,b ,")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", SAVE)
+def test_the_layers_that_get_adapters_are_known_before_the_model_is_loaded(tmp_path, kind):
+    """Servers are told of them as they start."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = ModelConfig(model_path=str(SAVE[kind](tmp_path / "model")), lora=LoraConfig(rank=2))
+    config.lora.exclude_modules, config.freeze_vision_tower = ["layers.1.mlp.up_proj"], kind == "vision"
+    family = AutoModelForImageTextToText if kind == "vision" else AutoModelForCausalLM
+    model = family.from_pretrained(config.model_path)
+    add_adapters(model, config, torch.float32)
+    found = layers_to_adapt(config)
+    assert found == adapted_layers(model)
+    assert len(found) > 10 and not any("visual" in layer or layer.endswith("1.mlp.up_proj") for layer in found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
