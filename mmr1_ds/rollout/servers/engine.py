@@ -18,6 +18,7 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.config.redaction import remember
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.adapters import refusal
 from mmr1_ds.rollout.base import Enough, Policy, ServersGone, ignore, never
 from mmr1_ds.rollout.options import ImageBounds, image_bounds
 from mmr1_ds.rollout.servers.address import ServerAddress
@@ -95,6 +96,7 @@ class ServerRollout:
         self._policy: Policy | None = None
         self._transfer: WeightTransfer | AdapterTransfer | None = None
         self._adapter_rank, self._log_folder = (model.lora.rank if adapted else 0), log_folder
+        self._adapters_fit = False  # a server has taken some
         self._supervisor: Supervisor | None = None
         self._synced: dict[int, int] = {}  # generation of each server that has the current weights
         self._has_started = False
@@ -319,6 +321,11 @@ class ServerRollout:
         if isinstance(self._transfer, AdapterTransfer):
             self._group.sample_with(self._transfer.name(version))
         failed = self._ranks.all_gather_objects(failed, "share which servers have the weights")[0]
+        if isinstance(self._transfer, AdapterTransfer) and not self._adapters_fit:
+            refused = [why for why in failed.values() if "HTTP" in why]
+            if len(refused) == len(servers):  # all of them, and from the first on: starting them anew would not help
+                raise UserError(refusal(refused[0]))
+            self._adapters_fit = True
         self._complain(failed, servers)
         for address in servers:
             if address.number not in failed:
