@@ -148,7 +148,18 @@ def _server(config: RunConfig, port: int) -> ServerProcess:
         # Machines may share the run directory.
         log=run_directory(config) / "servers" / f"{socket.gethostname()}_{port}.log",
         port=port,
+        adapted=_adapted(config),
     )
+
+
+def _adapted(config: RunConfig) -> list[str]:
+    """Return the layers whose adapters the run will send, none where it sends whole weights."""
+    model, rollout = config.worker.actor.model, config.worker.rollout
+    if rollout.lora_sync != "adapters" or model.lora.rank == 0:
+        return []
+    from mmr1_ds.engine.model.lora import layers_to_adapt
+
+    return layers_to_adapt(model)
 
 
 def _most_images(config: RunConfig, encoder: PromptEncoder) -> int:

@@ -367,7 +367,7 @@ class RolloutConfig:
     max_num_seqs: PositiveInt = 256  # responses vLLM samples at once
     sleep: bool = True  # vllm on GPU: its weights and cache leave the GPU while the actor trains
     # with LoRA, what a sync sends: all weights, adapters added, or the adapters alone, which vLLM computes beside the
-    # weights of the model folder; not with engine=server or hf
+    # weights of the model folder; not with engine=hf; servers read them in the run directory, by the same path
     lora_sync: Annotated[str, OneOf("merged", "adapters")] = "merged"
     num_servers: PositiveInt = 1  # server: vLLM servers that the run starts, each on tensor_parallel_size GPUs
     server_devices: list[int] = field(default_factory=list)  # server: GPUs of rank 0's node; [] = after the ranks'

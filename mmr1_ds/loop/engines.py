@@ -18,7 +18,7 @@ from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.critic import Critic
 from mmr1_ds.engine.model.experts import has_experts
-from mmr1_ds.engine.model.lora import adapted_layers
+from mmr1_ds.engine.model.lora import adapted_layers, layers_to_adapt
 from mmr1_ds.engine.reference import AdapterlessReference, Reference
 from mmr1_ds.engine.zero_engine import Sizes
 from mmr1_ds.errors import UserError
@@ -57,6 +57,7 @@ def load_engines(
 ) -> Engines:
     """Load the models. The rollout engine is closed with `stack`; `advance` is called `LOADED_PARTS` times in all."""
     rollout: RolloutEngine | None = None
+    alone = config.worker.rollout.lora_sync == "adapters"
     if config.worker.rollout.engine == "server":  # the servers load while the models here do
         from mmr1_ds.rollout.servers.engine import ServerRollout  # its HTTP client comes with vLLM
 
@@ -70,11 +71,14 @@ def load_engines(
             most_images=most_images,
             log_folder=run_directory(config) / "servers",
             preemption=preemption,
+            adapted=layers_to_adapt(config.worker.actor.model) if alone else (),
         )
         stack.callback(rollout.close)
     # Adapters are put on what trains, and so need an optimiser.
     learns = not config.trainer.val_only or config.worker.actor.model.lora.rank > 0
     actor = _actor(config, deepspeed.actor if learns else deepspeed.reference, num_steps, ranks, encoder)
+    if alone and has_experts(actor.model):  # a hub model's, whose config.json was not looked at
+        raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
     advance(1)
     critic = None
     if deepspeed.critic is not None:
@@ -145,8 +149,6 @@ def _rollout(
     if settings.engine == "hf" or not has_vllm:
         return TransformersRollout(actor, ranks, encoder, settings.max_num_seqs)
     adapted = adapted_layers(actor.model) if settings.lora_sync == "adapters" else ()
-    if adapted and has_experts(actor.model):  # a hub model's, whose config.json was not looked at
-        raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
     return VllmRollout(
         settings, model, config.data, ranks, encoder, most_images, preemption,
         most_videos=most_videos, adapted=adapted, returns_experts=returns_experts(config),

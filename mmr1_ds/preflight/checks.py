@@ -206,8 +206,11 @@ def _check_lora_sync(config: RunConfig) -> None:
     key, merged = "worker.rollout.lora_sync=adapters", "worker.rollout.lora_sync=merged"
     if rank == 0:
         raise UserError(f"{key}: worker.actor.model.lora.rank=0 makes no adapters; set the rank, or {merged}")
-    if rollout.engine == "server":
-        raise UserError(f"{key} is for vLLM in the ranks; servers (worker.rollout.engine=server) need {merged}")
+    if rollout.engine == "server" and rollout.weight_swap == "in_flight":
+        raise UserError(
+            f"{key}: a response of a server (worker.rollout.engine=server) keeps the adapter that it began with, "
+            f"worker.rollout.weight_swap=in_flight would change it; set it to boundary, or {merged}"
+        )
     if rollout.engine == "hf":
         raise UserError(f"{key} needs vLLM, worker.rollout.engine=hf reads the actor's own weights; set {merged}")
     if rank > _MAX_ADAPTER_RANK:

@@ -48,7 +48,7 @@ def _check_model_folder(name: str, key: str) -> None:
     _check_json_files(path, key)
     content = json_object(path / "config.json", key)
     tied, text = content.get("tie_word_embeddings"), content.get("text_config") or {}
-    if content.get("model_type") == "qwen3_5" and tied and not text.get("tie_word_embeddings"):
+    if content.get("model_type") in ("qwen3_5", "qwen3_5_moe") and tied and not text.get("tie_word_embeddings"):
         raise UserError(
             f"{key}: tie_word_embeddings is true in {name!r} but not in its text_config, where vLLM looks: it would "
             "leave the output layer random; set it there too"

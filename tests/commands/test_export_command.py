@@ -92,12 +92,16 @@ def test_vllm_answers_as_the_actor(vision, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [pytest.param("qwen3_moe", marks=pytest.mark.nightly), "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3_vl_moe", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("qwen3_moe", "qwen3_5_moe"))],
+)
 def test_a_mixture_is_written_as_it_was_published(tmp_path, family):
-    """Experts one by one, or stacked with their axes exchanged: what transformers and vLLM load."""
+    """Experts one by one, or stacked, with their axes exchanged or not: what transformers and vLLM load."""
     save, kind = {
         "qwen3_moe": (save_text_model, AutoModelForCausalLM),
         "qwen3_vl_moe": (save_vision_model, AutoModelForImageTextToText),
+        "qwen3_5_moe": (save_vision_model, AutoModelForImageTextToText),
     }[family]
     model = save(tmp_path / "model", family=family)
     run_ranks("saved_policy.py", model, tmp_path / "run", 0, num_ranks=2)

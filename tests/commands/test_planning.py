@@ -33,9 +33,9 @@ LENGTHS, RESPONSES = (97, 41), (61, 7)
 GRIDS = [(10, 6), (4, 14)]  # patches; the windows of the tiny Qwen2.5-VL are of 8 x 8
 FAMILIES = [
     "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "llama",
-    "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
 ]  # fmt: skip
-VISION = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+VISION = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 # torch's own formulas, for what its counter does not know: the attention of the CPU, a product added in place.
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -219,6 +219,22 @@ def test_qwen3_5_has_its_published_size():
     assert (shape.attention_layers, shape.linear.layers) == (8, 24)
     assert cache_bytes(shape, 2) == 8 * 2 * 4 * 256 * 2
     assert state_bytes(shape) == 24 * (32 * 128 * 128 + 8192 * 3) * 4
+
+
+def test_a_mixture_of_qwen3_5_has_the_parameters_of_its_card():
+    """Qwen3.5-35B-A3B: 35 billion in total and 3 activated; one more expert a layer, which every token goes to."""
+    shape = policy_shape(ModelConfig(model_path="Qwen/Qwen3.5-35B-A3B"))
+    assert shape.vision is not None and shape.linear is not None and shape.experts is not None
+    of_text, hidden = shape.num_parameters - shape.vision.num_parameters, 2048
+    delta_net = hidden * (8192 + 4096 + 32 + 32) + 8192 * 4 + 32 + 32 + 128 + 4096 * hidden
+    attention = hidden * (2 * 4096 + 2 * 512) + 4096 * hidden + 2 * 256
+    mixture = (256 + 1) * 3 * 512 * hidden + 256 * hidden + hidden
+    norms = 40 * 2 * hidden + hidden
+    assert of_text == 30 * delta_net + 10 * attention + 40 * mixture + norms + 2 * 248320 * hidden
+    assert of_text == pytest.approx(35e9, rel=0.01)
+    assert shape.num_parameters - shape.num_active == 40 * (256 - 8) * 3 * 512 * hidden
+    assert shape.num_active - shape.vision.num_parameters - 2 * 248320 * hidden == pytest.approx(2.44e9, rel=0.01)
+    assert shape.mlp_width == (8 + 1) * 512
 
 
 # Memory

@@ -17,6 +17,7 @@ from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.model.attention import PACKED
 from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.experts import balance_loss, routing
+from mmr1_ds.engine.model.linear_attention import keep_states_apart
 from mmr1_ds.engine.model.log_probs import plain_log_probs
 from mmr1_ds.engine.model.lora import adapters, add_adapters
 from mmr1_ds.engine.model.packing import compute
@@ -24,15 +25,18 @@ from mmr1_ds.engine.model.policy import PolicyModel
 from mmr1_ds.errors import UserError
 from mmr1_ds.rollout.hf.engine import _without_weights
 
-SAVE = {"qwen3_moe": save_text_model, "qwen3_vl_moe": save_vision_model}
-both = pytest.mark.parametrize("family", SAVE)
+SAVE = {"qwen3_moe": save_text_model, "qwen3_vl_moe": save_vision_model, "qwen3_5_moe": save_vision_model}
+LAYERS = {"qwen3_moe": 2, "qwen3_vl_moe": 2, "qwen3_5_moe": 3}  # with experts
+each = pytest.mark.parametrize("family", SAVE)
 
 
 def load(folder, **options):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = AutoModelForImageTextToText if folder.name == "qwen3_vl_moe" else AutoModelForCausalLM
-    return kind.from_pretrained(folder, dtype=torch.float32, **options)
+    kind = AutoModelForCausalLM if SAVE[folder.name] is save_text_model else AutoModelForImageTextToText
+    model = kind.from_pretrained(folder, dtype=torch.float32, **options)
+    keep_states_apart(model)
+    return model
 
 
 def test_the_layouts_of_published_and_of_saved_checkpoints_are_the_same_model(tmp_path):
@@ -54,7 +58,7 @@ def pairs_of(encoder):
     return [(prompts[i % 3], np.arange(20, 20 + 3 + i, dtype=np.int32)) for i in range(6)]
 
 
-@both
+@each
 @pytest.mark.parametrize("attention", [PACKED, "sdpa"])
 def test_the_balance_is_transformers_own_over_the_response_tokens(tmp_path, family, attention):
     """Its value and gradients, with F of all micro-batches, whichever way they are cut."""
@@ -67,7 +71,7 @@ def test_the_balance_is_transformers_own_over_the_response_tokens(tmp_path, fami
     plain = load(folder, attn_implementation="sdpa")
     computed = compute(plain, whole, output_router_logits=True)
     routed = tuple(logits[computed.places_T] for logits in computed.router_logits)
-    assert len(routed) == 2  # layers with experts
+    assert len(routed) == LAYERS[family]
     expected = load_balancing_loss_func(routed, EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"])
     expected.backward()
 
@@ -95,7 +99,7 @@ def test_routing_averages_over_layers():
     assert float(balance_loss(torch.full((1, 3), 1 / 3), torch.full((3,), 2 / 3))) == pytest.approx(2.0)  # even: k
 
 
-@both
+@each
 def test_adapters_leave_the_experts_out_and_say_so(tmp_path, family, caplog):
     folder = SAVE[family](tmp_path / family, family=family)
     config = ModelConfig(model_path=str(folder), lora=LoraConfig(rank=2))
@@ -104,13 +108,15 @@ def test_adapters_leave_the_experts_out_and_say_so(tmp_path, family, caplog):
     assert f"the experts of {folder} and their routers are no linear layers; they stay frozen" in caplog.text
     adapted = list(adapters(model))
     assert not any(".experts." in name or name.endswith(".mlp.gate.base_layer.weight") for name in adapted)
-    assert len([name for name in adapted if "_proj" in name]) == 3 * 4 + 3  # of attention, of the dense layer
+    # Of attention and the dense layer; of linear attention and the experts that all tokens go to.
+    expected = 4 + 2 * 5 + 3 * 3 if family == "qwen3_5_moe" else 3 * 4 + 3
+    assert len([name for name in adapted if "_proj" in name]) == expected
     config.lora.target_modules = ["gate_up_proj"]
     with pytest.raises(UserError, match="gate_up_proj is no linear layer of"):
         add_adapters(load(folder), config, torch.float32)
 
 
-@both
+@each
 def test_the_copy_that_samples_computes_no_balance(tmp_path, family):
     model = load(SAVE[family](tmp_path / family, family=family))
     model.config.get_text_config().output_router_logits = True

@@ -13,14 +13,22 @@ from fixtures.launching import run_ranks
 from fixtures.tiny_models import save_text_model, save_vision_model
 from safetensors import safe_open
 
-from mmr1_ds.config import LoraConfig
+from mmr1_ds.config import LoraConfig, ModelConfig
 from mmr1_ds.config.loading import load_config
-from mmr1_ds.engine.model.lora import Adapter, merged, target_layers, wanted_modules
+from mmr1_ds.engine.model.lora import (
+    Adapter,
+    adapted_layers,
+    add_adapters,
+    layers_to_adapt,
+    merged,
+    target_layers,
+    wanted_modules,
+)
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import reference_deepspeed, resolve_deepspeed
 from mmr1_ds.preflight.plan import describe_plan
-from mmr1_ds.rollout.colocated.adapters import adapter_options, check_places
+from mmr1_ds.rollout.adapters import adapter_options, check_places
 
 SAVE = {
     "vision": save_vision_model,
@@ -71,6 +79,21 @@ def test_all_linear_means_all():
     assert wanted_modules(LoraConfig(target_modules="a,b ,")) == ["a", "b"]
 
 
+@pytest.mark.parametrize("kind", SAVE)
+def test_the_layers_that_get_adapters_are_known_before_the_model_is_loaded(tmp_path, kind):
+    """Servers are told of them as they start."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = ModelConfig(model_path=str(SAVE[kind](tmp_path / "model")), lora=LoraConfig(rank=2))
+    config.lora.exclude_modules, config.freeze_vision_tower = ["layers.1.mlp.up_proj"], kind == "vision"
+    family = AutoModelForImageTextToText if kind == "vision" else AutoModelForCausalLM
+    model = family.from_pretrained(config.model_path)
+    add_adapters(model, config, torch.float32)
+    found = layers_to_adapt(config)
+    assert found == adapted_layers(model)
+    assert len(found) > 10 and not any("visual" in layer or layer.endswith("1.mlp.up_proj") for layer in found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merged_weight_is_rounded_once_and_the_base_stays(dtype):
     generator = torch.Generator().manual_seed(0)
@@ -104,7 +127,10 @@ def test_values_of_other_kinds_are_refused(tmp_path):
     ("arguments", "expected"),
     [
         ([], "worker.actor.model.lora.rank=0 makes no adapters; set the rank, or worker.rollout.lora_sync=merged"),
-        (["rank=8", "worker.rollout.engine=server"], "servers (worker.rollout.engine=server) need"),
+        (
+            ["rank=8", "worker.rollout.engine=server", "worker.rollout.weight_swap=in_flight"],
+            "keeps the adapter that it began with, worker.rollout.weight_swap=in_flight would change it; set it to",
+        ),
         (["rank=8", "worker.rollout.engine=hf"], "needs vLLM, worker.rollout.engine=hf reads the actor's own weights"),
         (["rank=513"], "vLLM takes adapters up to rank 512, got worker.actor.model.lora.rank=513; lower it, or set"),
     ],
@@ -270,7 +296,7 @@ KINDS = ["text", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in SAV
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["merged", "adapters"])
+@pytest.mark.parametrize("way", ["merged", "adapters", "server-adapters"])
 def test_vllm_samples_from_weights_and_adapters_after_every_sync(sampled, kind, way):
     _, steps = sampled(kind, way)
     assert len(steps) == 4
@@ -282,9 +308,12 @@ def test_vllm_samples_from_weights_and_adapters_after_every_sync(sampled, kind, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_alone_sample_what_merged_weights_do_and_are_all_that_is_sent(sampled, kind):
     (model, merged_steps), (_, steps) = sampled(kind, "merged"), sampled(kind, "adapters")
-    for one, other in zip(merged_steps, steps, strict=True):
-        assert one["tokens"] == other["tokens"]
-        assert one["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=1e-4)
+    _, of_servers = sampled(kind, "server-adapters")
+    for one, *others in zip(merged_steps, steps, of_servers, strict=True):
+        for other in others[: 1 if kind == "vision" else 2]:  # servers take no videos, and got other prompts
+            assert one["tokens"] == other["tokens"]
+            assert one["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=1e-4)
+    assert {step["sync_bytes"] for step in of_servers} == {step["sync_bytes"] for step in steps}
     with safe_open(model / "model.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     elements = sum(math.prod(shape) for shape in shapes.values())

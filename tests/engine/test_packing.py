@@ -27,7 +27,7 @@ from mmr1_ds.engine.model.packing import pack, response_states
 from mmr1_ds.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 both = pytest.mark.parametrize("kind", [PACKED, VARLEN])
 
 

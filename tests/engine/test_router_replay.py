@@ -13,6 +13,7 @@ from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.attention import PACKED
 from mmr1_ds.engine.model.batching import collate
+from mmr1_ds.engine.model.linear_attention import keep_states_apart
 from mmr1_ds.engine.model.log_probs import plain_log_probs
 from mmr1_ds.engine.model.policy import PolicyModel
 from mmr1_ds.engine.model.router_replay import check_family
@@ -20,9 +21,8 @@ from mmr1_ds.engine.zero_engine import _experts_of
 from mmr1_ds.errors import UserError
 
 CPU = torch.device("cpu")
-SAVE = {"qwen3_moe": save_text_model, "qwen3_vl_moe": save_vision_model}
-MIXED = (0, 2)  # layers with experts, of three
-both = pytest.mark.parametrize("family", SAVE)
+SAVE = {"qwen3_moe": save_text_model, "qwen3_vl_moe": save_vision_model, "qwen3_5_moe_text": save_text_model}
+each = pytest.mark.parametrize("family", SAVE)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,9 @@ def models(tmp_path_factory):
         kind = AutoModelForImageTextToText if family == "qwen3_vl_moe" else AutoModelForCausalLM
 
         def load(attention, kind=kind, folder=folder):
-            return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+            model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+            keep_states_apart(model)
+            return model
 
         limits = DataConfig(min_pixels=28 * 28, max_pixels=112 * 112)
         encoder = PromptEncoder(ModelConfig(model_path=folder), limits)
@@ -53,13 +55,18 @@ def policy_of(model, encoder):
 def perturb(model):
     """Change the routers so that many tokens go elsewhere."""
     torch.manual_seed(4)
-    for layer in MIXED:
+    for layer in mixed(model):
         weight = text_layers(model)[layer].mlp.gate.weight
         weight.data += 0.5 * weight.std() * torch.randn_like(weight)
 
 
 def text_layers(model):
     return getattr(model.base_model, "language_model", model.base_model).layers
+
+
+def mixed(model):
+    """The numbers of its layers with experts."""
+    return [number for number, layer in enumerate(text_layers(model)) if hasattr(layer.mlp, "experts")]
 
 
 def record(policy, pairs, encoder):
@@ -70,7 +77,7 @@ def record(policy, pairs, encoder):
 
 def replaying(model, experts):
     """A model whose routers send one sequence's tokens to these, written out token by token; the last is free."""
-    for layer in MIXED:
+    for layer in mixed(model):
         gate = text_layers(model)[layer].mlp.gate
 
         def forward(states, gate=gate, layer=layer):
@@ -85,7 +92,7 @@ def replaying(model, experts):
     return model
 
 
-@both
+@each
 @pytest.mark.parametrize("attention", [PACKED, "sdpa"])
 def test_tokens_go_to_the_experts_of_another_router_and_its_own_learns(models, family, attention):
     """Against routers written out, one sequence at a time: log-probabilities, gradients and what differs."""
@@ -114,7 +121,7 @@ def test_tokens_go_to_the_experts_of_another_router_and_its_own_learns(models, f
         expected.append(plain_log_probs(states, head, None, batch.targets, encoder.forbidden_token_ids, 0.7)[0])
         length = len(pair[1])
         sorts = [logits.topk(2).indices.sort().values[batch.columns].numpy() for logits in routed.router_logits]
-        given = [np.sort(chosen[len(chosen) - length :, layer]) for layer in MIXED]
+        given = [np.sort(chosen[len(chosen) - length :, layer]) for layer in mixed(plain)]
         expected_differing.append(np.mean([(a != b).any(1) for a, b in zip(sorts, given, strict=True)], axis=0))
     torch.testing.assert_close(logprobs.detach(), torch.cat(expected).detach(), rtol=0, atol=2e-5)
     found = differing.numpy()
@@ -130,7 +137,7 @@ def test_tokens_go_to_the_experts_of_another_router_and_its_own_learns(models, f
     assert router.abs().max() > 1e-3
 
 
-@both
+@each
 @pytest.mark.parametrize("attention", [PACKED, "sdpa"])
 def test_experts_of_the_router_itself_change_nothing(models, family, attention):
     load, encoder, pairs = models[family]
@@ -163,7 +170,7 @@ def test_experts_of_another_sequence_and_other_families_are_refused(models):
     check_family("R3", load("sdpa").config)
     from transformers import Qwen2Config
 
-    with pytest.raises(UserError, match="R2 replays the routers of qwen3_moe and qwen3_vl_moe models, not of qwen2"):
+    with pytest.raises(UserError, match=r"R2 replays the routers of qwen3_moe, .*_moe_text models, not of qwen2"):
         check_family("R2", Qwen2Config())
 
 
@@ -177,12 +184,14 @@ def test_experts_of_another_sequence_and_other_families_are_refused(models):
         ("qwen3_moe", 2, 1),
         pytest.param("qwen3_moe", 2, 2, marks=pytest.mark.nightly),
         pytest.param("qwen3_vl_moe", 1, 1, marks=pytest.mark.nightly),
+        pytest.param("qwen3_5_moe_text", 1, 1, marks=pytest.mark.nightly),
     ],
 )
 def test_replay_takes_away_the_drift_of_routers_that_differ(tmp_path, family, num_ranks, tensor_parallel):
     """vLLM samples with the routers of the model's folder, the actor's are perturbed until an update is synchronised.
 
-    vLLM's CPU build is made to hand out its experts by fixtures/routed_experts.py.
+    vLLM's CPU build is made to hand out its experts by fixtures/routed_experts.py, and Qwen3.5's linear attention to be
+    computed in float32 by fixtures/delta_net.py.
     """
     heads = {"num_heads": 4} if tensor_parallel == 2 else {}
     model = SAVE[family](tmp_path / "model", family=family, **heads)

@@ -18,6 +18,7 @@ SAVE = {
     "hybrid": functools.partial(save_vision_model, family="qwen3_5"),
     "hybrid-text": functools.partial(save_text_model, family="qwen3_5_text"),
     "experts": functools.partial(save_text_model, family="qwen3_moe"),
+    "hybrid-experts": functools.partial(save_vision_model, family="qwen3_5_moe"),
     "vision-experts": functools.partial(save_vision_model, family="qwen3_vl_moe"),
     "timestamps": functools.partial(save_vision_model, family="qwen3_vl"),  # of videos, as text
 }
@@ -63,11 +64,16 @@ def test_log_probabilities_of_cut_samples_are_the_actor_s_where_raw_ones_are_ask
         (save_vision_model, "qwen3_5", True),
         (save_text_model, "qwen3_moe", True),
         pytest.param(save_vision_model, "qwen3_vl_moe", False, marks=pytest.mark.nightly),
+        pytest.param(save_vision_model, "qwen3_5_moe", True, marks=pytest.mark.nightly),
+        pytest.param(save_text_model, "qwen3_5_moe_text", False, marks=pytest.mark.nightly),
         pytest.param(save_text_model, "qwen3", True, marks=pytest.mark.nightly),
         pytest.param(save_text_model, "qwen3_5_text", False, marks=pytest.mark.nightly),
         pytest.param(save_text_model, "llama", False, marks=pytest.mark.nightly),
     ],
-    ids=["qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3_moe", "qwen3_vl_moe", "qwen3", "qwen3_5_text", "llama"],
+    ids=[
+        "qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3",
+        "qwen3_5_text", "llama",
+    ],
 )
 def test_every_other_family_is_trained_and_sampled_by_vllm(tmp_path, save, family, tied):
     """The vision models on prompts of 0 to 4 images and 0 to 2 videos, which share micro-batches with each other.

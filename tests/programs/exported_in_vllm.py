@@ -7,6 +7,7 @@ import os
 import sys
 
 import torch
+from fixtures.delta_net import compute_delta_nets_in_float32
 from fixtures.tiny_models import make_prompt
 from settings import small_config
 
@@ -25,6 +26,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     del os.environ[name]
 from vllm import LLM, SamplingParams  # noqa: E402  reads the environment
 
+compute_delta_nets_in_float32()
 llm = LLM(
     **engine_options(settings, model, config.data, on_gpu=False, images=image_bounds(encoder, 1))
 )

@@ -2,7 +2,8 @@
 
 Usage: logprob_agreement.py MODEL OUT.json NUM_STEPS ENGINE TENSOR_PARALLEL [LORA_RANK [TOP_P TOP_K]] [no-videos]
 
-ENGINE is one of worker.rollout.engine, or adapters: vllm with worker.rollout.lora_sync=adapters.
+ENGINE is one of worker.rollout.engine, or adapters or server-adapters: vllm or server with
+worker.rollout.lora_sync=adapters.
 
 With TOP_P and TOP_K, min_p and a repetition penalty besides, and log-probabilities are those of the whole distribution
 (worker.rollout.logprobs=raw).
@@ -16,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fixtures.delta_net import compute_delta_nets_in_float32
+from fixtures.delta_net import compute_delta_nets_in_float32, compute_delta_nets_in_float32_in_servers
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, end, make_actor, schedule_asynchronously, small_config, start_ranks
 
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine.model.lora import adapted_layers
+from mmr1_ds.engine.model.lora import adapted_layers, layers_to_adapt
 from mmr1_ds.engine.reference import AdapterlessReference
 from mmr1_ds.engine.weights import gathering as weights
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, Trajectory
@@ -35,7 +36,7 @@ from mmr1_ds.rollout.servers.engine import ServerRollout
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 
 model, out, num_steps, engine, tensor_parallel, *more = sys.argv[1:]
-without_videos = more[-1:] == ["no-videos"] or engine == "server"
+without_videos = more[-1:] == ["no-videos"] or engine.startswith("server")
 more = [word for word in more if word != "no-videos"]
 lora_rank, cuts = int(more[0]) if more else 0, more[1:]
 PROMPTS, RESPONSES, MOST_IMAGES, MOST_VIDEOS = 4, 3, 4, 2
@@ -83,12 +84,15 @@ if engine in ("vllm", "adapters"):
     if not ranks.on_gpu:
         rollout._llm.collective_rpc(lambda worker: setattr(worker, "discard", lambda tags: None))
         rollout._cycle = SleepCycle(rollout._llm, enabled=True, keeps_base=engine == "adapters")
-elif engine == "server":
+elif engine in ("server", "server-adapters"):
     config.worker.rollout.engine, config.worker.rollout.server_timeout_seconds = "server", 120.0
+    if ranks.rank == 0:
+        compute_delta_nets_in_float32_in_servers(Path(out).with_suffix(".plugin"))
     rollout = ServerRollout(
         config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder,
         first_device=config.trainer.n_gpus_per_node, most_images=MOST_IMAGES,
         log_folder=Path(out).with_suffix(".servers"), preemption=unasked,
+        adapted=layers_to_adapt(config.worker.actor.model) if engine == "server-adapters" else (),
     )  # fmt: skip
     rollout.sync_weights(actor)
 else:

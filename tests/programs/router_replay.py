@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from fixtures.delta_net import compute_delta_nets_in_float32
 from fixtures.routed_experts import return_routed_experts
 from fixtures.tiny_models import make_prompt
 from settings import deepspeed_configs, end, make_actor, small_config, start_ranks
@@ -30,6 +31,7 @@ config.worker.actor.router_replay.mode = "R3"
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 actor = make_actor(config, deepspeed_configs(config, ranks.size)[0], ranks, encoder)
 return_routed_experts()
+compute_delta_nets_in_float32()
 rollout = VllmRollout(
     config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, 4, Preemption(60.0, None),
     returns_experts=True,
@@ -88,7 +90,8 @@ for step in range(2, 5):  # after the first the routers are equal again
 groups = sample(5)
 config.worker.actor.router_replay.mode = "R2"  # of which the actor has the same object
 pairs = [(group.prompt, response.token_ids) for group in groups for response in group.responses]
-mixed = [0, 2]  # layers
+text = getattr(actor.model.base_model, "language_model", actor.model.base_model)
+mixed = [number for number, layer in enumerate(text.layers) if hasattr(layer.mlp, "experts")]
 of_vllm = [np.sort(response.experts[:, mixed]) for group in groups for response in group.responses]
 recorded = actor.old_policy(pairs).experts
 assert recorded is not None

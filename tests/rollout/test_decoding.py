@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 FAMILIES = ["qwen2", "qwen2_5_vl"]
 FAMILIES += [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("qwen3", "qwen3_5_text", "llama", "qwen2_vl", "qwen3_vl", "qwen3_5")
+    for name in ("qwen3", "qwen3_5_text", "llama", "qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 ]
 GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, top_k=-1, max_tokens=9)
 WARM = SamplingSettings(temperature=0.8, top_p=1.0, top_k=-1, max_tokens=40)
@@ -29,7 +29,7 @@ WARM = SamplingSettings(temperature=0.8, top_p=1.0, top_k=-1, max_tokens=40)
 def loaded(request, tmp_path_factory):
     """A model as transformers loads it, the same with our attention, the encoder, and five expanded prompts."""
     folder = tmp_path_factory.mktemp(request.param)
-    is_vision = request.param.endswith(("vl", "qwen3_5"))
+    is_vision = request.param.endswith(("vl", "qwen3_5", "qwen3_5_moe"))
     seed = 5 if request.param == "qwen3_5" else 3  # of a model that repeats tokens, or no penalty would show
     (save_vision_model if is_vision else save_text_model)(folder, family=request.param, seed=seed)
     kind = transformers.AutoModelForImageTextToText if is_vision else transformers.AutoModelForCausalLM

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -111,10 +112,10 @@ class Control:
         return {}
 
 
-def on_ranks(monkeypatch, servers, watched, work, **settings):
+def on_ranks(monkeypatch, servers, watched, work, adapted=(), **settings):
     """Run `work(engine, rank)` on every rank. Returns: its results, or its errors, and the sends of each rank."""
     config = RunConfig()
-    rollout = config.worker.rollout
+    rollout, config.worker.actor.model.lora.rank = config.worker.rollout, 2
     rollout.engine, rollout.server_timeout_seconds, rollout.max_in_flight = "server", 2.0, 12
     for name, value in settings.items():
         setattr(rollout, name, value)
@@ -133,7 +134,8 @@ def on_ranks(monkeypatch, servers, watched, work, **settings):
     def run(rank):
         engine = ServerRollout(
             config.worker.rollout, config.worker.actor.model, config.data, Rank(rank, barrier, slots), encoder,
-            first_device=0, most_images=0, log_folder=None, preemption=Preemption(60.0, None),
+            first_device=0, most_images=0, log_folder=Path("unused"), preemption=Preemption(60.0, None),
+            adapted=adapted,
         )  # fmt: skip
         try:
             return work(engine, rank)
@@ -182,6 +184,64 @@ def test_a_server_that_dies_comes_back_with_the_weights(monkeypatch):
         assert metrics[0] == metrics[1] and metrics[0]["rollout/num_server_restarts"] == 1
         assert metrics[0]["rollout/num_repeated_requests"] >= 1
         assert [server.num_starts for server in watched] == [2, 1]
+
+
+def adapters_that(failures, servers):
+    """A stand-in for AdapterTransfer: what each of its sends returns on rank 0."""
+
+    class Adapters:
+        num_bytes = 77
+
+        def __init__(self, policy, *, rank, run, **_):
+            self._rank, self._run, self._failures = rank, run, list(failures)
+
+        def name(self, version):
+            return f"{self._run}-{version}"
+
+        def send(self, addresses, version):
+            failed = self._failures.pop(0)
+            for address in addresses:
+                if address.number not in failed:
+                    servers[address.number].version = str(version)
+            return failed if self._rank == 0 else {}
+
+        def close(self):
+            pass
+
+    return Adapters
+
+
+def test_every_rank_asks_for_the_adapter_by_its_version_and_the_start_of_the_run(monkeypatch):
+    with scripted_servers(2) as servers:
+        monkeypatch.setattr(server_engine, "AdapterTransfer", adapters_that([{}, {}], servers))
+
+        def work(engine, rank):
+            actor = SimpleNamespace(num_updates_done=3)
+            engine.sync_weights(actor)
+            generate(engine, requests(4, first=100 * rank), SETTINGS)
+            actor.num_updates_done = 4
+            assert engine.sync_weights(actor) == 77
+            generate(engine, requests(4, first=100 * rank), SETTINGS)
+
+        on_ranks(monkeypatch, servers, [Watched(server) for server in servers], work, adapted=["layers.0.q_proj"])
+        names = {body["model"] for server in servers for body in server.bodies}
+        assert len(names) == 2 and len({name.partition("-")[0] for name in names}) == 1
+        assert {name.partition("-")[2] for name in names} == {"3", "4"}
+
+
+def test_adapters_that_no_server_takes_are_one_line_on_every_rank(monkeypatch):
+    with scripted_servers(2) as servers:
+        why = "v1/load_lora_adapter: HTTP 500 expected target modules in {'q_proj'} but received ['layers.0.odd']"
+        monkeypatch.setattr(server_engine, "AdapterTransfer", adapters_that([{0: why, 1: why}], servers))
+        watched = [Watched(server) for server in servers]
+
+        def work(engine, rank):
+            engine.sync_weights(SimpleNamespace(num_updates_done=0))
+
+        errors, _ = on_ranks(monkeypatch, servers, watched, work, adapted=["layers.0.odd"])
+        assert [type(error) for error in errors] == [UserError] * RANKS
+        assert "lora_sync=adapters: vLLM says v1/load_lora_adapter: HTTP 500 expected" in str(errors[2])
+        assert str(errors[2]).endswith("(worker.actor.model.lora.exclude_modules)")
 
 
 def test_with_all_servers_gone_every_rank_stops_at_the_same_call(monkeypatch):

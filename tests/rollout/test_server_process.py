@@ -107,9 +107,22 @@ def test_there_is_no_guard_without_a_key(monkeypatch):
 
 def test_options_on_the_command_line():
     options = {"max_num_seqs": 7, "enforce_eager": True, "trust_remote_code": False, "hf_overrides": {"a": 1}}
+    options |= {"lora_target_modules": ["a", "b"]}
     assert server_arguments(options) == [
         "--max-num-seqs", "7", "--enforce-eager", "--no-trust-remote-code", "--hf-overrides", '{"a": 1}',
+        "--lora-target-modules", "a", "b",
     ]  # fmt: skip
+
+
+def test_a_server_is_ready_for_adapters_where_syncs_bring_them_alone(tmp_path):
+    plain = server_process(tmp_path / "log")
+    assert "--enable-lora" not in plain.command
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in plain.environment
+    server = server_process(tmp_path / "log", adapted=("layers.0.q_proj", "layers.1.q_proj", "layers.1.up_proj"))
+    assert "--enable-lora" in server.command and server.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    where = server.command.index("--lora-target-modules")
+    assert server.command[where + 1 : where + 3] == ["q_proj", "up_proj"]
+    assert server.command[server.command.index("--max-lora-rank") + 1] == "8"  # the next that vLLM has
 
 
 def test_the_key_is_in_the_environment_alone_and_the_server_is_no_rank(tmp_path, monkeypatch):

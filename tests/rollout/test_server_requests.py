@@ -76,6 +76,18 @@ def test_a_request_says_what_bends_the_distribution_and_what_ends_a_response():
     assert sampling["stop"] == ["</answer>", "END"] and sampling["detokenize"] is True
 
 
+def test_requests_name_the_adapter_that_samples_and_a_server_without_it_is_lost():
+    """Started anew, it does not know the name: the request goes to another one."""
+    with scripted_servers(2) as servers, group_of(servers) as group:
+        servers[0].script = always((404, "The model `policy-7` does not exist."))
+        group.sample_with("policy-7")
+        asked = requests(3)
+        answered(group, group.submit(asked, SETTINGS), asked)
+        assert "policy-7" in group.suspects()[0] and 1 not in group.suspects()
+        assert servers[0].bodies and {body["model"] for body in servers[1].bodies} == {"policy-7"}
+    assert "model" not in json.loads(Exchange([EOS], FORBIDDEN, VOCABULARY).body(requests(1)[0], SETTINGS, "id", 0))
+
+
 def test_the_requests_and_their_answers():
     with scripted_servers(2) as servers, group_of(servers) as group:
         asked = requests(17)

@@ -14,8 +14,11 @@ import torch
 from fixtures.control_server import KEY, control_servers
 from fixtures.launching import environment, run_ranks
 from fixtures.tiny_models import save_text_model, save_vision_model
+from safetensors.torch import load_file
 
 from mmr1_ds.engine.weights.gathering import fill_buckets, layer_groups
+from mmr1_ds.errors import UserError
+from mmr1_ds.rollout.servers.weights.adapters import AdapterTransfer
 from mmr1_ds.rollout.servers.weights.control import ServerControl
 from mmr1_ds.rollout.servers.weights.shared_memory import (
     BufferAddress,
@@ -45,6 +48,12 @@ class Actor:
         generator = torch.Generator().manual_seed(self.step)
         infos = [info for bucket in self.weight_buckets() for info in bucket]
         return {name: torch.randn(shape, generator=generator).to(dtype) for name, dtype, shape in infos}
+
+    def adapter_weights(self):
+        generator = torch.Generator().manual_seed(self.step)
+        for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"):
+            yield f"{layer}.lora_A.weight", torch.randn(3, 5, generator=generator)
+            yield f"{layer}.lora_B.weight", torch.randn(7, 3, generator=generator).to(torch.bfloat16)
 
     def weights(self):
         for name, tensor in self.whole().items():
@@ -237,6 +246,50 @@ def test_the_next_bucket_is_gathered_while_this_one_is_loaded_but_not_yet_writte
         transfer.close()
 
 
+def test_adapters_are_written_for_the_servers_and_every_version_has_a_name(tmp_path):
+    actor, read = Actor(), []
+    transfer = AdapterTransfer(actor, rank=0, key=KEY, folder=tmp_path, run="ab", lora_rank=3)
+    with control_servers(1, 1) as servers:
+        addresses = [server.address for server in servers]
+
+        def load(route, body, count):
+            if route == "v1/load_lora_adapter":
+                folder = Path(body["lora_path"])
+                settings = json.loads((folder / "adapter_config.json").read_text())
+                read.append((body["lora_name"], settings, load_file(folder / "adapter_model.safetensors")))
+
+        servers[0].hook = load
+        servers[1].hook = lambda route, body, count: (500, {}) if count == 2 else None
+        for actor.step in (1, 2):
+            failed = transfer.send(addresses, actor.step)
+        assert failed.keys() == {1} and failed[1].startswith("v1/load_lora_adapter: HTTP 500")
+        assert servers[0].bodies("update_weight_version") == [{"new_version": "1"}, {"new_version": "2"}]
+        assert servers[1].bodies("update_weight_version") == [{"new_version": "1"}]
+        assert [name for name, *_ in read] == [transfer.name(1), transfer.name(2)] == ["policy-ab-1", "policy-ab-2"]
+        for (_, settings, found), step in zip(read, (1, 2), strict=True):
+            assert (settings["r"], settings["lora_alpha"]) == (3, 3)  # the scale is in B already
+            assert settings["target_modules"] == ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+            actor.step = step
+            expected = {f"base_model.model.{name}": tensor for name, tensor in actor.adapter_weights()}
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert transfer.num_bytes == 2 * (3 * 5 * 4 + 7 * 3 * 2)
+        assert [path.name for path in tmp_path.iterdir()] == ["policy-ab-2"]
+        # A server that has it by an attempt that failed afterwards is asked for no more.
+        taken = {"error": {"message": "The lora adapter 'policy-ab-2' has already been loaded."}}
+        servers[1].hook = lambda route, body, count: (400, taken) if route.endswith("adapter") else None
+        assert transfer.send(addresses[1:], 2) == {}
+    transfer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "adapters").write_text("no folder")
+    transfer = AdapterTransfer(Actor(), rank=0, key=KEY, folder=tmp_path / "adapters", run="ab", lora_rank=3)
+    with pytest.raises(UserError, match=r"lora_sync=adapters: the adapters for the servers cannot be written to .*set"):
+        transfer.send([], 1)
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_other_ranks_only_gather(rank):
     actor = Actor()
@@ -256,6 +309,7 @@ def test_vllm_finds_our_engine():
 OTHERS = {
     "qwen3_5": save_vision_model,
     "qwen3_5_text": save_text_model,
+    "qwen3_5_moe": save_vision_model,
     "qwen3_moe": save_text_model,
     "qwen3_vl_moe": save_vision_model,
 }

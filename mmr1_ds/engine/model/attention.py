@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 # Families whose attention and positions were tested packed against one sequence at a time. Others, which may carry
 # state from token to token in ways that linear_attention.py does not know, are padded.
 PACKABLE = {
-    "llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text",
-    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5",
+    "llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text",
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
 }  # fmt: skip
 PACKED, VARLEN = "packed_sdpa", "packed_varlen"
 # Vision towers hand all windows and images over at once to an attention with "flash" in its name, and only to such.

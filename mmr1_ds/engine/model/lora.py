@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from mmr1_ds.config import LoraConfig, ModelConfig
 from mmr1_ds.config.keys import nearest
 from mmr1_ds.engine.model.experts import has_experts
+from mmr1_ds.engine.model.loading import load_config
 from mmr1_ds.errors import UserError, remedy
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,20 @@ def _linear_layers(model: PreTrainedModel, config: ModelConfig) -> list[str]:
         and module is not head
         and not (config.freeze_vision_tower and ".visual." in f".{name}")
     ]
+
+
+def layers_to_adapt(config: ModelConfig) -> list[str]:
+    """Names of the layers that will have an adapter, before the model is loaded: it is built without its weights.
+
+    Raises: UserError as `add_adapters` does.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    model_config = load_config(config)
+    family = AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = family.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    return target_layers(_linear_layers(model, config), config.lora, str(config.model_path))
 
 
 def target_layers(layers: Sequence[str], config: LoraConfig, model_path: str) -> list[str]:

@@ -25,7 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmr1_ds.errors import UserError
 
-REPLAYED = ("qwen3_moe", "qwen3_vl_moe")  # families whose routers compute their weights by the formula above
+# Families whose routers compute their weights by the formula above.
+REPLAYED = ("qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text")
 INPUT = "replayed_experts"  # of the model's forward: (K, l, k), -1 where the router's own choice stands
 KEY = "worker.actor.router_replay.mode"
 
@@ -34,7 +35,7 @@ def check_family(mode: str, config: PreTrainedConfig) -> None:
     """Raises: UserError for a model whose routers are not replayed."""
     if config.model_type not in REPLAYED:
         raise UserError(
-            f"{KEY}={mode} replays the routers of {' and '.join(REPLAYED)} models, not of {config.model_type}; "
+            f"{KEY}={mode} replays the routers of {', '.join(REPLAYED)} models, not of {config.model_type}; "
             "set it to disabled"
         )
 
@@ -96,6 +97,6 @@ class RouterReplay:
         chosen_Kk = torch.where(given_Kk >= 0, given_Kk.to(own_Kk.dtype), own_Kk)
         self._differs[number] = (chosen_Kk.sort(dim=1).values != own_Kk.sort(dim=1).values).any(dim=1)
         replayed_Kk = logits_KE.softmax(dim=-1, dtype=torch.float32).gather(1, chosen_Kk)
-        if getattr(router, "norm_topk_prob", True):  # Qwen3-VL-MoE's always does
+        if getattr(router, "norm_topk_prob", True):  # Qwen3-VL-MoE's and Qwen3.5's always do
             replayed_Kk = replayed_Kk / replayed_Kk.sum(dim=1, keepdim=True)
         return logits_KE, replayed_Kk.to(weights_Kk.dtype), chosen_Kk

@@ -161,12 +161,15 @@ def shape_of(
         reachable = [item for item in reachable if trains_vision or not _is_vision(item[0])]
         trained = adapted = _adapter_size(lora, reachable, name)
     experts = _experts_shape(text, model)
-    mlp_width = text.intermediate_size
+    # Qwen3.5's mixtures have no layer without experts, and so no such width.
+    dense_width = getattr(text, "intermediate_size", 0)
+    mlp_width: float = dense_width
     layer_matrix = sum(layer.in_features * layer.out_features for _, layer in of_text)
     if experts is not None:
-        routed = experts.chosen_each * getattr(text, "moe_intermediate_size", text.intermediate_size)
+        chosen = experts.chosen_each * getattr(text, "moe_intermediate_size", dense_width)
+        chosen += getattr(text, "shared_expert_intermediate_size", 0)  # every token goes to it too
         dense = text.num_hidden_layers - experts.layers
-        mlp_width = (experts.layers * routed + dense * mlp_width) / text.num_hidden_layers
+        mlp_width = (experts.layers * chosen + dense * dense_width) / text.num_hidden_layers
         layer_matrix += experts.num_parameters - experts.idle
         layer_matrix += experts.layers * experts.experts * text.hidden_size  # the routers
     return ModelShape(
@@ -175,7 +178,7 @@ def shape_of(
         sizes=tuple(size for _, size in parameters),
         hidden=text.hidden_size,
         mlp_width=mlp_width,
-        dense_width=text.intermediate_size,
+        dense_width=dense_width,
         layers=text.num_hidden_layers,
         query_width=text.num_attention_heads * head_size,
         key_width=text.num_key_value_heads * head_size,
@@ -231,11 +234,12 @@ PUBLISHED = {
     **{f"Qwen/Qwen2.5-VL-{size}-Instruct": size for size in _QWEN2_5_VL},
     **{f"Qwen/Qwen3-VL-{size}-Instruct": size for size in _QWEN3_VL},
     "Qwen/Qwen3.5-9B": "9B",
+    "Qwen/Qwen3.5-35B-A3B": "35B-A3B",
 }
 
 
 def _published(path: str, override: dict[str, Any]) -> PreTrainedConfig:
-    from transformers import Qwen2_5_VLConfig, Qwen3_5Config, Qwen3VLConfig, Qwen3VLMoeConfig
+    from transformers import Qwen2_5_VLConfig, Qwen3_5Config, Qwen3_5MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
     if (sizes := _QWEN3_VL.get(PUBLISHED[path])) is not None:
         own = {"num_attention_heads": 32, "head_dim": 128, "vocab_size": 151936, **sizes}
@@ -244,6 +248,8 @@ def _published(path: str, override: dict[str, Any]) -> PreTrainedConfig:
         return family(text_config=own, vision_config={"out_hidden_size": own["hidden_size"]}, **override)
     if path == "Qwen/Qwen3.5-9B":  # the sizes of transformers' own defaults
         return Qwen3_5Config(vision_config={"out_hidden_size": 4096}, **override)
+    if path == "Qwen/Qwen3.5-35B-A3B":  # likewise
+        return Qwen3_5MoeConfig(vision_config={"out_hidden_size": 2048}, **override)
     hidden, mlp, layers, heads, key_value_heads, vocabulary, tied, vision_mlp = _QWEN2_5_VL[PUBLISHED[path]]
     text = {
         "hidden_size": hidden,

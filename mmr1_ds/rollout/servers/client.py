@@ -98,6 +98,7 @@ class Exchange:
         self._forbidden = frozenset(forbidden_token_ids)
         self._bias = {str(token): _FORBID for token in sorted(self._forbidden)}
         self._vocabulary_size = vocabulary_size
+        self.adapter: str | None = None  # the name of LoRA's adapter that samples; None = the weights do
         self._decoder = msgspec.json.Decoder(_Answer)
 
     def body(self, request: RolloutRequest, settings: SamplingSettings, request_id: str, priority: int) -> bytes:
@@ -119,6 +120,8 @@ class Exchange:
                 **shaping(settings),
             },
         }
+        if self.adapter is not None:
+            body["model"] = self.adapter
         if request.prompt.images:
             body["content_parts"] = [{"type": "image_url", "url": _data_url(image)} for image in request.prompt.images]
         return msgspec.json.encode(body)
@@ -202,6 +205,8 @@ class ServerClient:
         words = f"it answers {status}, {words!r},"
         # A server that is starting or ending, or whose engine is dead, refuses whatever it is asked, some with 400.
         await self._check_life(url, words)
+        if status == 404 and self._exchange.adapter is not None:  # started anew, it has no adapter yet
+            raise Fault(words, is_lost=True)
         if status in _REQUESTS_FAULT:
             raise RuntimeError(f"{words} to prompt {name!r}")
         raise Fault(words)

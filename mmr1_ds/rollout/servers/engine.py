@@ -18,12 +18,14 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.config.redaction import remember
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.adapters import refusal
 from mmr1_ds.rollout.base import Enough, Policy, ServersGone, ignore, never
 from mmr1_ds.rollout.options import ImageBounds, image_bounds
 from mmr1_ds.rollout.servers.address import ServerAddress
 from mmr1_ds.rollout.servers.group import ServerGroup, Ticket
 from mmr1_ds.rollout.servers.process import ExternalServer, Server, ServerProcess, check_key, transfer_backend
 from mmr1_ds.rollout.servers.supervisor import Supervisor
+from mmr1_ds.rollout.servers.weights.adapters import AdapterTransfer
 from mmr1_ds.rollout.servers.weights.transfer import ServerControl, WeightTransfer
 
 if TYPE_CHECKING:
@@ -72,13 +74,15 @@ class ServerRollout:
         most_images: int,
         log_folder: Path,
         preemption: Preemption,
+        adapted: Sequence[str] = (),
     ) -> None:
         """Start the servers, or find those of `server_urls`. They load while the actor is built. Collective.
 
         Args:
             first_device: of the servers' GPUs where `server_devices` names none: the number of ranks on this node.
             most_images: of the prompt that has the most.
-            log_folder: where started servers write.
+            log_folder: where started servers write, and adapters are handed over.
+            adapted: layers whose adapters every sync brings, by transformers' names; none = it brings whole weights.
         Raises: UserError for more forbidden tokens than a server takes.
         """
         num_forbidden = len(encoder.forbidden_token_ids)
@@ -90,14 +94,16 @@ class ServerRollout:
             )
         self._config, self._ranks, self._preemption = config, ranks, preemption
         self._policy: Policy | None = None
-        self._transfer: WeightTransfer | None = None
+        self._transfer: WeightTransfer | AdapterTransfer | None = None
+        self._adapter_rank, self._log_folder = (model.lora.rank if adapted else 0), log_folder
+        self._adapters_fit = False  # a server has taken some
         self._supervisor: Supervisor | None = None
         self._synced: dict[int, int] = {}  # generation of each server that has the current weights
         self._has_started = False
         self._seconds_without, self._told_at = 0.0, time.monotonic()
         self._num_given_up = self._num_restarts_told = 0
         self._seconds_until_idle = 0.0  # of requests in flight, before the weights change
-        shared: tuple[list[str], str] | None = None
+        shared: tuple[list[str], str, str] | None = None
         if ranks.rank == 0:
             key = _key(config)
             servers = run_servers(
@@ -109,12 +115,14 @@ class ServerRollout:
                 images=image_bounds(encoder, most_images),
                 first_device=first_device,
                 log_folder=log_folder,
+                adapted=adapted,
             )
             self._supervisor = Supervisor(servers, self._config.server_start_seconds)
-            shared = [server.url for server in servers], key
+            shared = [server.url for server in servers], key, secrets.token_hex(4)
         shared = ranks.all_gather_objects(shared, "share the servers' addresses")[0]
         assert shared is not None
-        urls, key = shared
+        urls, key, run = shared
+        self._run: str = run
         self._secret = key
         self._generations = dict.fromkeys(range(len(urls)), 0)  # as last heard of rank 0
         self._group = ServerGroup(
@@ -172,8 +180,7 @@ class ServerRollout:
         """See RolloutEngine; the bytes are a server's. Raises: ServersGone, and UserError when no server starts."""
         if self._transfer is None:
             self._policy = policy
-            backend = transfer_backend(self._config, on_gpu=self._ranks.on_gpu)
-            self._transfer = WeightTransfer(policy, backend=backend, rank=self._ranks.rank, key=self._secret)
+            self._transfer = self._new_transfer(policy)
             self._wait_for_start()
         self._group.hold()
         if self._config.weight_swap == "boundary":
@@ -196,6 +203,8 @@ class ServerRollout:
             self._complain(control.forget_and_resume(), ready)
         self._agree(True)
         self._group.release()
+        if isinstance(self._transfer, AdapterTransfer):
+            return self._transfer.num_bytes
         return sum(info.num_bytes for bucket in policy.weight_buckets() for info in bucket)
 
     def sleep(self, keep_weights: bool) -> None:
@@ -219,6 +228,16 @@ class ServerRollout:
             self._transfer.close()
         if self._supervisor is not None:
             self._supervisor.close()
+
+    def _new_transfer(self, policy: Policy) -> WeightTransfer | AdapterTransfer:
+        rank, key = self._ranks.rank, self._secret
+        if self._adapter_rank:
+            return AdapterTransfer(
+                policy, rank=rank, key=key, folder=self._log_folder / "adapters", run=self._run,
+                lora_rank=self._adapter_rank,
+            )  # fmt: skip
+        backend = transfer_backend(self._config, on_gpu=self._ranks.on_gpu)
+        return WeightTransfer(policy, backend=backend, rank=rank, key=key)
 
     def _wait_for_start(self) -> None:
         logger.info("waiting for %d rollout servers", len(self._generations))
@@ -282,8 +301,16 @@ class ServerRollout:
     def _send(self, servers: Sequence[ServerAddress]) -> None:
         """Give servers the actor's weights. Collective: those of ZeRO-3 are gathered."""
         assert self._transfer is not None and self._policy is not None, "weights are sent from the first sync on"
-        failed = self._transfer.send(servers, self._policy.num_updates_done)
+        version = self._policy.num_updates_done
+        failed = self._transfer.send(servers, version)
+        if isinstance(self._transfer, AdapterTransfer):
+            self._group.sample_with(self._transfer.name(version))
         failed = self._ranks.all_gather_objects(failed, "share which servers have the weights")[0]
+        if isinstance(self._transfer, AdapterTransfer) and not self._adapters_fit:
+            refused = [why for why in failed.values() if "HTTP" in why]
+            if len(refused) == len(servers):  # all of them, and from the first on: starting them anew would not help
+                raise UserError(refusal(refused[0]))
+            self._adapters_fit = True
         self._complain(failed, servers)
         for address in servers:
             if address.number not in failed:
@@ -320,6 +347,7 @@ def run_servers(
     images: ImageBounds | None,
     first_device: int,
     log_folder: Path,
+    adapted: Sequence[str] = (),
 ) -> Sequence[Server]:
     """The servers of a run: those of `server_urls`, else processes on GPUs of their own, not started yet."""
     if config.server_urls:
@@ -338,6 +366,7 @@ def run_servers(
             devices=devices[number * size : (number + 1) * size],
             images=images,
             log=log_folder / f"server_{number}.log",
+            adapted=adapted,
         )
         for number in range(config.num_servers)
     ]

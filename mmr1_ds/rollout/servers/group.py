@@ -98,8 +98,8 @@ class ServerGroup:
             that is larger by itself; first_server: the one that goes first where loads are equal, so that ranks spread.
         """
         self._servers = [_Server(url.rstrip("/")) for url in urls]
-        exchange = Exchange(eos_token_ids, forbidden_token_ids, vocabulary_size)
-        self._client = ServerClient(exchange, key, server_timeout_seconds, request_timeout_seconds)
+        self._exchange = Exchange(eos_token_ids, forbidden_token_ids, vocabulary_size)
+        self._client = ServerClient(self._exchange, key, server_timeout_seconds, request_timeout_seconds)
         self._max_in_flight, self._first_server = max_in_flight, first_server
         self._look_seconds = min(_LOOK_SECONDS, server_timeout_seconds / 4)
         self._condition = threading.Condition()  # guards all that follows
@@ -126,6 +126,10 @@ class ServerGroup:
                 heapq.heappush(self._queue, (priority, next(self._back), job))
         self._poke()
         return ticket
+
+    def sample_with(self, adapter: str) -> None:
+        """Let requests that are sent from now on be answered by LoRA's adapter of this name."""
+        self._exchange.adapter = adapter
 
     def finished(self, ticket: Ticket) -> int:
         """Number of its requests that are answered or given up."""

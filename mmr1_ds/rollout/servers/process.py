@@ -19,6 +19,7 @@ from typing import Any
 from mmr1_ds import io
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
+from mmr1_ds.rollout.adapters import adapter_options
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options
 from mmr1_ds.rollout.servers.address import WILDCARDS, ServerPort, host_in_url
 from mmr1_ds.rollout.servers.guard import KEY_VARIABLE
@@ -47,7 +48,10 @@ def check_key(key: str, variable: str) -> None:
 
 
 def server_arguments(options: Mapping[str, Any]) -> list[str]:
-    """vLLM's command line for options of its Python interface. A flag that is false is said too, a mapping as JSON."""
+    """vLLM's command line for options of its Python interface.
+
+    A flag that is false is said too, a mapping as JSON, a list word by word.
+    """
     arguments = []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -55,6 +59,8 @@ def server_arguments(options: Mapping[str, Any]) -> list[str]:
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, Mapping):
             arguments += [f"--{flag}", json.dumps(value)]
+        elif isinstance(value, list):
+            arguments += [f"--{flag}", *map(str, value)]
         else:
             arguments += [f"--{flag}", str(value)]
     return arguments
@@ -83,12 +89,14 @@ class ServerProcess:
         images: ImageBounds | None,
         log: Path,
         port: int | None = None,
+        adapted: Sequence[str] = (),
     ) -> None:
         """Choose the address; nothing is started.
 
         Args: number: among the run's servers; key: what every request must carry; devices: numbers of its GPUs, unused
             on the CPU; images: None for a model that takes none; log: file that its output is appended to; port:
-            None for a free one.
+            None for a free one; adapted: layers whose adapters every sync brings, by transformers' names; none = it
+            brings whole weights.
         Raises: UserError for an address that cannot be listened on.
         """
         assert key, "a server without a key would be open"
@@ -114,6 +122,9 @@ class ServerProcess:
             "disable_uvicorn_access_log": True,
         }
         self.environment = _environment(config, key, on_gpu=on_gpu, devices=devices)
+        if adapted:
+            options |= adapter_options(adapted, model.lora.rank)
+            self.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the route that loads them
         if not on_gpu and config.tensor_parallel_size == 1 and self.environment[_CPU_THREADS] == "nobind":
             # One process and 1 GB less. vLLM's CPU build wants a worker's own process only to place its threads.
             options["distributed_executor_backend"] = "uni"

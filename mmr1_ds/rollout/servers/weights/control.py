@@ -15,6 +15,7 @@ from mmr1_ds.rollout.servers.address import ServerAddress
 
 _NUM_TRIES = 20  # of a cache that is still held, a tenth of a second apart
 _MOST_WORDS = 300  # characters of a server's message
+_LOAD = "v1/load_lora_adapter"  # answers in words
 
 
 class ServerControl:
@@ -105,6 +106,11 @@ class ServerControl:
         """The new weights are whole; responses carry their version from now on."""
         self.begin("finish_weight_update", {"weight_version": weight_version or self._version})()
 
+    def load_adapter(self, name: str, path: str) -> None:
+        """Have them load LoRA's adapter from this folder; responses carry its version from now on."""
+        self.begin(_LOAD, {"lora_name": name, "lora_path": path})()
+        self.begin("update_weight_version", {"new_version": self._version})()
+
     def fail_all(self, reason: str) -> None:
         """Note a failure that is every server's."""
         for server in self.live:
@@ -143,7 +149,11 @@ class ServerControl:
         found = io.ask("POST", f"{server.url}/{route}", self._key, body, timeout_seconds=self._timeout_seconds)
         text = found.content.decode(errors="replace")
         if found.status != HTTPStatus.OK:
+            if route == _LOAD and "already been loaded" in text:  # by an attempt that failed afterwards
+                return {}
             raise _Refused(f"HTTP {found.status} {_message(text)}")
+        if route == _LOAD:
+            return {}
         try:
             answer = json.loads(text or "{}")
         except ValueError:

@@ -1,13 +1,16 @@
-"""LoRA's adapters beside the weights in vLLM's model, given in memory at every sync: worker.rollout.lora_sync=adapters.
+"""LoRA's adapters beside the weights in vLLM's model: worker.rollout.lora_sync=adapters.
 
-vLLM takes an adapter from a folder, by the path in a request. Ours has none: a sync registers the factors under the
-adapter's id and writes them into vLLM's buffers, and a request finds that id registered, so that no path is opened.
-All functions with a worker run in vLLM's worker.
+vLLM takes an adapter from a folder, by the path in a request. Servers do (servers/weights/adapters.py). An engine in
+the ranks is given it in memory at every sync, which registers the factors under the adapter's id and writes them into
+vLLM's buffers: a request finds that id registered, so that no path is opened. All functions with a worker run in vLLM's
+worker.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.errors import UserError
@@ -74,6 +77,18 @@ def load_adapters(worker: Any, tensors: Mapping[str, Tensor], rank: int) -> None
     manager.add_adapter(LoRAModel(_ID, rank, layers))
     manager.activate_adapter(_ID)
     layers.clear()  # vLLM's buffers have them now, and these would be held while the actor learns
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> None:
+    """Write an adapter as vLLM reads one, in peft's form. tensors: see `Policy.adapter_weights`. Raises: OSError."""
+    from safetensors.torch import save
+
+    layers = sorted(key.removesuffix(_A) for key in tensors if key.endswith(_A))
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none"}
+    stored = {f"base_model.model.{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "adapter_model.safetensors").write_bytes(save(stored, {"format": "pt"}))
 
 
 def _target(layer: str) -> str:
