@@ -72,7 +72,7 @@ def by_vllm(folder: str, prompts: list[list[int]], length: int, encoder: PromptE
     """The greedy answers by a fresh engine that reads the exported folder."""
     from vllm import LLM, SamplingParams
 
-    engine = LLM(model=folder, dtype="float32", enforce_eager=True, max_model_len=256)
+    engine = LLM(model=folder, dtype="float32", enforce_eager=True, max_model_len=256, gpu_memory_utilization=0.2)
     settings = SamplingParams(temperature=0, max_tokens=length, stop_token_ids=list(encoder.eos_token_ids))
     outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings)
     return [list(output.outputs[0].token_ids) for output in outputs]
