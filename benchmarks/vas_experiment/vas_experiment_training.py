@@ -23,6 +23,7 @@ from vas_experiment_recording import (
 from vas_experiment_trials import (
     BATCH,
     RESPONSES,
+    SIZES,
     Trial,
     prepare_model,
     prepare_pool,
@@ -181,7 +182,7 @@ class Session:
     ) -> RecordingTrainer:
         coordinator = RecordingCoordinator(
             config.data, train_data.prompt_ids, train_data.categories, train_data.fingerprint, RESPONSES,
-            config.trainer.max_steps, self._ranks,
+            config.trainer.max_steps, self._ranks, sizes=SIZES if trial.arm == "sizes" else None,
         )  # fmt: skip
         counter = CountingRollout(self._rollout)
         reward_name = config.worker.reward.reward_function

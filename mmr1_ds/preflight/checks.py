@@ -25,6 +25,7 @@ from mmr1_ds.preflight.files import (
     model_carries_states,
     model_has_experts,
 )
+from mmr1_ds.preflight.group_sizes import check_group_sizes
 from mmr1_ds.preflight.plan import BatchPlan, _plan
 from mmr1_ds.preflight.router_replay import check_router_replay
 from mmr1_ds.preflight.servers import check_servers
@@ -50,6 +51,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_validation(config)
     _check_ranks(config, world_size)
     check_servers(config)
+    check_group_sizes(config)
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
     _check_lora(config.worker.actor.model.lora)

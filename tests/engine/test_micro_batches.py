@@ -20,8 +20,8 @@ def total(lengths, part):
 
 
 def test_in_turn():
-    assert in_turn(7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert in_turn(2, 5) == [[0, 1]]
+    assert in_turn(7, 3, needing()) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert in_turn(2, 5, needing()) == [[0, 1]]
 
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40)
