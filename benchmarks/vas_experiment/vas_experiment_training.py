@@ -73,6 +73,7 @@ class NoCheckpoints:
     """Nothing is kept of a trial but its figures."""
 
     failure = ""
+    is_writing = False
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -81,8 +82,9 @@ class NoCheckpoints:
         """See Checkpoints."""
         return False
 
-    def save(self, step: int, write: object, folders: object) -> None:
+    def save(self, step: int, write: object, folders: object, in_background: bool) -> bool:
         """See Checkpoints."""
+        return False
 
 
 class Session:
