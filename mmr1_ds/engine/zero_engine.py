@@ -204,7 +204,8 @@ class ZeroEngine:
 
 def _shortest(pairs: Sequence[Pair]) -> int:
     """The place of the pair with the fewest tokens."""
-    return min(range(len(pairs)), key=lambda i: (pairs[i][0].num_tokens, len(pairs[i][1])))
+    lengths = [(prompt.num_tokens or len(prompt.token_ids)) + len(response) for prompt, response in pairs]
+    return lengths.index(min(lengths))
 
 
 def _experts_of(recorded_SLlk: Tensor) -> list[np.ndarray]:

@@ -23,7 +23,7 @@ config = small_config(model, prompts=2, responses=sum(SIZES) // len(SIZES), micr
 actor_config = config.worker.actor
 actor_config.padding_free, actor_config.dynamic_batching = layout != "padded", layout == "by-tokens"
 actor_config.micro_batch_size_per_device_for_experience = 2
-config.data.max_prompt_length, config.data.max_response_length = 30, 12  # a budget that a few sequences fill
+config.data.max_prompt_length, config.data.max_response_length = 8, 6  # a budget that few sequences fill
 actor_config.optim.lr = 0.0
 config.algorithm.kl_type, config.algorithm.kl_target, config.algorithm.kl_horizon = "adaptive", 0.1, 1000.0
 encoder = PromptEncoder(actor_config.model, config.data)
