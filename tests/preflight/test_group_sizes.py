@@ -1,7 +1,8 @@
 """What groups of different sizes do not go with."""
 
 import pytest
-from fixtures.configs import check, refused
+from fixtures.configs import refused
+from fixtures.dry_runs import planned
 
 BOUNDS = ["worker.rollout.n_min=2", "worker.rollout.n_max=9"]
 ONLINE = ["data.sampling_strategy=curriculum", "data.curriculum_refresh=online"]
@@ -38,5 +39,6 @@ def test_what_is_refused(valid, settings, expected):
 
 
 def test_the_plan_counts_the_mean(valid):
-    plan = check(valid, *ONLINE, *BOUNDS)
-    assert plan.responses_per_step == plan.prompts_per_step * 5
+    text = planned([*valid, *ONLINE, *BOUNDS])
+    assert "12 prompts x 5 responses on average (2 to 9) = 60; 2 optimiser step(s) of 6 x 5 = 30 responses" in text
+    assert "12 prompts x 5 responses = 60" in planned([*valid, *ONLINE])
