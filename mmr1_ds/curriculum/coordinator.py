@@ -69,7 +69,7 @@ class Coordinator:
             for chunk in coordinator.refresh_chunks():   # after resume_refresh, those that are left
                 coordinator.observe_refresh(statistics of this rank's part of the chunk)
             coordinator.finish_refresh(step)
-        indices = coordinator.next_batch(step)           # again where online filtering needs more
+        indices, sizes = coordinator.next_groups(step)   # again where online filtering needs more
         probes = coordinator.next_probes(step)           # none with a full refresh
         coordinator.observe(step, statistics of this rank's groups, probes included)
         coordinator.finish_step(step, the prompts trained on)
