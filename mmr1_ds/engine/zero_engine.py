@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -295,13 +296,17 @@ class Learner(ZeroEngine, ABC):
         """
         self.engine.train()
         steps: list[OptimiserStep] = []
-        n, size = self._sizes.num_responses, self._mini_batch_size
-        sizes = [n] * (len(trajectories) // n) if group_sizes is None else list(group_sizes)
-        assert sum(sizes) == len(trajectories), (sizes, len(trajectories))
-        ends = [*np.cumsum([sum(sizes[first : first + size]) for first in range(0, len(sizes), size)]).tolist()]
-        self._num_responses_of_update = len(sizes) * n * self._ranks.size  # n is the mean over all ranks
+        n, share = self._sizes.num_responses, self._mini_batch_size
+        if group_sizes is None:
+            group_sizes = [len(trajectories[start : start + n]) for start in range(0, len(trajectories), n)]
+        ends = np.cumsum(group_sizes)
+        assert ends[-1] == len(trajectories), (group_sizes, len(trajectories))
+        cuts = [0, *ends[share - 1 :: share].tolist()]
+        if cuts[-1] < len(trajectories):
+            cuts.append(len(trajectories))
+        self._num_responses_of_update = n * len(group_sizes) * self._ranks.size  # n is the mean over all ranks
         for _ in range(self._settings.ppo_epochs):
-            for start, end in zip([0, *ends], ends, strict=False):
+            for start, end in pairwise(cuts):
                 taken = self._optimiser_step(trajectories[start:end])
                 if taken is not None:
                     steps.append(taken)
