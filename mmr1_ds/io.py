@@ -33,13 +33,12 @@ class PendingFile(NamedTuple):
 
 
 @contextmanager
-def whole_file(path: Path, *, has_rivals: bool = False) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """Yield a name beside `path`; what is written there takes its place, synced to disk, or is removed on an error.
 
-    Args: has_rivals: whether other processes may write the same file meanwhile.
     Raises: OSError; the old file, if there is one, is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if has_rivals else f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         sync(temporary)
@@ -49,9 +48,9 @@ def whole_file(path: Path, *, has_rivals: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes, *, has_rivals: bool = False) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file as `whole_file` does."""
-    with whole_file(path, has_rivals=has_rivals) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
 

@@ -13,10 +13,9 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("has_rivals", [False, True])
-def test_a_file_takes_the_place_of_the_old_one(tmp_path, has_rivals):
+def test_a_file_takes_the_place_of_the_old_one(tmp_path):
     for content in (b"first", b"second, which is longer", b""):
-        io.write_whole(tmp_path / "a.json", content, has_rivals=has_rivals)
+        io.write_whole(tmp_path / "a.json", content)
         assert (tmp_path / "a.json").read_bytes() == content and names(tmp_path) == ["a.json"]
 
 

@@ -33,7 +33,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,8 @@ from pathlib import Path
 from typing import Any
 
 from bench_step_sides import INSTRUCTION, NEW_TOKENS, PROMPTS, RESPONSES, prepare, prompt_tokens
+
+from mmr1_ds.cluster.launch import free_port
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -62,7 +63,7 @@ class Side:
         program = HERE / f"bench_step_{trainer}.py"
         command = [sys.executable, str(program), str(folder), setup, str(micro_batch), str(num_steps)]
         threads = str(2 // self._num_ranks)
-        shared = {"WORLD_SIZE": str(self._num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        shared = {"WORLD_SIZE": str(self._num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self._processes = []
         for rank in range(self._num_ranks):
             own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads}
@@ -121,12 +122,6 @@ def _environment(own: dict[str, str]) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         **own,
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def measure(setup: str, folder: Path, micro_batch: int, warm_up: int, num_steps: int) -> list[dict[str, Any]]:

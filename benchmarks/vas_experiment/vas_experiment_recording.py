@@ -5,7 +5,7 @@ The rollouts that a run spends are counted where they are made, not taken from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ from mmr1_ds.loop.batches import Batch, BatchMaker
 from mmr1_ds.loop.collector import Collector, RequestMaker
 from mmr1_ds.loop.trainer import Trainer
 from mmr1_ds.monitoring.clock import StageClock
-from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import InTurn, RolloutEngine, ignore
+from mmr1_ds.records import RolloutGroup, SamplingSettings
+from mmr1_ds.rollout.base import Enough, InTurn, RolloutEngine, Submitted, ignore, never
 
 HISTOGRAM_EVERY = 20  # steps
 HISTOGRAM_BINS = 20
@@ -34,16 +34,13 @@ class CountingRollout(InTurn):
         self._engine = engine
         self.num_responses = 0
 
-    def generate(
-        self,
-        requests: Sequence[RolloutRequest],
-        settings: SamplingSettings,
-        advance: Callable[[int], None] = ignore,
-    ) -> list[RolloutGroup]:
+    def collect(
+        self, submitted: Submitted, enough: Enough = never, advance: Callable[[int], None] = ignore
+    ) -> list[RolloutGroup | None]:
         """See RolloutEngine."""
-        if settings.temperature > 0.0:
-            self.num_responses += sum(request.num_responses for request in requests)
-        return self._engine.generate(requests, settings, advance)
+        if submitted.settings.temperature > 0.0:
+            self.num_responses += sum(request.num_responses for request in submitted.requests)
+        return self._engine.collect(submitted, enough, advance)
 
     def sync_weights(self, actor: Actor) -> int:
         """See RolloutEngine."""

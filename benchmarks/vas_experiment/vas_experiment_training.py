@@ -43,7 +43,7 @@ from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.zero_engine import Sizes
 from mmr1_ds.loop.collector import Collector
-from mmr1_ds.loop.composition import make_batches, make_trainer
+from mmr1_ds.loop.composition import Opened, make_batches, make_trainer
 from mmr1_ds.loop.engines import Engines
 from mmr1_ds.monitoring.live_report import LiveReport
 from mmr1_ds.monitoring.logger import MetricsLogger
@@ -189,29 +189,17 @@ class Session:
         counter = CountingRollout(self._rollout)
         reward_name = config.worker.reward.reward_function
         collector = Collector(counter, self._rewards, reward_name, self._encoder, self._ranks)
-        batches = make_batches(
-            config, RecordingBatches, self._ranks, self._encoder, train_data, coordinator, collector
-        )
+        metrics_logger, report = MetricsLogger([steps]), LiveReport(self._folder, None)
+        opened = Opened(
+            self._ranks, self._encoder, train_data, val_data, coordinator,
+            NoCheckpoints(self._folder),  # type: ignore[arg-type]
+            metrics_logger, report, self._never_asked,
+        )  # fmt: skip
+        batches = make_batches(config, RecordingBatches, opened, collector)
         coordinator.steps = batches.steps = steps
         coordinator.kinds = batches.kinds = kinds
-        metrics_logger = MetricsLogger([steps])
-        trainer = make_trainer(
-            config,
-            trial.steps,
-            RecordingTrainer,
-            Engines(counter, actor),
-            ranks=self._ranks,
-            encoder=self._encoder,
-            train_data=train_data,
-            val_data=val_data,
-            coordinator=coordinator,
-            batches=batches,
-            collector=collector,
-            checkpoints=NoCheckpoints(self._folder),  # type: ignore[arg-type]
-            metrics_logger=metrics_logger,
-            report=LiveReport(self._folder, None),
-            preemption=self._never_asked,
-        )
+        engines = Engines(counter, actor)
+        trainer = make_trainer(config, trial.steps, RecordingTrainer, engines, opened, batches, collector)
         trainer.steps, trainer.counter, trainer.trace = steps, counter, None
         trainer.validate_every = config.trainer.val_freq
         trainer.trace_collector = Collector(self._rollout, self._rewards, reward_name, self._encoder, self._ranks)

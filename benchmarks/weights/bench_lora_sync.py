@@ -62,6 +62,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     from mmr1_ds.engine.model.lora import adapted_layers, adapters
     from mmr1_ds.engine.zero_engine import Sizes
     from mmr1_ds.records import Prompt, RolloutRequest, SamplingSettings
+    from mmr1_ds.rollout.base import generate
     from mmr1_ds.rollout.colocated.engine import VllmRollout
 
     os.environ["MASTER_PORT"] = str(free_port("127.0.0.1"))
@@ -102,7 +103,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             begun = time.perf_counter()
             num_bytes[way] = engines[way].sync_weights(actor)
             synced = time.perf_counter()
-            (group,) = engines[way].generate([RolloutRequest(prompt, options.responses, 7)], settings)
+            (group,) = generate(engines[way], [RolloutRequest(prompt, options.responses, 7)], settings)
             if number:
                 seconds[way].append(synced - begun)
                 sampling[way].append(time.perf_counter() - synced)

@@ -40,7 +40,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -51,6 +50,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mmr1_ds.cluster.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSUMER = Path(__file__).with_name("bench_weight_sync_consumer.py")
@@ -344,12 +345,6 @@ def environment(own: dict[str, str]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         **own,
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def report(rows: list[dict[str, Any]]) -> str:

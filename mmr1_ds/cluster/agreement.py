@@ -1,4 +1,4 @@
-"""Agreement of all ranks on what may fail on one rank's disk."""
+"""Agreement of all ranks on what may fail on one of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.errors import UserError
 from mmr1_ds.io import in_words
 
 T = TypeVar("T")
@@ -36,4 +37,21 @@ def in_step(ranks: Ranks, stage: str, action: Callable[[], T]) -> T:
     first = next((text for text in ranks.all_gather_objects(failure, stage) if text), "")
     if first:
         raise SaveFailed(first)
+    return result  # type: ignore[return-value]
+
+
+def by_rank_0(ranks: Ranks, stage: str, action: Callable[[], T]) -> T:
+    """Do an action on rank 0; what it returns is every rank's, and so is its mistake. Collective.
+
+    Args: action: has no collectives of its own. Raises: UserError, the same on every rank.
+    """
+    result, refused = None, ""
+    if ranks.rank == 0:
+        try:
+            result = action()
+        except UserError as error:
+            refused = str(error)
+    result, refused = ranks.all_gather_objects((result, refused), stage)[0]
+    if refused:
+        raise UserError(refused)
     return result  # type: ignore[return-value]

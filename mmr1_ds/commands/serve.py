@@ -21,7 +21,9 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.ranges import check_choices, check_ranges
 from mmr1_ds.errors import UserError, require
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
-from mmr1_ds.preflight.files import check_data, check_format_prompt, check_model
+from mmr1_ds.preflight.data import check_data
+from mmr1_ds.preflight.files import check_format_prompt
+from mmr1_ds.preflight.models import check_model
 from mmr1_ds.rollout.options import image_bounds
 from mmr1_ds.rollout.servers.address import ServerPort
 from mmr1_ds.rollout.servers.process import ServerProcess, check_key
@@ -54,8 +56,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the server. Returns: the exit code; 0 after SIGTERM, 1 when it does not start. Raises: UserError."""
     configure_logging(is_main=True)
     stopped = _Signals()
-    config, port = _read(arguments.settings, arguments.port)
-    return _run(_server(config, port), config.worker.rollout.server_start_seconds, stopped)
+    config, port = read(arguments.settings, arguments.port)
+    return run(_server(config, port), config.worker.rollout.server_start_seconds, stopped)
 
 
 class _Signals:
@@ -77,7 +79,7 @@ class _Signals:
         return self._event.wait(seconds)
 
 
-def _read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
+def read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
     """Return the configuration and the port, after all checks that need nothing heavy. Raises: UserError."""
     ports = [word for word in settings if word.startswith(_PORT)]
     loaded = load_config([word for word in settings if word not in ports])
@@ -159,7 +161,8 @@ def _most_images(config: RunConfig, encoder: PromptEncoder) -> int:
     return max(found)
 
 
-def _run(server: ServerProcess, start_seconds: float, stopped: _Signals) -> int:
+def run(server: ServerProcess, start_seconds: float, stopped: _Signals) -> int:
+    """Keep the server running until a signal comes. Returns: the exit code."""
     supervisor = Supervisor([server], start_seconds)
     supervisor.start()
     try:

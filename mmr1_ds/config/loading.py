@@ -31,6 +31,7 @@ from mmr1_ds.config.keys import (
     nearest,
     sections,
 )
+from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.redaction import shown, without_secrets
 from mmr1_ds.config.schema import RunConfig, names_a_file
 from mmr1_ds.config.upstream import Translation, ours, replace_example_files, translate, upstream_keys
@@ -41,6 +42,10 @@ COMMAND_LINE = "the command line"
 LOCAL_RANK = ("--local_rank=", "--local-rank=")  # the deepspeed launcher adds it; the rank comes from the environment
 USAGE = "usage: python -m mmr1_ds.train [config=FILE ...] [key=value ...] ['list=[a,b]' ...]\n"
 _FUNCTION_KEYS = ("worker.reward.reward_function", *FUNCTION_KEYS)  # path/file.py:function, or a word
+_HOME_KEYS = (
+    "worker.actor.model.model_path", "worker.actor.model.tokenizer_path", "data.image_dir", "data.curriculum_prior",
+    "trainer.run_dir", "trainer.load_checkpoint_path", "trainer.save_checkpoint_path", "trainer.pass_rates",
+)  # fmt: skip
 _PATH_KEYS = ("data.format_prompt", "worker.actor.deepspeed", *_FUNCTION_KEYS)
 
 
@@ -84,6 +89,8 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     if merged.get("data.curriculum_draw") == "posterior":
         merged.setdefault("data.curriculum_mixture_ratio", 0.8)
         merged.setdefault("data.curriculum_probe_fraction", 0.0)
+    if "worker.actor.dtype" in merged:
+        merged.setdefault("worker.rollout.dtype", merged["worker.actor.dtype"])
     notes = replace_example_files(merged, config_folders())
     config = _typed(merged)
     _expand_home(config)
@@ -110,20 +117,12 @@ def _escaped(value: Any) -> Any:
 
 def _expand_home(config: RunConfig) -> None:
     """Expand a leading ~, which the shell leaves alone in key=~/path, and vLLM and transformers do not know."""
-    model, trainer = config.worker.actor.model, config.trainer
-    model.model_path, model.tokenizer_path = _at_home(model.model_path), _at_home(model.tokenizer_path)
-    trainer.pass_rates = _at_home(trainer.pass_rates)
-    config.data.curriculum_prior = _at_home(config.data.curriculum_prior)
-    config.data.image_dir, trainer.run_dir = _at_home(config.data.image_dir), _at_home(trainer.run_dir)
-    trainer.load_checkpoint_path = _at_home(trainer.load_checkpoint_path)
-    trainer.save_checkpoint_path = _at_home(trainer.save_checkpoint_path)
-    config.data.train_files, config.data.val_files = map(
-        _files_at_home, (config.data.train_files, config.data.val_files)
-    )
-
-
-def _at_home(path: str | None) -> str | None:
-    return None if path is None else os.path.expanduser(path)
+    for key in _HOME_KEYS:
+        name, _, field = key.rpartition(".")
+        if (path := value_at(config, key)) is not None:
+            setattr(value_at(config, name), field, os.path.expanduser(path))
+    data = config.data
+    data.train_files, data.val_files = _files_at_home(data.train_files), _files_at_home(data.val_files)
 
 
 def _files_at_home(files: Any) -> Any:

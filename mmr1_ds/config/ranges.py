@@ -51,8 +51,8 @@ def _check(key: str, value: Any, limit: Range | OneOf) -> None:
     is_list = isinstance(value, list | tuple)
     for item in value if is_list else [value]:
         if item not in limit:
-            advice = limit.reason
-            if isinstance(limit, OneOf) and not advice and (close := nearest(item, limit.choices)):
+            advice = limit.reason if isinstance(limit, Range) else ""
+            if isinstance(limit, OneOf) and (close := nearest(item, limit.choices)):
                 advice = f"did you mean {close}?"
             text = f"{key} must {'each ' if is_list else ''}be {limit}, got {item}"
             raise UserError(f"{text}; {advice}" if advice else text)

@@ -39,10 +39,10 @@ def names_a_file(value: str) -> bool:
 
 
 class OneOf:
-    """The words that a key takes, and functions of the user's own files if told so. `reason` is what an error adds."""
+    """The words that a key takes, and functions of the user's own files if told so."""
 
-    def __init__(self, *choices: str, or_function: bool = False, reason: str = "") -> None:
-        self.choices, self.reason, self._or_function = choices, reason, or_function
+    def __init__(self, *choices: str, or_function: bool = False) -> None:
+        self.choices, self._or_function = choices, or_function
 
     def __contains__(self, value: str | None) -> bool:
         return value in self.choices or (self._or_function and value is not None and names_a_file(value))
@@ -188,6 +188,7 @@ class ModelConfig:
     override_config: dict[str, Any] = field(default_factory=dict)  # keys of the model's own config.json to replace
     enable_gradient_checkpointing: bool = True  # recompute activations in the backward: less memory, a third slower
     trust_remote_code: bool = False  # run code that comes with the model
+    fp32_lm_head: bool = False  # logits are not rounded to bf16, by actor, reference and vLLM
     freeze_vision_tower: bool = False  # train the language model only; it has no adapters then either
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -233,6 +234,8 @@ class ActorConfig:
     global_batch_size: PositiveInt = 256  # prompts (n responses each) an optimiser step, a multiple of the ranks
     micro_batch_size_per_device_for_update: PositiveInt = 4  # responses a forward and backward
     micro_batch_size_per_device_for_experience: PositiveInt = 16  # responses a forward for log-probabilities
+    # of weights and matrix products. auto: bf16 on GPU, fp32 on CPU; bf16 on a CPU shows what a run on a GPU rounds
+    dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"
     padding_free: bool = True  # sequences end to end, without padding; untested families are padded
     # of packed sequences: varlen = one call of flash-attention for all (GPU, bf16), sdpa = torch's, one by one
     attention: Annotated[str, OneOf("auto", "varlen", "sdpa")] = "auto"  # auto: varlen where it can run
@@ -282,6 +285,7 @@ class CriticModelConfig:
     override_config: dict[str, Any] = field(default_factory=dict)  # keys of the model's own config.json to replace
     enable_gradient_checkpointing: bool = True  # recompute activations in the backward: less memory, a third slower
     trust_remote_code: bool = False  # run code that comes with the model
+    fp32_lm_head: bool = False  # logits are not rounded to bf16, by actor, reference and vLLM
     freeze_vision_tower: bool = False  # train the language model and the head only
 
 
@@ -353,7 +357,7 @@ class RolloutConfig:
     logprobs: Annotated[str, OneOf("processed", "raw")] = "processed"  # raw: not with engine=server
     seed: NonNegativeInt = 1  # seed of the sampled responses
     limit_images: NonNegativeInt = 0  # images a prompt at most, more are an error; 0 = as many as the data has
-    # auto: bf16 on GPU, fp32 on CPU
+    # auto: worker.actor.dtype
     dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"
     gpu_memory_utilization: Annotated[float, Range("(0, 1]")] = 0.6  # share of the GPU that vLLM may take
     kv_cache_gb: PositiveInt | None = None  # GB of vLLM's key-value cache, CPU only; null = 4

@@ -59,7 +59,7 @@ class PromptDataset:
     def __init__(self, readers: list[RowReader], scan: Scan, data: DataConfig, prompt_encoder: PromptEncoder) -> None:
         self._readers = readers
         self._starts = list(itertools.accumulate((len(reader) for reader in readers), initial=0))
-        self._encoder = prompt_encoder
+        self.encoder = prompt_encoder
         self._max_length = data.max_prompt_length
         self._lengths = scan.lengths
         self._rows = _kept_rows(scan.lengths, data)
@@ -88,7 +88,7 @@ class PromptDataset:
             )
         content = reader.read(local)
         where = reader.where(local)
-        token_ids, images, videos = self._encoder.encode(content.prompt, content.images, where, content.videos)
+        token_ids, images, videos = self.encoder.encode(content.prompt, content.images, where, content.videos)
         return Prompt(
             index=int(index),
             prompt_id=self.prompt_ids[index],

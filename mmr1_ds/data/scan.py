@@ -63,11 +63,11 @@ def scan_rows(
         num_images=table["num_images"].to_numpy().astype(np.int32),
         num_videos=table["num_videos"].to_numpy().astype(np.int32),
         has_answer=table["has_answer"].to_numpy(),
-        sketches=_sketches(table["sketch"]) if with_sketches else None,
+        sketches=sketches_in(table["sketch"]) if with_sketches else None,
     )
 
 
-def _sketches(column: pa.ChunkedArray) -> np.ndarray:
+def sketches_in(column: pa.ChunkedArray) -> np.ndarray:
     """The sketches as rows of bytes, (R, SKETCH_BYTES) uint8."""
     parts = [np.empty(0, dtype=np.uint8)]
     for chunk in column.chunks:

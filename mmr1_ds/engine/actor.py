@@ -27,7 +27,7 @@ from mmr1_ds.engine.model.experts import as_published, balance_loss, is_transpos
 from mmr1_ds.engine.model.policy import exact_types, load_policy
 from mmr1_ds.engine.weights.gathering import adapter_weights, weight_buckets, weights_digest, whole_parameters
 from mmr1_ds.engine.weights.weight_files import write_weights
-from mmr1_ds.engine.zero_engine import Learner, OptimiserStep, Sizes, TokenLoss, start_deepspeed
+from mmr1_ds.engine.zero_engine import Learner, OptimiserStep, Sizes, TokenLoss, start_deepspeed, weights_dtype
 from mmr1_ds.records import Pair, Trajectory, WeightInfo
 
 
@@ -61,13 +61,13 @@ class Actor(Learner):
         Args: temperature: at which responses are sampled; num_updates: optimiser steps of the whole run, for the
             learning-rate schedule; deepspeed_config: without an optimizer the policy is only sampled from.
         """
-        dtype = start_deepspeed(ranks)
+        start_deepspeed(ranks)
         policy = load_policy(
             settings,
             exact_types(deepspeed_config),
             encoder.forbidden_token_ids,
             temperature,
-            dtype,
+            weights_dtype(deepspeed_config),
             trainable="optimizer" in deepspeed_config,
             ranks=ranks,
         )
@@ -76,14 +76,14 @@ class Actor(Learner):
         self._actor_settings, self._policy = settings, policy
         self.kl = KLController(algorithm)
         self._kl_penalty = algorithm.kl_penalty
-        self._importance = ImportanceSampling(
+        self.importance = ImportanceSampling(
             algorithm.rollout_is,
             algorithm.rollout_is_threshold,
             algorithm.rollout_mask,
             algorithm.rollout_mask_low,
             algorithm.rollout_mask_high,
         )
-        self._policy_loss = PolicyLoss(
+        self.policy_loss = PolicyLoss(
             settings.loss_type,
             settings.clip_ratio_low,
             settings.clip_ratio_high,
@@ -156,8 +156,8 @@ class Actor(Learner):
 
         Args: num_groups: of the batch, on this rank.
         """
-        several = self._settings.ppo_epochs > 1 or num_groups > self._mini_batch_size
-        return several or self.selects_by_entropy or self._policy_loss.kind == "clip_cov"
+        several = self.settings.ppo_epochs > 1 or num_groups > self._mini_batch_size
+        return several or self.selects_by_entropy or self.policy_loss.kind == "clip_cov"
 
     @property
     def selects_by_entropy(self) -> bool:
@@ -176,7 +176,7 @@ class Actor(Learner):
 
     def _optimiser_step(self, trajectories: Sequence[Trajectory]) -> OptimiserStep | None:
         """See Learner. Which tokens are chosen follows from all of the step's, before any micro-batch is computed."""
-        if self._policy_loss.kind in ("kl_cov", "clip_cov"):
+        if self.policy_loss.kind in ("kl_cov", "clip_cov"):
             trajectories = self._with_choice(trajectories)
         if self.selects_by_entropy:
             own = [item.old_entropies for item in trajectories if item.trains]
@@ -212,7 +212,7 @@ class Actor(Learner):
             old = [values for i in places if (values := trajectories[i].old_logprobs) is not None]
             advantages = [trajectories[i].advantages for i in places]
             settings = self._actor_settings
-            if self._policy_loss.kind == "kl_cov":
+            if self.policy_loss.kind == "kl_cov":
                 chosen = highest_covariances(old, advantages, settings.kl_cov_ratio, self._ranks)
             else:
                 bounds = settings.clip_cov_low, settings.clip_cov_high
@@ -230,11 +230,11 @@ class Actor(Learner):
         old_T = logprobs_T.detach()
         if trajectories[0].old_logprobs is not None:
             old_T = end_to_end([item.old_logprobs for item in trajectories], device)
-        importance_T, drift = self._importance(old_T, rollout_T, segments)
+        importance_T, drift = self.importance(old_T, rollout_T, segments)
         chosen_T = None
         if trajectories[0].is_chosen is not None:
             chosen_T = end_to_end([item.is_chosen for item in trajectories], device)
-        loss_T, figures = self._policy_loss(logprobs_T, old_T, advantages_T, segments, chosen_T)
+        loss_T, figures = self.policy_loss(logprobs_T, old_T, advantages_T, segments, chosen_T)
         loss_T = loss_T * importance_T
         if self.selects_by_entropy:
             trains_T = end_to_end([item.old_entropies for item in trajectories], device) >= self._entropy_bound

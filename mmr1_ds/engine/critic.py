@@ -17,7 +17,7 @@ from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.model.batching import end_to_end
 from mmr1_ds.engine.model.policy import exact_types
 from mmr1_ds.engine.model.value_model import load_value_model
-from mmr1_ds.engine.zero_engine import Learner, Sizes, TokenLoss, start_deepspeed
+from mmr1_ds.engine.zero_engine import Learner, Sizes, TokenLoss, start_deepspeed, weights_dtype
 from mmr1_ds.records import Pair, Trajectory
 
 
@@ -42,7 +42,8 @@ class Critic(Learner):
         Args: settings: resolved; num_updates: optimiser steps of the whole run, for the learning-rate schedule;
             offload_states: as worker.actor.offload_states.
         """
-        dtype = start_deepspeed(ranks)
+        start_deepspeed(ranks)
+        dtype = weights_dtype(deepspeed_config)
         module = load_value_model(settings, exact_types(deepspeed_config), dtype, ranks.device)
         super().__init__(
             module, settings, sizes, deepspeed_config, ranks, encoder, num_updates, bad_updates, offload_states

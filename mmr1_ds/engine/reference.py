@@ -19,7 +19,7 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.model.lora import adapters_off
 from mmr1_ds.engine.model.policy import exact_types, load_policy
-from mmr1_ds.engine.zero_engine import Sizes, ZeroEngine, start_deepspeed
+from mmr1_ds.engine.zero_engine import Sizes, ZeroEngine, start_deepspeed, weights_dtype
 from mmr1_ds.records import Pair
 
 
@@ -37,13 +37,13 @@ class Reference(ZeroEngine):
         encoder: PromptEncoder,
     ) -> None:
         """Load the model and wrap it. Collective. ema_decay: the share of itself that `follow` keeps."""
-        dtype = start_deepspeed(ranks)
+        start_deepspeed(ranks)
         policy = load_policy(
             settings,
             exact_types(deepspeed_config),
             encoder.forbidden_token_ids,
             temperature,
-            dtype,
+            weights_dtype(deepspeed_config),
             trainable=False,
             ranks=ranks,
         )

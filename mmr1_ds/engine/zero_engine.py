@@ -44,8 +44,13 @@ from mmr1_ds.io import PendingFile
 from mmr1_ds.records import Pair, Trajectory
 
 
-def start_deepspeed(ranks: Ranks) -> torch.dtype:
-    """Let DeepSpeed adopt the process group that is there. Returns: the type that weights are loaded in. Collective."""
+def weights_dtype(deepspeed_config: Mapping[str, Any]) -> torch.dtype:
+    """Return the type that weights are loaded in."""
+    return torch.bfloat16 if deepspeed_config["bf16"]["enabled"] else torch.float32
+
+
+def start_deepspeed(ranks: Ranks) -> None:
+    """Let DeepSpeed adopt the process group that is there. Collective."""
     lock_builds_by_kernel()
     deepspeed.init_distributed(auto_mpi_discovery=False)
     ranks.barrier("start of DeepSpeed")
@@ -53,8 +58,6 @@ def start_deepspeed(ranks: Ranks) -> torch.dtype:
     # with the last of them, however they end.
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
     Path(f"/dev/shm/{name}_{ranks.rank}").unlink(missing_ok=True)
-    return torch.bfloat16 if ranks.on_gpu else torch.float32
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -97,7 +100,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(
             model=module, config=resolved, model_parameters=parameters or None, optimizer=optimizer
         )
-        self._settings, self._sizes, self._ranks, self._encoder = settings, sizes, ranks, encoder
+        self.settings, self._sizes, self._ranks, self._encoder = settings, sizes, ranks, encoder
         self._parallel = module.parallel
         self._num_neighbours = 1 if self._parallel is None else self._parallel.size  # ranks that share each sequence
 
@@ -119,7 +122,7 @@ class ZeroEngine:
             pairs = self._parallel.gather(pairs)
             experts = experts and self._parallel.gather(experts)
         found: dict[int, tuple[np.ndarray, ...]] = {}
-        size = self._settings.micro_batch_size_per_device_for_experience
+        size = self.settings.micro_batch_size_per_device_for_experience
         for own in self._micro_batches(pairs, size, self._most_of_all_ranks):
             part = own or [_shortest(pairs)]
             chosen = [pairs[i] for i in part]
@@ -146,7 +149,7 @@ class ZeroEngine:
         """Which pairs are computed together, by position; none where other ranks have more to compute. Collective."""
         assert size is not None  # resolved
         size *= self._num_neighbours  # a rank holds a cut of each sequence
-        if not self._settings.dynamic_batching:
+        if not self.settings.dynamic_batching:
             return in_turn(len(pairs), size, agree)
         budget = size * (self._sizes.max_prompt_length + self._sizes.max_response_length)
         prompt_lengths = [prompt.num_tokens or len(prompt.token_ids) for prompt, _ in pairs]
@@ -280,8 +283,8 @@ class Learner(ZeroEngine, ABC):
     @property
     def _mini_batch_size(self) -> int:
         """Groups an optimiser step on this rank."""
-        assert self._settings.global_batch_size is not None  # resolved
-        return self._settings.global_batch_size // self._ranks.size
+        assert self.settings.global_batch_size is not None  # resolved
+        return self.settings.global_batch_size // self._ranks.size
 
     def update(
         self, trajectories: Sequence[Trajectory], group_sizes: Sequence[int] | None = None
@@ -305,7 +308,7 @@ class Learner(ZeroEngine, ABC):
         if cuts[-1] < len(trajectories):
             cuts.append(len(trajectories))
         self._num_responses_of_update = n * len(group_sizes) * self._ranks.size  # n is the mean over all ranks
-        for _ in range(self._settings.ppo_epochs):
+        for _ in range(self.settings.ppo_epochs):
             for start, end in pairwise(cuts):
                 taken = self._optimiser_step(trajectories[start:end])
                 if taken is not None:
@@ -330,14 +333,14 @@ class Learner(ZeroEngine, ABC):
             totals.update(sums)
             return int(most["micro-batches"])
 
-        rate = learning_rate(self._settings.optim, self.num_updates_done, self._num_updates)
-        set_rates(self.engine.optimizer.param_groups, rate, self._settings.optim)
+        rate = learning_rate(self.settings.optim, self.num_updates_done, self._num_updates)
+        set_rates(self.engine.optimizer.param_groups, rate, self.settings.optim)
         if self._parallel is not None:
             trajectories = self._parallel.gather(trajectories)
         sums: dict[str, float] = {}
         largest: dict[str, float] = {}
         pairs = [item.pair for item in trajectories]
-        micro_batches = self._micro_batches(pairs, self._settings.micro_batch_size_per_device_for_update, agree)
+        micro_batches = self._micro_batches(pairs, self.settings.micro_batch_size_per_device_for_update, agree)
         batch = GlobalBatch(totals["tokens"], totals["responses"])
         for number, part in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
@@ -366,7 +369,7 @@ class Learner(ZeroEngine, ABC):
         outputs = self._forward([item.pair for item in trajectories], self._experts(trajectories))
         segments = Segments.of([len(item.token_ids) for item in trajectories], self._ranks.device)
         found = self._loss(outputs, trajectories, segments)
-        weights_T = token_weights(self._settings.loss_avg_mode, segments, batch, self._loss_scale_factor)
+        weights_T = token_weights(self.settings.loss_avg_mode, segments, batch, self._loss_scale_factor)
         trains_S = torch.tensor([item.trains for item in trajectories], device=self._ranks.device)
         trains_T = segments.spread(trains_S).to(found.loss_T.dtype)
         weights_T = weights_T.to(found.loss_T.dtype) * trains_T

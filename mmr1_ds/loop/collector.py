@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rewards.scoring import FAILED, RESPONSES, UNSCORED, RewardCounts, score_groups
-from mmr1_ds.rollout.base import ignore, never
+from mmr1_ds.rollout.base import generate, ignore, never
 
 if TYPE_CHECKING:
     from mmr1_ds.data.dataset import PromptDataset
@@ -97,8 +98,8 @@ class Collector:
         Args: advance: takes how many more responses are sampled.
         Raises: UserError when no reward has worked yet: training on zeros would teach nothing.
         """
-        with clock("gen"):
-            groups = self._rollout.generate(requests, settings, advance)
+        with clock("gen"), self._scoring_beside():
+            groups = generate(self._rollout, requests, settings, advance, self.score_beside)
         return self.score(groups, clock)
 
     def begin(self, in_flight: InFlight, settings: SamplingSettings) -> None:
@@ -112,9 +113,15 @@ class Collector:
 
         enough: is called as groups end: `score_beside`, for one.
         """
+        with self._scoring_beside():
+            in_flight.wait(self._rollout, enough)
+
+    @contextmanager
+    def _scoring_beside(self) -> Iterator[None]:
+        """While it samples, `score_beside` may be called."""
         self._early, self._early_counts = {}, RewardCounts()  # of a step that was cut off
         try:
-            in_flight.wait(self._rollout, enough)
+            yield
         finally:
             if self._beside is not None:
                 self._beside.end()

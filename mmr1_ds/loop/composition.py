@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -80,6 +81,22 @@ B = TypeVar("B", bound=BatchMaker)
 T = TypeVar("T", bound=Trainer)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What a run has before its models: the ranks, the data, and where it writes."""
+
+    ranks: Ranks
+    encoder: PromptEncoder
+    train_data: PromptDataset
+    val_data: PromptDataset | None
+    coordinator: Coordinator
+    checkpoints: Checkpoints
+    metrics_logger: MetricsLogger
+    report: LiveReport
+    preemption: Preemption
+    resumed_step: int = 0
+
+
 def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironment, preemption: Preemption) -> None:
     """Train, or validate only, as the config says. Every rank of the launch calls this.
 
@@ -90,7 +107,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
     with ExitStack() as stack:
         # Starts before the models take the memory.
         rewards = stack.enter_context(RewardPool(config.worker.reward, config.data.max_response_length))
-        check_gpu(deepspeed.actor, launch)  # before the data is read, which may take minutes
+        check_gpu(launch)  # before the data is read, which may take minutes
         encoder = PromptEncoder(config.worker.actor.model, config.data)
         if deepspeed.critic is not None and config.worker.critic.model.model_path is not None:
             check_reads_alike(config.worker.critic.model, config.data, encoder)
@@ -108,8 +125,9 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         if is_done(config, start, num_steps):
             return
         if start is not None:
-            check_resumable(start[1], deepspeed.critic is not None)
-        coordinator = _coordinator(config, train_data, num_steps, ranks)
+            in_bf16 = None if config.trainer.val_only else bool(deepspeed.actor["bf16"]["enabled"])
+            check_resumable(start[1], deepspeed.critic is not None, in_bf16)
+        coordinator = make_coordinator(config, train_data, num_steps, ranks)
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
         elif config.data.curriculum_prior is not None and not config.trainer.val_only:
@@ -119,6 +137,10 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         report_freq = None if config.trainer.val_only or ranks.rank > 0 else config.trainer.report_freq
         report = stack.enter_context(LiveReport(run_directory(config), report_freq))
         tell_start(config, start, ranks, num_steps)
+        opened = Opened(
+            ranks, encoder, train_data, val_data, coordinator, checkpoints, metrics_logger, report, preemption,
+            resumed_step=start[0] if start else 0,
+        )  # fmt: skip
 
         with (
             ranks.stage("load the models"),
@@ -133,25 +155,8 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             )
             collector = _collector(config, engines.rollout, rewards, encoder, ranks)
             batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
-            trainer = make_trainer(
-                config,
-                num_steps,
-                Trainer,
-                engines,
-                ranks=ranks,
-                encoder=encoder,
-                train_data=train_data,
-                val_data=val_data,
-                coordinator=coordinator,
-                batches=make_batches(config, batch_maker, ranks, encoder, train_data, coordinator, collector),
-                collector=collector,
-                checkpoints=checkpoints,
-                metrics_logger=metrics_logger,
-                report=report,
-                preemption=preemption,
-                work=work,
-                resumed_step=start[0] if start else 0,
-            )
+            batches = make_batches(config, batch_maker, opened, collector)
+            trainer = make_trainer(config, num_steps, Trainer, engines, opened, batches, collector, work)
             if start is not None:
                 trainer.parts.state.load(*start, None if config.trainer.val_only else trainer.parts.settings)
         trainer.fit()
@@ -167,15 +172,7 @@ def _collector(
     return Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks, penalty)
 
 
-def make_batches(
-    config: RunConfig,
-    batch_maker: type[B],
-    ranks: Ranks,
-    encoder: PromptEncoder,
-    train_data: PromptDataset,
-    coordinator: Coordinator,
-    collector: Collector,
-) -> B:
+def make_batches(config: RunConfig, batch_maker: type[B], opened: Opened, collector: Collector) -> B:
     """Make what draws and samples the batches of a run."""
     return batch_maker(
         config.data,
@@ -183,15 +180,15 @@ def make_batches(
         config.worker.rollout,
         config.worker.actor.global_batch_size,
         config.trainer.max_try_make_batch,
-        ranks,
-        _scorer(config.data, ranks, encoder),
-        train_data,
-        coordinator,
+        opened.ranks,
+        make_scorer(config.data, opened.ranks, opened.encoder),
+        opened.train_data,
+        opened.coordinator,
         collector,
     )
 
 
-def _scorer(
+def make_scorer(
     data: DataConfig, ranks: Ranks, encoder: PromptEncoder
 ) -> Callable[[Sequence[ScoredGroup]], list[PromptStatistics]]:
     """What turns scored groups into what the curriculum observes, with the kernel of this device."""
@@ -209,104 +206,124 @@ def make_trainer(
     num_steps: int,
     trainer_class: type[T],
     engines: Engines,
-    *,
-    ranks: Ranks,
-    encoder: PromptEncoder,
-    train_data: PromptDataset,
-    val_data: PromptDataset | None,
-    coordinator: Coordinator,
+    opened: Opened,
     batches: BatchMaker,
     collector: Collector,
-    checkpoints: Checkpoints,
-    metrics_logger: MetricsLogger,
-    report: LiveReport,
-    preemption: Preemption,
     work: ActorWork | None = None,
-    resumed_step: int = 0,
 ) -> T:
     """Put the loop together from what it samples with, learns with and writes to."""
-    data, worker, trainer, seed = config.data, config.worker, config.trainer, config.worker.rollout.seed
-    settings = _sampling_settings(worker.rollout, data.max_response_length)
-    of_validation = worker.rollout.val_override_config
-    if of_validation.stop is None:
-        of_validation = dataclasses.replace(of_validation, stop=worker.rollout.stop)
+    settings = _sampling_settings(config.worker.rollout, config.data.max_response_length)
     turns = Turns(engines.rollout, engines.actor, engines.critic)
-    learners = Learners(
-        config.algorithm,
-        trainer.critic_warmup,
-        worker.ref.update_freq,
-        reward_weights(worker.reward) | ({"overlong": 1.0} if config.algorithm.overlong_buffer else {}),
-        actor=engines.actor,
-        reference=engines.reference,
-        critic=engines.critic,
-        ranks=ranks,
-    )
-    records = _records(config, engines, encoder, ranks, coordinator, metrics_logger, preemption, work, resumed_step)
-    validation = Validation(
-        val_data,
-        of_validation,
-        data,
-        trainer,
-        seed,
-        num_steps,
-        f"{worker.actor.model.model_path} of {run_directory(config)}",
-        collector=collector,
-        encoder=encoder,
-        turns=turns,
-        records=records,
-        metrics_logger=metrics_logger,
-        answer_log=AnswerLog(run_directory(config) / "eval", ranks.rank == 0, int(trainer.samples_limit_gb * 1e9)),
-        ranks=ranks,
-    )
-    kept_refresh = checkpoints.root / KEPT
-    refresh = CurriculumRefresh(
-        data,
-        worker.reward,
-        settings,
-        seed,
-        coordinator=coordinator,
-        collector=collector,
-        train_data=train_data,
-        score=_scorer(data, ranks, encoder),
-        turns=turns,
-        weights_digest=engines.actor.weights_digest,
-        kept=kept_refresh,
-        preemption=preemption,
-        records=records,
-        metrics_logger=metrics_logger,
-        ranks=ranks,
-    )
-    state = RunState(
-        steps_between_saves(config, num_steps),
-        not trainer.val_only,
-        trainer.async_save,
-        trainer.save_model_only,
-        num_steps,
-        dump_config(config),
-        kept_refresh,
-        actor=engines.actor,
-        critic=engines.critic,
-        coordinator=coordinator,
-        batches=batches,
-        learners=learners,
-        checkpoints=checkpoints,
-        preemption=preemption,
-        records=records,
-        metrics_logger=metrics_logger,
-        ranks=ranks,
-    )
+    learners = _learners(config, engines, opened.ranks)
+    records = _records(config, engines, opened, work)
     parts = Parts(
         settings=dataclasses.replace(settings, with_experts=returns_experts(config)),
         turns=turns,
         batches=batches,
         learners=learners,
-        validation=validation,
-        refresh=refresh,
-        state=state,
+        validation=_validation(config, num_steps, opened, collector, turns, records),
+        refresh=_refresh(config, settings, engines, opened, collector, turns, records),
+        state=_state(config, num_steps, engines, opened, batches, learners, records),
         records=records,
-        report=report,
+        report=opened.report,
     )
-    return trainer_class(parts, 0 if trainer.val_only else num_steps)
+    return trainer_class(parts, 0 if config.trainer.val_only else num_steps)
+
+
+def _learners(config: RunConfig, engines: Engines, ranks: Ranks) -> Learners:
+    return Learners(
+        config.algorithm,
+        config.trainer.critic_warmup,
+        config.worker.ref.update_freq,
+        reward_weights(config.worker.reward) | ({"overlong": 1.0} if config.algorithm.overlong_buffer else {}),
+        actor=engines.actor,
+        reference=engines.reference,
+        critic=engines.critic,
+        ranks=ranks,
+    )
+
+
+def _validation(
+    config: RunConfig, num_steps: int, opened: Opened, collector: Collector, turns: Turns, records: StepRecords
+) -> Validation:
+    rollout, folder, most_bytes = config.worker.rollout, run_directory(config), config.trainer.samples_limit_gb * 1e9
+    sampling = rollout.val_override_config
+    if sampling.stop is None:
+        sampling = dataclasses.replace(sampling, stop=rollout.stop)
+    return Validation(
+        opened.val_data,
+        sampling,
+        config.data,
+        config.trainer,
+        rollout.seed,
+        num_steps,
+        f"{config.worker.actor.model.model_path} of {folder}",
+        collector=collector,
+        encoder=opened.encoder,
+        turns=turns,
+        records=records,
+        metrics_logger=opened.metrics_logger,
+        answer_log=AnswerLog(folder / "eval", opened.ranks.rank == 0, int(most_bytes)),
+        ranks=opened.ranks,
+    )
+
+
+def _refresh(
+    config: RunConfig,
+    settings: SamplingSettings,
+    engines: Engines,
+    opened: Opened,
+    collector: Collector,
+    turns: Turns,
+    records: StepRecords,
+) -> CurriculumRefresh:
+    return CurriculumRefresh(
+        config.data,
+        config.worker.reward,
+        settings,
+        config.worker.rollout.seed,
+        coordinator=opened.coordinator,
+        collector=collector,
+        train_data=opened.train_data,
+        score=make_scorer(config.data, opened.ranks, opened.encoder),
+        turns=turns,
+        weights_digest=engines.actor.weights_digest,
+        kept=opened.checkpoints.root / KEPT,
+        preemption=opened.preemption,
+        records=records,
+        metrics_logger=opened.metrics_logger,
+        ranks=opened.ranks,
+    )
+
+
+def _state(
+    config: RunConfig,
+    num_steps: int,
+    engines: Engines,
+    opened: Opened,
+    batches: BatchMaker,
+    learners: Learners,
+    records: StepRecords,
+) -> RunState:
+    return RunState(
+        steps_between_saves(config, num_steps),
+        not config.trainer.val_only,
+        config.trainer.async_save,
+        config.trainer.save_model_only,
+        num_steps,
+        dump_config(config),
+        opened.checkpoints.root / KEPT,
+        actor=engines.actor,
+        critic=engines.critic,
+        coordinator=opened.coordinator,
+        batches=batches,
+        learners=learners,
+        checkpoints=opened.checkpoints,
+        preemption=opened.preemption,
+        records=records,
+        metrics_logger=opened.metrics_logger,
+        ranks=opened.ranks,
+    )
 
 
 def _sampling_settings(rollout: RolloutConfig, max_tokens: int) -> SamplingSettings:
@@ -322,31 +339,22 @@ def _sampling_settings(rollout: RolloutConfig, max_tokens: int) -> SamplingSetti
     )
 
 
-def _records(
-    config: RunConfig,
-    engines: Engines,
-    encoder: PromptEncoder,
-    ranks: Ranks,
-    coordinator: Coordinator,
-    metrics_logger: MetricsLogger,
-    preemption: Preemption,
-    work: ActorWork | None,
-    resumed_step: int,
-) -> StepRecords:
+def _records(config: RunConfig, engines: Engines, opened: Opened, work: ActorWork | None) -> StepRecords:
     """What is written of each step: figures, samples, all rollouts and profiles where asked for."""
-    folder, trainer = run_directory(config), config.trainer
+    folder, trainer, ranks, decode = run_directory(config), config.trainer, opened.ranks, opened.encoder.decode
+    samples = TrainingSamples(folder, trainer.train_generations_to_log, decode, opened.metrics_logger, ranks)
     rollouts = None
     if trainer.rollout_log is not None and not trainer.val_only:
-        rollouts = RolloutLog(folder, trainer.rollout_log_gb * 1e9, encoder.decode, resumed_step, ranks)
+        rollouts = RolloutLog(folder, trainer.rollout_log_gb * 1e9, decode, opened.resumed_step, ranks)
     return StepRecords(
-        coordinator=coordinator,
+        coordinator=opened.coordinator,
         rollout=engines.rollout,
         policy=engines.actor,
-        samples=TrainingSamples(folder, trainer.train_generations_to_log, encoder.decode, metrics_logger, ranks),
+        samples=samples,
         rollouts=rollouts,
         profiles=StepProfiles(folder, trainer.profile_steps, ranks),
-        metrics_logger=metrics_logger,
-        preemption=preemption,
+        metrics_logger=opened.metrics_logger,
+        preemption=opened.preemption,
         max_prompt_length=config.data.max_prompt_length,
         lags=config.worker.rollout.engine == "server",
         work=work,
@@ -354,7 +362,7 @@ def _records(
     )
 
 
-def _coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
+def make_coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
     sketches, rollout = data.take_sketches(), config.worker.rollout
     return Coordinator(
         config.data,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from mmr1_ds.cluster.launch import LaunchEnvironment
+from mmr1_ds.cluster.agreement import by_rank_0
+from mmr1_ds.cluster.launch import LaunchEnvironment, gpu_is_here
 from mmr1_ds.cluster.ranks import Ranks, initialise_gpu
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import checkpoint_directory, returns_experts, run_directory
@@ -59,10 +58,10 @@ def check_installed(config: RunConfig) -> None:
         )
 
 
-def check_gpu(deepspeed_config: Mapping[str, Any], launch: LaunchEnvironment) -> None:
+def check_gpu(launch: LaunchEnvironment) -> None:
     """Initialise CUDA. Raises: UserError for a GPU that does not work, or one that torch does not see."""
     on_gpu = initialise_gpu(launch)
-    if on_gpu != bool(deepspeed_config["bf16"]["enabled"]):
+    if on_gpu != gpu_is_here():
         raise UserError(
             f"torch.cuda.is_available() is {on_gpu}, unlike what /dev and CUDA_VISIBLE_DEVICES show; "
             "install a CUDA build of torch, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
@@ -115,20 +114,19 @@ def lock_folders(config: RunConfig, ranks: Ranks, stack: ExitStack) -> None:
         folders = {run_directory(config): "trainer.run_dir"}
         if checkpoint_directory(config).resolve() != run_directory(config).resolve():
             folders[checkpoint_directory(config)] = "trainer.save_checkpoint_path"
-    refused = ""
-    if ranks.rank == 0:
+
+    def lock() -> None:
         try:
             for folder, key in folders.items():
                 stack.enter_context(RunLock(folder, key))
             if config.trainer.run_dir_mode is not None:
                 _set_mode({run_directory(config), *folders}, config.trainer.run_dir_mode)
-        except UserError as error:
-            refused = str(error)
         except OSError as error:
+            if key == "trainer.run_dir":
+                raise UserError(f"{key}: {in_words(error)}; name another") from error
             # Checkpoints that cannot be written are for the saves to report: the run goes on without them.
-            refused = f"trainer.run_dir: {in_words(error)}; name another" if key == "trainer.run_dir" else ""
-    if refused := ranks.all_gather_objects(refused, "lock the run directory")[0]:
-        raise UserError(refused)
+
+    by_rank_0(ranks, "lock the run directory", lock)
 
 
 def _set_mode(folders: set[Path], mode: str) -> None:
@@ -161,8 +159,8 @@ def starting_point(config: RunConfig, checkpoints: Checkpoints) -> tuple[int, Pa
     return found
 
 
-def check_resumable(folder: Path, with_critic: bool) -> None:
-    """Raises: UserError for a checkpoint that no training goes on from."""
+def check_resumable(folder: Path, with_critic: bool, in_bf16: bool | None) -> None:
+    """Raises: UserError for a checkpoint that no training goes on from. in_bf16: the run; None = it trains nothing."""
     if has_weights_alone(folder / "actor"):
         raise UserError(
             f"{folder} has weights alone (trainer.save_model_only), no run resumes from it; begin anew with "
@@ -173,18 +171,18 @@ def check_resumable(folder: Path, with_critic: bool) -> None:
             f"{folder} has no critic, it is of a run without algorithm.adv_estimator=gae; start elsewhere with "
             "another trainer.experiment_name, or take the estimator of that run"
         )
+    was_in_bf16 = any((folder / "actor").rglob("bf16_*optim_states.pt"))  # DeepSpeed's names
+    if in_bf16 is not None and was_in_bf16 != in_bf16:
+        before, now = ("bf16", "fp32") if was_in_bf16 else ("fp32", "bf16")
+        raise UserError(
+            f"{folder} was trained in {before}, as on a {'GPU' if was_in_bf16 else 'CPU'}, and this run is in {now}; "
+            f"set worker.actor.dtype={before}, or train the model that mmr1-ds export writes"
+        )
 
 
 def begin_from_known_rates(path: str, coordinator: Coordinator, data: PromptDataset, ranks: Ranks) -> None:
     """Give the curriculum the pass rates of `data.curriculum_prior`. Collective. Raises: UserError on every rank."""
-    refused = ""
-    if ranks.rank == 0:
-        try:
-            coordinator.begin_from(*known_rates(Path(path), data.prompt_ids))
-        except UserError as error:
-            refused = str(error)
-    if refused := ranks.all_gather_objects(refused, "read the pass rates")[0]:
-        raise UserError(refused)
+    by_rank_0(ranks, "read the pass rates", lambda: coordinator.begin_from(*known_rates(Path(path), data.prompt_ids)))
 
 
 def open_run(config: RunConfig, start: tuple[int, Path] | None, num_steps: int, ranks: Ranks) -> MetricsLogger:

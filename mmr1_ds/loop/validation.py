@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmr1_ds.cluster.agreement import by_rank_0
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, TrainerConfig, ValidationSampling
 from mmr1_ds.data.dataset import PromptDataset
-from mmr1_ds.errors import UserError
 from mmr1_ds.loop.collector import VALIDATION, Collector, RequestMaker
 from mmr1_ds.loop.metrics import reward_metrics, validation_lengths
 from mmr1_ds.loop.step_records import StepRecords
@@ -123,19 +123,16 @@ class Validation:
         """Open the table of pass rates, where there is one. Collective. Returns: it on rank 0, and its prompts."""
         if self._trainer.pass_rates is None or not self._trainer.val_only:
             return None, frozenset()
-        table, found, refused = None, frozenset[str](), ""
-        if self._ranks.rank == 0:
-            try:
-                chosen = {name: value for name, value in asdict(self._sampling).items() if name != "n"}
-                words = ", ".join(f"{name} {value}" for name, value in chosen.items())
-                policy = f"{self._policy} after {step} steps, {words}"
-                table = PassRates(Path(self._trainer.pass_rates), policy, self._sampling.n)
-                found = table.prompt_ids
-            except UserError as error:
-                refused = str(error)
-        found, refused = self._ranks.all_gather_objects((found, refused), "read the pass rates")[0]
-        if refused:
-            raise UserError(refused)
+        path, table = Path(self._trainer.pass_rates), None
+        chosen = {name: value for name, value in asdict(self._sampling).items() if name != "n"}
+        policy = f"{self._policy} after {step} steps, {', '.join(f'{name} {value}' for name, value in chosen.items())}"
+
+        def open_table() -> frozenset[str]:
+            nonlocal table
+            table = PassRates(path, policy, self._sampling.n)
+            return table.prompt_ids
+
+        found = by_rank_0(self._ranks, "read the pass rates", open_table)
         if found:
             logger.info("%s has %d prompts already", self._trainer.pass_rates, len(found))
         return table, found

@@ -29,7 +29,7 @@ from mmr1_ds.monitoring.writers import (
 )
 
 
-def configure_logging(is_main: bool, level: int = logging.INFO) -> None:
+def configure_logging(is_main: bool) -> None:
     """Send the package's log lines to stderr with the time; warnings only from ranks other than 0.
 
     Credentials are removed from them, and from the traceback of an error that ends the process.
@@ -39,7 +39,7 @@ def configure_logging(is_main: bool, level: int = logging.INFO) -> None:
     hide_in_tracebacks()
     package = logging.getLogger("mmr1_ds")
     package.handlers[:] = [handler]
-    package.setLevel(level if is_main else logging.WARNING)
+    package.setLevel(logging.INFO if is_main else logging.WARNING)
     package.propagate = False  # libraries configure the root logger, which would print every line twice
 
 

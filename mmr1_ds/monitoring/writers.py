@@ -55,7 +55,7 @@ class _Lines:
         """last_line_bytes: of the line that `replace_last` may put another in place of; 0 = none."""
         self._path = path
         self._offset = (path.stat().st_size if path.exists() else 0) - last_line_bytes  # of the first line in memory
-        self._written = next(_lines_from_end(path))[1] if last_line_bytes else b""  # may be replaced
+        self._written = next(lines_from_end(path))[1] if last_line_bytes else b""  # may be replaced
         self._waiting: list[bytes] = []
 
     def append(self, line: bytes, is_final: bool = True) -> None:
@@ -118,12 +118,12 @@ class JsonLinesWriter(Writer):
         self._most_text_bytes = most_text_bytes
         paths = {name: run_dir / f"{name}.jsonl" for name in ("metrics", *RECORDS)}
         for path in paths.values():
-            _drop_lines_after(path, resumed_step)
-        self._last, length = _last_line(paths["metrics"])
+            drop_lines_after(path, resumed_step)
+        self._last, length = last_line(paths["metrics"])
         self._metrics = _Lines(paths["metrics"], length)
         self._records = {name: _Lines(paths[name]) for name in RECORDS}
         self.elapsed_seconds = float(self._last.get("perf/elapsed_seconds") or 0.0)  # of the run so far
-        self._last_renewal = _last_line(paths["curriculum"])[0].get("step", -1)
+        self._last_renewal = last_line(paths["curriculum"])[0].get("step", -1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         last_step = self._last.get("step", -1)
@@ -156,7 +156,7 @@ class JsonLinesWriter(Writer):
             lines.close()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def drop_lines_after(path: Path, step: int) -> None:
     """Keep the lines of steps up to `step`; a torn last line goes too. A fresh run sets the whole file aside."""
     if not path.exists():
         return
@@ -165,7 +165,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
         path.rename(next(name for n in numbers if not (name := path.with_name(f"{path.stem}.{n}.jsonl")).exists()))
         return
     size = path.stat().st_size
-    for start, line in _lines_from_end(path):  # steps never fall: what is to go stands at the end
+    for start, line in lines_from_end(path):  # steps never fall: what is to go stands at the end
         if line.endswith(b"\n") and json.loads(line)["step"] <= step:
             break
         size = start
@@ -173,7 +173,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     sync(path)
 
 
-def _lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
+def lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield where each line begins, and the line, from the last to the first; no more is read than is asked for."""
     with path.open("rb") as file:
         start, rest = file.seek(0, os.SEEK_END), b""
@@ -191,11 +191,11 @@ def _lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
             yield 0, rest
 
 
-def _last_line(path: Path) -> tuple[dict[str, Any], int]:
+def last_line(path: Path) -> tuple[dict[str, Any], int]:
     """The last object of a JSON lines file and the length of its line in bytes; ({}, 0) without one."""
     if not path.exists():
         return {}, 0
-    line = next(_lines_from_end(path), (0, b""))[1]
+    line = next(lines_from_end(path), (0, b""))[1]
     return (json.loads(line), len(line)) if line else ({}, 0)
 
 

@@ -14,19 +14,12 @@ from mmr1_ds.curriculum.metric_names import canonical_metric, check_metrics
 from mmr1_ds.curriculum.mixture import quotas
 from mmr1_ds.data.sources import list_names
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import (
-    check_data,
-    check_format_prompt,
-    check_functions,
-    check_model,
-    check_model_path,
-    check_output_folder,
-    check_reward,
-    model_carries_states,
-    model_has_experts,
-)
+from mmr1_ds.preflight.data import check_data
+from mmr1_ds.preflight.files import check_format_prompt, check_output_folder
+from mmr1_ds.preflight.functions import check_functions, check_reward
 from mmr1_ds.preflight.group_sizes import check_group_sizes
-from mmr1_ds.preflight.plan import BatchPlan, _plan
+from mmr1_ds.preflight.models import check_model, check_model_path, model_carries_states, model_has_experts
+from mmr1_ds.preflight.plan import BatchPlan, batch_plan
 from mmr1_ds.preflight.router_replay import check_router_replay
 from mmr1_ds.preflight.servers import check_servers
 from mmr1_ds.rewards.loading import check_reward_config, reward_weights
@@ -83,7 +76,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     train_data = check_data(config.data, train_key, config.worker.actor.model)
     _check_weights(config.data)
     val_data = check_data(config.data, "val_files", config.worker.actor.model) if config.data.val_files else None
-    plan = _plan(config, world_size, train_data, val_data)
+    plan = batch_plan(config, world_size, train_data, val_data)
     warmup = config.trainer.critic_warmup
     if plan.total_steps is not None and 0 < plan.total_steps <= warmup:
         raise UserError(f"trainer.critic_warmup={warmup} leaves the actor none of {plan.total_steps} steps; lower it")

@@ -21,7 +21,7 @@ from mmr1_ds.config.derived import resolved_critic
 from mmr1_ds.config.loading import config_folders
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.preflight.files import model_hidden_size
+from mmr1_ds.preflight.models import model_hidden_size
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     _check_stage(resolved, name)
     for section, setting in _batch_settings(config, world_size).items():
         _settle(resolved, section, setting, name)
-    _settle_precision(resolved, on_gpu, name)
+    _settle_precision(resolved, config.worker.actor.dtype, on_gpu, name)
     _settle_optimizer(resolved, config, on_gpu, name)
     _drop_scheduler(resolved, name)
     _settle_linear(resolved["zero_optimization"], config, on_gpu, name)
@@ -286,8 +286,11 @@ def _same(given: Any, value: Any) -> bool:
     )
 
 
-def _settle_precision(resolved: dict[str, Any], on_gpu: bool, name: str) -> None:
-    """Settle on bf16 on GPU, fp32 on CPU. fp16's loss scaling skips optimiser steps: rollout and actor diverge."""
+def _settle_precision(resolved: dict[str, Any], dtype: str, on_gpu: bool, name: str) -> None:
+    """Settle on bf16 or fp32. fp16's loss scaling skips optimiser steps: rollout and actor diverge."""
+    if dtype == "fp32" and on_gpu:
+        raise UserError("worker.actor.dtype=fp32 is for the CPU: on a GPU everything is made for bf16; set it to auto")
+    in_bf16 = on_gpu or dtype == "bf16"
     fp16 = resolved.pop("fp16", {})
     if fp16.get("enabled", False) is True:
         raise UserError(
@@ -299,11 +302,13 @@ def _settle_precision(resolved: dict[str, Any], on_gpu: bool, name: str) -> None
         if bf16.setdefault(key, value) != value:
             raise UserError(f"{name}: bfloat16.{key}={value} contradicts bf16.{key}={bf16[key]}; keep bf16")
     if bf16.get("enabled", _AUTO) == _AUTO:
-        bf16["enabled"] = on_gpu
+        bf16["enabled"] = in_bf16
+    elif not on_gpu and dtype == "bf16" and bf16["enabled"] is not True:
+        raise UserError(f'{name}: bf16.enabled={bf16["enabled"]} contradicts worker.actor.dtype=bf16; write "auto"')
     elif on_gpu and bf16["enabled"] is not True:
         raise UserError(f'{name}: bf16.enabled={bf16["enabled"]}, but the model is loaded in bf16 on GPU; write "auto"')
-    elif not on_gpu and bf16["enabled"] is not False:
-        logger.warning("%s: bf16 is off: no GPU is here", name)
+    elif not in_bf16 and bf16["enabled"] is not False:
+        logger.warning("%s: bf16 is off: no GPU is here; worker.actor.dtype=bf16 has it on the CPU", name)
         bf16["enabled"] = False
 
 

@@ -14,7 +14,7 @@ from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.schema import CriticConfig, names_a_file
 from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
-from mmr1_ds.preflight.files import DataSummary, FileSummary
+from mmr1_ds.preflight.data import DataSummary, FileSummary
 
 _OPTIMISERS = {
     "adamw": "AdamW", "adamw_bf16": "AdamW with bf16 moments", "adamw_8bit": "AdamW with 8-bit moments",
@@ -94,7 +94,8 @@ def _lora(lora: LoraConfig) -> str:
 
 def _ranks(config: RunConfig, plan: BatchPlan, on_gpu: bool) -> str:
     trainer = config.trainer
-    device = "GPU, bf16" if on_gpu else "CPU, fp32 (no GPU here)"
+    cpu = "bf16" if config.worker.actor.dtype == "bf16" else "fp32"
+    device = "GPU, bf16" if on_gpu else f"CPU, {cpu} (no GPU here)"
     return f"{plan.world_size} = {trainer.nnodes} node(s) x {trainer.n_gpus_per_node}, {device}"
 
 
@@ -361,7 +362,7 @@ def _unused(config: RunConfig) -> list[str]:
     ]
 
 
-def _plan(config: RunConfig, world_size: int, train_data: DataSummary, val_data: DataSummary | None) -> BatchPlan:
+def batch_plan(config: RunConfig, world_size: int, train_data: DataSummary, val_data: DataSummary | None) -> BatchPlan:
     actor, n = config.worker.actor, config.worker.rollout.n
     prompts = config.data.rollout_batch_size
     responses = actor.global_batch_size * n

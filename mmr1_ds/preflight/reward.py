@@ -25,8 +25,7 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
         return
     row, columns = _first_row(data)
     truth = at_path(row, data.answer_key)
-    response = f"<think>\n</think>\n<answer>\\boxed{{{truth}}}</answer>"
-    item = RewardItem(response, 8, str(truth), str(at_path(row, data.prompt_key) or ""), columns=columns)
+    item = RewardItem(right_response(truth), 8, str(truth), str(at_path(row, data.prompt_key) or ""), columns=columns)
     with RewardPool(replace(reward, num_workers=1)) as pool:
         if truth is None:  # the data would have to be fetched, or its first row has no answer
             return
@@ -38,6 +37,11 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
             f"{key} {names!r} fails on a response to the first row of data.train_files: "
             f"{result.failure}: {result.reason}"
         )
+
+
+def right_response(answer: object) -> str:
+    r"""Return a response in the form that the built-in rewards read: reasoning, then an <answer> with a \boxed{}."""
+    return f"<think>\n</think>\n<answer>\\boxed{{{answer}}}</answer>"
 
 
 def _first_row(data: DataConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:

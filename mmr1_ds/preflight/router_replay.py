@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmr1_ds.config.schema import RunConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import model_has_experts
+from mmr1_ds.preflight.models import model_has_experts
 
 
 def check_router_replay(config: RunConfig) -> None:

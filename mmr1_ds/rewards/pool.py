@@ -135,6 +135,11 @@ class RewardPool:
         """Which responses the reward sees in one call: one, group or batch. Known once the workers have started."""
         return self._together
 
+    @property
+    def pids(self) -> list[int]:
+        """The numbers of the workers' processes."""
+        return [worker.process.pid for worker in self._workers]
+
     def score(self, items: list[RewardItem]) -> list[RewardResult]:
         """Score responses; results in the order of the items, failures included. Never raises for a bad response.
 

@@ -75,20 +75,6 @@ class CountedWeights:
 class RolloutEngine(Protocol):
     """Samples responses from the actor's current policy."""
 
-    def generate(
-        self,
-        requests: Sequence[RolloutRequest],
-        settings: SamplingSettings,
-        advance: Callable[[int], None] = ignore,
-    ) -> list[RolloutGroup]:
-        """The responses that each request asks for, in the order of the requests.
-
-        Collective: all ranks, each with its own requests (any number of them, also none).
-        Args: advance: takes how many more of this rank's responses are there, while the others are sampled.
-        Raises: ServersGone, SamplingAbandoned, on every rank.
-        """
-        ...
-
     def submit(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> Any:
         """Ask for responses that `collect` will give. An engine beside the trainer starts now. Not a collective.
 
@@ -96,12 +82,16 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def collect(self, submitted: Any, enough: Enough = never) -> list[RolloutGroup | None]:
+    def collect(
+        self, submitted: Any, enough: Enough = never, advance: Callable[[int], None] = ignore
+    ) -> list[RolloutGroup | None]:
         """The groups of one `submit`, once, in the order of its requests; None for one that was given up.
 
         Given up are those that can wait, and all that are still sampled when `enough` says so: an engine that cannot
         stop them samples them all.
-        Collective: all ranks, in the same order. Raises: as `generate`.
+        Collective: all ranks, in the same order, each with its own requests (any number of them, also none).
+        Args: advance: takes how many more of this rank's responses are there, while the others are sampled.
+        Raises: ServersGone, SamplingAbandoned, on every rank.
         """
         ...
 
@@ -128,6 +118,22 @@ class RolloutEngine(Protocol):
         ...
 
 
+def generate(
+    engine: RolloutEngine,
+    requests: Sequence[RolloutRequest],
+    settings: SamplingSettings,
+    advance: Callable[[int], None] = ignore,
+    watch: Enough = never,
+) -> list[RolloutGroup]:
+    """Sample all that the requests ask for, none of which can wait, in their order. Collective.
+
+    Args: watch: as `enough` of `collect`, and never says so. Raises: as `collect`.
+    """
+    groups = [group for group in engine.collect(engine.submit(requests, settings), watch, advance) if group is not None]
+    assert len(groups) == len(requests), "generate is for requests that cannot wait"
+    return groups
+
+
 @dataclass(frozen=True)
 class Submitted:
     """Requests that wait for `collect`."""
@@ -139,21 +145,9 @@ class Submitted:
 class InTurn:
     """For engines that share the trainer's devices: they sample when `collect` is called."""
 
-    def generate(
-        self,
-        requests: Sequence[RolloutRequest],
-        settings: SamplingSettings,
-        advance: Callable[[int], None] = ignore,
-    ) -> list[RolloutGroup]:
-        raise NotImplementedError
-
     def submit(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> Submitted:
         """See RolloutEngine."""
         return Submitted(requests, settings)
-
-    def collect(self, submitted: Submitted, enough: Enough = never) -> list[RolloutGroup | None]:
-        """See RolloutEngine."""
-        return list(self.generate(submitted.requests, submitted.settings))
 
     def sleep(self, keep_weights: bool) -> None:
         """See RolloutEngine. For engines without memory of their own that could be given back."""

@@ -112,7 +112,7 @@ def engine_options(
         "enforce_eager": not on_gpu if config.enforce_eager is None else config.enforce_eager,
         "enable_chunked_prefill": chunked_prefill,
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: temperature and bans applied
-        "hf_overrides": dict(model.override_config),
+        "hf_overrides": dict(model.override_config) | ({"head_dtype": "float32"} if model.fp32_lm_head else {}),
         "generation_config": "vllm",  # the run config alone says how to sample
         "disable_log_stats": True,
         "seed": config.seed,

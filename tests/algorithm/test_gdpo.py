@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures.golden_numbers import OneRank
 from fixtures.responses import response
 
 from mmr1_ds.algorithm import advantages
@@ -18,13 +19,6 @@ from mmr1_ds.records import GroupRewards, Prompt, RolloutGroup, ScoredGroup
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "gdpo.json").read_text())["cases"]
 GDPO = AlgorithmConfig(adv_estimator="gdpo")
-
-
-class OneRank:
-    def sum(self, values, stage):
-        return dict(values)
-
-    max = sum
 
 
 def scored(parts, weights, unknown=()):

@@ -136,6 +136,24 @@ def test_a_run_without_a_critic_does_not_go_on_with_one(arguments, tmp_path):
     assert f"{tmp_path / 'checkpoints' / 'global_step_1'} has no critic, it is of a run without" in done.stderr
 
 
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.nightly)])
+def test_a_run_in_bf16_goes_on_where_it_was(arguments, tmp_path, engine):
+    settings = ["worker.actor.dtype=bf16", "worker.actor.model.fp32_lm_head=true", "trainer.save_freq=2"]
+    settings += [f"worker.rollout.engine={engine}", "worker.rollout.kv_cache_gb=1"]
+    straight = run(arguments, tmp_path / "straight", 4, *settings)
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "global_step_4")
+    done = start(arguments, tmp_path / "resumed", 4, *settings[1:])  # in fp32
+    assert done.returncode == 2 and "set worker.actor.dtype=bf16" in done.stderr
+    resumed = run(arguments, tmp_path / "resumed", 4, *settings)
+    assert resumed[2]["timing_s/step"] != straight[2]["timing_s/step"]  # done anew
+    for expected, actual in zip(straight, resumed, strict=True):
+        for name in ("actor/kl_loss", "actor/pg_loss", "actor/grad_norm", "rollout/logprob_diff_mean"):
+            assert actual[name] == expected[name], name
+        # What a token's rounding to 8 bits does; in fp32 it is below 1e-6. hf has no output layer in fp32.
+        assert 1e-5 < expected["rollout/logprob_diff_mean"] < expected["rollout/logprob_diff_max"] < 0.1
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_adapters_go_on_where_they_were(arguments, tmp_path, engine):

@@ -112,7 +112,7 @@ def test_the_settings_of_a_run_are_accepted_on_a_gpu(tmp_path, monkeypatch, name
         config.worker.rollout, config.worker.actor.model, config.data, key="key", on_gpu=True,
         first_device=config.trainer.n_gpus_per_node, images=None, log_folder=tmp_path / "logs",
     )  # fmt: skip
-    of_server = {int(device) for device in server._environment["CUDA_VISIBLE_DEVICES"].split(",")}
+    of_server = {int(device) for device in server.environment["CUDA_VISIBLE_DEVICES"].split(",")}
     assert of_ranks | of_server == set(range(part.num_gpus))
     shared = of_ranks & of_server
     assert shared == ({0} if config.worker.rollout.weight_transfer == "ipc" else set())

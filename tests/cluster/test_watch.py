@@ -299,18 +299,30 @@ def test_what_no_rank_of_this_run_wrote_is_ignored_and_logged(strange, caplog):
         assert "garbage" in caplog.text
 
 
+class Counted(Store):
+    """One rank's connection to a store that several share: how many places it read at its last look."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def multi_get(self, keys):
+        self.num_read = len(keys)
+        return [self.values[key] for key in keys]
+
+
 @pytest.mark.parametrize("key", ["", "of this run"])
 def test_many_ranks_read_rank_0_alone_until_something_is_unusual(monkeypatch, key):
     monkeypatch.setattr(watch_module, "READ_BY_ALL", 3)
     monkeypatch.setenv(watch_module.KEY_VARIABLE, key)
-    store, size = Store(), 6
-    watches = [Watch(rank, size, 4, store) for rank in range(size)]
+    values, size = {}, 6
+    stores = [Counted(values) for _ in range(size)]
+    watches = [Watch(rank, size, 4, store) for rank, store in enumerate(stores)]
     try:
         for each in watches:
             each.wait_for_all()
-        wait_until(lambda: not any(each._alarm for each in watches[1:]), 30, "all is usual")
-        wait_until(lambda: not watches[3]._reads_all(), 30, "rank 3 reads little")
-        assert watches[0]._reads_all()
+        wait_until(lambda: all(store.num_read == 2 for store in stores[1:]), 30, "each reads rank 0 and itself")
+        assert stores[0].num_read == size
         assert all(heard.seconds_ago < 3 for heard in watches[3].known().others)
         watches[5].close(MemoryError("no room"))
         wait_until(lambda: "rank 5" in judgement.lost(watches[3].known()), 30, "rank 3 hears of rank 5")
@@ -355,33 +367,21 @@ def test_a_watch_hears_the_others_through_the_store():
 
 
 def test_a_process_that_was_stopped_blames_nobody_for_what_it_missed(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    """Ten minutes pass at once, in which nothing of this process ran."""
+    missed, clock, ended = [0.0], time.monotonic, []
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + missed[0])
+    monkeypatch.setattr(os, "_exit", ended.append)
     store = Store()
     store.set("place/0", signed(Place(0, "h0")))
-    watch = Watch(1, 2, 1800, None, lost_seconds=120)
-    watch._store = store
-    looks = iter([1.0, 2.0, 602.0, 603.0, 604.0])  # 10 minutes in which nothing of this process ran
-    verdicts = []
-
-    class Closed:
-        def is_set(self):
-            return False
-
-        def wait(self, seconds):
-            verdicts.append(judgement.overdue(watch.known()))
-            try:
-                clock[0] = next(looks)
-            except StopIteration:
-                raise InterruptedError from None
-
-    place = Place(0, "h0")
-    watch._places[0], watch._answered, watch._closed = (place, 0.0), 0.0, Closed()
-    with pytest.raises(InterruptedError):
-        watch._judge()
-    faulthandler.cancel_dump_traceback_later()
-    assert verdicts == [""] * 6
-    assert watch.known().others[0].seconds_ago < 10
+    watch = Watch(1, 2, 1800, store, lost_seconds=120)
+    try:
+        watch.wait_for_all()
+        missed[0] = 600.0
+        wait_until(lambda: ended or watch.known().others[0].seconds_ago < 10, 30, "the silence is not counted")
+        assert judgement.overdue(watch.known()) == ""
+    finally:
+        watch.close()
+    assert ended == []
 
 
 def test_the_error_of_a_user_is_every_ranks_status():

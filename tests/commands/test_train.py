@@ -1,6 +1,5 @@
 """The programs `python -m mmr1_ds.train` and `mmr1-ds`: exit codes, what is told and by whom, the plan."""
 
-import logging
 import subprocess
 import sys
 
@@ -13,20 +12,12 @@ from mmr1_ds.commands import cli
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.train import main
 
+pytestmark = pytest.mark.usefixtures("own_logging")
+
 
 @pytest.fixture
 def valid(tmp_path):
     return valid_run(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def package_logging():
-    """The program configures the package's logger; other tests want it as it was."""
-    package = logging.getLogger("mmr1_ds")
-    before = package.handlers[:], package.level, package.propagate
-    yield
-    package.handlers[:], package.propagate = before[0], before[2]
-    package.setLevel(before[1])
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(capfd):
@@ -39,13 +30,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(capfd):
 def test_only_rank_0_tells_and_it_is_never_outrun(capfd, monkeypatch):
     waits = []
     monkeypatch.setattr("mmr1_ds.train.time.sleep", waits.append)
-    for name, value in {
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-    }.items():
+    rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in rank.items():
         monkeypatch.setenv(name, value)
     assert main(["data.sede=3"]) == 2
     assert capfd.readouterr().err == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from fixtures.data_fixtures import config, load, png, user_text, write_jsonl, write_text_model, write_vision_model
+from fixtures.data_fixtures import config, load, png, user_text, write_jsonl
 
 from mmr1_ds.config import ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
@@ -14,18 +14,8 @@ from mmr1_ds.errors import UserError
 QUESTION = {"role": "user", "content": "2 + 2?"}
 
 
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return write_text_model(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    return write_vision_model(tmp_path_factory.mktemp("vision"))
-
-
 def decoded(dataset):
-    return dataset._encoder.tokenizer.decode(dataset[0].token_ids)
+    return dataset.encoder.tokenizer.decode(dataset[0].token_ids)
 
 
 def rows(*messages):

@@ -19,8 +19,6 @@ from fixtures.data_fixtures import (
     user_text,
     write_jsonl,
     write_kind,
-    write_text_model,
-    write_vision_model,
 )
 from PIL import Image
 
@@ -32,16 +30,6 @@ from mmr1_ds.data.sources import list_names, open_sources
 from mmr1_ds.errors import UserError
 
 CHAT_TOKENS = 3 + 2 + 3  # start user newline, end newline, start assistant newline
-
-
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    return write_vision_model(tmp_path_factory.mktemp("vision"))
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return write_text_model(tmp_path_factory.mktemp("text"))
 
 
 # --- kinds of files -----------------------------------------------------------------------------------------------
@@ -121,7 +109,7 @@ def test_chat_system_and_format_prompt(tmp_path, text_model):
     template.write_text("\n{{ content | trim }} Think.\n")
     for format_prompt in (str(template), "{{ content | trim }} Think."):
         dataset = load(path, text_model, prompt_key="problem", system_prompt="Be brief.", format_prompt=format_prompt)
-        assert dataset._encoder.tokenizer.decode(dataset[0].token_ids) == (
+        assert dataset.encoder.tokenizer.decode(dataset[0].token_ids) == (
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none<|im_end|>\n"
             "<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\ntwo Think.<|im_end|>\n<|im_start|>assistant\n"
         )
@@ -130,7 +118,7 @@ def test_chat_system_and_format_prompt(tmp_path, text_model):
 def test_a_rows_own_system_message_wins(tmp_path, text_model):
     chat = [{"role": "system", "content": "mine"}, {"role": "user", "content": "one"}]
     dataset = load(write_jsonl(tmp_path / "a.jsonl", [{"prompt": chat, "answer": 2}]), text_model, system_prompt="run")
-    decoded = dataset._encoder.tokenizer.decode(dataset[0].token_ids)
+    decoded = dataset.encoder.tokenizer.decode(dataset[0].token_ids)
     assert "mine" in decoded and "run" not in decoded
 
 
@@ -344,7 +332,7 @@ def test_lengths_count_image_tokens(tmp_path, vision_model):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "see", "answer": "1", "images": ["a.png"]}])
     length = CHAT_TOKENS + 3 + 2 + 4
     dataset = load(path, vision_model, max_prompt_length=length)
-    assert len(dataset._encoder.expand(dataset[0]).input_ids) == length
+    assert len(dataset.encoder.expand(dataset[0]).input_ids) == length
     with pytest.raises(UserError, match=f"all 1 prompts are longer .*the shortest has {length}"):
         load(path, vision_model, max_prompt_length=length - 1)
 

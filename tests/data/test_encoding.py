@@ -20,16 +20,6 @@ from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt
 
 
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    return write_vision_model(tmp_path_factory.mktemp("vision"))
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return write_text_model(tmp_path_factory.mktemp("text"))
-
-
 @functools.cache
 def encoder_of(model_path, **data):
     return PromptEncoder(

@@ -9,14 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets.packaged_modules.json import json as json_reader
-from fixtures.data_fixtures import load, write_text_model
+from fixtures.data_fixtures import load
 
 from mmr1_ds.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return write_text_model(tmp_path_factory.mktemp("text"))
 
 
 def write(kind, folder, literals):

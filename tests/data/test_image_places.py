@@ -13,24 +13,12 @@ from fixtures.data_fixtures import (
     user_text,
     write_jsonl,
     write_kind,
-    write_text_model,
-    write_vision_model,
 )
 
 from mmr1_ds.data.images import ImageSource
 from mmr1_ds.errors import UserError
 
 PAD = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    return write_vision_model(tmp_path_factory.mktemp("vision"))
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return write_text_model(tmp_path_factory.mktemp("text"))
 
 
 def in_base64(content):
@@ -122,7 +110,7 @@ def test_numbered_markers_say_which_image(tmp_path, vision_model, prompt, text, 
     assert user_text(dataset, 0) == text
     assert seeds(dataset, 0) == order
     assert dataset.max_images == len(order)
-    assert len(dataset._encoder.expand(dataset[0]).input_ids) == dataset[0].num_tokens
+    assert len(dataset.encoder.expand(dataset[0]).input_ids) == dataset[0].num_tokens
 
 
 @pytest.mark.parametrize(
@@ -163,7 +151,7 @@ def test_image_parts_carry_their_image(tmp_path, vision_model, part):
     dataset = load(write_jsonl(tmp_path / "a.jsonl", rows), vision_model)
     assert user_text(dataset, 0) == f"see {PAD}!"
     assert seeds(dataset, 0) == [1]
-    assert len(dataset._encoder.expand(dataset[0]).input_ids) == dataset[0].num_tokens
+    assert len(dataset.encoder.expand(dataset[0]).input_ids) == dataset[0].num_tokens
 
 
 def test_bytes_in_parts_and_images_of_the_column_stand_where_they_are_marked(tmp_path, vision_model):

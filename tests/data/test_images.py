@@ -15,11 +15,6 @@ from mmr1_ds.errors import UserError
 SOURCE = ImageSource(None)
 
 
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    return write_vision_model(tmp_path_factory.mktemp("vision"))
-
-
 def encoded(picture, kind="PNG", **options):
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from fixtures.data_fixtures import load, png, user_text, write_kind, write_text_model, write_vision_model
+from fixtures.data_fixtures import load, png, user_text, write_kind
 
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import check_data
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return write_text_model(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    return write_vision_model(tmp_path_factory.mktemp("vision"))
+from mmr1_ds.preflight.data import check_data
 
 
 def verl_rows(with_images=False):
@@ -50,7 +40,7 @@ def test_rows_of_verl(tmp_path, text_model, kind):
     assert [prompt.ground_truth for prompt in dataset] == ["0", "2", "4"]
     assert list(dataset.prompt_ids) == ["0", "1", "2"]
     assert set(dataset.categories) == {"openai/gsm8k"}
-    text = dataset._encoder.tokenizer.decode(dataset[1].token_ids)
+    text = dataset.encoder.tokenizer.decode(dataset[1].token_ids)
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
     )

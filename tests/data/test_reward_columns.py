@@ -5,27 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-from fixtures.data_fixtures import config, encoder_of, png, write_kind, write_text_model, write_vision_model
+from fixtures.data_fixtures import config, encoder_of, png, write_kind
 from fixtures.responses import response
 
 from mmr1_ds.config import DataConfig, ModelConfig, RewardConfig
 from mmr1_ds.data.dataset import load_dataset
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import check_data
+from mmr1_ds.preflight.data import check_data
 from mmr1_ds.preflight.reward import try_reward
 from mmr1_ds.records import RolloutGroup
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rewards.scoring import score_groups
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return write_text_model(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    return write_vision_model(tmp_path_factory.mktemp("vision"))
 
 
 def rows(**more):

@@ -93,7 +93,7 @@ def test_sketches_of_a_column_in_pieces():
     sketches = sketch(TEXTS, [1] * len(TEXTS), [()] * len(TEXTS))
     kind = pa.binary(SKETCH_BYTES)
     pieces = [pa.array(sketches, kind)[1:4], pa.array([], kind), pa.array(sketches[4:5], kind)]
-    np.testing.assert_array_equal(scan._sketches(pa.chunked_array(pieces)), as_array(sketches)[1:5])
+    np.testing.assert_array_equal(scan.sketches_in(pa.chunked_array(pieces)), as_array(sketches)[1:5])
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from fixtures.data_fixtures import load, png, text_rows, write_jsonl, write_kind, write_text_model, write_vision_model
+from fixtures.data_fixtures import load, png, text_rows, write_jsonl, write_kind
 
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import check_data
-
-
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    return write_vision_model(tmp_path_factory.mktemp("vision"))
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return write_text_model(tmp_path_factory.mktemp("text"))
+from mmr1_ds.preflight.data import check_data
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_rows_with_a_video_and_an_image(tmp_path, vision_model, prompt, text, fo
     assert user_text(dataset, 0) == text
     (frames,) = [video.frames for video in found.videos]
     assert frames.shape == (4, 56, 84, 3)
-    assert len(dataset._encoder.expand(found).input_ids) == found.num_tokens
+    assert len(dataset.encoder.expand(found).input_ids) == found.num_tokens
     with pytest.raises(UserError, match=r"row 0 .*the prompt has a video and servers take none"):
         dataset.check_no_videos("servers take none")
 

@@ -15,6 +15,6 @@ def test_an_export_that_loses_what_was_learned_says_so(monkeypatch, caplog, step
     nn.init.uniform_(model.weight, 0.5, 1.0)
     trained = {name: weight.detach().float() for name, weight in model.named_parameters()}
     trained["weight"] = trained["weight"] + step
-    export._fill(model, trained, ModelConfig())
+    export.fill(model, trained, ModelConfig())
     torch.testing.assert_close(model.weight.float(), trained["weight"], atol=4e-3, rtol=0)
     assert said in caplog.text and bool(said) == bool(caplog.text)

@@ -1,5 +1,7 @@
 """Log-probabilities without logits: the same numbers and gradients as through them, in blocks of any width."""
 
+from functools import partial
+
 import pytest
 import torch
 from fixtures.launching import run_ranks
@@ -141,6 +143,11 @@ def test_bf16_is_as_near_to_the_truth_as_the_plain_way():
     assert [tensor.dtype for tensor in ours] == [torch.float32] * 2 + [torch.bfloat16] * 2
     for actual, other, wanted in zip(ours, plain, truth, strict=True):
         assert (actual - wanted).norm() < 1.3 * (other - wanted).norm()
+
+    unrounded = results(partial(token_log_probs, fp32_logits=True), [*rounded, None], targets, width=64)
+    assert (unrounded[0] - truth[0]).abs().max() < 1e-4 < 1e-2 < (ours[0] - truth[0]).abs().max()
+    for actual, other, wanted in zip(unrounded, ours, truth, strict=True):
+        assert (actual - wanted).norm() < (other - wanted).norm()
 
 
 def test_no_tensor_is_larger_than_a_block_and_the_weights_gradient_comes_at_once(monkeypatch):

@@ -23,7 +23,7 @@ from mmr1_ds.engine.model.attention import (
 )
 from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.linear_attention import keep_states_apart
-from mmr1_ds.engine.model.packing import pack, packed_states, padded_states, response_states
+from mmr1_ds.engine.model.packing import pack, response_states
 from mmr1_ds.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -73,10 +73,10 @@ def pairs_of(encoder, indices):
     return found
 
 
-def states_and_gradients(model, batch, compute):
+def states_and_gradients(model, batch):
     """(T, H), and the gradient of a sum weighted differently at each place."""
     model.zero_grad()
-    states = compute(model, batch)
+    states = response_states(model, batch)
     (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
     gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     return states.detach(), gradients
@@ -84,8 +84,8 @@ def states_and_gradients(model, batch, compute):
 
 def assert_equal_states_and_gradients(model, plain, batch):
     """Check the packed model against the padded one. Returns: the states, (T, H)."""
-    packed, packed_gradients = states_and_gradients(model, batch, packed_states)
-    padded, padded_gradients = states_and_gradients(plain, batch, padded_states)
+    packed, packed_gradients = states_and_gradients(model, batch)
+    padded, padded_gradients = states_and_gradients(plain, batch)
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=0)
     assert packed_gradients.keys() == padded_gradients.keys()
     largest = max(gradient.abs().max() for gradient in padded_gradients.values())
@@ -170,10 +170,10 @@ def test_sliding_windows_are_kept_inside_a_sequence(tmp_path, kind):
 
     encoder, packed, plain = with_windows(tmp_path, kind, 5)
     batch = collate(pairs_of(encoder, range(1, 8)), encoder, CPU)
-    states = padded_states(plain, batch)
-    torch.testing.assert_close(packed_states(packed, batch), states, atol=1e-5, rtol=0)
+    states = response_states(plain, batch)
+    torch.testing.assert_close(response_states(packed, batch), states, atol=1e-5, rtol=0)
     without = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, attn_implementation="sdpa")
-    assert (padded_states(without.eval(), batch) - states).abs().max() > 1e-3  # the window shows
+    assert (response_states(without.eval(), batch) - states).abs().max() > 1e-3  # the window shows
 
 
 @torch.no_grad()

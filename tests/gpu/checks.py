@@ -57,7 +57,7 @@ def packing(device: torch.device) -> str:
     from mmr1_ds.data.encoding import PromptEncoder
     from mmr1_ds.engine.model.attention import attention_implementation
     from mmr1_ds.engine.model.batching import collate
-    from mmr1_ds.engine.model.packing import packed_states, padded_states
+    from mmr1_ds.engine.model.packing import response_states
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     names = [attention_implementation("sdpa", True, "qwen2", dtype, device)]
@@ -70,10 +70,9 @@ def packing(device: torch.device) -> str:
         pairs = [(prompts[i % 4], np.arange(20, 20 + 5 * i % 13, dtype=np.int32)) for i in range(1, 10)]
         results = []
         for kind in (*names, "sdpa"):
-            compute = packed_states if kind in names else padded_states
             model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attn_implementation=kind)
             model = model.to(device).eval()
-            states = compute(model, collate(pairs, encoder, device))
+            states = response_states(model, collate(pairs, encoder, device))
             states.float().pow(2).mean().backward()
             gradients = [p.grad.float() for p in model.base_model.parameters() if p.grad is not None]
             results.append((states.detach().float(), gradients))

@@ -44,7 +44,7 @@ def compared(score: partial[list[Any]], file: Path) -> Callable[[Sequence[Any]],
 if __name__ == "__main__":
     from mmr1_ds.loop import composition
 
-    plain = composition._scorer
+    plain = composition.make_scorer
     file = Path(os.environ["GPU_CHECK_STATISTICS"])
-    composition._scorer = lambda *arguments: compared(plain(*arguments), file)
+    composition.make_scorer = lambda *arguments: compared(plain(*arguments), file)
     leave(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt, RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.base import generate
 from mmr1_ds.rollout.colocated import engine
 from mmr1_ds.rollout.servers.engine import ServerRollout
 
@@ -46,7 +47,7 @@ def test_the_v2_runner_takes_what_we_ask_for(monkeypatch):
     ranks = SimpleNamespace(on_gpu=True, any=lambda flag, stage: flag)
     config = SimpleNamespace(tensor_parallel_size=1, sleep=False, logprobs="processed", temperature=1.0)
     rollout = engine.VllmRollout(config, None, None, ranks, encoder, 1, Preemption(60.0, None))
-    rollout.generate([RolloutRequest(Prompt(0, "0", (5, 6), (), "1"), 2, 7)], SamplingSettings(1.0, 1.0, -1, 3))
+    generate(rollout, [RolloutRequest(Prompt(0, "0", (5, 6), (), "1"), 2, 7)], SamplingSettings(1.0, 1.0, -1, 3))
 
     state = object.__new__(logit_bias.LogitBiasState)  # its buffers are pinned, which needs CUDA
     for name in ("allowed_token_ids", "logit_bias", "logit_bias_token_ids", "stop_token_ids"):

@@ -44,7 +44,7 @@ class Engine:
     def submit(self, requests, settings):
         return len(requests)
 
-    def collect(self, submitted, enough):
+    def collect(self, submitted, enough, advance=None):
         there = {}
         for position, group in enumerate(self._groups):
             there[position] = group
@@ -70,15 +70,20 @@ def test_groups_are_scored_while_others_are_sampled(tmp_path, kind, function):
     config = RewardConfig(f"{tmp_path / 'mine.py'}:{function}", reward_type=kind, num_workers=2)
     with RewardPool(config) as pool:
         collector = Collector(Engine(seen, groups), pool, "mine.py:score", encoder, Ranks())
-        in_flight = InFlight(1, [RolloutRequest(prompt, 2, 0) for prompt in prompts], [0, 1, 2])
+        requests = [RolloutRequest(prompt, 2, 0) for prompt in prompts]
+        in_flight = InFlight(1, requests, [0, 1, 2])
         collector.begin(in_flight, None)
         collector.wait(in_flight, collector.score_beside)
         assert not (kind == "batch" and (tmp_path / "seen_a").exists())  # a batch is one call, behind the sampling
         found, counts = collector.score([in_flight.groups[at] for at in range(3)], StageClock())
         behind, behind_counts = collector.score(groups, StageClock())
+        for path in tmp_path.glob("seen_*"):
+            path.unlink()
+        validated, _ = collector.collect(requests, None, StageClock())  # the engine waits for each reward here, too
     assert [item.group for item in found] == groups and counts == behind_counts
     assert counts["reward/num_responses"] == 6 and counts["reward/num_errors"] == 1
-    for one, other in zip(found, behind, strict=True):
-        np.testing.assert_array_equal(one.rewards.overall, other.rewards.overall)
-        np.testing.assert_array_equal(one.rewards.failed, other.rewards.failed)
+    for one, *others in zip(found, behind, validated, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(one.rewards.overall, other.rewards.overall)
+            np.testing.assert_array_equal(one.rewards.failed, other.rewards.failed)
     assert [item.rewards.overall.tolist() for item in found] == [[1, 2], [3, 3], [4, 1]]

@@ -16,8 +16,8 @@ from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
 LAUNCH = LaunchEnvironment(0, 1, 0, "none")
 
 
-@pytest.mark.parametrize(("bf16", "reached"), [(True, ["GPU", "tokenizer", "data"]), (False, ["GPU"])])
-def test_a_gpu_is_used_before_data_is_read(monkeypatch, bf16, reached):
+@pytest.mark.parametrize(("seen", "reached"), [(True, ["GPU", "tokenizer", "data"]), (False, ["GPU"])])
+def test_a_gpu_is_used_before_data_is_read(monkeypatch, seen, reached):
     """A broken driver, or a torch that sees another machine than the configuration, shows before minutes of reading."""
     order = []
 
@@ -36,10 +36,11 @@ def test_a_gpu_is_used_before_data_is_read(monkeypatch, bf16, reached):
     monkeypatch.setattr(composition, "check_installed", lambda config: None)
     monkeypatch.setattr(composition, "RewardPool", lambda *arguments: contextlib.nullcontext())
     monkeypatch.setattr(starting, "initialise_gpu", initialise)
+    monkeypatch.setattr(starting, "gpu_is_here", lambda: seen)
     monkeypatch.setattr(composition, "PromptEncoder", lambda *arguments: order.append("tokenizer"))
     monkeypatch.setattr(starting, "load_dataset", load)
-    config = DeepspeedConfigs({"bf16": {"enabled": bf16}}, {}, None)
-    expected = pytest.raises(Reached) if bf16 else pytest.raises(UserError, match="True, unlike")
+    config = DeepspeedConfigs({}, {}, None)
+    expected = pytest.raises(Reached) if seen else pytest.raises(UserError, match="True, unlike")
     with expected:
         composition.run(RunConfig(), config, LAUNCH, None)
     assert order == reached

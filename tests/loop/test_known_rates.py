@@ -37,7 +37,7 @@ def test_training_begins_from_the_table_of_an_evaluation_of_the_same_file(tmp_pa
     config = RunConfig(data=data)
     train_data, val_data = starting.load_data(config, encoder_of(write_text_model(tmp_path)))
     table(tmp_path / "rates.jsonl", val_data.prompt_ids)
-    coordinator = composition._coordinator(config, train_data, 10, SingleProcess())
+    coordinator = composition.make_coordinator(config, train_data, 10, SingleProcess())
     plain = coordinator.table.predicted_pass_rates(np.arange(P))
     starting.begin_from_known_rates(str(tmp_path / "rates.jsonl"), coordinator, train_data, Ranks(SingleProcess()))
     believed = coordinator.table.predicted_pass_rates(np.arange(P))

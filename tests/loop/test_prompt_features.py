@@ -23,7 +23,7 @@ def test_features_reach_the_online_curriculum(tmp_path, features, refresh, expec
     config = RunConfig(data=data)
     train_data, val_data = starting.load_data(config, encoder_of(write_text_model(tmp_path)))
     assert val_data.take_sketches() is None
-    coordinator = composition._coordinator(config, train_data, 10, SingleProcess())
+    coordinator = composition.make_coordinator(config, train_data, 10, SingleProcess())
     arrays = coordinator.table.arrays()
     assert ("features.features" in arrays) == expected
     if expected:

@@ -3,14 +3,16 @@
 import hashlib
 import json
 import logging
+import os
+import socket
 import subprocess
 import sys
 import threading
 
 import pytest
+from fixtures.launching import wait_until
 
 from mmr1_ds.errors import UserError
-from mmr1_ds.loop import run_lock
 from mmr1_ds.loop.run_lock import NAME, RunLock
 
 
@@ -37,10 +39,9 @@ def left_by_the_dead(tmp_path):
 
 
 def test_a_second_run_is_refused_by_the_name_of_the_first(tmp_path):
-    own = run_lock._own_names()
     folder = tmp_path / "runs" / "mine"
     with lock(folder):
-        words = rf"trainer.run_dir={folder} is in use by process {own['pid']} on {own['host']}; wait"
+        words = rf"trainer.run_dir={folder} is in use by process {os.getpid()} on {socket.gethostname()}; wait"
         with pytest.raises(UserError, match=words) as refused, lock(folder):
             pass
         assert "\n" not in str(refused.value)
@@ -55,7 +56,7 @@ def test_a_process_that_is_gone_holds_nothing(left_by_the_dead, caplog):
 
 
 def test_a_process_with_the_number_of_one_that_is_gone_holds_nothing(tmp_path, left_by_the_dead):
-    change(left_by_the_dead, pid=run_lock.os.getpid())
+    change(left_by_the_dead, pid=os.getpid())
     with lock(left_by_the_dead):
         pass
 
@@ -113,7 +114,6 @@ def test_a_holder_whose_lock_was_taken_says_so_and_leaves_the_new_one(tmp_path, 
     with caplog.at_level(logging.ERROR):
         first = lock(tmp_path).__enter__()
         change(tmp_path, token="another's")
-        first._thread.join()
-        assert "is no longer this run's" in caplog.text
+        wait_until(lambda: "is no longer this run's" in caplog.text, 30, "the holder notices")
         first.__exit__(None, None, None)
     assert (tmp_path / NAME).exists()

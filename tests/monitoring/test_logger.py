@@ -422,15 +422,15 @@ def test_a_resume_reads_the_end_of_long_files_alone(tmp_path, monkeypatch, block
     lines = [json.dumps({"step": step, "text": "\N{LATIN SMALL LETTER U WITH DIAERESIS}" * (step % 9)}).encode() + b"\n"
              for step in range(1, 60)]  # fmt: skip
     path.write_bytes(b"".join(lines) + lines[-1][:11])  # the last is torn
-    found = list(writers._lines_from_end(path))
+    found = list(writers.lines_from_end(path))
     assert [line for _, line in found] == [lines[-1][:11], *reversed(lines)]
     assert all(path.read_bytes()[start:].startswith(line) for start, line in found)
     asked = []
     parse = json.loads
     monkeypatch.setattr(writers.json, "loads", lambda text: asked.append(text) or parse(text))
-    writers._drop_lines_after(path, 55)
+    writers.drop_lines_after(path, 55)
     assert path.read_bytes() == b"".join(lines[:55])
     assert len(asked) == 5  # of 59 lines
-    assert writers._last_line(path)[0]["step"] == 55
-    writers._drop_lines_after(path, 99)
+    assert writers.last_line(path)[0]["step"] == 55
+    writers.drop_lines_after(path, 99)
     assert path.read_bytes() == b"".join(lines[:55])

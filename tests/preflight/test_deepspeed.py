@@ -90,6 +90,17 @@ def test_on_cpu_fp32_and_torch_s_adam():
     assert resolved["optimizer"]["params"]["torch_adam"] is True
 
 
+def test_bf16_on_a_cpu_where_it_is_asked_for():
+    asked = "worker.actor.dtype=bf16"
+    assert resolve(AUTO, asked, on_gpu=False)["bf16"] == resolve(changed(bf16__enabled=True), asked)["bf16"]
+    assert resolve(AUTO, asked, on_gpu=False)["bf16"] == {"enabled": True}
+    assert "contradicts worker.actor.dtype=bf16" in refused(changed(bf16__enabled=False), asked, on_gpu=False)
+    assert resolve(changed(bf16__enabled=True), on_gpu=False)["bf16"] == {"enabled": False}
+    assert "worker.actor.dtype=fp32 is for the CPU" in refused(AUTO, "worker.actor.dtype=fp32")
+    assert load_config([*BATCH, asked]).config.worker.rollout.dtype == "bf16"
+    assert load_config([*BATCH, asked, "worker.rollout.dtype=fp32"]).config.worker.rollout.dtype == "fp32"
+
+
 def test_absent_sections_are_added():
     resolved = resolve({"zero_optimization": {"stage": 3}})
     assert resolved["train_batch_size"] == 30 and resolved["gradient_clipping"] == 0.5
@@ -349,25 +360,20 @@ def test_a_machine_without_gpus_has_the_offload_sections_read_too():
     assert "offload_param" not in actor["zero_optimization"]
 
 
-@pytest.mark.parametrize("strategy", ["adamw_bf16", "muon"])
-def test_states_of_other_optimisers_are_neither_offloaded_nor_moved(strategy):
-    offload = "worker.actor.offload.offload_optimizer=true"
-    refusal = refused(AUTO, f"worker.actor.optim.strategy={strategy}", offload)
-    assert f"strategy={strategy} keeps its states on the GPU, not with offload_optimizer" in refusal
-
-
 def test_8_bit_moments_ask_for_their_library(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused(AUTO, "worker.actor.optim.strategy=adamw_8bit", on_gpu=False)
     assert message.endswith("needs bitsandbytes, not installed here: pip install 'mmr1_ds[optimizers]'")
 
 
-def test_bf16_moments_are_neither_offloaded_nor_moved():
+@pytest.mark.parametrize("name", ["adamw_bf16", "muon"])
+def test_states_of_other_optimisers_are_neither_offloaded_nor_moved(name):
     """DeepSpeed updates in host memory, and moves the states of, its own Adam alone."""
-    strategy = "worker.actor.optim.strategy=adamw_bf16"
+    strategy = f"worker.actor.optim.strategy={name}"
     assert resolve(AUTO, strategy)["optimizer"]["type"] == "AdamW"
     offload = "worker.actor.offload.offload_optimizer=true"
-    assert "not with offload_optimizer; switch that off or set adamw" in refused(AUTO, strategy, offload)
+    refusal = f"strategy={name} keeps its states on the GPU, not with offload_optimizer; switch that off or set adamw"
+    assert refusal in refused(AUTO, strategy, offload)
     resolve(AUTO, strategy, offload, on_gpu=False)  # all of it is in host memory there
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
     assert "not with offload_optimizer" in refused({**AUTO, "zero_optimization": zero}, strategy)

@@ -16,11 +16,8 @@ import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
 from safetensors.torch import load_file
-from settings import deepspeed_configs, make_actor, make_critic, small_config
+from settings import deepspeed_configs, end, make_actor, make_critic, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine import bad_updates
 from mmr1_ds.errors import UserError
@@ -34,7 +31,7 @@ handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
 logging.getLogger("mmr1_ds.engine.bad_updates").addHandler(handler)
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 ranks.step = 7
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=1)
 config.data.rollout_batch_size = PROMPTS
@@ -188,6 +185,4 @@ if kind == "plain":
     assert len(list((folder / "bad").glob(f"critic_1_step_7_rank_{ranks.rank}.*"))) == 2
 if ranks.rank == 0:
     (folder / "events.json").write_text(json.dumps({"lines": lines, "told": told}))
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

@@ -13,23 +13,18 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
 from fixtures.tiny_models import make_prompt
-from settings import make_actor, small_config
+from settings import end, make_actor, small_config, start_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
-from mmr1_ds.engine import actor as actor_module
 from mmr1_ds.engine.actor import Actor
-from mmr1_ds.engine.zero_engine import start_deepspeed
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
 from mmr1_ds.records import Trajectory
 
 model, out = sys.argv[1:]
 PROMPTS, RESPONSES, STEPS = 4, 4, 20
 
-ranks = Ranks(launch_environment(), timeout_seconds=300)
+ranks = start_ranks(300)
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=1)  # as many additions as responses
 actor_config = config.worker.actor
 actor_config.micro_batch_size_per_device_for_experience = 16
@@ -72,8 +67,7 @@ def loss(actor: Actor) -> float:
     return sums["loss"] / sums["tokens"]
 
 
-def train(deepspeed: dict, dtype: torch.dtype, num_steps: int) -> dict:
-    actor_module.start_deepspeed = lambda ranks: (start_deepspeed(ranks), dtype)[1]
+def train(deepspeed: dict, num_steps: int) -> dict:
     actor = make_actor(config, deepspeed, ranks, encoder, num_updates=STEPS)
     with Types() as types:
         losses = [loss(actor)]
@@ -115,9 +109,9 @@ preset["optimizer"]["params"]["torch_adam"] = True  # the fused one needs a GPU
 preset["zero_optimization"]["overlap_comm"] = False  # streams
 in_fp32 = preset | {"bf16": {"enabled": False}}
 summed_in_bf16 = preset | {"data_types": {"grad_accum_dtype": "bf16"}}
-exact = train(in_fp32, torch.float32, STEPS)
-ours = train(preset, torch.bfloat16, STEPS)
-rough = train(summed_in_bf16, torch.bfloat16, 1)
+exact = train(in_fp32, STEPS)
+ours = train(preset, STEPS)
+rough = train(summed_in_bf16, 1)
 if ranks.rank == 0:
     report = {
         "exact": exact["losses"],
@@ -127,6 +121,4 @@ if ranks.rank == 0:
         "distance_summed_in_bf16": distance(exact["gradients"], rough["gradients"]),
     }
     Path(out).write_text(json.dumps(report))
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

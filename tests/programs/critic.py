@@ -8,13 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from deepspeed.utils import safe_get_full_grad
-from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_critic, small_config
+from settings import deepspeed_configs, end, fixed_response, kept_gradients, make_critic, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine import critic as module
 from mmr1_ds.engine.model.value_model import ValueModel
@@ -23,7 +18,7 @@ from mmr1_ds.records import Pair, Trajectory
 model, out, micro_batch, folder, layout = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 2
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, PROMPTS, RESPONSES, int(micro_batch))
 config.data.rollout_batch_size = PROMPTS
 config.worker.actor.padding_free, config.worker.actor.dynamic_batching = layout != "padded", layout == "by-tokens"
@@ -55,9 +50,8 @@ assert starts_at_zero == [True]
 def fixed(index: int, sample: int) -> tuple[Pair, np.ndarray, np.ndarray]:
     """A pair, how far its old values lie from those now, and its returns: all from the two numbers."""
     random = np.random.default_rng((index, sample))
-    length = int(random.integers(1, 15))
-    token_ids = random.integers(0, 100, length).astype(np.int32)
-    prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
+    prompt, token_ids = fixed_response(encoder, random, index)
+    length = len(token_ids)
     drift, returns = random.normal(0, 0.6, length), random.normal(0.5, 1.0, length)
     return (prompt, token_ids), drift.astype(np.float32), returns.astype(np.float32)
 
@@ -81,33 +75,20 @@ def update(old: list[np.ndarray]) -> dict[str, float]:
     )
 
 
-gradients: list[torch.Tensor] = []
-step = critic.engine.step
-
-
-def step_and_keep_gradient() -> None:
-    """In the place of the engine's step, whose last act is to forget the gradient."""
-    if critic.engine.is_gradient_accumulation_boundary():
-        parts = [safe_get_full_grad(parameter).flatten() for parameter in critic.module.parameters()]
-        gradients.append(torch.cat(parts).float().cpu())
-    step()
-
-
-critic.engine.step = step_and_keep_gradient
+gradients = kept_gradients(critic)
 results = {}
 for mode in ("token", "seq"):
-    critic._settings.loss_avg_mode = mode
+    critic.settings.loss_avg_mode = mode
     metrics = update(old)
     results[mode] = gradients.pop().numpy()
     results[f"{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
-critic.engine.step = step
 everyone = ranks.all_gather_objects((pairs, values, old, returns), "what the test computes from")
 for name, column in (("values", 1), ("old", 2), ("returns", 3)):
     results[name] = np.concatenate([item for part in everyone for item in part[column]])
 responses = [token_ids for part in everyone for _, token_ids in part[0]]
 results["tokens"], results["lengths"] = np.concatenate(responses), np.array([len(item) for item in responses])
 
-critic._settings.optim.lr, critic._settings.loss_avg_mode = 3e-5, "token"
+critic.settings.optim.lr, critic.settings.loss_avg_mode = 3e-5, "token"
 critic.save(Path(folder))
 num_updates = 12 if layout == "by-tokens" else 3
 losses = [update(critic.values(pairs))["critic/vf_loss"] for _ in range(num_updates)]
@@ -123,6 +104,4 @@ np.testing.assert_allclose(again, losses[:2], rtol=1e-6)  # the optimiser's mome
 results["losses"] = np.array(losses)
 if ranks.rank == 0:
     np.savez(out, names=np.array(sorted(metrics)), **results)
-torch.distributed.barrier()
-ranks.close()
-leave(0)
+end(ranks)

@@ -16,12 +16,9 @@ from pathlib import Path
 import torch
 from fixtures.control_server import KEY, ControlServer
 from fixtures.stand_in_devices import NcclOverGloo, put_in_place
-from settings import deepspeed_configs, make_actor, small_config
+from settings import deepspeed_configs, end, make_actor, small_config, start_ranks
 
 from mmr1_ds import io
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.weights import gathering
 from mmr1_ds.rollout.colocated.engine import _unlink_shared_memory
@@ -33,7 +30,7 @@ gathering.BUCKET_BYTES = 40_000  # several buckets, layers cut, and parameters l
 transfer._CHUNK_BYTES = 30_000  # chunks that end inside of buckets
 
 model, out = sys.argv[1:]
-ranks = Ranks(launch_environment(), timeout_seconds=300)
+ranks = start_ranks(300)
 config = small_config(model, 2, 2, micro_batch=2)
 rollout = config.worker.rollout
 rollout.tensor_parallel_size, rollout.dtype = ranks.size, "bf16"
@@ -177,5 +174,4 @@ Path(f"{out}.{ranks.rank}").write_text(json.dumps(report))
 ranks.barrier("end")
 server.close()
 own.close()
-ranks.close()
-leave(0)
+end(ranks)

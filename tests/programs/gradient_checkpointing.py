@@ -11,11 +11,8 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, end, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.batching import ModelBatch, collate
 from mmr1_ds.engine.model.lora import adapters
@@ -23,7 +20,7 @@ from mmr1_ds.engine.model.policy import load_policy
 from mmr1_ds.engine.weights.gathering import whole_parameters
 
 model, out = sys.argv[1:]
-ranks = Ranks(launch_environment(), timeout_seconds=60)
+ranks = start_ranks()
 config = small_config(model, 2, ranks.size, 1)
 settings = config.worker.actor.model
 encoder = PromptEncoder(settings, config.data)
@@ -83,6 +80,4 @@ results = {
     for frozen in (False, True)
 }
 torch.save(results, f"{out}.{ranks.rank}")
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

@@ -9,17 +9,14 @@ import sys
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, end, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.model.batching import ModelBatch
 from mmr1_ds.engine.model.policy import load_policy
 
 model, out, *apart = sys.argv[1:]
 FORBIDDEN, TEMPERATURE = (2, 5, 9), 0.7
-ranks = Ranks(launch_environment(), timeout_seconds=60)
+ranks = start_ranks()
 config = small_config(model, 2, 2 * ranks.size, 2)
 deepspeed.init_distributed(auto_mpi_discovery=False)  # it adopts the group that is there
 settings, for_frozen = deepspeed_configs(config, ranks.size)
@@ -71,6 +68,4 @@ torch.save(
     },
     f"{out}.{ranks.rank}",
 )  # fmt: skip
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

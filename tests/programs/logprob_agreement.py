@@ -18,17 +18,15 @@ import numpy as np
 import torch
 from fixtures.delta_net import compute_delta_nets_in_float32
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, schedule_asynchronously, small_config
+from settings import deepspeed_configs, end, make_actor, schedule_asynchronously, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.lora import adapted_layers
 from mmr1_ds.engine.reference import AdapterlessReference
 from mmr1_ds.engine.weights import gathering as weights
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.rollout.base import generate
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.hf.engine import TransformersRollout
@@ -42,7 +40,7 @@ more = [word for word in more if word != "no-videos"]
 lora_rank, cuts = int(more[0]) if more else 0, more[1:]
 PROMPTS, RESPONSES, MOST_IMAGES, MOST_VIDEOS = 4, 3, 4, 2
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 # On one rank micro-batches mix prompts of text, of one image and of several; on more each is one prompt's responses.
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=4 if ranks.size == 1 else 3)
 config.data.max_prompt_length = 224  # with two videos, and the times of their frames by the letter
@@ -111,7 +109,7 @@ for step in range(int(num_steps)):
     settings = SamplingSettings(0.8, top_p, top_k, 12 + step, raw_logprobs=bool(cuts))
     if cuts:
         settings = dataclasses.replace(settings, min_p=0.01, repetition_penalty=1.3)
-    groups = rollout.generate(requests, settings)
+    groups = generate(rollout, requests, settings)
     given_back_bytes = 0
     if isinstance(rollout, VllmRollout):
         if tensor_parallel == "1":  # what is stopped leaves nothing behind
@@ -121,7 +119,7 @@ for step in range(int(num_steps)):
             assert all(len(response.token_ids) == 1 for response in found[0].responses)
         rollout.sleep(keep_weights=True)
         assert rollout._llm.llm_engine.is_sleeping()
-        before, groups = groups, rollout.generate(requests, settings)
+        before, groups = groups, generate(rollout, requests, settings)
         if not ranks.on_gpu:  # in bf16 a near tie may fall the other way
             tokens_before, tokens_after = (
                 [r.token_ids.tolist() for g in x for r in g.responses] for x in (before, groups)
@@ -163,15 +161,15 @@ if ranks.size == 1 and not ranks.on_gpu:
     greedy = SamplingSettings(0.0, 1.0, -1, 12, repetition_penalty=10.0)
     likeliest = dataclasses.replace(settings, top_p=1.0, top_k=-1, max_tokens=12, min_p=1.0, repetition_penalty=10.0)
     plain = TransformersRollout(actor, ranks, encoder, 5)
-    expected = plain.generate(requests, greedy)
-    assert tokens_of(rollout.generate(requests, likeliest)) == tokens_of(expected)
-    unbent = plain.generate(requests, dataclasses.replace(greedy, repetition_penalty=1.0))
+    expected = generate(plain, requests, greedy)
+    assert tokens_of(generate(rollout, requests, likeliest)) == tokens_of(expected)
+    unbent = generate(plain, requests, dataclasses.replace(greedy, repetition_penalty=1.0))
     repeats = any(len(set(row)) < len(row) for row in tokens_of(unbent))
     assert not repeats or tokens_of(unbent) != tokens_of(expected)  # without a repeat there is nothing to penalise
     # A text of two tokens ends each response with the token that completes it.
-    whole = rollout.generate(requests, dataclasses.replace(settings, max_tokens=12))
+    whole = generate(rollout, requests, dataclasses.replace(settings, max_tokens=12))
     stop = encoder.tokenizer.decode(tokens_of(whole)[0][3:5])
-    cut = rollout.generate(requests, dataclasses.replace(settings, max_tokens=12, stop=(stop,)))
+    cut = generate(rollout, requests, dataclasses.replace(settings, max_tokens=12, stop=(stop,)))
     ends = [
         next((n for n in range(1, len(row)) if stop in encoder.tokenizer.decode(row[:n])), len(row))
         for row in tokens_of(whole)
@@ -180,11 +178,10 @@ if ranks.size == 1 and not ranks.on_gpu:
     assert cut[0].responses[0].finished
 if engine == "hf":  # a rank without requests keeps up with the others
     own = requests if ranks.rank == 0 else []
-    assert len(rollout.generate(own, SamplingSettings(0.8, 0.9, 7, 5))) == len(own)
+    assert len(generate(rollout, own, SamplingSettings(0.8, 0.9, 7, 5))) == len(own)
 shared_memory = [path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")]
 if ranks.rank == 0:
     with open(out, "w", encoding="utf-8") as file:
         json.dump({"steps": steps, "taken_bytes": taken_bytes, "shared_memory": shared_memory}, file)
 rollout.close()
-ranks.close()
-leave(0)
+end(ranks)

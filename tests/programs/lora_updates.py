@@ -11,26 +11,21 @@ from pathlib import Path
 import deepspeed
 import numpy as np
 import torch
-from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, make_reference, small_config
+from settings import deepspeed_configs, end, fixed_trajectory, make_actor, make_reference, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.lora import adapters
 from mmr1_ds.engine.reference import AdapterlessReference
 from mmr1_ds.engine.weights import gathering as weights
 from mmr1_ds.engine.weights.gathering import whole_parameters
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import Trajectory
 
 weights.BUCKET_BYTES = 20_000  # several buckets, and parameters larger than one
 
 model, out, folder, first, last = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 2
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=2)
 config.worker.actor.optim.lr = 1e-2
 config.worker.actor.offload_states = int(first) > 1  # half of a run that is compared with a whole one
@@ -43,16 +38,6 @@ actor = make_actor(config, for_actor, ranks, encoder)
 leaves_random_state = torch.equal(random_state, torch.get_rng_state())
 reference = AdapterlessReference(actor)
 separate = make_reference(config, for_reference, ranks, encoder)
-
-
-def fixed_trajectory(index: int, sample: int) -> Trajectory:
-    """Response tokens, sampling log-probabilities and advantage that depend on the two numbers alone."""
-    random = np.random.default_rng((index, sample))
-    length = int(random.integers(1, 15))
-    token_ids = random.integers(0, 100, length).astype(np.int32)
-    prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
-    logprobs = random.normal(-3, 0.1, length).astype(np.float32)
-    return Trajectory(prompt, token_ids, logprobs, np.full(length, random.normal(), np.float32))
 
 
 def copies(with_adapters: bool) -> dict[str, torch.Tensor]:
@@ -91,7 +76,7 @@ curve = []
 for step in range(int(first), int(last) + 1):
     share = PROMPTS // ranks.size
     begin = step * PROMPTS + ranks.rank * share
-    trajectories = [fixed_trajectory(i, k) for i in range(begin, begin + share) for k in range(RESPONSES)]
+    trajectories = [fixed_trajectory(encoder, i, k) for i in range(begin, begin + share) for k in range(RESPONSES)]
     pairs = [item.pair for item in trajectories]
     with actor.offloaded():  # as while responses are sampled
         pass
@@ -129,6 +114,4 @@ if int(first) == 1:
     except UserError as error:
         errors["name"] = str(error)
 torch.save({**result, "errors": errors}, f"{out}.{ranks.rank}")
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

@@ -11,13 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, make_reference, small_config
+from settings import deepspeed_configs, end, fixed_trajectory, make_actor, make_reference, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.encoding import PromptEncoder
@@ -28,7 +23,7 @@ from mmr1_ds.records import Trajectory
 model, out, micro_batch, folder = sys.argv[1:]
 BATCH, MINI_BATCH, RESPONSES, STEPS = 8, 4, 3, 3
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, MINI_BATCH, RESPONSES, int(micro_batch))
 config.worker.actor.offload_states = ranks.size > 1
 encoder = PromptEncoder(config.worker.actor.model, config.data)
@@ -39,10 +34,14 @@ data = DataConfig(sampling_strategy="curriculum", rollout_batch_size=BATCH, seed
 coordinator = Coordinator(data, [str(i) for i in range(29)], [""] * 29, "fingerprint", 8, STEPS, ranks)
 
 
+def fixed(index: int, sample: int) -> Trajectory:
+    return fixed_trajectory(encoder, index, sample, spread=1.0, with_videos=encoder.takes_videos)
+
+
 def update(actor: Actor, indices: np.ndarray) -> dict[str, float]:
     """One step on the responses of the prompts drawn. Returns: its metrics."""
     slots = batch_slots(BATCH, MINI_BATCH, ranks.rank, ranks.size)
-    trajectories = [fixed_trajectory(int(i), k) for i in indices[slots] for k in range(RESPONSES)]
+    trajectories = [fixed(int(i), k) for i in indices[slots] for k in range(RESPONSES)]
     with actor.offloaded():  # as while responses are sampled; on one rank the states stay
         assert len(actor.engine.optimizer.offloaded_states) == (3 if ranks.size > 1 else 0)
     pairs = [item.pair for item in trajectories]
@@ -50,17 +49,6 @@ def update(actor: Actor, indices: np.ndarray) -> dict[str, float]:
     return actor.update(
         [replace(item, old_logprobs=old[i], ref_logprobs=ref[i]) for i, item in enumerate(trajectories)]
     )
-
-
-def fixed_trajectory(index: int, sample: int) -> Trajectory:
-    """Response tokens, sampling log-probabilities and advantage that depend on the two numbers alone."""
-    random = np.random.default_rng((index, sample))
-    length = int(random.integers(1, 15))
-    token_ids = random.integers(0, 100, length).astype(np.int32)
-    with_image = encoder.is_multimodal and index % 3 != 0
-    prompt = make_prompt(encoder, index, with_image, with_videos=encoder.takes_videos)
-    logprobs = random.normal(-3, 1, length).astype(np.float32)
-    return Trajectory(prompt, token_ids, logprobs, np.full(length, random.normal(), np.float32))
 
 
 curve, drawn = [], []
@@ -81,6 +69,4 @@ if folder != "-":
     result["digest_again"] = resumed.weights_digest()
 if ranks.rank == 0:
     Path(out).write_text(json.dumps(result), encoding="utf-8")
-torch.distributed.barrier()
-ranks.close()
-leave(0)
+end(ranks)

@@ -8,16 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from deepspeed.utils import safe_get_full_grad
-from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, make_reference, small_config
+from settings import (
+    deepspeed_configs,
+    end,
+    fixed_response,
+    kept_gradients,
+    make_actor,
+    make_reference,
+    small_config,
+    start_ranks,
+)
 
 from mmr1_ds.algorithm.importance import ImportanceSampling
 from mmr1_ds.algorithm.losses import PolicyLoss
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.records import Trajectory
 
@@ -29,7 +32,7 @@ LOSSES = (  # and averages: each of both at least once
     ("dppo_tv", "token"), ("dppo_kl", "seq_sum"),
 )  # fmt: skip
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, PROMPTS, RESPONSES, int(micro_batch))
 config.worker.actor.padding_free, config.worker.actor.dynamic_batching = layout != "padded", layout == "by-tokens"
 config.worker.actor.ulysses_size = ranks.size if layout == "ulysses" else 1
@@ -46,9 +49,8 @@ reference = make_reference(config, for_reference, ranks, encoder)
 def fixed_trajectory(index: int, sample: int) -> tuple[Trajectory, np.ndarray]:
     """Tokens, advantages and log-probabilities of the rollout that follow from the two numbers; noise for the old."""
     random = np.random.default_rng((index, sample))
-    length = int(random.integers(1, 15))
-    token_ids = random.integers(0, 100, length).astype(np.int32)
-    prompt = make_prompt(encoder, index, with_image=encoder.is_multimodal and index % 3 != 0)
+    prompt, token_ids = fixed_response(encoder, random, index)
+    length = len(token_ids)
     noise = random.normal(0, 0.4, (2, length))
     advantages = np.full(length, random.normal(), np.float32)
     if sample:
@@ -76,24 +78,12 @@ trajectories = [  # what the rollout engine says is near what the trainer does
     for i, (item, _) in enumerate(own)
 ]
 
-gradients: list[torch.Tensor] = []
-step = actor.engine.step
-
-
-def step_and_keep_gradient() -> None:
-    """In the place of the engine's step, whose last act is to forget the gradient."""
-    if actor.engine.is_gradient_accumulation_boundary():
-        parts = [safe_get_full_grad(parameter).flatten() for parameter in actor.module.parameters()]
-        gradients.append(torch.cat(parts).float().cpu())
-    step()
-
-
-actor.engine.step = step_and_keep_gradient
+gradients = kept_gradients(actor)
 results = {}
 for kind, mode in LOSSES:
     level = "sequence" if mode == "seq" else "token"
-    actor._policy_loss = PolicyLoss(kind, 0.2, 0.3, 3.0)
-    actor._importance = ImportanceSampling(level, 2.0)
+    actor.policy_loss = PolicyLoss(kind, 0.2, 0.3, 3.0)
+    actor.importance = ImportanceSampling(level, 2.0)
     config.worker.actor.loss_avg_mode = mode
     metrics = actor.update(trajectories)
     assert 0.2 <= metrics.pop("actor/kl_cov_fraction", 0.2) < 0.25
@@ -101,15 +91,15 @@ for kind, mode in LOSSES:
     results[f"{kind}|{mode}"] = gradients.pop().numpy()
     results[f"{kind}|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
 for mode in ("token", "seq", "seq_sum"):  # the second response to every other prompt was cut at its limit
-    config.worker.actor.loss_avg_mode, actor._policy_loss = mode, PolicyLoss("default", 0.2, 0.3, 3.0)
+    config.worker.actor.loss_avg_mode, actor.policy_loss = mode, PolicyLoss("default", 0.2, 0.3, 3.0)
     mask = {"token": "token", "seq": "geometric", "seq_sum": "k3"}[mode]
-    actor._importance = ImportanceSampling("token", 2.0, mask, 0.8, 1.2)
+    actor.importance = ImportanceSampling("token", 2.0, mask, 0.8, 1.2)
     masked = [replace(item, trains=item.prompt.index % 2 == 0 or i % 2 == 0) for i, item in enumerate(trajectories)]
     metrics = actor.update(masked)
     assert metrics.pop("rollout/is_masked_fraction") < 1
     results[f"masked|{mode}"] = gradients.pop().numpy()
     results[f"masked|{mode}|figures"] = np.array([metrics[name] for name in sorted(metrics)])
-actor._importance = ImportanceSampling("token", 2.0)
+actor.importance = ImportanceSampling("token", 2.0)
 config.worker.actor.entropy_coef = 0.3
 actor.model.get_output_embeddings()._entropy_gradient = True
 metrics = actor.update(trajectories)
@@ -128,6 +118,4 @@ actor.load(Path(folder))
 assert actor.kl.coefficient == saved != config.algorithm.kl_coef
 if ranks.rank == 0:
     np.savez(out, names=np.array(sorted(metrics)), **results)
-torch.distributed.barrier()
-ranks.close()
-leave(0)
+end(ranks)

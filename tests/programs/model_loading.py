@@ -6,16 +6,13 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from settings import deepspeed_configs, small_config
+from settings import deepspeed_configs, end, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.model.policy import exact_types, load_policy
 from mmr1_ds.errors import UserError
 
 model, damaged, out = sys.argv[1:]
-ranks = Ranks(launch_environment(), timeout_seconds=60)
+ranks = start_ranks()
 config = small_config(model, 4, 3, 3)
 settings = exact_types({**deepspeed_configs(config, 1)[0], "bf16": {"enabled": True}})
 policy = load_policy(config.worker.actor, settings, (), 1.0, torch.bfloat16, trainable=True, ranks=ranks)
@@ -34,5 +31,4 @@ result = {
     "error": error,
 }
 Path(out).write_text(json.dumps(result))
-ranks.close()
-leave(0)
+end(ranks)

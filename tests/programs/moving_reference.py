@@ -9,18 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, make_reference, small_config
+from settings import deepspeed_configs, end, make_actor, make_reference, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.weights.gathering import whole_parameters
 from mmr1_ds.records import Trajectory
 
 DECAY = 0.75
 model, folder, out, mode = sys.argv[1:]
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, prompts=2, responses=1, micro_batch=1)
 config.worker.actor.optim.lr, config.worker.ref.ema_decay = 1e-2, DECAY
 encoder = PromptEncoder(config.worker.actor.model, config.data)
@@ -56,6 +53,4 @@ else:
 found |= {"weights": whole(reference), "log_probs": torch.from_numpy(reference.log_probs(pairs)[0])}
 if ranks.rank == 0:
     torch.save(found, out)
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

@@ -12,18 +12,15 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, small_config
+from settings import deepspeed_configs, end, make_actor, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.io import digest
 from mmr1_ds.records import Trajectory
 
 model, out, saved, strategy = [*sys.argv[1:], "adamw_bf16"][:4]
 PROMPTS = 4
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, PROMPTS, 1, micro_batch=2)
 config.worker.actor.optim.strategy = strategy
 config.worker.actor.optim.muon_lr = 0.01 if strategy == "muon" else None
@@ -74,6 +71,4 @@ found["moments"] = np.array(max(tensor.element_size() for tensor in tensors))
 found["shapes"] = np.array([(*item.ds_shape, 1)[:2] for item in actor.module.parameters()])
 if ranks.rank == 0:
     np.savez(out, **found)
-torch.distributed.barrier()
-ranks.close()
-leave(0)
+end(ranks)

@@ -10,6 +10,6 @@ from fixtures.stand_in_server import stand_in
 server = stand_in(Path(sys.argv[1]))
 server.start()
 wait_until(server.is_ready, 30, "the server answers")
-sys.stdout.write(f"{server.url} {server._minder.pid}\n")
+sys.stdout.write(f"{server.url} {server.process_group}\n")
 sys.stdout.flush()
 time.sleep(600)

@@ -12,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, small_config
+from settings import deepspeed_configs, end, make_actor, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.commands.plan import activations
 from mmr1_ds.commands.plan.activations import MicroBatch
 from mmr1_ds.commands.plan.memory import zero_engine
@@ -32,7 +29,7 @@ def resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, 2, 2, micro_batch=2)
 config.data.max_response_length = length
 config.worker.actor.model.enable_gradient_checkpointing = checkpointing
@@ -75,5 +72,4 @@ planned = {
 }
 if ranks.rank == 0:
     Path(out).write_text(json.dumps({"measured": {"held": held, "peak": peak}, "planned": planned}, indent=1))
-ranks.close()
-leave(0)
+end(ranks)

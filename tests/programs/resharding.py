@@ -11,25 +11,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, make_critic, small_config
+from settings import deepspeed_configs, end, fixed_trajectory, make_actor, make_critic, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.critic import Critic
 from mmr1_ds.loop.checkpoint import Checkpoints
-from mmr1_ds.records import Trajectory
 
 model, out, saved, first, last, save_to, wanted = sys.argv[1:]
 PROMPTS, RESPONSES = 6, 1
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=1)
 config.data.rollout_batch_size = PROMPTS
 config.worker.critic.optim.lr = 1e-3
@@ -45,17 +39,6 @@ if "critic" in wanted:
 if "adapted" in wanted:
     config.worker.actor.model.lora.rank, config.worker.actor.model.lora.alpha = 3, 6.0
     parts["adapted"] = make_actor(config, settings, ranks, encoder)
-
-
-def fixed(index: int) -> Trajectory:
-    """Response tokens, sampling log-probabilities and advantage that depend on the number alone."""
-    random = np.random.default_rng(index)
-    length = int(random.integers(1, 15))
-    token_ids = random.integers(0, 100, length).astype(np.int32)
-    logprobs = random.normal(-3, 0.1, length).astype(np.float32)
-    return Trajectory(
-        make_prompt(encoder, index, False), token_ids, logprobs, np.full(length, random.normal(), np.float32)
-    )
 
 
 def write(folder: Path) -> None:
@@ -82,7 +65,7 @@ checkpoints = Checkpoints(Path(save_to), -1, ranks)
 share = PROMPTS // ranks.size
 for step in range(int(first), int(last) + 1):
     begin = step * PROMPTS + ranks.rank * share
-    own = [fixed(index) for index in range(begin, begin + share)]
+    own = [fixed_trajectory(encoder, index, 0) for index in range(begin, begin + share)]
     metrics = {}
     for name, part in parts.items():
         if isinstance(part, Critic):
@@ -107,6 +90,4 @@ for step in range(int(first), int(last) + 1):
         assert checkpoints.save(step, write)
 if ranks.rank == 0:
     torch.save(result, out)
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

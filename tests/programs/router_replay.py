@@ -12,20 +12,18 @@ import numpy as np
 import torch
 from fixtures.routed_experts import return_routed_experts
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, small_config
+from settings import deepspeed_configs, end, make_actor, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.rollout.base import generate
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 
 model, out, tensor_parallel = sys.argv[1:]
 PROMPTS, RESPONSES = 4, 3
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=3)
 config.worker.rollout.temperature, config.worker.rollout.tensor_parallel_size = 0.8, int(tensor_parallel)
 config.worker.actor.router_replay.mode = "R3"
@@ -43,7 +41,7 @@ def sample(step: int) -> list[RolloutGroup]:
     share = PROMPTS // ranks.size
     indices = range(step * PROMPTS + ranks.rank * share, step * PROMPTS + (ranks.rank + 1) * share)
     prompts = [make_prompt(encoder, i, encoder.is_multimodal and i % 3 != 0, 4) for i in indices]
-    return rollout.generate([RolloutRequest(prompt, RESPONSES, 1000 * prompt.index) for prompt in prompts], settings)
+    return generate(rollout, [RolloutRequest(prompt, RESPONSES, 1000 * prompt.index) for prompt in prompts], settings)
 
 
 def drift(groups: list[RolloutGroup], with_replay: bool) -> dict[str, float]:
@@ -100,5 +98,4 @@ if ranks.rank == 0:
     with open(out, "w", encoding="utf-8") as file:
         json.dump(everyone, file)
 rollout.close()
-ranks.close()
-leave(0)
+end(ranks)

@@ -10,19 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, small_config
+from settings import deepspeed_configs, end, make_actor, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.rollout.base import generate
 from mmr1_ds.rollout.hf.engine import TransformersRollout
 
 model, run_dir, lora_rank = sys.argv[1:]
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, prompts=2, responses=2, micro_batch=1)
 config.trainer.run_dir = run_dir
 config.worker.actor.optim.lr = 1e-2
@@ -44,13 +42,11 @@ checkpoints = Checkpoints(Path(run_dir) / "checkpoints", -1, ranks)
 assert checkpoints.save(2, lambda folder: actor.save(folder / "actor"))
 weights = {name: weight.clone() for name, weight in actor.weights(as_held=True)}
 requests = [RolloutRequest(prompt(index), 1, 0) for index in range(4)]
-groups = TransformersRollout(actor, ranks, encoder, 8).generate(requests, SamplingSettings(0.0, 1.0, -1, 8))
+groups = generate(TransformersRollout(actor, ranks, encoder, 8), requests, SamplingSettings(0.0, 1.0, -1, 8))
 pairs = [(group.prompt, np.asarray(group.responses[0].token_ids, np.int32)) for group in groups]
 logprobs = actor.log_probs(pairs)
 if ranks.rank == 0:
     (Path(run_dir) / "config.yaml").write_text(dump_config(config))
     answers = {"tokens": [tuple(pair[1].tolist()) for pair in pairs], "logprobs": list(map(torch.tensor, logprobs))}
     torch.save({"weights": weights, **answers}, f"{run_dir}/policy.pt")
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

@@ -5,17 +5,14 @@ from pathlib import Path
 
 import numpy as np
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_reference, small_config
+from settings import deepspeed_configs, end, make_reference, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.router_replay import RouterReplay
 
 model, folder = sys.argv[1:]
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, 2 * ranks.size, 3, 2)
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 _, settings = deepspeed_configs(config, ranks.size)
@@ -49,6 +46,4 @@ if ranks.size > 1 and hasattr(language_model.layers[0].mlp, "experts"):  # sent 
         found |= {f"{name} {10 + i}": values for i, values in enumerate(differing)}
 lengths = [len(encoder.expand(prompt).input_ids) + len(response) for prompt, response in pairs]
 np.savez(Path(folder) / f"{ranks.rank}.npz", cuts=cuts_of_one_pass, lengths=np.array(lengths), **found)
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

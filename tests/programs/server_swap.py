@@ -9,20 +9,18 @@ from pathlib import Path
 
 import numpy as np
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, make_reference, small_config
+from settings import deepspeed_configs, end, make_actor, make_reference, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.records import RolloutRequest, SamplingSettings, Trajectory
+from mmr1_ds.rollout.base import generate
 from mmr1_ds.rollout.servers.engine import ServerRollout
 
 model, out = sys.argv[1:]
 PROMPTS, RESPONSES, LONGEST = 3, 2, 400
 
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=2)
 config.data.max_response_length = LONGEST
 config.worker.actor.optim.lr = 1e-2
@@ -39,7 +37,7 @@ before = make_reference(config, for_reference, ranks, encoder)
 rollout.sync_weights(actor)
 settings = SamplingSettings(1.0, 1.0, -1, 8)
 requests = [RolloutRequest(make_prompt(encoder, i, i > 0, 2), RESPONSES, 50 * i) for i in range(PROMPTS)]
-groups = rollout.generate(requests, settings)  # the first compiles
+groups = generate(rollout, requests, settings)  # the first compiles
 trajectories = [
     Trajectory(
         group.prompt,
@@ -70,5 +68,4 @@ for number, response in enumerate(response for group in groups for response in g
 with open(out, "w", encoding="utf-8") as file:
     json.dump({"rows": rows, "oldest": [group.policy_version for group in groups]}, file)
 rollout.close()
-ranks.close()
-leave(0)
+end(ranks)

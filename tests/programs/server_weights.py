@@ -17,11 +17,8 @@ import torch
 from fixtures.delta_net import compute_delta_nets_in_float32_in_servers
 from fixtures.launching import wait_until
 from fixtures.tiny_models import make_prompt
-from settings import deepspeed_configs, make_actor, small_config
+from settings import deepspeed_configs, end, make_actor, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.weights import gathering as weights
 from mmr1_ds.records import Prompt
@@ -35,7 +32,7 @@ weights.BUCKET_BYTES = 40_000  # several buckets, layers cut, and parameters lar
 model, out, num_changes, *lora_rank = sys.argv[1:]
 PROMPTS, RESPONSES, MOST_IMAGES, TOKENS, KEY = 4, 3, 2, 14, "the key of this test"
 
-ranks = Ranks(launch_environment(), timeout_seconds=300)
+ranks = start_ranks(300)
 config = small_config(model, PROMPTS, RESPONSES, micro_batch=3)
 rollout = config.worker.rollout
 rollout.engine, rollout.weight_transfer, rollout.temperature = "server", "shared_memory", 0.8
@@ -152,6 +149,4 @@ report = {
 transfer.close()
 if ranks.rank == 0:
     Path(out).write_text(json.dumps(report))
-ranks.barrier("end")
-ranks.close()
-leave(0)
+end(ranks)

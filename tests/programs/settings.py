@@ -1,18 +1,40 @@
-"""A small run configuration, and its engines, for programs that build them by hand."""
+"""What programs begin and end with that build their engines by hand: ranks, a small configuration, responses."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
+from fixtures.tiny_models import make_prompt
+
+from mmr1_ds.cluster.exits import leave
+from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import resolved_critic
 
 if TYPE_CHECKING:  # other programs need no engine, whose imports take seconds
+    import torch
+
     from mmr1_ds.cluster.ranks import Ranks
     from mmr1_ds.data.encoding import PromptEncoder
     from mmr1_ds.engine.actor import Actor
     from mmr1_ds.engine.critic import Critic
     from mmr1_ds.engine.reference import Reference
     from mmr1_ds.engine.zero_engine import Sizes
+    from mmr1_ds.records import Prompt, Trajectory
+
+
+def start_ranks(timeout_seconds: float = 120) -> "Ranks":
+    """Be a rank of the launch. Collective."""
+    from mmr1_ds.cluster.ranks import Ranks
+
+    return Ranks(launch_environment(), timeout_seconds)
+
+
+def end(ranks: "Ranks") -> NoReturn:
+    """End well, together with all other ranks."""
+    ranks.barrier("end")
+    ranks.close()
+    leave(0)
 
 
 def small_config(model: str | Path, prompts: int, responses: int, micro_batch: int) -> RunConfig:
@@ -99,6 +121,44 @@ def _sizes(config: RunConfig) -> "Sizes":
     from mmr1_ds.engine.zero_engine import Sizes
 
     return Sizes(config.worker.rollout.n, config.data.max_prompt_length, config.data.max_response_length)
+
+
+def fixed_response(
+    encoder: "PromptEncoder", random: np.random.Generator, index: int, with_videos: bool = False
+) -> tuple["Prompt", np.ndarray]:
+    """A prompt that its index decides, every third without an image, and response tokens that `random` decides."""
+    token_ids = random.integers(0, 100, int(random.integers(1, 15))).astype(np.int32)
+    return make_prompt(encoder, index, encoder.is_multimodal and index % 3 != 0, with_videos=with_videos), token_ids
+
+
+def fixed_trajectory(
+    encoder: "PromptEncoder", index: int, sample: int, spread: float = 0.1, with_videos: bool = False
+) -> "Trajectory":
+    """Response tokens, sampling log-probabilities and advantage that depend on the two numbers alone."""
+    from mmr1_ds.records import Trajectory
+
+    random = np.random.default_rng((index, sample))
+    prompt, token_ids = fixed_response(encoder, random, index, with_videos)
+    logprobs = random.normal(-3, spread, len(token_ids)).astype(np.float32)
+    return Trajectory(prompt, token_ids, logprobs, np.full(len(token_ids), random.normal(), np.float32))
+
+
+def kept_gradients(part: "Actor | Critic") -> list["torch.Tensor"]:
+    """Have every optimiser step add its whole gradient, which the engine's step would forget, to the list returned."""
+    import torch
+    from deepspeed.utils import safe_get_full_grad
+
+    gradients: list[torch.Tensor] = []
+    step = part.engine.step
+
+    def step_and_keep_gradient() -> None:
+        if part.engine.is_gradient_accumulation_boundary():
+            parts = [safe_get_full_grad(parameter).flatten() for parameter in part.module.parameters()]
+            gradients.append(torch.cat(parts).float().cpu())
+        step()
+
+    part.engine.step = step_and_keep_gradient
+    return gradients
 
 
 def schedule_asynchronously() -> None:

@@ -15,20 +15,18 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from fixtures.tiny_models import make_prompt
 from safetensors.torch import load_file
-from settings import schedule_asynchronously, small_config
+from settings import end, schedule_asynchronously, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
 from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.loop.turns import Turns
 from mmr1_ds.records import RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.base import generate
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 
 model, out = sys.argv[1:]
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, 2, 3, micro_batch=3)
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 calls: list[str] = []
@@ -88,7 +86,7 @@ found["lines"] = [line for line in lines.found if line.startswith("vLLM: ")]
 
 
 def sample() -> None:
-    groups = rollout.generate(requests, settings)
+    groups = generate(rollout, requests, settings)
     calls.append("sample")
     found["tokens"].append([response.token_ids.tolist() for group in groups for response in group.responses])
     found["left"].append(len(core.batch_queue))
@@ -175,5 +173,4 @@ found["half loaded"] = [error_of(rollout.sync_weights, policy), error_of(sample)
 with open(out, "w", encoding="utf-8") as file:
     json.dump(found, file)
 rollout.close()
-ranks.close()
-leave(0)
+end(ranks)

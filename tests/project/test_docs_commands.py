@@ -21,8 +21,8 @@ from mmr1_ds.commands import cli, serve
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.config.loading import dump_config, load_config
 from mmr1_ds.preflight.checks import check_config
+from mmr1_ds.preflight.data import check_data
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
-from mmr1_ds.preflight.files import check_data
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "throughput"))
 import throughput
@@ -133,7 +133,7 @@ def ours(command: str, folder: Path) -> None:
         settings = [word for word in parsed(words).source if "=" in word]
         load_config(settings)
     elif words[0] == "serve":  # its servers are started by test_server_process
-        assert serve._read(parsed(words).settings, None)[1] == 8000
+        assert serve.read(parsed(words).settings, None)[1] == 8000
     elif words[0] in ("report", "data"):  # run for real by tests of their own
         load_config([word for word in getattr(parsed(words), "settings", []) if "=" in word])
     elif words[0] == "eval":

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 from fixtures.dry_runs import GUIDE, dry_run, linked_checkout, paragraphs, write_rows
-from fixtures.launching import ROOT
 
 from mmr1_ds.config.loading import load_config
-from mmr1_ds.preflight.checks import check_config
 
 COMMANDS = paragraphs((GUIDE / "commands.txt").read_text())
 SHUFFLE, OVS, MULTI_METRIC, YAML = COMMANDS
@@ -82,12 +80,3 @@ def test_quick_experimentation_settings():
         0.5,
         4,
     )
-
-
-@pytest.mark.parametrize("name", ["mmr1", "mmr1_b200", "mmr1_h100", "mmr1_online"])
-def test_project_configs_are_valid_on_eight_ranks(name):
-    config = load_config([f"config={name}"]).config
-    plan = check_config(config, world_size=8)
-    assert plan.responses_per_step == config.data.rollout_batch_size * 8
-    assert plan.micro_batches_per_rank * plan.micro_batch_size * 8 == config.worker.actor.global_batch_size * 8
-    assert (ROOT / "configs" / f"{name}.yaml").is_file()

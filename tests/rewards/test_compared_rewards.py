@@ -8,7 +8,7 @@ import pytest
 
 from mmr1_ds.config import RewardConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import check_reward
+from mmr1_ds.preflight.functions import check_reward
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 
 # The share of the call's responses that are no shorter, and what fails on the way.

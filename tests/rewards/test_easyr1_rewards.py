@@ -10,7 +10,7 @@ from mmr1_ds.config import RewardConfig
 from mmr1_ds.config.loading import dump_config, load_config
 from mmr1_ds.data.chat import ChatFormat, load_format_prompt
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.files import check_reward
+from mmr1_ds.preflight.functions import check_reward
 from mmr1_ds.rewards.loading import check_reward_config, reward_setup
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 

@@ -98,10 +98,6 @@ def items(*responses):
     return [RewardItem(response, len(response), "7") for response in responses]
 
 
-def pids(pool):
-    return [worker.process.pid for worker in pool._workers]
-
-
 def is_running(pid):
     try:
         os.kill(pid, 0)
@@ -160,11 +156,11 @@ def test_a_failure_costs_one_response(shared_pool, response, kind, reason):
 
 def test_a_hang_costs_its_time_limit_and_its_process(make_pool):
     pool = make_pool(timeout=1.0)
-    (old,) = pids(pool)
+    (old,) = pool.pids
     first, second = pool.score(items("hang", "ok 2"))
     assert first.failure == "timeout" and "1 seconds" in first.reason
     assert second.overall == 2.0
-    assert not is_running(old) and pids(pool) != [old]
+    assert not is_running(old) and pool.pids != [old]
 
 
 def test_prints_do_not_corrupt_the_channel(make_pool, capfd):
@@ -182,13 +178,13 @@ def test_responses_longer_than_a_pipe(shared_pool):
 
 def test_a_long_response_to_a_stopped_worker_does_not_stall(make_pool):
     pool = make_pool(timeout=1.0)
-    os.kill(pids(pool)[0], signal.SIGSTOP)
+    os.kill(pool.pids[0], signal.SIGSTOP)
     first, second = pool.score(items("long " + "x" * 1_000_000, "ok 2"))
     assert (first.failure, second.overall) == ("timeout", 2.0)
 
 
 def test_a_worker_that_died_while_idle_costs_no_response(shared_pool):
-    (old,) = pids(shared_pool)
+    (old,) = shared_pool.pids
     handle = os.pidfd_open(old)
     os.kill(old, signal.SIGKILL)
     select.select([handle], [], [], GONE_SECONDS)
@@ -293,7 +289,7 @@ def test_a_reward_that_stops_starting_ends_the_run(make_pool, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=r"does not start: UserError: .*no such file"):
         pool.score(items("exit", "ok 1"))
-    assert pids(pool) == []
+    assert pool.pids == []
 
 
 # --- ending -------------------------------------------------------------------------------------------------------
@@ -301,7 +297,7 @@ def test_a_reward_that_stops_starting_ends_the_run(make_pool, tmp_path):
 
 def test_close_leaves_no_process(make_pool):
     pool = make_pool(workers=3)
-    running = pids(pool)
+    running = pool.pids
     assert all(is_running(pid) for pid in running)
     pool.close()
     pool.close()
@@ -314,7 +310,7 @@ PARENT = """
     from mmr1_ds.rewards.pool import RewardItem, RewardPool
 
     with RewardPool(RewardConfig(sys.argv[1], {}, 2)) as pool:
-        print(json.dumps([worker.process.pid for worker in pool._workers]), flush=True)
+        print(json.dumps(pool.pids), flush=True)
         if sys.argv[2:]:  # as a rank ends on a fault
             threading.Thread(target=lambda: (sys.stdin.readline(), os._exit(1))).start()
         pool.score([RewardItem("hang", 1, "7"), RewardItem("hang 777", 1, "7")])
@@ -360,7 +356,7 @@ def test_a_worker_that_waits_ends_with_its_parent_and_takes_its_children_along(m
     )
     pool = make_pool(path=path)
     (result,) = pool.score(items("x"))
-    running = [os.pidfd_open(pid) for pid in (*pids(pool), int(result.overall))]
+    running = [os.pidfd_open(pid) for pid in (*pool.pids, int(result.overall))]
     os.close(pool._workers[0].process._lifeline)  # as the kernel does when this process ends
     for process in running:
         assert select.select([process], [], [], GONE_SECONDS)[0]
@@ -369,10 +365,10 @@ def test_a_worker_that_waits_ends_with_its_parent_and_takes_its_children_along(m
 
 
 def test_a_worker_ignores_ctrl_c(shared_pool):
-    before = pids(shared_pool)
+    before = shared_pool.pids
     os.kill(before[0], signal.SIGINT)
     assert shared_pool.score(items("ok 1"))[0].overall == 1.0
-    assert pids(shared_pool) == before
+    assert shared_pool.pids == before
 
 
 # --- groups -------------------------------------------------------------------------------------------------------

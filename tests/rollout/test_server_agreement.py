@@ -13,7 +13,7 @@ from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.config import RunConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import WeightInfo
-from mmr1_ds.rollout.base import ServersGone
+from mmr1_ds.rollout.base import ServersGone, generate
 from mmr1_ds.rollout.servers import engine as server_engine
 from mmr1_ds.rollout.servers import group as server_group
 from mmr1_ds.rollout.servers import supervisor as server_supervisor
@@ -172,9 +172,9 @@ def test_a_server_that_dies_comes_back_with_the_weights(monkeypatch):
             found = engine.collect(engine.submit(asked, SETTINGS))
             assert all(is_its_own(group, request) for group, request in zip(found, asked, strict=True))
             while not all(server.usable for server in engine._group._servers):
-                engine.generate([], SETTINGS)
+                generate(engine, [], SETTINGS)
             more = requests(8, first=1000 + 100 * rank)
-            assert all(group.policy_version == 3 for group in engine.generate(more, SETTINGS))
+            assert all(group.policy_version == 3 for group in generate(engine, more, SETTINGS))
             return engine.metrics()
 
         metrics, calls = on_ranks(monkeypatch, servers, watched, work)

@@ -117,12 +117,12 @@ def test_the_key_is_in_the_environment_alone_and_the_server_is_no_rank(tmp_path,
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("VLLM_API_KEY", "of the user")
     server = server_process(tmp_path / "log")
-    assert not any(KEY in word for word in server._command)
-    assert server._environment["MMR1_DS_SERVER_KEY"] == server._environment["VLLM_API_KEY"] == KEY
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(server._environment)
-    assert server._command[server._command.index("--host") + 1] == "127.0.0.1"
-    assert '{"backend": "shared_memory"}' in server._command
-    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in server._environment
+    assert not any(KEY in word for word in server.command)
+    assert server.environment["MMR1_DS_SERVER_KEY"] == server.environment["VLLM_API_KEY"] == KEY
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(server.environment)
+    assert server.command[server.command.index("--host") + 1] == "127.0.0.1"
+    assert '{"backend": "shared_memory"}' in server.command
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in server.environment
 
 
 @pytest.mark.parametrize(
@@ -133,16 +133,16 @@ def test_the_gpus_of_a_server(tmp_path, monkeypatch, visible, expected):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     server = server_process(tmp_path / "log", on_gpu=True, devices=(2, 3), tensor_parallel_size=2)
-    assert server._environment["CUDA_VISIBLE_DEVICES"] == expected
+    assert server.environment["CUDA_VISIBLE_DEVICES"] == expected
     monkeypatch.setenv("MMR1_DS_VISIBLE_DEVICES", "4,5,6,7")  # what launch/train.sh found
     server = server_process(tmp_path / "log", on_gpu=True, devices=(2, 3), tensor_parallel_size=2)
-    assert server._environment["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert server.environment["CUDA_VISIBLE_DEVICES"] == "6,7"
     assert server.num_workers == 2
-    assert '{"backend": "nccl"}' in server._command
-    assert "--distributed-executor-backend" not in server._command  # vLLM's choice
-    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in server._environment
+    assert '{"backend": "nccl"}' in server.command
+    assert "--distributed-executor-backend" not in server.command  # vLLM's choice
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in server.environment
     server = server_process(tmp_path / "log", on_gpu=True, devices=(0,), weight_transfer="ipc")
-    assert server._environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+    assert server.environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
 
 
 def test_every_interface_is_a_choice_that_is_warned_of(tmp_path, caplog):
@@ -206,14 +206,14 @@ def test_a_server_starts_restarts_at_its_address_and_ends(tmp_path):
     assert not server.is_running() and not server.is_ready()
     server.start()
     try:
-        url, first = server.url, server._minder.pid
+        url, first = server.url, server.process_group
         wait_until_ready(server)
         assert len(group_members(first)) == 3  # the minder, the server, its child
         server.restart()
         assert group_members(first) == []
         wait_until_ready(server)
         assert server.url == url and server.is_running()
-        second = server._minder.pid
+        second = server.process_group
     finally:
         server.stop()
     assert group_members(second) == [] and not server.is_running() and not server.is_ready()
@@ -233,7 +233,7 @@ def test_a_server_deaf_to_sigint_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "STOP_SECONDS", 0.2)
     server = stand_in(tmp_path / "log", "deaf")
     server.start()
-    group = server._minder.pid
+    group = server.process_group
     wait_until_ready(server)
     server.stop()
     assert group_members(group) == []
@@ -242,13 +242,13 @@ def test_a_server_deaf_to_sigint_is_killed(tmp_path, monkeypatch):
 
 def test_the_signals_of_a_job_manager_do_not_reach_a_server(running):
     """The trainer has them too, and may need the server until it has saved."""
-    members = group_members(running._minder.pid)
+    members = group_members(running.process_group)
     assert len(members) == 3  # the minder, the server and its own child
     for number in (signal.SIGTERM, signal.SIGUSR1):
         for pid in members:
             os.kill(pid, number)
     assert running.is_ready()  # an answer: what was sent before has been dealt with
-    assert group_members(running._minder.pid) == members
+    assert group_members(running.process_group) == members
 
 
 @pytest.mark.parametrize("victim", ["server", "minder"])
@@ -257,7 +257,7 @@ def test_what_is_left_of_a_killed_server_is_ended(tmp_path, victim):
     server.start()
     try:
         wait_until_ready(server)
-        group = server._minder.pid
+        group = server.process_group
         [child] = psutil.Process(group).children()
         os.kill(group if victim == "minder" else child.pid, signal.SIGKILL)
         wait_until(lambda: not server.is_running(), 30, "the death is seen")
@@ -360,7 +360,7 @@ class Stopping:
 
 def test_serve_tells_the_address_and_ends_the_server(tmp_path, capfd):
     server = stand_in(tmp_path / "log")
-    assert serve._run(server, 30, Stopping(server)) == 0
+    assert serve.run(server, 30, Stopping(server)) == 0
     assert not server.is_running()
     out = capfd.readouterr().out
     assert out in ("", f"rollout server ready: {server.url}\n")
@@ -368,7 +368,7 @@ def test_serve_tells_the_address_and_ends_the_server(tmp_path, capfd):
 
 def test_serve_says_why_a_server_does_not_start(tmp_path, capfd):
     server = stand_in(tmp_path / "log", "dies")
-    assert serve._run(server, 30, Stopping(server)) == 1
+    assert serve.run(server, 30, Stopping(server)) == 1
     assert "ends with: ValueError: no such model" in capfd.readouterr().err
 
 

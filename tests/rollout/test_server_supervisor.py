@@ -58,8 +58,7 @@ def watched():
 
     def look(times=1):
         for _ in range(times):
-            for number, state in enumerate(supervisor._states):
-                supervisor._attend(number, state)
+            supervisor.look()
 
     look()
     return supervisor, servers, clock, look

@@ -20,7 +20,8 @@ from mmr1_ds.config.ranges import check_ranges
 from mmr1_ds.errors import UserError, require
 from mmr1_ds.monitoring.logger import quiet_libraries
 from mmr1_ds.monitoring.progress import progress
-from mmr1_ds.preflight.files import check_data, check_format_prompt
+from mmr1_ds.preflight.data import check_data
+from mmr1_ds.preflight.files import check_format_prompt
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmr1_ds.config import RewardConfig
+from mmr1_ds.preflight.reward import right_response
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 from mmr1_ds.rewards.truths import read_truth
 
@@ -186,8 +187,3 @@ def check_reward(answers: Sequence[str], reward: RewardConfig, seed: int) -> Rew
         reward.reward_function, len(distinct), len(refused), refused[:SHOWN],
         len(wrapped), wrapped[:SHOWN], len(prose), prose[:SHOWN],
     )  # fmt: skip
-
-
-def right_response(answer: str) -> str:
-    r"""Return a response in the form that all of BY_RULE read: reasoning, then an <answer> with a \boxed{}."""
-    return f"<think>\n</think>\n<answer>\\boxed{{{answer}}}</answer>"

@@ -32,6 +32,7 @@ from mmr1_ds.engine.model.shapes import ModelShape
 
 EXACT = 4  # bytes of float32
 _MOMENTS = 2
+BF16 = 2  # bytes of a weight, as it is held on a GPU
 _MOMENT_BYTES = {"adamw_bf16": 2, "adamw_8bit": 1 + 4 / 256, "muon": EXACT / 2}  # muon: one for both
 _SUB_GROUP = 1e9  # DeepSpeed's own sizes, in elements
 _BUCKET = 5e8
@@ -117,69 +118,87 @@ def plan_memory(
     gpu: Gpu,
     assumed: Assumptions,
     image_patches: float,
-    element: int = 2,
-    device: str = "cuda",
 ) -> Plan:
     """Plan one rank's GPU. Args: zero: `zero_optimization` by engine; image_patches: those of a prompt."""
-    settings, rollout = config.worker.actor, config.worker.rollout
-    own = zero_engine(actor, zero["actor"], ranks, element, trained=True, strategy=settings.optim.strategy)
-    engines = {"actor": own}
-    if not config.algorithm.disable_kl and settings.model.lora.rank == 0:
-        engines["reference"] = zero_engine(actor, zero["reference"], ranks, element, trained=False)
+    rollout = config.worker.rollout
+    engines = _engines(config, actor, critic, zero, ranks)
+    held = {f"{name} weights": engine.weights for name, engine in engines.items()}
+    held["gradients and buckets"] = sum(engine.gradients for engine in engines.values())
+    held["optimiser states"] = sum(engine.optimizer for engine in engines.values())
+    learning = held | _passes(config, actor, engines, zero["actor"], ranks, assumed, image_patches)
+    host = _on_host(config, actor, critic, engines, ranks)
+    if rollout.engine == "server":
+        return Plan(learning, {}, host, None)
+    engine_size = rollout.gpu_memory_utilization * gpu.memory_gb * GB
+    asleep = assumed.vllm_overhead_gb * GB
+    learning |= {"vLLM asleep": asleep} if rollout.sleep else {"vLLM": engine_size}
+    sampling = {"context": assumed.context_gb * GB, "vLLM": engine_size, **held}
+    room = engine_size - BF16 * actor.num_parameters / rollout.tensor_parallel_size - asleep
+    room -= rollout.max_num_seqs * state_bytes(actor) / rollout.tensor_parallel_size
+    return Plan(learning, sampling, host, room * rollout.tensor_parallel_size / cache_bytes(actor, BF16))
+
+
+def _engines(
+    config: RunConfig, actor: ModelShape, critic: ModelShape | None, zero: Mapping[str, Mapping[str, Any]], ranks: int
+) -> dict[str, EngineMemory]:
+    """Return the memory of each engine that the run has."""
+    strategy = config.worker.actor.optim.strategy
+    engines = {"actor": zero_engine(actor, zero["actor"], ranks, BF16, trained=True, strategy=strategy)}
+    if not config.algorithm.disable_kl and config.worker.actor.model.lora.rank == 0:
+        engines["reference"] = zero_engine(actor, zero["reference"], ranks, BF16, trained=False)
     if critic is not None:
         strategy = config.worker.critic.optim.strategy
-        engines["critic"] = zero_engine(critic, zero["critic"], ranks, element, trained=True, strategy=strategy)
+        engines["critic"] = zero_engine(critic, zero["critic"], ranks, BF16, trained=True, strategy=strategy)
+    return engines
+
+
+def _passes(
+    config: RunConfig,
+    actor: ModelShape,
+    engines: Mapping[str, EngineMemory],
+    zero: Mapping[str, Any],
+    ranks: int,
+    assumed: Assumptions,
+    image_patches: float,
+) -> dict[str, float]:
+    """Return what forward, backward and optimiser step take beside what the engines hold. zero: the actor's."""
+    settings = config.worker.actor
     checkpointed = settings.model.enable_gradient_checkpointing
-    keeps = ranks > 1 and not checkpointed and not zero["actor"].get("memory_efficient_linear", True)
     update = micro_batch(config, settings.micro_batch_size_per_device_for_update, image_patches)
     scoring = micro_batch(config, settings.micro_batch_size_per_device_for_experience, image_patches)
-    backward = activations.training(actor, update, element, checkpointed, device)
-    forward = activations.scoring(actor, scoring, element, device)
-    working = max(backward.peak, forward.peak)
-    held = {f"{name} weights": engine.weights for name, engine in engines.items()}
-    states = {
-        "gradients and buckets": sum(engine.gradients for engine in engines.values()),
-        "optimiser states": sum(engine.optimizer for engine in engines.values()),
-    }
-    size = gpu.memory_gb * GB
-    samples_here = rollout.engine != "server"
-    engine_size = rollout.gpu_memory_utilization * size
-    learning = held | states
-    learning["gathered weights"] = max(engine.gathered for engine in engines.values())
+    backward = activations.training(actor, update, BF16, checkpointed, "cuda")
+    working = max(backward.peak, activations.scoring(actor, scoring, BF16, "cuda").peak)
+    gathered = max(engine.gathered for engine in engines.values())
     if actor.experts is not None and ranks > 1 and not checkpointed:  # the backward holds views of them
-        learning["gathered weights"] += element * actor.experts.num_parameters
-    if keeps:
-        learning["gathered weights"] = float(element * actor.num_parameters)
-    learning["largest gradient"] = element * actor.largest_parameter  # whole, until it is reduced
-    learning["activations"] = max(working - forward_head(backward), 0.0)
-    learning["log-probability blocks"] = forward_head(backward)
+        gathered += BF16 * actor.experts.num_parameters
+    if ranks > 1 and not checkpointed and not zero.get("memory_efficient_linear", True):
+        gathered = float(BF16 * actor.num_parameters)
     # The optimiser steps when the activations are gone.
     stepping = max(engine.update for engine in engines.values())
-    computing = learning["gathered weights"] + working
-    learning["float32 gradients of a sub-group"] = max(0.0, stepping - computing)
-    learning["context"] = assumed.context_gb * GB
-    learning["fragmentation"] = assumed.fragmentation * working
-    if samples_here:
-        learning["vLLM asleep" if rollout.sleep else "vLLM"] = (
-            assumed.vllm_overhead_gb * GB if rollout.sleep else engine_size
-        )
-    sampling: dict[str, float] = {}
-    if samples_here:
-        sampling = {"context": assumed.context_gb * GB, "vLLM": engine_size, **held, **states}
+    return {
+        "gathered weights": gathered,
+        "largest gradient": BF16 * actor.largest_parameter,  # whole, until it is reduced
+        "activations": max(working - forward_head(backward), 0.0),
+        "log-probability blocks": forward_head(backward),
+        "float32 gradients of a sub-group": max(0.0, stepping - gathered - working),
+        "context": assumed.context_gb * GB,
+        "fragmentation": assumed.fragmentation * working,
+    }
+
+
+def _on_host(
+    config: RunConfig, actor: ModelShape, critic: ModelShape | None, engines: Mapping[str, EngineMemory], ranks: int
+) -> float:
+    """Return the bytes of host memory of a rank."""
+    trainer, rollout, own = config.trainer, config.worker.rollout, engines["actor"]
     host = sum(engine.on_host for engine in engines.values())
-    if config.trainer.async_save and not config.trainer.save_model_only:
+    if trainer.async_save and not trainer.save_model_only:
         host += sum(saved_bytes(shape) for shape in (actor, critic) if shape is not None) / ranks
-    if settings.offload_states:
+    if config.worker.actor.offload_states:
         host += own.weights + own.gradients + own.optimizer
-    if samples_here and rollout.sleep and rollout.lora_sync == "adapters":  # vLLM's weights, while it sleeps
-        host += element * actor.num_parameters / rollout.tensor_parallel_size
-    tokens = None
-    if samples_here:
-        weights = element * actor.num_parameters / rollout.tensor_parallel_size
-        room = engine_size - weights - assumed.vllm_overhead_gb * GB
-        room -= rollout.max_num_seqs * state_bytes(actor) / rollout.tensor_parallel_size
-        tokens = room * rollout.tensor_parallel_size / cache_bytes(actor, element)
-    return Plan(learning, sampling, host, tokens)
+    if rollout.engine != "server" and rollout.sleep and rollout.lora_sync == "adapters":  # vLLM's weights, asleep
+        host += BF16 * actor.num_parameters / rollout.tensor_parallel_size
+    return host
 
 
 def saved_bytes(shape: ModelShape) -> float:

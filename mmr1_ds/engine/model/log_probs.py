@@ -52,13 +52,15 @@ def token_log_probs(
     temperature: float = 1.0,
     width: int | None = None,
     entropy_gradient: bool = False,
+    fp32_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (nats) of softmax(logits / temperature) without the forbidden tokens.
 
     Equals `plain_log_probs`. Low-precision inputs are multiplied in their own type, as the model's layer and vLLM do,
     and everything after is float32; so are the sums over blocks of the gradient.
 
-    Args: width: tokens of the vocabulary in a block; `block_width` without one.
+    Args: width: tokens of the vocabulary in a block; `block_width` without one. fp32_logits: low-precision products
+        are summed up in float32 and stay so, as vLLM's with head_dtype=float32; the gradient's are not.
     Returns: log-probabilities (T,) with gradient, entropies (T,) with one where asked for; float32, float64 for such
         inputs.
     """
@@ -66,8 +68,9 @@ def token_log_probs(
     if width is None:
         width = block_width(len(hidden_TH), len(weight_VH), exact.itemsize, hidden_TH.device.type)
     return _TokenLogProbs.apply(
-        hidden_TH, weight_VH, bias_V, targets_T, sorted(set(forbidden_token_ids)), temperature, width, entropy_gradient
-    )
+        hidden_TH, weight_VH, bias_V, targets_T, sorted(set(forbidden_token_ids)), temperature, width, entropy_gradient,
+        fp32_logits,
+    )  # fmt: skip
 
 
 def plain_log_probs(
@@ -103,6 +106,7 @@ class LogProbHead(nn.Linear):
         forbidden_token_ids: Sequence[int],
         temperature: float,
         entropy_gradient: bool = False,
+        fp32_logits: bool = False,
     ) -> None:
         # A subclass or a LoRA wrapper computes something else than weight and bias say.
         assert type(layer) is nn.Linear, f"the output layer is a {type(layer).__name__}, not a plain linear one"
@@ -111,6 +115,7 @@ class LogProbHead(nn.Linear):
         self.weight, self.bias = layer.weight, layer.bias
         self.temperature = temperature
         self._forbidden, self._entropy_gradient = list(forbidden_token_ids), entropy_gradient
+        self._fp32_logits = fp32_logits
 
     def forward(self, hidden: Tensor, targets_T: Tensor | None = None) -> Any:
         """With targets and hidden states (T, H): what `token_log_probs` returns. Without: the logits, as any head."""
@@ -124,6 +129,7 @@ class LogProbHead(nn.Linear):
             self._forbidden,
             self.temperature,
             entropy_gradient=self._entropy_gradient,
+            fp32_logits=self._fp32_logits,
         )
 
 
@@ -141,8 +147,9 @@ class _TokenLogProbs(torch.autograd.Function):
         temperature: float,
         width: int,
         entropy_gradient: bool,
+        fp32_logits: bool,
     ) -> tuple[Tensor, Tensor]:
-        blocks = _Blocks(hidden_TH, weight_VH, bias_V, targets_T, forbidden, temperature, width)
+        blocks = _Blocks(hidden_TH, weight_VH, bias_V, targets_T, forbidden, temperature, width, fp32_logits)
         # A finite start: with -inf, a block of nothing but forbidden tokens would give -inf - -inf.
         maxima_T = hidden_TH.new_full((len(hidden_TH),), torch.finfo(blocks.exact).min, dtype=blocks.exact)
         sums_T, products_T, chosen_T = (torch.zeros_like(maxima_T) for _ in range(3))
@@ -167,7 +174,7 @@ class _TokenLogProbs(torch.autograd.Function):
         entropies_T = log_sums_T - products_T / sums_T
         kept_T = entropies_T if entropy_gradient else None
         ctx.save_for_backward(hidden_TH, weight_VH, bias_V, targets_T, maxima_T + log_sums_T, kept_T)
-        ctx.settings = forbidden, temperature, width
+        ctx.settings = forbidden, temperature, width, fp32_logits
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropies_T)
         return chosen_T - maxima_T - log_sums_T, entropies_T
@@ -214,7 +221,7 @@ class _TokenLogProbs(torch.autograd.Function):
                     grad_hidden_TH += factor_TB @ weight_VH[rows]
         if grad_hidden_TH is not None:
             grad_hidden_TH = grad_hidden_TH.mul_(scale_T1).to(hidden_TH.dtype)
-        return grad_hidden_TH, grad_weight_VH, grad_bias_V, None, None, None, None, None
+        return grad_hidden_TH, grad_weight_VH, grad_bias_V, None, None, None, None, None, None
 
 
 class _Blocks:
@@ -229,7 +236,9 @@ class _Blocks:
         forbidden: list[int],
         temperature: float,
         width: int,
+        fp32_logits: bool,
     ) -> None:
+        self._fp32_logits = fp32_logits
         self._hidden_TH, self._weight_VH, self._bias_V = hidden_TH, weight_VH, bias_V
         self._targets_T, self._forbidden, self._width = targets_T, forbidden, width
         self.temperature = temperature
@@ -246,6 +255,10 @@ class _Blocks:
             rows = slice(start, min(start + self._width, vocabulary))
             logits_TB = buffer[: num_tokens * (rows.stop - start)].view(num_tokens, rows.stop - start)
             weight_HB = self._weight_VH[rows].t()
+            if self._fp32_logits and self._hidden_TH.dtype != self.exact:
+                logits_TB.copy_(self._exact_products(rows))
+                yield start, logits_TB.div_(self.temperature)
+                continue
             low = self._hidden_TH.dtype != self.exact
             product_TB = torch.empty_like(logits_TB, dtype=self._hidden_TH.dtype) if low else logits_TB
             if self._bias_V is None:
@@ -258,6 +271,14 @@ class _Blocks:
             if self.temperature != 1.0:
                 logits_TB.div_(self.temperature)
             yield start, logits_TB
+
+    def _exact_products(self, rows: slice) -> Tensor:
+        weight_HB = self._weight_VH[rows].t()
+        if self._hidden_TH.is_cuda:  # a kernel that rounds nothing, without copies in float32
+            products_TB = torch.mm(self._hidden_TH, weight_HB, out_dtype=self.exact)
+        else:
+            products_TB = self._hidden_TH.to(self.exact) @ weight_HB.to(self.exact)
+        return products_TB if self._bias_V is None else products_TB + self._bias_V[rows]
 
     def targets(self, start: int, block_TB: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each token's target is in the block, and its column there (any column where it is not)."""

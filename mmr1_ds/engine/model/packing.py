@@ -45,12 +45,6 @@ def shares_prompts(model: PreTrainedModel) -> bool:
     return model.config.get_text_config()._attn_implementation in (PACKED, VARLEN)
 
 
-def packed_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
-    """The states of `padded_states`, to rounding, computed without padding."""
-    found = _packed(model, batch)
-    return found.states_KH[found.places_T]
-
-
 def _packed(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> Computed:
     inputs, places_SL = pack(model, batch, prompts_once=True)
     found = model.base_model(**inputs, use_cache=False, **options)
@@ -127,12 +121,6 @@ def _images_of(model: PreTrainedModel, batch: ModelBatch, first_S: Tensor) -> di
     starts_S = (there_S.cumsum(0) - there_S)[batch.shares]
     places = [torch.arange(start, start + size) for start, size in zip(starts_S, patches_S, strict=True)]
     return {"image_grid_thw": grid, "pixel_values": pixels[torch.cat(places).to(pixels.device, non_blocking=True)]}
-
-
-def padded_states(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
-    """The hidden state that predicts each response token, (T, H)."""
-    found = _padded(model, batch)
-    return found.states_KH[found.places_T]
 
 
 def _padded(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> Computed:

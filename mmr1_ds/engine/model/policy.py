@@ -42,6 +42,7 @@ class PolicyModel(nn.Module):
         entropy_gradient: bool = False,
         balances_experts: bool = False,
         replays_experts: bool = False,
+        fp32_logits: bool = False,
     ) -> None:
         """
         Args:
@@ -49,6 +50,7 @@ class PolicyModel(nn.Module):
             entropy_gradient: whether the entropies have one.
             balances_experts: whether `forward` returns what `balance_loss` needs.
             replays_experts: whether tokens can be sent to given experts.
+            fp32_logits: whether logits are float32 whatever the weights are.
         """
         super().__init__()
         self.model: PreTrainedModel = model
@@ -56,7 +58,8 @@ class PolicyModel(nn.Module):
         self.replay = RouterReplay(model) if replays_experts else None
         if parallel is not None:
             parallel.install(model)
-        head = LogProbHead(model.get_output_embeddings(), forbidden_token_ids, temperature, entropy_gradient)
+        layer = model.get_output_embeddings()
+        head = LogProbHead(layer, forbidden_token_ids, temperature, entropy_gradient, fp32_logits)
         model.set_output_embeddings(head)
 
     def forward(self, batch: ModelBatch) -> tuple[Tensor, ...]:
@@ -154,4 +157,6 @@ def load_policy(
         if config.enable_gradient_checkpointing:
             checkpoint_gradients(model)
     entropy_gradient = trainable and settings.entropy_coef > 0
-    return PolicyModel(model, forbidden_token_ids, temperature, parallel, entropy_gradient, balances, replays)
+    return PolicyModel(
+        model, forbidden_token_ids, temperature, parallel, entropy_gradient, balances, replays, config.fp32_lm_head
+    )

@@ -44,7 +44,7 @@ def write_policy(source: Path, config: ModelConfig, out: Path, dtype: str | None
         model.to(TYPES[dtype] if dtype else _stored_type(config))
     else:
         model = _load(config, TYPES[dtype] if dtype else _stored_type(config))
-        _fill(model, trained, config)
+        fill(model, trained, config)
     del trained
     model.save_pretrained(out, max_shard_size=max_shard_size)
     _write_processor(config, model.config, out)
@@ -126,7 +126,7 @@ def _merge(model: Any, trained: dict[str, Tensor], layers: dict[str, dict[str, A
 
 
 @torch.no_grad()
-def _fill(model: Any, trained: dict[str, Tensor], config: ModelConfig) -> None:
+def fill(model: Any, trained: dict[str, Tensor], config: ModelConfig) -> None:
     """Put the trained weights in the places of the model folder's."""
     own = model.state_dict()
     filled = set()

@@ -18,7 +18,7 @@ from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest
 from mmr1_ds.rollout.base import CountedWeights, Enough, InTurn, Policy, Submitted, ignore, never
 from mmr1_ds.rollout.colocated.adapters import adapter_options, adapter_request, check_places, load_adapters, refusal
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
@@ -81,31 +81,17 @@ class VllmRollout(InTurn):
         if adapted:
             self._llm.collective_rpc(check_places, args=(adapted,))
 
-    def generate(
-        self,
-        requests: Sequence[RolloutRequest],
-        settings: SamplingSettings,
-        advance: Callable[[int], None] = ignore,
-    ) -> list[RolloutGroup]:
-        """See RolloutEngine. Raises: SamplingAbandoned."""
-        found = [group for group in self._generate(requests, settings, advance, never) if group is not None]
-        assert len(found) == len(requests)
-        return found
-
-    def collect(self, submitted: Submitted, enough: Enough = never) -> list[RolloutGroup | None]:
-        """See RolloutEngine. The ranks of a tensor-parallel group would have to stop together: they sample all."""
-        return self._generate(submitted.requests, submitted.settings, ignore, enough)
-
-    def _generate(
-        self,
-        requests: Sequence[RolloutRequest],
-        settings: SamplingSettings,
-        advance: Callable[[int], None],
-        enough: Enough,
+    def collect(
+        self, submitted: Submitted, enough: Enough = never, advance: Callable[[int], None] = ignore
     ) -> list[RolloutGroup | None]:
+        """See RolloutEngine. The ranks of a tensor-parallel group would have to stop together: they sample all.
+
+        Raises: SamplingAbandoned.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        requests, settings = submitted.requests, submitted.settings
         shared, first = self._requests_of_group(list(requests))
         inputs: list[Any] = []
         parameters = []

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import InTurn, Policy, ignore
+from mmr1_ds.rollout.base import Enough, InTurn, Policy, Submitted, ignore, never
 from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, Stops, sample_responses
 
 if TYPE_CHECKING:
@@ -34,13 +34,12 @@ class TransformersRollout(InTurn):
         self._max_num_seqs = max_num_seqs
         self._model = _without_weights(policy.model, ranks.device)
 
-    def generate(
-        self,
-        requests: Sequence[RolloutRequest],
-        settings: SamplingSettings,
-        advance: Callable[[int], None] = ignore,
-    ) -> list[RolloutGroup]:
-        """See RolloutEngine."""
+    def collect(
+        self, submitted: Submitted, enough: Enough = never, advance: Callable[[int], None] = ignore
+    ) -> list[RolloutGroup | None]:
+        """See RolloutEngine. It never stops early; `enough` sees the groups as they end."""
+        requests, settings, version = submitted.requests, submitted.settings, self._policy.num_updates_done
+        groups = dict[int, RolloutGroup]()
         wanted = [(i, request.seed + k) for i, request in enumerate(requests) for k in range(request.num_responses)]
         responses: list[list[Response]] = [[] for _ in requests]
         with self._weights():
@@ -48,12 +47,11 @@ class TransformersRollout(InTurn):
                 part = wanted[start : start + self._max_num_seqs]
                 for (i, _), response in zip(part, self._sample(requests, part, settings), strict=True):
                     responses[i].append(response)
+                    if len(responses[i]) == requests[i].num_responses:
+                        groups[i] = RolloutGroup(requests[i].prompt, tuple(responses[i]), version)
                 advance(len(part))
-        version = self._policy.num_updates_done
-        return [
-            RolloutGroup(request.prompt, tuple(found), version)
-            for request, found in zip(requests, responses, strict=True)
-        ]
+                enough(groups)
+        return [groups[i] for i in range(len(requests))]
 
     @contextmanager
     def _weights(self) -> Iterator[None]:

@@ -132,18 +132,6 @@ class ServerRollout:
         if self._supervisor is not None:
             self._supervisor.start()
 
-    def generate(
-        self,
-        requests: Sequence[RolloutRequest],
-        settings: SamplingSettings,
-        advance: Callable[[int], None] = ignore,
-    ) -> list[RolloutGroup]:
-        """See RolloutEngine."""
-        groups = self._collect(self.submit(requests, settings), advance)
-        found = [group for group in groups if group is not None]
-        assert len(found) == len(groups), "generate is for requests that cannot wait"
-        return found
-
     def submit(self, requests: Sequence[RolloutRequest], settings: SamplingSettings) -> _Submitted:
         """See RolloutEngine."""
 
@@ -155,13 +143,10 @@ class ServerRollout:
             ask([i for i, request in enumerate(requests) if request.can_wait], _PROBE),
         )
 
-    def collect(self, submitted: _Submitted, enough: Enough = never) -> list[RolloutGroup | None]:
-        """See RolloutEngine. Raises: ServersGone, SamplingAbandoned."""
-        return self._collect(submitted, ignore, enough)
-
-    def _collect(
-        self, submitted: _Submitted, advance: Callable[[int], None], enough: Enough = never
+    def collect(
+        self, submitted: _Submitted, enough: Enough = never, advance: Callable[[int], None] = ignore
     ) -> list[RolloutGroup | None]:
+        """See RolloutEngine. Raises: ServersGone, SamplingAbandoned."""
         positions, waited_for = submitted.training
         is_done, num_there = False, 0
         while not is_done:

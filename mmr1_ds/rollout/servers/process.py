@@ -113,12 +113,12 @@ class ServerProcess:
             "disable_fastapi_docs": True,
             "disable_uvicorn_access_log": True,
         }
-        self._environment = _environment(config, key, on_gpu=on_gpu, devices=devices)
-        if not on_gpu and config.tensor_parallel_size == 1 and self._environment[_CPU_THREADS] == "nobind":
+        self.environment = _environment(config, key, on_gpu=on_gpu, devices=devices)
+        if not on_gpu and config.tensor_parallel_size == 1 and self.environment[_CPU_THREADS] == "nobind":
             # One process and 1 GB less. vLLM's CPU build wants a worker's own process only to place its threads.
             options["distributed_executor_backend"] = "uni"
-            self._environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(options)]
+            self.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_arguments(options)]
         self._key = key
         self._log_start = 0  # size of the log when this start began
         self._minder: subprocess.Popen[bytes] | None = None
@@ -134,13 +134,19 @@ class ServerProcess:
             output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} starting {self.url}\n".encode())
             output.flush()
             self._minder = subprocess.Popen(
-                [*minder, *self._command],
-                env=self._environment,
+                [*minder, *self.command],
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # one group to kill; Ctrl-C is for the trainer, which ends the server in turn
             )
+
+    @property
+    def process_group(self) -> int:
+        """The number of the group of all of its processes, once it was started."""
+        assert self._minder is not None, "start it first"
+        return self._minder.pid
 
     def is_running(self) -> bool:
         """Whether the process lives; it may be loading, or hang."""

@@ -86,15 +86,19 @@ class Supervisor:
     def _watch(self) -> None:
         try:
             while not self._closing.is_set():
-                for number, state in enumerate(self._states):
-                    try:
-                        self._attend(number, state)
-                    except Exception as error:  # a full disk, an answer that is none: a run would wait for ever
-                        self._failed(number, state, f"{type(error).__name__}: {error}")
+                self.look()
                 self._closing.wait(_WATCH_SECONDS)
         finally:
             for state in self._states:
                 state.server.stop()
+
+    def look(self) -> None:
+        """Attend to every server once: start it, start it anew, or note that it answers."""
+        for number, state in enumerate(self._states):
+            try:
+                self._attend(number, state)
+            except Exception as error:  # a full disk, an answer that is none: a run would wait for ever
+                self._failed(number, state, f"{type(error).__name__}: {error}")
 
     def _failed(self, number: int, state: _State, fault: str) -> None:
         """What kept it from being attended to is told once, and is the end of a server that has never answered."""

@@ -32,16 +32,16 @@ __all__ = ["ServerControl", "WeightTransfer"]
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 256 << 20  # of a packed broadcast: a quarter of what the gathering holds
+_ANSWER_SECONDS = 300.0  # for a server's answer to one request
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class WeightTransfer:
     """Rank 0 sends; every rank takes part in the gathering. One object a run."""
 
-    def __init__(self, policy: Policy, *, backend: str, rank: int, key: str, timeout_seconds: float = 300.0) -> None:
-        """backend: nccl | ipc | shared_memory; timeout_seconds: for a server's answer to one request."""
+    def __init__(self, policy: Policy, *, backend: str, rank: int, key: str) -> None:
+        """backend: nccl | ipc | shared_memory."""
         self._policy, self._backend, self._rank, self._key = policy, backend, rank, key
-        self._timeout_seconds = timeout_seconds
         self._shared_memory: SharedMemoryTransfer | None = None
         self._built_in: BuiltInTransfer | None = None
 
@@ -53,7 +53,7 @@ class WeightTransfer:
         they must be started anew. All others have them whole. A server that fails does not fail the others, except
         with nccl, where all are in one group. Empty on the other ranks.
         """
-        control = ServerControl(servers, self._key, self._timeout_seconds, str(version))
+        control = ServerControl(servers, self._key, _ANSWER_SECONDS, str(version))
         if self._backend != SHARED_MEMORY:
             if self._built_in is None:
                 self._built_in = BuiltInTransfer(self._policy, self._backend, self._rank)

@@ -1,0 +1,108 @@
+"""Checks of a model's folder, whose weights are not read, and what its config.json says."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mmr1_ds.config import ModelConfig
+from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.files import json_object
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Check that the model is a folder with safetensors weights, or looks like a hub id.
+
+    Raises: UserError naming what is missing and how to get it.
+    """
+    check_model_path(model.model_path, "worker.actor.model.model_path")
+    if model.tokenizer_path and _is_folder(model.tokenizer_path, "worker.actor.model.tokenizer_path"):
+        _check_json_files(Path(model.tokenizer_path), "worker.actor.model.tokenizer_path")
+
+
+def check_model_path(path: str | None, key: str) -> None:
+    """Check a path or hub id alone. Raises: UserError that names `key`."""
+    if not path:
+        raise UserError(f"{key} is not set; give a model folder, or a hub id like Qwen/Qwen2.5-VL-3B-Instruct")
+    if _is_folder(path, key):
+        _check_model_folder(path, key)
+
+
+def _is_folder(name: str, key: str) -> bool:
+    """Return True for a path that exists, False for a hub id. Raises: UserError for neither."""
+    if os.path.exists(name):
+        return True
+    if _HUB_ID.fullmatch(name):
+        return False
+    raise UserError(f"{key}: no such folder {name!r}, and not a hub id of the form org/name")
+
+
+def _check_model_folder(name: str, key: str) -> None:
+    path = Path(name)
+    if not path.is_dir() or not (path / "config.json").is_file():
+        raise UserError(f"{key}: {name!r} is not a model folder; it needs a config.json beside the weights")
+    _check_json_files(path, key)
+    content = json_object(path / "config.json", key)
+    tied, text = content.get("tie_word_embeddings"), content.get("text_config") or {}
+    if content.get("model_type") == "qwen3_5" and tied and not text.get("tie_word_embeddings"):
+        raise UserError(
+            f"{key}: tie_word_embeddings is true in {name!r} but not in its text_config, where vLLM looks: it would "
+            "leave the output layer random; set it there too"
+        )
+    if not any(path.glob("*.safetensors")):
+        if any(path.glob("*.bin")):
+            raise UserError(
+                f"{key}: {name!r} has *.bin weights, which can run code when loaded; convert them to safetensors "
+                "(from_pretrained(...).save_pretrained(...) of transformers)"
+            )
+        raise UserError(f"{key}: {name!r} has no weights; it needs *.safetensors")
+
+
+def _check_json_files(folder: Path, key: str) -> None:
+    """Check files on which transformers fails somewhere inside when they hold anything but an object."""
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
+        content = json_object(folder / name, key) if (folder / name).is_file() else {}
+        if not isinstance(content.get("text_config") or {}, dict):
+            raise UserError(f"{key}: text_config in {str(folder / name)!r} must be an object")
+
+
+def model_carries_states(model: ModelConfig) -> bool:
+    """Return whether a local model's config.json lists layers that carry a state along a sequence (Qwen3.5's)."""
+    return "linear_attention" in (_text_config(model).get("layer_types") or ())
+
+
+def model_has_experts(model: ModelConfig) -> bool | None:
+    """Return whether a local model is a mixture of experts; None for a hub model."""
+    text = _text_config(model)
+    return bool(text.get("num_experts_per_tok") or text.get("num_experts")) if text else None
+
+
+def model_takes_images(model: ModelConfig) -> bool | None:
+    """Return whether a local model takes images; None for a hub model."""
+    content = _config(model)
+    return None if content is None else "vision_config" in content
+
+
+def model_hidden_size(model: ModelConfig) -> int | None:
+    """Return the width of a local model's text part; None for a hub model."""
+    width = (_config(model) or {}).get("hidden_size") or _text_config(model).get("hidden_size")
+    return width if isinstance(width, int) else None
+
+
+def _text_config(model: ModelConfig) -> dict[str, Any]:
+    """The part of config.json on a model's text; empty for a hub model."""
+    content = _config(model) or {}
+    text = content.get("text_config")
+    return text if isinstance(text, dict) else content
+
+
+def _config(model: ModelConfig) -> dict[str, Any] | None:
+    """The config.json of a local model; None for a hub model, which is not read."""
+    path = Path(model.model_path or "") / "config.json"
+    if not model.model_path or not os.path.isfile(path):
+        return None
+    return json_object(path, "worker.actor.model.model_path")
