@@ -7,18 +7,14 @@ import sys
 
 import numpy as np
 import torch
-from deepspeed.utils import safe_get_full_grad
 from fixtures.groups import SIZES, fixed_group
-from settings import deepspeed_configs, make_actor, small_config
+from settings import deepspeed_configs, end, kept_gradients, make_actor, small_config, start_ranks
 
-from mmr1_ds.cluster.exits import leave
-from mmr1_ds.cluster.launch import launch_environment
-from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.records import Trajectory
 
 model, out, layout = sys.argv[1:]
-ranks = Ranks(launch_environment(), timeout_seconds=120)
+ranks = start_ranks()
 config = small_config(model, prompts=2, responses=sum(SIZES) // len(SIZES), micro_batch=2)
 actor_config = config.worker.actor
 actor_config.padding_free, actor_config.dynamic_batching = layout != "padded", layout == "by-tokens"
@@ -39,19 +35,7 @@ trajectories = [
     for (prompt, tokens), logprobs, advantage in zip(pairs, found, advantages, strict=True)
 ]
 
-gradients: list[torch.Tensor] = []
-step = actor.engine.step
-
-
-def step_and_keep_gradient() -> None:
-    """In the place of the engine's step, whose last act is to forget the gradient."""
-    if actor.engine.is_gradient_accumulation_boundary():
-        parts = [safe_get_full_grad(parameter).flatten() for parameter in actor.module.parameters()]
-        gradients.append(torch.cat(parts).float().cpu())
-    step()
-
-
-actor.engine.step = step_and_keep_gradient
+gradients = kept_gradients(actor)
 sizes = [len(responses) for _, responses, _ in own]
 results, figures = {}, []
 actor.kl.coefficient = 0.0  # as the brute force has none; its target is far off
@@ -75,6 +59,4 @@ if ranks.rank == 0:
     coefficients = np.array([coefficient for _, _, coefficient in shared])
     log_probs = np.concatenate([by_group[index] for index in range(len(SIZES))])
     np.savez(out, log_probs=log_probs, coefficients=coefficients, figures=figures, counted=counted, **results)
-torch.distributed.barrier()
-ranks.close()
-leave(0)
+end(ranks)
