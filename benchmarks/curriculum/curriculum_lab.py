@@ -12,7 +12,9 @@ second half of the run unless said, and in `*_by_quarter`:
 spearman: rank correlation of the mean of the belief about each pass rate with the true one; null without a belief.
 variance_spearman: the same of the belief about p(1-p), with v.
 effective_group_fraction: groups trained on that are neither all right nor all wrong.
-mean_variance_share: mean v of the groups trained on, over that of an oracle which draws proportionally to v.
+effective_response_fraction: responses trained on that belong to such groups; where groups differ in size, another.
+mean_variance_share: mean v of the responses trained on, over that of an oracle which draws proportionally to v.
+signal_per_rollout: how clearly a rollout of the step shows where to go, 1 at best; see `signal`.
 visited_fraction: prompts ever trained on, in the whole run.
 extra_rollout_fraction: rollouts besides the trained groups' over theirs, all of the run. A full refresh before step 1
     counts, so N=32, T=35 costs 3.66 in 224 steps, against 3.35 in the long run.
@@ -35,13 +37,19 @@ from typing import Any
 import numpy as np
 from curriculum_lab_policies import OURS, RESPONSES, Online, Run, Uniform
 from curriculum_lab_rivals import RIVALS
-from curriculum_lab_worlds import SETTINGS, UNLIKE, RecordedTrace, Setting, SimulatedPolicy
+from curriculum_lab_worlds import MOSTLY_DEAD, SETTINGS, UNLIKE, RecordedTrace, Setting, SimulatedPolicy
 
 POLICIES = OURS | RIVALS
-_ASKED_FOR = ("online_no_categories", "online_clusters", "online_known_n4", "online_known_n16")
+_ASKED_FOR = (
+    "online_sizes", "online_proportional_sizes", "online_no_categories", "online_clusters", "online_known_n4",
+    "online_known_n16",
+)  # fmt: skip
 DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in _ASKED_FOR)
 ESTIMATORS = ("online", "online_no_categories", "mopps_geo3k", "mopps_math", "dps", "vade")
-_STEP_MEASURES = ("effective_group_fraction", "mean_variance_share", "spearman", "variance_spearman")
+_STEP_MEASURES = (
+    "effective_group_fraction", "effective_response_fraction", "mean_variance_share", "signal_per_rollout", "spearman",
+    "variance_spearman",
+)  # fmt: skip
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
@@ -82,16 +90,21 @@ def run_policy(
         measures = {"step": step, **(measure_belief(policy, rates) if step % measure_every == 0 else {})}
         batch, num_right, spent = policy.batch(step, roll)
         extra += spent - RESPONSES * len(batch) + policy.learn(batch, num_right, roll)
-        teaching = int(np.count_nonzero((num_right > 0) & (num_right < RESPONSES)))
+        sizes = policy.sizes
+        teaches = (num_right > 0) & (num_right < sizes)
+        teaching = int(np.count_nonzero(teaches))
         effective += teaching
         trained += len(batch)
         visited[batch] = True
         value = rates * (1.0 - rates)
         if len(batch):
             measures["effective_group_fraction"] = teaching / len(batch)
-            measures["mean_variance_share"] = float(value[batch].mean() * value.sum() / (value @ value))
+            measures["effective_response_fraction"] = float(sizes[teaches].sum() / sizes.sum())
+            mean = np.average(value[batch], weights=sizes)
+            measures["mean_variance_share"] = float(mean * value.sum() / (value @ value))
+            measures["signal_per_rollout"] = signal(num_right, sizes) / spent
         measured.append(measures)
-        world.train(batch)
+        world.train(batch, sizes / RESPONSES)
     return {
         "policy": name,
         "seed": run.seed,
@@ -100,6 +113,18 @@ def run_policy(
         "effective_per_rollout": effective / (trained + extra / RESPONSES),
         **_summary(measured, run.num_steps),
     }
+
+
+def signal(num_right: np.ndarray, sizes: np.ndarray) -> float:
+    """How many responses of the best kind would show the direction of the gradient as clearly as these groups.
+
+    If right responses of all prompts pull one way, each response adds noise as its advantage A is large: with GRPO's
+    the pull is the sum of (n - 1) s, s the deviation of a group's rewards, and the squared noise that of A^2, n - 1
+    in a group that teaches. Pull over noise, squared, of n right half of the time is n / 4 when n is large.
+    """
+    deviation = np.sqrt(num_right * (sizes - num_right) / (sizes * (sizes - 1)))
+    noise = (sizes - 1)[deviation > 0].sum()
+    return float(4.0 * ((sizes - 1) * deviation).sum() ** 2 / noise) if noise else 0.0
 
 
 def measure_belief(policy: Uniform, rates: np.ndarray) -> dict[str, float]:
@@ -207,8 +232,8 @@ def run_setting(
 
 
 _MEASURES = (
-    "effective_per_rollout", "effective_group_fraction", "mean_variance_share", "visited_fraction",
-    "extra_rollout_fraction", "log_loss", "spearman", "variance_spearman",
+    "effective_per_rollout", "effective_group_fraction", "effective_response_fraction", "mean_variance_share",
+    "signal_per_rollout", "visited_fraction", "extra_rollout_fraction", "log_loss", "spearman", "variance_spearman",
 )  # fmt: skip
 
 
@@ -277,7 +302,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Compare curriculum samplers on simulated policies and recorded traces."
     )
     everywhere = [*SETTINGS, UNLIKE.name]
-    parser.add_argument("--settings", nargs="+", choices=everywhere, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=[*everywhere, *MOSTLY_DEAD])
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES))
     parser.add_argument("--estimators", action="store_true", help="compare beliefs on the same observations")
     parser.add_argument("--prompts", type=int, default=15_000, help="in the simulated data set")
@@ -293,7 +318,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.policies = options.policies or (ESTIMATORS if options.estimators else DEFAULT_POLICIES)
     if options.quick:
-        options.settings, options.prompts, options.batch = everywhere, 3_750, 128
+        options.settings, options.prompts, options.batch = options.settings or everywhere, 3_750, 128
+    options.settings = options.settings or list(SETTINGS)
     return options
 
 
@@ -301,7 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     settings: list[Setting | Path] = list(options.traces)
     if not settings:
-        settings = [UNLIKE if name == UNLIKE.name else SETTINGS[name] for name in options.settings]
+        known = SETTINGS | MOSTLY_DEAD | {UNLIKE.name: UNLIKE}
+        settings = [known[name] for name in options.settings]
     rows = []
     for setting in settings:
         of_setting = []

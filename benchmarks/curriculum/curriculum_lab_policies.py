@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mmr1_ds.curriculum.estimator import PROBE_RESPONSES, FilterSettings, LogitFilter, probe_budget
+from mmr1_ds.curriculum.group_sizes import SizeRange, group_sizes
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.curriculum.table import min_max_normalise
 
-RESPONSES = 8  # a training group
-Roll = Callable[[np.ndarray, int], np.ndarray]  # (indices (K,), responses each) -> number right (K,)
+RESPONSES = 8  # a training group, or on average
+SIZES = SizeRange(2, 16)  # where groups differ
+Roll = Callable[[np.ndarray, Any], np.ndarray]  # (indices (K,), responses to all or to each) -> number right (K,)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Uniform:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.sizes = np.empty(0, dtype=np.int64)  # responses to each prompt of the last batch
         self.random = np.random.default_rng([run.seed, 3])
         self._walk = PromptSampler(run.num_prompts, run.batch_size, run.seed)
 
@@ -46,7 +50,12 @@ class Uniform:
     def batch(self, step: int, roll: Roll) -> tuple[np.ndarray, np.ndarray, int]:
         """Sample the groups to train on. Returns: their prompts, how many responses are right, rollouts spent."""
         indices = self.draw(step)
-        return indices, roll(indices, RESPONSES), RESPONSES * len(indices)
+        self.sizes = self.group_sizes(indices)
+        return indices, roll(indices, self.sizes), int(self.sizes.sum())
+
+    def group_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Responses to each prompt of the batch."""
+        return np.full(len(indices), RESPONSES)
 
     def draw(self, step: int) -> np.ndarray:
         """The prompts of the batch."""
@@ -125,7 +134,8 @@ class Online(Uniform):
         )
         probes = self.filter.probes(int(allowed - self._spent) // PROBE_RESPONSES, exclude=batch)
         probed_right = roll(probes, PROBE_RESPONSES)
-        responses = np.repeat([RESPONSES, PROBE_RESPONSES], [len(batch), len(probes)])
+        sizes = self.sizes if len(self.sizes) == len(batch) else np.full(len(batch), RESPONSES)
+        responses = np.concatenate([sizes, np.full(len(probes), PROBE_RESPONSES)])
         self.filter.observe(np.concatenate([batch, probes]), np.concatenate([num_right, probed_right]), responses)
         self.filter.predict_step(batch)
         self._spent += PROBE_RESPONSES * len(probes)
@@ -136,6 +146,13 @@ class Online(Uniform):
 
     def scores(self) -> np.ndarray:
         return self.filter.weights("learnability")
+
+
+class SizedOnline(Online):
+    """Online whose groups differ in size, as with worker.rollout.n_min and n_max."""
+
+    def group_sizes(self, indices: np.ndarray) -> np.ndarray:
+        return group_sizes(*self.filter.belief(indices), RESPONSES, SIZES)
 
 
 class KnownOnline(Online):
@@ -165,6 +182,8 @@ OURS: dict[str, Callable[[Run], Uniform]] = {
     "online_proportional": lambda run: Online(run, "proportional", ratio=0.5, probe_fraction=0.1),
     "online_candidates": lambda run: Online(run, "candidates"),
     "online": Online,
+    "online_sizes": SizedOnline,
+    "online_proportional_sizes": lambda run: SizedOnline(run, "proportional", ratio=0.5, probe_fraction=0.1),
     "online_known_n4": lambda run: KnownOnline(run, 4),
     "online_known_n16": lambda run: KnownOnline(run, 16),
     "online_no_categories": _without_categories,

@@ -173,6 +173,7 @@ class Dapo(Uniform):
             kept_right = np.concatenate([kept_right, num_right[teaches]])
             if len(kept_prompts) >= size:
                 break
+        self.sizes = self.group_sizes(kept_prompts[:size])
         return kept_prompts[:size], kept_right[:size], spent
 
 
@@ -244,6 +245,7 @@ class PilotCommit(Dapo):
         chosen = self.random.permutation(waiting)[:size]
         before = np.array([self._waiting.pop(int(k))[1] for k in chosen])
         rest = RESPONSES - self.pilots
+        self.sizes = self.group_sizes(chosen)
         return chosen, before + roll(chosen, rest), spent + rest * len(chosen)
 
 

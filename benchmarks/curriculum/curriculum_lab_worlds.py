@@ -40,6 +40,11 @@ SETTINGS = {
 SETTINGS["u_shaped_sudden"] = Setting("u_shaped_sudden", 0.0, 3.0, **_SLOW, jumps=(1 / 3, 2 / 3))
 # A world unlike the filter; not among the ten.
 UNLIKE = Setting("u_shaped_dead", 0.0, 3.0, **_SLOW, jumps=(1 / 3, 2 / 3), dead=0.4)
+# Most prompts teach nothing; not among the ten either.
+MOSTLY_DEAD = {
+    f"u_shaped_dead{percent}": Setting(f"u_shaped_dead{percent}", 0.0, 3.0, **_SLOW, dead=percent / 100)
+    for percent in (80, 95)
+}
 
 
 class SimulatedPolicy:
@@ -85,12 +90,15 @@ class SimulatedPolicy:
             rates[dead] = np.round(rates[dead])
         return rates
 
-    def train(self, indices: np.ndarray) -> None:
-        """One optimiser step on these prompts (repeats count), and the drift of all."""
+    def train(self, indices: np.ndarray, shares: np.ndarray | None = None) -> None:
+        """One optimiser step on these prompts (repeats count), and the drift of all.
+
+        Args: shares: (B,), how much of a usual group each has; None = all of one.
+        """
         setting, step = self.setting, self._step
         slowing = 1.5 * np.exp(-step / (0.9 * self.num_steps))
         if setting.gain:
-            counts = np.bincount(indices, minlength=self.num_prompts)
+            counts = np.bincount(indices, shares, minlength=self.num_prompts)
             trained = np.flatnonzero(counts)
             p = self.pass_rates[trained]
             self.logits[trained] += setting.gain * counts[trained] * 4.0 * p * (1.0 - p) * self._gain_speeds[trained]
@@ -152,6 +160,6 @@ class RecordedTrace:
         rates: np.ndarray = 1.0 / (1.0 + np.exp(-logits))
         return rates
 
-    def train(self, indices: np.ndarray) -> None:
+    def train(self, indices: np.ndarray, shares: np.ndarray | None = None) -> None:
         """Go on to the next step."""
         self._step += 1

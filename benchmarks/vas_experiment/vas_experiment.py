@@ -1,7 +1,7 @@
 """Where does variance-aware sampling pay? The demo task trained with the real parts, arm beside arm, seed by seed.
 
     python benchmarks/vas_experiment/vas_experiment.py --out FOLDER [--shares 2 5 15 50] [--sizes 512 2048 8192]
-        [--steps 160] [--seeds 0 1 2 3 4] [--arms shuffle full online posterior filtering]
+        [--steps 160] [--seeds 0 1 2 3 4] [--arms shuffle full online posterior sizes filtering]
         [--ratios .5] [--categories yes no]
     python benchmarks/vas_experiment/vas_experiment.py --out FOLDER --shares 15 --sizes 512 --seeds 0 --arms shuffle
         --record-traces FILE.npz

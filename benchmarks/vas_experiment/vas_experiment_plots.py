@@ -132,7 +132,7 @@ def _weights(pools: Pools, path: Path) -> None:
         (pool, label, arms[label][min(arms[label])])
         for pool, arms in pools.items()
         for label in sorted(arms, key=arm_order)
-        if label.startswith(("full", "online", "posterior")) and "no categories" not in label
+        if label.startswith(("full", "online", "posterior", "sizes")) and "no categories" not in label
     ]
     if not panels:
         return

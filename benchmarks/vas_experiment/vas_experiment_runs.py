@@ -119,5 +119,5 @@ def curves(runs: Sequence[Run], last_step: int | None = None) -> tuple[np.ndarra
 
 def arm_order(label: str) -> tuple[int, str]:
     """Shuffle first, then the others as they are usually named."""
-    order = ("shuffle", "full", "online", "posterior", "filtering")
+    order = ("shuffle", "full", "online", "posterior", "sizes", "filtering")
     return order.index(label.split(",")[0]), label

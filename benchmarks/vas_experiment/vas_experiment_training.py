@@ -23,6 +23,7 @@ from vas_experiment_recording import (
 from vas_experiment_trials import (
     BATCH,
     RESPONSES,
+    SIZES,
     Trial,
     prepare_model,
     prepare_pool,
@@ -72,6 +73,7 @@ class NoCheckpoints:
     """Nothing is kept of a trial but its figures."""
 
     failure = ""
+    is_writing = False
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -80,8 +82,9 @@ class NoCheckpoints:
         """See Checkpoints."""
         return False
 
-    def save(self, step: int, write: object, folders: object) -> None:
+    def save(self, step: int, write: object, folders: object, in_background: bool) -> bool:
         """See Checkpoints."""
+        return False
 
 
 class Session:
@@ -181,7 +184,7 @@ class Session:
     ) -> RecordingTrainer:
         coordinator = RecordingCoordinator(
             config.data, train_data.prompt_ids, train_data.categories, train_data.fingerprint, RESPONSES,
-            config.trainer.max_steps, self._ranks,
+            config.trainer.max_steps, self._ranks, sizes=SIZES if trial.arm == "sizes" else None,
         )  # fmt: skip
         counter = CountingRollout(self._rollout)
         reward_name = config.worker.reward.reward_function

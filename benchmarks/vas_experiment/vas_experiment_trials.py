@@ -16,12 +16,16 @@ from mmr1_ds.commands.demo.assets import prepare_assets
 from mmr1_ds.commands.demo.digits import LEARNABLE, Question, draw_question, proportional_counts, write_parquet
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.loading import load_config
+from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.preflight.checks import check_config
 
-# online: with the proportional draw, as most figures were measured; posterior: online as it ships
-ARMS = ("shuffle", "full", "online", "posterior", "filtering")
+# online: with the proportional draw, as most figures were measured; posterior: online as it ships; sizes: that with
+# groups of different sizes
+ARMS = ("shuffle", "full", "online", "posterior", "sizes", "filtering")
+CURRICULA = ("full", "online", "posterior", "sizes")
 BATCH = 8  # prompts a step
-RESPONSES = 8  # a group
+RESPONSES = 8  # a group, or on average
+SIZES = SizeRange(2, 16)  # of groups; sizes
 REFRESH_RESPONSES = 8  # a prompt in a full refresh
 EASY = {"get1": 15, "max2": 15, "min2": 15}  # proportions within each sort of question, as in the demo's pool B
 HARD = {"mul3": 30, "add3": 10}
@@ -43,7 +47,7 @@ class Trial:
     seed: int
     steps: int
     ratio: float = 0.5  # lambda; full and online
-    categories: bool = True  # whether the filter is told the kind of a question; online, posterior
+    categories: bool = True  # whether the filter is told the kind of a question; online, posterior, sizes
     probe_fraction: float = 0.1  # online
     refresh_every: int = 60  # steps; full
     mini_batches: int = 1  # optimiser steps a batch
@@ -61,7 +65,7 @@ class Trial:
         parts = [self.pool, self.arm]
         if self.arm in ("full", "online"):
             parts.append(f"ratio{self.ratio:g}")
-        if self.arm in ("online", "posterior") and not self.categories:
+        if self.arm in ("online", "posterior", "sizes") and not self.categories:
             parts.append("nocategories")
         if self.arm == "online" and self.probe_fraction != 0.1:
             parts.append(f"probes{self.probe_fraction:g}")
@@ -79,7 +83,7 @@ class Trial:
         words = [self.arm]
         if self.arm in ("full", "online"):
             words.append(f"lambda {self.ratio:g}")
-        if self.arm in ("online", "posterior") and not self.categories:
+        if self.arm in ("online", "posterior", "sizes") and not self.categories:
             words.append("no categories")
         if self.arm == "online" and self.probe_fraction != 0.1:
             words.append(f"probes {self.probe_fraction:g}")
@@ -117,7 +121,7 @@ def all_trials(
             trial = replace(trial, refresh_every=refresh_every)
         if arm == "online":
             trial = replace(trial, categories=told, probe_fraction=probe_fraction)
-        if arm == "posterior":
+        if arm in ("posterior", "sizes"):
             trial = replace(trial, categories=told)
         trials.append(trial)
     return list(dict.fromkeys(trials))
@@ -209,8 +213,8 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
         "data.seed": trial.seed,
         "data.rollout_batch_size": BATCH,
         "data.category_key": "category" if trial.categories else "null",
-        "data.sampling_strategy": "curriculum" if trial.arm in ("full", "online", "posterior") else "shuffle",
-        "data.curriculum_refresh": "online" if trial.arm in ("online", "posterior") else "full",
+        "data.sampling_strategy": "curriculum" if trial.arm in CURRICULA else "shuffle",
+        "data.curriculum_refresh": "full" if trial.arm in ("full", "shuffle", "filtering") else "online",
         "data.curriculum_update_freq": trial.refresh_every,
         "data.curriculum_rollout_n": REFRESH_RESPONSES,
         "algorithm.disable_kl": True,
@@ -233,7 +237,9 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
         "trainer.save_freq": -1,
         "trainer.resume": False,
     }
-    if trial.arm != "posterior":
+    if trial.arm == "sizes":
+        values |= {"worker.rollout.n_min": SIZES.smallest, "worker.rollout.n_max": SIZES.largest}
+    if trial.arm not in ("posterior", "sizes"):
         values |= {
             "data.curriculum_draw": "proportional",
             "data.curriculum_mixture_ratio": trial.ratio,

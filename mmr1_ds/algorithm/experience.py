@@ -1,6 +1,7 @@
 """From the groups of a step to what the actor learns from: rewards less the KL, and advantages.
 
-Shape letters: G groups, N responses a group, B = G * N responses, T tokens of all of them, end to end.
+Shape letters: G groups, N responses a group, the most of any where they differ, B responses, T tokens of all of them,
+end to end.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Experience:
 
     trajectories: list[Trajectory]
     rewards_B: np.ndarray  # (B,) float64, of each trajectory, the KL taken off where it is taken off the reward
+    group_sizes: list[int]  # trajectories of each group, in their order
     metrics: dict[str, float]
 
 
@@ -75,7 +77,7 @@ def make_experience(
         prompt's greedy response, one a group. reward_weights: gdpo: of the parts of the reward that are standardised
         by themselves, by their names. experts: where the update sends the tokens of each response.
     """
-    pairs = pairs_of(groups)
+    pairs, sizes = pairs_of(groups), [len(item.group.responses) for item in groups]
     lengths_B = np.array([len(token_ids) for _, token_ids in pairs])
     cuts = np.cumsum(lengths_B)[:-1]
     rewards_B = np.concatenate([item.rewards.overall for item in groups]).astype(np.float64)
@@ -102,10 +104,12 @@ def make_experience(
         returns = np.split(returns_T.astype(np.float32), cuts)
         metrics |= _value_metrics(values_T, returns_T, ranks)
     else:
-        rewards_GN = rewards_B.reshape(len(groups), -1)
-        known_GN = ~is_unknown_B.reshape(rewards_GN.shape)
+        there_GN = np.arange(max(sizes)) < np.array(sizes)[:, None]
+        rewards_GN, known_GN, lengths_GN = np.zeros(there_GN.shape), there_GN.copy(), np.zeros_like(there_GN, dtype=int)
+        rewards_GN[there_GN], known_GN[there_GN], lengths_GN[there_GN] = rewards_B, ~is_unknown_B, lengths_B
         parts = _parts(groups, reward_weights, known_GN) if algorithm.adv_estimator == "gdpo" else []
-        step = StepRewards(rewards_GN, known_GN, lengths_B, token_rewards_T, baselines, ranks, algorithm, parts)
+        lengths = lengths_GN.reshape(-1)
+        step = StepRewards(rewards_GN, known_GN, lengths, token_rewards_T, baselines, ranks, algorithm, parts)
         advantages_T = estimate(algorithm.adv_estimator, step)
     advantages_T = np.where(np.repeat(is_unknown_B, lengths_B), 0.0, advantages_T)
     responses = [response for item in groups for response in item.group.responses]
@@ -135,18 +139,21 @@ def make_experience(
         )
         for i, (prompt, token_ids) in enumerate(pairs)
     ]
-    return Experience(trajectories, rewards_B, metrics)
+    return Experience(trajectories, rewards_B, sizes, metrics)
 
 
 def _parts(
     groups: Sequence[ScoredGroup], weights: Mapping[str, float] | None, known_GN: np.ndarray
 ) -> list[tuple[float, np.ndarray]]:
     """Each weighted part of the rewards and its weight, (G, N) float64, 0 where it is not known."""
-    nothing_N = np.zeros(known_GN.shape[1])  # a group whose rewards all failed has no parts
-    return [
-        (weight, np.where(known_GN, [item.rewards.parts.get(name, nothing_N) for item in groups], 0.0))
-        for name, weight in (weights or {}).items()
-    ]
+    found = []
+    for name, weight in (weights or {}).items():
+        values_GN = np.zeros(known_GN.shape)
+        for values_N, item in zip(values_GN, groups, strict=True):
+            part = item.rewards.parts.get(name, np.zeros(0))  # a group whose rewards all failed has no parts
+            values_N[: len(part)] = part
+        found.append((weight, np.where(known_GN, values_GN, 0.0)))
+    return found
 
 
 def _penalties(
@@ -184,11 +191,14 @@ def _value_metrics(values_T: np.ndarray, returns_T: np.ndarray, ranks: Ranks) ->
 
 @dataclass(frozen=True)
 class StepRewards:
-    """What an estimator without a critic sees of a step: this rank's part."""
+    """What an estimator without a critic sees of a step: this rank's part.
+
+    N is the size of the largest group; places of a smaller one that are left over hold no token and are not known.
+    """
 
     rewards_GN: np.ndarray  # float64, the KL taken off where it is taken off the reward
     known_GN: np.ndarray  # bool; the others are in no statistic, and their advantages are left out
-    lengths_B: np.ndarray  # tokens of each response
+    lengths_B: np.ndarray  # (G * N,), tokens of each response
     token_rewards_T: np.ndarray | None  # the reward at each token; None for estimators that do not look at it
     baselines_G: Sequence[float] | None  # remax: the reward of each prompt's greedy response
     ranks: advantages.Totals  # sums over all ranks: what looks beyond its groups asks them

@@ -343,6 +343,9 @@ class RolloutConfig:
     # auto: vllm where installed; server: vLLM beside the ranks; hf: transformers
     engine: Annotated[str, OneOf("auto", "vllm", "server", "hf")] = "auto"
     n: Annotated[int, Range("[2, inf)")] = 8  # responses a prompt (the group); a group of one has no advantage
+    # data.curriculum_refresh=online: the fewest and the most responses a prompt, each as its belief says, n on average
+    n_min: Annotated[int | None, Range("[2, inf)")] = None  # null: every prompt has n
+    n_max: Annotated[int | None, Range("[2, inf)")] = None  # null: every prompt has n
     temperature: PositiveFloat = 1.0  # logits are divided by it
     top_p: Annotated[float, Range("(0, 1]")] = 1.0  # probability of the most likely tokens to choose from
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all

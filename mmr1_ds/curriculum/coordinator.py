@@ -17,7 +17,8 @@ import numpy as np
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum import storage
 from mmr1_ds.curriculum.estimator import EARLY_PROBING, PROBE_RESPONSES, probe_budget
-from mmr1_ds.curriculum.history import TableHistory, batch_metrics, observations
+from mmr1_ds.curriculum.group_sizes import SizeRange
+from mmr1_ds.curriculum.history import TableHistory, batch_metrics, observations, size_metrics
 from mmr1_ds.curriculum.metric_names import check_metrics
 from mmr1_ds.curriculum.mixture import MixedSampler, source_metrics
 from mmr1_ds.curriculum.online import OnlineTable
@@ -68,7 +69,7 @@ class Coordinator:
             for chunk in coordinator.refresh_chunks():   # after resume_refresh, those that are left
                 coordinator.observe_refresh(statistics of this rank's part of the chunk)
             coordinator.finish_refresh(step)
-        indices = coordinator.next_batch(step)           # again where online filtering needs more
+        indices, sizes = coordinator.next_groups(step)   # again where online filtering needs more
         probes = coordinator.next_probes(step)           # none with a full refresh
         coordinator.observe(step, statistics of this rank's groups, probes included)
         coordinator.finish_step(step, the prompts trained on)
@@ -87,14 +88,16 @@ class Coordinator:
         sources: np.ndarray | None = None,
         source_names: Sequence[str] = (),
         features: np.ndarray | None = None,
+        sizes: SizeRange | None = None,
     ) -> None:
         """
         Args:
             prompt_ids, categories: (P,), stable across runs.
             fingerprint: of the data set.
-            num_responses: N of a training group.
+            num_responses: N of a training group, or their mean.
             num_steps: of the whole run, over which probes are spread.
             features: (P, D) int8 that the online refresh learns from besides the categories; of rank 0.
+            sizes: of groups that differ, as the beliefs of the online refresh say; None = each has N.
             sources: (P,), the place of each prompt's source in `source_names`; None = there is one.
         Raises: UserError for a source that data.train_weights gives a share of and that has no prompt left.
         """
@@ -102,6 +105,7 @@ class Coordinator:
         self.data, self.control = data, control
         self.num_prompts = len(prompt_ids)
         self.num_responses, self.num_steps = num_responses, num_steps
+        self._sizes = sizes
         self.steps_per_epoch = max(1, self.num_prompts // data.rollout_batch_size)  # as the run counts episodes
         self._is_curriculum = data.sampling_strategy == "curriculum"
         self._last_refresh_step = _NEVER
@@ -166,16 +170,27 @@ class Coordinator:
     # Drawing
 
     def next_batch(self, step: int) -> np.ndarray:
-        """Draw the next prompts of `step` (from 1), (B,) int64. Collective: rank 0 draws, all get the same.
+        """Draw the next prompts of `step` (from 1), (B,) int64; see `next_groups`. Collective."""
+        return self.next_groups(step)[0]
+
+    def next_groups(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the next prompts of `step` (from 1) and the sizes of their groups, (B,) int64 each.
 
         The second batch of a step continues the walk and draws by the same weights as the first.
+        Collective: rank 0 draws, all get the same, in one message.
         """
         self._last_step = step
         self._num_draws += 1
         drawn = self._draw() if self._is_rank_0 else None
-        drawn = self.control.broadcast_array(drawn, f"curriculum/next_batch of step {step}")
-        self._drawn.setdefault(step, []).append(drawn)
-        return drawn
+        if drawn is not None and self._sizes is not None:
+            assert isinstance(self.table, OnlineTable), "sizes follow from beliefs"
+            drawn = np.concatenate([drawn, self.table.group_sizes(drawn, self.num_responses, self._sizes)])
+        both = self.control.broadcast_array(drawn, f"curriculum/next_batch of step {step}")
+        indices, sizes = both, np.full(len(both), self.num_responses, dtype=np.int64)
+        if self._sizes is not None:
+            indices, sizes = np.split(both, 2)
+        self._drawn.setdefault(step, []).append(indices)
+        return indices, sizes
 
     def _draw(self) -> np.ndarray:
         """Draw the next batch; rank 0 only."""
@@ -250,6 +265,8 @@ class Coordinator:
         self._num_extra_rollouts += sum(prompt.num_responses for prompt in observed) - num_training
         predicted = self.table.predicted_pass_rates(np.array([prompt.index for prompt in observed], dtype=np.int64))
         self._batch_metrics = batch_metrics(observed, predicted)
+        if self._sizes is not None:
+            self._batch_metrics |= size_metrics(observed)
         if self._sources is not None and len(self._source_names) > 1:
             self._batch_metrics |= source_metrics(observed, self._sources, self._source_names)
         self._records["observations"] = observations(observed, predicted)
@@ -464,7 +481,9 @@ class Coordinator:
                 f"keep data.curriculum_refresh and data.sampling_strategy, or set trainer.resume=false"
             )
         positions = self.table.load(state["table"], state["numbers"], state["fingerprint"])
-        settings = {"data.curriculum_draw": "proportional"} | state["settings"]  # earlier versions had no other
+        # Earlier versions had no other draw, and groups of one size.
+        of_before = {"data.curriculum_draw": "proportional", "worker.rollout.n_min": None, "worker.rollout.n_max": None}
+        settings = of_before | state["settings"]
         changed = {name: (old, self._settings().get(name)) for name, old in settings.items()}
         changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
         if changed:
@@ -502,4 +521,6 @@ class Coordinator:
             **({"data.curriculum_features": self.data.curriculum_features} if self._is_online else {}),
             "steps of the run": self.num_steps if self._is_online else 0,
             "worker.rollout.n": self.num_responses,
+            "worker.rollout.n_min": None if self._sizes is None else self._sizes.smallest,
+            "worker.rollout.n_max": None if self._sizes is None else self._sizes.largest,
         }

@@ -95,5 +95,19 @@ def batch_metrics(observed: Sequence[PromptStatistics], predicted: np.ndarray) -
     return metrics
 
 
+def size_metrics(observed: Sequence[PromptStatistics]) -> dict[str, float]:
+    """Compute the extremes of the training groups' sizes, and the share of their responses in groups that teach."""
+    training = [prompt for prompt in observed if not prompt.is_probe]
+    if not training:
+        return {}
+    sizes = [prompt.num_responses for prompt in training]
+    teaching = sum(prompt.num_responses for prompt in training if prompt.is_effective)
+    return {
+        "curriculum/group_size_min": float(min(sizes)),
+        "curriculum/group_size_max": float(max(sizes)),
+        "curriculum/effective_response_fraction": teaching / sum(sizes),
+    }
+
+
 def _rounded(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 4)

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.estimator import FilterSettings, LogitFilter
+from mmr1_ds.curriculum.group_sizes import SizeRange, group_sizes
 from mmr1_ds.curriculum.metric_names import OUTCOME_METRICS, canonical_metric
 from mmr1_ds.curriculum.prompt_ids import encode_prompt_ids, saved_positions
 from mmr1_ds.curriculum.scores import metric_value
@@ -92,6 +93,10 @@ class OnlineTable:
         for name, weight in self._outcome_metrics:
             score += np.float32(weight) * self._filter.sampled_utility(name, noise)
         return score + self._diversity_scores() if self._diversity_metrics else score
+
+    def group_sizes(self, indices: np.ndarray, num_responses: int, sizes: SizeRange) -> np.ndarray:
+        """The responses that each prompt of a batch gets, (B,) int64; see `group_sizes`. Args: indices: (B,)."""
+        return group_sizes(*self._filter.belief(indices), num_responses, sizes)
 
     def unseen_steps(self) -> np.ndarray:
         """Steps since each prompt was last observed, (P,) int64; see `LogitFilter.unseen_steps`."""

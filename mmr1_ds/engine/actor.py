@@ -151,9 +151,12 @@ class Actor(Learner):
         """Write the weights alone, adapters added to them. Collective. Raises: SaveFailed, on every rank."""
         write_weights(self.weights(as_held=True), folder, self._ranks)
 
-    def needs_old_log_probs(self, num_trajectories: int) -> bool:
-        """False when the batch is one optimiser step: then the old policy is the policy itself."""
-        several = self.settings.ppo_epochs > 1 or num_trajectories > self._mini_batch_size
+    def needs_old_log_probs(self, num_groups: int) -> bool:
+        """False when the batch is one optimiser step: then the old policy is the policy itself.
+
+        Args: num_groups: of the batch, on this rank.
+        """
+        several = self.settings.ppo_epochs > 1 or num_groups > self._mini_batch_size
         return several or self.selects_by_entropy or self.policy_loss.kind == "clip_cov"
 
     @property
@@ -161,12 +164,14 @@ class Actor(Learner):
         """Whether `update` needs the entropies of the old policy."""
         return self._actor_settings.top_entropy_quantile < 1
 
-    def update(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    def update(
+        self, trajectories: Sequence[Trajectory], group_sizes: Sequence[int] | None = None
+    ) -> dict[str, float]:
         """See `Learner.update`. A KL in the loss also steers its coefficient."""
-        metrics = super().update(trajectories)
+        metrics = super().update(trajectories, group_sizes)
         if "actor/ref_kl" in metrics:
             metrics["actor/kl_coef"] = self.kl.coefficient
-            self.kl.update(metrics["actor/ref_kl"], len(trajectories) * self._ranks.size)
+            self.kl.update(metrics["actor/ref_kl"], self._num_responses_of_update)
         return metrics
 
     def _optimiser_step(self, trajectories: Sequence[Trajectory]) -> OptimiserStep | None:

@@ -15,20 +15,31 @@ Agree = Callable[[int], int]  # from how many micro-batches this rank needs to h
 _EVEN = 0.01  # of the mean: more balance than this is not worth moving groups for
 
 
-def in_turn(num_sequences: int, size: int) -> list[list[int]]:
-    """Micro-batches of `size` sequences, in their order; the last may be smaller."""
-    return [list(range(start, min(start + size, num_sequences))) for start in range(0, num_sequences, size)]
+def in_turn(num_sequences: int, size: int, agree: Agree) -> list[list[int]]:
+    """Micro-batches of `size` sequences, in their order; the last may be smaller, and those after it are empty.
+
+    Collective: all ranks make as many as the one with most sequences needs.
+    """
+    parts = [list(range(start, min(start + size, num_sequences))) for start in range(0, num_sequences, size)]
+    return _up_to(parts, agree(len(parts)))
 
 
 def by_tokens(lengths: Sequence[int], budget: int, agree: Agree) -> list[list[int]]:
     """Micro-batches of at most `budget` tokens, as few as the ranks need, all of nearly the same number of tokens.
 
     Args: lengths: tokens of this rank's sequences; one over the budget gets a micro-batch of its own.
-    Returns: the positions in each, ascending; every position once, none empty.
-    Collective: all ranks, with the same number of sequences.
+    Returns: the positions in each, ascending; every position once, none empty but where there are fewer sequences than
+        micro-batches: then the last ones.
+    Collective: all ranks, each with at least one sequence.
     """
     fewest = first_fit(lengths, budget)
-    return _parts(lengths, budget, fewest, agree(len(fewest)))
+    number = agree(len(fewest))
+    return _up_to(_parts(lengths, budget, fewest, min(number, len(lengths))), number)
+
+
+def _up_to(parts: list[list[int]], number: int) -> list[list[int]]:
+    """The parts, and empty ones behind them where `number` are needed."""
+    return parts + [[] for _ in range(number - len(parts))]
 
 
 def _parts(lengths: Sequence[int], budget: int, fewest: list[list[int]], number: int) -> list[list[int]]:
@@ -59,12 +70,13 @@ def by_prompts(
             tokens = prompt_lengths[i] + own
         runs[-1].append(i)
     number = agree(len(first_fit([prompt_lengths[run[0]] + sum(lengths[i] for i in run) for run in runs], budget)))
-    while len(runs) < number:  # what another rank needs; each run is a micro-batch then
+    most = min(number, len(lengths))
+    while len(runs) < most:  # what another rank needs; each run is a micro-batch then
         longest = max(range(len(runs)), key=lambda place: len(runs[place]))
         runs[longest : longest + 1] = [runs[longest][::2], runs[longest][1::2]]
     sizes = [prompt_lengths[run[0]] + sum(lengths[i] for i in run) for run in runs]
-    parts = _parts(sizes, budget, first_fit(sizes, budget), number)
-    return [sorted(i for place in part for i in runs[place]) for part in parts]
+    parts = _parts(sizes, budget, first_fit(sizes, budget), most)
+    return _up_to([sorted(i for place in part for i in runs[place]) for part in parts], number)
 
 
 def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:

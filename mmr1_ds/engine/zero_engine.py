@@ -9,7 +9,8 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -62,7 +63,7 @@ def start_deepspeed(ranks: Ranks) -> None:
 class Sizes:
     """What an engine needs to know about the responses that it computes."""
 
-    num_responses: int  # to each prompt
+    num_responses: int  # to each prompt, or on average
     max_prompt_length: int  # tokens
     max_response_length: int  # tokens
 
@@ -114,7 +115,7 @@ class ZeroEngine:
     ) -> tuple[list[np.ndarray], ...]:
         """The module's first outputs, or all, at every response token, one float32 array (T,) a pair.
 
-        Collective: all ranks, with the same number of pairs. Args: experts: see `collate`.
+        Collective: all ranks, each with at least one pair. Args: experts: see `collate`.
         """
         self.engine.eval()
         if self._parallel is not None:
@@ -122,14 +123,16 @@ class ZeroEngine:
             experts = experts and self._parallel.gather(experts)
         found: dict[int, tuple[np.ndarray, ...]] = {}
         size = self.settings.micro_batch_size_per_device_for_experience
-        for part in self._micro_batches(pairs, size, self._most_of_all_ranks):
+        for own in self._micro_batches(pairs, size, self._most_of_all_ranks):
+            part = own or [_shortest(pairs)]
             chosen = [pairs[i] for i in part]
             cuts = np.cumsum([len(response) for _, response in chosen])[:-1]
             parts = [
                 _experts_of(output[: len(chosen)]) if output.ndim == 4 else np.split(output.float().cpu().numpy(), cuts)
                 for output in self._forward(chosen, experts and [experts[i] for i in part])[:num_outputs]
             ]
-            found.update(zip(part, zip(*parts, strict=True), strict=True))
+            if own:
+                found.update(zip(part, zip(*parts, strict=True), strict=True))
         in_order = [found[i] for i in range(len(pairs))]
         in_order = in_order if self._parallel is None else self._parallel.own(in_order)
         return tuple(list(column) for column in zip(*in_order, strict=True))
@@ -143,11 +146,11 @@ class ZeroEngine:
         return int(self._ranks.max({"micro-batches": float(fewest)}, "plan micro-batches")["micro-batches"])
 
     def _micro_batches(self, pairs: Sequence[Pair], size: int | None, agree: Agree) -> list[list[int]]:
-        """Which pairs are computed together, by position. Collective: all ranks, with the same number of pairs."""
+        """Which pairs are computed together, by position; none where other ranks have more to compute. Collective."""
         assert size is not None  # resolved
         size *= self._num_neighbours  # a rank holds a cut of each sequence
         if not self.settings.dynamic_batching:
-            return in_turn(len(pairs), size)
+            return in_turn(len(pairs), size, agree)
         budget = size * (self._sizes.max_prompt_length + self._sizes.max_response_length)
         prompt_lengths = [prompt.num_tokens or len(prompt.token_ids) for prompt, _ in pairs]
         lengths = [len(response) for _, response in pairs]
@@ -203,6 +206,12 @@ class ZeroEngine:
         return shares_prompts(self.model)
 
 
+def _shortest(pairs: Sequence[Pair]) -> int:
+    """The place of the pair with the fewest tokens."""
+    lengths = [(prompt.num_tokens or len(prompt.token_ids)) + len(response) for prompt, response in pairs]
+    return lengths.index(min(lengths))
+
+
 def _experts_of(recorded_SLlk: Tensor) -> list[np.ndarray]:
     """Of each sequence, as `Response.experts`: without the places that have none."""
     found = recorded_SLlk.cpu().numpy()
@@ -247,6 +256,7 @@ class Learner(ZeroEngine, ABC):
         self.bad_updates = bad_updates
         self.num_updates_done = 0
         self._num_updates, self._offload_states = num_updates, offload_states
+        self._num_responses_of_update = 0  # over all ranks
         self._loss_scale_factor = 1.0
         self._adapters = AdapterCheckpoint(self.model)
         strategy = settings.optim.strategy
@@ -272,23 +282,35 @@ class Learner(ZeroEngine, ABC):
 
     @property
     def _mini_batch_size(self) -> int:
-        """Responses an optimiser step on this rank."""
+        """Groups an optimiser step on this rank."""
         assert self.settings.global_batch_size is not None  # resolved
-        return self.settings.global_batch_size * self._sizes.num_responses // self._ranks.size
+        return self.settings.global_batch_size // self._ranks.size
 
-    def update(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    def update(
+        self, trajectories: Sequence[Trajectory], group_sizes: Sequence[int] | None = None
+    ) -> dict[str, float]:
         """Train on this rank's share of a batch: one optimiser step for each global_batch_size prompts.
 
+        Args: group_sizes: how many of the trajectories, in their order, are responses to each prompt; None = n each.
         Returns: metrics over all ranks, averaged over the optimiser steps (of maxima, the largest). An update whose
             loss or gradient is not finite is left out of the training and of the metrics.
         Raises: UserError for too many of those in a row.
-        Collective: all ranks, with the same number of trajectories.
+        Collective: all ranks, with the same number of groups.
         """
         self.engine.train()
         steps: list[OptimiserStep] = []
+        n, share = self._sizes.num_responses, self._mini_batch_size
+        if group_sizes is None:
+            group_sizes = [len(trajectories[start : start + n]) for start in range(0, len(trajectories), n)]
+        ends = np.cumsum(group_sizes)
+        assert ends[-1] == len(trajectories), (group_sizes, len(trajectories))
+        cuts = [0, *ends[share - 1 :: share].tolist()]
+        if cuts[-1] < len(trajectories):
+            cuts.append(len(trajectories))
+        self._num_responses_of_update = n * len(group_sizes) * self._ranks.size  # n is the mean over all ranks
         for _ in range(self.settings.ppo_epochs):
-            for start in range(0, len(trajectories), self._mini_batch_size):
-                taken = self._optimiser_step(trajectories[start : start + self._mini_batch_size])
+            for start, end in pairwise(cuts):
+                taken = self._optimiser_step(trajectories[start:end])
                 if taken is not None:
                     steps.append(taken)
         metrics = {f"{self.name}/num_bad_updates": float(self.bad_updates.num_bad)}
@@ -319,12 +341,13 @@ class Learner(ZeroEngine, ABC):
         largest: dict[str, float] = {}
         pairs = [item.pair for item in trajectories]
         micro_batches = self._micro_batches(pairs, self.settings.micro_batch_size_per_device_for_update, agree)
-        if not totals:  # without dynamic batching all ranks have the same number anyway
-            agree(len(micro_batches))
         batch = GlobalBatch(totals["tokens"], totals["responses"])
         for number, part in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            shares, own_largest = self._micro_step([trajectories[i] for i in part], batch)
+            own_part = [trajectories[i] for i in part]
+            if not part:  # the others have more to compute, and every forward is a collective
+                own_part = [replace(trajectories[_shortest(pairs)], trains=False)]
+            shares, own_largest = self._micro_step(own_part, batch)
             for name, value in shares.items():
                 # Every rank of a group counts all of its sequences.
                 sums[name] = sums.get(name, 0.0) + value / self._num_neighbours

@@ -21,7 +21,7 @@ from mmr1_ds.loop.collector import BASELINE, PROBE, TRAINING, Collector, Request
 from mmr1_ds.loop.drawn import Drawn, Stragglers, check_filter_key
 from mmr1_ds.loop.in_flight import InFlight, read_in_flight, write_in_flight
 from mmr1_ds.loop.metrics import reward_metrics
-from mmr1_ds.loop.sharing import batch_slots, share_out
+from mmr1_ds.loop.sharing import batch_slots, sampled_slots, share_out
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
@@ -73,7 +73,6 @@ class BatchMaker:
         self._ranks, self._score_groups, self._prompts = ranks, score, prompts
         self._coordinator, self._collector = coordinator, collector
         self._requests = RequestMaker(rollout.seed)
-        self._slots = batch_slots(self._batch_size, mini_batch_size, ranks.rank, ranks.size)
         self._in_flight: dict[int, InFlight] = {}  # first draws of this step and of those begun ahead, by step
         self._draws_at_once = algorithm.filter_oversample if algorithm.online_filtering else 1
         self._stops_stragglers = self._draws_at_once > 1 and algorithm.filter_stop
@@ -178,7 +177,8 @@ class BatchMaker:
         if (folder / PARTIAL_STATE).is_file():
             logger.warning("responses that worker.rollout.partial had cut are left: this run samples whole ones")
             return
-        ranks, own, batch_size = self._ranks, set(self._slots.tolist()), self._batch_size
+        ranks, batch_size = self._ranks, self._batch_size
+        own = set(batch_slots(batch_size, self._mini_batch_size, ranks.rank, ranks.size).tolist())
 
         def is_own(slot: int) -> bool:
             return slot % batch_size in own
@@ -195,9 +195,10 @@ class BatchMaker:
         requests: list[RolloutRequest] = []
         slots: list[int] = []
         for draw in range(first_draw, first_draw + self._draws_at_once):
-            indices = self._coordinator.next_batch(step)
-            own = draw * self._batch_size + self._slots
-            requests += self._requests(self._prompts, indices[self._slots], self._rollout.n, TRAINING, step, own)
+            indices, sizes = self._coordinator.next_groups(step)
+            places = sampled_slots(sizes, self._mini_batch_size, self._ranks.rank, self._ranks.size)
+            own = draw * self._batch_size + places
+            requests += self._requests(self._prompts, indices[places], sizes[places], TRAINING, step, own)
             slots += own.tolist()
         if first_draw == 0:
             requests += self._probes(step)

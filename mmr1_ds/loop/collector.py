@@ -43,20 +43,24 @@ class RequestMaker:
         self,
         data: PromptDataset,
         indices: Sequence[int] | np.ndarray,
-        num_responses: int,
+        num_responses: int | np.ndarray,
         purpose: int,
         step: int,
         slots: Sequence[int] | np.ndarray,
     ) -> list[RolloutRequest]:
-        """Make a request for each prompt of `data` at `indices`; its seed follows from (seed, purpose, step, slot)."""
+        """Make a request for each prompt of `data` at `indices`; its seed follows from (seed, purpose, step, slot).
+
+        Args: num_responses: to all of them, or (K,) to each.
+        """
+        counts = np.broadcast_to(num_responses, len(indices)).tolist()
         return [
             RolloutRequest(
                 prompt,
-                num_responses,
+                count,
                 int(np.random.SeedSequence((self.seed, purpose, step, int(slot))).generate_state(1)[0]),
                 can_wait=purpose == PROBE,
             )
-            for prompt, slot in zip(data.prompts(indices), slots, strict=True)
+            for prompt, slot, count in zip(data.prompts(indices), slots, counts, strict=True)
         ]
 
 

@@ -26,6 +26,7 @@ from mmr1_ds.config.derived import (
 )
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.curriculum.statistics import PromptStatistics, score_batch
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.data.encoding import PromptEncoder
@@ -362,18 +363,19 @@ def _records(config: RunConfig, engines: Engines, opened: Opened, work: ActorWor
 
 
 def make_coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
-    sketches = data.take_sketches()
+    sketches, rollout = data.take_sketches(), config.worker.rollout
     return Coordinator(
         config.data,
         data.prompt_ids,
         data.categories,
         data.fingerprint,
-        config.worker.rollout.n,
+        rollout.n,
         num_steps,
         ranks,
         data.sources,
         data.source_names,
         None if sketches is None or ranks.rank > 0 else compress(sketches),
+        None if rollout.n_min is None or rollout.n_max is None else SizeRange(rollout.n_min, rollout.n_max),
     )
 
 

@@ -75,7 +75,7 @@ class Learners:
         experts: Sequence[np.ndarray] | None = experts_of(batch.groups)
         learns = step > self._critic_warmup
         penalises = self._reference is not None and kl_off_reward(self._algorithm)
-        if penalises or (learns and self._actor.needs_old_log_probs(len(pairs))):
+        if penalises or (learns and self._actor.needs_old_log_probs(len(batch.groups))):
             with clock("old"):
                 old, entropies, experts = self._actor.old_policy(pairs, experts)
         if self._reference is not None and (penalises or learns):
@@ -108,10 +108,10 @@ class Learners:
         metrics = dict(experience.metrics)
         if self._critic is not None:
             with clock("update_critic"):
-                metrics |= self._critic.update(experience.trajectories)
+                metrics |= self._critic.update(experience.trajectories, experience.group_sizes)
         if step > self._critic_warmup:
             with clock("update_actor"):
-                metrics |= self._actor.update(experience.trajectories)
+                metrics |= self._actor.update(experience.trajectories, experience.group_sizes)
         if self._reference is not None and self._update_freq and step % self._update_freq == 0:
             with clock("ref"):
                 self._reference.follow(self._actor)

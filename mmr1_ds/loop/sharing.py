@@ -31,6 +31,18 @@ def batch_slots(batch_size: int, mini_batch_size: int, rank: int, size: int) -> 
     return (starts[:, None] + np.arange(share)).reshape(-1)
 
 
+def sampled_slots(sizes: np.ndarray, mini_batch_size: int, rank: int, size: int) -> np.ndarray:
+    """The slots of a drawn batch that this rank samples: those of `batch_slots`, moved so that responses are even.
+
+    Args: sizes: (B,), responses to each of the batch's prompts. Returns: int64, ascending, B / size of them.
+    """
+    share, own = mini_batch_size // size, []
+    for start in range(0, len(sizes), mini_batch_size):
+        order = balance(sizes[start : start + mini_batch_size].tolist(), size)
+        own += [start + place for place in sorted(order[rank * share : (rank + 1) * share])]
+    return np.array(own, dtype=np.int64)
+
+
 def share_out(
     drawn: Drawn, batch_size: int, mini_batch_size: int, data: PromptDataset, ranks: Ranks
 ) -> tuple[list[ScoredGroup], np.ndarray, dict[str, float]]:

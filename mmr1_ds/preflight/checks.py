@@ -17,6 +17,7 @@ from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.data import check_data
 from mmr1_ds.preflight.files import check_format_prompt, check_output_folder
 from mmr1_ds.preflight.functions import check_functions, check_reward
+from mmr1_ds.preflight.group_sizes import check_group_sizes
 from mmr1_ds.preflight.models import check_model, check_model_path, model_carries_states, model_has_experts
 from mmr1_ds.preflight.plan import BatchPlan, batch_plan
 from mmr1_ds.preflight.router_replay import check_router_replay
@@ -43,6 +44,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_validation(config)
     _check_ranks(config, world_size)
     check_servers(config)
+    check_group_sizes(config)
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
     _check_lora(config.worker.actor.model.lora)

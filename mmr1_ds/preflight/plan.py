@@ -115,8 +115,11 @@ def _file(file: FileSummary) -> str:
 
 
 def _step(config: RunConfig, plan: BatchPlan) -> str:
+    rollout = config.worker.rollout
+    sizes = "" if rollout.n_min is None else f" on average ({rollout.n_min} to {rollout.n_max})"
     return (
-        f"{plan.prompts_per_step} prompts x {plan.responses_per_prompt} responses = {plan.responses_per_step:,}; "
+        f"{plan.prompts_per_step} prompts x {plan.responses_per_prompt} responses{sizes} = "
+        f"{plan.responses_per_step:,}; "
         f"{plan.optimizer_steps_per_step} optimiser step(s) of {config.worker.actor.global_batch_size} x "
         f"{plan.responses_per_prompt} = {plan.responses_per_optimizer_step:,} responses"
     )

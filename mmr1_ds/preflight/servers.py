@@ -22,15 +22,16 @@ def check_servers(config: RunConfig) -> None:
             "worker.actor.offload_states=true makes room for an engine on the ranks' own GPUs, "
             "which worker.rollout.engine=server does not use; set it to false"
         )
-    if rollout.n > rollout.max_num_seqs:
+    key, most = ("n", rollout.n) if rollout.n_max is None else ("n_max", rollout.n_max)
+    if most > rollout.max_num_seqs:
         raise UserError(
-            f"worker.rollout.n={rollout.n} is over max_num_seqs={rollout.max_num_seqs}, and a server samples the "
+            f"worker.rollout.{key}={most} is over max_num_seqs={rollout.max_num_seqs}, and a server samples the "
             "responses to one prompt at once; raise max_num_seqs"
         )
-    if rollout.max_in_flight is not None and rollout.max_in_flight < rollout.n:
+    if rollout.max_in_flight is not None and rollout.max_in_flight < most:
         raise UserError(
             f"worker.rollout.max_in_flight={rollout.max_in_flight} is under the responses to one prompt, "
-            f"worker.rollout.n={rollout.n}; raise it or leave it out"
+            f"worker.rollout.{key}={most}; raise it or leave it out"
         )
     if rollout.server_urls:
         _check_urls(rollout)

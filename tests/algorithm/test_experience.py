@@ -310,3 +310,94 @@ def test_a_group_of_cut_responses_teaches_nothing():
     assert teaches(first, AlgorithmConfig(mask_truncated=True))
     assert not teaches(all_cut, AlgorithmConfig(mask_truncated=True))
     assert teaches(all_cut, AlgorithmConfig())
+
+
+SIZES = (2, 5, 3, 4)
+
+
+def unequal_groups():
+    """Groups of different sizes, one without variance, one with an unknown reward; lengths differ too."""
+    random, found = np.random.default_rng(4), []
+    for index, size in enumerate(SIZES):
+        overall = random.integers(0, 3, size) / 2
+        if index == 2:
+            overall[:] = 0.5
+        accuracy = overall.copy()
+        if index == 3:
+            accuracy[1], overall[1] = np.nan, overall[[0, 2, 3]].mean()
+        responses = tuple(response(range(1 + (index + 3 * k) % 5)) for k in range(size))
+        values = rewards(overall, accuracy, a=overall * 2, b=random.random(size))
+        found.append(ScoredGroup(RolloutGroup(Prompt(index, f"p{index}", (1,), (), ""), responses, 0), values))
+    return found
+
+
+def by_hand(estimator, groups, baselines):
+    """Advantages of each response, one after the other, and the number of its tokens. Plain loops."""
+    whole = []
+    for item, baseline in zip(groups, baselines, strict=True):
+        known = [i for i, value in enumerate(item.rewards.accuracy) if not np.isnan(value)]
+        values = {i: float(item.rewards.overall[i]) for i in known}
+        mean = sum(values.values()) / len(known)
+        sd = (sum((x - mean) ** 2 for x in values.values()) / (len(known) - 1)) ** 0.5
+        ranked = sorted(values.values())
+        for i in range(len(item.group.responses)):
+            x = values.get(i, mean)
+            others = [values[k] for k in known if k != i]
+            a = {
+                "grpo": (x - mean) / (sd + 1e-6),
+                "dr_grpo": x - mean,
+                "rloo": x - sum(others) / max(1, len(others)),
+                "grpo_passk": (ranked[-1] - ranked[-2]) / (sd + 1e-6) if x == ranked[-1] else 0.0,
+                "remax": x - baseline,
+                "reinforce_plus_plus_baseline": x - mean,
+                "reinforce_plus_plus": x,
+            }[estimator]
+            whole.append((a, i in values, len(item.group.responses[i].token_ids)))
+    if estimator.startswith("reinforce"):
+        tokens = np.array([a for a, known, length in whole if known for _ in range(length)])
+        whole = [((a - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-8), known, n) for a, known, n in whole]
+    return np.array([a if known else 0.0 for a, known, length in whole for _ in range(length)])
+
+
+ESTIMATED = ["grpo", "dr_grpo", "rloo", "grpo_passk", "remax", "reinforce_plus_plus_baseline", "reinforce_plus_plus"]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATED)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_groups_of_different_sizes(estimator, num_ranks):
+    groups, baselines = unequal_groups(), [0.5, 0.25, 0.0, 1.0]
+    algorithm = AlgorithmConfig(adv_estimator=estimator)
+
+    def work(control):
+        own = slice(control.rank, None, num_ranks)
+        found = make_experience(
+            groups[own], algorithm, KLController(algorithm), Threads(control), baselines=baselines[own]
+        )
+        assert found.group_sizes == list(SIZES[own])
+        return found.trajectories
+
+    of_ranks = on_ranks(num_ranks, work)
+    trajectories = sorted((item for part in of_ranks for item in part), key=lambda item: item.prompt.index)
+    found = np.concatenate([item.advantages for item in trajectories])
+    np.testing.assert_allclose(found, by_hand(estimator, groups, baselines), atol=2e-6)
+
+
+def test_several_rewards_of_groups_of_different_sizes():
+    groups, algorithm = unequal_groups(), AlgorithmConfig(adv_estimator="gdpo")
+    weights = {"a": 0.7, "b": 0.3}
+    found = make_experience(groups, algorithm, KLController(algorithm), RANK, reward_weights=weights).trajectories
+    sums, known, lengths = [], [], []
+    for item in groups:
+        is_known = ~np.isnan(item.rewards.accuracy)
+        total = np.zeros(len(is_known))
+        for name, weight in weights.items():
+            values = item.rewards.parts[name].astype(np.float64)
+            mean, sd = values[is_known].mean(), values[is_known].std(ddof=1)
+            total += weight * (values - mean) / (sd + 1e-6)
+        sums, known = [*sums, *total], [*known, *is_known]
+        lengths += [len(one.token_ids) for one in item.group.responses]
+    sums, known = np.array(sums), np.array(known)
+    expected = np.where(known, (sums - sums[known].mean()) / np.sqrt(sums[known].var(ddof=1) + 1e-8), 0.0)
+    np.testing.assert_allclose(
+        np.concatenate([item.advantages for item in found]), np.repeat(expected, lengths), atol=2e-5
+    )

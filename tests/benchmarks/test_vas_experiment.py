@@ -34,10 +34,10 @@ def test_trials_are_every_combination_once_and_whole_seeds_come_first():
 
     trials = all_trials([2, 50], [512], ARMS, [7, 8], 60, ratios=[0.5, 0.8], categories=[True, False])
     # A seed and pool: shuffle and filtering once, full for each lambda, online for each lambda and
-    # posterior with categories and without.
-    assert len(trials) == 2 * 2 * (1 + 1 + 2 + 4 + 2)
+    # posterior and sizes with categories and without.
+    assert len(trials) == 2 * 2 * (1 + 1 + 2 + 4 + 2 + 2)
     assert len({trial.name for trial in trials}) == len({(t.pool, t.label, t.seed) for t in trials}) == len(trials)
-    assert [trial.seed for trial in trials] == [7] * 20 + [8] * 20
+    assert [trial.seed for trial in trials] == [7] * 24 + [8] * 24
 
 
 @pytest.mark.parametrize(("share", "size"), [(2, 512), (5, 2048), (15, 101), (50, 7)])

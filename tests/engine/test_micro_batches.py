@@ -20,8 +20,8 @@ def total(lengths, part):
 
 
 def test_in_turn():
-    assert in_turn(7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert in_turn(2, 5) == [[0, 1]]
+    assert in_turn(7, 3, needing()) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert in_turn(2, 5, needing()) == [[0, 1]]
 
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40)
@@ -130,3 +130,16 @@ def test_responses_to_a_prompt_stay_together_and_count_it_once():
 def test_a_rank_with_few_runs_makes_as_many_micro_batches_as_another_needs():
     parts = by_prompts([1] * 6, [10] * 6, [1] * 6, 100, needing(4))
     assert len(parts) == 4 and all(parts) and sorted(i for part in parts for i in part) == list(range(6))
+
+
+@pytest.mark.parametrize("others", [1, 4, 7])
+def test_a_rank_with_few_sequences_makes_empty_ones_at_the_end(others):
+    """Groups of different sizes: others may need more micro-batches than this rank has sequences."""
+    for parts in (
+        in_turn(3, 2, needing(others)),
+        by_tokens([5, 9, 2], 100, needing(others)),
+        by_prompts([1, 1, 2], [3, 3, 4], [5, 9, 2], 100, needing(others)),
+    ):
+        assert sorted(i for part in parts for i in part) == [0, 1, 2]
+        filled = [bool(part) for part in parts]
+        assert filled == sorted(filled, reverse=True) and len(parts) == max(others, sum(filled))

@@ -8,6 +8,7 @@ from fixtures.rank_threads import SingleProcess, on_ranks
 from mmr1_ds.cluster.preemption import SamplingAbandoned
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.errors import UserError
 from mmr1_ds.loop.drawn import teaches
 from mmr1_ds.monitoring.clock import StageClock
@@ -340,3 +341,29 @@ def flat(values, prefix=""):
         else:
             found[f"{prefix}{name}"] = value.tolist() if isinstance(value, np.ndarray) else value
     return found
+
+
+def test_groups_of_different_sizes_are_the_same_on_any_number_of_ranks():
+    strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online", "curriculum_draw": "posterior"}
+
+    def run(num_ranks):
+        def on_rank(control):
+            settings = {"online_filtering": False, "mini_batch": 6, "sizes": SizeRange(2, 9), **strategy}
+            maker, _ = make(control, FakeCollector(), curriculum_mixture_ratio=0.2, **settings)
+            return [maker.make(step, SETTINGS, StageClock()) for step in range(1, STEPS + 1)]
+
+        return list(zip(*on_ranks(num_ranks, on_rank), strict=True))
+
+    sizes_seen = set()
+    for whole, parts in zip(run(1), run(3), strict=True):
+        (whole,) = whole
+        for part in parts:
+            np.testing.assert_array_equal(part.prompts, whole.prompts)
+            assert part.metrics["reward/overall"] == pytest.approx(whole.metrics["reward/overall"])
+        for step in (slice(0, 6), slice(6, 12)):  # an optimiser step has the same groups, two on each rank
+            of_ranks = [content(part)[step.start // 3 : step.stop // 3] for part in parts]
+            assert sorted(map(repr, chain(*of_ranks))) == sorted(map(repr, content(whole)[step]))
+        sizes = [len(group.group.responses) for group in whole.groups]
+        assert sum(sizes) == B * N
+        sizes_seen |= set(sizes)
+    assert len(sizes_seen) > 2 and min(sizes_seen) < N < max(sizes_seen) <= 9

@@ -9,7 +9,7 @@ from safetensors.numpy import load, save
 
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.loop.drawn import Drawn
-from mmr1_ds.loop.sharing import batch_slots, groups_from_arrays, groups_to_arrays, share_out
+from mmr1_ds.loop.sharing import batch_slots, groups_from_arrays, groups_to_arrays, sampled_slots, share_out
 from mmr1_ds.records import GroupRewards, Prompt, RolloutGroup, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 
@@ -84,3 +84,18 @@ def test_every_rank_gets_its_share_whoever_has_sampled_it(size, mini_batch, unev
     for items, indices, _ in ranks:
         assert indices.tolist() == [*range(6)] and len(items) == 6 // size
         assert all(item.group.prompt == Data()[item.group.prompt.index] for item in items)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_responses_are_sampled_evenly(size):
+    sizes = np.random.default_rng(2).integers(2, 20, 24)
+    slots = [sampled_slots(sizes, 12, rank, size) for rank in range(size)]
+    assert sorted(np.concatenate(slots)) == list(range(24))
+    for part in slots:
+        assert part.dtype == np.int64 and (np.diff(part) > 0).all()
+        assert (part < 12).sum() == 12 // size  # every mini-batch is shared out on its own
+    responses = [sizes[part].sum() for part in slots]
+    assert max(responses) - min(responses) <= 4
+    equal = [sampled_slots(np.full(24, 5), 12, rank, size) for rank in range(size)]
+    for rank, part in enumerate(equal):
+        np.testing.assert_array_equal(part, batch_slots(24, 12, rank, size))

@@ -64,6 +64,7 @@ def deepspeed_configs(config: RunConfig, num_ranks: int) -> tuple[dict[str, Any]
         "gradient_accumulation_steps": total // actor.micro_batch_size_per_device_for_update // num_ranks,
         "gradient_clipping": actor.max_grad_norm,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": False},
     }
     adam = {"lr": actor.optim.lr, "betas": list(actor.optim.betas), "weight_decay": 0.01, "torch_adam": True}
     return {**shared, "optimizer": {"type": "AdamW", "params": adam}}, shared

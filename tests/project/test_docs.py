@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import yaml
 from fixtures.doc_blocks import DOCS, PAGES, anchors, blocks, code_spans, occurs, prose, rows, source_texts
@@ -21,6 +22,7 @@ from mmr1_ds.commands import cli
 from mmr1_ds.commands.plan.hardware import Assumptions
 from mmr1_ds.config.reference import sections
 from mmr1_ds.config.upstream import translate
+from mmr1_ds.curriculum.group_sizes import SizeRange, group_sizes
 from mmr1_ds.errors import UserError
 
 KEYS = {key.name: key.default for section in sections() for key in section.keys}
@@ -360,6 +362,16 @@ def test_the_example_by_hand_is_what_the_kernel_says(tmp_path, capsys):
     bleus = [(1 * 0.5 * 0.1) ** (1 / 3), (0.25 * 0.1 / 3 * 0.05) ** (1 / 3), (2 / 3 * 0.5 * 0.1) ** (1 / 3)]
     assert re.findall(r"\^\(1/3\) = (\.\d{4})", text) == [f"{bleu:.4f}"[1:] for bleu in bleus]
     assert f"{1 - sum(bleus) / 3:.4f}" == apples[-2]
+
+
+def test_the_sizes_of_groups():
+    rates, sizes = (
+        [float(cell) for cell in line.split("|")[2:-1]]
+        for line in re.findall(r"^\| (?:pass rate p|responses) \| *[.\d].*$", _vas(), re.MULTILINE)
+    )
+    logits = np.log(np.array(rates) / (1 - np.array(rates)))
+    found = group_sizes(logits, np.full(len(rates), 1e-4), 8, SizeRange(2, 16))
+    assert found.tolist() == sizes
 
 
 def test_the_chances_that_a_group_teaches():

@@ -89,8 +89,11 @@ LEARNING = (
 )  # fmt: skip
 CURRICULUM = (
     Curve(
-        "Effective groups", {"curriculum/effective_group_fraction": "effective"},
-        "Share of groups whose rewards differ. The others teach nothing.", is_fraction=True,
+        "Effective groups",
+        {"curriculum/effective_group_fraction": "groups", "curriculum/effective_response_fraction": "responses"},
+        "Share of groups whose rewards differ, and where groups differ in size the responses' share in such groups. "
+        "The others teach nothing.",
+        is_fraction=True,
     ),
     Curve(
         "Extra rollouts", {"curriculum/extra_rollout_fraction": "extra"},

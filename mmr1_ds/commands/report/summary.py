@@ -21,6 +21,8 @@ _SETTINGS = {
     "Sampling": "data.sampling_strategy",
     "Prompts a step": "data.rollout_batch_size",
     "Responses a prompt": "worker.rollout.n",
+    "Fewest responses": "worker.rollout.n_min",
+    "Most responses": "worker.rollout.n_max",
     "Estimator": "algorithm.adv_estimator",
     "Rollout engine": "worker.rollout.engine",
 }
