@@ -21,6 +21,7 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.ranges import check_choices, check_ranges
 from mmr1_ds.errors import UserError, require
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
+from mmr1_ds.preflight.checks import check_lora_sync
 from mmr1_ds.preflight.data import check_data
 from mmr1_ds.preflight.files import check_format_prompt
 from mmr1_ds.preflight.models import check_model
@@ -90,6 +91,7 @@ def read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
     check_ranges(config)
     check_model(config.worker.actor.model)
     check_format_prompt(config.data)
+    check_lora_sync(config)
     key = os.environ.get(rollout.server_key_variable, "")
     if not key:
         raise UserError(

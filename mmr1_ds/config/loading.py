@@ -89,8 +89,8 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     if merged.get("data.curriculum_draw") == "posterior":
         merged.setdefault("data.curriculum_mixture_ratio", 0.8)
         merged.setdefault("data.curriculum_probe_fraction", 0.0)
-    if "worker.actor.dtype" in merged:
-        merged.setdefault("worker.rollout.dtype", merged["worker.actor.dtype"])
+    if "worker.actor.dtype" in merged and merged.get("worker.rollout.dtype", "auto") == "auto":
+        merged["worker.rollout.dtype"] = merged["worker.actor.dtype"]
     notes = replace_example_files(merged, config_folders())
     config = _typed(merged)
     _expand_home(config)

@@ -152,8 +152,7 @@ class AlgorithmConfig:
     # truncated importance sampling, rollout engine to trainer
     rollout_is: Annotated[str, OneOf("token", "sequence", "none")] = "token"
     rollout_is_threshold: Annotated[float, Range("[1, inf)")] = 2.0  # importance weights are cut to this
-    # tokens left out of the loss: by their own ratio of probabilities, trainer's / rollout's (IcePop), by the product
-    # or the geometric mean of their response's, or by its mean k3
+    # tokens left out by the ratio trainer / rollout: their own (IcePop), their response's product or mean, or k3
     rollout_mask: Annotated[str, OneOf("none", "token", "sequence", "geometric", "k3")] = "none"
     rollout_mask_low: NonNegativeFloat = 0.5  # rollout_mask, all but k3: smaller ratios are masked; 0 = no bound
     rollout_mask_high: PositiveFloat = 2.0  # rollout_mask: larger ratios are masked; k3: nats
@@ -234,11 +233,11 @@ class ActorConfig:
     global_batch_size: PositiveInt = 256  # prompts (n responses each) an optimiser step, a multiple of the ranks
     micro_batch_size_per_device_for_update: PositiveInt = 4  # responses a forward and backward
     micro_batch_size_per_device_for_experience: PositiveInt = 16  # responses a forward for log-probabilities
-    # of weights and matrix products. auto: bf16 on GPU, fp32 on CPU; bf16 on a CPU shows what a run on a GPU rounds
+    # of weights and products. auto: bf16 on GPU, fp32 on CPU; bf16 on a CPU rounds as a GPU does; fp32 is the CPU's
     dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"
     padding_free: bool = True  # sequences end to end, without padding; untested families are padded
-    # of packed sequences: varlen = one call of flash-attention for all (GPU, bf16), sdpa = torch's, one by one
-    attention: Annotated[str, OneOf("auto", "varlen", "sdpa")] = "auto"  # auto: varlen where it can run
+    # of packed sequences: varlen = one flash-attention call (GPU, bf16; auto where it can run), sdpa = torch's, singly
+    attention: Annotated[str, OneOf("auto", "varlen", "sdpa")] = "auto"
     ulysses_size: PositiveInt = 1  # ranks that compute each sequence together, a divisor of their number
     dynamic_batching: bool = True  # fill a micro-batch up to the tokens that its size has at full length
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
@@ -285,7 +284,6 @@ class CriticModelConfig:
     override_config: dict[str, Any] = field(default_factory=dict)  # keys of the model's own config.json to replace
     enable_gradient_checkpointing: bool = True  # recompute activations in the backward: less memory, a third slower
     trust_remote_code: bool = False  # run code that comes with the model
-    fp32_lm_head: bool = False  # logits are not rounded to bf16, by actor, reference and vLLM
     freeze_vision_tower: bool = False  # train the language model and the head only
 
 
@@ -343,21 +341,20 @@ class RolloutConfig:
     # auto: vllm where installed; server: vLLM beside the ranks; hf: transformers
     engine: Annotated[str, OneOf("auto", "vllm", "server", "hf")] = "auto"
     n: Annotated[int, Range("[2, inf)")] = 8  # responses a prompt (the group); a group of one has no advantage
-    # data.curriculum_refresh=online: the fewest and the most responses a prompt, each as its belief says, n on average
-    n_min: Annotated[int | None, Range("[2, inf)")] = None  # null: every prompt has n
-    n_max: Annotated[int | None, Range("[2, inf)")] = None  # null: every prompt has n
+    # fewest responses a prompt, where data.curriculum_refresh=online sizes each group, n on average; null = all have n
+    n_min: Annotated[int | None, Range("[2, inf)")] = None
+    n_max: Annotated[int | None, Range("[2, inf)")] = None  # most responses a prompt, as n_min
     temperature: PositiveFloat = 1.0  # logits are divided by it
     top_p: Annotated[float, Range("(0, 1]")] = 1.0  # probability of the most likely tokens to choose from
     top_k: PositiveOrMinusOne = -1  # most likely tokens to choose from; -1 = all
     min_p: Share = 0.0  # least probability of a token, as a share of the likeliest one's; 0 = no bound
     repetition_penalty: PositiveFloat = 1.0  # over 1: tokens that occurred, prompt included, become less likely
     stop: list[str] = field(default_factory=list)  # texts that end a response, with the token that completes them
-    # log-probabilities of samples: of the distribution cut and bent by top_p, top_k, min_p and repetition_penalty, or
-    # of the whole one, as the actor's
-    logprobs: Annotated[str, OneOf("processed", "raw")] = "processed"  # raw: not with engine=server
+    # of samples: of the distribution cut by top_p, top_k, min_p, repetition_penalty, or whole (not with engine=server)
+    logprobs: Annotated[str, OneOf("processed", "raw")] = "processed"
     seed: NonNegativeInt = 1  # seed of the sampled responses
     limit_images: NonNegativeInt = 0  # images a prompt at most, more are an error; 0 = as many as the data has
-    # auto: worker.actor.dtype
+    # of vLLM's weights and products; auto: as worker.actor.dtype
     dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"
     gpu_memory_utilization: Annotated[float, Range("(0, 1]")] = 0.6  # share of the GPU that vLLM may take
     kv_cache_gb: PositiveInt | None = None  # GB of vLLM's key-value cache, CPU only; null = 4
@@ -369,8 +366,7 @@ class RolloutConfig:
     max_num_batched_tokens: PositiveInt = 8192  # tokens vLLM schedules at once
     max_num_seqs: PositiveInt = 256  # responses vLLM samples at once
     sleep: bool = True  # vllm on GPU: its weights and cache leave the GPU while the actor trains
-    # with LoRA, what a sync sends: all weights, adapters added, or the adapters alone, which vLLM computes beside the
-    # weights of the model folder; not with engine=hf; servers read them in the run directory, by the same path
+    # what a sync of LoRA sends: all weights with adapters added, or the adapters alone (not with engine=hf or experts)
     lora_sync: Annotated[str, OneOf("merged", "adapters")] = "merged"
     num_servers: PositiveInt = 1  # server: vLLM servers that the run starts, each on tensor_parallel_size GPUs
     server_devices: list[int] = field(default_factory=list)  # server: GPUs of rank 0's node; [] = after the ranks'

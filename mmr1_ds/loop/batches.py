@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from mmr1_ds.config import AlgorithmConfig, DataConfig, RolloutConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.data.dataset import PromptDataset
+from mmr1_ds.errors import UserError
 from mmr1_ds.loop.collector import BASELINE, PROBE, TRAINING, Collector, RequestMaker
 from mmr1_ds.loop.drawn import Drawn, Stragglers, check_filter_key
 from mmr1_ds.loop.in_flight import InFlight, read_in_flight, write_in_flight
 from mmr1_ds.loop.metrics import reward_metrics
-from mmr1_ds.loop.sharing import batch_slots, sampled_slots, share_out
+from mmr1_ds.loop.sharing import sampled_slots, share_out
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
@@ -173,17 +174,29 @@ class BatchMaker:
             write_in_flight(folder, self._ranks.rank, [batch for _, batch in sorted(self._in_flight.items())])
 
     def load(self, folder: Path, settings: SamplingSettings) -> None:
-        """Resume what `save` kept, also on another number of ranks. Not a collective."""
+        """Resume what `save` kept, also on another number of ranks. Not a collective.
+
+        Raises: UserError, on every rank, for groups of different sizes where the run has one.
+        """
         if (folder / PARTIAL_STATE).is_file():
             logger.warning("responses that worker.rollout.partial had cut are left: this run samples whole ones")
             return
         ranks, batch_size = self._ranks, self._batch_size
-        own = set(batch_slots(batch_size, self._mini_batch_size, ranks.rank, ranks.size).tolist())
 
-        def is_own(slot: int) -> bool:
-            return slot % batch_size in own
+        def own_slots(sizes: Mapping[int, int]) -> set[int]:
+            if self._rollout.n_min is None and len({*sizes.values()}) > 1:
+                raise UserError(
+                    f"{folder} holds groups of {min(sizes.values())} to {max(sizes.values())} responses that were "
+                    "being sampled; keep worker.rollout.n_min and n_max until a later checkpoint"
+                )
+            own: set[int] = set()
+            for start in range(0, max(sizes, default=-1) + 1, batch_size):
+                of_draw = np.array([sizes.get(slot, self._rollout.n) for slot in range(start, start + batch_size)])
+                places = sampled_slots(of_draw, self._mini_batch_size, ranks.rank, ranks.size)
+                own |= {*(start + places).tolist()}
+            return own
 
-        for batch in read_in_flight(folder, self._prompts.__getitem__, is_own, ranks.rank, ranks.size):
+        for batch in read_in_flight(folder, self._prompts.__getitem__, own_slots, ranks.rank, ranks.size):
             self._collector.begin(batch, settings)
             self._in_flight[batch.step] = batch
 

@@ -122,9 +122,12 @@ class Collector:
         self._early, self._early_counts = {}, RewardCounts()  # of a step that was cut off
         try:
             yield
-        finally:
+        except BaseException:
             if self._beside is not None:
-                self._beside.end()
+                self._beside.give_up()
+            raise
+        if self._beside is not None:
+            self._beside.end()
 
     @property
     def scores_groups_alone(self) -> bool:
@@ -195,6 +198,7 @@ class _Beside:
         """Start it. score: is called with the groups that have come meanwhile."""
         self._score = score
         self._known: set[int] = set()
+        self._is_given_up = False
         self._new: queue.SimpleQueue[RolloutGroup | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="rewards beside the sampling", daemon=True)
@@ -208,7 +212,12 @@ class _Beside:
                 self._new.put(group)
 
     def end(self) -> None:
-        """Say that none comes any more. Not waiting: a run that is told to end has no time for rewards."""
+        """Say that none comes any more."""
+        self._new.put(None)
+
+    def give_up(self) -> None:
+        """Score no more: a run that is told to end has no time for rewards."""
+        self._is_given_up = True
         self._new.put(None)
 
     def join(self) -> None:
@@ -225,6 +234,8 @@ class _Beside:
                 while not self._new.empty():
                     part.append(self._new.get())
                 is_over = None in part
+                if self._is_given_up:
+                    return
                 if groups := [group for group in part if group is not None]:
                     self._score(groups)
         except BaseException as error:

@@ -6,7 +6,7 @@ An *index* is a place in the data set, a *slot* a place in the batch, a *positio
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -63,11 +63,15 @@ def write_in_flight(folder: Path, rank: int, batches: Sequence[InFlight]) -> Non
 
 
 def read_in_flight(
-    folder: Path, prompt: Callable[[int], Prompt], is_own: Callable[[int], bool], rank: int, size: int
+    folder: Path,
+    prompt: Callable[[int], Prompt],
+    own_slots: Callable[[Mapping[int, int]], Collection[int]],
+    rank: int,
+    size: int,
 ) -> list[InFlight]:
     """Read what all ranks wrote, shared out over the ranks of this run: training groups by slot, probes in turn.
 
-    Args: prompt: of an index; is_own: whether a slot is this rank's.
+    Args: prompt: of an index; own_slots: this rank's among a batch's slots, of which it is told the group sizes.
     """
     from safetensors.numpy import load_file
 
@@ -80,11 +84,12 @@ def read_in_flight(
             for slot, request, group in _rows(part):
                 if slot == _NO_SLOT:
                     probes.append((request, group))
-                elif is_own(slot):
+                else:
                     training.append((slot, request, group))
     batches = []
     for step, (training, probes) in sorted(found.items()):
-        training.sort(key=lambda row: row[0])
+        own = own_slots({slot: request.num_responses for slot, request, _ in training})
+        training = sorted((row for row in training if row[0] in own), key=lambda row: row[0])
         rows = [(request, group) for _, request, group in training] + probes[rank::size]
         requests = [dataclasses.replace(request, prompt=prompt(request.prompt.index)) for request, _ in rows]
         batch = InFlight(step, requests, [slot for slot, *_ in training])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,11 @@ class PartialBatchMaker(BatchMaker):
         self._queue = state["queue"]
         self._rates = FinishRates(state["launched"], state["finished"])
         rank, size = self._ranks.rank, self._ranks.size
-        for batch in read_in_flight(folder, self._prompts.__getitem__, lambda slot: slot % size == rank, rank, size):
+
+        def own_slots(sizes: Mapping[int, int]) -> list[int]:
+            return [slot for slot in sizes if slot % size == rank]
+
+        for batch in read_in_flight(folder, self._prompts.__getitem__, own_slots, rank, size):
             for position, (slot, request) in enumerate(zip(batch.slots, batch.requests, strict=True)):
                 self._begun[batch.step * _STEP + slot] = request, batch.groups.get(position)
 

@@ -48,6 +48,8 @@ def check_installed(config: RunConfig) -> None:
         return
     if engine in ("vllm", "server"):
         raise UserError(f"worker.rollout.engine={engine} but vllm is not installed; {remedy('vllm')} or set engine=hf")
+    if actor.model.fp32_lm_head:
+        raise UserError("worker.actor.model.fp32_lm_head=true needs vllm; it is not installed")
     if config.worker.rollout.lora_sync == "adapters":
         raise UserError(f"worker.rollout.lora_sync=adapters but vllm is not installed; {remedy('vllm')} or set merged")
     if actor.offload_states or actor.ulysses_size > 1:  # engine=auto comes to hf
@@ -176,7 +178,8 @@ def check_resumable(folder: Path, with_critic: bool, in_bf16: bool | None) -> No
         before, now = ("bf16", "fp32") if was_in_bf16 else ("fp32", "bf16")
         raise UserError(
             f"{folder} was trained in {before}, as on a {'GPU' if was_in_bf16 else 'CPU'}, and this run is in {now}; "
-            f"set worker.actor.dtype={before}, or train the model that mmr1-ds export writes"
+            + ("" if gpu_is_here() else f"set worker.actor.dtype={before}, or ")
+            + "train the model that mmr1-ds export writes"
         )
 
 

@@ -48,7 +48,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
     _check_lora(config.worker.actor.model.lora)
-    _check_lora_sync(config)
+    check_lora_sync(config)
     _check_reference(config)
     check_router_replay(config)
     _check_critic(config, world_size)
@@ -201,7 +201,8 @@ def _check_lora(lora: LoraConfig) -> None:
             raise UserError(f"{key}.exclude_modules={exclude} is no regex: {error}; write it like .*visual.*") from None
 
 
-def _check_lora_sync(config: RunConfig) -> None:
+def check_lora_sync(config: RunConfig) -> None:
+    """Check that vLLM can be given LoRA's adapters alone, where they are asked for. Raises: UserError."""
     rollout, rank = config.worker.rollout, config.worker.actor.model.lora.rank
     if rollout.lora_sync != "adapters":
         return
@@ -303,6 +304,11 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
         raise UserError(
             "worker.actor.offload_states=true moves away the weights that worker.rollout.engine=hf samples from; "
             "set it to false, or use vllm"
+        )
+    if config.worker.actor.model.fp32_lm_head and config.worker.rollout.engine == "hf":
+        raise UserError(
+            "worker.actor.model.fp32_lm_head=true: worker.rollout.engine=hf samples from rounded logits; set it to "
+            "false, or use vllm"
         )
     if config.worker.rollout.logprobs == "raw" and config.worker.rollout.engine == "server":
         raise UserError(

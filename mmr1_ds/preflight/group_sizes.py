@@ -9,7 +9,7 @@ from mmr1_ds.errors import UserError
 def check_group_sizes(config: RunConfig) -> None:
     """Check the bounds of group sizes, and that nothing else asks for equal ones. Raises: UserError."""
     data, algorithm, rollout = config.data, config.algorithm, config.worker.rollout
-    if rollout.n_min is None and rollout.n_max is None:
+    if config.trainer.val_only or (rollout.n_min is None and rollout.n_max is None):
         return
     key = f"worker.rollout.n_min={_text(rollout.n_min)}, n_max={_text(rollout.n_max)}"
     if rollout.n_min is None or rollout.n_max is None:
@@ -19,7 +19,7 @@ def check_group_sizes(config: RunConfig) -> None:
     if data.sampling_strategy != "curriculum" or data.curriculum_refresh != "online":
         raise UserError(
             f"{key} follow from beliefs, which only data.sampling_strategy=curriculum with "
-            "data.curriculum_refresh=online has; set both, or leave the bounds out"
+            "data.curriculum_refresh=online has; set these two, or leave the bounds out"
         )
     if names_a_file(algorithm.adv_estimator):
         raise UserError(

@@ -54,6 +54,11 @@ def check_places(worker: Any, layers: Iterable[str]) -> None:
 
 def refusal(reason: str) -> str:
     """What the user reads when vLLM does not take the adapters; `reason` may be vLLM's own message."""
+    if "HTTP 404" in reason:
+        return (
+            f"worker.rollout.lora_sync=adapters: a server says {reason}; start mmr1-ds serve with the run's lora_sync "
+            "and lora.rank, and with trainer.run_dir on a disk that it sees under the same path, or set it to merged"
+        )
     said = reason.partition(". target_modules=")[0]
     return (
         f"worker.rollout.lora_sync=adapters: vLLM says {said}; set it to merged, or leave such layers out "

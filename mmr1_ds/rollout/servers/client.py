@@ -205,7 +205,8 @@ class ServerClient:
         words = f"it answers {status}, {words!r},"
         # A server that is starting or ending, or whose engine is dead, refuses whatever it is asked, some with 400.
         await self._check_life(url, words)
-        if status == 404 and self._exchange.adapter is not None:  # started anew, it has no adapter yet
+        adapter = self._exchange.adapter
+        if status == 404 and adapter is not None and adapter in words:  # started anew, it has no adapter yet
             raise Fault(words, is_lost=True)
         if status in _REQUESTS_FAULT:
             raise RuntimeError(f"{words} to prompt {name!r}")

@@ -17,6 +17,7 @@ from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.config.redaction import remember
 from mmr1_ds.errors import UserError
+from mmr1_ds.io import in_words
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.adapters import refusal
 from mmr1_ds.rollout.base import Enough, Policy, ServersGone, ignore, never
@@ -302,15 +303,27 @@ class ServerRollout:
         """Give servers the actor's weights. Collective: those of ZeRO-3 are gathered."""
         assert self._transfer is not None and self._policy is not None, "weights are sent from the first sync on"
         version = self._policy.num_updates_done
-        failed = self._transfer.send(servers, version)
+        failed, unwritten = dict[int, str](), ""
+        try:
+            failed = self._transfer.send(servers, version)
+        except OSError as error:  # of the adapters' files, on rank 0
+            if not isinstance(self._transfer, AdapterTransfer):
+                raise
+            unwritten = in_words(error)
         if isinstance(self._transfer, AdapterTransfer):
             self._group.sample_with(self._transfer.name(version))
-        failed = self._ranks.all_gather_objects(failed, "share which servers have the weights")[0]
+        own = failed, unwritten
+        failed, unwritten = self._ranks.all_gather_objects(own, "share which servers have the weights")[0]
+        if unwritten:  # what was learned is saved before the run ends
+            raise ServersGone(
+                f"worker.rollout.lora_sync=adapters: the adapters for the servers cannot be written ({unwritten}); "
+                "free space in trainer.run_dir, or set it to merged"
+            )
         if isinstance(self._transfer, AdapterTransfer) and not self._adapters_fit:
             refused = [why for why in failed.values() if "HTTP" in why]
             if len(refused) == len(servers):  # all of them, and from the first on: starting them anew would not help
                 raise UserError(refusal(refused[0]))
-            self._adapters_fit = True
+            self._adapters_fit = len(failed) < len(servers)
         self._complain(failed, servers)
         for address in servers:
             if address.number not in failed:

@@ -10,8 +10,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmr1_ds.errors import UserError
-from mmr1_ds.io import in_words
 from mmr1_ds.rollout.adapters import write_adapter
 from mmr1_ds.rollout.base import CountedWeights, Policy
 from mmr1_ds.rollout.servers.address import ServerAddress
@@ -37,7 +35,7 @@ class AdapterTransfer:
             it, as a server may outlive one; timeout_seconds: for a server's answer to one request.
         """
         self._policy, self._rank, self._key, self._run = policy, rank, key, run
-        self._folder, self._lora_rank, self._timeout_seconds = folder.resolve(), lora_rank, timeout_seconds
+        self._folder, self._lora_rank, self._timeout_seconds = folder.absolute(), lora_rank, timeout_seconds
         self._kept: Path | None = None  # the files of the newest version
         self.num_bytes = 0  # of the last version
 
@@ -46,7 +44,7 @@ class AdapterTransfer:
         return f"policy-{self._run}-{version}"
 
     def send(self, servers: Sequence[ServerAddress], version: int) -> dict[int, str]:
-        """See WeightTransfer. Raises: UserError, on rank 0, when the files cannot be written."""
+        """See WeightTransfer. Raises: OSError, on rank 0, when the files cannot be written."""
         control = ServerControl(servers, self._key, self._timeout_seconds, str(version))
         given = CountedWeights(self._policy.adapter_weights())
         tensors = dict(given) if self._rank == 0 else {}
@@ -58,14 +56,8 @@ class AdapterTransfer:
         folder = self._folder / self.name(version)
         if self._kept not in (None, folder):
             self.close()
-        try:
-            write_adapter(folder, tensors, self._lora_rank)
-        except OSError as error:
-            raise UserError(
-                f"worker.rollout.lora_sync=adapters: the adapters for the servers cannot be written to {folder} "
-                f"({in_words(error)}); free space, or set it to merged"
-            ) from None
         self._kept = folder
+        write_adapter(folder, tensors, self._lora_rank)
         control.load_adapter(self.name(version), str(folder))
         return control.failed
 
