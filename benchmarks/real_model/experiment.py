@@ -44,7 +44,7 @@ ARMS: dict[str, list[str]] = {
 def main(argv: Sequence[str]) -> int:
     """Returns: the exit code."""
     if argv[:1] == ["report"]:
-        from report import report  # matplotlib
+        from experiment_report import report  # matplotlib
 
         return report(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

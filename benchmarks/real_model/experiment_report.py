@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 COLOURS = {"shuffle": "#555555", "online": "#1b7837", "text": "#7fbf7b", "mopps": "#e08214", "dapo": "#7b3294"}
+MIN_SEEDS = 3  # of an arm that is drawn
 FIGURES = ("accuracy", "pass_at_4", "maj_at_4")
 Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # arm, seed
 
@@ -92,7 +93,7 @@ def draw(runs: Runs, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for axis, name, title in zip(axes, FIGURES, ("accuracy at temperature 1", "right with one of four"), strict=False):
         for arm, colour in COLOURS.items():
-            if arm not in runs:
+            if len(runs.get(arm, ())) < MIN_SEEDS:
                 continue
             budget = min(run["budget"] for run in runs[arm].values())
             ends = [min(curve(run, name)[0][-1], budget) for run in runs[arm].values()]
