@@ -367,3 +367,31 @@ def test_groups_of_different_sizes_are_the_same_on_any_number_of_ranks():
         assert sum(sizes) == B * N
         sizes_seen |= set(sizes)
     assert len(sizes_seen) > 2 and min(sizes_seen) < N < max(sizes_seen) <= 9
+
+
+def test_groups_of_different_sizes_in_flight_are_sampled_by_the_ranks_that_had_them(tmp_path):
+    strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online", "curriculum_draw": "posterior"}
+    settings = {"online_filtering": False, "mini_batch": 6, "curriculum_mixture_ratio": 0.2, **strategy}
+
+    def stopped(control):
+        maker, _ = make(control, FakeCollector(), sizes=SizeRange(2, 9), **settings)
+        for step in range(1, 6):
+            maker.make(step, SETTINGS, StageClock())
+        maker._in_flight[6] = maker._begin(6, 0, SETTINGS)
+        maker.save(tmp_path)
+        return in_flight(maker)
+
+    def resumed(control, **sizes):
+        maker, _ = make(control, FakeCollector(), **sizes, **settings)
+        maker.load(tmp_path, SETTINGS)
+        return in_flight(maker)
+
+    def in_flight(maker):
+        batch = maker._in_flight[6]
+        return [(slot, item.num_responses) for slot, item in zip(batch.slots, batch.requests, strict=False)]
+
+    before = on_ranks(3, stopped)
+    assert on_ranks(3, lambda control: resumed(control, sizes=SizeRange(2, 9))) == before
+    assert len({size for _, size in chain(*before)}) > 2
+    with pytest.raises(UserError, match="n_min and n_max until a later checkpoint"):
+        resumed(SingleProcess())

@@ -4,6 +4,10 @@ import pytest
 from fixtures.configs import refused
 from fixtures.dry_runs import planned
 
+from mmr1_ds.config.derived import without_training
+from mmr1_ds.config.loading import load_config
+from mmr1_ds.preflight.group_sizes import check_group_sizes
+
 BOUNDS = ["worker.rollout.n_min=2", "worker.rollout.n_max=9"]
 ONLINE = ["data.sampling_strategy=curriculum", "data.curriculum_refresh=online"]
 
@@ -36,6 +40,11 @@ ONLINE = ["data.sampling_strategy=curriculum", "data.curriculum_refresh=online"]
 )
 def test_what_is_refused(valid, settings, expected):
     assert expected in refused(valid, *settings)
+
+
+def test_a_validation_of_such_a_run_is_not_refused(valid):
+    config = load_config([*valid, *ONLINE, *BOUNDS, "trainer.val_only=true"]).config
+    check_group_sizes(without_training(config))
 
 
 def test_the_plan_counts_the_mean(valid):

@@ -191,7 +191,9 @@ def refresh_rollouts(config: RunConfig, plan: BatchPlan, num_prompts: float | No
     data = config.data
     if data.sampling_strategy != "curriculum":
         return {}
-    found = {"online": data.curriculum_probe_fraction * plan.responses_per_step}
+    # Where the refresh is not online, online would come with its own draw, which needs no probes.
+    fraction = data.curriculum_probe_fraction if data.curriculum_refresh == "online" else 0.0
+    found = {"online": fraction * plan.responses_per_step}
     if num_prompts:
         every = data.curriculum_update_freq or max(1, num_prompts // data.rollout_batch_size)
         found["full"] = num_prompts * data.curriculum_rollout_n / every
