@@ -1,5 +1,6 @@
 """Three ranks, in threads, that use the same servers: they agree on which, and send the weights together."""
 
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -200,6 +201,10 @@ def adapters_that(failures, servers):
 
         def send(self, addresses, version):
             failed = self._failures.pop(0)
+            if isinstance(failed, OSError):
+                if self._rank == 0:
+                    raise failed
+                return {}
             for address in addresses:
                 if address.number not in failed:
                     servers[address.number].version = str(version)
@@ -227,6 +232,20 @@ def test_every_rank_asks_for_the_adapter_by_its_version_and_the_start_of_the_run
         names = {body["model"] for server in servers for body in server.bodies}
         assert len(names) == 2 and len({name.partition("-")[0] for name in names}) == 1
         assert {name.partition("-")[2] for name in names} == {"3", "4"}
+
+
+def test_adapters_that_cannot_be_written_end_the_run_on_every_rank_after_it_was_saved(monkeypatch):
+    with scripted_servers(2) as servers:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(server_engine, "AdapterTransfer", adapters_that([full], servers))
+
+        def work(engine, rank):
+            engine.sync_weights(SimpleNamespace(num_updates_done=0))
+
+        watched = [Watched(server) for server in servers]
+        errors, _ = on_ranks(monkeypatch, servers, watched, work, adapted=["layers.0.q_proj"])
+        assert [type(error) for error in errors] == [ServersGone] * RANKS  # which saves what was learned
+        assert "cannot be written ([Errno 28] No space left on device); free space in trainer.run_dir" in str(errors[2])
 
 
 def test_adapters_that_no_server_takes_are_one_line_on_every_rank(monkeypatch):
