@@ -4,8 +4,8 @@
         [--budget 3072]
     python benchmarks/real_model/experiment.py report FOLDER --json FILE --plot FILE
 
-SmolLM2-135M-Instruct (made by `make real`), full fine-tuning with the config of examples/real_text, on 1,140 questions
-of 13 families (pool.py), validated on 227 others, four answers each at temperature 1. Every sampled response counts,
+SmolLM2-135M-Instruct (made by `make real`), full fine-tuning with the config of examples/real_text, on 1,134 questions
+of 13 families (pool.py), validated on 226 others, four answers each at temperature 1. Every sampled response counts,
 those of groups that dynamic sampling throws away too; online as it ships has no probes. No arm is told the families.
 Each training writes FOLDER/ARM_seedN.json; finished ones are skipped, and several processes share the work.
 """

@@ -23,7 +23,7 @@ Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # arm, seed
 
 
 def report(argv: Sequence[str]) -> int:
-    """Print the table in Markdown, write it as JSON and draw the curves. Returns: the exit code."""
+    """Print a line of JSON an arm, write all of it to a file and draw the curves. Returns: the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path)
@@ -37,7 +37,7 @@ def report(argv: Sequence[str]) -> int:
     for row in rows:
         sys.stdout.write(json.dumps(row) + "\n")
     if options.json is not None:
-        options.json.write_text(json.dumps({"rows": rows, "runs": runs}, indent=0), encoding="utf-8")
+        options.json.write_text(json.dumps({"rows": rows, "runs": runs}), encoding="utf-8")
     if options.plot is not None:
         draw(runs, options.plot)
     return 0

@@ -5,7 +5,7 @@
     python benchmarks/real_model/exported.py RUN
 
 The validation after the last step must have been greedy, an answer a prompt. Prints how many answers are the same,
-token by token, and the first that differ: where two tokens are equally likely, either may come.
+to the last character, and the first that differ: where two tokens are equally likely, either may come.
 """
 
 from __future__ import annotations
