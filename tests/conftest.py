@@ -59,3 +59,29 @@ def own_logging():
     yield
     package.handlers[:], package.propagate = handlers, propagate
     package.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def vision_model(tmp_path_factory):
+    """A model folder without weights, as the text model's; no test changes it."""
+    from fixtures.data_fixtures import write_vision_model
+
+    return write_vision_model(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory):
+    from fixtures.data_fixtures import write_text_model
+
+    return write_text_model(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def dataset_cache(tmp_path_factory):
+    """A module's own cache of `datasets`."""
+    import datasets
+
+    folder = str(tmp_path_factory.mktemp("cache"))
+    old, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder
+    yield
+    datasets.config.HF_DATASETS_CACHE = old

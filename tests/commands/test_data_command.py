@@ -10,10 +10,9 @@ import random
 import re
 from collections import Counter
 
-import datasets
 import numpy as np
 import pytest
-from fixtures.data_fixtures import image, write_jsonl, write_text_model, write_vision_model
+from fixtures.data_fixtures import image, write_jsonl
 from fixtures.doc_blocks import DOCS, blocks
 from PIL import Image
 
@@ -32,23 +31,9 @@ LIMIT_SETTINGS = [f"data.{name}={value}" for name, value in LIMITS.items()]
 OWN_REWARD = "worker.reward.reward_function=own.py:score"  # of which nothing is asked: no process is started
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("cache"))
-    old, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder
-    yield
-    datasets.config.HF_DATASETS_CACHE = old
-
-
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    """Without weights, as the text model."""
-    return write_vision_model(tmp_path_factory.mktemp("vision"))
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return write_text_model(tmp_path_factory.mktemp("text"))
+@pytest.fixture(autouse=True, scope="module")
+def cache(dataset_cache):
+    """The command reads data sets."""
 
 
 def run(*words):
