@@ -293,6 +293,11 @@ class Ranks:
         self._neighbours[size] = Neighbours(groups[number], controls[number], self.rank % size, size, deadline)
         return self._neighbours[size]
 
+    def counter(self) -> Counter:
+        """A counter that the ranks share, over a connection of its own. Not a collective."""
+        deadline = partial(self._deadline, "count in the store of the ranks", is_of_all=False)
+        return Counter(_connect(self.rank, self.timeout_seconds), deadline)
+
     def close(self, error: BaseException | None = None) -> None:
         """Inform the other ranks, and take the groups down. Not a collective. error: what ended this rank, if any."""
         import torch.distributed as dist
@@ -300,6 +305,29 @@ class Ranks:
         self.watch.close(error)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Counter:
+    """A number that rank 0's store keeps: whoever counts it up gets a value that nobody else gets.
+
+    One key for the whole run, so that nothing is left behind, nor taken over from a run before in a launcher's store.
+    """
+
+    _KEY = "counter"
+
+    def __init__(self, store: Store, deadline: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """deadline: for errors."""
+        self._store, self._deadline = store, deadline
+
+    def reset(self) -> None:
+        """Begin at 0 again. For one rank alone, between collectives that keep the others from counting meanwhile."""
+        with self._deadline():
+            self._store.set(self._KEY, "0")
+
+    def next(self) -> int:
+        """Count up. Returns: how often it had been counted up before. Not a collective."""
+        with self._deadline():
+            return self._store.add(self._KEY, 1) - 1
 
 
 @dataclass(frozen=True)

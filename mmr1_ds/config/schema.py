@@ -380,6 +380,8 @@ class RolloutConfig:
     max_in_flight: PositiveInt | None = None  # server: responses one samples at once, >= n; null = twice max_num_seqs
     # server: auto = nccl on GPU, shared_memory on CPU
     weight_transfer: Annotated[str, OneOf("auto", "nccl", "ipc", "shared_memory")] = "auto"
+    # vllm: a rank whose engine has room takes the next prompt of all ranks'; does not repeat to the last bit
+    shared_queue: bool = False
     partial: PositiveInt | None = None  # tokens a response grows by in a step, the rest in later ones; null = no bound
     max_staleness_steps: NonNegativeInt = 0  # server: steps that sampling may run ahead of training; 0 = in turn
     # server: new weights come between requests (boundary) or in their middle (in_flight)

@@ -18,10 +18,11 @@ from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.errors import UserError
-from mmr1_ds.loop.collector import BASELINE, PROBE, TRAINING, Collector, RequestMaker
+from mmr1_ds.loop.collector import BASELINE, PROBE, TRAINING, Collector, Prompts, RequestMaker
 from mmr1_ds.loop.drawn import Drawn, Stragglers, check_filter_key
 from mmr1_ds.loop.in_flight import InFlight, read_in_flight, write_in_flight
 from mmr1_ds.loop.metrics import reward_metrics
+from mmr1_ds.loop.shared_queue import SharedQueue, Unread
 from mmr1_ds.loop.sharing import sampled_slots, share_out
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
@@ -62,17 +63,19 @@ class BatchMaker:
         prompts: PromptDataset,
         coordinator: Coordinator,
         collector: Collector,
+        queue: SharedQueue | None = None,
     ) -> None:
         """
         Args:
             mini_batch_size: prompts an optimiser step.
             score: what the curriculum observes of scored groups.
             max_tries: draws a batch with online filtering; 0 or less = until it is full.
+            queue: from which the ranks take the requests of all; None = each samples its own.
         """
         self._data, self._algorithm, self._rollout = data, algorithm, rollout
         self._batch_size, self._mini_batch_size = data.rollout_batch_size, mini_batch_size
         self._ranks, self._score_groups, self._prompts = ranks, score, prompts
-        self._coordinator, self._collector = coordinator, collector
+        self._coordinator, self._collector, self._shared_queue = coordinator, collector, queue
         self._requests = RequestMaker(rollout.seed)
         self._in_flight: dict[int, InFlight] = {}  # first draws of this step and of those begun ahead, by step
         self._draws_at_once = algorithm.filter_oversample if algorithm.online_filtering else 1
@@ -101,9 +104,7 @@ class BatchMaker:
 
     def _make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
         drawn, figures = self._fill(step, settings, clock)
-        groups, prompts, seqlen = share_out(
-            drawn, self._batch_size, self._mini_batch_size, self._prompts, self._ranks
-        )
+        groups, prompts, seqlen = share_out(drawn, self._batch_size, self._mini_batch_size, self._prompts, self._ranks)
         metrics = reward_metrics(drawn.rewards, drawn.failures, self._ranks) | seqlen | figures
         baselines = None
         if self._algorithm.adv_estimator == "remax":
@@ -123,7 +124,8 @@ class BatchMaker:
         while num_tries == 0 or (num_teaching < self._batch_size and num_tries != self._max_tries):
             if num_tries > 0:
                 logger.info("step %d: %d of %d groups teach, drawing again", step, num_teaching, self._batch_size)
-            in_flight = self._wait(step, num_draws, settings, clock, self._batch_size - num_teaching)
+            begun = self._drawn_or_begun(step, num_draws, settings, clock)
+            in_flight = self._wait(begun, settings, clock, self._batch_size - num_teaching)
             there = [(at, group) for at, group in sorted(in_flight.groups.items()) if group is not None]
             slots = [in_flight.slots[at] for at, _ in there if at < len(in_flight.slots)]
             num_stopped += len(in_flight.slots) - len(slots)
@@ -133,7 +135,7 @@ class BatchMaker:
                 check_filter_key(self._algorithm.filter_key, groups, self._ranks)
             drawn.add(slots, groups, failures, self._batch_size, self._algorithm)
             num_tries += 1
-            num_draws = max(in_flight.slots) // self._batch_size + 1  # those of a resumed step may have been others
+            num_draws = max(begun.slots) // self._batch_size + 1  # those of a resumed step may have been others
             if filtering:
                 own = {"teaching": float(len(drawn.teaching)), "stopped": float(num_stopped)}
                 totals = self._ranks.sum(own, "count groups that teach")
@@ -197,7 +199,7 @@ class BatchMaker:
             return own
 
         for batch in read_in_flight(folder, self._prompts.__getitem__, own_slots, ranks.rank, ranks.size):
-            self._collector.begin(batch, settings)
+            self._ask(batch, settings)
             self._in_flight[batch.step] = batch
 
     def _begin(self, step: int, first_draw: int, settings: SamplingSettings) -> InFlight:
@@ -211,33 +213,47 @@ class BatchMaker:
             indices, sizes = self._coordinator.next_groups(step)
             places = sampled_slots(sizes, self._mini_batch_size, self._ranks.rank, self._ranks.size)
             own = draw * self._batch_size + places
-            requests += self._requests(self._prompts, indices[places], sizes[places], TRAINING, step, own)
+            requests += self._requests(self._unread, indices[places], sizes[places], TRAINING, step, own)
             slots += own.tolist()
         if first_draw == 0:
             requests += self._probes(step)
         in_flight = InFlight(step, requests, slots)
-        self._collector.begin(in_flight, settings)
+        self._ask(in_flight, settings)
         return in_flight
+
+    def _ask(self, in_flight: InFlight, settings: SamplingSettings) -> None:
+        """Ask for the responses, unless the ranks take the requests when they sample. Not a collective."""
+        if self._shared_queue is None:
+            self._collector.begin(in_flight, settings)
+
+    @property
+    def _unread(self) -> Prompts:
+        """The prompts for requests; those of a queue are read where they are taken."""
+        return self._prompts if self._shared_queue is None else Unread()
 
     def _probes(self, step: int) -> list[RolloutRequest]:
         """This rank's requests for the probes of `step`. Collective."""
         coordinator, ranks = self._coordinator, self._ranks
         indices = coordinator.next_probes(step)[ranks.rank :: ranks.size]
-        return self._requests(self._prompts, indices, coordinator.num_probe_responses, PROBE, step, indices)
+        return self._requests(self._unread, indices, coordinator.num_probe_responses, PROBE, step, indices)
 
-    def _wait(
-        self, step: int, first_draw: int, settings: SamplingSettings, clock: StageClock, missing: int
-    ) -> InFlight:
-        """Draw, unless the draw was begun ahead, and wait for its responses. Collective.
-
-        With `algorithm.filter_stop` each rank stops what it still samples when its share of the missing groups teaches.
-        """
+    def _drawn_or_begun(self, step: int, first_draw: int, settings: SamplingSettings, clock: StageClock) -> InFlight:
+        """Draw, unless the draw was begun ahead. Collective. Returns: what every rank has its share of."""
         with clock("draw"):
             in_flight = self._in_flight.get(step) if first_draw == 0 else None
             in_flight = in_flight or self._begin(step, first_draw, settings)
             if first_draw == 0:
                 self._in_flight[step] = in_flight  # a run that stops here resumes with it
+        return in_flight
+
+    def _wait(self, in_flight: InFlight, settings: SamplingSettings, clock: StageClock, missing: int) -> InFlight:
+        """Wait for the responses. Collective. Returns: those of this rank.
+
+        With `algorithm.filter_stop` each rank stops what it still samples when its share of the missing groups teaches.
+        """
         with clock("gen"):
+            if self._shared_queue is not None:
+                return self._collector.share(in_flight, self._shared_queue, settings)
             enough: Enough = self._collector.score_beside
             can_stop = self._rollout.engine == "server" or self._rollout.tensor_parallel_size == 1
             if self._stops_stragglers and can_stop and self._collector.scores_groups_alone:

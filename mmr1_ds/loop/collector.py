@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -15,14 +15,14 @@ from mmr1_ds.algorithm.overlong import OverlongPenalty
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.errors import UserError
 from mmr1_ds.loop.in_flight import InFlight
+from mmr1_ds.loop.shared_queue import SharedQueue
 from mmr1_ds.monitoring.clock import StageClock
-from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
+from mmr1_ds.records import Prompt, RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rewards.scoring import FAILED, RESPONSES, UNSCORED, RewardCounts, score_groups
 from mmr1_ds.rollout.base import generate, ignore, never
 
 if TYPE_CHECKING:
-    from mmr1_ds.data.dataset import PromptDataset
     from mmr1_ds.data.encoding import PromptEncoder
     from mmr1_ds.rollout.base import Enough, RolloutEngine
 
@@ -33,6 +33,14 @@ MOST_FAILED, MIN_CHECKED = 0.75, 4  # share of failed rewards that ends a run, i
 SHOWN_REASONS = 3
 
 
+class Prompts(Protocol):
+    """What requests take their prompts from."""
+
+    def prompts(self, indices: Sequence[int] | np.ndarray) -> list[Prompt]:
+        """The prompts at these places."""
+        ...
+
+
 @dataclass(frozen=True)
 class RequestMaker:
     """Makes the requests of a run; their seeds are a pure function, so that a resumed run samples the same."""
@@ -41,7 +49,7 @@ class RequestMaker:
 
     def __call__(
         self,
-        data: PromptDataset,
+        data: Prompts,
         indices: Sequence[int] | np.ndarray,
         num_responses: int | np.ndarray,
         purpose: int,
@@ -115,6 +123,14 @@ class Collector:
         """
         with self._scoring_beside():
             in_flight.wait(self._rollout, enough)
+
+    def share(self, in_flight: InFlight, queue: SharedQueue, settings: SamplingSettings) -> InFlight:
+        """Sample the groups of a batch that are not there, whichever rank takes them. Collective.
+
+        Returns: this rank's part of the batch. Raises: SamplingAbandoned, on every rank, the batch as it was.
+        """
+        with self._scoring_beside():
+            return queue.sample(in_flight, settings, self.score_beside)
 
     @contextmanager
     def _scoring_beside(self) -> Iterator[None]:

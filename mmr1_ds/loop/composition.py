@@ -34,7 +34,7 @@ from mmr1_ds.data.text_features import compress
 from mmr1_ds.engine.model.flops import peak_tflops
 from mmr1_ds.engine.model.shapes import policy_shape
 from mmr1_ds.engine.model.value_model import check_reads_alike
-from mmr1_ds.errors import first_line
+from mmr1_ds.errors import UserError, first_line
 from mmr1_ds.loop.batches import BatchMaker
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.loop.collector import Collector
@@ -45,6 +45,7 @@ from mmr1_ds.loop.own_functions import try_functions
 from mmr1_ds.loop.partial_batches import PartialBatchMaker
 from mmr1_ds.loop.parts import Parts
 from mmr1_ds.loop.refresh import KEPT, CurriculumRefresh
+from mmr1_ds.loop.shared_queue import SharedQueue
 from mmr1_ds.loop.starting import (
     begin_from_known_rates,
     check_gpu,
@@ -74,6 +75,7 @@ from mmr1_ds.records import SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.loading import reward_weights
 from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.base import RolloutEngine
+from mmr1_ds.rollout.colocated.engine import VllmRollout
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +157,8 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             )
             collector = _collector(config, engines.rollout, rewards, encoder, ranks)
             batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
-            batches = make_batches(config, batch_maker, opened, collector)
+            queue = _shared_queue(config.worker.rollout, engines.rollout, opened)
+            batches = make_batches(config, batch_maker, opened, collector, queue)
             trainer = make_trainer(config, num_steps, Trainer, engines, opened, batches, collector, work)
             if start is not None:
                 trainer.parts.state.load(*start, None if config.trainer.val_only else trainer.parts.settings)
@@ -172,7 +175,18 @@ def _collector(
     return Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks, penalty)
 
 
-def make_batches(config: RunConfig, batch_maker: type[B], opened: Opened, collector: Collector) -> B:
+def _shared_queue(config: RolloutConfig, engine: RolloutEngine, opened: Opened) -> SharedQueue | None:
+    if not config.shared_queue:
+        return None
+    if not isinstance(engine, VllmRollout):  # engine=auto where it is not installed
+        raise UserError("worker.rollout.shared_queue=true needs vllm, which is not installed; set it to false")
+    ranks, expand_ahead = opened.ranks, opened.encoder.expand_ahead
+    return SharedQueue(engine, opened.train_data, expand_ahead, ranks, ranks.counter())
+
+
+def make_batches(
+    config: RunConfig, batch_maker: type[B], opened: Opened, collector: Collector, queue: SharedQueue | None = None
+) -> B:
     """Make what draws and samples the batches of a run."""
     return batch_maker(
         config.data,
@@ -185,6 +199,7 @@ def make_batches(config: RunConfig, batch_maker: type[B], opened: Opened, collec
         opened.train_data,
         opened.coordinator,
         collector,
+        queue,
     )
 
 

@@ -56,7 +56,8 @@ def share_out(
     gathered = ranks.all_gather_array(np.array(rows, dtype=np.int64).reshape(-1, 4), "choose groups")
     is_other, slots, indices, tokens = np.concatenate(gathered).T
     chosen = np.lexsort((slots, is_other))[:batch_size]
-    takers, metrics = balanced(tokens[chosen], mini_batch_size, ranks.size)
+    holders = np.repeat(np.arange(ranks.size), [len(part) for part in gathered])
+    takers, metrics = balanced(tokens[chosen], holders[chosen], mini_batch_size, ranks.size)
     leaving: list[dict[int, ScoredGroup]] = [{} for _ in range(ranks.size)]
     for slot, taker in zip(slots[chosen].tolist(), takers.tolist(), strict=True):
         if slot in own and taker != ranks.rank:
@@ -67,17 +68,19 @@ def share_out(
     return [with_prompt(own[slot], data) for slot in wanted], indices[chosen], metrics
 
 
-def balanced(tokens: np.ndarray, mini_batch_size: int, size: int) -> tuple[np.ndarray, dict[str, float]]:
+def balanced(
+    tokens: np.ndarray, holders: np.ndarray, mini_batch_size: int, size: int
+) -> tuple[np.ndarray, dict[str, float]]:
     """The rank that trains on each group of the batch, by the groups' tokens, and how even that is.
 
     Groups change places inside their optimiser step alone, so that every step learns from the same prompts.
+    Args: holders: the rank that has sampled each group, where it stays if that is even enough.
     """
     share = mini_batch_size // size
-    takers = np.empty(len(tokens), dtype=np.int64)
+    takers, before = np.empty((2, len(tokens)), dtype=np.int64)
     for start in range(0, len(tokens), mini_batch_size):
-        order = balance(tokens[start : start + mini_batch_size].tolist(), size)
-        takers[start + np.array(order)] = np.arange(mini_batch_size) // share
-    before = np.arange(len(tokens)) % mini_batch_size // share
+        places = start + np.array(_as_held(holders[start : start + mini_batch_size].tolist(), size))
+        before[places] = takers[places[balance(tokens[places].tolist(), size)]] = np.arange(mini_batch_size) // share
     totals, after = (np.bincount(ranks, tokens, minlength=size) for ranks in (before, takers))
     return takers, {
         "global_seqlen/mean": float(totals.mean()),
@@ -87,6 +90,18 @@ def balanced(tokens: np.ndarray, mini_batch_size: int, size: int) -> tuple[np.nd
         "global_seqlen/balanced_min": float(after.min()),
         "global_seqlen/balanced_max": float(after.max()),
     }
+
+
+def _as_held(holders: Sequence[int], size: int) -> list[int]:
+    """The places of groups, rank by rank, equally many each: with their holders, what is over where there is room."""
+    share, parts, surplus = len(holders) // size, [list[int]() for _ in range(size)], list[int]()
+    for place, holder in enumerate(holders):
+        (parts[holder] if len(parts[holder]) < share else surplus).append(place)
+    for part in parts:
+        missing = share - len(part)
+        part += surplus[:missing]
+        del surplus[:missing]
+    return [place for part in parts for place in part]
 
 
 def num_tokens(scored: ScoredGroup) -> int:
@@ -99,9 +114,7 @@ def with_prompt(scored: ScoredGroup, data: PromptDataset) -> ScoredGroup:
     """The group with the prompt that the data set has at its index, where it came without."""
     if scored.group.prompt.token_ids:
         return scored
-    return dataclasses.replace(
-        scored, group=dataclasses.replace(scored.group, prompt=data[scored.group.prompt.index])
-    )
+    return dataclasses.replace(scored, group=dataclasses.replace(scored.group, prompt=data[scored.group.prompt.index]))
 
 
 def groups_to_arrays(groups: Mapping[int, ScoredGroup]) -> dict[str, np.ndarray]:

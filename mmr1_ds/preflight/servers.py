@@ -14,6 +14,7 @@ def check_servers(config: RunConfig) -> None:
     """Check the keys of worker.rollout. Raises: UserError for those that contradict each other or the launch."""
     rollout = config.worker.rollout
     _check_partial(config)
+    _check_shared_queue(config)
     if rollout.engine != "server":
         _check_unused(rollout)
         return
@@ -55,6 +56,28 @@ def _check_partial(config: RunConfig) -> None:
         )
     if config.algorithm.online_filtering:
         raise UserError(f"{key}: algorithm.online_filtering draws whole batches; use one of them")
+
+
+def _check_shared_queue(config: RunConfig) -> None:
+    rollout, key = config.worker.rollout, "worker.rollout.shared_queue=true"
+    if not rollout.shared_queue or config.trainer.val_only:
+        return
+    if rollout.engine == "server":
+        raise UserError(f"{key}: servers (worker.rollout.engine=server) share the requests of all anyway; leave it out")
+    if rollout.engine == "hf":
+        raise UserError(
+            f"{key} needs vLLM, worker.rollout.engine=hf samples every token on all ranks at once; set it to false"
+        )
+    if rollout.partial is not None:
+        raise UserError(
+            f"{key}: with worker.rollout.partial={rollout.partial} the rank that began a response continues it; use "
+            "one of them"
+        )
+    if config.algorithm.filter_stop:
+        raise UserError(
+            f"{key}: algorithm.filter_stop=true stops a rank at its share of the batch, which it has none of; use one "
+            "of them"
+        )
 
 
 def _check_unused(rollout: RolloutConfig) -> None:

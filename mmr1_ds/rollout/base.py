@@ -118,6 +118,38 @@ class RolloutEngine(Protocol):
         ...
 
 
+class RequestQueue(Protocol):
+    """Requests of all ranks, each of which the engine that takes it samples."""
+
+    num_responses: int  # of all requests
+
+    def take(self) -> int | None:
+        """The number of the next request, which no other engine gets; None = none is left. Not a collective."""
+        ...
+
+    def request(self, number: int) -> RolloutRequest:
+        """The request with its prompt, which is read now. Not a collective."""
+        ...
+
+
+class SharingEngine(Protocol):
+    """A rollout engine that samples from a queue."""
+
+    def collect_shared(
+        self,
+        queue: RequestQueue,
+        settings: SamplingSettings,
+        enough: Enough = never,
+        advance: Callable[[int], None] = ignore,
+    ) -> dict[int, RolloutGroup]:
+        """Take requests as there is room for them, until none is left. Collective.
+
+        Returns: this rank's groups by the numbers of their requests; each request is on one rank, whichever.
+        Args: as of `RolloutEngine.collect`. Raises: SamplingAbandoned, on every rank.
+        """
+        ...
+
+
 def generate(
     engine: RolloutEngine,
     requests: Sequence[RolloutRequest],

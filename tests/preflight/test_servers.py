@@ -5,6 +5,7 @@ from fixtures.configs import check, refused
 
 SERVER = "worker.rollout.engine=server"
 AHEAD = "worker.rollout.max_staleness_steps=1"
+QUEUE = "worker.rollout.shared_queue=true"
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,13 @@ AHEAD = "worker.rollout.max_staleness_steps=1"
         (["worker.rollout.partial=512"], "cuts nothing, data.max_response_length is 512"),
         (["worker.rollout.partial=8", "algorithm.online_filtering=true"], "draws whole batches"),
         (["worker.rollout.partial=8", "worker.rollout.engine=hf"], "engine=hf cannot resume a response"),
+        ([QUEUE, SERVER], "share the requests of all anyway; leave it out"),
+        ([QUEUE, "worker.rollout.engine=hf"], "samples every token on all ranks at once; set it to false"),
+        ([QUEUE, "worker.rollout.partial=8"], "with worker.rollout.partial=8 the rank that began a response"),
+        (
+            [QUEUE, "algorithm.online_filtering=true", "algorithm.filter_stop=true"],
+            "algorithm.filter_stop=true stops a rank at its share of the batch",
+        ),
     ],
 )
 def test_contradictions_are_refused_by_name(valid, arguments, expected):
@@ -54,6 +62,7 @@ def test_servers_on_loopback_are_out_of_reach_of_other_nodes(valid):
         [SERVER, "worker.rollout.server_urls=['http://localhost:1']", "worker.rollout.weight_transfer=shared_memory"],
         [SERVER, "worker.rollout.partial=8"],
         ["worker.rollout.partial=8"],
+        [QUEUE, "algorithm.online_filtering=true", "worker.rollout.tensor_parallel_size=2"],
     ],
 )
 def test_what_goes_together_is_accepted(valid, arguments):

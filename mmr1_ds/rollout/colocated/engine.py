@@ -18,9 +18,9 @@ from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest
+from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.adapters import adapter_options, adapter_request, check_places, load_adapters, refusal
-from mmr1_ds.rollout.base import CountedWeights, Enough, InTurn, Policy, Submitted, ignore, never
+from mmr1_ds.rollout.base import CountedWeights, Enough, InTurn, Policy, RequestQueue, Submitted, ignore, never
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import experts_returned_on_every_rank, phases_logged
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
 
 logger = logging.getLogger(__name__)
+
+# Requests to add, each with the key that its group is returned under; None where another rank returns it.
+Added = Sequence[tuple[int | None, RolloutRequest]]
 
 
 class VllmRollout(InTurn):
@@ -63,6 +66,7 @@ class VllmRollout(InTurn):
         """
         self._ranks, self._encoder, self._preemption = ranks, encoder, preemption
         self._tensor_parallel_size = config.tensor_parallel_size
+        self._max_num_seqs, self._max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
         self._version, self._returns_experts = 0, returns_experts
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
         more = adapter_options(adapted, model.lora.rank) if adapted else {}
@@ -88,14 +92,112 @@ class VllmRollout(InTurn):
 
         Raises: SamplingAbandoned.
         """
+        requests, settings = submitted.requests, submitted.settings
+        shared, first = self._requests_of_group(list(requests))
+        own = range(first, first + len(requests))
+        batches = [[(place - first if place in own else None, request) for place, request in enumerate(shared)]]
+        more: Callable[[], Added] = lambda: batches.pop() if batches else []  # noqa: E731
+        groups = self._sample(more, settings, advance, enough) if shared else {}
+        groups = self._unless_abandoned(groups)
+        return [groups.get(position) for position in range(len(requests))]
+
+    def collect_shared(
+        self,
+        queue: RequestQueue,
+        settings: SamplingSettings,
+        enough: Enough = never,
+        advance: Callable[[int], None] = ignore,
+    ) -> dict[int, RolloutGroup]:
+        """See SharingEngine. The ranks of a tensor-parallel group take together, and return their groups in turn."""
+        size = self._tensor_parallel_size
+        neighbours = self._ranks.neighbours(size) if size > 1 else None
+        # With more at once than its share, the first engine to begin would leave nothing for the last.
+        most = min(self._max_num_seqs, -(-queue.num_responses * size // self._ranks.size))
+        is_empty, num_taken = False, 0
+
+        def take() -> int | None:
+            if neighbours is None:
+                return queue.take()
+            (number,) = neighbours.gather_lists([queue.take()] if neighbours.rank == 0 else [])
+            return number
+
+        def more() -> Added:
+            nonlocal is_empty, num_taken
+            added: list[tuple[int | None, RolloutRequest]] = []
+            engine, num_tokens = self._llm.llm_engine, 0
+            room = most - engine.get_num_unfinished_requests()  # those that wait are for an engine that has room
+            if self._cycle.num_waiting() > 0:
+                return added
+            while not is_empty and room > 0 and num_tokens < self._max_num_batched_tokens:  # what one step computes
+                number = take()
+                is_empty = number is None
+                if number is not None:
+                    request = queue.request(number)
+                    room -= request.num_responses
+                    num_tokens += len(request.prompt.token_ids)
+                    is_own = neighbours is None or num_taken % size == neighbours.rank
+                    added.append((number if is_own else None, request))
+                    num_taken += 1
+            return added
+
+        return self._unless_abandoned(self._sample(more, settings, advance, enough))
+
+    def _unless_abandoned(self, groups: dict[int, RolloutGroup] | None) -> dict[int, RolloutGroup]:
+        """The groups, None where sampling was abandoned. Collective. Raises: SamplingAbandoned, on every rank."""
+        if self._ranks.any(groups is None, "ask whether sampling is abandoned"):
+            raise SamplingAbandoned
+        assert groups is not None
+        return groups
+
+    def _sample(
+        self,
+        more: Callable[[], Added],
+        settings: SamplingSettings,
+        advance: Callable[[int], None],
+        enough: Enough,
+    ) -> dict[int, RolloutGroup] | None:
+        """The groups by their keys. None when this rank has no time for more.
+
+        more: is asked before every step of the engine; when nothing is sampled and nothing comes, all is there.
+        """
+        self._cycle.begin_sampling()
+        # What an earlier call left would save little, and a resumed run, which has not made that call, would differ
+        # from the straight one in rounding: a prompt's states depend on what they are computed together with.
+        self._llm.reset_prefix_cache()
+        engine, groups = self._llm.llm_engine, dict[int, RolloutGroup]()
+        own: dict[str, tuple[str, int, Prompt]] = {}  # under the name that outputs have: id, key, prompt
+        is_over = False
+        try:
+            # The ranks of a tensor-parallel group wait for each other in every token.
+            with self._preemption.interrupting() if self._tensor_parallel_size == 1 else nullcontext():
+                while True:
+                    if not is_over and (added := more()):
+                        own |= self._enqueue(added, settings)
+                    if not engine.has_unfinished_requests():
+                        break
+                    outputs: list[Any] = [output for output in engine.step() if output.finished]
+                    ended = [(own.pop(output.request_id), output) for output in outputs if output.request_id in own]
+                    for (_, key, prompt), output in ended:
+                        groups[key] = self._group(prompt, output, settings.with_experts)
+                        advance(len(output.outputs))
+                    if ended and enough(groups) and self._tensor_parallel_size == 1:
+                        engine.abort_request([id for id, *_ in own.values()], internal=True)
+                        own, is_over = {}, True  # what comes now was cut off
+                if self._returns_experts:  # the next reset of the cache may not meet a batch that is still in flight
+                    self._cycle.drain()
+        except SamplingAbandoned:
+            self._cycle.abandon()
+            return None
+        return groups
+
+    def _enqueue(self, added: Added, settings: SamplingSettings) -> dict[str, tuple[str, int, Prompt]]:
+        """Hand requests to vLLM. Returns: those that this rank returns, by the name that outputs have."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        requests, settings = submitted.requests, submitted.settings
-        shared, first = self._requests_of_group(list(requests))
         inputs: list[Any] = []
         parameters = []
-        for request in shared:
+        for _, request in added:
             item: dict[str, Any] = {"prompt_token_ids": list(request.prompt.token_ids)}
             if request.prompt.has_vision:
                 videos = [(video.frames, video.metadata) for video in request.prompt.videos]
@@ -116,53 +218,12 @@ class VllmRollout(InTurn):
                     **shaping(settings),
                 )
             )
-        own = range(first, first + len(requests))
-
-        def group_of(place: int, output: RequestOutput) -> RolloutGroup:
-            return self._group(shared[place].prompt, output, settings.with_experts)
-
-        groups = self._sample(inputs, parameters, own, group_of, advance, enough) if shared else {}
-        if self._ranks.any(groups is None, "ask whether sampling is abandoned"):
-            raise SamplingAbandoned
-        assert groups is not None
-        return [groups.get(position) for position in range(len(requests))]
-
-    def _sample(
-        self,
-        inputs: list[Any],
-        parameters: list[Any],
-        own: range,
-        group_of: Callable[[int, RequestOutput], RolloutGroup],
-        advance: Callable[[int], None],
-        enough: Enough,
-    ) -> dict[int, RolloutGroup] | None:
-        """The groups of this rank's `own` places, by position among them. None when it has no time for more."""
-        self._cycle.begin_sampling()
-        # What an earlier call left would save little, and a resumed run, which has not made that call, would differ
-        # from the straight one in rounding: a prompt's states depend on what they are computed together with.
-        self._llm.reset_prefix_cache()
-        engine, groups = self._llm.llm_engine, dict[int, RolloutGroup]()
-        try:
-            # The ranks of a tensor-parallel group wait for each other in every token.
-            with self._preemption.interrupting() if self._tensor_parallel_size == 1 else nullcontext():
-                ids = self._llm.enqueue(inputs, parameters, use_tqdm=False, lora_request=self._adapter)
-                places = {id.partition("-")[0]: place for place, id in enumerate(ids)}  # outputs name what is before it
-                while engine.has_unfinished_requests():
-                    ended: list[Any] = [output for output in engine.step() if output.finished]
-                    ended = [(place, output) for output in ended if (place := places[output.request_id]) in own]
-                    for place, output in ended:
-                        groups[place - own.start] = group_of(place, output)
-                        advance(len(output.outputs))
-                    if ended and enough(groups) and self._tensor_parallel_size == 1:
-                        rest = [ids[place] for place in own if place - own.start not in groups]
-                        engine.abort_request(rest, internal=True)
-                        own = range(0)  # what comes now was cut off
-                if self._returns_experts:  # the next reset of the cache may not meet a batch that is still in flight
-                    self._cycle.drain()
-        except SamplingAbandoned:
-            self._cycle.abandon()
-            return None
-        return groups
+        ids = self._llm.enqueue(inputs, parameters, use_tqdm=False, lora_request=self._adapter)
+        return {
+            id.partition("-")[0]: (id, key, request.prompt)  # outputs name what is before it
+            for id, (key, request) in zip(ids, added, strict=True)
+            if key is not None
+        }
 
     def _requests_of_group(self, own: list[RolloutRequest]) -> tuple[list[RolloutRequest], int]:
         """The requests of all ranks of the tensor-parallel group, in rank order, and where this rank's begin."""

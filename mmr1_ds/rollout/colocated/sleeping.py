@@ -73,6 +73,10 @@ class SleepCycle:
         while core.batch_queue or core.scheduler.has_requests():
             self._llm.llm_engine.step()
 
+    def num_waiting(self) -> int:
+        """Responses that vLLM has been asked for and does not sample yet, or no more, for want of room."""
+        return self._llm.llm_engine.engine_core.engine_core.scheduler.get_request_counts()[1]
+
     def begin_sync(self) -> None:
         """Wake the weights; those that a sync brings are then to be loaded whole."""
         self._weights_are_current = False

@@ -1,0 +1,184 @@
+"""Requests in one queue: whichever rank takes what, the batch is the one that the ranks would have sampled apart."""
+
+import threading
+
+import numpy as np
+import pytest
+from fixtures.batch_makers import SETTINGS, B, Data, FakeCollector, N, P, content, score, sections
+from fixtures.rank_threads import Ranks, on_ranks
+
+from mmr1_ds.cluster.preemption import SamplingAbandoned
+from mmr1_ds.config import DataConfig, RunConfig
+from mmr1_ds.curriculum.coordinator import Coordinator
+from mmr1_ds.curriculum.group_sizes import SizeRange
+from mmr1_ds.loop.batches import BatchMaker
+from mmr1_ds.loop.shared_queue import SharedQueue
+from mmr1_ds.monitoring.clock import StageClock
+
+
+class Counter:
+    """The counter of ranks that are threads. Counts how often it was asked."""
+
+    def __init__(self):
+        self._lock, self.value, self.num_asked = threading.Lock(), 0, 0
+
+    def reset(self):
+        with self._lock:
+            self.value = 0
+
+    def next(self):
+        with self._lock:
+            self.value += 1
+            self.num_asked += 1
+            return self.value - 1
+
+
+class Engine:
+    """Takes requests one at a time; `turns` says which rank is next."""
+
+    def __init__(self, rank, turns, is_abandoned=lambda: False):
+        self.rank, self.turns, self.is_abandoned, self.taken = rank, turns, is_abandoned, []
+
+    def collect_shared(self, queue, settings, enough, advance=None):
+        requests = {}
+        while (number := self.turns.take(self.rank, queue)) is not None:
+            requests[number] = queue.request(number)
+        self.turns.end()
+        if self.is_abandoned():
+            raise SamplingAbandoned
+        self.taken.append([(number, request.prompt.index) for number, request in requests.items()])
+        scored, _ = FakeCollector().collect([*requests.values()], settings, None)
+        return {number: item.group for number, item in zip(requests, scored, strict=True)}
+
+
+class Turns:
+    """Lets the ranks take in the order that `order` gives, again and again."""
+
+    def __init__(self, size, order):
+        self._order, self._at = order, 0
+        self._changed, self._barrier = threading.Condition(), threading.Barrier(size)
+        self._is_over = False
+
+    def take(self, rank, queue):
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_over or self._order[self._at % len(self._order)] == rank, 10)
+            if self._is_over:
+                return None
+            number = queue.take()
+            self._at, self._is_over = self._at + 1, number is None
+            self._changed.notify_all()
+            return number
+
+    def end(self):
+        if self._barrier.wait(10) == 0:
+            self._is_over = False
+        self._barrier.wait(10)
+
+
+class SharingCollector(FakeCollector):
+    def share(self, in_flight, queue, settings):
+        found = queue.sample(in_flight, settings, None)
+        scored, _ = self.collect(found.requests, settings, None)
+        self.scored = {id(group): item for group, item in zip(found.groups.values(), scored, strict=True)}
+        return found
+
+
+def maker_of(control, queue, collector, filtering=False, sizes=None, steps=8):
+    config = RunConfig()
+    config.data = DataConfig(
+        rollout_batch_size=B, seed=3, sampling_strategy="curriculum", curriculum_refresh="online",
+        curriculum_probe_fraction=0.5,
+    )  # fmt: skip
+    config.worker.rollout.n, config.worker.actor.global_batch_size = N, B // 2
+    config.algorithm.online_filtering = filtering
+    if sizes is not None:
+        config.worker.rollout.n_min, config.worker.rollout.n_max = sizes.smallest, sizes.largest
+    coordinator = Coordinator(config.data, [f"p{i}" for i in range(P)], [""] * P, "abc", N, steps, control, sizes=sizes)
+    return BatchMaker(*sections(config), Ranks(control), score, Data(), coordinator, collector, queue)
+
+
+def queue_of(control, counter, turns, is_abandoned=lambda: False):
+    engine = Engine(control.rank, turns, is_abandoned)
+    return SharedQueue(engine, Data(), lambda prompts: None, Ranks(control), counter), engine
+
+
+def groups_of(ranks):
+    """The groups of all ranks, in one order; a prompt may be in a batch twice."""
+    return sorted((group for own in ranks for group in own), key=repr)
+
+
+@pytest.mark.parametrize(("size", "order"), [(1, [0]), (2, [1]), (2, [0, 1, 1]), (3, [2, 2, 2, 0]), (6, [5, 4, 3])])
+@pytest.mark.parametrize("more", [{}, {"filtering": True}, {"sizes": SizeRange(2, 9)}], ids=str)
+def test_the_batch_is_that_of_ranks_with_requests_of_their_own(size, order, more):
+    """Some ranks take nothing at all; probes, further draws and groups of different sizes come along."""
+
+    def batches(queued):
+        counter, turns = Counter(), Turns(size, order)
+
+        def on_rank(control):
+            queue, engine = queue_of(control, counter, turns) if queued else (None, None)
+            maker = maker_of(control, queue, SharingCollector(), **more)
+            found = [maker.make(step, SETTINGS, StageClock()) for step in (1, 2)]
+            figures = [{k: v for k, v in batch.metrics.items() if not k.startswith("global_seqlen")} for batch in found]
+            return [content(batch) for batch in found], [batch.prompts.tolist() for batch in found], figures, engine
+
+        return on_ranks(size, on_rank)
+
+    apart, queued = batches(False), batches(True)
+    for step in (0, 1):
+        groups = [groups_of([rank[0][step] for rank in ranks]) for ranks in (apart, queued)]
+        assert len(groups[0]) == B and groups[0] == groups[1]
+        assert all(len(rank[0][step]) == B // size for rank in queued)
+        assert apart[0][1][step] == queued[0][1][step]
+        for one, other in zip(apart, queued, strict=True):
+            assert one[2][step] == pytest.approx(other[2][step])
+    for calls in zip(*(rank[3].taken for rank in queued), strict=True):
+        numbers = sorted(number for own in calls for number, _ in own)
+        assert numbers == [*range(len(numbers))] and len(numbers) >= B  # each once
+    idle = set(range(size)) - {*order}
+    assert all(not call for rank in idle for call in queued[rank][3].taken)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_was_drawn_before_the_run_was_cut_off_is_sampled_by_the_next(tmp_path, size):
+    def begin(control, counter, turns):
+        queue, _ = queue_of(control, counter, turns, is_abandoned=lambda: True)
+        maker = maker_of(control, queue, SharingCollector())
+        with pytest.raises(SamplingAbandoned):
+            maker.make(1, SETTINGS, StageClock())
+        maker.save(tmp_path)
+
+    counter, turns = Counter(), Turns(size, [*range(size)])
+    on_ranks(size, lambda control: begin(control, counter, turns))
+    other_size = 3
+    counter, turns = Counter(), Turns(other_size, [2, 0])
+
+    def resume(control):
+        queue, engine = queue_of(control, counter, turns)
+        maker = maker_of(control, queue, SharingCollector())
+        maker.load(tmp_path, SETTINGS)
+        # The draw is in the checkpoint's curriculum: here, where there is none, another draw would be the same again.
+        maker._coordinator.next_groups = None
+        return content(maker.make(1, SETTINGS, StageClock())), engine.taken
+
+    resumed = on_ranks(other_size, resume)
+    straight = on_ranks(
+        1, lambda control: content(maker_of(control, None, FakeCollector()).make(1, SETTINGS, StageClock()))
+    )
+    assert groups_of([own for own, _ in resumed]) == groups_of(straight)
+    assert resumed[1][1] == [[]]
+
+
+def test_the_queue_is_in_the_order_of_the_draw_with_probes_last():
+    counter, turns = Counter(), Turns(3, [0])
+
+    def on_rank(control):
+        queue, engine = queue_of(control, counter, turns)
+        maker = maker_of(control, queue, SharingCollector())
+        return maker.make(1, SETTINGS, StageClock()).prompts, engine.taken
+
+    (prompts, (taken,)), *_ = on_ranks(3, on_rank)
+    indices = [index for _, index in taken]
+    np.testing.assert_array_equal(indices[:B], prompts)
+    assert len(indices) > B and not set(indices[B:]) & set(prompts.tolist())
+    assert counter.num_asked == len(taken) + 1  # nothing is counted after the end
