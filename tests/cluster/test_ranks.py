@@ -105,6 +105,9 @@ def test_a_gpu_that_does_not_work_is_named_by_its_number(monkeypatch, accelerato
 def test_control_traffic_between_three_processes(tmp_path):
     run_ranks("control_traffic.py", tmp_path, num_ranks=3, timeout_seconds=60, warm=False)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    for counted in zip(*(result["counted"] for result in results), strict=True):
+        assert sorted(number for own in counted for number in own) == [*range(21)]
+        assert all(own == sorted(own) for own in counted)
     for rank, result in enumerate(results):
         assert result["exchanged"] == [
             {},

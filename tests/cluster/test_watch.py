@@ -99,7 +99,7 @@ def launch(
                 )
         yield Launch(folder, processes)
         wait_until(
-            lambda: len(processes_with(marker)) <= (fault in ("stop", "stop_in_update", "cut")), 30, "no process left"
+            lambda: len(processes_with(marker)) <= (fault.startswith("stop") or fault == "cut"), 30, "no process left"
         )
     finally:
         for line in processes_with(marker):
@@ -123,6 +123,8 @@ def seconds_in(message: str) -> float:
         ("kill", 1),
         pytest.param("kill", 0, marks=pytest.mark.nightly),
         ("kill_in_update", 1),
+        pytest.param("kill_in_count", 0, marks=pytest.mark.nightly),  # the others count in its store
+        pytest.param("kill_in_count", 1, marks=pytest.mark.nightly),
     ],
 )
 def test_a_rank_that_dies_is_named(tmp_path, fault, lost):
@@ -138,7 +140,15 @@ def test_a_rank_that_dies_is_named(tmp_path, fault, lost):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "lost"), [pytest.param("stop", 0, marks=pytest.mark.nightly), ("stop_in_update", 1)])
+@pytest.mark.parametrize(
+    ("fault", "lost"),
+    [
+        pytest.param("stop", 0, marks=pytest.mark.nightly),
+        ("stop_in_update", 1),
+        pytest.param("stop_in_count", 0, marks=pytest.mark.nightly),
+        pytest.param("stop_in_count", 1, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_rank_that_is_stopped_is_named(tmp_path, fault, lost):
     with launch(tmp_path, fault, lost) as run:
         run.wait_until_met()

@@ -32,6 +32,14 @@ try:
     ranks.sum({"a" if rank else "b": 1.0}, "of one rank alone")
 except RuntimeError as error:
     result["refused"] = str(error)
+counter = ranks.counter()
+result["counted"] = []
+for _ in range(2):
+    if rank == 0:
+        counter.reset()
+    ranks.barrier("count")
+    result["counted"].append([counter.next() for _ in range(7 * rank)])
+    ranks.barrier("counted")
 (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(result))
 ranks.barrier("end")
 ranks.close()

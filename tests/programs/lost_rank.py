@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def stall() -> None:
 
 def run(ranks: Ranks) -> None:
     ranks.write_stacks(folder / "stacks")
+    counter = ranks.counter()
     ranks.barrier("meet")
     ranks.step = 17
     with ranks.stage("reward"):
@@ -40,9 +42,9 @@ def run(ranks: Ranks) -> None:
         (folder / f"{ranks.rank}.ready").touch()
         wait_until((folder / "go").exists, 120, "the word to go on")
         if ranks.rank == lost:
-            if fault in ("kill", "kill_in_update"):
+            if fault in ("kill", "kill_in_update", "kill_in_count"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            elif fault in ("stop", "stop_in_update"):
+            elif fault in ("stop", "stop_in_update", "stop_in_count"):
                 os.kill(os.getpid(), signal.SIGSTOP)
             elif fault == "stall":
                 stall()
@@ -54,6 +56,9 @@ def run(ranks: Ranks) -> None:
                 ranks.sum({"tokens": 1.0}, "count tokens")
             elif fault == "call_device":
                 dist.all_reduce(torch.ones(1))
+        while fault.endswith("in_count"):  # as ranks that take prompts from a queue
+            counter.next()
+            time.sleep(0.01)
     if fault.endswith("in_update"):
         with ranks.stage("update_actor"):
             dist.all_reduce(torch.ones(1))  # as DeepSpeed does, unannounced
