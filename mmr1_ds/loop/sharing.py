@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.config import RolloutConfig
 from mmr1_ds.engine.micro_batches import balance
 from mmr1_ds.loop.drawn import Drawn
 from mmr1_ds.loop.in_flight import pack_responses, unpack_responses
@@ -31,16 +32,42 @@ def batch_slots(batch_size: int, mini_batch_size: int, rank: int, size: int) -> 
     return (starts[:, None] + np.arange(share)).reshape(-1)
 
 
-def sampled_slots(sizes: np.ndarray, mini_batch_size: int, rank: int, size: int) -> np.ndarray:
-    """The slots of a drawn batch that this rank samples: those of `batch_slots`, moved so that responses are even.
+def sampled_slots(work: np.ndarray, mini_batch_size: int, rank: int, size: int) -> np.ndarray:
+    """The slots of a drawn batch that this rank samples: those of `batch_slots`, moved so that the work is even.
 
-    Args: sizes: (B,), responses to each of the batch's prompts. Returns: int64, ascending, B / size of them.
+    Args: work: (B,), see `work_of`. Returns: int64, ascending, B / size of them.
     """
     share, own = mini_batch_size // size, []
-    for start in range(0, len(sizes), mini_batch_size):
-        order = balance(sizes[start : start + mini_batch_size].tolist(), size)
+    for start in range(0, len(work), mini_batch_size):
+        order = balance(work[start : start + mini_batch_size].tolist(), size)
         own += [start + place for place in sorted(order[rank * share : (rank + 1) * share])]
     return np.array(own, dtype=np.int64)
+
+
+def work_of(sizes: np.ndarray, expected_tokens: np.ndarray, waits: bool) -> np.ndarray:
+    """What sampling each group asks of a rank, (B,) int64: tokens where responses wait for others, else responses.
+
+    Responses that are all sampled side by side take as long as the longest, whoever samples it: then no group moves
+    for its tokens.
+    Args: sizes: responses to each prompt; expected_tokens: of one; waits: as `waits_for_room` says.
+    """
+    return sizes * np.maximum(expected_tokens, 1) if waits else sizes
+
+
+def waits_for_room(num_responses: int, rollout: RolloutConfig, size: int) -> bool:
+    """Whether engines in the ranks are asked for more responses, over all of them, than they sample at once."""
+    num_engines = size // rollout.tensor_parallel_size
+    return rollout.engine != "server" and num_responses > num_engines * rollout.max_num_seqs
+
+
+def dealt(expected_tokens: np.ndarray, waits: bool, rank: int, size: int) -> np.ndarray:
+    """The places of the prompts that this rank samples of some that every rank could: in turn, int64, ascending.
+
+    In turn by what is expected where responses wait for others: no rank then has more tokens than another, but for
+    the difference between two prompts. Else as they lie: interleaved, since long prompts often lie together.
+    """
+    order = np.argsort(-expected_tokens, kind="stable") if waits else np.arange(len(expected_tokens))
+    return np.sort(order[rank::size])
 
 
 def share_out(
@@ -55,8 +82,9 @@ def share_out(
     rows = [(slot not in drawn.teaching, slot, item.group.prompt.index, num_tokens(item)) for slot, item in own.items()]
     gathered = ranks.all_gather_array(np.array(rows, dtype=np.int64).reshape(-1, 4), "choose groups")
     is_other, slots, indices, tokens = np.concatenate(gathered).T
+    samplers = np.repeat(np.arange(ranks.size), [*map(len, gathered)])
     chosen = np.lexsort((slots, is_other))[:batch_size]
-    takers, metrics = balanced(tokens[chosen], mini_batch_size, ranks.size)
+    takers, metrics = balanced(tokens[chosen], samplers[chosen], mini_batch_size, ranks.size)
     leaving: list[dict[int, ScoredGroup]] = [{} for _ in range(ranks.size)]
     for slot, taker in zip(slots[chosen].tolist(), takers.tolist(), strict=True):
         if slot in own and taker != ranks.rank:
@@ -67,16 +95,23 @@ def share_out(
     return [with_prompt(own[slot], data) for slot in wanted], indices[chosen], metrics
 
 
-def balanced(tokens: np.ndarray, mini_batch_size: int, size: int) -> tuple[np.ndarray, dict[str, float]]:
+def balanced(
+    tokens: np.ndarray, samplers: np.ndarray, mini_batch_size: int, size: int
+) -> tuple[np.ndarray, dict[str, float]]:
     """The rank that trains on each group of the batch, by the groups' tokens, and how even that is.
 
-    Groups change places inside their optimiser step alone, so that every step learns from the same prompts.
+    Groups change places inside their optimiser step alone, so that every step learns from the same prompts. They stay
+    with the ranks that sampled them where each has its share of the step, but for what evens the tokens out.
     """
     share = mini_batch_size // size
     takers = np.empty(len(tokens), dtype=np.int64)
     for start in range(0, len(tokens), mini_batch_size):
-        order = balance(tokens[start : start + mini_batch_size].tolist(), size)
-        takers[start + np.array(order)] = np.arange(mini_batch_size) // share
+        part = slice(start, start + mini_batch_size)
+        places = start + np.arange(mini_batch_size)
+        if (np.bincount(samplers[part], minlength=size) == share).all():
+            places = places[np.argsort(samplers[part], kind="stable")]
+        order = balance(tokens[places].tolist(), size)
+        takers[places[order]] = np.arange(mini_batch_size) // share
     before = np.arange(len(tokens)) % mini_batch_size // share
     totals, after = (np.bincount(ranks, tokens, minlength=size) for ranks in (before, takers))
     return takers, {

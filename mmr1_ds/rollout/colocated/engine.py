@@ -20,7 +20,7 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest
 from mmr1_ds.rollout.adapters import adapter_options, adapter_request, check_places, load_adapters, refusal
-from mmr1_ds.rollout.base import CountedWeights, Enough, InTurn, Policy, Submitted, ignore, never
+from mmr1_ds.rollout.base import CountedWeights, Enough, InTurn, Policy, Submitted, ignore, longest_first, never
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import experts_returned_on_every_rank, phases_logged
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
@@ -62,7 +62,7 @@ class VllmRollout(InTurn):
         Raises: UserError for a layer that vLLM has no place for an adapter at.
         """
         self._ranks, self._encoder, self._preemption = ranks, encoder, preemption
-        self._tensor_parallel_size = config.tensor_parallel_size
+        self._tensor_parallel_size, self._max_num_seqs = config.tensor_parallel_size, config.max_num_seqs
         self._version, self._returns_experts = 0, returns_experts
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
         more = adapter_options(adapted, model.lora.rank) if adapted else {}
@@ -93,9 +93,10 @@ class VllmRollout(InTurn):
 
         requests, settings = submitted.requests, submitted.settings
         shared, first = self._requests_of_group(list(requests))
+        order = longest_first(shared, self._max_num_seqs)  # vLLM begins what it is asked first
         inputs: list[Any] = []
         parameters = []
-        for request in shared:
+        for request in (shared[place] for place in order):
             item: dict[str, Any] = {"prompt_token_ids": list(request.prompt.token_ids)}
             if request.prompt.has_vision:
                 videos = [(video.frames, video.metadata) for video in request.prompt.videos]
@@ -121,7 +122,7 @@ class VllmRollout(InTurn):
         def group_of(place: int, output: RequestOutput) -> RolloutGroup:
             return self._group(shared[place].prompt, output, settings.with_experts)
 
-        groups = self._sample(inputs, parameters, own, group_of, advance, enough) if shared else {}
+        groups = self._sample(inputs, parameters, order, own, group_of, advance, enough) if shared else {}
         if self._ranks.any(groups is None, "ask whether sampling is abandoned"):
             raise SamplingAbandoned
         assert groups is not None
@@ -131,12 +132,16 @@ class VllmRollout(InTurn):
         self,
         inputs: list[Any],
         parameters: list[Any],
+        order: list[int],
         own: range,
         group_of: Callable[[int, RequestOutput], RolloutGroup],
         advance: Callable[[int], None],
         enough: Enough,
     ) -> dict[int, RolloutGroup] | None:
-        """The groups of this rank's `own` places, by position among them. None when it has no time for more."""
+        """The groups of this rank's `own` places, by position among them. None when it has no time for more.
+
+        Args: order: the place of each of the inputs.
+        """
         self._cycle.begin_sampling()
         # What an earlier call left would save little, and a resumed run, which has not made that call, would differ
         # from the straight one in rounding: a prompt's states depend on what they are computed together with.
@@ -146,7 +151,8 @@ class VllmRollout(InTurn):
             # The ranks of a tensor-parallel group wait for each other in every token.
             with self._preemption.interrupting() if self._tensor_parallel_size == 1 else nullcontext():
                 ids = self._llm.enqueue(inputs, parameters, use_tqdm=False, lora_request=self._adapter)
-                places = {id.partition("-")[0]: place for place, id in enumerate(ids)}  # outputs name what is before it
+                id_of = dict(zip(order, ids, strict=True))
+                places = {id.partition("-")[0]: place for place, id in id_of.items()}  # outputs name what is before it
                 while engine.has_unfinished_requests():
                     ended: list[Any] = [output for output in engine.step() if output.finished]
                     ended = [(place, output) for output in ended if (place := places[output.request_id]) in own]
@@ -154,7 +160,7 @@ class VllmRollout(InTurn):
                         groups[place - own.start] = group_of(place, output)
                         advance(len(output.outputs))
                     if ended and enough(groups) and self._tensor_parallel_size == 1:
-                        rest = [ids[place] for place in own if place - own.start not in groups]
+                        rest = [id_of[place] for place in own if place - own.start not in groups]
                         engine.abort_request(rest, internal=True)
                         own = range(0)  # what comes now was cut off
                 if self._returns_experts:  # the next reset of the cache may not meet a batch that is still in flight
