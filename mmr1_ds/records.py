@@ -66,7 +66,8 @@ class RolloutRequest:
     num_responses: int
     seed: int  # response k is sampled with seed + k
     max_tokens: int | None = None  # of a response, in place of the sampling settings'
-    can_wait: bool = False  # a probe: behind all others, and given up where sampling would hold up the training
+    can_wait: bool = False  # a probe: servers sample it behind all others, and it is given up where it holds those up
+    expected_tokens: int = 0  # of a response; the longest are begun first. 0 = nothing is known
 
 
 @dataclass(frozen=True, eq=False)

@@ -206,9 +206,8 @@ def main() -> None:
             idle = [1 - times.mean() / times.max() for times in (apart, queue)]
             rows.append([apart.max(), queue.max(), least, queue.max() / apart.max(), *idle])
         apart, queue, least, ratio, *idle = np.median(rows, axis=0)
-        sys.stdout.write(
-            f"{size:5d} {groups:11d} {apart:7.0f} {queue:7.0f} {least:7.0f} {ratio:13.2f} {idle[0]:12.0%} {idle[1]:12.0%}\n"
-        )
+        times = f"{apart:7.0f} {queue:7.0f} {least:7.0f} {ratio:13.2f}"
+        sys.stdout.write(f"{size:5d} {groups:11d} {times} {idle[0]:12.0%} {idle[1]:12.0%}\n")
         sys.stdout.flush()
     if arguments.store:
         size, port = arguments.ranks[0], str(free_port())

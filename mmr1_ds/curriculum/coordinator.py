@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from mmr1_ds.curriculum import storage
 from mmr1_ds.curriculum.estimator import EARLY_PROBING, PROBE_RESPONSES, probe_budget
 from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.curriculum.history import TableHistory, batch_metrics, observations, size_metrics
+from mmr1_ds.curriculum.lengths import ResponseLengths
 from mmr1_ds.curriculum.metric_names import check_metrics
 from mmr1_ds.curriculum.mixture import MixedSampler, source_metrics
 from mmr1_ds.curriculum.online import OnlineTable
@@ -49,6 +50,14 @@ class Control(Protocol):
         """Collect every rank's array, by rank; first axes may differ."""
 
 
+class NextGroups(NamedTuple):
+    """The prompts of a draw, (B,) int64 each."""
+
+    indices: np.ndarray
+    sizes: np.ndarray  # responses to each
+    expected_tokens: np.ndarray  # of one response to each; 0 = nothing is known of any prompt yet
+
+
 @dataclass(frozen=True)
 class Position:
     """How far a coordinator is in its draws, see `Coordinator.position`; its size does not depend on P."""
@@ -67,10 +76,11 @@ class Coordinator:
 
         if coordinator.refresh_due(step):
             for chunk in coordinator.refresh_chunks():   # after resume_refresh, those that are left
+                tokens = coordinator.expected_tokens(chunk)
                 coordinator.observe_refresh(statistics of this rank's part of the chunk)
             coordinator.finish_refresh(step)
-        indices, sizes = coordinator.next_groups(step)   # again where online filtering needs more
-        probes = coordinator.next_probes(step)           # none with a full refresh
+        indices, sizes, tokens = coordinator.next_groups(step)   # again where online filtering needs more
+        probes, tokens = coordinator.next_probes(step)           # none with a full refresh
         coordinator.observe(step, statistics of this rank's groups, probes included)
         coordinator.finish_step(step, the prompts trained on)
         metrics, records = coordinator.metrics(), coordinator.take_records()
@@ -133,6 +143,7 @@ class Coordinator:
             self._table = CurriculumTable(
                 prompt_ids, fingerprint, data.curriculum_weight_floor, data.curriculum_momentum
             )
+        self._lengths = ResponseLengths(self.num_prompts if self._is_rank_0 else 0)
         self._num_training_rollouts = 0  # that were trained on
         self._num_probe_rollouts = 0
         self._num_extra_rollouts = 0  # refresh, probes, and what online filtering dropped
@@ -171,26 +182,28 @@ class Coordinator:
 
     def next_batch(self, step: int) -> np.ndarray:
         """Draw the next prompts of `step` (from 1), (B,) int64; see `next_groups`. Collective."""
-        return self.next_groups(step)[0]
+        return self.next_groups(step).indices
 
-    def next_groups(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw the next prompts of `step` (from 1) and the sizes of their groups, (B,) int64 each.
+    def next_groups(self, step: int) -> NextGroups:
+        """Draw the next prompts of `step` (from 1), the sizes of their groups, and the expected lengths of responses.
 
         The second batch of a step continues the walk and draws by the same weights as the first.
         Collective: rank 0 draws, all get the same, in one message.
         """
         self._last_step = step
         self._num_draws += 1
-        drawn = self._draw() if self._is_rank_0 else None
-        if drawn is not None and self._sizes is not None:
-            assert isinstance(self.table, OnlineTable), "sizes follow from beliefs"
-            drawn = np.concatenate([drawn, self.table.group_sizes(drawn, self.num_responses, self._sizes)])
-        both = self.control.broadcast_array(drawn, f"curriculum/next_batch of step {step}")
-        indices, sizes = both, np.full(len(both), self.num_responses, dtype=np.int64)
-        if self._sizes is not None:
-            indices, sizes = np.split(both, 2)
-        self._drawn.setdefault(step, []).append(indices)
-        return indices, sizes
+        drawn = None
+        if self._is_rank_0:
+            indices = self._draw()
+            sizes = np.full(len(indices), self.num_responses, dtype=np.int64)
+            if self._sizes is not None:
+                assert isinstance(self.table, OnlineTable), "sizes follow from beliefs"
+                sizes = self.table.group_sizes(indices, self.num_responses, self._sizes)
+            drawn = np.concatenate([indices, sizes, self._lengths.expected(indices)])
+        shared = self.control.broadcast_array(drawn, f"curriculum/next_batch of step {step}")
+        found = NextGroups(*np.split(shared, 3))
+        self._drawn.setdefault(step, []).append(found.indices)
+        return found
 
     def _draw(self) -> np.ndarray:
         """Draw the next batch; rank 0 only."""
@@ -209,16 +222,17 @@ class Coordinator:
         """How many responses a probe asks for."""
         return PROBE_RESPONSES
 
-    def next_probes(self, step: int) -> np.ndarray:
+    def next_probes(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Prompts to roll out beside the batch of `step`, only to be observed, (K,) int64. Collective.
 
+        Returns: them, and the expected tokens of a response to each, as `next_groups`.
         Over the run they take `curriculum_probe_fraction` of the training rollouts; see `probe_budget`. Call it after
         `next_batch`: prompts of steps underway are left out.
         """
         training = self.data.rollout_batch_size * self.num_responses
         if not self._is_online or self.data.curriculum_probe_fraction == 0.0:
-            return np.empty(0, dtype=np.int64)
-        probes = None
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        shared = None
         if self._is_rank_0:
             allowed = probe_budget(
                 step, self.num_steps, self.num_prompts, self.data.rollout_batch_size, self.num_responses,
@@ -230,7 +244,14 @@ class Coordinator:
             drawn = [indices for draws in self._drawn.values() for indices in draws]
             probes = self.table.probes(num_probes, exclude=np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
             self._num_probe_rollouts += len(probes) * PROBE_RESPONSES
-        return self.control.broadcast_array(probes, f"curriculum/next_probes of step {step}")
+            shared = np.concatenate([probes, self._lengths.expected(probes)])
+        probes, tokens = np.split(self.control.broadcast_array(shared, f"curriculum/next_probes of step {step}"), 2)
+        return probes, tokens
+
+    def expected_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """The expected tokens of a response to prompts of a refresh, (K,) int64, as `next_groups`. Collective."""
+        tokens = self._lengths.expected(indices) if self._is_rank_0 else None
+        return self.control.broadcast_array(tokens, "curriculum/expected_tokens")
 
     def observe(self, step: int, statistics: Sequence[PromptStatistics]) -> None:
         """Take in this rank's groups, probes included. Collective: all-gathers them to rank 0."""
@@ -271,6 +292,7 @@ class Coordinator:
             self._batch_metrics |= source_metrics(observed, self._sources, self._source_names)
         self._records["observations"] = observations(observed, predicted)
         self.table.finish_step(step, observed, trained)
+        self._lengths.observe(observed)
         _ = self.table.sampling_weights  # computed here, in the time of this stage, and not with the metrics
         if self._is_online and step % self._renewal_steps == 0:
             self._record_table("online")
@@ -321,6 +343,7 @@ class Coordinator:
             )
             refresh.pass_rates[prompt.index] = prompt.pass_rate
             refresh.num_responses[prompt.index] = prompt.num_responses
+            refresh.num_tokens[prompt.index] = prompt.num_tokens
 
     def save_refresh(self, path: Path, key: str) -> None:
         """Write what the refresh underway has found so far to a file of its own. Rank 0 writes, the others return.
@@ -360,6 +383,7 @@ class Coordinator:
         if self._is_rank_0:
             assert isinstance(self.table, CurriculumTable)
             self.table.replace_scores(refresh.scores, refresh.pass_rates, refresh.num_responses)
+            self._lengths.observe_counts(np.arange(self.num_prompts), refresh.num_tokens, refresh.num_responses)
             self._record_table("full")
         self._last_refresh_step = step
         self._refresh = None
@@ -404,7 +428,7 @@ class Coordinator:
 
         Rank 0 only. Safe at any moment, in the middle of a refresh too.
         """
-        return self._state(self.table.arrays())
+        return self._state(self.table.arrays() | {name: array.copy() for name, array in self._lengths.arrays().items()})
 
     def _state(self, table: Mapping[str, np.ndarray]) -> dict[str, Any]:
         return {
@@ -418,7 +442,7 @@ class Coordinator:
             "num_probe_rollouts": self._num_probe_rollouts,
             # Of steps begun ahead: their prompts are no probes of later steps, in a resumed run neither.
             "drawn": {str(step): np.concatenate(draws).tolist() for step, draws in self._drawn.items()},
-            "numbers": self.table.numbers(),
+            "numbers": self.table.numbers() | self._lengths.numbers(),
             "table": table,
             "refresh": self._refresh.state_dict() if self._refresh is not None else {},
             "history": self._history.arrays(),
@@ -439,7 +463,7 @@ class Coordinator:
         """
         if not self._is_rank_0:
             return
-        storage.write_state(self._state(self.table.columns()), folder)
+        storage.write_state(self._state(self.table.columns() | self._lengths.arrays()), folder)
         if kept_ids is None:
             storage.write_prompt_ids(self.table.prompt_ids, folder)
             return
@@ -481,6 +505,7 @@ class Coordinator:
                 f"keep data.curriculum_refresh and data.sampling_strategy, or set trainer.resume=false"
             )
         positions = self.table.load(state["table"], state["numbers"], state["fingerprint"])
+        self._lengths.load(state["table"], state["numbers"], positions)
         # Earlier versions had no other draw, and groups of one size.
         of_before = {"data.curriculum_draw": "proportional", "worker.rollout.n_min": None, "worker.rollout.n_max": None}
         settings = of_before | state["settings"]

@@ -26,6 +26,7 @@ class Refresh:
         self.scores = np.full(num_prompts, np.nan, dtype=np.float32)
         self.pass_rates = np.full(num_prompts, np.nan, dtype=np.float32)
         self.num_responses = np.zeros(num_prompts, dtype=np.int32)
+        self.num_tokens = np.zeros(num_prompts, dtype=np.int32)  # of all responses
 
     def chunks(self, chunk_size: int) -> Iterator[np.ndarray]:
         """Yield the prompts still to do, in the data set's order, at most `chunk_size` at a time, int64."""
@@ -67,12 +68,13 @@ class Refresh:
         return True
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The four columns, (P,) each."""
+        """The five columns, (P,) each."""
         return {
             "done": self.done.copy(),
             "scores": self.scores.copy(),
             "pass_rates": self.pass_rates.copy(),
             "num_responses": self.num_responses.copy(),
+            "num_tokens": self.num_tokens.copy(),
         }
 
     def load_state_dict(self, state: Mapping[str, np.ndarray], positions: np.ndarray) -> None:
@@ -81,3 +83,5 @@ class Refresh:
         self.scores = state["scores"][positions]
         self.pass_rates = state["pass_rates"][positions]
         self.num_responses = state["num_responses"][positions]
+        if "num_tokens" in state:  # earlier versions did not count them
+            self.num_tokens = state["num_tokens"][positions]

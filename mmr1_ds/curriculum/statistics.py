@@ -30,6 +30,7 @@ class PromptStatistics:
     edit_distance: float = float("nan")  # [0, 1], over the longer response; NaN when not asked for
     num_unscored: int = 0  # responses whose accuracy is not known
     is_probe: bool = False  # rolled out for what it tells alone, not trained on
+    num_tokens: int = 0  # of all its responses, as they were sampled; 0 = nobody counted
 
     @property
     def is_effective(self) -> bool:
@@ -73,6 +74,7 @@ def score_batch(
             distinct_3=float(groups.distinct[position, 2]),
             edit_distance=float(edit_distances[position]),
             num_unscored=int(np.isnan(scored.rewards.accuracy).sum()),
+            num_tokens=sum(len(response.token_ids) for response in scored.group.responses),
         )
         for position, scored in enumerate(scored_groups)
     ]
@@ -132,7 +134,7 @@ def to_records(statistics: Sequence[PromptStatistics]) -> np.ndarray:
 
 def from_records(records: np.ndarray) -> list[PromptStatistics]:
     """Turn the rows of `to_records` back into statistics."""
-    exact = {"index": int, "num_responses": int, "num_unscored": int, "is_probe": bool}
+    exact = {"index": int, "num_responses": int, "num_unscored": int, "is_probe": bool, "num_tokens": int}
     convert = [exact.get(field.name, float) for field in fields(PromptStatistics)]
     return [PromptStatistics(*(kind(value) for kind, value in zip(convert, row, strict=True))) for row in records]
 

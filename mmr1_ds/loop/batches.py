@@ -23,7 +23,7 @@ from mmr1_ds.loop.drawn import Drawn, Stragglers, check_filter_key
 from mmr1_ds.loop.in_flight import InFlight, read_in_flight, write_in_flight
 from mmr1_ds.loop.metrics import reward_metrics
 from mmr1_ds.loop.shared_queue import SharedQueue, Unread
-from mmr1_ds.loop.sharing import sampled_slots, share_out
+from mmr1_ds.loop.sharing import dealt, sampled_slots, share_out, waits_for_room, work_of
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
@@ -80,6 +80,8 @@ class BatchMaker:
         self._in_flight: dict[int, InFlight] = {}  # first draws of this step and of those begun ahead, by step
         self._draws_at_once = algorithm.filter_oversample if algorithm.online_filtering else 1
         self._stops_stragglers = self._draws_at_once > 1 and algorithm.filter_stop
+        num_responses = self._draws_at_once * self._batch_size * rollout.n
+        self._responses_wait = not self._stops_stragglers and waits_for_room(num_responses, rollout, ranks.size)
         self._max_tries = 1 if not algorithm.online_filtering else max_tries if max_tries > 0 else None
 
     def make(self, step: int, settings: SamplingSettings, clock: StageClock) -> Batch:
@@ -185,7 +187,9 @@ class BatchMaker:
             return
         ranks, batch_size = self._ranks, self._batch_size
 
-        def own_slots(sizes: Mapping[int, int]) -> set[int]:
+        def own_slots(requests: Mapping[int, RolloutRequest]) -> set[int]:
+            sizes = {slot: request.num_responses for slot, request in requests.items()}
+            expected = {slot: request.expected_tokens for slot, request in requests.items()}
             if self._rollout.n_min is None and len({*sizes.values()}) > 1:
                 raise UserError(
                     f"{folder} holds groups of {min(sizes.values())} to {max(sizes.values())} responses that were "
@@ -193,8 +197,10 @@ class BatchMaker:
                 )
             own: set[int] = set()
             for start in range(0, max(sizes, default=-1) + 1, batch_size):
-                of_draw = np.array([sizes.get(slot, self._rollout.n) for slot in range(start, start + batch_size)])
-                places = sampled_slots(of_draw, self._mini_batch_size, ranks.rank, ranks.size)
+                slots = range(start, start + batch_size)
+                of_draw = np.array([sizes.get(slot, self._rollout.n) for slot in slots])
+                work = work_of(of_draw, np.array([expected.get(slot, 0) for slot in slots]), self._responses_wait)
+                places = sampled_slots(work, self._mini_batch_size, ranks.rank, ranks.size)
                 own |= {*(start + places).tolist()}
             return own
 
@@ -210,10 +216,14 @@ class BatchMaker:
         requests: list[RolloutRequest] = []
         slots: list[int] = []
         for draw in range(first_draw, first_draw + self._draws_at_once):
-            indices, sizes = self._coordinator.next_groups(step)
-            places = sampled_slots(sizes, self._mini_batch_size, self._ranks.rank, self._ranks.size)
+            indices, sizes, tokens = self._coordinator.next_groups(step)
+            if self._stops_stragglers:  # with the longest first, it would take longer until enough groups have ended
+                tokens = np.zeros_like(tokens)
+            work = work_of(sizes, tokens, self._responses_wait)
+            places = sampled_slots(work, self._mini_batch_size, self._ranks.rank, self._ranks.size)
             own = draw * self._batch_size + places
-            requests += self._requests(self._unread, indices[places], sizes[places], TRAINING, step, own)
+            indices, sizes, tokens = indices[places], sizes[places], tokens[places]
+            requests += self._requests(self._unread, indices, sizes, TRAINING, step, own, tokens)
             slots += own.tolist()
         if first_draw == 0:
             requests += self._probes(step)
@@ -234,8 +244,12 @@ class BatchMaker:
     def _probes(self, step: int) -> list[RolloutRequest]:
         """This rank's requests for the probes of `step`. Collective."""
         coordinator, ranks = self._coordinator, self._ranks
-        indices = coordinator.next_probes(step)[ranks.rank :: ranks.size]
-        return self._requests(self._unread, indices, coordinator.num_probe_responses, PROBE, step, indices)
+        indices, tokens = coordinator.next_probes(step)
+        own = dealt(tokens, self._responses_wait, ranks.rank, ranks.size)
+        if self._stops_stragglers:
+            tokens = np.zeros_like(tokens)
+        count, indices = coordinator.num_probe_responses, indices[own]
+        return self._requests(self._unread, indices, count, PROBE, step, indices, tokens[own])
 
     def _drawn_or_begun(self, step: int, first_draw: int, settings: SamplingSettings, clock: StageClock) -> InFlight:
         """Draw, unless the draw was begun ahead. Collective. Returns: what every rank has its share of."""

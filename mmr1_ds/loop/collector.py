@@ -55,20 +55,23 @@ class RequestMaker:
         purpose: int,
         step: int,
         slots: Sequence[int] | np.ndarray,
+        expected_tokens: int | np.ndarray = 0,
     ) -> list[RolloutRequest]:
         """Make a request for each prompt of `data` at `indices`; its seed follows from (seed, purpose, step, slot).
 
-        Args: num_responses: to all of them, or (K,) to each.
+        Args: num_responses, expected_tokens: of all of them, or (K,) of each.
         """
         counts = np.broadcast_to(num_responses, len(indices)).tolist()
+        expected = np.broadcast_to(expected_tokens, len(indices)).tolist()
         return [
             RolloutRequest(
                 prompt,
                 count,
                 int(np.random.SeedSequence((self.seed, purpose, step, int(slot))).generate_state(1)[0]),
                 can_wait=purpose == PROBE,
+                expected_tokens=tokens,
             )
-            for prompt, slot, count in zip(data.prompts(indices), slots, counts, strict=True)
+            for prompt, slot, count, tokens in zip(data.prompts(indices), slots, counts, expected, strict=True)
         ]
 
 

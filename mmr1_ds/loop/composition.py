@@ -296,7 +296,7 @@ def _refresh(
         config.data,
         config.worker.reward,
         settings,
-        config.worker.rollout.seed,
+        config.worker.rollout,
         coordinator=opened.coordinator,
         collector=collector,
         train_data=opened.train_data,

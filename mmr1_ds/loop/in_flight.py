@@ -65,13 +65,13 @@ def write_in_flight(folder: Path, rank: int, batches: Sequence[InFlight]) -> Non
 def read_in_flight(
     folder: Path,
     prompt: Callable[[int], Prompt],
-    own_slots: Callable[[Mapping[int, int]], Collection[int]],
+    own_slots: Callable[[Mapping[int, RolloutRequest]], Collection[int]],
     rank: int,
     size: int,
 ) -> list[InFlight]:
     """Read what all ranks wrote, shared out over the ranks of this run: training groups by slot, probes in turn.
 
-    Args: prompt: of an index; own_slots: this rank's among a batch's slots, of which it is told the group sizes.
+    Args: prompt: of an index; own_slots: this rank's among a batch's slots, of which it is told the requests.
     """
     from safetensors.numpy import load_file
 
@@ -88,7 +88,7 @@ def read_in_flight(
                     training.append((slot, request, group))
     batches = []
     for step, (training, probes) in sorted(found.items()):
-        own = own_slots({slot: request.num_responses for slot, request, _ in training})
+        own = own_slots({slot: request for slot, request, _ in training})
         training = sorted((row for row in training if row[0] in own), key=lambda row: row[0])
         rows = [(request, group) for _, request, group in training] + probes[rank::size]
         requests = [dataclasses.replace(request, prompt=prompt(request.prompt.index)) for request, _ in rows]
@@ -156,6 +156,7 @@ def _to_arrays(batch: InFlight) -> dict[str, np.ndarray]:
         "num_responses": np.array([request.num_responses for request in batch.requests], dtype=np.int64),
         "seed": np.array([request.seed for request in batch.requests], dtype=np.int64),
         "can_wait": np.array([request.can_wait for request in batch.requests], dtype=np.bool_),
+        "expected_tokens": np.array([request.expected_tokens for request in batch.requests], dtype=np.int64),
         "state": np.array(states, dtype=np.int64),
         "version": np.array([group.policy_version for group in groups], dtype=np.int64),  # (G,)
         **pack_responses([response for group in groups for response in group.responses]),
@@ -166,11 +167,14 @@ def _rows(arrays: dict[str, np.ndarray]) -> list[tuple[int, RolloutRequest, Any]
     """(slot, request, group, or None for one given up, or _OPEN), the prompts empty but for their index."""
     responses, versions = iter(unpack_responses(arrays)), iter(arrays["version"].tolist())
     rows = []
-    columns = (arrays[name].tolist() for name in ("place", "index", "num_responses", "seed", "can_wait", "state"))
-    for slot, index, num_responses, seed, can_wait, state in zip(*columns, strict=True):
+    names = "place", "index", "num_responses", "seed", "can_wait", "expected_tokens", "state"
+    arrays = {"expected_tokens": np.zeros(len(arrays["place"]), dtype=np.int64)} | arrays  # of earlier versions
+    columns = (arrays[name].tolist() for name in names)
+    for slot, index, num_responses, seed, can_wait, expected, state in zip(*columns, strict=True):
         bare = Prompt(index, "", (), (), "")
         group: Any = _OPEN if state == _OPEN else None
         if state == _SAMPLED:
             group = RolloutGroup(bare, tuple(islice(responses, num_responses)), next(versions))
-        rows.append((slot, RolloutRequest(bare, num_responses, seed, can_wait=can_wait), group))
+        request = RolloutRequest(bare, num_responses, seed, can_wait=can_wait, expected_tokens=expected)
+        rows.append((slot, request, group))
     return rows

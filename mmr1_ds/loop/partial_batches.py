@@ -214,8 +214,8 @@ class PartialBatchMaker(BatchMaker):
         self._rates = FinishRates(state["launched"], state["finished"])
         rank, size = self._ranks.rank, self._ranks.size
 
-        def own_slots(sizes: Mapping[int, int]) -> list[int]:
-            return [slot for slot in sizes if slot % size == rank]
+        def own_slots(requests: Mapping[int, RolloutRequest]) -> list[int]:
+            return [slot for slot in requests if slot % size == rank]
 
         for batch in read_in_flight(folder, self._prompts.__getitem__, own_slots, rank, size):
             for position, (slot, request) in enumerate(zip(batch.slots, batch.requests, strict=True)):

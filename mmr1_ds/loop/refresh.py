@@ -7,18 +7,21 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
+
 from mmr1_ds.cluster.preemption import Preemption, SamplingAbandoned
 from mmr1_ds.cluster.ranks import Ranks
-from mmr1_ds.config import DataConfig, RewardConfig
+from mmr1_ds.config import DataConfig, RewardConfig, RolloutConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.loop.collector import REFRESH, Collector, RequestMaker
+from mmr1_ds.loop.sharing import dealt, waits_for_room
 from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.loop.turns import Turns
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.monitoring.logger import MetricsLogger
-from mmr1_ds.records import SamplingSettings, ScoredGroup
+from mmr1_ds.records import RolloutRequest, SamplingSettings, ScoredGroup
 
 KEPT = "refresh.safetensors"  # beside the checkpoints: what an unfinished refresh has found
 
@@ -34,7 +37,7 @@ class CurriculumRefresh:
         data: DataConfig,
         reward: RewardConfig,
         settings: SamplingSettings,
-        seed: int,
+        rollout: RolloutConfig,
         *,
         coordinator: Coordinator,
         collector: Collector,
@@ -50,13 +53,13 @@ class CurriculumRefresh:
     ) -> None:
         """
         Args:
-            settings, seed: with which training samples.
+            settings: with which training samples.
             weights_digest: of the actor's weights. Collective.
             kept: the file that an unfinished refresh is kept in.
         """
         self._data, self._settings = data, settings
-        self._key_parts = (settings, seed, data, reward)
-        self._requests = RequestMaker(seed)
+        self._key_parts = (settings, rollout.seed, data, reward)
+        self._rollout, self._requests = rollout, RequestMaker(rollout.seed)
         self._coordinator, self._collector, self._train_data = coordinator, collector, train_data
         self._score, self._turns, self._weights_digest, self._kept = score, turns, weights_digest, kept
         self._preemption, self._records, self._ranks = preemption, records, ranks
@@ -80,8 +83,7 @@ class CurriculumRefresh:
             for chunk in coordinator.refresh_chunks():
                 if ranks.any(self._preemption.is_asked, "ask whether to end"):
                     raise SamplingAbandoned
-                own = chunk[ranks.rank :: ranks.size]  # interleaved: long prompts often lie together
-                requests = self._requests(self._train_data, own, self._data.curriculum_rollout_n, REFRESH, step, own)
+                requests = self._requests_of_rank(chunk, step)
                 groups, _ = self._collector.collect(requests, self._settings, StageClock(ranks.stage))
                 coordinator.observe_refresh(self._score(groups))
                 coordinator.save_refresh(self._kept, key)
@@ -89,6 +91,15 @@ class CurriculumRefresh:
             coordinator.finish_refresh(step + 1)
         self._records.keep_of_curriculum(step)
         return self._records.stages(clock)
+
+    def _requests_of_rank(self, chunk: np.ndarray, step: int) -> list[RolloutRequest]:
+        """This rank's requests for a chunk of prompts. Collective."""
+        ranks, count = self._ranks, self._data.curriculum_rollout_n
+        tokens = self._coordinator.expected_tokens(chunk)
+        waits = waits_for_room(len(chunk) * count, self._rollout, ranks.size)
+        places = dealt(tokens, waits, ranks.rank, ranks.size)
+        own = chunk[places]
+        return self._requests(self._train_data, own, count, REFRESH, step, own, tokens[places])
 
     def _key(self, step: int) -> str:
         """What a refresh depends on: another run, model or setting does not resume it. Collective."""

@@ -59,10 +59,12 @@ class SharedQueue:
         if self._ranks.rank == 0:
             self._counter.reset()  # before the others come out of the next collective, and after the last sampling
         missing = [at for at in range(len(in_flight.requests)) if at not in in_flight.groups]
-        rows = np.array([_row(in_flight, at) for at in missing], dtype=np.int64).reshape(-1, 4)
+        rows = np.array([_row(in_flight, at) for at in missing], dtype=np.int64).reshape(-1, 5)
         table = np.concatenate(self._ranks.all_gather_array(rows, "share requests"))
-        # As drawn, whichever rank had them; probes last, which fill the tail.
-        table = table[np.lexsort((table[:, 0], table[:, 0] == _NO_SLOT))]
+        slots, tokens = table[:, 0], table[:, 4]
+        # The longest first, before them those of which nothing is known; else as drawn, whichever rank had them, and
+        # probes last, which fill the tail.
+        table = table[np.lexsort((slots, slots == _NO_SLOT, np.where(tokens == 0, -np.inf, -tokens)))]
         found = self._engine.collect_shared(
             _Queue(table, self._data, self._expand_ahead, self._counter), settings, enough
         )
@@ -70,9 +72,8 @@ class SharedQueue:
         slots = [in_flight.slots[at] if at < len(in_flight.slots) else _NO_SLOT for at in had]
         requests, groups = [in_flight.requests[at] for at in had], [in_flight.groups[at] for at in had]
         for number, group in sorted(found.items()):
-            slot, _, num_responses, seed = table[number].tolist()
-            slots.append(slot)
-            requests.append(RolloutRequest(group.prompt, num_responses, seed, can_wait=slot == _NO_SLOT))
+            slots.append(int(table[number, 0]))
+            requests.append(_request(table[number], group.prompt))
             groups.append(group)
         order = sorted(range(len(slots)), key=lambda at: (slots[at] == _NO_SLOT, slots[at]))
         return InFlight(
@@ -83,14 +84,19 @@ class SharedQueue:
         )
 
 
-def _row(in_flight: InFlight, position: int) -> tuple[int, int, int, int]:
+def _row(in_flight: InFlight, position: int) -> tuple[int, ...]:
     request = in_flight.requests[position]
     slot = in_flight.slots[position] if position < len(in_flight.slots) else _NO_SLOT
-    return slot, request.prompt.index, request.num_responses, request.seed
+    return slot, request.prompt.index, request.num_responses, request.seed, request.expected_tokens
+
+
+def _request(row: np.ndarray, prompt: Prompt) -> RolloutRequest:
+    slot, _, num_responses, seed, expected_tokens = row.tolist()
+    return RolloutRequest(prompt, num_responses, seed, can_wait=slot == _NO_SLOT, expected_tokens=expected_tokens)
 
 
 class _Queue:
-    """A table of requests, (R, 4) int64: slot, index, responses, seed; the same on every rank."""
+    """A table of requests, (R, 5) int64: slot, index, responses, seed, expected tokens; the same on every rank."""
 
     def __init__(
         self,
@@ -109,8 +115,8 @@ class _Queue:
 
     def request(self, number: int) -> RolloutRequest:
         """See RequestQueue."""
-        slot, index, num_responses, seed = self._table[number].tolist()
-        prompt = self._data[index]
-        if slot != _NO_SLOT:
+        prompt = self._data[int(self._table[number, 1])]
+        request = _request(self._table[number], prompt)
+        if not request.can_wait:  # a probe is not trained on
             self._expand_ahead([prompt])
-        return RolloutRequest(prompt, num_responses, seed, can_wait=slot == _NO_SLOT)
+        return request

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.config import RolloutConfig
 from mmr1_ds.engine.micro_batches import balance
 from mmr1_ds.loop.drawn import Drawn
 from mmr1_ds.loop.in_flight import pack_responses, unpack_responses
@@ -31,16 +32,42 @@ def batch_slots(batch_size: int, mini_batch_size: int, rank: int, size: int) -> 
     return (starts[:, None] + np.arange(share)).reshape(-1)
 
 
-def sampled_slots(sizes: np.ndarray, mini_batch_size: int, rank: int, size: int) -> np.ndarray:
-    """The slots of a drawn batch that this rank samples: those of `batch_slots`, moved so that responses are even.
+def sampled_slots(work: np.ndarray, mini_batch_size: int, rank: int, size: int) -> np.ndarray:
+    """The slots of a drawn batch that this rank samples: those of `batch_slots`, moved so that the work is even.
 
-    Args: sizes: (B,), responses to each of the batch's prompts. Returns: int64, ascending, B / size of them.
+    Args: work: (B,), see `work_of`. Returns: int64, ascending, B / size of them.
     """
     share, own = mini_batch_size // size, []
-    for start in range(0, len(sizes), mini_batch_size):
-        order = balance(sizes[start : start + mini_batch_size].tolist(), size)
+    for start in range(0, len(work), mini_batch_size):
+        order = balance(work[start : start + mini_batch_size].tolist(), size)
         own += [start + place for place in sorted(order[rank * share : (rank + 1) * share])]
     return np.array(own, dtype=np.int64)
+
+
+def work_of(sizes: np.ndarray, expected_tokens: np.ndarray, waits: bool) -> np.ndarray:
+    """What sampling each group asks of a rank, (B,) int64: tokens where responses wait for others, else responses.
+
+    Responses that are all sampled side by side take as long as the longest, whoever samples it: then no group moves
+    for its tokens.
+    Args: sizes: responses to each prompt; expected_tokens: of one; waits: as `waits_for_room` says.
+    """
+    return sizes * np.maximum(expected_tokens, 1) if waits else sizes
+
+
+def waits_for_room(num_responses: int, rollout: RolloutConfig, size: int) -> bool:
+    """Whether engines in the ranks are asked for more responses, over all of them, than they sample at once."""
+    num_engines = size // rollout.tensor_parallel_size
+    return rollout.engine != "server" and num_responses > num_engines * rollout.max_num_seqs
+
+
+def dealt(expected_tokens: np.ndarray, waits: bool, rank: int, size: int) -> np.ndarray:
+    """The places of the prompts that this rank samples of some that every rank could: in turn, int64, ascending.
+
+    In turn by what is expected where responses wait for others: no rank then has more tokens than another, but for
+    the difference between two prompts. Else as they lie: interleaved, since long prompts often lie together.
+    """
+    order = np.argsort(-expected_tokens, kind="stable") if waits else np.arange(len(expected_tokens))
+    return np.sort(order[rank::size])
 
 
 def share_out(
@@ -55,9 +82,9 @@ def share_out(
     rows = [(slot not in drawn.teaching, slot, item.group.prompt.index, num_tokens(item)) for slot, item in own.items()]
     gathered = ranks.all_gather_array(np.array(rows, dtype=np.int64).reshape(-1, 4), "choose groups")
     is_other, slots, indices, tokens = np.concatenate(gathered).T
+    samplers = np.repeat(np.arange(ranks.size), [*map(len, gathered)])
     chosen = np.lexsort((slots, is_other))[:batch_size]
-    holders = np.repeat(np.arange(ranks.size), [len(part) for part in gathered])
-    takers, metrics = balanced(tokens[chosen], holders[chosen], mini_batch_size, ranks.size)
+    takers, metrics = balanced(tokens[chosen], samplers[chosen], mini_batch_size, ranks.size)
     leaving: list[dict[int, ScoredGroup]] = [{} for _ in range(ranks.size)]
     for slot, taker in zip(slots[chosen].tolist(), takers.tolist(), strict=True):
         if slot in own and taker != ranks.rank:
@@ -69,18 +96,20 @@ def share_out(
 
 
 def balanced(
-    tokens: np.ndarray, holders: np.ndarray, mini_batch_size: int, size: int
+    tokens: np.ndarray, samplers: np.ndarray, mini_batch_size: int, size: int
 ) -> tuple[np.ndarray, dict[str, float]]:
     """The rank that trains on each group of the batch, by the groups' tokens, and how even that is.
 
-    Groups change places inside their optimiser step alone, so that every step learns from the same prompts.
-    Args: holders: the rank that has sampled each group, where it stays if that is even enough.
+    Groups change places inside their optimiser step alone, so that every step learns from the same prompts. They stay
+    with the ranks that sampled them, but for what is over the rank's share of the step and what evens the tokens out.
     """
     share = mini_batch_size // size
-    takers, before = np.empty((2, len(tokens)), dtype=np.int64)
+    takers = np.empty(len(tokens), dtype=np.int64)
     for start in range(0, len(tokens), mini_batch_size):
-        places = start + np.array(_as_held(holders[start : start + mini_batch_size].tolist(), size))
-        before[places] = takers[places[balance(tokens[places].tolist(), size)]] = np.arange(mini_batch_size) // share
+        places = start + np.array(_as_sampled(samplers[start : start + mini_batch_size].tolist(), size))
+        order = balance(tokens[places].tolist(), size)
+        takers[places[order]] = np.arange(mini_batch_size) // share
+    before = np.arange(len(tokens)) % mini_batch_size // share
     totals, after = (np.bincount(ranks, tokens, minlength=size) for ranks in (before, takers))
     return takers, {
         "global_seqlen/mean": float(totals.mean()),
@@ -92,11 +121,11 @@ def balanced(
     }
 
 
-def _as_held(holders: Sequence[int], size: int) -> list[int]:
-    """The places of groups, rank by rank, equally many each: with their holders, what is over where there is room."""
-    share, parts, surplus = len(holders) // size, [list[int]() for _ in range(size)], list[int]()
-    for place, holder in enumerate(holders):
-        (parts[holder] if len(parts[holder]) < share else surplus).append(place)
+def _as_sampled(samplers: Sequence[int], size: int) -> list[int]:
+    """The places of groups, rank by rank, equally many each: with their samplers, what is over where there is room."""
+    share, parts, surplus = len(samplers) // size, [list[int]() for _ in range(size)], list[int]()
+    for place, sampler in enumerate(samplers):
+        (parts[sampler] if len(parts[sampler]) < share else surplus).append(place)
     for part in parts:
         missing = share - len(part)
         part += surplus[:missing]

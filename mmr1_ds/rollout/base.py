@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -164,6 +165,19 @@ def generate(
     groups = [group for group in engine.collect(engine.submit(requests, settings), watch, advance) if group is not None]
     assert len(groups) == len(requests), "generate is for requests that cannot wait"
     return groups
+
+
+def longest_first(requests: Sequence[RolloutRequest], num_at_once: int) -> list[int]:
+    """The positions of requests in the order to begin them in: the longest expected responses first.
+
+    What begins last then ends soon, and no long response is left when the others are done. Requests of which nothing
+    is known come first of all; where all fit at once, and among equals, the order stays.
+    Args: num_at_once: responses that the engine samples at once.
+    """
+    positions = range(len(requests))
+    if sum(request.num_responses for request in requests) <= num_at_once:
+        return [*positions]
+    return sorted(positions, key=lambda place: -(requests[place].expected_tokens or math.inf))
 
 
 @dataclass(frozen=True)

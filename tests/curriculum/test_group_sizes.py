@@ -87,10 +87,10 @@ def make(control=None, sizes=SIZES, **changes):
 def train(coordinator, steps):
     found = []
     for step in steps:
-        indices, sizes = coordinator.next_groups(step)
+        indices, sizes, _ = coordinator.next_groups(step)
         groups = [answer(i, 1, int(n)) for i, n in zip(indices, sizes, strict=True)]
         own = share(groups, coordinator.control)
-        probes = share(coordinator.next_probes(step), coordinator.control)
+        probes = share(coordinator.next_probes(step)[0], coordinator.control)
         own += [answer(i, 1, coordinator.num_probe_responses, is_probe=True) for i in probes]
         coordinator.observe(step, own)
         coordinator.finish_step(step, indices)
@@ -119,7 +119,7 @@ def test_a_batch_has_n_responses_a_prompt_on_average_whatever_the_ranks_and_afte
 
 def test_a_batch_of_equal_groups_is_what_it_was():
     coordinator = make(sizes=None)
-    indices, sizes = coordinator.next_groups(1)
+    indices, sizes, _ = coordinator.next_groups(1)
     assert sizes.tolist() == [N] * B and len(indices) == B
     np.testing.assert_array_equal(make(sizes=None).next_batch(1), indices)
 

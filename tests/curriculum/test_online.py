@@ -65,7 +65,7 @@ def test_no_refresh_is_ever_due_and_probes_keep_to_their_share():
     for step in range(1, 41):
         assert not coordinator.refresh_due(step)
         batch = coordinator.next_batch(step)
-        probes = coordinator.next_probes(step)
+        probes = coordinator.next_probes(step)[0]
         assert len(set(probes.tolist())) == len(probes) and not set(probes) & set(batch)
         of_probes = [answer(i, step, coordinator.num_probe_responses, is_probe=True) for i in probes]
         coordinator.observe(step, [answer(i, step) for i in batch] + of_probes)
@@ -80,7 +80,7 @@ def test_no_probes_where_none_are_wanted():
     for settings in (ONLINE | {"curriculum_probe_fraction": 0.0}, {}, {"sampling_strategy": "shuffle"} | ONLINE):
         coordinator = make(**settings)
         coordinator.next_batch(1)
-        assert len(coordinator.next_probes(1)) == 0
+        assert len(coordinator.next_probes(1)[0]) == 0
 
 
 def test_probes_go_to_the_prompts_not_seen_for_longest():
@@ -89,7 +89,7 @@ def test_probes_go_to_the_prompts_not_seen_for_longest():
     seen = coordinator.table.arrays()["last_seen"]
     never = np.flatnonzero(seen == -1)
     batch = coordinator.next_batch(2)
-    probes = coordinator.next_probes(2)
+    probes = coordinator.next_probes(2)[0]
     left = set(never) - set(batch)
     assert len(probes) > 0 and (left <= set(probes) or set(probes) <= left)  # those never seen come first
 
@@ -183,7 +183,7 @@ def test_a_longer_run_does_not_spend_its_savings_at_once(tmp_path):
     longer.num_steps = 1000
     longer.load(tmp_path)
     longer.next_batch(21)
-    assert len(longer.next_probes(21)) * longer.num_probe_responses <= 0.175 * B * N + longer.num_probe_responses
+    assert len(longer.next_probes(21)[0]) * longer.num_probe_responses <= 0.175 * B * N + longer.num_probe_responses
 
 
 def test_outcome_and_diversity_add_up():
@@ -236,7 +236,7 @@ def test_unknown_accuracies(settings):
         coordinator.finish_refresh(1)
     for step in range(1, 4):
         batch = coordinator.next_batch(step)
-        wanted = np.concatenate([batch, coordinator.next_probes(step)])
+        wanted = np.concatenate([batch, coordinator.next_probes(step)[0]])
         coordinator.observe(step, [outcome(i, nan) for i in wanted])
         coordinator.finish_step(step, batch)
     weights = coordinator.table.sampling_weights
@@ -286,7 +286,7 @@ def test_probes_are_shared_by_the_ranks():
     def probes(control):
         coordinator = make(control, **ONLINE)
         coordinator.next_batch(1)
-        return share(coordinator.next_probes(1), control).tolist()
+        return share(coordinator.next_probes(1)[0], control).tolist()
 
     assert sorted(sum(on_ranks(3, probes), [])) == sorted(on_ranks(1, probes)[0])  # noqa: RUF017
 
@@ -313,8 +313,8 @@ def test_a_resumed_run_leaves_out_the_prompts_of_steps_begun_ahead(tmp_path):
     second.load(tmp_path)
     taken = {*ahead.tolist(), *first.next_batch(3).tolist()}
     assert second.next_batch(3).tolist() and len(taken) < P
-    probes = second.next_probes(3).tolist()
-    assert probes == first.next_probes(3).tolist() != [] and not taken & set(probes)
+    probes = second.next_probes(3)[0].tolist()
+    assert probes == first.next_probes(3)[0].tolist() != [] and not taken & set(probes)
 
 
 def test_posterior_draws_what_beliefs_allow_for_and_no_prompt_underway():

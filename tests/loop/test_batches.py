@@ -395,3 +395,81 @@ def test_groups_of_different_sizes_in_flight_are_sampled_by_the_ranks_that_had_t
     assert len({size for _, size in chain(*before)}) > 2
     with pytest.raises(UserError, match="n_min and n_max until a later checkpoint"):
         resumed(SingleProcess())
+
+
+def steps(control, collector, num_steps=STEPS, **settings):
+    """Batches of an online curriculum with probes, and the requests behind them."""
+    strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online", "curriculum_probe_fraction": 0.5}
+    maker, _ = make(control, collector, **settings, **strategy)
+    asked = []
+    begin = collector.begin
+    collector.begin = lambda in_flight, given: asked.append(in_flight.requests) or begin(in_flight, given)
+    batches = [maker.make(step, SETTINGS, StageClock()) for step in range(1, num_steps + 1)]
+    return [(content(batch), batch.prompts.tolist()) for batch in batches], asked
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_where_responses_wait_the_batch_is_the_same_from_other_ranks(size):
+    """Prompts, seeds and order: what is expected of a prompt's responses decides who samples them, and nothing else."""
+
+    def on_rank(control, max_num_seqs):
+        return steps(control, FakeCollector(), online_filtering=False, max_num_seqs=max_num_seqs)
+
+    plain = on_ranks(size, lambda control: on_rank(control, 256))
+    waiting = on_ranks(size, lambda control: on_rank(control, 3))
+
+    def batches(ranks):
+        """Of all ranks, by prompt."""
+        return [
+            (sorted((row for found, _ in ranks for row in found[step][0]), key=repr), ranks[0][0][step][1])
+            for step in range(STEPS)
+        ]
+
+    assert batches(waiting) == batches(plain)
+    seen = set()
+    for step in range(STEPS):
+        requests = [request for _, asked in waiting for request in asked[step]]
+        assert sorted(request.seed for request in requests) == sorted(
+            request.seed for _, asked in plain for request in asked[step]
+        )
+        assert step > 0 or all(request.expected_tokens == 0 for request in requests)
+        known = [request for request in requests if request.prompt.index in seen]
+        # The collector's responses to a prompt have all the same length.
+        assert all(request.expected_tokens == 3 + request.prompt.index % 11 for request in known)
+        assert step < STEPS - 1 or len(known) > len(requests) / 4
+        seen |= {request.prompt.index for request in requests}
+        if step > 2 and size > 1:
+            tokens = [sum(r.expected_tokens for r in asked[step] if not r.can_wait) for _, asked in waiting]
+            assert max(tokens) < 1.1 * min(tokens)
+
+
+def test_where_stragglers_are_stopped_nothing_is_expected():
+    """The longest first would be those that the others do not wait for."""
+    settings = {"oversample": 2, "stop": True, "max_num_seqs": 3}
+    _, asked = steps(SingleProcess(), FakeCollector(), 3, **settings)
+    assert {request.expected_tokens for requests in asked for request in requests} == {0}
+
+
+def test_a_step_that_was_cut_off_goes_on_with_what_was_expected(tmp_path):
+    strategy = {"sampling_strategy": "curriculum", "curriculum_refresh": "online"}
+
+    def begun(control):
+        maker, _ = make(
+            control, FakeCollector(), online_filtering=False, max_num_seqs=3, mini_batch=B // 2, **strategy
+        )
+        for step in (1, 2, 3):
+            maker.make(step, SETTINGS, StageClock())
+        maker._in_flight[4] = maker._begin(4, 0, SETTINGS)
+        maker.save(tmp_path)
+        return maker._in_flight[4].requests
+
+    def resumed(control):
+        maker, _ = make(
+            control, FakeCollector(), online_filtering=False, max_num_seqs=3, mini_batch=B // 2, **strategy
+        )
+        maker.load(tmp_path, SETTINGS)
+        return maker._in_flight[4].requests
+
+    before = on_ranks(3, begun)
+    assert on_ranks(3, resumed) == before
+    assert len({request.expected_tokens for requests in before for request in requests}) > 3

@@ -182,3 +182,22 @@ def test_the_queue_is_in_the_order_of_the_draw_with_probes_last():
     np.testing.assert_array_equal(indices[:B], prompts)
     assert len(indices) > B and not set(indices[B:]) & set(prompts.tolist())
     assert counter.num_asked == len(taken) + 1  # nothing is counted after the end
+
+
+def test_later_batches_begin_with_the_longest_responses():
+    """A response to prompt i has 3 + i % 11 tokens: see FakeCollector."""
+    counter, turns = Counter(), Turns(2, [1, 0])
+
+    def on_rank(control):
+        queue, engine = queue_of(control, counter, turns)
+        maker = maker_of(control, queue, SharingCollector(), steps=1)
+        for step in (1, 2, 3):
+            maker.make(step, SETTINGS, StageClock())
+        return engine.taken, maker._coordinator._lengths._tokens
+
+    ranks = on_ranks(2, on_rank)
+    first, second, third = (sorted(ranks[0][0][step] + ranks[1][0][step]) for step in (0, 1, 2))
+    np.testing.assert_array_equal(ranks[0][1][[index for _, index in third]], [3 + i % 11 for _, i in third])
+    seen = {index for _, index in first + second}
+    of_known = [index % 11 for _, index in third if index in seen]  # for others the mean is expected
+    assert len({*of_known}) > 2 and of_known == sorted(of_known, reverse=True)

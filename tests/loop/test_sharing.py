@@ -7,9 +7,19 @@ from fixtures.rank_threads import Ranks, on_ranks
 from fixtures.responses import plain, response
 from safetensors.numpy import load, save
 
-from mmr1_ds.config import AlgorithmConfig
+from mmr1_ds.config import AlgorithmConfig, RolloutConfig
 from mmr1_ds.loop.drawn import Drawn
-from mmr1_ds.loop.sharing import batch_slots, groups_from_arrays, groups_to_arrays, sampled_slots, share_out
+from mmr1_ds.loop.sharing import (
+    balanced,
+    batch_slots,
+    dealt,
+    groups_from_arrays,
+    groups_to_arrays,
+    sampled_slots,
+    share_out,
+    waits_for_room,
+    work_of,
+)
 from mmr1_ds.records import GroupRewards, Prompt, RolloutGroup, ScoredGroup
 from mmr1_ds.rewards.scoring import RewardCounts
 
@@ -99,3 +109,57 @@ def test_responses_are_sampled_evenly(size):
     equal = [sampled_slots(np.full(24, 5), 12, rank, size) for rank in range(size)]
     for rank, part in enumerate(equal):
         np.testing.assert_array_equal(part, batch_slots(24, 12, rank, size))
+
+
+@pytest.mark.parametrize(
+    ("num_responses", "settings", "size", "waits"),
+    [
+        (24, {"max_num_seqs": 8}, 3, False),
+        (25, {"max_num_seqs": 8}, 3, True),
+        (17, {"max_num_seqs": 8, "tensor_parallel_size": 2}, 4, True),  # two engines
+        (401, {"max_num_seqs": 8, "engine": "server"}, 1, False),  # they wait in the rank, whichever that is
+    ],
+)
+def test_when_responses_wait_for_others(num_responses, settings, size, waits):
+    assert waits_for_room(num_responses, RolloutConfig(**settings), size) is waits
+
+
+def test_tokens_are_sampled_evenly_where_responses_wait():
+    random = np.random.default_rng(5)
+    sizes, tokens = np.full(24, 7), np.rint(random.lognormal(4.0, 0.5, 24)).astype(np.int64)
+
+    def totals(waits):
+        own = [sampled_slots(work_of(sizes, tokens, waits), 12, rank, 3) for rank in range(3)]
+        assert sorted(np.concatenate(own)) == list(range(24)) and {*map(len, own)} == {8}
+        return [tokens[part].sum() for part in own]
+
+    assert np.ptp(totals(True)) < 0.05 * tokens.sum() / 3 < np.ptp(totals(False))
+    for tokens_of_none in (np.zeros(24, dtype=np.int64), np.full(24, 401)):  # nothing is known, or all is the same
+        for rank in range(3):
+            own = sampled_slots(work_of(sizes, tokens_of_none, True), 12, rank, 3)
+            np.testing.assert_array_equal(own, batch_slots(24, 12, rank, 3))
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 2), (1, 3), (17, 1), (17, 3), (18, 3)])
+def test_prompts_are_dealt_by_their_length_where_responses_wait(count, size):
+    tokens = np.random.default_rng(count).integers(0, 401, count)
+    plain = [dealt(tokens, False, rank, size).tolist() for rank in range(size)]
+    assert plain == [[*range(rank, count, size)] for rank in range(size)]
+    own = [dealt(tokens, True, rank, size) for rank in range(size)]
+    assert sorted(np.concatenate(own)) == list(range(count))
+    assert all((np.diff(part) > 0).all() for part in own)
+    if count % size == 0 < count:
+        totals = [tokens[part].sum() for part in own]
+        assert max(totals) - min(totals) <= tokens.max() - tokens.min()
+
+
+def test_groups_stay_with_the_ranks_that_sampled_them():
+    """But for those that even the tokens out, and where a rank sampled more than its share of an optimiser step."""
+    tokens = np.array([401, 7, 7, 401, 7, 401, 401, 7])
+    samplers = np.array([1, 1, 0, 0, 0, 0, 1, 1])  # each has a long and a short one of either step
+    takers, metrics = balanced(tokens, samplers, 4, 2)
+    assert takers.tolist() == samplers.tolist()
+    assert metrics["global_seqlen/balanced_min"] == metrics["global_seqlen/balanced_max"] == 816
+    even = np.full(8, 7)
+    takers, _ = balanced(even, np.array([1, 0, 0, 0, 1, 1, 1, 1]), 4, 2)
+    assert takers.tolist() == [1, 0, 0, 1, 1, 1, 0, 0]  # what is over goes where there is room

@@ -42,9 +42,9 @@ def answers(indices: np.ndarray, step: int, num_responses: int, is_probe: bool =
         random = np.random.default_rng((seed, step, slot, num_responses))
         rate = random.binomial(num_responses, 0.9 * indices[slot] / P) / num_responses
         bleu, variance = random.random(), rate * (1 - rate)
-        found.append(
-            PromptStatistics(int(indices[slot]), num_responses, rate, rate, variance, bleu, 0.5, is_probe=is_probe)
-        )
+        of_prompt = int(indices[slot]), num_responses, rate, rate, variance, bleu, 0.5
+        tokens = int(random.integers(1, 401, num_responses).sum())
+        found.append(PromptStatistics(*of_prompt, is_probe=is_probe, num_tokens=tokens))
     return found
 
 
@@ -74,11 +74,13 @@ with open(folder / f"drawn.{ranks.rank}.jsonl", "a", encoding="utf-8") as log:
         # Two or three draws in some steps, as online filtering makes them.
         batches = []
         for attempt in range(1 + step % 3):
-            batches.append(coordinator.next_batch(step))
+            groups = coordinator.next_groups(step)
+            batches.append(groups.indices)
             own = answers(batches[-1], 10 * step + attempt, N)
-            probes = coordinator.next_probes(step) if attempt == 0 else np.empty(0, dtype=np.int64)
+            probes = coordinator.next_probes(step)[0] if attempt == 0 else np.empty(0, dtype=np.int64)
             own += answers(probes, step, coordinator.num_probe_responses, is_probe=True)
-            log.write(json.dumps([step, attempt, batches[-1].tolist(), probes.tolist()]) + "\n")
+            expected = groups.expected_tokens.tolist()
+            log.write(json.dumps([step, attempt, [batches[-1].tolist(), expected], probes.tolist()]) + "\n")
             log.flush()
             coordinator.observe(step, own)
         coordinator.finish_step(step, np.concatenate(batches)[::2][:B])

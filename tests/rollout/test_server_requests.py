@@ -258,6 +258,17 @@ def test_what_is_urgent_goes_first():
         assert [body["token_ids"][0] for body in servers[0].bodies] == [0, 1, 10, 11]
 
 
+def test_the_longest_go_first_and_come_back_in_their_places():
+    with scripted_servers(1) as servers, group_of(servers, max_in_flight=3) as group:
+        group.hold()
+        lengths = 7, 401, 30
+        asked = [dataclasses.replace(one, expected_tokens=n) for one, n in zip(requests(3), lengths, strict=True)]
+        ticket = group.submit(asked, SETTINGS)
+        group.release()
+        answered(group, ticket, asked)
+        assert [body["token_ids"][0] for body in servers[0].bodies] == [1, 2, 0]
+
+
 def test_what_is_cut_off_frees_the_server():
     with scripted_servers(1) as servers, group_of(servers, max_in_flight=6) as group:
         servers[0].script = lambda body: "late" if body["token_ids"][0] else None

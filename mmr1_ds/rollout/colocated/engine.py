@@ -20,7 +20,17 @@ from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt, Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.adapters import adapter_options, adapter_request, check_places, load_adapters, refusal
-from mmr1_ds.rollout.base import CountedWeights, Enough, InTurn, Policy, RequestQueue, Submitted, ignore, never
+from mmr1_ds.rollout.base import (
+    CountedWeights,
+    Enough,
+    InTurn,
+    Policy,
+    RequestQueue,
+    Submitted,
+    ignore,
+    longest_first,
+    never,
+)
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import experts_returned_on_every_rank, phases_logged
 from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
@@ -95,7 +105,8 @@ class VllmRollout(InTurn):
         requests, settings = submitted.requests, submitted.settings
         shared, first = self._requests_of_group(list(requests))
         own = range(first, first + len(requests))
-        batches = [[(place - first if place in own else None, request) for place, request in enumerate(shared)]]
+        order = longest_first(shared, self._max_num_seqs)  # vLLM begins what it is asked first
+        batches = [[(place - first if place in own else None, shared[place]) for place in order]]
         more: Callable[[], Added] = lambda: batches.pop() if batches else []  # noqa: E731
         groups = self._sample(more, settings, advance, enough) if shared else {}
         groups = self._unless_abandoned(groups)

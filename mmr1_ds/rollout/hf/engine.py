@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
-from mmr1_ds.rollout.base import Enough, InTurn, Policy, Submitted, ignore, never
+from mmr1_ds.rollout.base import Enough, InTurn, Policy, Submitted, ignore, longest_first, never
 from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, Stops, sample_responses
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class TransformersRollout(InTurn):
         """See RolloutEngine. It never stops early; `enough` sees the groups as they end."""
         requests, settings, version = submitted.requests, submitted.settings, self._policy.num_updates_done
         groups = dict[int, RolloutGroup]()
-        wanted = [(i, request.seed + k) for i, request in enumerate(requests) for k in range(request.num_responses)]
+        order = longest_first(requests, self._max_num_seqs)  # those sampled together end together
+        wanted = [(i, requests[i].seed + k) for i in order for k in range(requests[i].num_responses)]
         responses: list[list[Response]] = [[] for _ in requests]
         with self._weights():
             for start in range(0, len(wanted), self._max_num_seqs):

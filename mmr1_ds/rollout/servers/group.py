@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.base import longest_first
 from mmr1_ds.rollout.servers.client import Exchange, Fault, ServerClient
 
 logger = logging.getLogger(__name__)
@@ -118,11 +119,11 @@ class ServerGroup:
     # What the trainer calls
 
     def submit(self, requests: Sequence[RolloutRequest], settings: SamplingSettings, priority: int = 0) -> Ticket:
-        """Put requests into the queue and return at once. priority: the lower the sooner."""
+        """Put requests into the queue, the longest first, and return at once. priority: the lower the sooner."""
         ticket = Ticket(len(requests))
         with self._condition:
-            for position, request in enumerate(requests):
-                job = _Job(ticket, position, request, settings, priority)
+            for position in longest_first(requests, num_at_once=0):  # whether they wait depends on other ranks too
+                job = _Job(ticket, position, requests[position], settings, priority)
                 heapq.heappush(self._queue, (priority, next(self._back), job))
         self._poke()
         return ticket
