@@ -1,13 +1,15 @@
 """How long a step's sampling takes with lengths of a heavy tail: prompts bound to ranks, and taken from one queue.
 
-    python benchmarks/scale/long_tails.py [--ranks 2 8 64 512] [--groups 4 16 32] [--batches 5]
+    python benchmarks/scale/long_tails.py [--ranks 2 8 64 512] [--groups 8 32] [--most-tokens 4096] [--slowness 1]
 
 The rollout engine of the ranks runs over a stand-in for vLLM, whose time is counted and not waited for: a step gives
-each response that is sampled one token, at most max_num_seqs of them at once, and takes as long however many they are;
-prefill takes nothing. Lengths are log-normal (median 1,000 tokens, sigma .8 by the prompt and .6 by the response, cut
-at 16,384), the same for both ways. Times are in tokens, the median of the batches: `apart` and `queue`, until the last
-rank is done; `least`, what no order can beat: the longest response, or all tokens over all places. `idle` is the share
-of the ranks' time in which an engine has nothing left while another still samples.
+each response that is sampled one token, at most 64 of them at once, and takes as long however many they are; prefill
+takes nothing. Lengths are log-normal (median 1,000 tokens, sigma .8 by the prompt and .6 by the response, cut at
+--most-tokens). `known`: the lengths of other responses to the same prompts, by which shares are even in tokens and the
+longest begin first; else prompts are taken as drawn, as in the first step of a run.
+Times are in tokens, means over the batches: `apart` and `queue`, until the last rank is done; `least`, what no order
+can beat: the longest response, or all tokens over all places. `idle` is the share of the ranks' time in which an engine
+has nothing left while another still samples. With --slowness the last rank takes so many times as long for a token.
 With --store: what taking a number from the real store costs, with as many processes as --ranks has first.
 """
 
@@ -30,11 +32,14 @@ import numpy as np
 from mmr1_ds.cluster.launch import free_port, launch_environment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.engine.micro_batches import balance
+from mmr1_ds.loop.sharing import work_of
 from mmr1_ds.records import Prompt, RolloutRequest, SamplingSettings
+from mmr1_ds.rollout.base import longest_first
 from mmr1_ds.rollout.colocated import engine
 
-N, MAX_NUM_SEQS, MOST_TOKENS = 8, 64, 16_384
-SETTINGS = SamplingSettings(1.0, 1.0, -1, MOST_TOKENS)
+N, MAX_NUM_SEQS, MINI_BATCHES = 8, 64, 4
+SETTINGS = SamplingSettings(1.0, 1.0, -1, 1)  # the stand-in knows the lengths
 COUNTED = 2_000  # numbers that each process takes from the store
 
 
@@ -42,8 +47,8 @@ class Clock:
     """The time of R ranks, whose threads run one at a time, always the one that is furthest behind."""
 
     def __init__(self, size: int) -> None:
-        self.now, self.ends = [0] * size, [0] * size
-        self._waiting = [(0, rank) for rank in range(size)]
+        self.now, self.ends = [0.0] * size, [0.0] * size
+        self._waiting = [(0.0, rank) for rank in range(size)]
         self._turns = [threading.Event() for _ in range(size)]
 
     def begin(self) -> None:
@@ -53,7 +58,7 @@ class Clock:
         self._turns[rank].wait()
         self._turns[rank].clear()
 
-    def advance(self, rank: int, tokens: int) -> None:
+    def advance(self, rank: int, tokens: float) -> None:
         self.now[rank] += tokens
         heapq.heappush(self._waiting, (self.now[rank], rank))
         self.begin()
@@ -68,8 +73,8 @@ class Clock:
 class StandIn:
     """What the rollout engine asks of vLLM."""
 
-    def __init__(self, rank: int, clock: Clock, lengths: np.ndarray) -> None:
-        self._rank, self._clock, self._lengths = rank, clock, lengths
+    def __init__(self, rank: int, clock: Clock, lengths: np.ndarray, slowness: float) -> None:
+        self._rank, self._clock, self._lengths, self._slowness = rank, clock, lengths, slowness
         self._numbers = itertools.count()
         self._waiting: list[tuple[str, int]] = []  # request, tokens
         self._running: list[tuple[int, str]] = []  # the engine's tokens by which it ends, request: a heap
@@ -105,7 +110,7 @@ class StandIn:
             id, tokens = self._waiting.pop(0)
             heapq.heappush(self._running, (self._tokens + tokens, id))
         end, ended = self._running[0][0], []
-        self._clock.advance(self._rank, end - self._tokens)
+        self._clock.advance(self._rank, (end - self._tokens) * self._slowness)
         self._tokens = end
         while self._running and self._running[0][0] == end:
             _, id = heapq.heappop(self._running)
@@ -131,11 +136,18 @@ class Queue:
         return self._requests[number]
 
 
-def ends(lengths: np.ndarray, size: int, queued: bool) -> np.ndarray:
-    """When each rank is done, in tokens. lengths: (G, N) of all responses."""
+def ends(lengths: np.ndarray, expected: np.ndarray, size: int, queued: bool, slowness: float) -> np.ndarray:
+    """When each rank is done, in tokens. lengths: (G, N) of all responses; expected: (G,), 0 = nothing is known.
+
+    slowness: times which the last rank takes as long for a token.
+    """
     clock = Clock(size)
-    requests = [RolloutRequest(Prompt(g, "", (g,), (), ""), N, g) for g in range(len(lengths))]
-    queue, found = Queue(requests), [0] * size
+    requests = [
+        RolloutRequest(Prompt(g, "", (g,), (), ""), N, g, expected_tokens=tokens)
+        for g, tokens in enumerate(expected.tolist())
+    ]
+    queue, found = Queue([requests[g] for g in longest_first(requests, 0)]), [0] * size
+    shares = shares_of(expected, size)
     config = SimpleNamespace(
         tensor_parallel_size=1, sleep=False, logprobs="processed", temperature=1.0, max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=8192,
@@ -146,13 +158,12 @@ def ends(lengths: np.ndarray, size: int, queued: bool) -> np.ndarray:
     def run(rank: int) -> None:
         clock.wait(rank)
         ranks = SimpleNamespace(on_gpu=False, rank=rank, size=size, any=lambda flag, stage: flag)
-        engine._start_engine = lambda *arguments: StandIn(rank, clock, lengths)
+        engine._start_engine = lambda *arguments: StandIn(rank, clock, lengths, slowness if rank == size - 1 else 1.0)
         rollout = engine.VllmRollout(config, None, None, ranks, encoder, 1, preemption)
         if queued:
             found[rank] = len(rollout.collect_shared(queue, SETTINGS))
         else:
-            share = len(requests) // size
-            own = requests[rank * share : (rank + 1) * share]
+            own = [requests[g] for g in shares[rank]]
             found[rank] = len(rollout.collect(rollout.submit(own, SETTINGS)))
         clock.end(rank)
 
@@ -166,10 +177,25 @@ def ends(lengths: np.ndarray, size: int, queued: bool) -> np.ndarray:
     return np.array(clock.ends)
 
 
-def draw(num_groups: int, random: np.random.Generator) -> np.ndarray:
-    """Lengths of all responses, (G, N) int64."""
+def shares_of(expected: np.ndarray, size: int) -> list[list[int]]:
+    """The groups of each rank, as `sampled_slots` gives them to each, for all ranks at once."""
+    waits = len(expected) * N > size * MAX_NUM_SEQS
+    work = work_of(np.full(len(expected), N), expected, waits)
+    shares: list[list[int]] = [[] for _ in range(size)]
+    mini_batch = len(expected) // MINI_BATCHES
+    for start in range(0, len(expected), mini_batch):
+        order = np.array(balance(work[start : start + mini_batch].tolist(), size)).reshape(size, -1)
+        for share, own in zip(shares, np.sort(order), strict=True):
+            share += (start + own).tolist()
+    return shares
+
+
+def draw(num_groups: int, most_tokens: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of all responses, (G, N) int64, and what other responses to the prompts let expect, (G,) int64."""
     of_prompt = random.normal(np.log(1000.0), 0.8, (num_groups, 1))
-    return np.clip(np.exp(of_prompt + random.normal(0.0, 0.6, (num_groups, N))), 1, MOST_TOKENS).astype(np.int64)
+    both = np.exp(of_prompt + random.normal(0.0, 0.6, (num_groups, 2 * N)))
+    sampled, before = np.split(np.clip(both, 1, most_tokens).astype(np.int64), 2, axis=1)
+    return sampled, np.rint(before.mean(axis=1)).astype(np.int64)
 
 
 def store(rank: int) -> None:
@@ -189,25 +215,31 @@ def store(rank: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 64, 512])
-    parser.add_argument("--groups", type=int, nargs="+", default=[4, 16, 32], help=f"of {N} responses, a rank")
+    parser.add_argument("--groups", type=int, nargs="+", default=[8, 32], help=f"of {N} responses, for each rank")
+    parser.add_argument("--most-tokens", type=int, default=4_096, help="of a response, which is cut there")
+    parser.add_argument("--slowness", type=float, default=1.0, help="times which the last rank takes for a token")
     parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--store", action="store_true", help="also measure the store")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         store(int(os.environ["RANK"]))
         return
-    sys.stdout.write("ranks groups/rank   apart   queue   least   queue/apart   idle apart   idle queue\n")
-    for groups, size in itertools.product(arguments.groups, arguments.ranks):
+    sys.stdout.write("known groups/rank ranks   apart   queue   least   queue/apart   idle apart   idle queue\n")
+    for known, groups, size in itertools.product((False, True), arguments.groups, arguments.ranks):
         rows = []
         for batch in range(arguments.batches):
-            lengths = draw(groups * size, np.random.default_rng((batch, groups, size)))
-            apart, queue = (ends(lengths, size, queued) for queued in (False, True))
+            lengths, expected = draw(groups * size, arguments.most_tokens, np.random.default_rng((batch, groups, size)))
+            apart, queue = (
+                ends(lengths, expected * known, size, queued, arguments.slowness) for queued in (False, True)
+            )
             least = max(lengths.max(), lengths.sum() / (size * MAX_NUM_SEQS))
-            idle = [1 - times.mean() / times.max() for times in (apart, queue)]
-            rows.append([apart.max(), queue.max(), least, queue.max() / apart.max(), *idle])
-        apart, queue, least, ratio, *idle = np.median(rows, axis=0)
-        times = f"{apart:7.0f} {queue:7.0f} {least:7.0f} {ratio:13.2f}"
-        sys.stdout.write(f"{size:5d} {groups:11d} {times} {idle[0]:12.0%} {idle[1]:12.0%}\n")
+            rows.append(
+                [apart.max(), queue.max(), least, 1 - apart.mean() / apart.max(), 1 - queue.mean() / queue.max()]
+            )
+        apart, queue, least, *idle = np.mean(rows, axis=0)
+        times = f"{apart:7.0f} {queue:7.0f} {least:7.0f} {queue / apart:13.2f}"
+        head = f"{'yes' if known else 'no':5s} {groups:11d} {size:5d}"
+        sys.stdout.write(f"{head} {times} {idle[0]:12.0%} {idle[1]:12.0%}\n")
         sys.stdout.flush()
     if arguments.store:
         size, port = arguments.ranks[0], str(free_port())
