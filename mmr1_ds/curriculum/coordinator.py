@@ -123,19 +123,18 @@ class Coordinator:
         self._last_step = 0
         self._num_draws = 0
         # The rest is rank 0's.
-        self._sources, self._source_names = sources, source_names
+        self._sources, self._source_names = sources if self._is_rank_0 else None, source_names
         settings = (
             data.rollout_batch_size, data.seed, data.sampling_strategy, data.curriculum_mixture_ratio,
             data.curriculum_replacement, data.curriculum_draw, data.curriculum_candidates,
         )  # fmt: skip
-        self._sampler: PromptSampler | MixedSampler
         if data.train_weights and sources is not None:
             for k, name in enumerate(source_names):
                 if not np.any(sources == k):
                     raise UserError(f"data.train_weights: no prompt of {name} is short enough; leave its file out")
-            self._sampler = MixedSampler(sources, data.train_weights, *settings)
-        else:
-            self._sampler = PromptSampler(self.num_prompts, *settings)
+        self._sampler: PromptSampler | MixedSampler = PromptSampler(self.num_prompts, *settings)
+        if data.train_weights and self._sources is not None:
+            self._sampler = MixedSampler(self._sources, data.train_weights, *settings)
         self._table: CurriculumTable | OnlineTable | None = None
         if self._is_rank_0 and self._is_online:
             self._table = OnlineTable(prompt_ids, fingerprint, categories, data, num_responses, features)

@@ -8,9 +8,9 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,19 +33,24 @@ ROWS_A_PROCESS = 20_000  # below this, starting processes costs more than it sav
 _ROWS_A_VIDEO = 100  # opening one takes so many times as long as measuring a row of text
 ROWS_KEPT = 1_000  # below this, a scan is not worth a file
 _TOLD_SECONDS = 30.0
+_SLICE = 1 << 16  # rows held as Python values at a time
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What the scan found about all R rows, over-long ones included, in the order of the files."""
+    """What the scan found about all R rows, over-long ones included, in the order of the files.
 
-    prompt_ids: pa.Array  # (R,) strings, all different
-    lengths: np.ndarray  # (R,) int32 tokens, images and videos included
-    categories: pa.Array  # (R,) strings
-    num_images: np.ndarray  # (R,) int32
-    num_videos: np.ndarray  # (R,) int32
-    has_answer: np.ndarray  # (R,) bool: the assistant's last turn was taken off the prompt
-    sketches: np.ndarray | None  # (R, SKETCH_BYTES) uint8, if asked for; see `text_features`
+    Columns of Arrow, a chunk a source: those of a large source are pages of a file that the ranks of a machine share.
+    """
+
+    prompt_ids: pa.ChunkedArray  # (R,) strings
+    renamed: Mapping[int, str]  # rows whose id an earlier row has, and what they are called: then all are different
+    lengths: pa.ChunkedArray  # (R,) int32 tokens, images and videos included
+    categories: pa.ChunkedArray  # (R,) strings
+    num_images: pa.ChunkedArray  # (R,) int32
+    num_videos: pa.ChunkedArray  # (R,) int32
+    has_answer: pa.ChunkedArray  # (R,) bool: the assistant's last turn was taken off the prompt
+    sketches: pa.ChunkedArray | None  # (R,) of SKETCH_BYTES each, if asked for; see `text_features`
 
 
 def scan_rows(
@@ -54,16 +59,18 @@ def scan_rows(
     """Scan all sources. The result is the same on every rank. Raises: UserError naming the first bad row found."""
     import pyarrow as pa
 
-    tables = [_scan_reader(reader, data, prompt_encoder, with_sketches) for reader in readers]
-    table = pa.concat_tables(tables).combine_chunks()
+    # Source by source: one that is mapped and in one piece is not copied, as all of them together would be.
+    tables = [_scan_reader(reader, data, prompt_encoder, with_sketches).combine_chunks() for reader in readers]
+    table = pa.concat_tables(tables)
     return Scan(
-        prompt_ids=_distinct(_flat(table["prompt_id"]), data),
-        lengths=table["length"].to_numpy().astype(np.int32),
-        categories=_flat(table["category"]),
-        num_images=table["num_images"].to_numpy().astype(np.int32),
-        num_videos=table["num_videos"].to_numpy().astype(np.int32),
-        has_answer=table["has_answer"].to_numpy(),
-        sketches=sketches_in(table["sketch"]) if with_sketches else None,
+        prompt_ids=table["prompt_id"],
+        renamed=_renamed(table["prompt_id"], data),
+        lengths=table["length"],
+        categories=table["category"],
+        num_images=table["num_images"],
+        num_videos=table["num_videos"],
+        has_answer=table["has_answer"],
+        sketches=table["sketch"] if with_sketches else None,
     )
 
 
@@ -75,12 +82,6 @@ def sketches_in(column: pa.ChunkedArray) -> np.ndarray:
             start, stop = chunk.offset * SKETCH_BYTES, (chunk.offset + len(chunk)) * SKETCH_BYTES
             parts.append(np.frombuffer(chunk.buffers()[1], dtype=np.uint8)[start:stop])
     return np.concatenate(parts).reshape(-1, SKETCH_BYTES)
-
-
-def _flat(column: pa.ChunkedArray) -> pa.Array:
-    import pyarrow as pa
-
-    return column.cast(pa.large_string()).combine_chunks()  # 64-bit offsets: ten million ids pass 2 GiB
 
 
 class BatchScan:
@@ -230,25 +231,47 @@ def _kept_scan(
         return feather.read_table(path, memory_map=True)
 
 
-def _distinct(prompt_ids: pa.Array, data: DataConfig) -> pa.Array:
-    """Ids made different: later rows with the same id get `#1`, `#2`, in the order of the files."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def in_slices(column: pa.ChunkedArray) -> Iterator[tuple[int, list[Any]]]:
+    """Yield where each slice begins, and its values as Python has them: all at once would take gigabytes."""
+    for start in range(0, len(column), _SLICE):
+        yield start, column.slice(start, _SLICE).to_pylist()
 
-    counts = pc.value_counts(prompt_ids)
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    if len(repeated) == 0:
-        return prompt_ids
-    logger.warning("%d prompts occur more than once (first: id %s)", len(repeated), repeated[0].as_py())
-    positions = np.flatnonzero(pc.is_in(prompt_ids, repeated).to_numpy(zero_copy_only=False))
+
+def _renamed(prompt_ids: pa.ChunkedArray, data: DataConfig) -> dict[int, str]:
+    """Names for rows whose id an earlier row has: `#1`, `#2` behind it, in the order of the files.
+
+    By hashes first, 8 bytes a row: a table of all ids would take gigabytes of every rank.
+    """
+    hashes = np.empty(len(prompt_ids), dtype=np.int64)
+    for start, ids in in_slices(prompt_ids):
+        hashes[start : start + len(ids)] = np.fromiter(map(hash, ids), dtype=np.int64, count=len(ids))
+    ordered = np.sort(hashes)
+    candidates = _of_hashes(prompt_ids, hashes, np.unique(ordered[1:][ordered[1:] == ordered[:-1]]))
+    counts = Counter(candidates.values())
+    repeated = [prompt_id for prompt_id, count in counts.items() if count > 1]
+    if not repeated:
+        return {}
+    logger.warning("%d prompts occur more than once (first: id %s)", len(repeated), repeated[0])
     seen: Counter[str] = Counter()
-    renamed = []
-    for prompt_id in prompt_ids.take(positions).to_pylist():
-        renamed.append(prompt_id if seen[prompt_id] == 0 else f"{prompt_id}#{seen[prompt_id]}")
+    renamed = {}
+    for row, prompt_id in candidates.items():
+        if seen[prompt_id] > 0:
+            renamed[row] = f"{prompt_id}#{seen[prompt_id]}"
         seen[prompt_id] += 1
-    mask = np.zeros(len(prompt_ids), dtype=bool)
-    mask[positions] = True
-    distinct = pc.replace_with_mask(prompt_ids, mask, pa.array(renamed, pa.large_string()))
-    if pc.count_distinct(distinct).as_py() != len(distinct):
+    names = {*renamed.values()}
+    taken = _of_hashes(prompt_ids, hashes, np.unique(np.fromiter(map(hash, names), dtype=np.int64, count=len(names))))
+    if len(names) < len(renamed) or any(prompt_id in names for row, prompt_id in taken.items() if row not in renamed):
         raise UserError(f"data.id_key {data.id_key!r}: ids repeat even after numbering; give every row its own id")
-    return distinct
+    return renamed
+
+
+def _of_hashes(prompt_ids: pa.ChunkedArray, hashes: np.ndarray, wanted: np.ndarray) -> dict[int, str]:
+    """The rows with one of these hashes, ascending, and their ids. Args: wanted: sorted."""
+    found: dict[int, str] = {}
+    for start in range(0, len(hashes) if len(wanted) else 0, _SLICE):
+        part = hashes[start : start + _SLICE]
+        places = np.flatnonzero(wanted[np.minimum(np.searchsorted(wanted, part), len(wanted) - 1)] == part)
+        if len(places):
+            ids = prompt_ids.slice(start, len(part)).take(places).to_pylist()
+            found |= zip((start + places).tolist(), ids, strict=True)
+    return found

@@ -378,7 +378,7 @@ def _records(config: RunConfig, engines: Engines, opened: Opened, work: ActorWor
 
 
 def make_coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
-    sketches, rollout = data.take_sketches(), config.worker.rollout
+    sketches, rollout = data.take_sketches() if ranks.rank == 0 else None, config.worker.rollout
     return Coordinator(
         config.data,
         data.prompt_ids,
@@ -389,7 +389,7 @@ def make_coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ran
         ranks,
         data.sources,
         data.source_names,
-        None if sketches is None or ranks.rank > 0 else compress(sketches),
+        None if sketches is None else compress(sketches),
         None if rollout.n_min is None or rollout.n_max is None else SizeRange(rollout.n_min, rollout.n_max),
     )
 

@@ -176,7 +176,7 @@ class Validation:
         """Return what the answers to one prompt were worth, and a row for each."""
         prompt, rewards = item.group.prompt, item.rewards
         texts = [self._encoder.decode(response.token_ids.tolist()) for response in item.group.responses]
-        file = data.source_names[data.sources[prompt.index]]
+        file = data.source_name(prompt.index)
         parts = [prompt.category] + ([file] if len(data.source_names) > 1 else [])
         overall = np.where(rewards.is_unknown, np.nan, rewards.overall).astype(np.float32)
         answered = Answered(
