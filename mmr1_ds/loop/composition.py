@@ -157,7 +157,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             )
             collector = _collector(config, engines.rollout, rewards, encoder, ranks)
             batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
-            queue = _shared_queue(config.worker.rollout, engines.rollout, opened)
+            queue = _shared_queue(config, engines.rollout, opened)
             batches = make_batches(config, batch_maker, opened, collector, queue)
             trainer = make_trainer(config, num_steps, Trainer, engines, opened, batches, collector, work)
             if start is not None:
@@ -175,8 +175,8 @@ def _collector(
     return Collector(rollout, rewards, config.worker.reward.reward_function, encoder, ranks, penalty)
 
 
-def _shared_queue(config: RolloutConfig, engine: RolloutEngine, opened: Opened) -> SharedQueue | None:
-    if not config.shared_queue:
+def _shared_queue(config: RunConfig, engine: RolloutEngine, opened: Opened) -> SharedQueue | None:
+    if not config.worker.rollout.shared_queue or config.trainer.val_only:
         return None
     if not isinstance(engine, VllmRollout):  # engine=auto where it is not installed
         raise UserError("worker.rollout.shared_queue=true needs vllm, which is not installed; set it to false")

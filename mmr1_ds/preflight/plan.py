@@ -250,7 +250,7 @@ def _rollout(config: RunConfig) -> str:
         f"{most_tokens} tokens, tensor parallel {rollout.tensor_parallel_size}"
     )
     if rollout.engine != "server":
-        return text
+        return text + (", prompts from one queue" if rollout.shared_queue and not config.trainer.val_only else "")
     servers = f"{rollout.num_servers} started on {rollout.server_host}"
     if rollout.server_urls:
         servers = f"{len(rollout.server_urls)} already running"
