@@ -371,7 +371,8 @@ def test_weights_stay_gathered_without_gradient_checkpointing():
 
 def test_the_plan_says_what_was_not_tested(settings):
     """By the family that transformers finds, also where the folder has no such name."""
-    found = planned(settings, "worker.actor.model.lora.rank=8", "worker.actor.model.model_path=Qwen/Qwen3-VL-8B-Instruct")
+    model = "worker.actor.model.model_path=Qwen/Qwen3-"
+    found = planned(settings, "worker.actor.model.lora.rank=8", f"{model}VL-8B-Instruct")
     assert "family: Qwen3-VL (qwen3_vl): images and videos; packed" in in_words(found)
     assert "\nnote: worker.actor.model.lora was not tested with Qwen3-VL" in in_words(found)
     with pytest.raises(UserError, match="along which layers of qwen3_5_moe models carry a state"):
