@@ -2,7 +2,8 @@
 
 digits.npz has the 1,797 scans of 8 x 8 pixels that are the test set of UCI's "Optical Recognition of Handwritten
 Digits" (E. Alpaydin and C. Kaynak, 1998, doi 10.24432/C50P49, CC BY 4.0), pixels from 0 to 16. 1,397 are for training,
-400 are held out: no held-out scan is ever shown in training. An image is a row of four slots of 28 x 28 pixels, filled from the left, one digit a slot.
+400 are held out: no held-out scan is ever shown in training. An image is a row of four slots of 28 x 28 pixels, filled
+from the left, one digit a slot.
 
 A question is the name of an operation and the number of digits it is about: `max3` asks for the largest of three.
 Three sorts of questions, by what a model can do with them after the warm-up:
