@@ -6,9 +6,9 @@
 
 SmolLM2-135M-Instruct (made by `make real`), full fine-tuning with the config of examples/real_text, on 1,134 questions
 of 13 families (pool.py), or on the first N of them so that each comes several times, validated on 226 others, four
-answers each at temperature 1. Every sampled response counts,
-those of groups that dynamic sampling throws away and of full's refreshes too; online as it ships has no probes. No arm is told the families.
-Each training writes FOLDER/ARM_seedN.json; finished ones are skipped, and several processes share the work.
+answers each at temperature 1. Every sampled response counts, those of groups that dynamic sampling throws away and of
+full's refreshes too; online as it ships has no probes. No arm is told the families. Each training writes
+FOLDER/ARM_seedN.json; finished ones are skipped, and several processes share the work.
 """
 
 from __future__ import annotations
