@@ -96,7 +96,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _add_part(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("part", nargs="?", default="", help="only keys whose names, or else meanings, contain it, as curriculum or 'pass rate'")
+    words = "only keys whose names, or else meanings, contain it, as curriculum or 'pass rate'"
+    parser.add_argument("part", nargs="?", default="", help=words)
 
 
 def _print_keys(arguments: argparse.Namespace) -> int:
