@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mmr1_ds.config.schema import RunConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.models import model_has_experts
 
 
 def check_router_replay(config: RunConfig) -> None:
@@ -13,10 +12,6 @@ def check_router_replay(config: RunConfig) -> None:
     if mode == "disabled" or config.trainer.val_only:
         return
     key = f"worker.actor.router_replay.mode={mode}"
-    if model_has_experts(actor.model) is False:
-        raise UserError(
-            f"{key}: {actor.model.model_path} is no mixture of experts, it has no router; set it to disabled"
-        )
     if mode == "R2":
         if actor.ulysses_size > 1:
             raise UserError(
