@@ -52,3 +52,11 @@ def test_what_replay_does_not_go_with(mixture, arguments, expected):
 def test_a_dense_model_has_no_router(valid, tmp_path):
     message = refused(valid, model(tmp_path / "dense", model_type="qwen2"), f"{KEY}=R3")
     assert "is no mixture of experts, it has no router; set it to disabled" in message
+
+
+def test_v1_s_runner_hands_out_no_experts(mixture, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert "and VLLM_USE_V2_MODEL_RUNNER=0 asks for V1; unset it, or set R2" in refused(mixture, f"{KEY}=R3")
+    check(mixture, f"{KEY}=R2")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    check(mixture, f"{KEY}=R3")
