@@ -45,7 +45,9 @@ def test_the_v2_runner_takes_what_we_ask_for(monkeypatch):
     monkeypatch.setattr(engine, "_start_engine", lambda *arguments: llm)
     encoder = SimpleNamespace(is_multimodal=False, forbidden_token_ids=range(NUM_FORBIDDEN), eos_token_ids=(1501,))
     ranks = SimpleNamespace(on_gpu=True, any=lambda flag, stage: flag)
-    config = SimpleNamespace(tensor_parallel_size=1, sleep=False, logprobs="processed", temperature=1.0)
+    config = SimpleNamespace(
+        tensor_parallel_size=1, max_num_seqs=7, sleep=False, logprobs="processed", temperature=1.0
+    )
     rollout = engine.VllmRollout(config, None, None, ranks, encoder, 1, Preemption(60.0, None))
     generate(rollout, [RolloutRequest(Prompt(0, "0", (5, 6), (), "1"), 2, 7)], SamplingSettings(1.0, 1.0, -1, 3))
 
