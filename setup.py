@@ -25,6 +25,7 @@ setup(
         "mmr1_ds.configs.deepspeed": ["*.json"],
         "mmr1_ds.configs.format_prompt": ["*.jinja"],
         "mmr1_ds.launch": ["slurm.sbatch"],  # of `mmr1-ds launch`; the other scripts are for a checkout
+        "mmr1_ds.commands.demo": ["digits.npz"],
         "mmr1_ds.commands.report": ["*.jinja", "*.css", "*.js"],
     },
     ext_modules=[

@@ -43,7 +43,7 @@ REMEDIES = {
     "packing": "set worker.actor.attention=sdpa; if the SDPA figure is off too, worker.actor.padding_free=false",
     "log_probs": "compare torch's version with requirements/gpu.lock; no run is to be trusted before it holds",
     "sleep": f"export {RUNNER}=0 if sleep_v1 passed; else worker.rollout.sleep=false, or worker.rollout.engine=server",
-    "demo_assets": "read its log: it needs scikit-learn of requirements/gpu.lock and a writable folder",
+    "demo_assets": "read its log: it needs a writable folder",
     "demo": f"export {RUNNER}=0 if demo_v1 passed; else worker.rollout.enforce_eager=true; data.curriculum_kernel=cpu",
     "lora": "set worker.rollout.lora_sync=merged if steps 1 and 2 held, else worker.actor.model.lora.rank=0",
     "offload_states": "set worker.actor.offload_states=false, or raise the limit of locked memory: ulimit -l unlimited",

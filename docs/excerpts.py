@@ -1,7 +1,8 @@
 """The source of named functions, in the pages that show it.
 
 A Python block whose first line is `# from PATH: NAME, NAME` holds the text of these functions of that file. A test
-compares the two; after a change to a function, `python docs/excerpts.py` writes its new text into the pages.
+compares the two; after a change to a function, `python docs/excerpts.py` writes its new text into the pages, and the
+table of families into models.md.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import ast
 import re
 import textwrap
 from pathlib import Path
+
+from mmr1_ds.config.families import table
 
 DOCS = Path(__file__).resolve().parent
 _BLOCK = re.compile(r"```python\n# from (?P<path>[\w./]+): (?P<names>[\w., ]+)\n.*?```", re.DOTALL)
@@ -36,6 +39,14 @@ def excerpt(path: str, names: list[str]) -> str:
     return f"```python\n# from {path}: {', '.join(names)}\n{texts}\n```"
 
 
+def with_families(page: str) -> str:
+    """The page on models with the table of families as the program has it."""
+    start = page.index("| family |")
+    return page[:start] + table() + page[page.index("\n\n", start) :]
+
+
 if __name__ == "__main__":
+    models = DOCS / "models.md"
+    models.write_text(with_families(models.read_text(encoding="utf-8")), encoding="utf-8")
     for page in DOCS.glob("*.md"):
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

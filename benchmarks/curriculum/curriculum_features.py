@@ -2,11 +2,14 @@
 
     python benchmarks/curriculum/curriculum_features.py [--setting u_shaped_slow] [--prompts 100000] [--seeds 0 1 2]
         [--share 0.5] [--no-categories] [--json FILE]
+    python benchmarks/curriculum/curriculum_features.py --trace benchmarks/curriculum/data/real_text.npz --batch 8
     python benchmarks/curriculum/curriculum_features.py --cost [--prompts 1000000]
 
 The first trains a simulated policy (224 steps of 512 prompts, 8 responses each, half of them drawn by weight, a tenth
 of probes) on prompts whose difficulty is partly in their texts: without features, with those of the texts, and with
-the same shuffled over the prompts, which then say nothing. v is a prompt's true p(1-p). Means over the second half:
+the same shuffled over the prompts, which then say nothing. With --trace the prompts, their texts and pass rates are
+those recorded of a real model's training (benchmarks/real_model/traces.py), which the draws do not change. v is a
+prompt's true p(1-p). Means over the second half:
 
 spearman: rank correlation of the weights with v, over all prompts.
 never_visited: the same over the prompts that no batch and no probe has held so far; nan where there are none.
@@ -31,7 +34,7 @@ import numpy as np
 from curriculum_lab import spearman
 from curriculum_lab_policies import RESPONSES, Online, Run
 from curriculum_lab_texts import TextWorld, make_texts
-from curriculum_lab_worlds import SETTINGS, UNLIKE
+from curriculum_lab_worlds import SETTINGS, UNLIKE, RecordedTrace
 
 from mmr1_ds.curriculum.estimator import LogitFilter
 from mmr1_ds.curriculum.metric_names import FEATURE_EXPLAINED_FRACTION, FEATURE_WEIGHT
@@ -54,27 +57,31 @@ def _sketches(texts: list[str]) -> Iterator[bytes]:
         yield from sketch(part, [len(text) // 4 for text in part], [()] * len(part))
 
 
-def run(world: TextWorld, seed: int, features: np.ndarray | None, categories: bool) -> dict[str, float]:
-    """Train for the run's steps. Returns: what the module's docstring lists."""
+def run(
+    world: TextWorld | RecordedTrace, batch_size: int, seed: int, features: np.ndarray | None, categories: bool
+) -> dict[str, float]:
+    """Train for the world's steps. Returns: what the module's docstring lists."""
+    num_steps, every = world.num_steps, max(1, world.num_steps // 28)
     given = world.categories if categories else np.zeros(world.num_prompts, dtype=np.int64)
-    policy = Online(Run(world.num_prompts, given, given, _BATCH, _STEPS, seed), rule="proportional", probe_fraction=0.1)
+    sizes = Run(world.num_prompts, given, given, batch_size, num_steps, seed)
+    policy = Online(sizes, rule="proportional", probe_fraction=0.1)
     policy.filter = LogitFilter(world.num_prompts, given, RESPONSES, features=features)
-    sampler = PromptSampler(world.num_prompts, _BATCH, seed, "curriculum", 0.5)
+    sampler = PromptSampler(world.num_prompts, batch_size, seed, "curriculum", 0.5)
     random = np.random.default_rng([seed, 4])
     found, effective = [], 0.0
-    for step in range(1, _STEPS + 1):
+    for step in range(1, num_steps + 1):
         rates, weights = world.pass_rates, policy.scores()
 
         def roll(indices: np.ndarray, num_responses: int, rates: np.ndarray = rates) -> np.ndarray:
             return random.binomial(num_responses, rates[indices]).astype(np.float64)
 
-        if step % 8 == 0:
+        if step % every == 0:
             value, unseen = rates * (1.0 - rates), policy.filter.last_seen_step < 0
             of_unseen = spearman(weights[unseen], value[unseen]) if np.count_nonzero(unseen) > 50 else np.nan
             found.append((spearman(weights, value), of_unseen))
         batch = sampler.draw(step, weights)
         num_right = roll(batch, RESPONSES)
-        effective += float(((num_right > 0) & (num_right < RESPONSES)).mean()) / _STEPS
+        effective += float(((num_right > 0) & (num_right < RESPONSES)).mean()) / num_steps
         policy.learn(batch, num_right, roll)
         world.train(batch)
     late, early = np.array(found)[len(found) // 2 :].mean(axis=0), np.array(found)[: len(found) // 4].mean(axis=0)
@@ -92,17 +99,22 @@ def run(world: TextWorld, seed: int, features: np.ndarray | None, categories: bo
 
 def compare(arguments: argparse.Namespace) -> None:
     setting = UNLIKE if arguments.setting == UNLIKE.name else SETTINGS[arguments.setting]
+    name = setting.name if arguments.trace is None else arguments.trace.stem
     rows = []
     for seed in arguments.seeds:
         features = None
         for kind in KINDS:
-            world = TextWorld(setting, arguments.prompts, _STEPS, seed, arguments.share)
+            world: TextWorld | RecordedTrace = (
+                TextWorld(setting, arguments.prompts, _STEPS, seed, arguments.share)
+                if arguments.trace is None
+                else RecordedTrace(arguments.trace)
+            )
             if features is None:
                 features = features_of(world.texts)
                 shuffled = np.random.default_rng([seed, 7]).permutation(features)
             given = {"none": None, "text": features, "shuffled": shuffled}[kind]
-            row = {"setting": setting.name, "seed": seed, "features": kind}
-            row |= run(world, seed, given, not arguments.no_categories)
+            row = {"setting": name, "seed": seed, "features": kind}
+            row |= run(world, arguments.batch, seed, given, not arguments.no_categories)
             cells = [f"{name} {cell:.3f}" if isinstance(cell, float) else str(cell) for name, cell in row.items()]
             sys.stdout.write("  ".join(cells) + "\n")
             sys.stdout.flush()
@@ -152,6 +164,8 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--setting", choices=[*SETTINGS, UNLIKE.name], default="u_shaped_slow")
     parser.add_argument("--prompts", type=int)
+    parser.add_argument("--trace", type=Path, help="an .npz of pass rates with texts, in place of a simulation")
+    parser.add_argument("--batch", type=int, default=_BATCH, help="prompts a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--share", type=float, default=0.5, help="of the logits' variance that is in the texts")
     parser.add_argument("--no-categories", action="store_true")

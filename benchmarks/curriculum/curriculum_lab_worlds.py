@@ -131,7 +131,7 @@ class RecordedTrace:
         pass_rates: (S, P) float, [0, 1].
         num_responses: () int, behind each pass rate.
         categories: (P,) int from 0; optional.
-        prompt_ids: (P,) fixed-width strings; optional.
+        prompt_ids, texts: (P,) fixed-width strings; optional.
         responses_per_group: () int, N of the run that was recorded; optional.
         """
         with np.load(path, allow_pickle=False) as file:
@@ -148,6 +148,7 @@ class RecordedTrace:
         self.name = path.stem
         self.num_prompts, self.num_steps = rates.shape[1], int(steps[-1])
         self.categories = self.clusters = arrays.get("categories", np.zeros(self.num_prompts, dtype=np.int64))
+        self.texts: list[str] = arrays["texts"].tolist() if "texts" in arrays else []
         self._step = 1
 
     @property

@@ -1,13 +1,14 @@
 """Does it matter which questions a pretrained model trains on? Arm beside arm at equal rollouts, seed by seed.
 
     python benchmarks/real_model/experiment.py --out FOLDER [--seeds 0 1 2] [--arms shuffle online mopps dapo]
-        [--budget 3072]
+        [--budget 3072] [--questions 128]
     python benchmarks/real_model/experiment.py report FOLDER --json FILE --plot FILE
 
 SmolLM2-135M-Instruct (made by `make real`), full fine-tuning with the config of examples/real_text, on 1,134 questions
-of 13 families (pool.py), validated on 226 others, four answers each at temperature 1. Every sampled response counts,
-those of groups that dynamic sampling throws away too; online as it ships has no probes. No arm is told the families.
-Each training writes FOLDER/ARM_seedN.json; finished ones are skipped, and several processes share the work.
+of 13 families (pool.py), or on the first N of them so that each comes several times, validated on 226 others, four
+answers each at temperature 1. Every sampled response counts, those of groups that dynamic sampling throws away and of
+full's refreshes too; online as it ships has no probes. No arm is told the families. Each training writes
+FOLDER/ARM_seedN.json; finished ones are skipped, and several processes share the work.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ ARMS: dict[str, list[str]] = {
     "online": [],  # as it ships
     "mopps": ["data.sampling_strategy=shuffle"],  # the draws are replaced, see trial.py
     "dapo": ["data.sampling_strategy=shuffle", "algorithm.online_filtering=true"],
+    # The published method: four responses to every question before the first step and after each epoch of 128.
+    "full": [
+        "data.curriculum_refresh=full", "data.curriculum_draw=proportional", "data.curriculum_rollout_n=4",
+        "data.curriculum_update_freq=16",
+    ],
     "text": ["data.curriculum_features=text"],  # online that learns from the questions' words besides
-}
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,13 +58,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["shuffle", "online", "mopps", "dapo"])
     parser.add_argument("--budget", type=int, default=48 * STEP, help="rollouts of a training")
+    parser.add_argument("--questions", type=int, help="train on the first N questions alone")
     options = parser.parse_args(argv)
     if not ASSETS.exists():
         sys.stderr.write(f"{ASSETS} is missing: `make real` makes the model\n")
         return 2
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    write_pool(out)
+    write_pool(out, options.questions)
     for seed in options.seeds:
         for arm in options.arms:
             with (out / f".{arm}_seed{seed}.lock").open("w") as lock:

@@ -16,7 +16,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-COLOURS = {"shuffle": "#555555", "online": "#1b7837", "text": "#7fbf7b", "mopps": "#e08214", "dapo": "#7b3294"}
+COLOURS = {
+    "shuffle": "#555555", "online": "#1b7837", "text": "#7fbf7b", "mopps": "#e08214", "full": "#2166ac",
+    "dapo": "#7b3294",
+}  # fmt: skip
 MIN_SEEDS = 3  # of an arm that is drawn
 FIGURES = ("accuracy", "pass_at_4", "maj_at_4")
 Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # arm, seed

@@ -46,8 +46,8 @@ def begun(task: str, question: str) -> tuple[str, str]:
     return asked(task, question)
 
 
-def write_pool(folder: Path) -> None:
-    """Write train.json and val.json, the same at every call, which share no question."""
+def write_pool(folder: Path, most: int | None = None) -> None:
+    """Write train.json, its first `most` questions alone, and val.json, which share none; the same at every call."""
     import reasoning_gym
 
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
@@ -68,4 +68,5 @@ def write_pool(folder: Path) -> None:
     for name, part in parts.items():
         random.Random(0).shuffle(part)
         rows = [row | {"id": f"{row['family']}-{name}-{number:04d}"} for number, row in enumerate(part)]
+        rows = rows[:most] if name == "train" else rows
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")

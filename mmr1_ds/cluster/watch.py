@@ -265,7 +265,8 @@ class Watch:
                 self._changed.notify_all()
             if is_last:
                 return
-            self._closed.wait(self._interval)
+            is_start = len(self._places) < self._size <= READ_BY_ALL  # a start does not wait a second for the last rank
+            self._closed.wait(self._interval / 10 if is_start else self._interval)
 
     def _reads_all(self) -> bool:
         """Whether to read every rank's place: where few write one, and on other ranks than 0 when it may matter.

@@ -96,13 +96,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _add_part(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("part", nargs="?", default="", help="only names that contain it, as curriculum or trainer.save")
+    words = "only keys whose names, or else meanings, contain it, as curriculum or 'pass rate'"
+    parser.add_argument("part", nargs="?", default="", help=words)
 
 
 def _print_keys(arguments: argparse.Namespace) -> int:
     found = reference.plain(arguments.part)
     if not found:
-        raise UserError(f"no key has {arguments.part!r} in its name; `mmr1-ds keys` prints all")
+        raise UserError(f"no key has {arguments.part!r} in its name or meaning; `mmr1-ds keys` prints all")
     sys.stdout.write(found)
     return 0
 

@@ -102,9 +102,9 @@ def read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
     require("vllm", "vllm", purpose="a rollout server")
     _devices(rollout)
     if rollout.limit_images == 0:
-        check_data(config.data, "train_files", config.worker.actor.model)
+        check_data(config.data, "train_files", config.worker.actor.model, "server")
         if config.data.val_files:
-            check_data(config.data, "val_files", config.worker.actor.model)
+            check_data(config.data, "val_files", config.worker.actor.model, "server")
     number = _port_number(ports[-1].removeprefix(_PORT)) if ports else DEFAULT_PORT if port is None else port
     if not 1 <= number < 2**16:
         raise UserError(f"port={number} must be in [1, 65535]")

@@ -47,7 +47,8 @@ def markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key, its default, the values it takes, and what it means. `mmr1-ds keys [PART OF A NAME]` prints it.",
+        "Every key, its default, the values it takes, and what it means. `mmr1-ds keys [WORD]` prints it: all, or",
+        "the keys with the word in their names or, where there are none, in their meanings.",
         "",
     ]
     for section in sections():
@@ -62,9 +63,11 @@ def markdown() -> str:
 
 
 def plain(part: str = "") -> str:
-    """Write a line for each key whose name contains `part`; empty when there is none."""
-    keys = [key for section in sections() for key in section.keys if part in key.name]
-    return "".join(f"{key.name}={key.default}  # {'; '.join(filter(None, key[2:]))}\n" for key in keys)
+    """Write a line for each key whose name, or else whose meaning, contains `part`; empty when there is none."""
+    keys = [key for section in sections() for key in section.keys]
+    found = [key for key in keys if part in key.name]
+    found = found or [key for key in keys if part.lower() in " ".join(key[2:]).lower()]
+    return "".join(f"{key.name}={key.default}  # {'; '.join(filter(None, key[2:]))}\n" for key in found)
 
 
 def _collect(kind: type, prefix: str, found: list[Section]) -> None:

@@ -17,13 +17,13 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.critic import Critic
-from mmr1_ds.engine.model.experts import has_experts
+from mmr1_ds.engine.model.loading import load_config
 from mmr1_ds.engine.model.lora import adapted_layers, layers_to_adapt
 from mmr1_ds.engine.reference import AdapterlessReference, Reference
 from mmr1_ds.engine.zero_engine import Sizes
-from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.checks import NO_ADAPTERS_BESIDE_EXPERTS
+from mmr1_ds.preflight.checks import check_lora_sync
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
+from mmr1_ds.preflight.families import check_family
 from mmr1_ds.rollout.base import RolloutEngine
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 from mmr1_ds.rollout.hf.engine import TransformersRollout
@@ -56,6 +56,8 @@ def load_engines(
     advance: Callable[[int], None],
 ) -> Engines:
     """Load the models. The rollout engine is closed with `stack`; `advance` is called `LOADED_PARTS` times in all."""
+    check_family(config, load_config(config.worker.actor.model).model_type)  # a hub model's is here now
+    check_lora_sync(config)
     rollout: RolloutEngine | None = None
     alone = config.worker.rollout.lora_sync == "adapters"
     if config.worker.rollout.engine == "server":  # the servers load while the models here do
@@ -77,8 +79,6 @@ def load_engines(
     # Adapters are put on what trains, and so need an optimiser.
     learns = not config.trainer.val_only or config.worker.actor.model.lora.rank > 0
     actor = _actor(config, deepspeed.actor if learns else deepspeed.reference, num_steps, ranks, encoder)
-    if alone and has_experts(actor.model):  # a hub model's, whose config.json was not looked at
-        raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
     advance(1)
     critic = None
     if deepspeed.critic is not None:

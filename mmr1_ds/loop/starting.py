@@ -25,6 +25,7 @@ from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.loop.run_lock import RunLock
 from mmr1_ds.monitoring.environment import write_environment
 from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.preflight.videos import NOT_BY_SERVERS
 from mmr1_ds.rewards.loading import BUILT_IN, each_function
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset,
     train_data, val_data = _load_data(config, encoder)
     if config.worker.rollout.engine == "server":
         for data in [train_data] if val_data is None else [train_data, val_data]:
-            data.check_no_videos("worker.rollout.engine=server takes none; set it to vllm")
+            data.check_no_videos(NOT_BY_SERVERS)
     return train_data, val_data
 
 

@@ -15,20 +15,17 @@ from mmr1_ds.curriculum.mixture import quotas
 from mmr1_ds.data.sources import list_names
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.data import check_data
+from mmr1_ds.preflight.families import check_family
 from mmr1_ds.preflight.files import check_format_prompt, check_output_folder
 from mmr1_ds.preflight.functions import check_functions, check_reward
 from mmr1_ds.preflight.group_sizes import check_group_sizes
-from mmr1_ds.preflight.models import check_model, check_model_path, model_carries_states, model_has_experts
+from mmr1_ds.preflight.models import check_model, check_model_path, model_has_experts, model_type
 from mmr1_ds.preflight.plan import BatchPlan, batch_plan
 from mmr1_ds.preflight.router_replay import check_router_replay
 from mmr1_ds.preflight.servers import check_servers
 from mmr1_ds.rewards.loading import check_reward_config, reward_weights
 
 _MAX_ADAPTER_RANK, _VLLM_MIN_TEMPERATURE = 512, 0.01  # vLLM's
-# With adapters anywhere vLLM computes the experts by other kernels, which its CPU build lacks and nobody has compared.
-NO_ADAPTERS_BESIDE_EXPERTS = (
-    "worker.rollout.lora_sync=adapters is not for mixtures of experts; set worker.rollout.lora_sync=merged"
-)
 
 
 def check_config(config: RunConfig, world_size: int) -> BatchPlan:
@@ -47,6 +44,8 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     check_group_sizes(config)
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
+    if (family := model_type(config.worker.actor.model)) is not None:
+        check_family(config, family)
     _check_lora(config.worker.actor.model.lora)
     check_lora_sync(config)
     _check_reference(config)
@@ -73,9 +72,10 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
         is_resumed = config.trainer.resume and (checkpoint_directory(config) / "latest").is_file()
         _check_prior(config.data, config.data.curriculum_prior, is_resumed)
     train_key = "val_files" if config.trainer.val_only else "train_files"
-    train_data = check_data(config.data, train_key, config.worker.actor.model)
+    model, engine = config.worker.actor.model, config.worker.rollout.engine
+    train_data = check_data(config.data, train_key, model, engine)
     _check_weights(config.data)
-    val_data = check_data(config.data, "val_files", config.worker.actor.model) if config.data.val_files else None
+    val_data = check_data(config.data, "val_files", model, engine) if config.data.val_files else None
     plan = batch_plan(config, world_size, train_data, val_data)
     warmup = config.trainer.critic_warmup
     if plan.total_steps is not None and 0 < plan.total_steps <= warmup:
@@ -221,8 +221,9 @@ def check_lora_sync(config: RunConfig) -> None:
             f"{key}: vLLM takes adapters up to rank {_MAX_ADAPTER_RANK}, got worker.actor.model.lora.rank={rank}; "
             f"lower it, or set {merged}"
         )
+    # With adapters vLLM computes the experts by other kernels, which its CPU build lacks and nobody has compared.
     if model_has_experts(config.worker.actor.model):
-        raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
+        raise UserError(f"{key} is not for mixtures of experts; set {merged}")
 
 
 def _check_reference(config: RunConfig) -> None:
@@ -342,8 +343,6 @@ def _check_sequence_parallel(config: RunConfig, world_size: int) -> None:
         raise UserError(f"{key} must divide the ranks: {world_size} % {size} = {world_size % size}; set it to 1")
     if not config.worker.actor.padding_free:
         raise UserError(f"{key} needs packed sequences; set worker.actor.padding_free=true")
-    if model_carries_states(config.worker.actor.model):
-        raise UserError(f"{key} cuts sequences, along which layers of this model carry a state; set it to 1")
     if config.worker.rollout.engine == "hf":
         raise UserError(f"{key}: transformers cannot generate with cut sequences; set worker.rollout.engine=vllm")
     if config.algorithm.adv_estimator == "gae":

@@ -54,11 +54,11 @@ class DataSummary:
         return None if None in counts else sum(count for count in counts if count is not None)
 
 
-def check_data(data: DataConfig, key: str, model: ModelConfig) -> DataSummary:
+def check_data(data: DataConfig, key: str, model: ModelConfig, engine: str = "auto") -> DataSummary:
     """Check that the files of data.train_files or data.val_files (`key`) exist and their first rows have the columns.
 
     Images in a column of another name are an error for a local model that takes images, else a warning. Videos of the
-    first rows are opened where PyAV is installed.
+    first rows are opened where PyAV is installed. Args: engine: worker.rollout.engine, servers take no videos.
     Raises: UserError naming the file, the key, and the columns of the file.
     """
     files = data.train_files if key == "train_files" else data.val_files
@@ -67,10 +67,10 @@ def check_data(data: DataConfig, key: str, model: ModelConfig) -> DataSummary:
     if data.image_dir is not None and not Path(data.image_dir).is_dir():
         raise UserError(f"data.image_dir: no such folder {data.image_dir!r}")
     names = list_names(files, f"data.{key}")
-    return DataSummary(tuple(_look_at(name, data, f"data.{key}", model) for name in names))
+    return DataSummary(tuple(_look_at(name, data, f"data.{key}", model, engine) for name in names))
 
 
-def _look_at(name: str, data: DataConfig, key: str, model: ModelConfig) -> FileSummary:
+def _look_at(name: str, data: DataConfig, key: str, model: ModelConfig, engine: str) -> FileSummary:
     path_text, split = split_name(name)
     path = Path(path_text)
     if not os.path.exists(path):
@@ -85,8 +85,9 @@ def _look_at(name: str, data: DataConfig, key: str, model: ModelConfig) -> FileS
     columns = _readable(_columns, parts[0], key)
     if columns is not None:
         check_columns(name, columns, data)
-        _check_images(name, parts[0], data, key, model_takes_images(model))
-        check_first_videos(name, path, _readable(_first_rows, parts[0], key), data, model_takes_images(model))
+        takes_images = model_takes_images(model)
+        _check_images(name, parts[0], data, key, takes_images)
+        check_first_videos(name, path, _readable(_first_rows, parts[0], key), data, takes_images, engine)
     return FileSummary(name, True, num_rows, _has(data.image_key, columns), _has(data.video_key, columns))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from mmr1_ds.config import ModelConfig
+from mmr1_ds.config.families import FAMILIES
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.files import json_object
 
@@ -47,8 +49,9 @@ def _check_model_folder(name: str, key: str) -> None:
         raise UserError(f"{key}: {name!r} is not a model folder; it needs a config.json beside the weights")
     _check_json_files(path, key)
     content = json_object(path / "config.json", key)
-    tied, text = content.get("tie_word_embeddings"), content.get("text_config") or {}
-    if content.get("model_type") in ("qwen3_5", "qwen3_5_moe") and tied and not text.get("tie_word_embeddings"):
+    family, text = FAMILIES.get(content.get("model_type", "")), content.get("text_config")
+    is_tied = content.get("tie_word_embeddings") and not (text or {}).get("tie_word_embeddings")
+    if family is not None and family.carries_states and text is not None and is_tied:
         raise UserError(
             f"{key}: tie_word_embeddings is true in {name!r} but not in its text_config, where vLLM looks: it would "
             "leave the output layer random; set it there too"
@@ -70,25 +73,26 @@ def _check_json_files(folder: Path, key: str) -> None:
             raise UserError(f"{key}: text_config in {str(folder / name)!r} must be an object")
 
 
-def model_carries_states(model: ModelConfig) -> bool:
-    """Return whether a local model's config.json lists layers that carry a state along a sequence (Qwen3.5's)."""
-    return "linear_attention" in (_text_config(model).get("layer_types") or ())
+def model_type(model: ModelConfig) -> str | None:
+    """Return the family of a model; None for a hub model that is not in the cache."""
+    found = (_config(model) or {}).get("model_type")
+    return found if isinstance(found, str) else None
 
 
 def model_has_experts(model: ModelConfig) -> bool | None:
-    """Return whether a local model is a mixture of experts; None for a hub model."""
+    """Return whether a model is a mixture of experts; None for a hub model that is not in the cache."""
     text = _text_config(model)
     return bool(text.get("num_experts_per_tok") or text.get("num_experts")) if text else None
 
 
 def model_takes_images(model: ModelConfig) -> bool | None:
-    """Return whether a local model takes images; None for a hub model."""
+    """Return whether a model takes images; None for a hub model that is not in the cache."""
     content = _config(model)
     return None if content is None else "vision_config" in content
 
 
 def model_hidden_size(model: ModelConfig) -> int | None:
-    """Return the width of a local model's text part; None for a hub model."""
+    """Return the width of a model's text part; None for a hub model that is not in the cache."""
     width = (_config(model) or {}).get("hidden_size") or _text_config(model).get("hidden_size")
     return width if isinstance(width, int) else None
 
@@ -101,8 +105,14 @@ def _text_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _config(model: ModelConfig) -> dict[str, Any] | None:
-    """The config.json of a local model; None for a hub model, which is not read."""
-    path = Path(model.model_path or "") / "config.json"
-    if not model.model_path or not os.path.isfile(path):
+    """The config.json of a local model, or of a hub model that was downloaded before; nothing is fetched."""
+    if not model.model_path:
         return None
-    return json_object(path, "worker.actor.model.model_path")
+    path: Any = os.path.join(model.model_path, "config.json")
+    if not os.path.exists(model.model_path) and importlib.util.find_spec("huggingface_hub") is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(model.model_path, "config.json")
+    if not isinstance(path, str) or not os.path.isfile(path):
+        return None
+    return json_object(Path(path), "worker.actor.model.model_path")

@@ -10,11 +10,14 @@ from typing import Any
 
 from mmr1_ds.config import DataConfig, LoraConfig, RunConfig
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory, total_training_steps
+from mmr1_ds.config.families import describe
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.schema import CriticConfig, names_a_file
 from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.preflight.data import DataSummary, FileSummary
+from mmr1_ds.preflight.families import untested
+from mmr1_ds.preflight.models import model_type
 
 _OPTIMISERS = {
     "adamw": "AdamW", "adamw_bf16": "AdamW with bf16 moments", "adamw_8bit": "AdamW with 8-bit moments",
@@ -55,6 +58,7 @@ def describe_plan(
     """Write the plan, a line a topic. Args: actor, reference, critic: the resolved DeepSpeed configs."""
     topics = {
         "model": _model(config),
+        "family": _family(config),
         "ranks": _ranks(config, plan, on_gpu),
         "train data": "" if config.trainer.val_only else _data(plan.train_data),
         "val data": "none" if plan.val_data is None else _data(plan.val_data),
@@ -83,6 +87,11 @@ def _model(config: RunConfig) -> str:
     lora = f"; {_lora(model.lora)}" if model.lora.rank > 0 else ""
     alone = ", adapters alone to vLLM" if config.worker.rollout.lora_sync == "adapters" else ""
     return f"{model.model_path} ({where}){tower}{lora}{alone}"
+
+
+def _family(config: RunConfig) -> str:
+    found = model_type(config.worker.actor.model)
+    return "a hub model that is not in the cache: looked at when the run starts" if found is None else describe(found)
 
 
 def _lora(lora: LoraConfig) -> str:
@@ -385,7 +394,8 @@ def batch_plan(config: RunConfig, world_size: int, train_data: DataSummary, val_
 
 
 def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | None) -> list[str]:
-    notes = []
+    found = model_type(config.worker.actor.model)
+    notes = [] if found is None else untested(config, found)
     rollout, trainer, size = config.worker.rollout, config.trainer, train_data.num_rows
     if size is not None and size < config.data.rollout_batch_size:
         notes.append(

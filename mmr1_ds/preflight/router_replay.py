@@ -6,7 +6,6 @@ import os
 
 from mmr1_ds.config.schema import RunConfig
 from mmr1_ds.errors import UserError
-from mmr1_ds.preflight.models import model_has_experts
 
 V1_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's own; 0 chooses the runner that gpu-check compares with
 
@@ -17,10 +16,6 @@ def check_router_replay(config: RunConfig) -> None:
     if mode == "disabled" or config.trainer.val_only:
         return
     key = f"worker.actor.router_replay.mode={mode}"
-    if model_has_experts(actor.model) is False:
-        raise UserError(
-            f"{key}: {actor.model.model_path} is no mixture of experts, it has no router; set it to disabled"
-        )
     if mode == "R2":
         if actor.ulysses_size > 1:
             raise UserError(

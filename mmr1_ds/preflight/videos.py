@@ -15,14 +15,22 @@ from mmr1_ds.data.paths import at_path
 from mmr1_ds.data.videos import VideoSource, video_references
 from mmr1_ds.errors import UserError
 
+NOT_BY_SERVERS = "worker.rollout.engine=server takes none; set it to vllm"
+
 
 def check_first_videos(
-    name: str, path: Path, rows: Sequence[Mapping[str, Any]], data: DataConfig, takes_images: bool | None
+    name: str,
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    data: DataConfig,
+    takes_images: bool | None,
+    engine: str = "auto",
 ) -> None:
     """Check the videos of the first rows of a file or folder. They are opened where PyAV is installed.
 
-    Args: name: the file as the user wrote it; takes_images: whether the model does; None = unknown.
-    Raises: UserError naming the first row whose video is passed over, not taken by the model, or unreadable.
+    Args: name: the file as the user wrote it; takes_images: whether the model does; None = unknown;
+        engine: worker.rollout.engine.
+    Raises: UserError naming the first row whose video is passed over, not taken by model or engine, or unreadable.
     """
     own = str(path if path.is_dir() else path.parent)
     folder = data.image_dir or own
@@ -36,5 +44,7 @@ def check_first_videos(
         found = [*video_references(cell), *VIDEOS.in_messages(at_path(row, data.prompt_key))]
         if found and takes_images is False:
             raise UserError(no_videos(where))
+        if found and engine == "server":
+            raise UserError(f"{where}: the prompt has a video and {NOT_BY_SERVERS}")
         for reference in found if can_open else []:
             source.open(reference, where)

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 logger = logging.getLogger(__name__)
 
 NUM_KILLS = int(os.environ.get("MMR1_DS_CHAOS_KILLS", "4"))
-NUM_STEPS = 7
+NUM_STEPS = 12
+SAVE_FREQ = 3  # else a checkpoint is being written behind every step
 
 
 class Run:
@@ -30,14 +31,14 @@ class Run:
     def __init__(self, folder: Path, name: str, ranks: list[WarmProcess]) -> None:
         self.run_dir, self._ranks = folder / name, ranks
         self._began = time.monotonic()
-        self.seconds = 0.0  # that it took
+        self.seconds = self.first_step = 0.0  # that it took, and until its first step was done
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         self.marker = f"{name}-{port}-{time.time_ns()}"
         self.logs = [folder / f"{name}.rank{rank}.log" for rank in range(len(ranks))]
         arguments = [str(ROOT / "mmr1_ds" / "train.py"), f"config={folder / 'run.yaml'}"]
-        arguments.append(f"trainer.run_dir={self.run_dir}")
+        arguments += [f"trainer.run_dir={self.run_dir}", f"trainer.save_freq={SAVE_FREQ}"]
         for rank, process in enumerate(ranks):
             variables = environment(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(ranks)), MASTER_ADDR="127.0.0.1",
@@ -46,10 +47,13 @@ class Run:
             process.start(arguments, variables, self.logs[rank])
 
     def has_ended(self) -> bool:
+        if not self.first_step and self.logs[0].exists() and " INFO step " in self.logs[0].read_text(errors="replace"):
+            self.first_step = time.monotonic() - self._began
         return all(process.pid == 0 or process.has_ended() for process in self._ranks)
 
     def finish(self) -> list[int]:
         """The exit codes; nothing of the run is left."""
+        wait_until(self.has_ended, 300, "the run ended")
         codes = [process.wait(300) for process in self._ranks]
         self.seconds = time.monotonic() - self._began
         wait_until(lambda: not processes_with(self.marker), 60, f"no process left, {processes_with(self.marker)}")
@@ -73,7 +77,7 @@ def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
     try:
         run = Run(tmp_path, "left_alone", ranks)
         assert run.finish() == [0, 0], run.said()[-3000:]
-        seconds = run.seconds
+        start, steps = run.first_step, run.seconds - run.first_step
         number = 0
         while counts["kills"] < NUM_KILLS:
             number += 1
@@ -82,13 +86,13 @@ def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
             while not is_over:
                 run = Run(tmp_path, name, ranks)
                 if counts["kills"] < NUM_KILLS:
-                    kill_one(run, chance, seconds, counts)
+                    kill_one(run, chance, start, steps, counts)
                 codes = run.finish()
                 is_over = codes == [0, 0]
                 resumed = "going on from" in run.said()
                 if is_over and not resumed:
                     # The first one compiles DeepSpeed's operators: a moment of it is mostly after the others' end.
-                    seconds = min(seconds, run.seconds)
+                    start, steps = min(start, run.first_step), min(steps, run.seconds - run.first_step)
                 counts["starts"] += 1
                 counts["resumed"] += resumed
                 counts["damaged checkpoints met"] += "is damaged" in run.said()
@@ -101,25 +105,29 @@ def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
             process.close()
 
 
-def kill_one(run: Run, chance: random.Random, seconds: float, counts: Counter[str]) -> None:
-    """Kill a random rank at a random moment of what a whole run takes, or while a checkpoint is being written."""
-    rank, in_save = chance.randrange(2), chance.random() < 0.5
-    moment = time.monotonic() + chance.uniform(0.0, seconds)
-    saves_to_wait_for, known = chance.randrange(1, 4), set[str]()
+def kill_one(run: Run, chance: random.Random, start: float, steps: float, counts: Counter[str]) -> None:
+    """Kill a random rank in the start, at a random moment of the steps, or while a checkpoint is being written."""
+    rank, kind = chance.randrange(2), chance.choices(["start", "steps", "save"], [0.1, 0.6, 0.3])[0]
+    in_start, in_steps = chance.uniform(0.0, start), chance.uniform(0.0, steps)
+    saves_to_wait_for, known, began = chance.randrange(1, 4), set[str](), time.monotonic()
     while not run.has_ended():
         new = run.saving() - known
         known |= new
-        if in_save and new:
+        if kind == "save" and new:
             saves_to_wait_for -= 1
             if saves_to_wait_for == 0:
                 time.sleep(chance.uniform(0.0, 0.03))  # somewhere in the save
                 break
-        if not in_save and time.monotonic() >= moment:
+        now = time.monotonic() - began
+        if kind == "start" and now >= in_start:
             break
-        time.sleep(0.001)
+        if kind == "steps" and run.first_step and now - run.first_step >= in_steps:
+            break
+        time.sleep(0.002)
     if run.has_ended():
         return
     counts["kills while a checkpoint was written" if run.saving() else "kills at other moments"] += 1
+    counts["kills before the first step's end"] += not run.first_step
     run.kill(rank)
     counts["kills"] += 1
     counts[f"kills of rank {rank}"] += 1

@@ -9,14 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from mmr1_ds.commands.demo import assets, digits, model, summary, warmup
 from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.math import compute_score
 
-LABELS = load_digits().target
+LABELS = digits.load_digits().labels
 SHORT = warmup.WarmupSettings(num_steps=3, batch_size=5, first_steps=2, warmup_steps=1)
 
 
@@ -45,6 +44,12 @@ def test_a_question_shows_as_many_digits_as_it_names_and_its_answer_is_right():
         assert int(question.answer) == EXPECTED[kind[:3]](shown)
         assert question.problem == f"<image>{kind}"
         assert not (kind.startswith("mul") and 0 in shown)
+
+
+def test_the_scans_are_uci_s():
+    """Its description counts the scans of each digit, from 0 to 9."""
+    assert np.bincount(LABELS).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert digits.load_digits().pixels.max() == 255
 
 
 def test_held_out_scans_are_never_trained_on():
@@ -78,7 +83,7 @@ def test_an_image_shows_its_scans_from_the_left_and_black_after_them():
         shown = pixels[:, 28 * slot : 28 * slot + 28, 0].astype(float)
         # Means over the blocks that the 8 x 8 scan was stretched to: 28 / 8 = 3.5 pixels a side.
         blocks = shown.repeat(2, 0).repeat(2, 1).reshape(8, 7, 8, 7).mean((1, 3))
-        assert np.corrcoef(blocks.ravel(), load_digits().images[scan].ravel())[0, 1] > 0.97
+        assert np.corrcoef(blocks.ravel(), digits.load_digits().pixels[scan].ravel())[0, 1] > 0.97
 
 
 def test_parquet_has_the_columns_and_its_png_bytes_give_the_image_back(tmp_path):

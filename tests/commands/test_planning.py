@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flo
 from mmr1_ds.commands import cli
 from mmr1_ds.commands.plan import activations
 from mmr1_ds.commands.plan.activations import MicroBatch
-from mmr1_ds.commands.plan.command import estimate, largest_doubt
+from mmr1_ds.commands.plan.command import estimate, in_words, largest_doubt
 from mmr1_ds.commands.plan.hardware import GPUS, Assumptions
 from mmr1_ds.commands.plan.memory import cache_bytes, plan_memory, state_bytes
 from mmr1_ds.config import ModelConfig, RunConfig
@@ -26,6 +26,7 @@ from mmr1_ds.engine.model.loading import checkpoint_gradients
 from mmr1_ds.engine.model.log_probs import LogProbHead
 from mmr1_ds.engine.model.policy import exact_types
 from mmr1_ds.engine.model.shapes import policy_shape, shape_of
+from mmr1_ds.errors import UserError
 
 BAR = 0.15
 EXACT = 0.003  # of FLOP: rotations are left out
@@ -366,6 +367,16 @@ def test_weights_stay_gathered_without_gradient_checkpointing():
     assert gathered(False, False, 7) == 2 * 3_754_622_976
     assert gathered(True, False, 7) == gathered(False, True, 7) < 2e9
     assert gathered(False, False, 1) == 0
+
+
+def test_the_plan_says_what_was_not_tested(settings):
+    """By the family that transformers finds, also where the folder has no such name."""
+    model = "worker.actor.model.model_path=Qwen/Qwen3-"
+    found = planned(settings, "worker.actor.model.lora.rank=8", f"{model}VL-8B-Instruct")
+    assert "family: Qwen3-VL (qwen3_vl): images and videos; packed" in in_words(found)
+    assert "\nnote: worker.actor.model.lora was not tested with Qwen3-VL" in in_words(found)
+    with pytest.raises(UserError, match="along which layers of qwen3_5_moe models carry a state"):
+        planned(settings, "worker.actor.ulysses_size=2", "worker.actor.model.model_path=Qwen/Qwen3.5-35B-A3B")
 
 
 def test_the_largest_doubt_is_the_assumption_that_matters_most():

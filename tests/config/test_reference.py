@@ -38,6 +38,8 @@ def test_keys_are_printed(capsys):
     )
     assert cli.main(["keys"]) == 0
     assert "data.seed=1  # seed of the order and the draws; 0 or more\n" in capsys.readouterr().out
+    assert cli.main(["keys", "Order and the draws"]) == 0
+    assert capsys.readouterr().out == "data.seed=1  # seed of the order and the draws; 0 or more\n"
     assert cli.main(["keys", "no_such"]) == 2
     assert "no key has 'no_such' in its name" in capsys.readouterr().err
 

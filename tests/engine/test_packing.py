@@ -11,10 +11,10 @@ from fixtures.varlen import plain_varlen_attn
 from torch.nn.attention import varlen
 
 from mmr1_ds.config import DataConfig, ModelConfig
+from mmr1_ds.config.families import FAMILIES
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model import attention
 from mmr1_ds.engine.model.attention import (
-    PACKABLE,
     PACKED,
     VARLEN,
     Row,
@@ -44,7 +44,7 @@ def varlen_calls(monkeypatch):
     return calls
 
 
-@pytest.fixture(scope="module", params=sorted(PACKABLE))
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
 def family(request, tmp_path_factory):
     """(load, encoder): loads one tiny model of random weights with the attention of that name; its prompt encoder."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

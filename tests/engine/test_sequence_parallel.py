@@ -40,11 +40,3 @@ def test_heads_that_cannot_be_shared_out_are_refused(tmp_path):
     config = AutoConfig.from_pretrained(save_text_model(tmp_path / "model"))  # 3 heads, 1 key-value head
     with pytest.raises(UserError, match="ulysses_size=2 cannot share out 3 attention heads and 1 key-value heads"):
         SequenceParallel(Neighbours(None, None, 0, 2), config, PACKED)
-    with pytest.raises(UserError, match="ulysses_size=2 needs packed sequences, but qwen2 models are padded"):
-        SequenceParallel(Neighbours(None, None, 0, 2), config, "sdpa")
-
-
-def test_sequences_along_which_a_state_is_carried_are_not_cut(tmp_path):
-    config = AutoConfig.from_pretrained(save_text_model(tmp_path / "model", family="qwen3_5_text", num_heads=4))
-    with pytest.raises(UserError, match="=2 cuts sequences, along which layers of qwen3_5_text models carry a state"):
-        SequenceParallel(Neighbours(None, None, 0, 2), config, PACKED)

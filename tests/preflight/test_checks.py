@@ -1,9 +1,7 @@
 """What must hold before a model is loaded: choices, ranges, batch arithmetic."""
 
-import json
-
 import pytest
-from fixtures.configs import check, load, refused
+from fixtures.configs import check, load, model_folder, refused
 
 from mmr1_ds.config.derived import resolved_critic, total_training_steps
 from mmr1_ds.preflight.checks import check_config
@@ -211,17 +209,10 @@ def test_what_sequence_parallel_does_not_go_with(valid, argument, expected):
     assert "worker.actor.ulysses_size=2" in message and expected in message
 
 
-def model_folder(folder, content):
-    """The argument that names a model folder with this config.json."""
-    (folder / "config.json").write_text(json.dumps(content))
-    (folder / "model.safetensors").write_bytes(b"")
-    return f"worker.actor.model.model_path={folder}"
-
-
 @pytest.mark.parametrize("part", [None, "text_config"])
 def test_adapters_alone_are_not_sent_to_mixtures_of_experts(valid, tmp_path, part):
     experts = {"num_experts": 4}
-    folder = model_folder(tmp_path, experts if part is None else {part: experts})
+    folder = model_folder(tmp_path, **(experts if part is None else {part: experts}))
     lora = ["worker.actor.model.lora.rank=8", "worker.rollout.lora_sync=adapters"]
     message = refused(valid, folder, *lora)
     assert message == (
@@ -229,19 +220,11 @@ def test_adapters_alone_are_not_sent_to_mixtures_of_experts(valid, tmp_path, par
     )
 
 
-@pytest.mark.parametrize("part", [None, "text_config"])
-def test_sequences_along_which_a_state_is_carried_are_not_cut(valid, tmp_path, part):
-    kinds = {"layer_types": ["linear_attention", "full_attention"]}
-    folder = model_folder(tmp_path, kinds if part is None else {part: kinds})
-    message = refused(valid, folder, "worker.actor.ulysses_size=2")
-    assert message.startswith("worker.actor.ulysses_size=2 cuts sequences, along which layers of this model carry")
-
-
 def test_an_output_layer_that_vllm_would_leave_random_is_named(valid, tmp_path):
     content = {"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": {}}
-    assert "tie_word_embeddings is true in " in refused(valid, model_folder(tmp_path, content))
+    assert "tie_word_embeddings is true in " in refused(valid, model_folder(tmp_path, **content))
     content["text_config"] = {"tie_word_embeddings": True}
-    check(valid, model_folder(tmp_path, content))
+    check(valid, model_folder(tmp_path, **content))
 
 
 def test_no_kl_at_all_is_fine(valid):

@@ -1,26 +1,15 @@
 """Router replay: what it does not go with is one line before any model loads."""
 
-import json
-
 import pytest
-from fixtures.configs import check, refused
+from fixtures.configs import check, model_folder, refused
 
 KEY = "worker.actor.router_replay.mode"
 
 
-def model(folder, **content):
-    """The argument that names a model folder with this config.json."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(content))
-    (folder / "model.safetensors").write_bytes(b"")
-    return f"worker.actor.model.model_path={folder}"
-
-
-@pytest.fixture(params=["text", "vision"])
-def mixture(request, valid, tmp_path):
+@pytest.fixture
+def mixture(valid, tmp_path):
     """A configuration that every check passes, of a mixture of experts."""
-    own = {"num_experts_per_tok": 2}
-    return [*valid, model(tmp_path / "mixture", **(own if request.param == "text" else {"text_config": own}))]
+    return [*valid, model_folder(tmp_path / "mixture", model_type="qwen3_vl_moe")]
 
 
 @pytest.mark.parametrize("mode", ["R2", "R3"])
@@ -47,11 +36,6 @@ def test_a_mixture_can_replay(mixture, mode):
 def test_what_replay_does_not_go_with(mixture, arguments, expected):
     mode, *others = arguments
     assert expected in refused(mixture, f"{KEY}={mode}", *others)
-
-
-def test_a_dense_model_has_no_router(valid, tmp_path):
-    message = refused(valid, model(tmp_path / "dense", model_type="qwen2"), f"{KEY}=R3")
-    assert "is no mixture of experts, it has no router; set it to disabled" in message
 
 
 def test_v1_s_runner_hands_out_no_experts(mixture, monkeypatch):

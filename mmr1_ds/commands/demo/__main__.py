@@ -33,7 +33,7 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _exit)
     try:
-        require("gpu", "torch", "transformers", "sklearn", purpose="the demo")
+        require("gpu", "torch", "transformers", purpose="the demo")
         built = prepare_assets(arguments.folder, arguments.seed)
     except UserError as error:
         return tell(error)

@@ -16,12 +16,14 @@ from mmr1_ds.commands.plan.memory import Plan, plan_memory
 from mmr1_ds.commands.plan.stages import generation, load_of, of_passes, refresh_rollouts, step_seconds
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import resolved_critic, trains_critic
+from mmr1_ds.config.families import describe
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.engine.model.shapes import PUBLISHED, ModelShape, critic_shape, policy_shape
 from mmr1_ds.errors import require
 from mmr1_ds.monitoring.logger import quiet_libraries
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import critic_deepspeed, reference_deepspeed, resolve_deepspeed
+from mmr1_ds.preflight.families import check_family, untested
 from mmr1_ds.preflight.plan import BatchPlan
 
 EXIT_DOES_NOT_FIT = 1
@@ -46,6 +48,8 @@ class Estimate:
     refresh: dict[str, float]  # responses a step beside training's, by curriculum_refresh
     responses_per_step: int
     refresh_seconds: dict[str, float]  # seconds a step of those responses
+    family: str  # what the model's family was tested with
+    untested: list[str]  # what the run asks of it besides
     problems: list[str]  # what does not fit, with the remedy
     warnings: list[str]
 
@@ -83,6 +87,7 @@ def estimate(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Estimat
         "reference": reference_deepspeed(config, actor_config, on_gpu=True)["zero_optimization"],
     }
     actor, critic = policy_shape(config.worker.actor.model), None
+    check_family(config, actor.family)
     if trains_critic(config):
         critic = critic_shape(resolved_critic(config).model)
         zero["critic"] = critic_deepspeed(config, actor_config, world_size, on_gpu=True)["zero_optimization"]
@@ -103,7 +108,8 @@ def estimate(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Estimat
     return Estimate(
         gpu, world_size, actor, memory, seconds, of_passes(config, actor, gpu, assumed, load), doubt, refresh,
         plan.responses_per_step,
-        {name: count / world_size * a_response for name, count in refresh.items()}, problems, warnings,
+        {name: count / world_size * a_response for name, count in refresh.items()},
+        describe(actor.family), untested(config, actor.family), problems, warnings,
     )  # fmt: skip
 
 
@@ -182,6 +188,7 @@ def in_words(found: Estimate) -> str:
     lines = [
         f"estimated, not measured: {shape.name}, {shape.num_parameters / 1e9:.2f} billion parameters, {active}"
         f"{found.world_size} x {found.gpu.name} of {found.gpu.memory_gb:g} GB ({found.gpu.source})",
+        f"family: {found.family}",
         "",
     ]
     for moment, parts in (("while the actor learns", memory.learning), ("when vLLM starts", memory.sampling)):
@@ -199,6 +206,7 @@ def in_words(found: Estimate) -> str:
             f"curriculum_refresh={name}: {count:,.0f} responses a step beside training's {found.responses_per_step:,} "
             f"({count / found.responses_per_step:.0%}), {found.refresh_seconds[name]:.1f} s"
         )
+    lines += [f"note: {line}" for line in found.untested]
     lines += [f"does not fit: {problem}" for problem in found.problems]
     lines += [f"tight: {warning}" for warning in found.warnings]
     if not found.problems:

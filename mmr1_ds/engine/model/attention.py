@@ -30,16 +30,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mmr1_ds.config.families import FAMILIES
 from mmr1_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Families whose attention and positions were tested packed against one sequence at a time. Others, which may carry
-# state from token to token in ways that linear_attention.py does not know, are padded.
-PACKABLE = {
-    "llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text",
-    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
-}  # fmt: skip
 PACKED, VARLEN = "packed_sdpa", "packed_varlen"
 # Vision towers hand all windows and images over at once to an attention with "flash" in its name, and only to such.
 # But of a name with it, loading asks that it be a published kernel's: the tower is renamed when it is loaded.
@@ -60,7 +55,7 @@ def attention_implementation(
     if choice == "varlen" and not runs_varlen:
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"{KEY}=varlen needs a GPU and bf16, but the model is {kind} on {device.type}; set it to auto")
-    if padding_free and family not in PACKABLE:
+    if padding_free and family not in FAMILIES:
         logger.warning("worker.actor.padding_free: %s models were not tested packed; they are padded", family)
         padding_free = False
     if not padding_free:

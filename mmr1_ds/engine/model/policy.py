@@ -19,7 +19,7 @@ from mmr1_ds.engine.model.loading import checkpoint_gradients, freeze_vision_tow
 from mmr1_ds.engine.model.log_probs import LogProbHead
 from mmr1_ds.engine.model.lora import add_adapters
 from mmr1_ds.engine.model.packing import compute
-from mmr1_ds.engine.model.router_replay import RouterReplay, check_family
+from mmr1_ds.engine.model.router_replay import RouterReplay
 from mmr1_ds.engine.model.sequence_parallel import SequenceParallel
 from mmr1_ds.errors import UserError
 
@@ -138,8 +138,6 @@ def load_policy(
             ".output_router_logits=false"
         )
     replays = trainable and settings.router_replay.mode != "disabled"
-    if replays:
-        check_family(settings.router_replay.mode, model_config)
     if settings.ulysses_size > 1:
         parallel = SequenceParallel(ranks.neighbours(settings.ulysses_size), model_config, attention)
         attention = {"text_config": sequence_parallel.NAME, "vision_config": attention}

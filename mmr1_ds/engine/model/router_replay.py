@@ -21,23 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from mmr1_ds.errors import UserError
-
-# Families whose routers compute their weights by the formula above.
-REPLAYED = ("qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text")
 INPUT = "replayed_experts"  # of the model's forward: (K, l, k), -1 where the router's own choice stands
-KEY = "worker.actor.router_replay.mode"
-
-
-def check_family(mode: str, config: PreTrainedConfig) -> None:
-    """Raises: UserError for a model whose routers are not replayed."""
-    if config.model_type not in REPLAYED:
-        raise UserError(
-            f"{KEY}={mode} replays the routers of {', '.join(REPLAYED)} models, not of {config.model_type}; "
-            "set it to disabled"
-        )
 
 
 class RouterReplay:

@@ -19,9 +19,8 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmr1_ds.cluster.ranks import Neighbours
-from mmr1_ds.engine.model.attention import PACKED, VARLEN, Row
+from mmr1_ds.engine.model.attention import Row
 from mmr1_ds.engine.model.batching import ModelBatch
-from mmr1_ds.engine.model.linear_attention import has_states
 from mmr1_ds.engine.model.packing import pack, response_places
 from mmr1_ds.engine.model.router_replay import INPUT, RouterReplay
 from mmr1_ds.errors import UserError
@@ -38,17 +37,8 @@ class SequenceParallel:
         """Register the attention with transformers, under `NAME`.
 
         Args: config: of the model; core: the name of the attention that each rank runs on its heads.
-        Raises: UserError when the model cannot be packed or cut, or its heads cannot be shared out.
+        Raises: UserError when its heads cannot be shared out.
         """
-        if core not in (PACKED, VARLEN):
-            raise UserError(
-                f"{KEY}={neighbours.size} needs packed sequences, but {config.model_type} models are padded"
-            )
-        if has_states(config):
-            raise UserError(
-                f"{KEY}={neighbours.size} cuts sequences, along which layers of {config.model_type} models carry a "
-                "state; set it to 1"
-            )
         self._neighbours = neighbours
         text = config.get_text_config()
         heads, kv_heads, size = text.num_attention_heads, text.num_key_value_heads, neighbours.size

@@ -236,6 +236,11 @@ def _start_engine(
     decided, defaults = engine_environment(config, on_gpu=ranks.on_gpu)
     os.environ |= defaults | os.environ | decided
     with long_imports():
+        if not ranks.on_gpu:
+            from vllm.platforms import current_platform
+
+            # Else the first tokens wait 2 s for a compiler: of the comparison that ranks a token's log-probability.
+            current_platform.simple_compile_backend = "eager"
         from vllm import LLM
 
     options = engine_options(config, model, data, on_gpu=ranks.on_gpu, images=images)
