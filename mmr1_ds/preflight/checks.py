@@ -25,7 +25,7 @@ from mmr1_ds.preflight.router_replay import check_router_replay
 from mmr1_ds.preflight.servers import check_servers
 from mmr1_ds.rewards.loading import check_reward_config, reward_weights
 
-_MAX_ADAPTER_RANK = 512  # vLLM's
+_MAX_ADAPTER_RANK, _VLLM_MIN_TEMPERATURE = 512, 0.01  # vLLM's
 
 
 def check_config(config: RunConfig, world_size: int) -> BatchPlan:
@@ -251,6 +251,12 @@ def _check_validation(config: RunConfig) -> None:
             f"worker.rollout.stop={rollout.stop}: with worker.rollout.partial={rollout.partial} a text across two "
             "parts of a response would not end it; leave one of the two out"
         )
+    for key, temperature in (("", rollout.temperature), ("val_override_config.", sampling.temperature)):
+        if rollout.engine != "hf" and 0 < temperature < _VLLM_MIN_TEMPERATURE:
+            raise UserError(
+                f"worker.rollout.{key}temperature={temperature:g}: vLLM would sample at {_VLLM_MIN_TEMPERATURE} in its "
+                "place; raise it, or set worker.rollout.engine=hf"
+            )
     if sampling.temperature == 0 and sampling.n > 1:
         raise UserError(
             f"worker.rollout.val_override_config: n={sampling.n} greedy answers (temperature=0) would all be the same; "

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from mmr1_ds.config.schema import RunConfig
 from mmr1_ds.errors import UserError
+
+V1_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's own; 0 chooses the runner that gpu-check compares with
 
 
 def check_router_replay(config: RunConfig) -> None:
@@ -28,6 +32,11 @@ def check_router_replay(config: RunConfig) -> None:
         raise UserError(
             f"{key} needs the experts that vLLM chose in the ranks, worker.rollout.engine={rollout.engine} does not "
             "bring them; set worker.rollout.engine=vllm, or R2"
+        )
+    if os.environ.get(V1_RUNNER) == "0":
+        raise UserError(
+            f"{key}: vLLM hands out the experts by its V2 model runner alone, and {V1_RUNNER}=0 asks for V1; unset it, "
+            "or set R2"
         )
     if rollout.partial is not None:
         raise UserError(

@@ -51,6 +51,8 @@ def test_number_of_steps(valid, num_prompts, steps):
         ("trainer.val_only=true", "needs data.val_files"),
         ("trainer.experiment_name=''", "trainer.experiment_name is empty"),
         ("worker.rollout.val_override_config.n=2", "n=2 greedy answers"),
+        ("worker.rollout.temperature=0.009", "worker.rollout.temperature=0.009: vLLM would sample at 0.01 in"),
+        ("worker.rollout.val_override_config.temperature=1e-6", "val_override_config.temperature=1e-06: vLLM would"),
         ("worker.rollout.val_override_config.max_tokens=513", "set worker.rollout.max_model_len=1025"),
         ("worker.actor.optim.lr=inf", "worker.actor.optim.lr must be finite, got inf"),
         ("algorithm.kl_coef=.nan", "algorithm.kl_coef must be finite, got nan"),

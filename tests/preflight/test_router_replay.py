@@ -36,3 +36,11 @@ def test_a_mixture_can_replay(mixture, mode):
 def test_what_replay_does_not_go_with(mixture, arguments, expected):
     mode, *others = arguments
     assert expected in refused(mixture, f"{KEY}={mode}", *others)
+
+
+def test_v1_s_runner_hands_out_no_experts(mixture, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert "and VLLM_USE_V2_MODEL_RUNNER=0 asks for V1; unset it, or set R2" in refused(mixture, f"{KEY}=R3")
+    check(mixture, f"{KEY}=R2")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    check(mixture, f"{KEY}=R3")
