@@ -129,7 +129,7 @@ def _same(answer: str, truth: str, depth: int) -> bool:
     is_opaque = opaque(answer), opaque(truth)
     if any(is_opaque):  # dates, times, ranges, bases: equal by their parts, never by arithmetic
         return is_opaque[0] == is_opaque[1]
-    return any(_match(one, other, depth) for other in readings(truth) for one in readings(answer))
+    return any(_match(one, other, depth) for other in readings(truth, is_truth=True) for one in readings(answer))
 
 
 def _match(answer: Value, truth: Value, depth: int) -> bool:

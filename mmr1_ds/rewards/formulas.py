@@ -7,6 +7,7 @@ reward pool's time limit covers what was not.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from fractions import Fraction
@@ -104,7 +105,11 @@ def _parse(text: str) -> list[Any]:
     # warns of that, and logs whatever it cannot parse.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     text = _DECIMAL.sub(_exact, with_points(text))
-    found: list[Any] = parse(f"${text}$", extraction_config=(LatexExtractionConfig(),), parsing_timeout=None)
+    # The units that the library would strip are variables as often, 2x+3t would be 2x+3; ours are off before (`units`).
+    extraction = LatexExtractionConfig()
+    normalization = dataclasses.replace(extraction.normalization_config, units=False)
+    extraction = dataclasses.replace(extraction, normalization_config=normalization)
+    found: list[Any] = parse(f"${text}$", extraction_config=(extraction,), parsing_timeout=None)
     return found
 
 

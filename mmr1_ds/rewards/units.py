@@ -54,8 +54,11 @@ _CANONICAL = {spelling: unit for unit, spellings in _SPELLINGS.items() for spell
 _POWER_WORDS = {"square": "^2", "sq": "^2", "cubic": "^3"}
 _POWERED = re.compile(r"(.*[A-Za-z]) (squared|cubed)")
 _PER = re.compile(r"(?<=[a-z]) per (?=[a-z])")
-# The bare letters among them are variables as often as units: "5 m" is five metres only with the space.
-_SHORT = tuple(spelling for spelling in _CANONICAL if len(spelling) == 1 and spelling.isalpha())
+# These are variables as often as units, mg a weight: five metres are "5 m", with a space and behind a plain number.
+_SHORT = (*(spelling for spelling in _CANONICAL if len(spelling) == 1 and spelling.isalpha()), "mg", "ms")
+_PLAIN_NUMBER = re.compile(
+    r"\\?\$? ?[-+]?[\d.,{}]*\d(?: ?/ ?\d+| \d+/\d+|[eE][-+]?\d+| ?(?:\\times|\\cdot|\*) ?10\^\{?[-+]?\d+\}?)?"
+)
 _BARE = re.compile(
     r"(?P<value>.*[\w})](?<!square)(?<!cubic)(?<!sq))(?P<space>\s*)(?<![A-Za-z])(?P<unit>(?:(?:square|sq|cubic)\s+)?[A-Za-z/]+)(?P<power>\s*\^\s*\{?[23]\}?)?",
     re.DOTALL,
@@ -87,6 +90,9 @@ def split_bare_unit(text: str) -> tuple[str, str] | None:
         return None
     last = match["unit"].split()[-1]
     if any(_known(part) is None for part in last.split("/")) or not re.search(r"[\d\\]", match["value"]):
+        return None
+    may_be_variables = last not in _CANONICAL and all(part in _SHORT for part in last.split("/"))
+    if (may_be_variables or last in _SHORT) and _PLAIN_NUMBER.fullmatch(match["value"]) is None:
         return None
     if not match["space"] and (last in _SHORT or not match["value"][-1].isdigit()):
         return None

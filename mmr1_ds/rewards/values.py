@@ -13,6 +13,7 @@ _MATRIX = re.compile(r"(?:\[|\()? ?\\begin\{(p|b|B|v|V|)matrix\}(.*)\\end\{\1mat
 _ARRAY = re.compile(r"[\[(] ?\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\} ?[\])]", re.DOTALL)
 _WORDS = re.compile(r",?\s*(?:\\text\s*\{\s*(or|and)\s*\}|(?<![a-zA-Z])(or|and)(?![a-zA-Z]))\s*(?:\\text\{\s*\})?")
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+_ONE_NUMBER = re.compile(rf"[^\w(){{}},;]*{_THOUSANDS.pattern}(?:\.\d+)?(?!\d)[^\d,;]*")
 _RELATION = re.compile(r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>)")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 _NAME = re.compile(r"[a-zA-Z]|\\[a-zA-Z]+|[a-zA-Z]_\{?\w\}?")
@@ -32,9 +33,11 @@ class Value:
     has_decimal_comma: bool = False  # a bare comma was read so
 
 
-def readings(text: str) -> list[Value]:
-    """Return all readings of an undressed text."""
+def readings(text: str, is_truth: bool = False) -> list[Value]:
+    """Return all readings of an undressed text. A truth of `1,200` is one number; an answer may mean `1, 200`."""
     text = text.strip()
+    if is_truth and _ONE_NUMBER.fullmatch(text) is not None:
+        return [Value("atom", (text.replace(",", "{,}"),))]
     if (written := sets.rewritten(text)) is not None:
         return readings(written)
     if (points := sets.excluded_points(text)) is not None:
@@ -45,7 +48,7 @@ def readings(text: str) -> list[Value]:
         return [replace(value, name=member[1]) for value in readings(text[member.end() :])]
     name, value = named(text)
     if name and name not in ("y", "f(x)"):
-        of_name = [replace(found, name=name) for found in readings(value)]
+        of_name = [replace(found, name=name) for found in readings(value, is_truth)]
         if all(found.kind in ("list", "tuple", "matrix", "union") for found in of_name):
             return of_name
     matrix = _matrix(text)
@@ -53,7 +56,7 @@ def readings(text: str) -> list[Value]:
         return [matrix]
     if re.search(r"\\cup(?![a-zA-Z])", text):
         return [Value("union", tuple(part.strip() for part in re.split(r"\\cup(?![a-zA-Z])", text)))]
-    inner = _bracketed(text)
+    inner = _bracketed(text, is_truth)
     if inner is not None:
         return inner
     found = _bare_commas(text)
@@ -73,7 +76,7 @@ def _matrix(text: str) -> Value | None:
     return Value("matrix", tuple(cell.strip() for row in rows for cell in row), shape, is_ordered=True)
 
 
-def _bracketed(text: str) -> list[Value] | None:
+def _bracketed(text: str, is_truth: bool) -> list[Value] | None:
     r"""What stands in one pair of brackets: \{1, 2\} is a list, (1, 2) and [1, 2) keep theirs, (5) is 5."""
     is_set = text.startswith(r"\{")
     start = 1 if is_set else 0
@@ -88,17 +91,17 @@ def _bracketed(text: str) -> list[Value] | None:
             return [Value("atom", (r"\emptyset",))]
         return [Value("list", tuple(items))] if len(items) > 1 else _bare_commas(inner)
     if len(items) == 1:
-        return readings(inner) if opening + closed == "()" else None
+        return readings(inner, is_truth) if opening + closed == "()" else None
     items = [_INFINITE.sub(r"\\infty", item) for item in items]
     return [Value("tuple", tuple(items), opening + closed, is_ordered=True)]
 
 
 def _items(text: str) -> list[str]:
-    """Split at semicolons, or else at commas; a comma before a space parts even where thousands have commas."""
+    """Split at semicolons, or else at commas; where others have spaces, or words part, those of thousands do not."""
     parts = split(text, ";")
     if len(parts) > 1:
         return [re.sub(r"(?<=\d),(?=\d)", "{,}", part) for part in parts if part]
-    if ", " in text:
+    if ", " in text or _WORDS.search(text):
         text = _THOUSANDS.sub(lambda digits: digits[0].replace(",", "{,}"), text)
     return [part for part in split(text, ",") if part] or [text]
 
