@@ -12,11 +12,12 @@ from __future__ import annotations
 import functools
 import re
 
-from mmr1_ds.rewards.choices import choice, choices
+from mmr1_ds.rewards.choices import choice, choices, joined
 from mmr1_ds.rewards.dress import undress
 from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
-from mmr1_ds.rewards.names import named, opaque
+from mmr1_ds.rewards.names import named, opaque, same_parts
 from mmr1_ds.rewards.numbers import Number, literal, parse_number, same_unit, split_unit, split_words
+from mmr1_ds.rewards.sets import rewritten
 from mmr1_ds.rewards.sizes import depth_of_brackets
 from mmr1_ds.rewards.truths import read_truth, unwrapped
 from mmr1_ds.rewards.values import Value, readings
@@ -55,6 +56,8 @@ def answers_equal(answer: str, truth: str) -> bool:
     if answer_text == truth_text or _same_words(answer_text, truth_text):
         return True
     answer_text, truth_text = (_OPTION.sub(r"\1", text) for text in (answer_text, truth_text))
+    if joined(truth_text) and choices(answer_text) == truth_text:
+        return True
     truth_choice, truth_choices = choice(truth_text), choices(truth_text)
     if truth_choice or truth_choices:
         return _commits_to(answer_text, truth_choice, truth_choices)
@@ -92,7 +95,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"(\\times|\\cdot) (?=\d)", r"\1", re.sub(r"\s+", " ", text)).strip().removesuffix(".").strip()
     if re.fullmatch(r"\(\s*[a-zA-Z]\s*\)", text):  # a choice: (A)
         text = text.strip("() ")
-    text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"([\^_])\{(\w)\}(?! ?\d)", r"\1\2", text)
     return re.sub(r"(?<![a-zA-Z0-9.,]) | (?![a-zA-Z0-9.])", "", text)
 
 
@@ -109,12 +112,11 @@ def _same_words(answer: str, truth: str) -> bool:
 
 
 def _same_count(answer: str, truth: str) -> bool:
-    """Whether the answer is the number of a truth that counts something: 3 people."""
-    value, thing = split_words(truth)
-    if not thing:
+    """Whether both count the same, 3 people; one may leave out what is counted."""
+    (own, other), (value, thing) = split_words(answer), split_words(truth)
+    if not (thing or other) or (thing and other and thing != other):
         return False
-    own, other = split_words(answer)
-    if other not in ("", thing) or (not other and split_unit(answer)[1]):
+    if (not other and split_unit(answer)[1]) or (not thing and split_unit(truth)[1]):
         return False
     number = parse_number(own)
     return number is not None and number == parse_number(value)
@@ -126,9 +128,10 @@ def _same(answer: str, truth: str, depth: int) -> bool:
         return False
     if answer == truth:
         return True
-    is_opaque = opaque(answer), opaque(truth)
-    if any(is_opaque):  # dates, times, ranges, bases: equal by their parts, never by arithmetic
-        return is_opaque[0] == is_opaque[1]
+    (answer_name, answer_value), (truth_name, truth_value) = named(answer), named(truth)
+    parts = opaque(answer) or opaque(answer_value), opaque(truth) or opaque(truth_value)
+    if any(parts):  # dates, times, ranges, bases: equal by their parts, never by arithmetic
+        return (not answer_name or not truth_name or answer_name == truth_name) and same_parts(*parts)
     return any(_match(one, other, depth) for other in readings(truth, is_truth=True) for one in readings(answer))
 
 
@@ -142,6 +145,8 @@ def _match(answer: Value, truth: Value, depth: int) -> bool:
     same = functools.partial(_same, depth=depth + 1)
     if len(truth.items) > MAX_VALUES:
         return answer.items == truth.items
+    if answer.is_either != truth.is_either and not _are_values(truth):
+        return False
     if truth.is_ordered or _needs_names(answer, truth):
         return all(map(same, answer.items, truth.items))
     rest = list(answer.items)
@@ -155,8 +160,14 @@ def _match(answer: Value, truth: Value, depth: int) -> bool:
 
 def _needs_names(answer: Value, truth: Value) -> bool:
     """Whether values without names stand for x = 1, y = 2: then their order says which is which."""
-    names = {named(item)[0] for item in truth.items}
-    return len(names) > 1 and not all(named(item)[0] for item in answer.items)
+    names = {named(rewritten(item) or item)[0] for item in truth.items}
+    return len(names) > 1 and not all(named(rewritten(item) or item)[0] for item in answer.items)
+
+
+def _are_values(found: Value) -> bool:
+    """Whether a list has values of one thing, where "or" and "and" say the same; not so A or B, x = 1 or y = 2."""
+    names = {named(item)[0] for item in found.items}
+    return len(names) == 1 and not any(re.fullmatch(r"[A-Za-z ]+|.*[<>].*", item) for item in found.items)
 
 
 def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
@@ -199,6 +210,7 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
 
 def _comma_fits(answer: Value, truth: Value, denominator: int) -> bool:
     """Whether a bare comma may be a decimal one: where the other side is written with a point, or is no whole."""
-    if truth.has_decimal_comma and not ("." in answer.items[0] or "{,}" in answer.items[0]):
-        return False
+    if truth.has_decimal_comma:  # 10,20 may be a list: its digits at least must be those
+        written, expected = (split_unit(value.items[0])[0].replace("{,}", ".") for value in (answer, truth))
+        return "." in written and written.lstrip("+") == expected.lstrip("+")
     return not answer.has_decimal_comma or denominator != 1

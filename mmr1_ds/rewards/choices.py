@@ -8,9 +8,10 @@ import re
 _LABELLED = re.compile(r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:])\s*(.*)", re.DOTALL)
 _SINGLE = re.compile(r"[A-Za-z]")
 _OPTIONS = "ABCDEFGHabcdfgh"  # e is a number, as x is a variable: those are not E and X
+_RATIO = re.compile(r"[A-Za-z](?: ?: ?[A-Za-z])+(?: ?=.*:.*)?")  # a:b = 2:3 is no option a
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])")
 _OTHER_WORDS = re.compile(r"\b(?:or|and|not|nor|neither|either)\b", re.IGNORECASE)
-_LIST = re.compile(r"\(?[A-Z]\)?(?:(?:\s*[,;&]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-Z]\)?)+")
+_LIST = re.compile(r"\(?[A-Z]\)?(?:(?:\s*[,;&和]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-Z]\)?)+")
 
 
 def choice(text: str) -> str | None:
@@ -21,7 +22,7 @@ def choice(text: str) -> str | None:
     if _SINGLE.fullmatch(text):
         return text.upper() if text in _OPTIONS else text
     match = _LABELLED.fullmatch(text)
-    if match is None or _OTHER_LETTER.search(match[4]) or _OTHER_WORDS.search(match[4]):
+    if match is None or _RATIO.fullmatch(text) or _OTHER_LETTER.search(match[4]) or _OTHER_WORDS.search(match[4]):
         return None
     return (match[1] or match[2] or match[3]).upper()
 
@@ -29,3 +30,8 @@ def choice(text: str) -> str | None:
 def choices(text: str) -> str | None:
     """Return the letters of a list like `A, C` or `(A) and (C)`, in its order: AC. None for anything else."""
     return re.sub(r"and|[^A-Z]", "", text) if _LIST.fullmatch(text) else None
+
+
+def joined(text: str) -> bool:
+    """Return whether the letters of several options stand side by side, as `ABD`; not `BAD`, which may be a word."""
+    return re.fullmatch(r"[A-H]{2,}", text) is not None and list(text) == sorted(set(text))

@@ -9,21 +9,27 @@ _SYMBOLS: dict[str, str] = {
     _MINUS_SIGN: "-", "\N{EN DASH}": "-", "\N{EM DASH}": "-", "\N{HYPHEN}": "-", "\N{NON-BREAKING HYPHEN}": "-",
     "\N{NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " ", "\N{IDEOGRAPHIC SPACE}": " ",
     "\N{MULTIPLICATION SIGN}": r"\times ", "\N{DIVISION SIGN}": r"\div ", "\N{MIDDLE DOT}": r"\cdot ",
+    "\N{HORIZONTAL ELLIPSIS}": r"\ldots ",
     "\N{INFINITY}": r"\infty ", "\N{UNION}": r"\cup ", "\N{GREEK SMALL LETTER PI}": r"\pi ",
     "\N{GREEK SMALL LETTER THETA}": r"\theta ", "\N{ANGLE}": r"\angle ",
     "\N{LESS-THAN OR EQUAL TO}": r"\le ", "\N{GREATER-THAN OR EQUAL TO}": r"\ge ", "\N{NOT EQUAL TO}": r"\ne ",
     "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}", "\N{CENT SIGN}": " cent",
     "\N{EMPTY SET}": r"\emptyset ", "\N{PLUS-MINUS SIGN}": r"\pm ", "\N{ELEMENT OF}": r"\in ",
     "\N{DEGREE SIGN}": r"^\circ ", "\N{PRIME}": "'", "\N{RIGHT SINGLE QUOTATION MARK}": "'",
-    "\N{SUPERSCRIPT TWO}": "^2", "\N{SUPERSCRIPT THREE}": "^3", "\N{IDEOGRAPHIC COMMA}": ",",
+    "\N{IDEOGRAPHIC COMMA}": ",", "\N{ALMOST EQUAL TO}": r"\approx ", "\N{RATIO}": ":",
+    "\N{WHITE UP-POINTING TRIANGLE}": r"\triangle ", "\N{PARALLEL TO}": r"\parallel ", "\N{UP TACK}": r"\perp ",
     "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}", "\N{VULGAR FRACTION ONE QUARTER}": r"\frac{1}{4}",
     "\N{VULGAR FRACTION THREE QUARTERS}": r"\frac{3}{4}", "\N{VULGAR FRACTION ONE THIRD}": r"\frac{1}{3}",
     "\N{VULGAR FRACTION TWO THIRDS}": r"\frac{2}{3}",
     **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width ASCII
 }  # fmt: skip
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n")
+_SCRIPTS = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+)|([₀₁₂₃₄₅₆₇₈₉ₙ]+)")
 _CHARACTERS = str.maketrans(_SYMBOLS)
 _COMMANDS = {
-    "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "dbinom": r"\binom", "tbinom": r"\binom",
+    "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "nicefrac": r"\frac", "sfrac": r"\frac",
+    "dbinom": r"\binom", "tbinom": r"\binom",
     "leq": r"\le", "leqslant": r"\le", "geq": r"\ge", "geqslant": r"\ge", "neq": r"\ne", "lt": "<", "gt": ">",
     "varnothing": r"\emptyset", "lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "vert": "|",
     "lvert": "|", "rvert": "|", "dots": r"\ldots", "cdots": r"\ldots", "colon": ":", "degree": r"^\circ",
@@ -41,9 +47,11 @@ _COLOURED = re.compile(r"\\(?:text)?color(?:box)?\s*\{[a-zA-Z!\d]*\}")
 _SPACES = re.compile(r"(?P<row>\\\\)|\\[ ,;:>]|~|\s+")
 _GROUPED = re.compile(r"(?<![\d.,}])\d{1,3}(?:(?:\{,\}|,\\!|\\,|\\ | )\d{3})+(?![\d,}])")
 _OVER = re.compile(r"\{([^{}]*?)\s*\\(over|choose)(?![a-zA-Z])\s*([^{}]*)\}")
-_FRACTION_ARGUMENTS = re.compile(r"\\frac\s*(\d|\{[^{}]*\})\s*(\d(?![\d])|\{|[a-zA-Z](?![a-zA-Z]))")
+_FRACTION_ARGUMENTS = re.compile(r"\\(frac|binom)\s*(\d|\{[^{}]*\})\s*(\d(?![\d])|\{|[a-zA-Z](?![a-zA-Z]))")
 _ROOT_ARGUMENT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z])")
 _ROOT = re.compile("\N{SQUARE ROOT}\\s*(?:\\(([^()]*)\\)|(\\w+))")
+_DOTS = re.compile(r"\.(?: ?\.){2,}")  # none of them is a full stop
+_ANGLE = re.compile(r"(\\angle) ?\{? ?([A-Z]) ?([A-Z]) ?([A-Z])(?![a-zA-Z]) ?\}?")
 _CODE = re.compile(r"\*\*([^*]+)\*\*|`([^`]+)`")
 
 
@@ -52,7 +60,7 @@ def undress(text: str) -> str:
 
     Commas inside `{,}` belong to a number; a bare comma may also part two values.
     """
-    text = text.translate(_CHARACTERS).strip()
+    text = _DOTS.sub(r"\\ldots ", _SCRIPTS.sub(_script, text).translate(_CHARACTERS)).strip()
     while (box := _BOX.match(text)) and closing(text, box.end() - 1, "{}") == len(text) - 1:
         text = text[box.end() : -1].strip()
     text = _CODE.sub(lambda code: code[1] or code[2], text)
@@ -69,9 +77,10 @@ def undress(text: str) -> str:
     text = _BOLD.sub(lambda wrapper: r"\text{" if "text" in wrapper[0] or "rm" in wrapper[0] else "{", text)
     text = re.sub(r"^([^{}]+\\over(?![a-zA-Z])[^{}]+)$", r"{\1}", text)
     text = _OVER.sub(lambda over: rf"\{'frac' if over[2] == 'over' else 'binom'}{{{over[1]}}}{{{over[3]}}}", text)
-    text = _FRACTION_ARGUMENTS.sub(lambda found: rf"\frac{_braced(found[1])}{_braced(found[2])}", text)
+    text = _FRACTION_ARGUMENTS.sub(lambda found: rf"\{found[1]}{_braced(found[2])}{_braced(found[3])}", text)
     text = _ROOT_ARGUMENT.sub(r"\\sqrt{\1}", text)
     text = _SPACES.sub(lambda space: space["row"] or " ", text).strip()
+    text = _ANGLE.sub(lambda angle: rf"{angle[1]} {min(angle[2], angle[4])}{angle[3]}{max(angle[2], angle[4])}", text)
     return _without_outer_braces(text.removesuffix(".").strip())
 
 
@@ -80,6 +89,14 @@ def _strip_dollars(text: str) -> str:
     if len(text) > 1 and text[0] == "$" == text[-1] and text[-2] != "\\":
         return text.strip("$").strip()
     return text
+
+
+def _script(signs: re.Match[str]) -> str:
+    raised = (signs[1] or "").translate(_RAISED)
+    if not raised:
+        return f"_{{{signs[2].translate(_LOWERED)}}}"
+    is_alone = len(raised) == 1 and not signs.string[signs.end() : signs.end() + 1].isdigit()
+    return f"^{raised}" if is_alone else f"^{{{raised}}}"
 
 
 def _braced(text: str) -> str:

@@ -23,12 +23,24 @@ MAX_FUNCTIONS_SIMPLIFIED = 1  # in a side of an equation: sines of many angles a
 
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[a-zA-Z]{2,}")
-_CONJUNCTIONS = frozenset(("or", "and", "not", "to"))
+_CONJUNCTIONS = frozenset(("or", "and", "not", "to", "mod", "per"))
+_WORD_BETWEEN = re.compile(r"\d [a-zA-Z]{2,}(?: [a-zA-Z]+)* \d")
 _DECIMAL = re.compile(r"\d*\.\d+|\d+\.(?!\d)")
 _TOWER = re.compile(r"\^\s*\{[^{}]*(?:\^|\{)[^{}]*[\^]|\^\s*\{[^{}]*\^\s*(?:\{[^{}]*)?\^")
 _UNBOUNDED = re.compile(
-    r"\\(?:sum|prod|int|lim|iint|oint|approx|sim|equiv)(?![a-zA-Z])|\?|\\frac\{(?:d|\\partial)(?![a-zA-Z])"
+    r"\\(?:sum|prod|int|lim|iint|oint|approx|sim|equiv|ldots)(?![a-zA-Z])|\?|\\frac\{(?:d|\\partial)(?![a-zA-Z}])"
+    r"|\\frac\{ ?(?:d|\\partial)[^{}]*\}\{ ?(?:d|\\partial) ?\\?[a-zA-Z]"
 )
+# The order of points and of matrices means something, and sympy would multiply the one and sort the other.
+_FIGURES = re.compile(
+    r"\\(?:angle|triangle|bigtriangleup|square|odot|parallel|perp|cong|widehat|overset|stackrel)(?![a-zA-Z])"
+)
+_TRANSPOSE = re.compile(r"(?<=[A-Z)]) ?\^ ?\{? ?(?:T|\\top|\\intercal)(?![a-zA-Z])")
+_INVERSE = re.compile(r"[A-Z)] ?\^ ?\{? ?-")
+_CROSS_PRODUCT = re.compile(r"[A-Z}] ?\\times ?(?:[A-Z]|\\vec|\\overline)")
+_IMAGINARY = re.compile(r"(?<=\d)(?: | ?\\cdot ?)i(?![a-zA-Z])")
+_LETTER = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
+_FIRST_LETTER = re.compile("[a-zA-Z]")
 _FACTORIAL = re.compile(r"(\d*|[^\d])\s*!")
 
 
@@ -80,6 +92,8 @@ def _is_bounded(text: str) -> bool:
     if len(text) > MAX_FORMULA_CHARS or _UNBOUNDED.search(text) or _TOWER.search(text):
         return False
     letters = _COMMAND.sub(" ", text)
+    if _FIGURES.search(text) or _is_product_of_matrices(text) or ":" in text or _WORD_BETWEEN.search(letters):
+        return False
     if re.search(r"[a-zA-Z]\d", letters):  # CO2 is a name, x2 nobody's formula
         return False
     words = _WORD.findall(letters)
@@ -104,7 +118,7 @@ def _parse(text: str) -> list[Any]:
     # No time limits here: they work by SIGALRM, and the pool has one for the whole response already. The library
     # warns of that, and logs whatever it cannot parse.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    text = _DECIMAL.sub(_exact, with_points(text))
+    text = _IMAGINARY.sub("i", _DECIMAL.sub(_exact, with_points(text)))  # 3 \\cdot i would have a variable
     # The units that the library would strip are variables as often, 2x+3t would be 2x+3; ours are off before (`units`).
     extraction = LatexExtractionConfig()
     normalization = dataclasses.replace(extraction.normalization_config, units=False)
@@ -119,10 +133,17 @@ def _exact(decimal: re.Match[str]) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
+def _is_product_of_matrices(text: str) -> bool:
+    """Whether there is a transpose, a cross product, or capitals with an inverse: order means something there."""
+    if _TRANSPOSE.search(text) is not None or _CROSS_PRODUCT.search(text) is not None:
+        return True
+    return len(re.findall(r"[A-Z]", _COMMAND.sub(" ", text))) > 1 and _INVERSE.search(text) is not None
+
+
 def _other_case(one: str, other: str) -> bool:
-    """Whether a variable of the one stands in the other only in the other case: x^2 is not X^2."""
-    letters, others = (set(re.findall(r"[a-zA-Z]", _COMMAND.sub(" ", text))) for text in (one, other))
-    return any(letter.swapcase() in others for letter in letters - others)
+    r"""Whether a variable of the one stands in the other only in the other case: x^2 is not X^2, nor \Delta \delta."""
+    letters, others = (set(_LETTER.findall(text)) for text in (one, other))
+    return any(_FIRST_LETTER.sub(lambda first: first[0].swapcase(), letter, 1) in others for letter in letters - others)
 
 
 def _same_count(mark: str, answer: str, truth: str) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from mmr1_ds.rewards.units import canonical_unit, is_unit
+
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|omega|phi|varphi|rho|sigma|tau|ell|Delta|Omega"
 _NAME = re.compile(
     rf"""m?\\angle\s?\{{?[A-Z]{{1,3}}\}}? | \|?(?:\\(?:overline|vec|triangle)\s?)?\{{?[A-Za-z]{{1,3}}'*\}}?\|?
@@ -11,10 +13,18 @@ _NAME = re.compile(
     | P\([\w ]+\) | \\text\{{[A-Za-z .]+\}} | [A-Z][a-z]{{3,}}""",
     re.VERBOSE,
 )
-_TIME = re.compile(r"(\d{1,4}(?: ?: ?\d+)+) ?([ap])?\.?(?:m\.?)?", re.IGNORECASE)
+_RATIO_NAME = re.compile(r"[a-zA-Z]{1,2}(?: ?: ?[a-zA-Z]{1,2})+")
+_TIME = re.compile(r"(\d{1,4}(?: ?: ?\d+)+) ?(?:([ap])\.?(?: ?m\.?)?)?", re.IGNORECASE)
+_HOUR = re.compile(r"(\d{1,2}) ?([ap])(?:\. ?m\.?| ?m\.?)", re.IGNORECASE)
 _DATE = re.compile(r"(\d{1,4})([-/])(\d{1,2})\2(\d{1,4})")
-_RANGE = re.compile(r"(\d+(?:\.\d+)?) ?(?:-|to) ?(\d+(?:\.\d+)?)")
-_BASE = re.compile(r"\(?([0-9A-F]+)\)?_ ?\{? ?(\w+) ?\}?")
+_CURRENCIES = "$\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}"
+_END = rf"(?:\\?[{_CURRENCIES}])? ?(-?\d+(?:\.\d+)?) ?(\\?%|[a-zA-Z]{{2,}})?"
+_RANGE = re.compile(rf"{_END} ?(?:-|to) ?{_END}")
+_BASE = re.compile(r"\(?([0-9A-F]+)\)?(?: ?_ ?\{? ?\(? ?(?:base ?)?| \(?(?:in )?base )(\w+) ?\)? ?\}?")
+_SIDE = r"\d+(?:\.\d+)?(?: (?!x |by )[a-z]{1,4})?"
+_SIZES = re.compile(rf"{_SIDE}(?: ?(?:\\times|x|by) ?{_SIDE}(?![\d^.]))+")
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?) ?([a-zA-Z]+)\.?")
+_QUANTITIES = re.compile(rf"{_QUANTITY.pattern}(?: ?{_QUANTITY.pattern})+")
 _BASES = {"two": "2", "three": "3", "five": "5", "eight": "8", "ten": "10", "sixteen": "16"}
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 _MONTH = re.compile(rf"\b({'|'.join(_MONTHS)})[a-z]*\b", re.IGNORECASE)
@@ -25,29 +35,48 @@ def named(text: str) -> tuple[str, str]:
     left, _, right = (part.strip() for part in text.partition("="))
     if left and right and "=" not in right and not re.search(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>]", text):
         for name, value in ((left, right), (right, left)):
-            if _NAME.fullmatch(name):
-                return re.sub(r"[\s{}|]|\\text|\\overline|\\vec", "", name), value
+            if _NAME.fullmatch(name) or _RATIO_NAME.fullmatch(name):
+                return _spelling(name, value), value
     return "", text
 
 
-def opaque(text: str) -> tuple[object, ...] | None:
-    """Return the parts of a time or ratio, a date, a range or score, a number in a base, or a derivative, else None.
+def _spelling(name: str, value: str) -> str:
+    r"""One spelling of a name. A segment's bars are dress, but |x| = 2 and \bar{x} = 2 are not x = 2."""
+    name = re.sub(r"[\s{}]|\\text", "", name).removeprefix("m\\")
+    bare = re.sub(r"\\overline|\\vec|\|", "", name)
+    if re.fullmatch(r"[A-Z]{2,3}'*", bare):
+        return bare
+    is_vector = "|" in name or re.search(r",|\\begin|\\vec|[ijk]", value) is not None
+    return name.replace(r"\vec", "") if is_vector else name
 
-    Evaluated as formulas these would equal other ones: 5:10 is not 10:20, nor 3-5 the number -2.
+
+def opaque(text: str) -> tuple[object, ...] | None:
+    """Return the parts of a time or ratio, a date, a range or score, a size, a number in a base, or a derivative.
+
+    Evaluated as formulas these would equal other ones: 5:10 is not 10:20, 3-5 not -2, 5 ft 6 in not 6 ft 5 in.
+
+    Returns: what the text is, its parts, and the unit of a range or size, last; None for anything else.
     """
-    text = " ".join(re.sub(r"\\(?:text|mbox)\s*\{([^{}]*)\}", r"\1", text).split())
+    text = " ".join(re.sub(r"\\(?:text|mbox)\s*\{([^{}]*)\}", r" \1 ", text).split())
     time = _TIME.fullmatch(text)
     if time is not None:
         return "time", tuple(int(part) for part in time[1].split(":")), (time[2] or "").lower()
+    hour = _HOUR.fullmatch(text)
+    if hour is not None:
+        return "time", (int(hour[1]), 0), hour[2].lower()
     date = _DATE.fullmatch(text)
     if date is not None:
         return "date", int(date[1]), int(date[3]), int(date[4])
-    spread = _RANGE.fullmatch(text)
-    if spread is not None:
-        return "range", float(spread[1]), float(spread[2])
     base = _BASE.fullmatch(text)
     if base is not None:
         return "base", base[1], _BASES.get(base[2], base[2])
+    found = _range(text) or _quantities(text)
+    if found is not None:
+        return found
+    if _SIZES.fullmatch(text):
+        units = [canonical_unit(unit) for unit in re.findall(r"(?<=\d )(?!by )[a-wyz]\w*", text)]
+        sides = tuple(float(side) for side in re.findall(r"\d+(?:\.\d+)?", text))
+        return "size", sides, units[0] if len(set(units)) == 1 else ",".join(units)
     month = _MONTH.search(text)
     if month is not None and re.search(r"\d", text) and "\\" not in text and "=" not in text:
         numbers = [int(digits) for digits in re.findall(r"\d{1,9}", text)]
@@ -56,3 +85,35 @@ def opaque(text: str) -> tuple[object, ...] | None:
     if "'" in text and "=" not in text:
         return "derivative", text.replace(" ", "")
     return None
+
+
+def same_parts(one: tuple[object, ...] | None, other: tuple[object, ...] | None) -> bool:
+    """Return whether two results of `opaque` are the same; of ranges and sizes one may lack the unit."""
+    if one is None or other is None:
+        return False
+    if one[0] == other[0] and one[0] in ("range", "size"):
+        return one[1] == other[1] and ("" in (one[2], other[2]) or one[2] == other[2])
+    return one == other
+
+
+def _range(text: str) -> tuple[object, ...] | None:
+    inner = text[1:-1] if text[:1] + text[-1:] == "()" else text
+    spread = _RANGE.fullmatch(inner.strip())
+    if spread is None:
+        return None
+    units = [unit.replace("\\", "") for unit in (spread[2], spread[4]) if unit]
+    if any(unit != "%" and not is_unit(unit) for unit in units) or len(set(units)) > 1 or (spread[2] and not spread[4]):
+        return None
+    currencies = re.findall(rf"[{_CURRENCIES}]", text)
+    unit = currencies[0] if currencies else "%" if "%" in units else canonical_unit(units[0]) if units else ""
+    return "range", (float(spread[1]), float(spread[3])), unit
+
+
+def _quantities(text: str) -> tuple[object, ...] | None:
+    """The parts of 5 ft 6 in; letters that are no units are variables."""
+    if not _QUANTITIES.fullmatch(text):
+        return None
+    parts = _QUANTITY.findall(text)
+    if not all(is_unit(unit) or len(unit) > 2 for _, unit in parts):
+        return None
+    return "quantities", tuple((float(value), canonical_unit(unit)) for value, unit in parts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mmr1_ds.rewards.dress import undress
-from mmr1_ds.rewards.units import canonical_unit, split_bare_unit
+from mmr1_ds.rewards.units import canonical_unit, split_bare_unit, split_chinese_unit
 
 MAX_NUMBER_CHARS = 300  # a longer one is no number
 MAX_EXPONENT = 300  # the largest exponent of ten; more would build gigabytes of digits
@@ -19,7 +19,7 @@ _FRACTION = re.compile(r"([+-]?)\\frac\{([^{}]+)\}\{([^{}]+)\}|([^/]+)/([^/]+)")
 _MIXED = re.compile(r"([+-]?)(\d+)(\\frac.+)")
 _PLAIN_MIXED = re.compile(r"([+-]?)(\d+) (\d+)/(\d+)")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
-_LOOSE = re.compile(r"(?<=[-+}\d.]) (?=\\|\^)|(?<=\\times) |(?<=\\cdot) |(?<=\{) | (?=\})|(?<=^[-+]) | ?/ ?")
+_LOOSE = re.compile(r"(?<=[-+}\d.]) (?=\\|\^)|(?<=\\times) |(?<=\\cdot) |(?<=[{(]) | (?=[)}])|(?<=^[-+]) | ?/ ?")
 _TEXT_UNIT = re.compile(
     r"(?P<value>.*[^\s\\{(,;=])\s*\\(?:text|mbox)\s*\{(?P<unit>[^{}\d]*(?:\^\s*\{?[23]\}?)?)\}\s*"
     r"(?P<power>\^\s*\{?[23]\}?)?"
@@ -43,7 +43,10 @@ _WORDS = re.compile(
     r"(?P<value>.*\d)(?:\s+(?P<unit>[a-z]{3,}s|people|children|men|women|cup|rpm)|"
     r"\s*(?P<sign>(?:(?![十百千万亿成折倍半分点])[\u4e00-\u9fff]){1,2}))"
 )
-_PARTS = re.compile(r"\w*(?:hs|ths|rds|lves|rters|nds|ies)|pairs|dozens|scores|tens|plus|minus|less|times|digits|bits")
+_PARTS = re.compile(
+    r"\w*(?:hs|ths|rds|lves|rters|nds|ies|illions)|pairs|couples|dozens|scores|tens|hundreds|plus|minus|less|times"
+    r"|digits|bits|roots|powers|zeros|zeroes|ones|twos|threes|fours|fives|sixes|sevens|eights|nines"
+)
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|dot)\{(\d{1,20})\}")
 _SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALED = re.compile(rf"(?P<value>.*\d)\s*(?:\\text\{{)?\s*(?P<scale>{'|'.join(_SCALES)})s?\s*\}}?")
@@ -78,6 +81,8 @@ def split_unit(text: str) -> tuple[str, str]:
     coded = re.fullmatch(r"(USD|EUR|GBP) ?(\d.*)", text)
     if coded is not None:
         return coded[2], canonical_unit(coded[1])
+    if (chinese := split_chinese_unit(text)) is not None:
+        return chinese
     text = re.sub(r'(?<=\d)"$', " inch", text)
     found = _TEXT_UNIT.fullmatch(text)
     if found is None:
@@ -142,6 +147,8 @@ def _value(text: str) -> Fraction | None:
     if fraction is not None:
         above, below = _decimal(fraction[2] or fraction[4]), _decimal(fraction[3] or fraction[5])
         return None if above is None or not below else _signed(fraction[1] or "", above / below)
+    if (inner := re.fullmatch(r"([+-])\(([\d.]+|\\frac\{\d+\}\{\d+\}|\d+/\d+)\)", text)) is not None:
+        return _signed(inner[1], _value(inner[2]))
     repeating = _REPEATING.fullmatch(text)
     if repeating is not None:
         ahead, again = repeating[3], repeating[4]

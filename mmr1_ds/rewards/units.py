@@ -15,19 +15,20 @@ _SPELLINGS = {
     "yd": "yd yard",
     "mile": "mile mi",
     "mg": "mg milligram",
-    "g": "g gram",
+    "g": "g gm gram",
     "kg": "kg kilogram",
     "lb": "lb pound",
     "ml": "ml mL milliliter millilitre",
     "l": "l L liter litre",
     "ms": "ms millisecond",
     "s": "s sec second",
+    "nm": "nm nanometer nanometre",
     "min": "min minute",
     "h": "h hr hour",
     "day": "day",
     "week": "week",
     "month": "month",
-    "year": "year",
+    "year": "year yr",
     "km/h": "km/h kph",
     "m/s": "m/s",
     "N": "N newton",
@@ -37,6 +38,26 @@ _SPELLINGS = {
     "A": "A ampere amp",
     "Hz": "Hz hertz",
     "Pa": "Pa pascal",
+    **{prefix + unit: f"{prefix}{unit} {word}{name}" for prefix, word in (("k", "kilo"), ("M", "mega"), ("G", "giga"))
+       for unit, name in (("N", "newton"), ("Pa", "pascal"), ("J", "joule"), ("W", "watt"), ("Hz", "hertz"),
+                          ("V", "volt"), ("eV", "electronvolt"), ("Wh", "watthour"))},
+    "mA": "mA milliampere milliamp",
+    "mV": "mV millivolt",
+    "mW": "mW milliwatt",
+    "eV": "eV electronvolt",
+    "Nm": "Nm",
+    "C": "C coulomb",
+    "T": "T tesla",
+    "mol": "mol mole",
+    "cal": "cal calorie",
+    "kcal": "kcal kilocalorie",
+    "gallon": "gallon gal",
+    "quart": "quart qt",
+    "pint": "pint pt",
+    "ounce": "ounce oz",
+    "acre": "acre",
+    "hectare": "hectare",
+    "ton": "ton tonne",
     "K": "K kelvin",
     "degree": "degree deg \N{DEGREE SIGN}",
     "dollar": "dollar USD buck",
@@ -54,14 +75,28 @@ _CANONICAL = {spelling: unit for unit, spellings in _SPELLINGS.items() for spell
 _POWER_WORDS = {"square": "^2", "sq": "^2", "cubic": "^3"}
 _POWERED = re.compile(r"(.*[A-Za-z]) (squared|cubed)")
 _PER = re.compile(r"(?<=[a-z]) per (?=[a-z])")
+_PRODUCTS = ("mg", "ms", "nm", "mA", "Nm", "eV")
 # These are variables as often as units, mg a weight: five metres are "5 m", with a space and behind a plain number.
-_SHORT = (*(spelling for spelling in _CANONICAL if len(spelling) == 1 and spelling.isalpha()), "mg", "ms")
+_SHORT = (*(spelling for spelling in _CANONICAL if len(spelling) == 1 and spelling.isalpha()), *_PRODUCTS)
 _PLAIN_NUMBER = re.compile(
     r"\\?\$? ?[-+]?[\d.,{}]*\d(?: ?/ ?\d+| \d+/\d+|[eE][-+]?\d+| ?(?:\\times|\\cdot|\*) ?10\^\{?[-+]?\d+\}?)?"
+    r"|10\^\{?[-+]?\d+\}?"
 )
 _BARE = re.compile(
     r"(?P<value>.*[\w})](?<!square)(?<!cubic)(?<!sq))(?P<space>\s*)(?<![A-Za-z])(?P<unit>(?:(?:square|sq|cubic)\s+)?[A-Za-z/]+)(?P<power>\s*\^\s*\{?[23]\}?)?",
     re.DOTALL,
+)
+
+
+_CHINESE = {
+    "毫米": "mm", "厘米": "cm", "分米": "dm", "米": "m", "千米": "km", "公里": "km", "克": "g", "毫克": "mg",
+    "千克": "kg", "公斤": "kg", "升": "l", "毫升": "ml", "秒": "s", "分钟": "min", "小时": "h", "天": "day",
+    "度": "degree",
+}  # fmt: skip
+_CHINESE_POWERS = {"": "", "平方": "^2", "立方": "^3"}
+_CHINESE_NAMES = "|".join(sorted(_CHINESE, key=len, reverse=True))
+_CHINESE_UNIT = re.compile(
+    r"(?P<value>.*[\da-zA-Z})]) ?(?:\\text\{ ?)?(?P<power>平方|立方)?(?P<unit>" + _CHINESE_NAMES + r") ?\}?"
 )
 
 
@@ -77,6 +112,19 @@ def canonical_unit(text: str) -> str:
     power = power or "".join(f"^{digit}" for digit in re.findall(r"\^\s*\{?([23])\}?$", name))
     parts = [_known(part) or part for part in re.sub(r"\s", "", base).split("/")]
     return (_known(base) or "/".join(parts)) + power
+
+
+def is_unit(name: str) -> bool:
+    """Return whether a word or letter is a unit that is known here."""
+    return _known(name) is not None
+
+
+def split_chinese_unit(text: str) -> tuple[str, str] | None:
+    """Split `5厘米` into (`5`, `cm`), the spelling of `split_bare_unit`. None without such a unit."""
+    found = _CHINESE_UNIT.fullmatch(text)
+    if found is None:
+        return None
+    return found["value"], _CHINESE[found["unit"]] + _CHINESE_POWERS[found["power"] or ""]
 
 
 def split_bare_unit(text: str) -> tuple[str, str] | None:
@@ -100,7 +148,8 @@ def split_bare_unit(text: str) -> tuple[str, str] | None:
 
 
 def _known(name: str) -> str | None:
-    for spelling in (name, name.removesuffix("s"), name.lower(), name.lower().removesuffix("s")):
+    singular = name.removesuffix("s") if len(name) > 2 else name  # Ns is no plural
+    for spelling in (name, singular, name.lower(), singular.lower()):
         if spelling in _CANONICAL:
             return _CANONICAL[spelling]
     return None

@@ -11,7 +11,10 @@ from mmr1_ds.rewards.names import named
 
 _MATRIX = re.compile(r"(?:\[|\()? ?\\begin\{(p|b|B|v|V|)matrix\}(.*)\\end\{\1matrix\} ?(?:\]|\))?", re.DOTALL)
 _ARRAY = re.compile(r"[\[(] ?\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\} ?[\])]", re.DOTALL)
-_WORDS = re.compile(r",?\s*(?:\\text\s*\{\s*(or|and)\s*\}|(?<![a-zA-Z])(or|and)(?![a-zA-Z]))\s*(?:\\text\{\s*\})?")
+_WORDS = re.compile(
+    r",?\s*(?:\\text\s*\{\s*(or|and|或者?|[和且])\s*\}|(?<![a-zA-Z])(or|and)(?![a-zA-Z])|或者?|[和且])\s*(?:\\text\{\s*\})?"
+)
+_OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])|或")
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _ONE_NUMBER = re.compile(rf"[^\w(){{}},;]*{_THOUSANDS.pattern}(?:\.\d+)?(?!\d)[^\d,;]*")
 _RELATION = re.compile(r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>)")
@@ -25,12 +28,13 @@ _INFINITE = re.compile(r"\+ ?\\infty")
 class Value:
     """A value and its parts, as undressed texts."""
 
-    kind: str  # atom, list, tuple, union, matrix, relation, except (all reals but those)
+    kind: str  # atom, list, tuple, union, matrix, relation, ratio, except (all reals but those)
     items: tuple[str, ...]
     brackets: str = ""  # of a tuple or interval; of relations their signs; of a matrix its shape
     is_ordered: bool = False
     name: str = ""  # the variable of an interval, where it is written as an inequality
     has_decimal_comma: bool = False  # a bare comma was read so
+    is_either: bool = False  # its parts are joined by "or"
 
 
 def readings(text: str, is_truth: bool = False) -> list[Value]:
@@ -61,7 +65,9 @@ def readings(text: str, is_truth: bool = False) -> list[Value]:
         return inner
     found = _bare_commas(text)
     if len(found) == 1 and found[0].kind == "atom":
-        return [_relation(text) or found[0]]
+        terms = split(text, ":")
+        ratio = Value("ratio", tuple(terms), is_ordered=True) if len(terms) > 1 and all(terms) else None
+        return [_relation(text) or ratio or found[0]]
     return found
 
 
@@ -113,7 +119,7 @@ def _bare_commas(text: str) -> list[Value]:
     for part in _items(text):
         words = _WORDS.split(part)
         pieces = [piece.strip() for piece in words[::3]]
-        is_or |= "or" in words
+        is_or |= _OR.search(part) is not None
         parts += [piece for piece in pieces if piece] if len(pieces) > 1 and all(map(_is_value, pieces)) else [part]
     expanded = [value for part in parts for value in _both_signs(part)]
     if len(expanded) == 1:
@@ -121,9 +127,9 @@ def _bare_commas(text: str) -> list[Value]:
     if is_or and all(_RELATION.search(part) for part in expanded):
         return [Value("union", tuple(expanded))]
     is_sequence = any(r"\ldots" in part or "..." in part for part in expanded)
-    found = [Value("list", tuple(expanded), is_ordered=is_sequence)]
+    found = [Value("list", tuple(expanded), is_ordered=is_sequence, is_either=is_or)]
     names, coordinates = zip(*map(named, expanded), strict=True)
-    if names in (("x", "y"), ("x", "y", "z")):
+    if names in (("x", "y"), ("x", "y", "z")) and not is_or:
         found.append(Value("tuple", coordinates, "()", is_ordered=True))
     if ", " in text or ";" in text or text.count(",") == 0:
         return found
