@@ -116,4 +116,6 @@ def _quantities(text: str) -> tuple[object, ...] | None:
     parts = _QUANTITY.findall(text)
     if not all(is_unit(unit) or len(unit) > 2 for _, unit in parts):
         return None
-    return "quantities", tuple((float(value), canonical_unit(unit)) for value, unit in parts)
+    units = [canonical_unit(unit) for _, unit in parts]
+    units = ["min" if unit == "m" and "h" in units else unit for unit in units]  # 1h 30m
+    return "quantities", *((float(value), unit) for (value, _), unit in zip(parts, units, strict=True))

@@ -12,18 +12,55 @@ _SENTENCE = re.compile(
     r"(?:\s*[:=]|\s+is:?)\**\s*([^\n]+?)\s*$",
     re.IGNORECASE,
 )
+_CHOSEN = re.compile(
+    r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:correct |right )?(?:option|choice)(?: is:?|:) *"
+    r"\**(\(?[A-Z]\)?)\**\.?",
+    re.IGNORECASE,
+)
+_COLON = "[:\N{FULLWIDTH COLON}]"
+_LABELLED = re.compile(
+    rf"\**(?:ans\.?\**\s*[:=]|(?:故|所以)?(?:最终)?答案(?:(?:是|为)?\s*{_COLON}|(?:是|为)(?=\s*[-\d$\\A-Z]))|#{{2,3}}\s|=(?!=))\**\s*([^\n]+)",
+    re.IGNORECASE,
+)
+_TAGS = re.compile(
+    r"<(?P<tag>answer|solution|final[_ ]answer)>(?P<inside>.*?)</(?P=tag)>"
+    r"|<\|begin_of_box\|>(?P<box>.*?)<\|end_of_box\|>|\[answer\](?P<marked>.*?)\[/answer\]",
+    re.DOTALL | re.IGNORECASE,
+)
+_END = re.compile(r"(?:<\|(?:im_end|endoftext|eot_id|end)\|>|</s>)\s*$")
+_TAG_LEFT = re.compile(r"</?(?:[a-zA-Z][a-zA-Z_ ]{2,}|[bip])>|<\|\w+\|>|\[/?[a-zA-Z_]{3,}\]")
+_NO_WORDS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|usd|eur|gbp|sin|cos|tan|log|ln|max|min|gcd|lcm"
+_WORDS_AHEAD = re.compile(
+    rf"(?!(?:{_NO_WORDS}))(?:[^\W\d_]{{2,}}[ ,:=]+)+(?:[a-zA-Z] ?= ?)?[-$\\(]*\d[^a-zA-Z]*", re.IGNORECASE
+)
+_DATA = re.compile(r"[\[{]\s*[\"'].*[\]}]", re.DOTALL)
 _HASHES = re.compile(r"(?:^|\s)####[ \t]*([^\n]+?)\s*$")
 
 
 def read_truth(text: str) -> str:
-    r"""Return the answer in a wrapper or in a sentence, `The answer is 42.`; without any of them it is the text itself.
+    r"""Return the answer in a wrapper, behind a label or in a sentence, `The answer is 42.`; else the text itself.
 
     Every built-in reward reads truths by this function, and so does `mmr1-ds data`; a reward file gets them as they
     are.
     """
+    text = _END.sub("", text)
+    tags = list(_TAGS.finditer(text))
+    inside = {next(part for part in (tag["inside"], tag["box"], tag["marked"]) if part is not None) for tag in tags}
+    if len(inside) == 1:  # two different ones are no answer
+        text = inside.pop()
     found = unwrapped(text)
-    sentence = _SENTENCE.search(found) if found == text.strip() else None
+    if found != text.strip():
+        return found
+    sentence = _CHOSEN.fullmatch(found) or _LABELLED.fullmatch(found) or _SENTENCE.search(found)
     return found if sentence is None else sentence[1].removesuffix(".").strip()
+
+
+def is_unclear(truth: str) -> bool:
+    """Return whether a truth, as `read_truth` reads it, still has tags, is a literal of a program, or says words first.
+
+    A response matches it by the same tags or words alone.
+    """
+    return any((_TAG_LEFT.search(truth), _WORDS_AHEAD.fullmatch(truth), _DATA.fullmatch(truth)))
 
 
 def unwrapped(text: str) -> str:

@@ -373,7 +373,7 @@ def test_truths_that_no_response_can_give(tmp_path, text_model, look):
     code, text, found = look(path, text_model, reward="worker.reward.reward_function=math")
     assert found["data_sets"][0]["reward_check"] == {
         "reward_function": "math", "num_answers": 4, "num_refused": 2, "refused": ["a}b", "{"],
-        "num_wrapped": 0, "wrapped": [], "num_prose": 0, "prose": [],
+        "num_wrapped": 0, "wrapped": [], "num_prose": 0, "prose": [], "num_unclear": 0, "unclear": [],
     }  # fmt: skip
     assert code == 0 and "2 of them wrong, so that no response to their prompts can be right" in " ".join(text.split())
     assert any("asks for \\boxed" in note for note in found["notes"])

@@ -7,7 +7,7 @@ import pytest
 from mmr1_ds.commands.data.figures import check_reward
 from mmr1_ds.config import RewardConfig
 from mmr1_ds.rewards import math, r1v
-from mmr1_ds.rewards.truths import read_truth
+from mmr1_ds.rewards.truths import is_unclear, read_truth
 
 TRUTHS = [
     ("2", "2"), (" 2 ", "2"), ("<answer> 2 </answer>", "2"), ("48 / 2 = 24\n48 + 24 = 72\n#### 72", "72"),
@@ -16,7 +16,14 @@ TRUTHS = [
     ("The answer is 42.", "42"), ("Final answer: 42", "42"), ("Answer: C", "C"), ("So 6 + 6.\nANSWER: 12", "12"),
     ("2 + 2, so the answer is: $4$.", "$4$"), ("**Answer:** 7", "7"), ("no answer", "no answer"),
     ("the answer to life", "the answer to life"), ("(A) 12", "(A) 12"), ("\\boxed{", "\\boxed{"),
-    ("<answer>2", "<answer>2"),
+    ("<answer>2", "<answer>2"), ("<answer>5</answer><answer>5</answer>", "5"), ("<solution>5</solution>", "5"),
+    ("<final_answer>5</final_answer>", "5"), ("<|begin_of_box|>5<|end_of_box|>", "5"), ("[ANSWER] 5 [/ANSWER]", "5"),
+    ("So \\(x\\). <|begin_of_box|>B<|end_of_box|>", "B"), ("Ans: 5", "5"),
+    ("ans = 5", "5"), ("答案\N{FULLWIDTH COLON}5", "5"),
+    ("故答案为\N{FULLWIDTH COLON}5", "5"), ("答案是否定的", "答案是否定的"), ("### 5", "5"), ("=5", "5"),
+    ("5<|im_end|>", "5"),
+    ("The correct option is B", "B"), ("The correct option is (B).", "(B)"),
+    ("<answer>5</answer><answer>6</answer>", "<answer>5</answer><answer>6</answer>"),
 ]  # fmt: skip
 
 
@@ -24,7 +31,7 @@ TRUTHS = [
 def test_a_truth_is_read_by_what_is_inside(truth, inside):
     assert read_truth(truth) == inside
     response = f"<think>a</think><answer>\\boxed{{{inside}}}</answer>"
-    if inside not in ("\\boxed{", "<answer>2"):  # no response can box those
+    if not inside.startswith(("\\boxed{", "<answer>")):  # no response can box those
         for reward in (math, r1v):
             assert reward.compute_score([{"response": response, "ground_truth": truth}])[0]["accuracy"] == 1.0
 
@@ -35,6 +42,24 @@ def test_the_survey_says_how_truths_are_read():
     assert (check.num_answers, check.num_refused) == (4, 0)
     assert check.wrapped == [("<answer> 2 </answer>", "2"), ("so #### 72", "72")]
     assert check.num_prose == 1
+
+
+UNCLEAR = [
+    "It is 5.", "so 5", "Therefore x = 5", "Solution: 5", "<b>5</b>", "<answer>5</answer><answer>6</answer>", '["5"]',
+]  # fmt: skip
+CLEAR = ["7", "May 5, 2020", "x = 5", "5 cm", "[0, 1]", "a<c", "USD 5", "No solution", "\\sin 5", "\\text{Team 5}"]
+
+
+def test_the_survey_says_which_truths_have_more_than_the_answer():
+    assert all(map(is_unclear, UNCLEAR)) and not any(map(is_unclear, CLEAR))
+    check = check_reward([*CLEAR, *UNCLEAR], RewardConfig("math"), 1)
+    assert check.num_unclear == len(UNCLEAR) and check.unclear == UNCLEAR[: len(check.unclear)]
+
+
+def test_a_lone_letter_may_mean_the_answer():
+    """Truths of `A: 5` are options where there are others."""
+    assert check_reward(["A: 5", "A: 6"], RewardConfig("math"), 1).unclear == ["A: 5", "A: 6"]
+    assert check_reward(["A: 5", "B: 6"], RewardConfig("math"), 1).unclear == []
 
 
 OPENINGS = ["<|im_start|>assistant\n<think>\n", "assistant\n<think>", "assistant\n<think>\n\n</think>\n\n"]

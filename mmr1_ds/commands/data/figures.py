@@ -13,7 +13,7 @@ import numpy as np
 from mmr1_ds.config import RewardConfig
 from mmr1_ds.preflight.reward import right_response
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
-from mmr1_ds.rewards.truths import read_truth
+from mmr1_ds.rewards.truths import is_unclear, read_truth
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -148,6 +148,8 @@ class RewardCheck:
     wrapped: list[tuple[str, str]]  # the first few, and how each is read
     num_prose: int  # of so many words that a response will hardly match them
     prose: list[str]  # the first few
+    num_unclear: int  # with tags, or words before a number: what is left of a wrapper that was not known
+    unclear: list[str]  # the first few
 
 
 def summarise_answers(answers: Sequence[str]) -> AnswerSummary | None:
@@ -183,7 +185,11 @@ def check_reward(answers: Sequence[str], reward: RewardConfig, seed: int) -> Rew
     read = [(answer, read_truth(answer)) for answer in distinct]
     wrapped = [(answer, inside) for answer, inside in read if inside != answer.strip()]
     prose = [inside for _, inside in read if len(inside.split()) > MOST_WORDS or "\n" in inside.strip()]
+    unclear = [inside for _, inside in read if is_unclear(inside) and inside not in prose]
+    if {answer[:2] for answer in distinct if answer[1:2] == ":"} == {"A:"}:  # "answer", or an option without others
+        unclear += [answer for answer in distinct if answer.startswith("A:")]
     return RewardCheck(
         reward.reward_function, len(distinct), len(refused), refused[:SHOWN],
         len(wrapped), wrapped[:SHOWN], len(prose), prose[:SHOWN],
+        len(unclear), unclear[:SHOWN],
     )  # fmt: skip

@@ -160,6 +160,13 @@ def _answers(found: AnswerSummary | None, check: RewardCheck | None, num_usable:
             f"warning: {check.num_prose:,} of them are whole texts, which hardly a response can match: {shown}",
             _INDENT * 2,
         )
+    if check.num_unclear:
+        shown = ", ".join(repr(_printable(answer, 60)) for answer in check.unclear)
+        yield from _wrapped(
+            f"warning: {check.num_unclear:,} of them have tags or words around the answer, without which a response "
+            f"does not match them: {shown}",
+            _INDENT * 2,
+        )
 
 
 def _sample(data_set: DataSetSummary, sample: Sample) -> Iterator[str]:
