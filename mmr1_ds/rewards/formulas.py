@@ -81,6 +81,7 @@ def _comparable(answer: str, truth: str) -> bool:
         and _is_bounded(truth)
         and not re.search(r"[\d)}] [\d({]", answer)
         and not any(mark in text for mark in ",'" for text in (answer, truth))
+        and not _other_segments(answer, truth)
         and not _other_case(answer, truth)
         and not _other_case(truth, answer)
         and all(_same_count(mark, answer, truth) for mark in ("|", "=", "<", ">"))
@@ -138,6 +139,14 @@ def _is_product_of_matrices(text: str) -> bool:
     if _TRANSPOSE.search(text) is not None or _CROSS_PRODUCT.search(text) is not None:
         return True
     return len(re.findall(r"[A-Z]", _COMMAND.sub(" ", text))) > 1 and _INVERSE.search(text) is not None
+
+
+def _other_segments(one: str, other: str) -> bool:
+    r"""Whether both name segments, but others: AB \cdot CD is not AC \cdot BD, though it has the same letters."""
+    names, others = (
+        {"".join(sorted(name)) for name in re.findall(r"[A-Z]{2,}", _COMMAND.sub(" ", text))} for text in (one, other)
+    )
+    return bool(names and others) and names != others
 
 
 def _other_case(one: str, other: str) -> bool:

@@ -24,7 +24,9 @@ _BASE = re.compile(r"\(?([0-9A-F]+)\)?(?: ?_ ?\{? ?\(? ?(?:base ?)?| \(?(?:in )?
 _SIDE = r"\d+(?:\.\d+)?(?: (?!x |by )[a-z]{1,4})?"
 _SIZES = re.compile(rf"{_SIDE}(?: ?(?:\\times|x|by) ?{_SIDE}(?![\d^.]))+")
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?) ?([a-zA-Z]+)\.?")
-_QUANTITIES = re.compile(rf"{_QUANTITY.pattern}(?: ?{_QUANTITY.pattern})+")
+_QUANTITIES = re.compile(rf"{_QUANTITY.pattern}(?:(?:,? and |,? ?){_QUANTITY.pattern}){{1,5}}")
+# Joined by a comma or "and", these are still one quantity; 3 kg and 2 g are two.
+_FAMILIES = ("year month week day h min s", "mile yd ft inch", "lb ounce", "dollar cent")
 _BASES = {"two": "2", "three": "3", "five": "5", "eight": "8", "ten": "10", "sixteen": "16"}
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 _MONTH = re.compile(rf"\b({'|'.join(_MONTHS)})[a-z]*\b", re.IGNORECASE)
@@ -118,4 +120,7 @@ def _quantities(text: str) -> tuple[object, ...] | None:
         return None
     units = [canonical_unit(unit) for _, unit in parts]
     units = ["min" if unit == "m" and "h" in units else unit for unit in units]  # 1h 30m
+    in_family = any(units == [unit for unit in family.split() if unit in units] for family in _FAMILIES)
+    if not in_family and re.search(r",|and ", text):
+        return None
     return "quantities", *((float(value), unit) for (value, _), unit in zip(parts, units, strict=True))

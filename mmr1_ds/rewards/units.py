@@ -75,7 +75,7 @@ _CANONICAL = {spelling: unit for unit, spellings in _SPELLINGS.items() for spell
 _POWER_WORDS = {"square": "^2", "sq": "^2", "cubic": "^3"}
 _POWERED = re.compile(r"(.*[A-Za-z]) (squared|cubed)")
 _PER = re.compile(r"(?<=[a-z]) per (?=[a-z])")
-_PRODUCTS = ("mg", "ms", "nm", "mA", "Nm", "eV", "gm", "hr", "ml")
+_PRODUCTS = ("mg", "ms", "nm", "mA", "Nm", "eV", "gm", "hr")
 # These are variables as often as units, mg a weight: five metres are "5 m", with a space and behind a plain number.
 _SHORT = (*(spelling for spelling in _CANONICAL if len(spelling) == 1 and spelling.isalpha()), *_PRODUCTS)
 _PLAIN_NUMBER = re.compile(

@@ -121,7 +121,7 @@ def _bare_commas(text: str) -> list[Value]:
         pieces = [piece.strip() for piece in words[::3]]
         is_or |= _OR.search(part) is not None
         parts += [piece for piece in pieces if piece] if len(pieces) > 1 and all(map(_is_value, pieces)) else [part]
-    expanded = [value for part in parts for value in _both_signs(part)]
+    expanded = [value for part in parts for value in _both_signs(part)] or [text]  # of "and" alone nothing is left
     if len(expanded) == 1:
         return [Value("atom", (expanded[0],))]
     if is_or and all(_RELATION.search(part) for part in expanded):

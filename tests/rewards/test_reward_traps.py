@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 
 import pytest
 
@@ -115,6 +116,18 @@ def test_formulas_are_compared_on_any_thread():
     thread.start()
     thread.join()
     assert found == [1.0]
+
+
+ODD = ["and", "or", "1a", "1 hand ", "1 and ", "1, ", "1 x ", "\\$3-", "a:", ". ", "1,200 and "]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_no_text_raises_or_takes_long(text):
+    """What raises would be masked in place of wrong, and patterns that try all splits never end."""
+    began = time.monotonic()
+    for long in (text, text * (1900 // len(text))):
+        assert not answers.answers_equal(long, "5 ft 6 in") and not answers.answers_equal("5 ft 6 in", long)
+    assert time.monotonic() - began < 5
 
 
 HUGE = [
