@@ -113,8 +113,8 @@ def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
 
 
 def kill_one(run: Run, chance: random.Random, start: float, steps: float, counts: Counter[str]) -> None:
-    """Kill a random rank in the start, at a random moment of the steps, or while a checkpoint is being written."""
-    rank, kind = chance.randrange(2), chance.choices(["start", "steps", "save"], [0.1, 0.6, 0.3])[0]
+    """Kill a random rank in the start, while a checkpoint is written, or at a moment of the steps when none is."""
+    rank, kind = chance.randrange(2), chance.choices(["start", "steps", "save"], [0.1, 0.5, 0.4])[0]
     in_start, in_steps = chance.uniform(0.0, start), chance.uniform(0.0, steps)
     saves_to_wait_for, known, began = chance.randrange(1, 4), set[str](), time.monotonic()
     while not run.has_ended():
@@ -128,7 +128,7 @@ def kill_one(run: Run, chance: random.Random, start: float, steps: float, counts
         now = time.monotonic() - began
         if kind == "start" and now >= in_start:
             break
-        if kind == "steps" and run.first_step and now - run.first_step >= in_steps:
+        if kind == "steps" and run.first_step and now - run.first_step >= in_steps and not run.saving():
             break
         time.sleep(0.002)
     is_saving, is_start = bool(run.saving()), not run.first_step
