@@ -248,7 +248,7 @@ def test_functions_of_other_projects_run_as_they_are(tmp_path, name):
 
 
 def test_verls_batch_form_sees_a_group_in_one_call(tmp_path):
-    source = "def compute_score(data_sources, solution_strs, **kwargs):\n    return [len(solution_strs)] * len(data_sources)"
+    source = "def compute_score(solution_strs, **kwargs):\n    return [len(solution_strs)] * len(solution_strs)"
     results = run(write(tmp_path, source), [RewardItem("7", 1, "7", group=at) for at in (0, 0, 0, 1)], "group")
     assert [result.overall for result in results] == [3, 3, 3, 1]
 
@@ -256,7 +256,7 @@ def test_verls_batch_form_sees_a_group_in_one_call(tmp_path):
 def test_a_function_that_names_no_argument_is_refused(tmp_path):
     reference = write(tmp_path, "def compute_score(**kwargs): return 1.0")
     for check in (check_reward, lambda config: run(config.reward_function, [])):
-        with pytest.raises(UserError, match="names no argument.*completions as TRL's, or solution_str as verl's"):
+        with pytest.raises(UserError, match=r"names no argument.*completions as TRL's, or solution_str as verl's"):
             check(RewardConfig(reference))
 
 

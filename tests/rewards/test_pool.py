@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ from mmr1_ds.loop.collector import Collector
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import Prompt, RolloutGroup
 from mmr1_ds.rewards import pool as pool_module
+from mmr1_ds.rewards import worker
+from mmr1_ds.rewards.loading import LoadedReward
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 from mmr1_ds.rewards.scoring import RewardCounts, score_groups
 
@@ -235,6 +238,19 @@ def test_the_built_in_math():
         )
     assert (right.overall, right.accuracy, right.parts) == (1.0, 1.0, {"format": 1.0})
     assert (wrong.overall, formula.overall) == (0.0, 0.8)
+
+
+def test_what_a_built_in_imports_late_is_not_in_a_responses_seconds(monkeypatch):
+    order = []
+    reward = LoadedReward(lambda items: [], warm_up=lambda: order.append("warm"))
+    monkeypatch.setattr(worker, "load_reward_function", lambda setup: reward)
+    monkeypatch.setattr(worker, "_take_channel", lambda reply_fd: (io.StringIO('{"kwargs": {}}\n'), None))
+    monkeypatch.setattr(worker, "_reply", lambda replies, message: order.extend(message))
+    monkeypatch.setattr(worker, "_die_with_parent", lambda guard_fd: None)
+    monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(worker.os, "killpg", lambda group, number: None)
+    worker.main(0, 0)
+    assert order == ["warm", "ready", "takes_ids"]
 
 
 # --- starting -----------------------------------------------------------------------------------------------------
