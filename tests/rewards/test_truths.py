@@ -39,7 +39,8 @@ def test_the_survey_says_how_truths_are_read():
 
 OPENINGS = [
     "<|im_start|>assistant\n<think>\n", "assistant\n<think>", "assistant\n<think>\n\n</think>\n\n",
-    "\nassistant\n<think>\nLet me look. ", "<|im_start|>assistant\n<think>Let me", "<\uff5cAssistant\uff5c><think>\nFirst, ",
+    "\nassistant\n<think>\nLet me look. ", "<|im_start|>assistant\n<think>Let me",
+    "<\uff5cAssistant\uff5c><think>\nFirst, ",
 ]  # fmt: skip
 
 
