@@ -19,6 +19,7 @@ from mmr1_ds.preflight.data import check_data
         {"Video_Path": "clips/a.mp4"},
         {"video_url": "s3://bucket/a.mp4"},
         {"prompt": "what happens in <video>?"},
+        {"prompt": "<Video>what happens?"},
         {"prompt": [{"role": "system", "content": "<video>"}, {"role": "user", "content": "what?"}]},
         {"prompt": [{"role": "user", "content": [{"type": "video", "text": None}, {"type": "text", "text": "what?"}]}]},
     ],
