@@ -102,15 +102,15 @@ def adapt(
     if style.keywords:
         names = signature.parameters
         takes_ids = style.keywords == "trl" and (_takes_all(signature) or "completion_ids" in names or _IDS[0] in names)
-        score = _by_keyword(function, signature, kwargs, style.keywords, where)
-        return *_in_parts(score, style.together), takes_ids
+        named = _by_keyword(function, signature, kwargs, style.keywords, where)
+        return *_in_parts(named, style.together), takes_ids
     if all(one.kind is parameter.VAR_KEYWORD for one in signature.parameters.values()):
         raise UserError(f"worker.reward.reward_function {where} {NO_ARGUMENT}")
     try:
         signature.bind(*[[]] * style.num_arguments, **kwargs)
     except TypeError as error:
         # Without this every response of the run would fail with the same TypeError.
-        raise UserError(f"worker.reward.reward_function_kwargs do not fit {where}: {error}") from error
+        raise UserError(f"worker.reward: the kwargs do not fit {where}: {error}") from error
     bound = _awaited(functools.partial(function, **kwargs))
 
     def score(items: Items) -> Any:

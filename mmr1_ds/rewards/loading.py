@@ -60,6 +60,16 @@ def check_reward_config(config: RewardConfig) -> None:
         known = "batch, sequential, group or null"
         raise UserError(f"worker.reward.reward_type must be {known}, got {config.reward_type!r}")
     if config.functions:
+        default = RewardConfig().reward_function
+        if config.reward_function != default:
+            raise UserError(
+                f"worker.reward.reward_function={config.reward_function} is not used beside worker.reward.functions; "
+                f"name it there and leave it out here, or set it to {default}"
+            )
+        if config.reward_function_kwargs:
+            raise UserError(
+                "worker.reward.reward_function_kwargs is not used beside worker.reward.functions; give kwargs there"
+            )
         for one in each_function(config):
             check_reward_config(one)
         return
@@ -68,6 +78,7 @@ def check_reward_config(config: RewardConfig) -> None:
         return
     if config.reward_function in JUDGED:
         _check_judge(config)
+    load_reward_function(reward_setup(config, max_response_length=1))  # whether its kwargs fit
 
 
 def each_function(config: RewardConfig) -> list[RewardConfig]:
@@ -173,7 +184,7 @@ def _weighted_sum(setup: Mapping[str, Any]) -> LoadedReward:
     """
     loaded = [load_reward_function(part) for part in setup["parts"]]
 
-    def score(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def score(items: list[dict[str, Any]]) -> list[dict[str, Any] | Unscored]:
         totals: list[dict[str, Any]] = [{"overall": 0.0} for _ in items]
         for (name, weight), reward in zip(setup["weights"].items(), loaded, strict=True):
             for total, found in zip(totals, reward.score(items), strict=True):
