@@ -175,7 +175,12 @@ def _by_keyword(
             signature.bind(**given)
         except TypeError as error:  # the columns are those of the row, so that only a call can tell
             raise TypeError(f"{error}; data.reward_columns hands over columns of the data") from None
-        return awaited(**given)
+        try:
+            return awaited(**given)
+        except TypeError as error:
+            if keywords == "trl" and "string indices" in str(error):  # completion[0]["content"]
+                raise TypeError(f"{error}; completions are texts here, not lists of messages") from error
+            raise
 
     def score(items: Items) -> Any:
         if keywords == "verl":

@@ -285,6 +285,12 @@ def test_of_several_rewards_those_that_apply_count(tmp_path):
     assert code.parts == pytest.approx({"sums": math.nan, "code": 0.5}, nan_ok=True)
 
 
+def test_completions_are_texts(tmp_path):
+    source = "def compute_score(completions, **kwargs):\n    return [len(c[0]['content']) for c in completions]\n"
+    (result,) = run(write(tmp_path, source), [RIGHT])
+    assert result.failure == "error" and "completions are texts here, not lists of messages" in result.reason
+
+
 def test_trls_none_leaves_the_response_unscored(tmp_path):
     (result,) = run(write(tmp_path, "def compute_score(completions, **kwargs):\n    return [None]\n"), [RIGHT])
     assert result.failure == "unscored"
