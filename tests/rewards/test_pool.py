@@ -416,6 +416,17 @@ def test_groups_get_their_own_rewards(make_pool):
     assert counts == {f"reward/num_{name}": count for name, count in {"responses": 7, "failed": 4, **kinds}.items()}
 
 
+def test_a_reward_that_asks_for_token_ids_gets_those_of_its_group(tmp_path):
+    path = tmp_path / "ids.py"
+    path.write_text(
+        "def f(completions, prompt_ids, completion_ids, **kwargs):\n"
+        "    return [10 * sum(prompt) + len(ids) for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]\n"
+    )
+    with RewardPool(RewardConfig(f"{path}:f", num_workers=1)) as pool:
+        scored, _ = score_groups(pool, [group(0, ["a", "bcd"]), group(1, [""])], lambda ids: "")
+    assert [item.rewards.overall.tolist() for item in scored] == [[31.0, 33.0], [30.0]]
+
+
 def test_no_groups(shared_pool):
     assert score_groups(shared_pool, [], str) == ([], RewardCounts())
 
