@@ -190,7 +190,9 @@ def all_parts() -> list[Part]:
                   "worker.actor.offload_states=true", eager),
         short_run("resume", 1, 4, "tests/loop/test_run.py", "chunked prefill; FusedAdam's states come back; GPU traces",
                   "trainer.save_freq=1", "trainer.profile_steps=[2]", "worker.rollout.enable_chunked_prefill=true",
-                  "worker.rollout.logprobs=raw", "worker.rollout.top_p=0.9", eager),
+                  "worker.rollout.logprobs=raw", "worker.rollout.top_p=0.9", eager,
+                  # A step has eight prompts of 18 tokens: some are cut.
+                  "worker.rollout.max_num_batched_tokens=100", "worker.rollout.max_num_seqs=64"),
         short_run("critic", 1, 3, "tests/algorithm/test_learning_modes.py", "bf16; a reference that moves",
                   "algorithm.adv_estimator=gae", "worker.ref.update_freq=2", eager),
         short_run("ulysses", 2, 3, "tests/engine/test_sequence_parallel.py", "NCCL all-to-all; varlen attention",

@@ -5,6 +5,7 @@ Up to the call of `composition.run` nothing heavy is imported: a mistake is name
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -32,6 +33,7 @@ from mmr1_ds.config.schema import names_a_file
 from mmr1_ds.config.user_files import FUNCTION_KEYS
 from mmr1_ds.errors import UserError, require
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
+from mmr1_ds.monitoring.trackers import check_trackers
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import (
     DeepspeedConfigs,
@@ -129,6 +131,8 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
         from mmr1_ds.loop.deepspeed_check import check_engines  # imports torch and DeepSpeed
 
         check_engines(replace(configs, actor=with_written_offload(config, actor)), own)
+    if importlib.util.find_spec("deepspeed") is not None:  # else only a dry run is done here
+        check_trackers(config.trainer.logger)
     if config.trainer.dry_run:
         try_reward(config.worker.reward, config.data)
         if any(names_a_file(value_at(config, key)) for key in FUNCTION_KEYS):

@@ -82,6 +82,7 @@ def write(path: Path, num_prompts: int, num_repeated: int) -> None:
             "num_images": (rows % 2).astype(np.int32),
             "num_videos": np.zeros(len(rows), dtype=np.int32),
             "has_answer": np.zeros(len(rows), dtype=bool),
+            "passed_over": pa.nulls(len(rows), pa.string()),
         }
         parts.append(pa.table(columns))
     table = pa.concat_tables(parts).combine_chunks()

@@ -81,11 +81,13 @@ def gdpo(
     """Standardise each of K rewards within each group, sum them by their weights, and standardise the sums over the
     responses of the batch (GDPO, arXiv 2601.05242, section 3), (G, N). Collective.
 
-    Summed first, as grpo has it, different combinations of rewards come out as the same advantage.
+    Summed first, as grpo has it, different combinations of rewards come out as the same advantage. A reward that does
+    not apply to a response, NaN there, is in no statistic and adds nothing, as in TRL.
     """
     sums_GN = np.zeros(rewards_KGN.shape[1:])
     for weight, rewards_GN in zip(weights_K, rewards_KGN, strict=True):
-        sums_GN += weight * grpo(rewards_GN, known_GN)
+        applies_GN = ~np.isnan(rewards_GN) if known_GN is None else known_GN & ~np.isnan(rewards_GN)
+        sums_GN += weight * grpo(np.where(applies_GN, rewards_GN, 0.0), applies_GN)
     known_B = None if known_GN is None else known_GN.reshape(-1)
     return standardise(sums_GN.reshape(-1), ranks, known_B).reshape(sums_GN.shape)
 

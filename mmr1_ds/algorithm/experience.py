@@ -145,7 +145,10 @@ def make_experience(
 def _parts(
     groups: Sequence[ScoredGroup], weights: Mapping[str, float] | None, known_GN: np.ndarray
 ) -> list[tuple[float, np.ndarray]]:
-    """Each weighted part of the rewards and its weight, (G, N) float64, 0 where it is not known."""
+    """Each weighted part of the rewards and its weight, (G, N) float64.
+
+    0 where no reward is known, NaN where this one does not apply.
+    """
     found = []
     for name, weight in (weights or {}).items():
         values_GN = np.zeros(known_GN.shape)

@@ -143,6 +143,7 @@ _OFFLOAD = {
     "worker.ref.fsdp.param_offload": (_REF_PARAMS,),
     "worker.ref.offload.param_offload": (_REF_PARAMS,),
 }
+_BASE_URLS = "worker.reward.judge.base_urls"
 _KEY_VARIABLE = "worker.reward.judge.key_variable"
 _EXAMPLE_REWARDS = {
     f"examples/{folder}_function/{name}.py": name for folder in ("reward", "score") for name in ("math", "r1v")
@@ -178,7 +179,7 @@ def translate(flat: Mapping[str, Any], where: str) -> Translation:
     for key, value in flat.items():
         if key == "algorithm.kl_coef" and value == 0 and "worker.actor.kl_loss_coef" in flat:
             continue  # the KL in the reward, upstream, switched off; the one in the loss has the coefficient
-        if _translate_special(key, value, result):
+        if _translate_special(key, value, result, where):
             continue
         if key in ONLY:
             _accept_only(key, value)
@@ -205,8 +206,9 @@ def _accept_only(key: str, value: Any) -> None:
         raise UserError(f"{key} must be {known}, got {in_yaml(value)}: {instead}")
 
 
-def _set(result: Translation, key: str, value: Any, where: str) -> None:
-    name = ours(key)
+def _set(result: Translation, key: str, value: Any, where: str, name: str | None = None) -> None:
+    """Set our key. Args: name: ours, where the upstream key has a rule of its own."""
+    name = name or ours(key)
     if isinstance(value, str):
         value = _VALUES.get(name, {}).get(value, value)
         if name == "worker.reward.reward_function" and value.endswith(".py"):
@@ -216,17 +218,18 @@ def _set(result: Translation, key: str, value: Any, where: str) -> None:
     result.values[name] = value
 
 
-def _translate_special(key: str, value: Any, result: Translation) -> bool:
+def _translate_special(key: str, value: Any, result: Translation, where: str) -> bool:
     """Translate a key that has a rule of its own. Returns whether `key` is one."""
     match key:
         case "worker.actor.clip_ratio":
-            result.values["worker.actor.clip_ratio_low"] = result.values["worker.actor.clip_ratio_high"] = value
+            for side in ("low", "high"):
+                _set(result, key, value, where, f"worker.actor.clip_ratio_{side}")
         case "algorithm.filter_low" | "algorithm.filter_high":
             # Upstream's defaults are its test for groups of equal rewards, which are found by comparison here; as
             # bounds of the mean they would drop groups whose rewards are not in [0, 1].
             result.values[key] = None if (key, value) in _FILTER_DEFAULTS else value
         case "data.curriculum_metric":
-            result.values["data.curriculum_metrics"] = [value]
+            _set(result, key, [value], where, "data.curriculum_metrics")
         case _ if key in _OFFLOAD:
             for target in _OFFLOAD[key]:
                 result.values[target] = value or result.values.get(target, False)
@@ -241,11 +244,15 @@ def _translate_special(key: str, value: Any, result: Translation) -> bool:
             if value is not None:  # an empty key upstream: the default
                 result.values[key] = value
         case "worker.reward.compute_score":
-            result.values["worker.reward.reward_function"] = value
+            _set(result, key, value, where, "worker.reward.reward_function")
         case "worker.reward.reward_type" if value == "function":  # EasyR1's word before it knew two types
             result.ignored.append(key)
         case "worker.reward.base_url" | "worker.reward.base_urls":
-            result.values["worker.reward.judge.base_urls"] = [value] if isinstance(value, str) else value or []
+            urls = [value] if isinstance(value, str) else value or []
+            if not result.values.get(_BASE_URLS):  # a file may have both keys, one of them empty
+                result.values[_BASE_URLS] = urls
+            elif urls:
+                _set(result, key, urls, where, _BASE_URLS)
         case "worker.reward.api_key":
             result.ignored.append(key)
             if value not in (None, "", "none", "EMPTY"):

@@ -33,7 +33,7 @@ def load_function(key: str, reference: str) -> Callable[..., Any]:
     path, name = split_reference(key, reference)
     try:
         module = _imported(os.path.abspath(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script, which exits at its end, would end the run without a word
         raise UserError(f"{key}: {path} fails: {type(error).__name__}: {first_line(error)}; mend it") from error
     function = module.__dict__.get(name)
     if not callable(function):

@@ -34,7 +34,7 @@ class Kind:
         self.types = (name, f"{name}_url", f"input_{name}")
         # Around the number of one that a message carries stand characters of no text, too.
         numbered = rf"(?i:<\|?{name}[ _-]?(?P<number>\d{{1,3}})\|?>)"
-        self.pattern = re.compile(rf"\ufdd0{name}(?P<carried>\d+)\ufdd1|{self.marker}|{numbered}")
+        self.pattern = re.compile(rf"\ufdd0{name}(?P<carried>\d+)\ufdd1|(?i:{self.marker})|{numbered}")
 
     def is_part(self, part: object) -> bool:
         """Return whether a part of a message is one."""
@@ -53,7 +53,8 @@ class Kind:
 IMAGES = Kind("image", lambda part: [] if (found := as_reference(part)) is None else [found], "\ufdd2")
 VIDEOS = Kind("video", video_references, "\ufdd3")
 KINDS = (IMAGES, VIDEOS)
-_ASSISTANTS = ("assistant", "model", "gpt", "bot")  # roles that answer
+_ASSISTANTS = ("assistant", "model", "gpt", "bot", "ai", "chatbot")  # the roles that answer, in any case of letters
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "observation", "ipython")
 _TEXT_TYPES = (None, "text", "input_text")
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
@@ -144,7 +145,7 @@ class ChatFormat:
         A turn that leaves a tag of reasoning open is a beginning, whatever the settings say.
         """
         asked = len(turns)
-        while asked and turns[asked - 1][0].lower() in _ASSISTANTS:
+        while asked and turns[asked - 1][0] == "assistant":
             asked -= 1
         last = "".join(text for _, text in turns[asked:])
         if asked == len(turns) or not last.strip():
@@ -218,9 +219,18 @@ def _turns(cell: object, where: str) -> list[Turn]:
         return [("user", cell)]
     if isinstance(cell, list) and cell and all(isinstance(turn, dict) and turn.get("role") for turn in cell):
         numbers = {kind.name: itertools.count() for kind in KINDS}
-        return [(turn["role"], _content_text(turn.get("content"), where, numbers)) for turn in cell]
+        return [(_role(turn["role"], where), _content_text(turn.get("content"), where, numbers)) for turn in cell]
     shown = "nothing" if cell is None or cell == "" or cell == [] else repr(cell)[:80]
     raise UserError(f"{where}: the prompt is {shown}; give a string or a list of {{role, content}}")
+
+
+def _role(role: object, where: str) -> str:
+    """Return the role as chat templates have it. Raises: UserError for another: a solution's turn would be shown."""
+    if isinstance(role, str) and role.lower() in _ASSISTANTS:
+        return "assistant"
+    if role not in _ROLES:
+        raise UserError(f"{where}: a message has the role {role!r:.40}; known are {', '.join(_ROLES)}: rename it")
+    return str(role)
 
 
 def _content_text(content: object, where: str, numbers: Mapping[str, Iterator[int]]) -> str:
@@ -253,7 +263,7 @@ def _place(
     turns = list(turns)
     name, marked = kind.name, kind.marker
     markers = [marker for _, text in turns for marker in kind.pattern.finditer(text)]
-    plain = sum(marker[0] == marked for marker in markers)
+    plain = sum(marker["carried"] is None and marker["number"] is None for marker in markers)
     numbers = [int(marker["number"]) for marker in markers if marker["number"] is not None]
     # Where other markers place all images, <image1> is a word about one of them.
     has_numbers = bool(numbers) and not (plain == num_column and number > 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +11,6 @@ from mmr1_ds.config import DataConfig
 from mmr1_ds.data.images import as_reference, image_references
 from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 ROWS_LOOKED_AT = 64
 
@@ -34,41 +30,53 @@ def unread_images(rows: Iterable[Mapping[str, Any]], data: DataConfig) -> str | 
     """Return the column, as `data.image_key` would name it, that holds images in rows from which none is read.
 
     Args: rows: with all their columns, images not decoded.
-    Returns: None also where some row has an image that is read, in its column or in a message.
     """
     read = {data.prompt_key, data.answer_key, data.image_key, data.id_key, data.category_key}
-    found = None
     for row in rows:
         if any(as_reference(part) is not None for part in _parts(at_path(row, data.prompt_key))):
-            return None
+            continue
         if data.image_key is not None and image_references(at_path(row, data.image_key)):
-            return None
-        for name, cell in row.items():
-            if found is None and name not in read:
-                found = _images_in(name, cell)
-    return found
+            continue
+        found = image_in(row, [name for name in row if name not in read])
+        if found is not None:
+            return found
+    return None
 
 
-def check_images_are_read(name: str, rows: Iterable[Mapping[str, Any]], data: DataConfig) -> None:
-    """Check the first rows of `name` for a model that takes images: training without them would be blind.
+def image_in(row: Mapping[str, Any], columns: Iterable[str]) -> str | None:
+    """Return which of these columns of a row holds an image, as `data.image_key` would name it; None without any."""
+    return next((found for name in columns if (found := _images_in(name, row[name])) is not None), None)
 
-    A column of images beside an empty `data.image_key` is a warning: images of that one may come later.
+
+def unread_image_columns(columns: Sequence[str], data: DataConfig) -> list[str]:
+    """Return the columns that are named after images and that the run does not read; none if it is to read none."""
+    if data.image_key is None:
+        return []
+    read = set(needed_columns(data, columns))
+    return [name for name in columns if name not in read and _NAME.fullmatch(name)]
+
+
+def check_images_are_read(
+    name: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str], data: DataConfig
+) -> str | None:
+    """Check rows of `name` for a model that takes images: training without them would be blind.
+
+    Args: columns: of `name`, all of them.
+    Returns: a column that holds images in rows where that of `data.image_key` has none, which may be meant.
     Raises: UserError naming a column that holds images where `data.image_key` is no column.
     """
-    rows = list(itertools.islice(rows, ROWS_LOOKED_AT))
     column = None if data.image_key is None else unread_images(rows, data)
-    if column is None:
-        return
-    remedy = f"set data.image_key={column}, or data.image_key=null to train on the text alone"
-    if column_of(str(data.image_key), rows[0]) is None:
+    if column is not None and column_of(str(data.image_key), columns) is None:
         raise UserError(
             f"{name}: column {column!r} holds images that no one would see: data.image_key={data.image_key} is no "
-            f"column; {remedy}"
+            f"column; {image_remedy(column)}"
         )
-    logger.warning(
-        "%s: column %r holds images, and data.image_key=%s is empty in the first rows; %s",
-        name, column, data.image_key, remedy,
-    )  # fmt: skip
+    return column
+
+
+def image_remedy(column: str) -> str:
+    """Say what to do about a column of images that is passed over."""
+    return f"set data.image_key={column}, or data.image_key=null to train on the text alone"
 
 
 def needed_columns(data: DataConfig, names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.data.chat import load_format_prompt
+from mmr1_ds.data.columns import image_remedy
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.data.rows import RowReader, open_readers
 from mmr1_ds.data.scan import Scan, scan_rows, sketches_in
@@ -227,6 +228,13 @@ def load_dataset(
             "%s: %d of %d prompts end with a message of the assistant, which is taken off as the answer; "
             "data.assistant_prefill=true continues it",
             key, num_answered, len(scan.has_answer),
+        )  # fmt: skip
+    num_blind = len(scan.passed_over) - scan.passed_over.null_count
+    if num_blind:
+        column = scan.passed_over.drop_null()[0].as_py()
+        logger.warning(
+            "%s: column %r holds images in %d of %d rows where data.image_key=%s has none, which no one sees; "
+            "%s", key, column, num_blind, len(scan.passed_over), data.image_key, image_remedy(column),
         )  # fmt: skip
     if dataset.num_filtered:
         logger.warning(

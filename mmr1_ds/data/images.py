@@ -25,6 +25,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.err
 _SCHEME = re.compile(r"(data(?=:)|[a-z][a-z0-9+.-]*(?=://)|file(?=:))", re.IGNORECASE)
 _CARRIERS = ("bytes", "image", "image_url", "input_image", "url", "path", "base64", "b64_json", "data", "source")
 _LEAST_BASE64 = 40  # characters: the smallest images have more
+_BASE64 = re.compile(r"\W*(b['\"]|data:[^,]*,)?[\w+/=%\s-]{60,}\W*")  # a path has a suffix
 _MOST_SHOWN = 160  # characters of a name or a reason in an error
 MAX_RESIZE_ROUNDS = 8  # the processor's rule settles in one or two; a cycle means limits no size can meet
 
@@ -112,16 +113,18 @@ class ImageSource:
 
     def place(self, text: str, where: str, kind: str = "image") -> str | bytes:
         """Return the path that a text names, or the bytes that it holds. Raises: UserError for what must be fetched."""
-        scheme = _SCHEME.match(text)
+        bare = _unquoted(text)
+        scheme = _SCHEME.match(bare)
         if scheme is None:
-            path = os.path.join(self.folder, text) if self.folder else text
-            if not os.path.isfile(path) and (content := _from_base64(text)):
+            paths = [os.path.join(self.folder, one) if self.folder else one for one in (text, bare)]
+            path = next((one for one in paths if os.path.isfile(one)), None)
+            if path is None and (content := _from_base64(bare)):
                 return content
-            return self._inside(path, where)
+            return self._inside(path or paths[0], where)
         if scheme[1].lower() == "data":
-            return _from_data_url(text)
+            return _from_data_url(bare)
         if scheme[1].lower() == "file":
-            parts = urllib.parse.urlsplit(text)
+            parts = urllib.parse.urlsplit(bare)
             if parts.netloc in ("", "localhost"):
                 return self._inside(urllib.request.url2pathname(parts.path), where)
         raise UserError(f"{where}: the {kind} {shown(text)} is not fetched; download it and give the path of the file")
@@ -135,6 +138,12 @@ class ImageSource:
             f"{where}: {shown(path)} lies outside the folder of the data and data.image_dir; set data.image_dir to "
             "its folder, or data.allow_any_image_path=true where the data is trusted"
         )
+
+
+def _unquoted(text: str) -> str:
+    """Return a text without space and quotes around it, as Python prints a string or bytes."""
+    quoted = re.fullmatch(r"\s*b?(['\"])(.*)\1\s*", text, re.DOTALL)
+    return (quoted[2] if quoted else text).strip()
 
 
 def _lies_in(path: str, root: str) -> bool:
@@ -249,7 +258,7 @@ def _unreadable(reference: ImageReference, where: str, error: BaseException) -> 
     # UnidentifiedImageError says no more than the name, or an address in memory.
     is_unknown = isinstance(error, UnidentifiedImageError)
     reason = "of no format that Pillow knows" if is_unknown else first_line(error)
-    if len(reason) > _MOST_SHOWN:  # it repeats a name that is no path
+    if len(reason) > _MOST_SHOWN or "... (" in name:  # it repeats a name that is no path
         reason = (error.strerror if isinstance(error, OSError) else None) or reason[:_MOST_SHOWN]
     return UserError(f"{where}: {name} cannot be read as an image ({reason}); replace it or remove the row")
 
@@ -261,7 +270,8 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def shown(text: str) -> str:
     """Return a path or URL for an error. Base64 is cut: no one reads it."""
-    return repr(text) if len(text) <= _MOST_SHOWN else f"{text[:40]!r}... ({len(text)} characters)"
+    is_path = len(text) <= _MOST_SHOWN and _BASE64.fullmatch(text) is None
+    return repr(text) if is_path else f"{text[:40]!r}... ({len(text)} characters)"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,15 @@ import numpy as np
 from mmr1_ds.config import DataConfig
 from mmr1_ds.data.answers import feature_at
 from mmr1_ds.data.chat import IMAGES, VIDEOS
-from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read, needed_columns, unread_videos
+from mmr1_ds.data.columns import (
+    ROWS_LOOKED_AT,
+    check_images_are_read,
+    image_in,
+    image_remedy,
+    needed_columns,
+    unread_image_columns,
+    unread_videos,
+)
 from mmr1_ds.data.images import ImageReference, ImageSource, image_references, update_digest
 from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.data.reward_columns import RewardColumns, check_reward_columns, undecoded_features
@@ -45,8 +53,12 @@ class RowContent:
 class RowReader:
     """One source seen through the run's keys."""
 
-    def __init__(self, source: Source, data: DataConfig) -> None:
-        """Check the keys. Raises: UserError naming a key that is no column, and the columns that exist."""
+    def __init__(self, source: Source, data: DataConfig, takes_images: bool = False) -> None:
+        """Check the keys. Args: takes_images: whether the model does.
+
+        Raises: UserError naming a key that is no column, and the columns that exist; or, for a model that takes
+            images, a column with images that would be passed over.
+        """
         self._source = source
         self._data = data
         check_columns(source.name, source.rows.column_names, data)
@@ -54,7 +66,8 @@ class RowReader:
         self._image_key = data.image_key if data.image_key and column_of(data.image_key, names) else None
         self._video_key = data.video_key if data.video_key and column_of(data.video_key, names) else None
         self.unread_videos = unread_videos(names, data)
-        columns = [*needed_columns(data, names), *self.unread_videos]
+        self.unread_images = self._columns_beside(names) if takes_images else []
+        columns = list(dict.fromkeys([*needed_columns(data, names), *self.unread_videos, *self.unread_images]))
         # As Arrow tables: `datasets` would decode images itself, and its errors do not name the row.
         self.rows: Dataset = source.rows.select_columns(columns).with_format("arrow")
         self._features = undecoded_features(source.rows, columns)
@@ -94,13 +107,25 @@ class RowReader:
         """Return rows of a table as Python values, images still encoded."""
         return [self._features.decode_example(row) for row in table.to_pylist()]
 
-    def check_images_are_read(self) -> None:
-        """Check for images that are passed over. Raises: UserError naming a column that `data.image_key` may mean."""
-        first = self._source.rows.select(range(min(ROWS_LOOKED_AT, len(self)))).with_format("arrow")
+    def _columns_beside(self, names: Sequence[str]) -> list[str]:
+        """Return the columns to look into for images that are passed over: by their name, or by the first rows."""
+        first = self._source.rows.select(range(min(ROWS_LOOKED_AT, len(self._source.rows)))).with_format("arrow")
         features = undecoded_features(self._source.rows, self._source.rows.column_names)
-        # Row by row: a row with all its images may be large, and mostly the first one settles it.
+        # Row by row: a row with all its images may be large.
         rows = (features.decode_example(first[at : at + 1].to_pylist()[0]) for at in range(len(first)))
-        check_images_are_read(self.name, rows, self._data)
+        found = check_images_are_read(self.name, rows, names, self._data)
+        named = unread_image_columns(names, self._data)
+        return named if found is None else [*named, str(column_of(found, names))]
+
+    def passes_over(self, row: Row, where: str) -> str | None:
+        """Return the column of an image that is passed over, for a row from which none is read.
+
+        Raises: UserError naming the row and the column, where `data.image_key` is no column that may be meant.
+        """
+        column = image_in(row, self.unread_images)
+        if column is not None and self._image_key is None:
+            raise UserError(f"{where}: column {column!r} holds an image that no one would see; {image_remedy(column)}")
+        return column
 
     def prompt(self, row: Row) -> object:
         return at_path(row, self._data.prompt_key)
@@ -158,10 +183,7 @@ def open_readers(sources: list[Source], data: DataConfig, takes_images: bool) ->
 
     Raises: UserError naming a missing column, or one with images that would be passed over.
     """
-    readers = [RowReader(source, data) for source in sources]
-    for reader in readers if takes_images else []:
-        reader.check_images_are_read()
-    return readers
+    return [RowReader(source, data, takes_images) for source in sources]
 
 
 def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 256
-CACHE_FOLDER = "mmr1_ds_scans_5"  # inside the cache of `datasets`; counted up when the columns of a scan change
+CACHE_FOLDER = "mmr1_ds_scans_6"  # inside the cache of `datasets`; counted up when the columns of a scan change
 ROWS_A_PROCESS = 20_000  # below this, starting processes costs more than it saves
 _ROWS_A_VIDEO = 100  # opening one takes so many times as long as measuring a row of text
 ROWS_KEPT = 1_000  # below this, a scan is not worth a file
@@ -50,6 +50,7 @@ class Scan:
     num_images: pa.ChunkedArray  # (R,) int32
     num_videos: pa.ChunkedArray  # (R,) int32
     has_answer: pa.ChunkedArray  # (R,) bool: the assistant's last turn was taken off the prompt
+    passed_over: pa.ChunkedArray  # (R,) strings: the column of an image beside an empty data.image_key; null = none
     sketches: pa.ChunkedArray | None  # (R,) of SKETCH_BYTES each, if asked for; see `text_features`
 
 
@@ -70,6 +71,7 @@ def scan_rows(
         num_images=table["num_images"],
         num_videos=table["num_videos"],
         has_answer=table["has_answer"],
+        passed_over=table["passed_over"],
         sketches=table["sketch"] if with_sketches else None,
     )
 
@@ -105,9 +107,14 @@ class BatchScan:
             "num_images": [len(prompt.image_order) for prompt in prompts],
             "num_videos": [len(prompt.video_order) for prompt in prompts],
             "has_answer": [prompt.has_answer for prompt in prompts],
+            "passed_over": [
+                None if prompt.image_order else self._reader.passes_over(row, where)
+                for row, prompt, where in zip(rows, prompts, places, strict=True)
+            ],
         }
         kinds = [("prompt_id", pa.string()), ("length", pa.int32()), ("category", pa.string())]
         kinds += [("num_images", pa.int32()), ("num_videos", pa.int32()), ("has_answer", pa.bool_())]
+        kinds += [("passed_over", pa.string())]
         if self._with_sketches:
             columns["sketch"] = sketch([prompt.text for prompt in prompts], lengths, sizes)
             kinds.append(("sketch", pa.binary(SKETCH_BYTES)))
@@ -195,7 +202,7 @@ def _kept_scan(
     settings = (
         data.prompt_key, data.answer_key, data.image_key, data.video_key, data.id_key, data.category_key,
         data.image_dir, data.allow_any_image_path, data.max_image_pixels, data.video_fps,
-        *((SKETCH_VERSION,) if with_sketches else ()),
+        *((SKETCH_VERSION,) if with_sketches else ()), *reader.unread_images,
     )  # fmt: skip
     rows = (reader.name, reader.rows._fingerprint, len(reader))
     key.update(repr((rows, settings, prompt_encoder.fingerprint())).encode())

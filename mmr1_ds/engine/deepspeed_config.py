@@ -13,7 +13,10 @@ from mmr1_ds.errors import UserError, first_line
 # DeepSpeed reads these elsewhere than in its config class.
 _READ_ELSEWHERE = ("compression_training", "elasticity", "sequence_parallel_size")
 # Sections that DeepSpeed reads key by key, so that one which is misspelt is passed over. Others refuse it themselves.
-_READ_BY_KEY = ("activation_checkpointing", "data_types", "aio", "optimizer", "checkpoint", "flops_profiler")
+_READ_BY_KEY = (
+    "activation_checkpointing", "data_types", "aio", "optimizer", "checkpoint", "flops_profiler", "torch_autocast",
+    "autotuning", "data_efficiency",
+)  # fmt: skip
 
 
 def check_deepspeed(resolved: Mapping[str, Any], name: str) -> None:
@@ -22,7 +25,7 @@ def check_deepspeed(resolved: Mapping[str, Any], name: str) -> None:
     Args: name: of the file, for errors.
     Raises: UserError, one line, for what DeepSpeed refuses, and for a key that it does not know.
     """
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
     from pydantic import ValidationError
 
     content = _Asked(copy.deepcopy(dict(resolved)))
@@ -35,12 +38,14 @@ def check_deepspeed(resolved: Mapping[str, Any], name: str) -> None:
     for each in loggers:
         each.setLevel(logging.ERROR)
     try:
-        DeepSpeedConfig(content)
+        read = DeepSpeedConfig(content)
+        if read.grad_accum_dtype is not None:
+            DtypeEnum(read.grad_accum_dtype)  # as its engine does, once the model is there
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{name}: DeepSpeed refuses {key}={first.get('input')!r:.60}: {first['msg']}") from None
-    except (AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # of its own kinds, too, which derive from nothing narrower
         raise UserError(f"{name}: DeepSpeed refuses it: {first_line(error)}") from None
     finally:
         for each, level in zip(loggers, levels, strict=True):

@@ -70,7 +70,7 @@ def _try(key: str, name: str, call: Callable[[], Any]) -> None:
         _check_shape("the result", values)
         if not np.isfinite(values).all():
             raise ValueError("the result is not finite")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{key}: {name} fails on a try with {len(_LENGTHS)} responses of {sum(_LENGTHS)} tokens: "
             f"{type(error).__name__}: {first_line(error)}; its signature is in docs/training.md"

@@ -25,6 +25,7 @@ from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.loop.run_lock import RunLock
 from mmr1_ds.monitoring.environment import write_environment
 from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.preflight.models import weights_are_here
 from mmr1_ds.preflight.videos import NOT_BY_SERVERS
 from mmr1_ds.rewards.loading import BUILT_IN, each_function
 
@@ -216,7 +217,9 @@ def is_done(config: RunConfig, start: tuple[int, Path] | None, num_steps: int) -
 
 def tell_start(config: RunConfig, start: tuple[int, Path] | None, ranks: Ranks, num_steps: int) -> None:
     """Log what is loaded and from where the run goes on."""
-    logger.info("loading %s on %d ranks", config.worker.actor.model.model_path, ranks.size)
+    model = config.worker.actor.model
+    origin = "" if weights_are_here(model) else ", after its weights are downloaded from the hub"
+    logger.info("loading %s on %d ranks%s", model.model_path, ranks.size, origin)
     if start is not None:
         logger.info("going on from %s: %d of %d steps are done", start[1], start[0], num_steps)
         if config.data.curriculum_prior is not None and not config.trainer.val_only:

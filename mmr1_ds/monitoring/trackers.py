@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from mmr1_ds.config import TrainerConfig
 from mmr1_ds.config.redaction import without_secrets
-from mmr1_ds.errors import UserError, remedy
+from mmr1_ds.errors import UserError, remedy, require
 from mmr1_ds.io import write_whole
 from mmr1_ds.monitoring.writers import Writer, histograms
 
@@ -40,6 +40,13 @@ def open_trackers(
     if trackers:
         write_whole(path, json.dumps(kept | {name: tracker.run_id for name, tracker in trackers.items()}).encode())
     return list(trackers.values())
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that the trackers in `trainer.logger` are installed; nothing is imported. Raises: UserError."""
+    for name in names:
+        if name in ("tensorboard", *_TRACKERS):
+            require("gpu" if name in ("tensorboard", "wandb") else "trackers", name, purpose=f"trainer.logger={name}")
 
 
 def _new_id() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory
 from mmr1_ds.config.ranges import MOST_ERROR, check_choices, check_ranges, value_at
-from mmr1_ds.config.schema import DataConfig, LoraConfig, RunConfig, names_a_file
+from mmr1_ds.config.schema import DataConfig, LoraConfig, RunConfig, TrainerConfig, names_a_file
 from mmr1_ds.curriculum.known_rates import read_known_rates
 from mmr1_ds.curriculum.metric_names import canonical_metric, check_metrics
 from mmr1_ds.curriculum.mixture import quotas
@@ -63,6 +63,7 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
         raise UserError(f"trainer.load_checkpoint_path: no such folder {checkpoint!r}; give a global_step_N folder")
     if config.trainer.val_only and not config.data.val_files:
         raise UserError("trainer.val_only=true needs data.val_files, which is empty; set it")
+    _check_best(config)
     if config.trainer.pass_rates is not None and not config.trainer.val_only:
         raise UserError(
             f"trainer.pass_rates={config.trainer.pass_rates} is for a validation alone; start mmr1-ds eval, or leave "
@@ -270,6 +271,17 @@ def _check_validation(config: RunConfig) -> None:
             f"{data.max_prompt_length} are over the {longest} tokens of a sequence; lower it, or set "
             f"worker.rollout.max_model_len={data.max_prompt_length + sampling.max_tokens}"
         )
+
+
+def _check_best(config: RunConfig) -> None:
+    """Check that a validation may have the figure. Which figures it has shows once it is done."""
+    best = config.trainer.best_metric
+    if best is None or best == TrainerConfig().best_metric:
+        return
+    if not config.data.val_files:
+        raise UserError(f"trainer.best_metric={best} is a figure of the validation: data.val_files is empty; set it")
+    if not best.startswith("val"):
+        raise UserError(f"trainer.best_metric={best} is no figure of the validation; name one like val/pass_at_8")
 
 
 def _check_lengths(config: RunConfig) -> None:

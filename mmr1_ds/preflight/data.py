@@ -8,13 +8,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmr1_ds.config import DataConfig, ModelConfig
-from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read
+from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read, image_remedy, unread_image_columns
 from mmr1_ds.data.paths import column_of
 from mmr1_ds.data.rows import check_columns
 from mmr1_ds.data.sources import BUILDERS, list_names, split_name
@@ -101,12 +102,22 @@ def _check_images(name: str, part: Path, data: DataConfig, key: str, takes_image
     """Raises: UserError for images that would be passed over; a warning where the model may take none."""
     if takes_images is False:
         return
+    columns = _readable(_columns, part, key) or []
+    rows = _readable(_first_rows, part, key)
+    if part.suffix == ".parquet" and data.image_key is not None and column_of(data.image_key, columns) is None:
+        rows = [*rows, *_readable(partial(_filled_rows, unread_image_columns(columns, data)), part, key)]
     try:
-        check_images_are_read(name, _readable(_first_rows, part, key), data)
+        column = check_images_are_read(name, rows, columns, data)
     except UserError as error:
         if takes_images:
             raise
         logger.warning("%s", error)
+        return
+    if column is not None:
+        logger.warning(
+            "%s: column %r holds images in rows where data.image_key=%s has none; %s",
+            name, column, data.image_key, image_remedy(column),
+        )  # fmt: skip
 
 
 def _data_files(folder: Path, split: str, key: str) -> list[Path]:
@@ -166,6 +177,19 @@ def _first_rows(path: Path) -> list[dict[str, Any]]:
         with path.open(encoding=_TEXT, newline="") as file:
             return list(itertools.islice(csv.DictReader(file), ROWS_LOOKED_AT))
     return _first_json_rows(path, ROWS_LOOKED_AT)
+
+
+def _filled_rows(columns: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    """Return the first cell of each column of a Parquet file that is not null, in a row of its own."""
+    import pyarrow.parquet
+
+    rows = []
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for column in columns:
+            batches = file.iter_batches(batch_size=ROWS_LOOKED_AT, columns=[column])
+            filled = (batch.column(0).drop_null() for batch in batches)
+            rows += [{column: cells[0].as_py()} for cells in itertools.islice((one for one in filled if len(one)), 1)]
+    return rows
 
 
 def _open_arrow(path: Path) -> Any:

@@ -71,6 +71,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     _check_finite(resolved, name)
     _check_kinds(resolved, name)
     _check_stage(resolved, name)
+    _check_zero(resolved["zero_optimization"], world_size, name)
     for section, setting in _batch_settings(config, world_size).items():
         _settle(resolved, section, setting, name)
     _settle_precision(resolved, config.worker.actor.dtype, on_gpu, name)
@@ -251,6 +252,20 @@ def _check_stage(resolved: Mapping[str, Any], name: str) -> None:
         raise UserError(
             f"{name}: zero_optimization.stage is {stage}, it must be 3: the model is loaded partitioned and "
             "its weights are gathered layer by layer for the rollout; set it to 3"
+        )
+
+
+def _check_zero(zero: Mapping[str, Any], world_size: int, name: str) -> None:
+    """Check what DeepSpeed would find once the model is there."""
+    for key in ("offload_param", "offload_optimizer"):
+        offload = zero.get(key, {})
+        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+            raise UserError(f"{name}: zero_optimization.{key}.device=nvme needs nvme_path, a folder there; set it")
+    size = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(size, int) and size > 1 and world_size % size:
+        raise UserError(
+            f"{name}: zero_optimization.zero_hpz_partition_size={size} must divide the ranks: {world_size} % {size} = "
+            f"{world_size % size}; set it to the GPUs of a node, or remove it"
         )
 
 

@@ -10,7 +10,7 @@ from mmr1_ds.config import RewardConfig, RunConfig, user_files
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.schema import names_a_file
 from mmr1_ds.errors import UserError
-from mmr1_ds.rewards.interfaces import call_style
+from mmr1_ds.rewards.interfaces import NO_ARGUMENT, call_style
 from mmr1_ds.rewards.loading import BUILT_IN, each_function, split_reference
 
 
@@ -92,15 +92,15 @@ def _check_signature(node: ast.FunctionDef | ast.AsyncFunctionDef, reward: Rewar
     given = reward.reward_function_kwargs
     required = [name for name in positional[: len(positional) - len(arguments.defaults)] if name not in given]
     keyword_only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    style = call_style(required, reward.reward_type)
+    by_keyword = [argument.arg for argument, default in keyword_only if default is None and argument.arg not in given]
+    style = call_style(required, by_keyword, reward.reward_type)
     if style.keywords:
         return  # the worker says what does not fit
-    missing = required[style.num_arguments :]
-    missing += [argument.arg for argument, default in keyword_only if default is None and argument.arg not in given]
+    missing = required[style.num_arguments :] + by_keyword
     if missing:
         raise UserError(
             f"{where} needs {', '.join(missing)}; a reward takes one list of dictionaries (response, response_length, "
             "ground_truth), further arguments come from worker.reward.reward_function_kwargs"
         )
     if not positional and arguments.vararg is None:
-        raise UserError(f"{where} takes no argument; a reward takes one list of dictionaries")
+        raise UserError(f"{where} {NO_ARGUMENT}")

@@ -104,15 +104,30 @@ def _text_config(model: ModelConfig) -> dict[str, Any]:
     return text if isinstance(text, dict) else content
 
 
+def weights_are_here(model: ModelConfig) -> bool:
+    """Return whether the weights need no download: those of a folder, or of a hub model that is in the cache."""
+    if not model.model_path or os.path.exists(model.model_path):
+        return True
+    return any(_in_cache(model.model_path, f"model.safetensors{suffix}") for suffix in ("", ".index.json"))
+
+
 def _config(model: ModelConfig) -> dict[str, Any] | None:
     """The config.json of a local model, or of a hub model that was downloaded before; nothing is fetched."""
     if not model.model_path:
         return None
-    path: Any = os.path.join(model.model_path, "config.json")
-    if not os.path.exists(model.model_path) and importlib.util.find_spec("huggingface_hub") is not None:
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(model.model_path, "config.json")
-    if not isinstance(path, str) or not os.path.isfile(path):
+    path: str | None = os.path.join(model.model_path, "config.json")
+    if not os.path.exists(model.model_path):
+        path = _in_cache(model.model_path, "config.json")
+    if path is None or not os.path.isfile(path):
         return None
     return json_object(Path(path), "worker.actor.model.model_path")
+
+
+def _in_cache(model_path: str, name: str) -> str | None:
+    """A file of a hub model that was downloaded before."""
+    if not _HUB_ID.fullmatch(model_path) or importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model_path, name)
+    return found if isinstance(found, str) else None

@@ -25,7 +25,8 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
         return
     row, columns = _first_row(data)
     truth = at_path(row, data.answer_key)
-    item = RewardItem(right_response(truth), 8, str(truth), str(at_path(row, data.prompt_key) or ""), columns=columns)
+    prompt, ids = str(at_path(row, data.prompt_key) or ""), tuple(range(8))  # without a tokenizer: any
+    item = RewardItem(right_response(truth), len(ids), str(truth), prompt, 0, columns, ids, ids)
     with RewardPool(replace(reward, num_workers=1)) as pool:
         if truth is None:  # the data would have to be fetched, or its first row has no answer
             return

@@ -6,12 +6,14 @@ present     compute_score(reward_inputs: list[dict], **kwargs) -> list[dict]    
 earlier     compute_score(predicts: list[str], ground_truths: list[str]) -> list[dict]
             compute_score(predict_str: str, ground_truth: str) -> dict | float
 verl        compute_score(data_source, solution_str, ground_truth, extra_info=None) -> dict | float
+            compute_score(data_sources, solution_strs, ground_truths, extra_infos) -> list[dict | float]
 TRL         reward(prompts, completions, **columns) -> list[float]
 
 Columns of the row (`data.reward_columns`) are further keys of a dictionary, keyword arguments in TRL's form, and
 data_source and extra_info in verl's.
 
-verl's is told by the name solution_str, TRL's by completions; both are called by keyword. An async function is awaited.
+verl's is told by the name solution_str or solution_strs, TRL's by completions or completion_ids; both are called by
+keyword. An async function is awaited.
 Batch, group or sequential is what `worker.reward.reward_type` says, else the file's `REWARD_TYPE`, else what the names
 of the arguments say. A batch is all responses of a rank, a group those to one prompt; a list that nobody calls either
 holds one response. A function of two texts is recognised by its second argument, which has no default and a known name.
@@ -28,17 +30,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmr1_ds.errors import UserError
-from mmr1_ds.rewards.unscored import Unscored
+from mmr1_ds.rewards.unscored import NotApplicable
 
 REWARD_TYPES = ("batch", "sequential", "group")
 TOGETHER = ("one", "group", "batch")  # what a function sees in one call, from few responses to many
+NO_ARGUMENT = (
+    "names no argument, so that no one knows how to call it; a reward takes one list of dictionaries, or names "
+    "completions as TRL's, or solution_str as verl's"
+)
 _ONE_ITEM_NAMES = ("reward_input", "item", "sample")  # names of a function's only argument; any other name takes a list
 _GROUP_NAMES = ("group", "group_inputs", "reward_group")  # names of a function's only argument that takes a group
 _TRUTH_NAMES = ("ground_truth", "truth", "answer", "solution", "label", "target", "reference")  # or their plurals
 
+# An argument that tells whose interface it is -> that interface.
+_KEYWORDS = {"solution_str": "verl", "solution_strs": "verl_lists", "completions": "trl", "completion_ids": "trl"}
 _VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
-# TRL hands over the data set's columns; the ground truth has here the names that its examples give it.
-_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "ground_truth", "answer", "solution", "label")
+_TRL_TRUTHS = ("ground_truth", "answer", "solution", "label")  # TRL's examples give the ground truth these names
+_IDS = ("prompt_ids", "response_ids")  # of an item, where the function takes them
 
 
 @dataclass(frozen=True)
@@ -47,23 +55,23 @@ class CallStyle:
 
     is_sequential: bool  # one response a call, not a list
     takes_texts: bool  # (response, ground truth), not a dictionary
-    keywords: str = ""  # verl or trl: called by keyword, in that project's names
+    keywords: str = ""  # verl, verl_lists or trl: called by keyword, in that project's names
     together: str = "one"  # one of TOGETHER
 
     @property
     def num_arguments(self) -> int:
-        if self.keywords:
-            return len(_VERL if self.keywords == "verl" else _TRL)
         return 2 if self.takes_texts else 1
 
 
-def call_style(required: Sequence[str], reward_type: str | None) -> CallStyle:
-    """Return how to call a function. Args: required: positional arguments without a default or a kwarg."""
+def call_style(required: Sequence[str], by_keyword: Sequence[str], reward_type: str | None) -> CallStyle:
+    """Return how to call a function.
+
+    Args: required: positional arguments without a default or a kwarg; by_keyword: the likes that are keyword-only.
+    """
     together = reward_type if reward_type in TOGETHER else "one"
-    if "solution_str" in required:
-        return CallStyle(True, False, "verl")
-    if "completions" in required:
-        return CallStyle(False, False, "trl", together)
+    for name in (*required, *by_keyword):
+        if name in _KEYWORDS:
+            return CallStyle(name == "solution_str", False, _KEYWORDS[name], together)
     takes_texts = len(required) > 1 and required[1].removesuffix("s") in _TRUTH_NAMES
     if reward_type is not None:
         return CallStyle(reward_type == "sequential", takes_texts, together=together)
@@ -79,22 +87,30 @@ Items = list[dict[str, Any]]
 
 def adapt(
     function: Callable[..., Any], kwargs: Mapping[str, Any], reward_type: str | None, where: str
-) -> tuple[Callable[[Items], Any], str]:
+) -> tuple[Callable[[Items], Any], str, bool]:
     """Wrap the function in the present batch interface and bind its keyword arguments.
 
     Args: reward_type: one of REWARD_TYPES or None; where: names the function in errors.
-    Returns: the function of a list of items, and which responses it must see in one call, one of TOGETHER.
+    Returns: the function of a list of items, which responses it must see in one call, one of TOGETHER, and whether it
+        takes the token ids of prompt and response.
     Raises: UserError when the function does not take these arguments.
     """
     signature = inspect.signature(function)
-    style = call_style(_required(signature, kwargs), reward_type)
+    parameter = inspect.Parameter
+    required = _required(signature, kwargs, parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    style = call_style(required, _required(signature, kwargs, parameter.KEYWORD_ONLY), reward_type)
     if style.keywords:
-        return _in_parts(_by_keyword(function, signature, kwargs, style.keywords, where), style.together)
+        names = signature.parameters
+        takes_ids = style.keywords == "trl" and (_takes_all(signature) or "completion_ids" in names or _IDS[0] in names)
+        named = _by_keyword(function, signature, kwargs, style.keywords, where)
+        return *_in_parts(named, style.together), takes_ids
+    if all(one.kind is parameter.VAR_KEYWORD for one in signature.parameters.values()):
+        raise UserError(f"worker.reward.reward_function {where} {NO_ARGUMENT}")
     try:
         signature.bind(*[[]] * style.num_arguments, **kwargs)
     except TypeError as error:
         # Without this every response of the run would fail with the same TypeError.
-        raise UserError(f"worker.reward.reward_function_kwargs do not fit {where}: {error}") from error
+        raise UserError(f"worker.reward: the kwargs do not fit {where}: {error}") from error
     bound = _awaited(functools.partial(function, **kwargs))
 
     def score(items: Items) -> Any:
@@ -104,7 +120,7 @@ def adapt(
             return bound([_with_columns(item) for item in items])
         return bound([item["response"] for item in items], [item["ground_truth"] for item in items])
 
-    return _in_parts(score, style.together)
+    return *_in_parts(score, style.together), False
 
 
 def _in_parts(score: Callable[[Items], Any], together: str) -> tuple[Callable[[Items], Any], str]:
@@ -140,16 +156,17 @@ def _by_keyword(
     function: Callable[..., Any], signature: inspect.Signature, kwargs: Mapping[str, Any], keywords: str, where: str
 ) -> Callable[[Items], Any]:
     """Wrap a function that verl or TRL would call, with those of their arguments that it takes."""
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    takes_all, offer = _takes_all(signature), _OFFERS[keywords]
 
     def arguments(items: Items) -> dict[str, Any]:
-        offered = _verl_arguments(items[0]) if keywords == "verl" else _trl_arguments(items)
+        offered = offer(items)
         return {name: offered[name] for name in offered if name in signature.parameters or takes_all} | dict(kwargs)
 
     try:
         signature.bind_partial(**arguments([{"response": "", "ground_truth": "", "prompt": "", "response_length": 0}]))
     except TypeError as error:
-        raise UserError(f"worker.reward.reward_function {where}: {error}; {keywords} gives no such argument") from error
+        project = keywords.partition("_")[0]
+        raise UserError(f"worker.reward.reward_function {where}: {error}; {project} gives no such argument") from error
     awaited = _awaited(function)
 
     def called(items: Items) -> Any:
@@ -158,7 +175,12 @@ def _by_keyword(
             signature.bind(**given)
         except TypeError as error:  # the columns are those of the row, so that only a call can tell
             raise TypeError(f"{error}; data.reward_columns hands over columns of the data") from None
-        return awaited(**given)
+        try:
+            return awaited(**given)
+        except TypeError as error:
+            if keywords == "trl" and "string indices" in str(error):  # completion[0]["content"]
+                raise TypeError(f"{error}; completions are texts here, not lists of messages") from error
+            raise
 
     def score(items: Items) -> Any:
         if keywords == "verl":
@@ -166,10 +188,14 @@ def _by_keyword(
         values = called(items)
         if not isinstance(values, (list, tuple)):
             return values if len(items) > 1 else [_with_accuracy(values)]
-        nothing = Unscored("the reward does not apply: it returned None")
+        nothing = NotApplicable("the reward does not apply: it returned None")
         return [nothing if value is None else _with_accuracy(value) for value in values]
 
     return score
+
+
+def _takes_all(signature: inspect.Signature) -> bool:
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
 
 
 def _verl_arguments(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,15 +206,29 @@ def _verl_arguments(item: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(_VERL, (source, item["response"], item["ground_truth"], extra), strict=True))
 
 
+def _verl_lists(items: Items) -> dict[str, Any]:
+    """What verl's batch form takes: the same names with an s, a list of each."""
+    rows = [_verl_arguments(item) for item in items]
+    return {f"{name}s": [row[name] for row in rows] for name in _VERL}
+
+
 def _trl_arguments(items: Items) -> dict[str, Any]:
     rows = [item.get("columns", {}) for item in items]
     columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
-    return {name: [item["ground_truth"] for item in items] for name in _TRL} | columns | {
+    return {name: [item["ground_truth"] for item in items] for name in _TRL_TRUTHS} | columns | {
         "prompts": [item.get("prompt", "") for item in items],
+        "prompt_ids": [item.get("prompt_ids", []) for item in items],
         "completions": [item["response"] for item in items],
-        "completion_ids": [[] for _ in items],
+        "completion_ids": [item.get("response_ids", []) for item in items],
         "trainer_state": None,
     }
+
+
+_OFFERS: dict[str, Callable[[Items], dict[str, Any]]] = {
+    "verl": lambda items: _verl_arguments(items[0]),
+    "verl_lists": _verl_lists,
+    "trl": _trl_arguments,
+}
 
 
 def _with_accuracy(value: Any) -> Any:
@@ -213,18 +253,17 @@ async def _result(found: Awaitable[Any]) -> Any:
     return await found
 
 
-def _required(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> list[str]:
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+def _required(signature: inspect.Signature, kwargs: Mapping[str, Any], *kinds: object) -> list[str]:
     return [
         name
         for name, parameter in signature.parameters.items()
-        if parameter.kind in positional and parameter.default is inspect.Parameter.empty and name not in kwargs
+        if parameter.kind in kinds and parameter.default is inspect.Parameter.empty and name not in kwargs
     ]
 
 
 def _with_columns(item: Mapping[str, Any]) -> dict[str, Any]:
     """A response's dictionary as EasyR1's, with its row's columns; ours come before one of the same name."""
-    return dict(item.get("columns", {})) | {key: item[key] for key in item if key != "columns"}
+    return dict(item.get("columns", {})) | {key: item[key] for key in item if key not in ("columns", *_IDS)}
 
 
 def _texts(item: Mapping[str, Any]) -> tuple[str, str]:

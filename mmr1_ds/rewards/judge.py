@@ -62,10 +62,13 @@ class Judge:
         return bool(verdicts[-1] == "0")
 
 
+_ASKED = re.compile(r"\s*\nassistant\s*(<(think|answer)>.*)?$", re.DOTALL)  # a template, or a prefill, opens a tag
+
+
 def question_of(prompt: str) -> str:
     """Return the last user turn of a chat template's text, or all of it where no turns are recognised."""
     _, _, turn = f"\n{prompt}".rpartition("\nuser\n")
-    return re.sub(r"\s*\nassistant\s*(<think>\s*)?$", "", turn or prompt).strip()
+    return _ASKED.sub("", turn or prompt).strip()
 
 
 def build_judge(settings: Mapping[str, Any]) -> Judge:

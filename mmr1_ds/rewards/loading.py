@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +13,7 @@ from mmr1_ds.config import RewardConfig, user_files
 from mmr1_ds.config.schema import names_a_file
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.interfaces import REWARD_TYPES, TOGETHER, adapt
-from mmr1_ds.rewards.unscored import Unscored
+from mmr1_ds.rewards.unscored import NotApplicable, Unscored
 
 JUDGED = ("openr1", "openr1_vllm")  # upstream's names for two kinds of server; one client serves both
 BUILT_IN = ("math", "r1v", *JUDGED, "openr1_wo_LMM")
@@ -31,6 +31,7 @@ class LoadedReward:
 
     score: RewardFunction
     together: str = "one"  # which responses it must see in one call, one of TOGETHER
+    takes_ids: bool = False  # whether an item must have prompt_ids and response_ids
     warm_up: Callable[[], None] = _nothing  # what a built-in imports late; not to be charged to the first response
 
 
@@ -59,6 +60,16 @@ def check_reward_config(config: RewardConfig) -> None:
         known = "batch, sequential, group or null"
         raise UserError(f"worker.reward.reward_type must be {known}, got {config.reward_type!r}")
     if config.functions:
+        default = RewardConfig().reward_function
+        if config.reward_function != default:
+            raise UserError(
+                f"worker.reward.reward_function={config.reward_function} is not used beside worker.reward.functions; "
+                f"name it there and leave it out here, or set it to {default}"
+            )
+        if config.reward_function_kwargs:
+            raise UserError(
+                "worker.reward.reward_function_kwargs is not used beside worker.reward.functions; give kwargs there"
+            )
         for one in each_function(config):
             check_reward_config(one)
         return
@@ -67,6 +78,7 @@ def check_reward_config(config: RewardConfig) -> None:
         return
     if config.reward_function in JUDGED:
         _check_judge(config)
+    load_reward_function(reward_setup(config, max_response_length=1))  # whether its kwargs fit
 
 
 def each_function(config: RewardConfig) -> list[RewardConfig]:
@@ -150,7 +162,7 @@ def load_reward_function(setup: Mapping[str, Any]) -> LoadedReward:
         return _weighted_sum(setup)
     reward_function, kwargs = setup["reward_function"], setup["kwargs"]
     if reward_function in BUILT_IN:
-        score, _ = adapt(_built_in(setup), kwargs, "batch", repr(reward_function))
+        score, *_ = adapt(_built_in(setup), kwargs, "batch", repr(reward_function))
         return LoadedReward(score, warm_up=_import_math_verify)
     path, name = split_reference(reward_function)
     module = user_files.import_file(path)
@@ -167,28 +179,37 @@ def load_reward_function(setup: Mapping[str, Any]) -> LoadedReward:
 def _weighted_sum(setup: Mapping[str, Any]) -> LoadedReward:
     """The weighted sum of several functions; each one's own number is a part under its name.
 
-    The accuracy is that of the first function that gives one.
+    The accuracy is that of the first function that gives one. A function that does not apply to a response adds
+    nothing there, as in TRL; the response is unscored where none applies, or where one could not judge it.
     """
     loaded = [load_reward_function(part) for part in setup["parts"]]
 
-    def score(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def score(items: list[dict[str, Any]]) -> list[dict[str, Any] | Unscored]:
         totals: list[dict[str, Any]] = [{"overall": 0.0} for _ in items]
         for (name, weight), reward in zip(setup["weights"].items(), loaded, strict=True):
             for total, found in zip(totals, reward.score(items), strict=True):
                 if isinstance(found, Unscored):
-                    total["unscored"] = found
+                    total |= {name: found} if isinstance(found, NotApplicable) else {"unscored": found}
                     continue
                 result = found if isinstance(found, Mapping) else {"overall": float(found)}
                 total["overall"] += weight * float(result["overall"])
                 rest = {key: value for key, value in result.items() if key != "overall"}
                 total |= {name: result["overall"]} | {key: rest[key] for key in rest if key not in total}
-        return [total.get("unscored", total) for total in totals]
+        return [_unless_unscored(total, setup["weights"]) for total in totals]
 
     def warm_up() -> None:
         for reward in loaded:
             reward.warm_up()
 
-    return LoadedReward(score, max((reward.together for reward in loaded), key=TOGETHER.index), warm_up)
+    together = max((reward.together for reward in loaded), key=TOGETHER.index)
+    return LoadedReward(score, together, any(reward.takes_ids for reward in loaded), warm_up)
+
+
+def _unless_unscored(total: dict[str, Any], names: Collection[str]) -> dict[str, Any] | Unscored:
+    absent = [total[name] for name in names if isinstance(total.get(name), Unscored)]
+    if "unscored" in total:
+        return total["unscored"]  # type: ignore[no-any-return]
+    return absent[0] if len(absent) == len(names) else total
 
 
 def _built_in(setup: Mapping[str, Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import math
 import selectors
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +26,7 @@ MAX_RESTART_FAILURES = 3  # failed starts in a row; then the reward is broken fo
 LOGGED_FAILURES = 3  # failures of each kind logged with their reasons; later ones are only counted
 MAX_REWARD = 1.0e30  # larger ones would not be finite as float32 sums
 FAILURE_KINDS = ("timeout", "crash", "invalid", "error", "unscored")
+_IDS: tuple[str, ...] = ("prompt_ids", "response_ids")  # of an item: long, and few rewards read them
 MAX_RESPONSE_LENGTH = 2048  # tokens, where the caller gives no limit
 
 
@@ -39,6 +40,8 @@ class RewardItem:
     prompt: str = ""  # the chat as text, for a judge
     group: int = 0  # responses to one prompt, side by side, have the same number
     columns: Mapping[str, Any] = field(default_factory=dict)  # of the prompt's row, by data.reward_columns
+    prompt_ids: Sequence[int] = ()  # tokens; these go to a reward that asks for them
+    response_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class RewardResult:
 
     overall: float  # finite
     accuracy: float  # [0, 1]; NaN = unknown
-    parts: Mapping[str, float]  # every further number the reward returned, finite
+    parts: Mapping[str, float]  # every further number the reward returned, finite; NaN of one that does not apply
     failure: str | None = None  # one of FAILURE_KINDS
     reason: str = ""  # why it failed, one line
 
@@ -112,7 +115,7 @@ class RewardPool:
         self._num_restart_failures = 0
         self._warned_accuracy = False
         self._is_closed = False
-        self._together = "one"  # the workers tell when they have started
+        self._together, self._left_out = "one", _IDS  # the workers tell when they have started
         try:
             for _ in range(config.num_workers):
                 self._workers.append(self._start())
@@ -192,7 +195,8 @@ class RewardPool:
                 continue
             worker.call = current.waiting.popleft()
             worker.deadline = time.monotonic() + self._seconds_per_response * len(worker.call.slots)
-            worker.process.send([vars(current.items[slot]) for slot in worker.call.slots])
+            items = [vars(current.items[slot]) for slot in worker.call.slots]
+            worker.process.send([{key: item[key] for key in item if key not in self._left_out} for item in items])
 
     def _step(self, current: _Round, is_startup: bool = False) -> None:
         """Wait for the next reply or deadline and act on it."""
@@ -235,7 +239,7 @@ class RewardPool:
     def _take_start(self, index: int, reply: dict[str, Any] | Closed, is_startup: bool) -> None:
         if not isinstance(reply, Closed) and "ready" in reply:
             self._workers[index].is_ready = True
-            self._together = reply["ready"]
+            self._together, self._left_out = reply["ready"], () if reply["takes_ids"] else _IDS
             self._num_restart_failures = 0
             return
         if isinstance(reply, Closed):
@@ -291,7 +295,8 @@ class RewardPool:
         if len(left) > 1:
             current.waiting.append(_Call(left, is_last=True))
 
-    def _accept(self, current: _Round, position: int, score: dict[str, float]) -> None:
+    def _accept(self, current: _Round, position: int, found: dict[str, float | None]) -> None:
+        score = {key: value for key, value in found.items() if value is not None}
         reason = _why_invalid(score)
         if reason:
             self._fail(current, position, "invalid", reason)
@@ -303,7 +308,8 @@ class RewardPool:
             )
         overall = score["overall"]
         accuracy = max(score.get("accuracy", min(overall, 1.0)), 0.0)
-        parts = {key: value for key, value in score.items() if key not in ("overall", "accuracy")}
+        absent = {key: math.nan for key in found if key not in score}
+        parts = {key: value for key, value in score.items() if key not in ("overall", "accuracy")} | absent
         current.results[position] = RewardResult(overall, accuracy, parts)
 
     def _fail(self, current: _Round, position: int, kind: str, reason: str) -> None:

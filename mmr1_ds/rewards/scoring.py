@@ -33,11 +33,10 @@ def score_groups(
     items = []
     for number, group in enumerate(groups):
         prompt, truth = decode(group.prompt.token_ids), group.prompt.ground_truth
-        columns = group.prompt.columns()
-        items += [
-            RewardItem(decode(response.token_ids.tolist()), len(response.token_ids), truth, prompt, number, columns)
-            for response in group.responses
-        ]
+        columns, prompt_ids = group.prompt.columns(), group.prompt.token_ids
+        for response in group.responses:
+            ids = response.token_ids.tolist()
+            items.append(RewardItem(decode(ids), len(ids), truth, prompt, number, columns, prompt_ids, ids))
     results = pool.score(items)
     scored, start = [], 0
     for group in groups:
@@ -48,7 +47,8 @@ def score_groups(
 
 
 def _group_rewards(results: list[RewardResult]) -> GroupRewards:
-    """Put the results of one group together; a part that a response lacks counts 0 there, and NaN where it is unknown.
+    """Put the results of one group together; a part that a response lacks counts 0 there, and NaN where it is unknown
+    or does not apply.
 
     An unknown response (unscored, or failed and masked) takes the mean reward of the others: it teaches neither way.
     """

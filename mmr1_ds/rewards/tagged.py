@@ -7,15 +7,27 @@ import re
 from mmr1_ds.rewards.boxes import last_boxed
 
 _TAG = re.compile(r"<\s*(?:(/)\s*)?(think|answer)\s*>")  # some models write `< think >`
-
-
-_OPENING = re.compile(r"<\s*think\s*>\s*(?:<\s*/\s*think\s*>\s*(?:<\s*answer\s*>\s*)?)?$")
+# Tags at the prompt's very end, whatever stands before them.
+_OPENING = re.compile(
+    r"<\s*(?:think\s*>\s*(?:<\s*/\s*think\s*>\s*(?:<\s*answer\s*>\s*)?)?|answer\s*>\s*)$"
+)
+# What chat templates write before a turn of the assistant; its special tokens may be left out of the text.
+_ASSISTANT = re.compile(r"(?:^|[>|\uff5c\n])[ \t]*(?:assistant|model)[ \t]*(?=[\n:<|\uff5c])", re.IGNORECASE)
 
 
 def with_opening(response: str, prompt: str) -> str:
-    """Return the response behind the tags that the prompt's end opens for it: a chat template may write `<think>`."""
-    opening = _OPENING.search(prompt)
-    return response if opening is None else opening[0] + response
+    """Return the response behind the tags that the prompt opens for it: a chat template, or a prefill, may begin it.
+
+    Tags at the prompt's end, or anywhere in what the assistant's last turn says already. Where that is `<answer>`
+    alone, the reasoning is left out by the prompt, and so an empty one is put before it.
+    """
+    turns = [*_ASSISTANT.finditer(prompt)]
+    tag = _TAG.search(prompt, turns[-1].end()) if turns else None
+    opening = _OPENING.search(prompt) if tag is None else tag
+    if opening is None:
+        return response
+    begun = prompt[opening.start() :]
+    return ("<think></think>" if clean_tags(begun).startswith("<answer>") else "") + begun + response
 
 
 def clean_tags(response: str) -> str:

@@ -1,9 +1,10 @@
 """A reward worker process: `python -m mmr1_ds.rewards.worker REPLY_FD GUARD_FD`.
 
 It reads JSON lines from its standard input, answers on REPLY_FD, and ends when the input does. The first line is
-what `loading.reward_setup` returns, answered by {"ready": one of TOGETHER} or {"failed": reason}; every further line is
-a list of items, answered by {"results": [...]}, one a response, each {"score": {key: number}} or a failure, or by one
-failure for all: {"kind": "error" | "invalid" | "unscored", "reason": text}.
+what `loading.reward_setup` returns, answered by {"ready": one of TOGETHER, "takes_ids": bool} or {"failed": reason};
+every further line is a list of items, answered by {"results": [...]}, one a response, each {"score": {key: number, or
+null for what does not apply}} or a failure, or by one failure for all: {"kind": "error" | "invalid" | "unscored",
+"reason": text}.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ def main(reply_fd: int, guard_fd: int) -> None:
     remember(setup["kwargs"])
     try:
         reward = load_reward_function(setup)
+        reward.warm_up()  # before it is ready: the first response has its own seconds
     except (Exception, SystemExit) as error:  # a user's module may raise anything; the parent reports it
         _reply(replies, {"failed": _describe(error)})
         return
-    _reply(replies, {"ready": reward.together})
-    reward.warm_up()
+    _reply(replies, {"ready": reward.together, "takes_ids": reward.takes_ids})
     for line in requests:
         try:
             _reply(replies, _answer(reward.score, from_line(line)))
@@ -94,7 +95,8 @@ def _result(score: Any, scores: Sequence[Any]) -> dict[str, Any]:
     if not isinstance(score, Mapping):
         return _not_understood(scores if len(scores) == 1 else score, len(scores))
     try:
-        return {"score": {str(key): float(value) for key, value in score.items() if _is_number(value)}}
+        numbers = {str(key): float(value) for key, value in score.items() if _is_number(value)}
+        return {"score": numbers | {key: None for key, value in score.items() if isinstance(value, Unscored)}}
     except Exception as error:  # what has __float__ need not become a number
         return _failure(error)
 

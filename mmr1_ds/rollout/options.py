@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
+from mmr1_ds.config.families import FAMILIES
 from mmr1_ds.data.images import PixelLimits
 from mmr1_ds.data.videos import VideoLimits
 from mmr1_ds.data.vision import VIDEO_OPTIONS
 from mmr1_ds.records import SamplingSettings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from mmr1_ds.data.encoding import PromptEncoder
 
 # Of the KV cache. Responses to one prompt share its whole blocks: at vLLM's own 128 a short prompt is computed once for
@@ -121,18 +124,30 @@ def engine_options(
 
 
 def _carries_states(model: ModelConfig) -> bool:
-    """Whether layers of the model carry a state from token to token. False for one that is not there, as vLLM says.
+    """Whether layers of the model carry a state from token to token. False for one that is not there, as vLLM says."""
+    config = _read_config(model)
+    return config is not None and "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
 
-    A hub model's config.json is in the cache by now: the prompts' encoder has read it.
+
+def is_whole_after_a_sync(model: ModelConfig) -> bool:
+    """Whether a sync of whole weights was seen to bring all that vLLM has of the model: then it need not read them.
+
+    To vision towers vLLM adds a layer that scales pixels, which random weights overwrite and no sync brings.
     """
+    config = _read_config(model)
+    family = None if config is None else FAMILIES.get(config.model_type)
+    return family is not None and not family.takes_images
+
+
+def _read_config(model: ModelConfig) -> PreTrainedConfig | None:
+    """The model's config.json; a hub model's is in the cache by now: the prompts' encoder has read it."""
     from transformers import AutoConfig
 
     code = model.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(model.model_path, trust_remote_code=code, local_files_only=True)
+        return AutoConfig.from_pretrained(model.model_path, trust_remote_code=code, local_files_only=True)
     except (OSError, ValueError, TypeError):
-        return False
-    return "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+        return None
 
 
 def shaping(settings: SamplingSettings) -> dict[str, Any]:

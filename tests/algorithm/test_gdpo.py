@@ -54,6 +54,19 @@ def test_the_published_formula(case):
     np.testing.assert_allclose(found, np.reshape(case["advantages"], -1), atol=1e-5)
 
 
+def test_a_reward_that_does_not_apply_is_in_no_statistic():
+    """Each of two rewards says nothing of half of the responses: their advantages are those of two groups."""
+    nan = np.nan
+    parts = {"a": [[0, 1, nan, nan], [0, 2, 1, 5]], "b": [[nan, nan, 3, 3], [nan] * 4]}
+    groups = scored(parts, {"a": 0, "b": 0})
+    for item in groups:
+        item.rewards.overall[:] = 1.0
+    found = advantages_of(groups, {"a": 1, "b": 1})
+    alone = [advantages.grpo(np.array([[0.0, 1.0]])), advantages.grpo(np.array([[0.0, 2.0, 1.0, 5.0]]))]
+    sums = np.concatenate([alone[0][0], [0.0, 0.0], alone[1][0]])
+    np.testing.assert_allclose(found, (sums - sums.mean()) / (sums.std(ddof=1) + 1e-6), atol=1e-4)
+
+
 def test_combinations_that_sum_to_the_same_stay_apart():
     """The paper's own case: (0, 1) and (0, 2) give one advantage by their sum, and two by GDPO."""
     parts = {"a": [[0, 1], [0, 1]], "b": [[0, 0], [0, 1]]}

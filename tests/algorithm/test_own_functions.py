@@ -92,6 +92,8 @@ def test_a_missing_file_or_function_is_one_line(example, tmp_path, key):
     ("text", "expected"),
     [
         ("import nothing_of_that_name", "fails: ModuleNotFoundError"),
+        ("import sys; sys.exit(4)\ndef f(*_): pass", "fails: SystemExit: 4"),
+        ("def f(*_): raise SystemExit", "SystemExit: SystemExit"),
         ("def f(tokens): pass", "fails on a try"),
         ("def f(tokens, loss): return tokens.logprobs_T.sum()", "has shape (), not one number for each"),
         ("def f(tokens, loss): return tokens.advantages_T", "the loss has no gradient"),

@@ -3,6 +3,7 @@
 `make chaos KILLS=100` for many kills; each costs a start of two ranks.
 """
 
+import contextlib
 import logging
 import os
 import random
@@ -63,8 +64,14 @@ class Run:
         """The checkpoint that is being written, if there is one: by the step itself, or behind the next."""
         return {path.name for path in self.run_dir.glob("checkpoints/.global_step_*.tmp")}
 
-    def kill(self, rank: int) -> None:
-        os.kill(self._ranks[rank].pid, signal.SIGKILL)
+    def kill(self, rank: int) -> bool:
+        """Returns: whether it was still there."""
+        if self._ranks[rank].has_ended():
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._ranks[rank].pid, signal.SIGKILL)
+            return True
+        return False
 
     def said(self) -> str:
         return "".join(log.read_text(errors="replace") for log in self.logs)
@@ -106,8 +113,8 @@ def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
 
 
 def kill_one(run: Run, chance: random.Random, start: float, steps: float, counts: Counter[str]) -> None:
-    """Kill a random rank in the start, at a random moment of the steps, or while a checkpoint is being written."""
-    rank, kind = chance.randrange(2), chance.choices(["start", "steps", "save"], [0.1, 0.6, 0.3])[0]
+    """Kill a random rank in the start, while a checkpoint is written, or at a moment of the steps when none is."""
+    rank, kind = chance.randrange(2), chance.choices(["start", "steps", "save"], [0.1, 0.5, 0.4])[0]
     in_start, in_steps = chance.uniform(0.0, start), chance.uniform(0.0, steps)
     saves_to_wait_for, known, began = chance.randrange(1, 4), set[str](), time.monotonic()
     while not run.has_ended():
@@ -121,13 +128,13 @@ def kill_one(run: Run, chance: random.Random, start: float, steps: float, counts
         now = time.monotonic() - began
         if kind == "start" and now >= in_start:
             break
-        if kind == "steps" and run.first_step and now - run.first_step >= in_steps:
+        if kind == "steps" and run.first_step and now - run.first_step >= in_steps and not run.saving():
             break
         time.sleep(0.002)
-    if run.has_ended():
+    is_saving, is_start = bool(run.saving()), not run.first_step
+    if not run.kill(rank):
         return
-    counts["kills while a checkpoint was written" if run.saving() else "kills at other moments"] += 1
-    counts["kills before the first step's end"] += not run.first_step
-    run.kill(rank)
+    counts["kills while a checkpoint was written" if is_saving else "kills at other moments"] += 1
+    counts["kills before the first step's end"] += is_start
     counts["kills"] += 1
     counts[f"kills of rank {rank}"] += 1

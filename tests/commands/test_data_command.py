@@ -21,6 +21,7 @@ from mmr1_ds.commands.data import command, figures, rows
 from mmr1_ds.commands.data.figures import histogram, spread
 from mmr1_ds.commands.data.text import WIDTH
 from mmr1_ds.config import DataConfig, ModelConfig, RewardConfig
+from mmr1_ds.config.loading import load_config
 from mmr1_ds.data.dataset import load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.errors import UserError
@@ -243,6 +244,20 @@ def test_every_row_that_the_trainer_refuses_is_told_in_its_words(tmp_path, visio
     assert text.endswith("these rows would stop a run: see above\n")
     code, text, _ = look(good, vision_model, "data.min_pixels=null")
     assert code == 0 and text.endswith("no row would stop a run\n")
+
+
+def test_images_that_no_one_would_see_are_told(tmp_path, vision_model, look):
+    image(28, 28).save(tmp_path / "a.png")
+    late = [{"prompt": f"p{i}", "answer": "1", "image": None if i < 70 else "a.png"} for i in range(72)]
+    code, text, _ = look(write_jsonl(tmp_path / "late.jsonl", late), vision_model)
+    assert code == 1 and "2 rows (2.8%) would stop the run at its start: column 'image' holds an image" in text
+    beside = [{"prompt": f"p{i}", "answer": "1", "images": ["a.png"][i:], "image": "a.png"} for i in range(5)]
+    path = write_jsonl(tmp_path / "beside.jsonl", beside)
+    assert look(path, vision_model, "data.image_key=image")[0] == 0
+    config = load_config([f"data.train_files={path}", f"worker.actor.model.model_path={vision_model}"]).config
+    (found,) = command.look(config, [command.TRAIN], 0, False).data_sets[0].findings
+    assert (found.effect, found.num_rows) == ("kept", 4)
+    assert "column 'image' holds an image that the model does not see" in found.reason
 
 
 def test_like_mistakes_are_told_together(tmp_path, vision_model, look):

@@ -335,6 +335,26 @@ def test_single_clip_ratio_and_single_metric():
     assert config.data.curriculum_metrics == ["self_bleu_123"]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("worker.actor.clip_ratio=0.1", "worker.actor.clip_ratio_high=0.3"),
+        ("data.curriculum_metric=accuracy", "data.curriculum_metrics=[self-bleu]"),
+        ("worker.reward.compute_score=math", "worker.reward.reward_function=r1v"),
+        ("worker.reward.base_url=http://a:1/v1", "worker.reward.base_urls=['http://b:1/v1']"),
+    ],
+)
+def test_no_key_overwrites_another_in_either_order(keys):
+    for given in (keys, keys[::-1]):
+        assert "twice under different names" in mistake(*given)
+
+
+def test_two_names_may_agree_and_one_of_them_may_be_empty():
+    assert load("worker.actor.clip_ratio_high=0.3", "worker.actor.clip_ratio=0.3").worker.actor.clip_ratio_low == 0.3
+    for keys in (("base_url=null", "base_urls=['http://a:1/v1']"), ("base_url=http://a:1/v1", "base_urls=null")):
+        assert load(*(f"worker.reward.{key}" for key in keys)).worker.reward.judge.base_urls == ["http://a:1/v1"]
+
+
 def test_shuffle_false_is_sequential_unless_said_otherwise():
     assert load("data.shuffle=false").data.sampling_strategy == "sequential"
     assert load("data.shuffle=false", "data.sampling_strategy=curriculum").data.sampling_strategy == "curriculum"

@@ -22,7 +22,7 @@ def rows(*messages):
     return [{"prompt": list(messages), "answer": "4"}]
 
 
-@pytest.mark.parametrize("role", ["assistant", "Assistant", "model", "gpt"])
+@pytest.mark.parametrize("role", ["assistant", "Assistant", "model", "gpt", "ai", "Bot"])
 @pytest.mark.parametrize(
     "content", ["<think>easy</think> The answer is \\boxed{4}", "4", [{"type": "text", "text": "4"}]]
 )
@@ -60,6 +60,18 @@ def test_a_prefill_is_continued_and_not_closed(tmp_path, text_model, content, se
     assert decoded(dataset) == f"<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n{content}"
     assert dataset[0].num_tokens == len(dataset[0].token_ids)
     assert "taken off" not in caplog.text
+
+
+@pytest.mark.parametrize("role", ["solution", "USER", "human", 7])
+def test_a_role_that_no_one_knows_is_refused(tmp_path, text_model, role):
+    path = write_jsonl(tmp_path / "a.jsonl", rows(QUESTION, {"role": role, "content": "4"}))
+    with pytest.raises(UserError, match=rf"a.jsonl row 0 .*a message has the role '?{role}'?; known are system, "):
+        load(path, text_model)
+
+
+def test_an_answer_among_the_messages_is_the_assistants_for_the_template(tmp_path, text_model):
+    path = write_jsonl(tmp_path / "a.jsonl", rows(QUESTION, {"role": "gpt", "content": "4"}, QUESTION))
+    assert "<|im_start|>assistant\n4<|im_end|>" in decoded(load(path, text_model))
 
 
 def test_a_tag_that_the_template_opens_is_not_opened_twice(text_model):

@@ -61,6 +61,10 @@ def folder(tmp_path):
         lambda folder: {"type": "base64", "media_type": "image/png", "data": in_base64(png(56, 28, 3))},
         lambda folder: {"type": "image", "source": {"type": "base64", "data": in_base64(png(56, 28, 3))}},
         lambda folder: "my pictures/a.png",
+        lambda folder: " my pictures/a.png\n",
+        lambda folder: f" data:image/png;base64,{in_base64(png(56, 28, 3))}",
+        lambda folder: repr(in_base64(png(56, 28, 3)).encode()),
+        lambda folder: f'"{in_base64(png(56, 28, 3))}"',
     ],
 )
 def test_forms_that_need_no_network(folder, form):
@@ -88,6 +92,15 @@ def test_what_is_no_image_is_refused_in_a_short_line(text):
     assert len(str(refused.value)) < 300 and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "text", ["iVBORw0KGgo" * 9, "b'" + "iVBORw0KGgo" * 9 + "'", " data:image/png;base64," + "A" * 99]
+)
+def test_no_one_reads_base64_in_an_error(text):
+    with pytest.raises(UserError, match=r"row 0: .{42,45}\.\.\. \(\d+ characters\) cannot be read") as refused:
+        ImageSource("folder").size(text, "row 0")
+    assert text[60:] not in str(refused.value)
+
+
 # --- markers --------------------------------------------------------------------------------------------------------
 
 
@@ -96,6 +109,7 @@ def test_what_is_no_image_is_refused_in_a_short_line(text):
     [
         ("<image1> or <image2>?", f"{PAD} or {PAD}?", [0, 1]),
         ("<image_2> or <image_1>?", f"{PAD} or {PAD}?", [1, 0]),
+        ("<IMAGE> or <Image>?", f"{PAD} or {PAD}?", [0, 1]),
         ("<image 1>, <Image 2>, <image 1>", f"{PAD}, {PAD}, {PAD}", [0, 1, 0]),
         ("<image_0> or <image_1>?", f"{PAD} or {PAD}?", [0, 1]),
         ("<|image_1|><|image_2|>", f"{PAD}{PAD}", [0, 1]),

@@ -19,6 +19,7 @@ from mmr1_ds.preflight.data import check_data
         {"Video_Path": "clips/a.mp4"},
         {"video_url": "s3://bucket/a.mp4"},
         {"prompt": "what happens in <video>?"},
+        {"prompt": "<Video>what happens?"},
         {"prompt": [{"role": "system", "content": "<video>"}, {"role": "user", "content": "what?"}]},
         {"prompt": [{"role": "user", "content": [{"type": "video", "text": None}, {"type": "text", "text": "what?"}]}]},
     ],
@@ -128,4 +129,27 @@ def test_images_that_are_read_need_no_other_column(tmp_path, vision_model):
 def test_an_empty_column_beside_a_full_one_is_a_warning(tmp_path, vision_model, caplog):
     rows = [{"prompt": "p", "answer": "1", "images": [], "image": "b.png"}]
     load(write_jsonl(tmp_path / "a.jsonl", rows), vision_model)
-    assert "column 'image' holds images, and data.image_key=images is empty in the first rows" in caplog.text
+    assert "column 'image' holds images in 1 of 1 rows where data.image_key=images has none" in caplog.text
+
+
+def test_one_image_that_is_read_hides_no_others(tmp_path, vision_model, caplog):
+    (tmp_path / "a.png").write_bytes(png(28, 28))
+    rows = [{"prompt": f"p{i}", "answer": "1", "images": ["a.png"][i:], "image": "a.png"} for i in range(5)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    load(path, vision_model)
+    assert "column 'image' holds images in 4 of 5 rows where data.image_key=images has none" in caplog.text
+    caplog.clear()
+    check_data(DataConfig(train_files=path), "train_files", ModelConfig(model_path=vision_model))
+    assert "column 'image' holds images in rows where data.image_key=images has none" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_images_that_begin_late_are_no_blind_training(tmp_path, vision_model, kind):
+    rows = [{"prompt": f"p{i}", "answer": "1", "image": None if i < 300 else "a.png"} for i in range(303)]
+    path = write_kind(kind, tmp_path, rows)
+    with pytest.raises(UserError, match=r"row 300 .*column 'image' holds an image .*set data.image_key=image"):
+        load(path, vision_model)
+    assert len(load(path, vision_model, image_key=None)) == 303
+    if kind == "parquet":  # where columns lie apart, a dry run looks for the first
+        with pytest.raises(UserError, match=r"column 'image' holds images .*set data.image_key=image"):
+            check_data(DataConfig(train_files=path), "train_files", ModelConfig(model_path=vision_model))

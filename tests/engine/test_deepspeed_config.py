@@ -66,6 +66,13 @@ def test_a_good_config_is_read_and_left_as_it_is():
         ("flops_profiler.enable", True, "did you mean flops_profiler.enabled"),
         ("comms_logger.enable", True, "enable"),
         ("communication_data_type", "fp33", "fp33"),
+        ("data_types.grad_accum_dtype", "fp33", "fp33"),
+        ("torch_autocast.enabld", True, "did you mean torch_autocast.enabled"),
+        ("autotuning.enabld", True, "did you mean autotuning.enabled"),
+        ("sparse_gradients", True, "has been removed"),
+        ("elasticity", {"enabled": True}, "has been removed"),
+        ("zero_optimization.mics_shard_size", 2, "has been removed"),
+        ("checkpoint.tag_validation", "Foo", "invalid tag_validation"),
     ],
 )
 def test_what_deepspeed_refuses_or_passes_over_is_named(path, value, words):

@@ -37,6 +37,11 @@ WAITS = {
         "modeling_qwen2_5_vl.py:get_image_features": 1,
     },
 }
+OF_THE_HOST = {"batching.py:collate": 1}  # the targets, once a micro-batch
+COPIES = {
+    "qwen2_5_vl": OF_THE_HOST
+    | {"vision_utils.py:get_vision_position_ids": 1, "vision_utils.py:get_vision_window_index": 1}
+}
 
 
 @pytest.fixture
@@ -74,9 +79,12 @@ def test_a_policy_waits_for_the_device_a_handful_of_times(on_gpu, family, attent
     policy = PolicyModel(model, (3, 5), 0.7)
     with FakeCuda() as gpu:
         policy.to(CUDA)
+        del gpu.copies[:]
         with torch.no_grad():  # the reference
             policy(collate(pairs, encoder, CUDA))
         before = len(gpu.waits)
+        assert Counter(place for place, _ in gpu.copies) == COPIES.get(family, OF_THE_HOST)
+        del gpu.copies[:]
         logprobs, entropies = policy(collate(pairs, encoder, CUDA))
         for found in (logprobs, entropies):
             assert (found.device, found.dtype, found.shape) == (CUDA, torch.float32, (30,))
@@ -86,8 +94,24 @@ def test_a_policy_waits_for_the_device_a_handful_of_times(on_gpu, family, attent
         assert not any(in_layer for _, in_layer in found)
         assert Counter(place for place, _ in found) == WAITS[family, attention]
         del gpu.waits[:]
+        assert Counter(place for place, _ in gpu.copies) == COPIES.get(family, OF_THE_HOST)
+        del gpu.copies[:]
         backward(logprobs)
-        assert gpu.waits == []
+        assert gpu.waits == gpu.copies == []
+    check_gradients(policy)
+
+
+def test_logits_that_stay_in_float32_have_float32_sums_and_bf16_gradients(on_gpu):
+    """torch.mm(out_dtype=), which has no kernel for the CPU."""
+    model, encoder, pairs = on_gpu("qwen2", VARLEN)
+    policy = PolicyModel(model, (3, 5), 0.7, fp32_logits=True)
+    with FakeCuda() as gpu:
+        policy.to(CUDA)
+        logprobs, _ = policy(collate(pairs, encoder, CUDA))
+        assert (logprobs.device, logprobs.dtype, logprobs.shape) == (CUDA, torch.float32, (30,))
+        del gpu.copies[:]
+        backward(logprobs)
+        assert gpu.waits == gpu.copies == []
     check_gradients(policy)
 
 
@@ -110,6 +134,8 @@ def test_what_reads_the_device_is_counted():
         assert int((numbers * 2).sum()) == 30
         assert numbers[numbers > 2].shape == (3,)
         assert numbers.cpu().tolist() == [0, 1, 2, 3, 4, 5]
+        torch.tensor([1, 2], device=CUDA)
+        torch.tensor([1, 2]).to(CUDA, non_blocking=True)  # of memory that is pinned where there is a GPU
         with pytest.raises(AssertionError, match="reads what only the device knows"):
             torch.rand(3, device=CUDA).sum().item()
-    assert len(gpu.waits) == 5
+    assert len(gpu.waits) == 5 and len(gpu.copies) == 2

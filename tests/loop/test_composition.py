@@ -8,7 +8,7 @@ import pytest
 from fixtures.rank_threads import Ranks, SingleProcess
 
 from mmr1_ds.cluster.launch import LaunchEnvironment
-from mmr1_ds.config import RunConfig, TrainerConfig
+from mmr1_ds.config import DataConfig, RunConfig, TrainerConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.loop import composition, starting
 from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
@@ -44,6 +44,16 @@ def test_a_gpu_is_used_before_data_is_read(monkeypatch, seen, reached):
     with expected:
         composition.run(RunConfig(), config, LAUNCH, None)
     assert order == reached
+
+
+@pytest.mark.parametrize(("choice", "on_gpu", "taken"), [
+    ("auto", True, True), ("auto", False, False), ("cpu", True, False), ("triton", True, True),
+])  # fmt: skip
+def test_scores_are_computed_where_the_tokens_are(choice, on_gpu, taken):
+    """By the Triton kernel where there is a GPU; `score_batch` with a device is compared with the CPU's elsewhere."""
+    ranks = mock.Mock(on_gpu=on_gpu, device="cuda:3")
+    scorer = composition.make_scorer(DataConfig(curriculum_kernel=choice), ranks, mock.Mock(eos_token_ids=(1,)))
+    assert scorer.keywords["device"] == ("cuda:3" if taken else None)
 
 
 def test_a_run_whose_checkpoints_would_lie_in_another_s_directory_is_refused(tmp_path):

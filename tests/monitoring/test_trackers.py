@@ -9,6 +9,7 @@ import pytest
 from mmr1_ds.config import TrainerConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.monitoring.trackers import check_trackers
 
 NAMES = ["wandb", "swanlab", "mlflow", "trackio"]
 
@@ -123,6 +124,13 @@ def test_one_that_is_not_installed_is_named_with_the_extra(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"trainer.logger has {name}, which does not import .*mmr1_ds\[trackers\]"):
         write(tmp_path, name, 0)
+
+
+def test_a_dry_run_names_one_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "swanlab" else name)
+    check_trackers(["console", "jsonl", "file", "tensorboard", "wandb"])
+    with pytest.raises(UserError, match=r"trainer.logger=swanlab needs swanlab, not installed .*mmr1_ds\[trackers\]"):
+        check_trackers(["console", "swanlab"])
 
 
 @pytest.mark.slow

@@ -173,6 +173,33 @@ def test_gdpo_needs_several_rewards_and_no_kl_in_them(valid):
     assert "set algorithm.use_kl_loss=true" in refused(valid, GDPO, TWO_REWARDS, "algorithm.use_kl_loss=false")
 
 
+@pytest.mark.parametrize("function", ["math", "r1v", "openr1_wo_LMM"])
+def test_kwargs_of_built_in_rewards_fit(valid, function):
+    name = f"worker.reward.reward_function={function}"
+    said = refused(valid, name, "worker.reward.reward_function_kwargs={bogus: 1}")
+    assert f"the kwargs do not fit {function!r}: got an unexpected keyword argument 'bogus'" in said
+    said = refused(valid, f"worker.reward.functions=[{{function: {function}, kwargs: {{bogus: 1}}}}]")
+    assert f"the kwargs do not fit {function!r}" in said
+    check(valid, "worker.reward.reward_function_kwargs={format_weight: 0.2}")
+
+
+def test_one_reward_beside_several_is_refused(valid):
+    said = refused(valid, TWO_REWARDS, "worker.reward.reward_function=r1v")
+    assert "worker.reward.reward_function=r1v is not used beside worker.reward.functions" in said
+    said = refused(valid, TWO_REWARDS, "worker.reward.reward_function_kwargs={format_weight: 0.2}")
+    assert "worker.reward.reward_function_kwargs is not used beside worker.reward.functions" in said
+    check(valid, TWO_REWARDS, "worker.reward.reward_function=math")
+
+
+def test_a_best_that_no_validation_has_is_refused(valid):
+    said = refused(valid, "trainer.best_metric=val/nope")
+    assert "trainer.best_metric=val/nope is a figure of the validation: data.val_files is empty" in said
+    files = valid[1].replace("train_files", "val_files")
+    said = refused(valid, "trainer.best_metric=reward/overall", files)
+    assert "trainer.best_metric=reward/overall is no figure of the validation" in said
+    check(valid, "trainer.best_metric=val/pass_at_8", files)
+
+
 def test_a_profile_of_a_step_that_never_comes_is_refused(valid):
     said = refused(valid, "trainer.max_steps=9", "trainer.profile_steps=[2, 10]")
     assert "trainer.profile_steps has 10, the run has 9 steps" in said

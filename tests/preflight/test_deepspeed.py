@@ -379,3 +379,16 @@ def test_states_of_other_optimisers_are_neither_offloaded_nor_moved(name):
     assert "not with offload_optimizer" in refused({**AUTO, "zero_optimization": zero}, strategy)
     moved = refused({**AUTO, "zero_optimization": {"stage": 3}}, strategy, "worker.actor.offload_states=true")
     assert "worker.actor.offload_states=true moves the states of adamw only" in moved
+
+
+@pytest.mark.parametrize("part", ["offload_param", "offload_optimizer"])
+def test_a_disk_needs_its_folder(part):
+    zero = {"stage": 3, part: {"device": "nvme"}}
+    assert f"zero_optimization.{part}.device=nvme needs nvme_path" in refused({"zero_optimization": zero}, on_gpu=False)
+    resolve({"zero_optimization": {"stage": 3, part: {"device": "nvme", "nvme_path": "/nvme"}}})
+
+
+def test_secondary_partitions_divide_the_ranks():
+    zero = {"stage": 3, "zero_hpz_partition_size": 3}
+    assert "zero_hpz_partition_size=3 must divide the ranks: 2 % 3 = 2" in refused({"zero_optimization": zero})
+    resolve({"zero_optimization": zero | {"zero_hpz_partition_size": 2}})

@@ -7,6 +7,7 @@ from fixtures.dry_runs import write_rows
 from huggingface_hub import constants
 
 from mmr1_ds.config.families import FAMILIES, describe
+from mmr1_ds.preflight.models import weights_are_here
 from mmr1_ds.preflight.plan import describe_plan
 
 LORA, SERVER = "worker.actor.model.lora.rank=8", "worker.rollout.engine=server"
@@ -88,7 +89,12 @@ def test_a_hub_model_that_was_downloaded_is_looked_at(valid, tmp_path, monkeypat
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123abc")
     (repository / "snapshots").mkdir()
-    model_folder(repository / "snapshots" / "0123abc", model_type="qwen3_moe", num_experts=4)
+    snapshot = repository / "snapshots" / "0123abc"
+    model_folder(snapshot, model_type="qwen3_moe", num_experts=4)
+    (snapshot / "model.safetensors").unlink()
+    assert not weights_are_here(load(*arguments).worker.actor.model)
+    (snapshot / "model.safetensors.index.json").write_text("{}")
+    assert weights_are_here(load(*arguments).worker.actor.model)
     message = refused(arguments, "worker.rollout.lora_sync=adapters")
     assert message.startswith("worker.rollout.lora_sync=adapters is not for mixtures of experts")
     assert any("routers of Qwen3-MoE get no adapters" in note for note in check(arguments).notes)

@@ -151,7 +151,7 @@ def test_reward_file(valid, tmp_path):
     assert "has no function 'goood'; its functions are: good, old_style, nothing, keyword" in reward("goood")
     check(valid, f"worker.reward.reward_function={path}:old_style")
     assert "keyword needs weight" in reward("keyword")
-    assert "takes no argument" in reward("nothing")
+    assert "names no argument" in reward("nothing")
     path.write_text("def f(:\n")
     assert f"{path}, line 1: not Python" in reward("f")
     path.write_bytes(b"x = 'caf\xe9'\ndef f(items):\n    return []\n")

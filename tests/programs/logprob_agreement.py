@@ -84,6 +84,7 @@ if engine in ("vllm", "adapters"):
     if not ranks.on_gpu:
         rollout._llm.collective_rpc(lambda worker: setattr(worker, "discard", lambda tags: None))
         rollout._cycle = SleepCycle(rollout._llm, enabled=True, keeps_base=engine == "adapters")
+    rollout.sync_weights(actor)
 elif engine in ("server", "server-adapters"):
     config.worker.rollout.engine, config.worker.rollout.server_timeout_seconds = "server", 120.0
     if ranks.rank == 0:

@@ -36,6 +36,7 @@ rollout = VllmRollout(
     config.worker.rollout, config.worker.actor.model, config.data, ranks, encoder, 4, Preemption(60.0, None),
     returns_experts=True,
 )  # fmt: skip
+rollout.sync_weights(actor)
 settings = SamplingSettings(0.8, 1.0, -1, 20, with_experts=True)
 
 

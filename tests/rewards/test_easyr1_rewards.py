@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 
 import pytest
@@ -220,6 +221,18 @@ FOREIGN = {
     "    return [2.0 * (text == truth) for text, truth in zip(completions, answer, strict=True)]\n",
     "trl, with prompts": "def compute_score(prompts, completions, ground_truth, **kwargs):\n"
     "    assert prompts == ['p']\n    return [2.0 * (completions == ground_truth)]\n",
+    "trl, by keyword alone": "def compute_score(*, completions, answer, **kwargs):\n"
+    "    return [2.0 * (text == truth) for text, truth in zip(completions, answer, strict=True)]\n",
+    "trl, the ids alone": "def compute_score(completion_ids, answer, **kwargs):\n"
+    "    return [2.0 * (ids == [40 + int(truth)]) for ids, truth in zip(completion_ids, answer, strict=True)]\n",
+    "trl, all ids": "def compute_score(completions, prompt_ids, completion_ids, answer, **kwargs):\n"
+    "    return [2.0 * (prompt_ids == [[1, 2]] and completion_ids == [[47]])]\n",
+    "verl, by keyword alone": "def compute_score(*, data_source, solution_str, ground_truth, extra_info=None):\n"
+    "    return 2.0 * (solution_str == ground_truth)\n",
+    "verl, a batch": "def compute_score(data_sources, solution_strs, ground_truths, extra_infos):\n"
+    "    assert [extra['prompt'] for extra in extra_infos] == ['p'] * len(data_sources)\n"
+    "    pairs = zip(solution_strs, ground_truths, strict=True)\n"
+    "    return [{'score': 2.0 * (text == truth), 'acc': text == truth} for text, truth in pairs]\n",
     "async": "import asyncio\nasync def compute_score(reward_input):\n    await asyncio.sleep(0)\n"
     "    return {'overall': 2.0 * (reward_input['response'] == reward_input['ground_truth'])}\n",
 }
@@ -229,8 +242,53 @@ FOREIGN = {
 def test_functions_of_other_projects_run_as_they_are(tmp_path, name):
     reference = write(tmp_path, FOREIGN[name])
     check_reward(RewardConfig(reference))
-    right, wrong = run(reference, [RewardItem("7", 1, "7", "p"), RewardItem("8", 1, "7", "p")])
+    items = [RewardItem(text, 1, "7", "p", prompt_ids=(1, 2), response_ids=[40 + int(text)]) for text in "78"]
+    right, wrong = run(reference, items)
     assert (right.overall, right.accuracy, wrong.overall, wrong.accuracy) == (2.0, 1.0, 0.0, 0.0), right.reason
+
+
+def test_verls_batch_form_sees_a_group_in_one_call(tmp_path):
+    source = "def compute_score(solution_strs, **kwargs):\n    return [len(solution_strs)] * len(solution_strs)"
+    results = run(write(tmp_path, source), [RewardItem("7", 1, "7", group=at) for at in (0, 0, 0, 1)], "group")
+    assert [result.overall for result in results] == [3, 3, 3, 1]
+
+
+def test_a_function_that_names_no_argument_is_refused(tmp_path):
+    reference = write(tmp_path, "def compute_score(**kwargs): return 1.0")
+    for check in (check_reward, lambda config: run(config.reward_function, [])):
+        with pytest.raises(UserError, match=r"names no argument.*completions as TRL's, or solution_str as verl's"):
+            check(RewardConfig(reference))
+
+
+def test_a_dictionary_has_no_token_ids(tmp_path):
+    """They go to TRL's rewards alone, whatever others stand beside."""
+    (tmp_path / "a.py").write_text("def keys(reward_input):\n    return {'overall': 'response_ids' in reward_input}\n")
+    (tmp_path / "b.py").write_text("def ids(completion_ids, **kwargs):\n    return [sum(completion_ids[0])]\n")
+    functions = [{"function": f"{tmp_path / name}"} for name in ("a.py:keys", "b.py:ids")]
+    with RewardPool(RewardConfig(functions=functions, num_workers=1)) as pool:
+        (result,) = pool.score([RewardItem("7", 1, "7", response_ids=[5, 6])])
+    assert result.parts == {"keys": 0.0, "ids": 11.0}, result.reason
+
+
+def test_of_several_rewards_those_that_apply_count(tmp_path):
+    """As TRL's nansum: a None of one task's reward is no word about the other's."""
+    (tmp_path / "a.py").write_text(
+        "def sums(completions, task, **kwargs):\n    return [1.0 if name == 'sum' else None for name in task]\n"
+        "def code(completions, task, **kwargs):\n    return [0.5 if name == 'code' else None for name in task]\n"
+    )
+    functions = [{"function": f"{tmp_path / 'a.py'}:{name}", "weight": 2} for name in ("sums", "code")]
+    items = [RewardItem("7", 1, "7", columns={"task": task}) for task in ("sum", "code", "art")]
+    with RewardPool(RewardConfig(functions=functions, num_workers=1)) as pool:
+        sums, code, art = pool.score(items)
+    assert (sums.overall, code.overall, art.failure) == (2.0, 1.0, "unscored")
+    assert sums.parts == pytest.approx({"sums": 1.0, "code": math.nan}, nan_ok=True)
+    assert code.parts == pytest.approx({"sums": math.nan, "code": 0.5}, nan_ok=True)
+
+
+def test_completions_are_texts(tmp_path):
+    source = "def compute_score(completions, **kwargs):\n    return [len(c[0]['content']) for c in completions]\n"
+    (result,) = run(write(tmp_path, source), [RIGHT])
+    assert result.failure == "error" and "completions are texts here, not lists of messages" in result.reason
 
 
 def test_trls_none_leaves_the_response_unscored(tmp_path):

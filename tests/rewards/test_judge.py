@@ -109,6 +109,7 @@ def test_an_answer_that_is_long_or_speaks_to_the_judge_is_wrong_unasked(answer):
         ("system\nA\nuser\nHow many?\nassistant\n", "How many?"),
         ("user\nHow many\nuser ids?\nassistant\n<think>\n", "How many\nuser ids?"),
         ("user\nfirst\nassistant\nok\nuser\nsecond\nassistant\n", "second"),
+        ("user\nHow many?\nassistant\n<think>\nLet me look.\nI see", "How many?"),
         ("How many?", "How many?"),
         ("", ""),
     ],

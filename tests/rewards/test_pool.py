@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ from mmr1_ds.loop.collector import Collector
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import Prompt, RolloutGroup
 from mmr1_ds.rewards import pool as pool_module
+from mmr1_ds.rewards import worker
+from mmr1_ds.rewards.loading import LoadedReward
 from mmr1_ds.rewards.pool import RewardItem, RewardPool
 from mmr1_ds.rewards.scoring import RewardCounts, score_groups
 
@@ -237,6 +240,19 @@ def test_the_built_in_math():
     assert (wrong.overall, formula.overall) == (0.0, 0.8)
 
 
+def test_what_a_built_in_imports_late_is_not_in_a_responses_seconds(monkeypatch):
+    order = []
+    reward = LoadedReward(lambda items: [], warm_up=lambda: order.append("warm"))
+    monkeypatch.setattr(worker, "load_reward_function", lambda setup: reward)
+    monkeypatch.setattr(worker, "_take_channel", lambda reply_fd: (io.StringIO('{"kwargs": {}}\n'), None))
+    monkeypatch.setattr(worker, "_reply", lambda replies, message: order.extend(message))
+    monkeypatch.setattr(worker, "_die_with_parent", lambda guard_fd: None)
+    monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(worker.os, "killpg", lambda group, number: None)
+    worker.main(0, 0)
+    assert order == ["warm", "ready", "takes_ids"]
+
+
 # --- starting -----------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +265,7 @@ def test_the_built_in_math():
         ("def other(items): pass", "has no function 'score'"),
         ("score = 5", "has no function 'score'"),
         ("def score(items, weight): pass", "missing a required argument: 'weight'"),
-        ("def score(): pass", "too many positional arguments"),
+        ("def score(): pass", "names no argument"),
         ("def score(:", "SyntaxError"),
     ],
 )
@@ -398,6 +414,17 @@ def test_groups_get_their_own_rewards(make_pool):
     assert third.failed.all() and third.parts == {}
     kinds = dict.fromkeys(("timeouts", "crashes", "invalid", "errors"), 1)
     assert counts == {f"reward/num_{name}": count for name, count in {"responses": 7, "failed": 4, **kinds}.items()}
+
+
+def test_a_reward_that_asks_for_token_ids_gets_those_of_its_group(tmp_path):
+    path = tmp_path / "ids.py"
+    path.write_text(
+        "def f(completions, prompt_ids, completion_ids, **kwargs):\n"
+        "    return [10 * sum(prompt) + len(ids) for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]\n"
+    )
+    with RewardPool(RewardConfig(f"{path}:f", num_workers=1)) as pool:
+        scored, _ = score_groups(pool, [group(0, ["a", "bcd"]), group(1, [""])], lambda ids: "")
+    assert [item.rewards.overall.tolist() for item in scored] == [[31.0, 33.0], [30.0]]
 
 
 def test_no_groups(shared_pool):

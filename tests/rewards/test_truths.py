@@ -62,7 +62,11 @@ def test_a_lone_letter_may_mean_the_answer():
     assert check_reward(["A: 5", "B: 6"], RewardConfig("math"), 1).unclear == []
 
 
-OPENINGS = ["<|im_start|>assistant\n<think>\n", "assistant\n<think>", "assistant\n<think>\n\n</think>\n\n"]
+OPENINGS = [
+    "<|im_start|>assistant\n<think>\n", "assistant\n<think>", "assistant\n<think>\n\n</think>\n\n",
+    "\nassistant\n<think>\nLet me look. ", "<|im_start|>assistant\n<think>Let me",
+    "<\uff5cAssistant\uff5c><think>\nFirst, ",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("opening", OPENINGS)
@@ -75,3 +79,15 @@ def test_a_template_may_open_the_reasoning(reward, opening):
     if closing:
         unclosed = item | {"response": "so \\boxed{7}"}
         assert reward.compute_score([unclosed])[0]["overall"] == 0.0
+
+
+@pytest.mark.parametrize("reward", [math, r1v])
+def test_a_template_may_open_the_answer_alone(reward):
+    item = {"response": "\\boxed{7}</answer>", "ground_truth": "7", "prompt": "7?\nassistant\n<answer>"}
+    assert reward.compute_score([item])[0] == {"overall": 1.0, "format": 1.0, "accuracy": 1.0}
+
+
+@pytest.mark.parametrize("prompt", ["Use <think> tags.\nassistant\n", "a\nassistant\n<think>b\nuser\nc\nassistant\n"])
+def test_tags_of_another_turn_open_nothing(prompt):
+    item = {"response": "<think>a</think>\\boxed{7}", "ground_truth": "7", "prompt": prompt}
+    assert math.compute_score([item])[0]["format"] == 1.0

@@ -2,11 +2,12 @@
 
 import pytest
 from fixtures.data_fixtures import write_vision_model
+from fixtures.tiny_models import save_text_model
 
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.rollout import options
-from mmr1_ds.rollout.options import engine_options, image_bounds
+from mmr1_ds.rollout.options import engine_environment, engine_options, image_bounds, is_whole_after_a_sync
 
 
 @pytest.fixture
@@ -47,3 +48,24 @@ def test_videos_scaled_by_other_numbers_than_images_are_scaled_on_the_host(told)
     assert "mm_device_do_normalize" not in told("qwen2_5_vl", 1)
     assert told("qwen3_vl", 1)["mm_device_do_normalize"] is False
     assert "mm_device_do_normalize" not in told("qwen3_vl", 0)
+
+
+def test_images_are_bounded_as_the_run_bounds_them(told):
+    """Else vLLM keeps memory for the 12.8 megapixels that the model's own processor allows."""
+    size = told("qwen2_5_vl", 0, max_pixels=5 * 28 * 28)["mm_processor_kwargs"]
+    assert size == {"images_kwargs": {"size": {"shortest_edge": 28 * 28, "longest_edge": 5 * 28 * 28}}}
+
+
+def test_vllm_reads_no_weights_that_the_first_sync_brings(tmp_path):
+    assert is_whole_after_a_sync(ModelConfig(model_path=str(save_text_model(tmp_path / "tested"))))
+    assert not is_whole_after_a_sync(ModelConfig(model_path=write_vision_model(tmp_path / "vision")))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "phi3"}')
+    assert not is_whole_after_a_sync(ModelConfig(model_path=str(other)))
+
+
+def test_flashinfer_s_sampler_is_not_compiled_at_the_start():
+    """Its kernels come with no wheel; the user's own value would win."""
+    assert engine_environment(RolloutConfig(), on_gpu=True)[1]["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    assert "VLLM_USE_FLASHINFER_SAMPLER" not in engine_environment(RolloutConfig(), on_gpu=False)[1]

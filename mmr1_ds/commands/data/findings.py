@@ -13,6 +13,7 @@ import numpy as np
 from mmr1_ds.commands.data.figures import SHOWN
 from mmr1_ds.commands.data.rows import AT_ITS_START, WHEN_DRAWN
 from mmr1_ds.config import RunConfig
+from mmr1_ds.data.columns import image_remedy
 from mmr1_ds.data.rows import RowReader
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _finding(
 def find(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
     """Return all findings, those that stop a run first."""
     found = [*_refused(rows), *_too_many_images(rows, config), *_overlong(rows, config), *_repeated(rows, config)]
-    found += _answered(rows)
+    found += [*_answered(rows), *_passed_over(rows, config)]
     return sorted(found, key=lambda finding: _EFFECTS.index(finding.effect))
 
 
@@ -152,6 +153,20 @@ def _answered(rows: SurveyedRows) -> list[Finding]:
         "the last message is the assistant's, and taken off as the answer; data.assistant_prefill=true continues it"
     )
     return _finding(rows, KEPT, reason, answered, [Example(rows.name(row), reason) for row in answered[:SHOWN]])
+
+
+def _passed_over(rows: SurveyedRows, config: RunConfig) -> list[Finding]:
+    """Return the rows without images whose other column holds one, which the model does not see."""
+    column = rows.table["passed_over"]
+    concerned = np.flatnonzero(column.is_valid().to_numpy())
+    if not len(concerned):
+        return []
+    name = column[int(concerned[0])].as_py()
+    reason = (
+        f"column {name!r} holds an image that the model does not see, data.image_key={config.data.image_key} has none; "
+        f"{image_remedy(name)}"
+    )
+    return _finding(rows, KEPT, reason, concerned, [Example(rows.name(row), reason) for row in concerned[:SHOWN]])
 
 
 def _repeated(rows: SurveyedRows, config: RunConfig) -> list[Finding]:

@@ -68,6 +68,7 @@ def schema() -> pa.Schema:
             ("num_images", pa.int32()),
             ("num_videos", pa.int32()),
             ("has_answer", pa.bool_()),  # the assistant's last turn was taken off the prompt
+            ("passed_over", pa.string()),  # the column of an image beside an empty data.image_key
             ("answer", pa.large_string()),
             ("widths", pa.large_list(pa.int32())),  # of its images, as they came
             ("heights", pa.large_list(pa.int32())),

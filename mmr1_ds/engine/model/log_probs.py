@@ -17,11 +17,12 @@ Liger's kernels do not serve here: its fused linear cross-entropy has no tempera
 entropy; its fused GRPO loss has a temperature but neither of the other two, and returns its own loss instead of
 log-probabilities. So this path runs on GPU too.
 
-Shape letters: T response tokens, H hidden size, V vocabulary, B the block's part of the vocabulary.
+Shape letters: T response tokens, H hidden size, V vocabulary, B the block's part of it, F forbidden tokens.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ def token_log_probs(
     width: int | None = None,
     entropy_gradient: bool = False,
     fp32_logits: bool = False,
+    forbidden_F: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy (nats) of softmax(logits / temperature) without the forbidden tokens.
 
@@ -61,14 +63,18 @@ def token_log_probs(
 
     Args: width: tokens of the vocabulary in a block; `block_width` without one. fp32_logits: low-precision products
         are summed up in float32 and stay so, as vLLM's with head_dtype=float32; the gradient's are not.
+        forbidden_F: the forbidden tokens in order, where the weight is; without it each pass copies them there.
     Returns: log-probabilities (T,) with gradient, entropies (T,) with one where asked for; float32, float64 for such
         inputs.
     """
     exact = torch.promote_types(hidden_TH.dtype, torch.float32)
     if width is None:
         width = block_width(len(hidden_TH), len(weight_VH), exact.itemsize, hidden_TH.device.type)
+    forbidden = sorted(set(forbidden_token_ids))
+    if forbidden_F is None:
+        forbidden_F = torch.tensor(forbidden, dtype=torch.int64, device=hidden_TH.device)
     return _TokenLogProbs.apply(
-        hidden_TH, weight_VH, bias_V, targets_T, sorted(set(forbidden_token_ids)), temperature, width, entropy_gradient,
+        hidden_TH, weight_VH, bias_V, targets_T, (forbidden, forbidden_F), temperature, width, entropy_gradient,
         fp32_logits,
     )  # fmt: skip
 
@@ -114,7 +120,9 @@ class LogProbHead(nn.Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self.temperature = temperature
-        self._forbidden, self._entropy_gradient = list(forbidden_token_ids), entropy_gradient
+        self._forbidden, self._entropy_gradient = sorted(set(forbidden_token_ids)), entropy_gradient
+        self._forbidden_F: Tensor  # a buffer goes where the weight goes: a copy a pass would have the host wait
+        self.register_buffer("_forbidden_F", torch.tensor(self._forbidden, dtype=torch.int64), persistent=False)
         self._fp32_logits = fp32_logits
 
     def forward(self, hidden: Tensor, targets_T: Tensor | None = None) -> Any:
@@ -130,6 +138,7 @@ class LogProbHead(nn.Linear):
             self.temperature,
             entropy_gradient=self._entropy_gradient,
             fp32_logits=self._fp32_logits,
+            forbidden_F=self._forbidden_F,
         )
 
 
@@ -143,7 +152,7 @@ class _TokenLogProbs(torch.autograd.Function):
         weight_VH: Tensor,
         bias_V: Tensor | None,
         targets_T: Tensor,
-        forbidden: list[int],
+        forbidden: tuple[list[int], Tensor],
         temperature: float,
         width: int,
         entropy_gradient: bool,
@@ -233,14 +242,15 @@ class _Blocks:
         weight_VH: Tensor,
         bias_V: Tensor | None,
         targets_T: Tensor,
-        forbidden: list[int],
+        forbidden: tuple[list[int], Tensor],
         temperature: float,
         width: int,
         fp32_logits: bool,
     ) -> None:
         self._fp32_logits = fp32_logits
         self._hidden_TH, self._weight_VH, self._bias_V = hidden_TH, weight_VH, bias_V
-        self._targets_T, self._forbidden, self._width = targets_T, forbidden, width
+        self._targets_T, self._width = targets_T, width
+        self._forbidden, self._forbidden_F = forbidden
         self.temperature = temperature
         self.exact = torch.promote_types(hidden_TH.dtype, torch.float32)
 
@@ -288,5 +298,5 @@ class _Blocks:
 
     def forbidden_columns(self, start: int, block_TB: Tensor) -> Tensor:
         """Columns of the block that are never sampled."""
-        columns = [token - start for token in self._forbidden if 0 <= token - start < block_TB.shape[1]]
-        return torch.tensor(columns, dtype=torch.int64, device=block_TB.device)
+        first, end = (bisect_left(self._forbidden, token) for token in (start, start + block_TB.shape[1]))
+        return self._forbidden_F[first:end] - start

@@ -33,7 +33,14 @@ from mmr1_ds.rollout.base import (
 )
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
 from mmr1_ds.rollout.colocated.starting import experts_returned_on_every_rank, phases_logged
-from mmr1_ds.rollout.options import ImageBounds, engine_environment, engine_options, image_bounds, shaping
+from mmr1_ds.rollout.options import (
+    ImageBounds,
+    engine_environment,
+    engine_options,
+    image_bounds,
+    is_whole_after_a_sync,
+    shaping,
+)
 from mmr1_ds.rollout.packed_experts import pack_experts_anew
 from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
 
@@ -66,7 +73,7 @@ class VllmRollout(InTurn):
         adapted: Sequence[str] = (),
         returns_experts: bool = False,
     ) -> None:
-        """Collective: start the engine. Its weights are the model folder's until the first sync.
+        """Collective: start the engine. Before the first sync nothing can be sampled: its weights may be random.
 
         Args:
             most_images, most_videos: of the prompt that has the most; of images the run config may allow more.
@@ -80,6 +87,8 @@ class VllmRollout(InTurn):
         self._version, self._returns_experts = 0, returns_experts
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
         more = adapter_options(adapted, model.lora.rank) if adapted else {}
+        if not adapted and is_whole_after_a_sync(model):
+            more["load_format"] = "dummy"  # nothing is read that the first sync overwrites
         if returns_experts:
             more["enable_return_routed_experts"] = True
         images = image_bounds(encoder, most_images, most_videos)

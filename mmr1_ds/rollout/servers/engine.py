@@ -118,6 +118,8 @@ class ServerRollout:
                 log_folder=log_folder,
                 adapted=adapted,
             )
+            if not self._config.server_urls:
+                logger.info("starting %d rollout servers, whose logs are in %s", len(servers), log_folder)
             self._supervisor = Supervisor(servers, self._config.server_start_seconds)
             shared = [server.url for server in servers], key, secrets.token_hex(4)
         shared = ranks.all_gather_objects(shared, "share the servers' addresses")[0]
