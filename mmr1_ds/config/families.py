@@ -16,6 +16,7 @@ class Family:
     takes_images: bool = False  # several a prompt, and videos
     has_experts: bool = False
     carries_states: bool = False  # along a sequence, by linear attention: prompts are shared outside of it
+    ulysses: bool = False  # worker.actor.ulysses_size was tested
     lora: Literal["tested", "by name", "linear layers"] = "by name"
     servers: Literal["tested", "as in the ranks"] = "as in the ranks"
 
@@ -27,19 +28,20 @@ FAMILIES = {
     "qwen2": Family(
         "Qwen2 and 2.5",
         "vLLM, five updates and syncs, embeddings tied and not; tensor parallelism; Ulysses", 9.5e-7,
-        lora="tested", servers="tested",
+        ulysses=True, lora="tested", servers="tested",
     ),
-    "qwen3": Family("Qwen3", f"{_UPDATES}, tied; Ulysses", None),
-    "llama": Family("Llama", f"{_UPDATES}, Llama 3's frequencies; Ulysses", None),
+    "qwen3": Family("Qwen3", f"{_UPDATES}, tied; Ulysses", None, ulysses=True),
+    "llama": Family("Llama", f"{_UPDATES}, Llama 3's frequencies; Ulysses", None, ulysses=True),
     "qwen2_5_vl": Family(
         "Qwen2.5-VL",
         "vLLM, five updates and syncs on two ranks, tied and not; vLLM's servers; whole runs with videos; Ulysses",
         9.5e-7,
-        takes_images=True, lora="tested", servers="tested",
+        takes_images=True, ulysses=True, lora="tested", servers="tested",
     ),
     "qwen2_vl": Family("Qwen2-VL", _UPDATES, 3.8e-6, takes_images=True),
     "qwen3_vl": Family(
-        "Qwen3-VL", f"{_UPDATES} on two ranks, tied; whole runs with videos; Ulysses", 1.9e-6, takes_images=True
+        "Qwen3-VL", f"{_UPDATES} on two ranks, tied; whole runs with videos; Ulysses", 1.9e-6, takes_images=True,
+        ulysses=True,
     ),
     "qwen3_5": Family(
         "Qwen3.5",
@@ -48,12 +50,12 @@ FAMILIES = {
         takes_images=True, carries_states=True, servers="tested",
     ),
     "qwen3_5_text": Family(
-        "Qwen3.5, text alone", "as above but for images; whole runs", 1.9e-6,
+        "Qwen3.5, text alone", "as above but for images and tied embeddings; whole runs", 1.9e-6,
         carries_states=True, lora="tested", servers="tested",
     ),
     "qwen3_moe": Family(
         "Qwen3-MoE", f"{_UPDATES}, tied; vLLM's servers; whole runs; Ulysses; {_APART}", 1.9e-6,
-        has_experts=True, lora="linear layers", servers="tested",
+        has_experts=True, ulysses=True, lora="linear layers", servers="tested",
     ),
     "qwen3_vl_moe": Family(
         "Qwen3-VL-MoE", f"{_UPDATES}; vLLM's servers; whole runs with images; {_APART}", 2.1e-6,

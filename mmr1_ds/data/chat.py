@@ -65,6 +65,14 @@ Turn = tuple[str, str]  # role, text
 Message = dict[str, Any]  # {"role": str, "content": str | list of parts}, what apply_chat_template takes
 
 
+def texts_of(cell: object) -> list[str]:
+    """Return the texts of a prompt, a string or messages, without judging it."""
+    turns = [turn.get("content") for turn in cell if isinstance(turn, dict)] if isinstance(cell, list) else [cell]
+    parts = [part for content in turns for part in (content if isinstance(content, list) else [content])]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return [text for text in texts if isinstance(text, str)]
+
+
 def no_videos(where: str) -> str:
     """Say that a model takes no videos. Args: where: names the row that has one."""
     return f"{where}: the row has a video and the model takes none; remove the row, or take one like Qwen2.5-VL"

@@ -15,7 +15,7 @@ from mmr1_ds.curriculum.mixture import quotas
 from mmr1_ds.data.sources import list_names
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.data import check_data
-from mmr1_ds.preflight.families import check_family
+from mmr1_ds.preflight.families import NO_ADAPTERS_BESIDE_EXPERTS, check_family
 from mmr1_ds.preflight.files import check_format_prompt, check_output_folder
 from mmr1_ds.preflight.functions import check_functions, check_reward
 from mmr1_ds.preflight.group_sizes import check_group_sizes
@@ -224,7 +224,7 @@ def check_lora_sync(config: RunConfig) -> None:
         )
     # With adapters vLLM computes the experts by other kernels, which its CPU build lacks and nobody has compared.
     if model_has_experts(config.worker.actor.model):
-        raise UserError(f"{key} is not for mixtures of experts; set {merged}")
+        raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
 
 
 def _check_reference(config: RunConfig) -> None:

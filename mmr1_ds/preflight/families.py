@@ -6,6 +6,10 @@ from mmr1_ds.config.families import FAMILIES
 from mmr1_ds.config.schema import RunConfig
 from mmr1_ds.errors import UserError
 
+NO_ADAPTERS_BESIDE_EXPERTS = (
+    "worker.rollout.lora_sync=adapters is not for mixtures of experts; set worker.rollout.lora_sync=merged"
+)
+
 
 def check_family(config: RunConfig, model_type: str) -> None:
     """Check that the actor's family can do what the run asks of it.
@@ -21,6 +25,8 @@ def check_family(config: RunConfig, model_type: str) -> None:
             raise UserError(
                 f"{key} cuts sequences, along which layers of {model_type} models carry a state; set it to 1"
             )
+    if config.worker.rollout.lora_sync == "adapters" and family is not None and family.has_experts:
+        raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
     mode = actor.router_replay.mode
     if mode != "disabled" and not config.trainer.val_only and (family is None or not family.has_experts):
         replayed = ", ".join(name for name, known in FAMILIES.items() if known.has_experts)
@@ -39,6 +45,8 @@ def untested(config: RunConfig, model_type: str) -> list[str]:
             "rollout/logprob_diff_max should be under 1e-4 in float32"
         ]
     lines = []
+    if config.worker.actor.ulysses_size > 1 and not family.ulysses:
+        lines.append(f"worker.actor.ulysses_size was not tested with {family.name}")
     if rank > 0 and family.lora == "by name":
         lines.append(
             f"worker.actor.model.lora was not tested with {family.name}: adapters find its layers by their names"

@@ -13,6 +13,8 @@ from mmr1_ds.config.families import FAMILIES
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.files import json_object
 
+# Of mixtures that are in no row of the table.
+_NUM_EXPERTS = ("num_experts", "num_experts_per_tok", "num_local_experts", "experts_per_token", "n_routed_experts")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -22,6 +24,11 @@ def check_model(model: ModelConfig) -> None:
     Raises: UserError naming what is missing and how to get it.
     """
     check_model_path(model.model_path, "worker.actor.model.model_path")
+    if "model_type" in model.override_config:
+        raise UserError(
+            f"worker.actor.model.override_config.model_type={model.override_config['model_type']} would make another "
+            "model of it; leave it out"
+        )
     if model.tokenizer_path and _is_folder(model.tokenizer_path, "worker.actor.model.tokenizer_path"):
         _check_json_files(Path(model.tokenizer_path), "worker.actor.model.tokenizer_path")
 
@@ -49,7 +56,12 @@ def _check_model_folder(name: str, key: str) -> None:
         raise UserError(f"{key}: {name!r} is not a model folder; it needs a config.json beside the weights")
     _check_json_files(path, key)
     content = json_object(path / "config.json", key)
-    family, text = FAMILIES.get(content.get("model_type", "")), content.get("text_config")
+    if not isinstance(content.get("model_type"), str):
+        raise UserError(
+            f"{key}: the config.json in {name!r} has no model_type, by which transformers and vLLM find the model's "
+            "class; complete it"
+        )
+    family, text = FAMILIES.get(content["model_type"]), content.get("text_config")
     is_tied = content.get("tie_word_embeddings") and not (text or {}).get("tie_word_embeddings")
     if family is not None and family.carries_states and text is not None and is_tied:
         raise UserError(
@@ -81,14 +93,16 @@ def model_type(model: ModelConfig) -> str | None:
 
 def model_has_experts(model: ModelConfig) -> bool | None:
     """Return whether a model is a mixture of experts; None for a hub model that is not in the cache."""
-    text = _text_config(model)
-    return bool(text.get("num_experts_per_tok") or text.get("num_experts")) if text else None
+    family, text = FAMILIES.get(model_type(model) or ""), _text_config(model)
+    if family is not None:
+        return family.has_experts
+    return any(text.get(name) for name in _NUM_EXPERTS) if text else None
 
 
 def model_takes_images(model: ModelConfig) -> bool | None:
     """Return whether a model takes images; None for a hub model that is not in the cache."""
     content = _config(model)
-    return None if content is None else "vision_config" in content
+    return None if content is None else content.get("vision_config") is not None
 
 
 def model_hidden_size(model: ModelConfig) -> int | None:

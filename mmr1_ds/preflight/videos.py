@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmr1_ds.config import DataConfig
-from mmr1_ds.data.chat import VIDEOS, no_videos
+from mmr1_ds.data.chat import VIDEOS, no_videos, texts_of
 from mmr1_ds.data.columns import check_videos_are_read, unread_videos
 from mmr1_ds.data.images import ImageSource
 from mmr1_ds.data.paths import at_path
@@ -42,8 +42,11 @@ def check_first_videos(
         check_videos_are_read(row, unread_videos(list(row), data), where)
         cell = None if data.video_key is None else at_path(row, data.video_key)
         found = [*video_references(cell), *VIDEOS.in_messages(at_path(row, data.prompt_key))]
-        if found and takes_images is False:
+        marked = any(VIDEOS.pattern.search(text) for text in texts_of(at_path(row, data.prompt_key)))
+        if (found or marked) and takes_images is False:
             raise UserError(no_videos(where))
+        if marked and not found:
+            raise UserError(f"{where}: the prompt has <video> and the row no video; set data.video_key, or take it out")
         if found and engine == "server":
             raise UserError(f"{where}: the prompt has a video and {NOT_BY_SERVERS}")
         for reference in found if can_open else []:

@@ -379,6 +379,15 @@ def test_the_plan_says_what_was_not_tested(settings):
         planned(settings, "worker.actor.ulysses_size=2", "worker.actor.model.model_path=Qwen/Qwen3.5-35B-A3B")
 
 
+def test_keys_of_a_published_model_s_parts_are_replaced(settings):
+    """As docs/models.md does it to turn on the loss that balances experts."""
+    model = "worker.actor.model.model_path=Qwen/Qwen3-VL-30B-A3B-Instruct"
+    key = "worker.actor.model.override_config.text_config"
+    plain, half = planned(settings, model).shape, planned(settings, model, f"{key}.num_hidden_layers=24").shape
+    assert half.layers == 24 and plain.layers == 48 and half.hidden == plain.hidden
+    planned(settings, model, f"{key}.output_router_logits=true")
+
+
 def test_the_largest_doubt_is_the_assumption_that_matters_most():
     def step(chosen):
         return 100 * chosen.response_tokens + 30 / chosen.update_efficiency

@@ -30,6 +30,8 @@ DEEPSPEED = {
         ),
         ("phi3", "worker.actor.ulysses_size=2", "needs packed sequences, but phi3 models are padded; set it to 1"),
         ("qwen2", "worker.actor.router_replay.mode=R3", "R3 replays the routers of qwen3_moe, "),
+        ("qwen3_5_moe", "worker.rollout.lora_sync=adapters", "is not for mixtures of experts; set worker.rollout"),
+        ("qwen2", "worker.actor.model.override_config.model_type=qwen3", "would make another model of it; leave it out"),
         (
             "mixtral",
             "worker.actor.router_replay.mode=R2",
@@ -62,7 +64,8 @@ def test_every_family_of_the_table_passes(valid, tmp_path, family):
             ["worker.rollout.engine=server was not tested with Qwen2-VL, only vLLM in the ranks was"],
         ),
         ("qwen3_moe", [LORA, SERVER], ["the experts and routers of Qwen3-MoE get no adapters and stay frozen"]),
-        ("qwen2_5_vl", [LORA, SERVER], []),
+        ("qwen2_vl", ["worker.actor.ulysses_size=2"], ["worker.actor.ulysses_size was not tested with Qwen2-VL"]),
+        ("qwen2_5_vl", [LORA, SERVER, "worker.actor.ulysses_size=2"], []),
     ],
 )
 def test_what_was_not_tested_is_a_note_of_the_plan(valid, tmp_path, family, arguments, expected):
@@ -98,6 +101,18 @@ def test_a_hub_model_that_was_downloaded_is_looked_at(valid, tmp_path, monkeypat
     message = refused(arguments, "worker.rollout.lora_sync=adapters")
     assert message.startswith("worker.rollout.lora_sync=adapters is not for mixtures of experts")
     assert any("routers of Qwen3-MoE get no adapters" in note for note in check(arguments).notes)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("qwen2", "has a video and the model takes none"), ("qwen2_5_vl", "has <video> and the row no video; set data")],
+)
+def test_a_marker_without_a_video_is_named_before_the_queue(valid, tmp_path, family, expected):
+    cell = [{"role": "user", "content": "<video> what is it?"}]
+    data = write_rows(tmp_path, "a.json", [{"problem": "p", "answer": "1"}, {"problem": cell, "answer": "1"}])
+    vision = {"vision_config": {}} if family.endswith("vl") else {}
+    message = refused(valid, model_folder(tmp_path / "model", model_type=family, **vision), f"data.train_files={data}")
+    assert "row 1" in message and expected in message
 
 
 def test_servers_take_no_videos(valid, tmp_path, caplog):

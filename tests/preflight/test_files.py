@@ -59,6 +59,8 @@ def test_model_folder(valid, tmp_path):
     assert "no such folder '/nowhere/model'" in model("/nowhere/model")
     assert "needs a config.json" in model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    assert "has no model_type" in model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     assert "has no weights" in model(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     assert "convert them to safetensors" in model(tmp_path)
@@ -72,7 +74,7 @@ def test_model_folder(valid, tmp_path):
 def test_damaged_config_of_a_model(valid, tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(b"")
     for name in ("config.json", "tokenizer_config.json"):
-        (tmp_path / "config.json").write_text('{"text_config": null}')
+        (tmp_path / "config.json").write_text('{"model_type": "qwen2", "text_config": null}')
         check(valid, f"worker.actor.model.model_path={tmp_path}")
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         assert str(tmp_path / name) in refused(valid, f"worker.actor.model.model_path={tmp_path}")

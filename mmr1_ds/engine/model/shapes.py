@@ -122,14 +122,23 @@ class ModelShape:
 
 def policy_shape(model: ModelConfig) -> ModelShape:
     """Return the actor's shape: the whole model with its output layer. Raises: UserError for an unreadable config."""
-    config = read_config(model)
-    return shape_of(config, str(model.model_path), model.lora, model.freeze_vision_tower)
+    return _planned(model, lora=model.lora)
 
 
 def critic_shape(model: CriticModelConfig) -> ModelShape:
     """Return the critic's shape: the model without its output layer; the value head, one row, is left out."""
+    return _planned(model, with_head=False)
+
+
+def _planned(model: ModelConfig | CriticModelConfig, **options: Any) -> ModelShape:
     config = read_config(model)
-    return shape_of(config, str(model.model_path), None, model.freeze_vision_tower, with_head=False)
+    try:
+        return shape_of(config, str(model.model_path), freeze_vision_tower=model.freeze_vision_tower, **options)
+    except (AttributeError, ValueError, TypeError, ZeroDivisionError) as error:  # a vision tower of another kind
+        raise UserError(
+            f"the sizes of {model.model_path}, a {config.model_type} model, cannot be told from its config.json "
+            f"({str(error).splitlines()[0]:.100}); docs/models.md has the families that are planned"
+        ) from None
 
 
 def shape_of(
@@ -241,15 +250,23 @@ PUBLISHED = {
 def _published(path: str, override: dict[str, Any]) -> PreTrainedConfig:
     from transformers import Qwen2_5_VLConfig, Qwen3_5Config, Qwen3_5MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
+    text_keys, vision_keys = (dict(override.pop(name, {})) for name in ("text_config", "vision_config"))
     if (sizes := _QWEN3_VL.get(PUBLISHED[path])) is not None:
         own = {"num_attention_heads": 32, "head_dim": 128, "vocab_size": 151936, **sizes}
         own |= {key: override.pop(key) for key in list(override) if key in own}
         family = Qwen3VLMoeConfig if "num_experts" in sizes else Qwen3VLConfig
-        return family(text_config=own, vision_config={"out_hidden_size": own["hidden_size"]}, **override)
+        own |= text_keys
+        return family(
+            text_config=own, vision_config={"out_hidden_size": own["hidden_size"], **vision_keys}, **override
+        )
     if path == "Qwen/Qwen3.5-9B":  # the sizes of transformers' own defaults
-        return Qwen3_5Config(vision_config={"out_hidden_size": 4096}, **override)
+        return Qwen3_5Config(
+            text_config=text_keys, vision_config={"out_hidden_size": 4096, **vision_keys}, **override
+        )
     if path == "Qwen/Qwen3.5-35B-A3B":  # likewise
-        return Qwen3_5MoeConfig(vision_config={"out_hidden_size": 2048}, **override)
+        return Qwen3_5MoeConfig(
+            text_config=text_keys, vision_config={"out_hidden_size": 2048, **vision_keys}, **override
+        )
     hidden, mlp, layers, heads, key_value_heads, vocabulary, tied, vision_mlp = _QWEN2_5_VL[PUBLISHED[path]]
     text = {
         "hidden_size": hidden,
@@ -267,7 +284,9 @@ def _published(path: str, override: dict[str, Any]) -> PreTrainedConfig:
     vision = {"hidden_size": 1280, "intermediate_size": vision_mlp, "num_heads": 16, "out_hidden_size": hidden}
     # As a folder's config.json, where keys of the text part stand beside text_config, the user's keys win.
     text |= {key: override.pop(key) for key in list(override) if key in text}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **override)
+    return Qwen2_5_VLConfig(
+        text_config=text | text_keys, vision_config=vision | vision_keys, tie_word_embeddings=tied, **override
+    )
 
 
 # --- parts of the model -------------------------------------------------------------------------------------------
