@@ -32,6 +32,7 @@ import numpy as np
 from mmr1_ds.cluster.launch import free_port, launch_environment
 from mmr1_ds.cluster.preemption import Preemption
 from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.config import ModelConfig
 from mmr1_ds.engine.micro_batches import balance
 from mmr1_ds.loop.sharing import work_of
 from mmr1_ds.records import Prompt, RolloutRequest, SamplingSettings
@@ -159,7 +160,7 @@ def ends(lengths: np.ndarray, expected: np.ndarray, size: int, queued: bool, slo
         clock.wait(rank)
         ranks = SimpleNamespace(on_gpu=False, rank=rank, size=size, any=lambda flag, stage: flag)
         engine._start_engine = lambda *arguments: StandIn(rank, clock, lengths, slowness if rank == size - 1 else 1.0)
-        rollout = engine.VllmRollout(config, None, None, ranks, encoder, 1, preemption)
+        rollout = engine.VllmRollout(config, ModelConfig(), None, ranks, encoder, 1, preemption)
         if queued:
             found[rank] = len(rollout.collect_shared(queue, SETTINGS))
         else:

@@ -49,7 +49,7 @@ def test_the_v2_runner_takes_what_we_ask_for(monkeypatch):
         tensor_parallel_size=1, sleep=False, logprobs="processed", temperature=1.0, max_num_seqs=8,
         max_num_batched_tokens=64,
     )  # fmt: skip
-    rollout = engine.VllmRollout(config, None, None, ranks, encoder, 1, Preemption(60.0, None))
+    rollout = engine.VllmRollout(config, ModelConfig(), None, ranks, encoder, 1, Preemption(60.0, None))
     generate(rollout, [RolloutRequest(Prompt(0, "0", (5, 6), (), "1"), 2, 7)], SamplingSettings(1.0, 1.0, -1, 3))
 
     state = object.__new__(logit_bias.LogitBiasState)  # its buffers are pinned, which needs CUDA

@@ -31,7 +31,7 @@ DEEPSPEED = {
         ("phi3", "worker.actor.ulysses_size=2", "needs packed sequences, but phi3 models are padded; set it to 1"),
         ("qwen2", "worker.actor.router_replay.mode=R3", "R3 replays the routers of qwen3_moe, "),
         ("qwen3_5_moe", "worker.rollout.lora_sync=adapters", "is not for mixtures of experts; set worker.rollout"),
-        ("qwen2", "worker.actor.model.override_config.model_type=qwen3", "would make another model of it; leave it out"),
+        ("qwen2", "worker.actor.model.override_config.model_type=qwen3", "would make another model of it; leave it"),
         (
             "mixtral",
             "worker.actor.router_replay.mode=R2",
