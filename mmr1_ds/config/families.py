@@ -71,6 +71,15 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
+# Of the published models that `mmr1-ds plan` knows by name: told before anything is downloaded.
+PUBLISHED = {
+    **{f"Qwen/Qwen2.5-VL-{size}-Instruct": "qwen2_5_vl" for size in ("3B", "7B", "32B")},
+    "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": "qwen3_vl_moe",
+    "Qwen/Qwen3.5-9B": "qwen3_5",
+    "Qwen/Qwen3.5-35B-A3B": "qwen3_5_moe",
+}
+
 
 def table() -> str:
     """Return the table of docs/models.md, in Markdown."""

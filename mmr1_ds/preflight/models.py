@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmr1_ds.config import ModelConfig
-from mmr1_ds.config.families import FAMILIES
+from mmr1_ds.config.families import FAMILIES, PUBLISHED
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.files import json_object
 
@@ -86,8 +86,8 @@ def _check_json_files(folder: Path, key: str) -> None:
 
 
 def model_type(model: ModelConfig) -> str | None:
-    """Return the family of a model; None for a hub model that is not in the cache."""
-    found = (_config(model) or {}).get("model_type")
+    """Return the family of a model; None for a hub model that is neither in the cache nor known by name."""
+    found = (_config(model) or {}).get("model_type") or PUBLISHED.get(model.model_path or "")
     return found if isinstance(found, str) else None
 
 

@@ -6,7 +6,9 @@ from fixtures.configs import check, load, model_folder, refused
 from fixtures.dry_runs import write_rows
 from huggingface_hub import constants
 
-from mmr1_ds.config.families import FAMILIES, describe
+from mmr1_ds.config import ModelConfig
+from mmr1_ds.config.families import FAMILIES, PUBLISHED, describe
+from mmr1_ds.engine.model import shapes
 from mmr1_ds.preflight.models import weights_are_here
 from mmr1_ds.preflight.plan import describe_plan
 
@@ -113,6 +115,16 @@ def test_a_marker_without_a_video_is_named_before_the_queue(valid, tmp_path, fam
     vision = {"vision_config": {}} if family.endswith("vl") else {}
     message = refused(valid, model_folder(tmp_path / "model", model_type=family, **vision), f"data.train_files={data}")
     assert "row 1" in message and expected in message
+
+
+def test_published_models_are_known_by_name(valid, tmp_path, monkeypatch):
+    """As transformers' classes, which the plan builds from the same names, say."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert PUBLISHED.keys() == shapes.PUBLISHED.keys()
+    for name, family in PUBLISHED.items():
+        assert shapes.read_config(ModelConfig(model_path=name)).model_type == family
+    model = "worker.actor.model.model_path=Qwen/Qwen3-VL-30B-A3B-Instruct"
+    assert "mixtures of experts" in refused(valid, model, LORA, "worker.rollout.lora_sync=adapters")
 
 
 def test_servers_take_no_videos(valid, tmp_path, caplog):
