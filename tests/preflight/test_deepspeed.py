@@ -126,7 +126,7 @@ def test_torch_s_linear_stays_in_its_place(caplog):
 
 
 def test_bucket_sizes_from_the_width_of_a_local_model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": 128}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "text_config": {"hidden_size": 128}}))
     zero = resolve(AUTO, f"worker.actor.model.model_path={tmp_path}")["zero_optimization"]
     assert zero["reduce_bucket_size"] == 128**2
     assert zero["stage3_prefetch_bucket_size"] == 14745  # 0.9 * 128^2

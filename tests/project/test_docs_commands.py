@@ -57,7 +57,7 @@ def reader(tmp_path_factory) -> Path:
 
     parquet.write_table(pa.Table.from_pylist([{**row, "images": None} for row in rows]), folder / "train.parquet")
     (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(json.dumps({"hidden_size": 64}))
+    (folder / "model" / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": 64}))
     (folder / "model" / "model.safetensors").write_bytes(b"")
     (folder / "rates.jsonl").write_text('{"prompt_id": "a", "pass_rate": 0.25, "num_answers": 16}\n')
     (folder / "hosts").write_text("node7 slots=8\nnode8 slots=8\n")

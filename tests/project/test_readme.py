@@ -52,7 +52,7 @@ def reader_s_folder(folder: Path) -> Path:
     (folder / "train.json").write_text(block("json"))
     model = folder / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({"hidden_size": 64}))
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": 64}))
     (model / "model.safetensors").write_bytes(b"")
     return folder
 
