@@ -127,7 +127,7 @@ def test_published_models_are_known_by_name(valid, tmp_path, monkeypatch):
     assert "mixtures of experts" in refused(valid, model, LORA, "worker.rollout.lora_sync=adapters")
 
 
-def test_servers_take_no_videos(valid, tmp_path, caplog):
+def test_servers_take_no_videos(valid, tmp_path):
     rows = [{"problem": "p", "answer": "1", "videos": value} for value in ([], ["a.mp4"])]
     data = write_rows(tmp_path, "a.json", rows)
     model = model_folder(tmp_path / "model", model_type="qwen2_5_vl", vision_config={})
