@@ -27,11 +27,10 @@ class Segments:
     ids: Tensor  # (T,) int64: the response of each token
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-        """Make the segments of responses of these lengths, in order."""
+    def of(cls, lengths: Sequence[int]) -> Segments:
+        """Make the segments of responses of these lengths, in order, on the host."""
         lengths_S = torch.tensor(list(lengths), dtype=torch.int64)
-        ids_T = torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S)
-        return cls(lengths_S.to(device), ids_T.to(device))
+        return cls(lengths_S, torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S))
 
     def sum(self, values_T: Tensor) -> Tensor:
         """The sum over the tokens of each response, (S,)."""

@@ -256,8 +256,7 @@ class Actor(Learner):
         entropies_T = entropies_T.detach()
         per_token = rerouted | {f"actor/{name}": values_T for name, values_T in figures.items()}
         per_token |= {"actor/entropy_loss": entropies_T, **{f"rollout/{name}": drift[name] for name in drift}}
-        largest = float(drift["logprob_diff_mean"].max()) if len(rollout_T) else 0.0
-        return TokenLoss(loss_T, weighted, per_token, {"rollout/logprob_diff_max": largest})
+        return TokenLoss(loss_T, weighted, per_token, {"rollout/logprob_diff_max": drift["logprob_diff_mean"]})
 
     def _state_dict(self) -> dict[str, Any]:
         return super()._state_dict() | {"kl": self.kl.state_dict()}

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mmr1_ds.cluster.ranks import Ranks
@@ -36,17 +37,19 @@ class BadUpdates:
     def __init__(self, name: str, max_in_a_row: int, ranks: Ranks, folder: Path | None) -> None:
         """Args: name: actor | critic; max_in_a_row: trainer.max_bad_updates; folder: of batches, None = keep none."""
         self._name, self._max_in_a_row, self._ranks, self._folder = name, max_in_a_row, ranks, folder
-        self._losses: list[float] = []  # of this optimiser step's micro-batches on this rank
+        self._losses: list[Tensor] = []  # of this optimiser step's micro-batches on this rank, () each
         self.num_bad = 0  # of the whole run
         self._num_in_a_row = 0
 
     def guard(self, loss: Tensor, outputs_T: Tensor) -> Tensor:
-        """The loss to go backward from: itself, or NaN with a gradient of NaN where it is not finite.
+        """The loss to go backward from: as it is, or NaN with a gradient of NaN where it is not finite.
 
+        Decided on the device, so that the host does not wait for it in each micro-batch.
         Args: loss: of a micro-batch, (); outputs_T: what it was computed from, (T,).
         """
-        self._losses.append(float(loss.detach()))
-        return loss if math.isfinite(self._losses[-1]) else outputs_T.sum() * math.nan
+        self._losses.append(loss.detach())
+        is_good = self._losses[-1].isfinite()
+        return torch.where(is_good, loss, outputs_T.sum()) * torch.where(is_good, 1.0, math.nan)
 
     def was_good(self) -> None:
         """Note that the optimiser step was taken."""
@@ -61,7 +64,7 @@ class BadUpdates:
         """
         self.num_bad += 1
         self._num_in_a_row += 1
-        own, self._losses = self._losses, []
+        own, self._losses = [float(loss) for loss in self._losses], []
         losses = self._ranks.all_gather_objects(sum(own), f"losses of the {self._name}'s bad update")
         reason = _reason(losses)
         where = "were not kept"

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from mmr1_ds.algorithm.aggregation import GlobalBatch, Segments, token_weights
@@ -30,7 +31,7 @@ from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.build_lock import lock_builds_by_kernel
 from mmr1_ds.engine.micro_batches import Agree, by_prompts, by_tokens, in_turn
-from mmr1_ds.engine.model.batching import collate
+from mmr1_ds.engine.model.batching import collate, to_device
 from mmr1_ds.engine.model.linear_attention import has_states
 from mmr1_ds.engine.model.packing import shares_prompts
 from mmr1_ds.engine.model.policy import PolicyModel, exact_types
@@ -194,7 +195,7 @@ class ZeroEngine:
                     )
                 shard = own[name]
                 part = weight.flatten()[self._ranks.rank * shard.numel() :][: shard.numel()]
-                shard.copy_(torch.nn.functional.pad(part, (0, shard.numel() - part.numel())))
+                shard.copy_(pad(part, (0, shard.numel() - part.numel())))
                 left.discard(name)
         if left:
             raise UserError(
@@ -226,7 +227,7 @@ class TokenLoss:
     loss_T: Tensor  # with gradient
     weighted: dict[str, Tensor]  # (T,) each: reported as the mean that the loss itself is
     per_token: dict[str, Tensor]  # (T,) each: reported as the mean over all tokens of the optimiser step
-    largest: dict[str, float] = field(default_factory=dict)  # reported as the maximum
+    largest: dict[str, Tensor] = field(default_factory=dict)  # (T,) each, none below 0: reported as the maximum
 
 
 class Learner(ZeroEngine, ABC):
@@ -337,8 +338,8 @@ class Learner(ZeroEngine, ABC):
         set_rates(self.engine.optimizer.param_groups, rate, self.settings.optim)
         if self._parallel is not None:
             trajectories = self._parallel.gather(trajectories)
-        sums: dict[str, float] = {}
-        largest: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}  # figures stay on the device until the step is taken: a read waits for it
+        largest: dict[str, Tensor] = {}
         pairs = [item.pair for item in trajectories]
         micro_batches = self._micro_batches(pairs, self.settings.micro_batch_size_per_device_for_update, agree)
         batch = GlobalBatch(totals["tokens"], totals["responses"])
@@ -352,7 +353,7 @@ class Learner(ZeroEngine, ABC):
                 # Every rank of a group counts all of its sequences.
                 sums[name] = sums.get(name, 0.0) + value / self._num_neighbours
             for name, value in own_largest.items():
-                largest[name] = max(largest.get(name, 0.0), value)
+                largest[name] = value if name not in largest else torch.maximum(largest[name], value)
             self.engine.step()
         if not self.engine.was_step_applied():
             self.bad_updates.was_bad(trajectories, micro_batches)
@@ -360,17 +361,20 @@ class Learner(ZeroEngine, ABC):
         self.bad_updates.was_good()
         self.num_updates_done += 1
         norm = float(self.engine.get_global_grad_norm())
-        return OptimiserStep(sums, largest, {f"{self.name}/grad_norm": norm, f"{self.name}/lr": rate})
+        read = torch.stack([*sums.values(), *largest.values()]).tolist()
+        means, maxima = dict(zip(sums, read, strict=False)), dict(zip(largest, read[len(sums) :], strict=True))
+        return OptimiserStep(means, maxima, {f"{self.name}/grad_norm": norm, f"{self.name}/lr": rate})
 
     def _micro_step(
         self, trajectories: Sequence[Trajectory], batch: GlobalBatch
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Go forward and backward. Returns: this micro-batch's shares of the means, and its maxima."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Go forward and backward. Returns: this micro-batch's shares of the means, and its maxima, () float64 each."""
         outputs = self._forward([item.pair for item in trajectories], self._experts(trajectories))
-        segments = Segments.of([len(item.token_ids) for item in trajectories], self._ranks.device)
+        on_host, device = Segments.of([len(item.token_ids) for item in trajectories]), self._ranks.device
+        segments = Segments(to_device(on_host.lengths, device), to_device(on_host.ids, device))
         found = self._loss(outputs, trajectories, segments)
         weights_T = token_weights(self.settings.loss_avg_mode, segments, batch, self._loss_scale_factor)
-        trains_S = torch.tensor([item.trains for item in trajectories], device=self._ranks.device)
+        trains_S = to_device(torch.tensor([item.trains for item in trajectories]), device)
         trains_T = segments.spread(trains_S).to(found.loss_T.dtype)
         weights_T = weights_T.to(found.loss_T.dtype) * trains_T
         # Weights of the GLOBAL batch: DeepSpeed averages gradients over ranks, so each rank's share is scaled up by
@@ -378,9 +382,12 @@ class Learner(ZeroEngine, ABC):
         loss = self.bad_updates.guard((found.loss_T * weights_T).sum(), outputs[0])
         self.engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
         num_tokens = max(1.0, batch.num_tokens)
-        shares = {name: float((values_T * weights_T).sum()) for name, values_T in found.weighted.items()}
-        shares |= {name: float((values_T * trains_T).sum()) / num_tokens for name, values_T in found.per_token.items()}
-        return shares, found.largest
+        with torch.no_grad():
+            shares = {name: (values_T * weights_T).sum().double() for name, values_T in found.weighted.items()}
+            for name, values_T in found.per_token.items():
+                shares[name] = (values_T * trains_T).sum().double() / num_tokens
+            largest = {name: pad(values_T.double(), (0, 1)).max() for name, values_T in found.largest.items()}
+        return shares, largest
 
     def _state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds beside the shards."""

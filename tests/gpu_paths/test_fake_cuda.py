@@ -1,6 +1,7 @@
 """Forward and backward as on a GPU, in bf16: devices, types, shapes, and every wait of the host for the device."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,13 +9,17 @@ import torch
 from fixtures.fake_cuda import CUDA, FakeCuda, backward
 from fixtures.tiny_models import make_prompt, save_text_model, save_vision_model
 
-from mmr1_ds.config import DataConfig, ModelConfig
+from mmr1_ds.config import ActorConfig, AlgorithmConfig, DataConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.engine import actor, zero_engine
+from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.model.attention import PACKED, VARLEN, attend_images_at_once
 from mmr1_ds.engine.model.batching import collate
 from mmr1_ds.engine.model.linear_attention import keep_states_apart
 from mmr1_ds.engine.model.policy import PolicyModel
 from mmr1_ds.engine.model.value_model import ValueModel
+from mmr1_ds.engine.zero_engine import Sizes
+from mmr1_ds.records import Trajectory
 
 pytestmark = pytest.mark.slow
 
@@ -37,11 +42,7 @@ WAITS = {
         "modeling_qwen2_5_vl.py:get_image_features": 1,
     },
 }
-OF_THE_HOST = {"batching.py:collate": 1}  # the targets, once a micro-batch
-COPIES = {
-    "qwen2_5_vl": OF_THE_HOST
-    | {"vision_utils.py:get_vision_position_ids": 1, "vision_utils.py:get_vision_window_index": 1}
-}
+COPIES = {"qwen2_5_vl": {"vision_utils.py:get_vision_position_ids": 1, "vision_utils.py:get_vision_window_index": 1}}
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_a_policy_waits_for_the_device_a_handful_of_times(on_gpu, family, attent
         with torch.no_grad():  # the reference
             policy(collate(pairs, encoder, CUDA))
         before = len(gpu.waits)
-        assert Counter(place for place, _ in gpu.copies) == COPIES.get(family, OF_THE_HOST)
+        assert Counter(place for place, _ in gpu.copies) == COPIES.get(family, {})
         del gpu.copies[:]
         logprobs, entropies = policy(collate(pairs, encoder, CUDA))
         for found in (logprobs, entropies):
@@ -94,7 +95,7 @@ def test_a_policy_waits_for_the_device_a_handful_of_times(on_gpu, family, attent
         assert not any(in_layer for _, in_layer in found)
         assert Counter(place for place, _ in found) == WAITS[family, attention]
         del gpu.waits[:]
-        assert Counter(place for place, _ in gpu.copies) == COPIES.get(family, OF_THE_HOST)
+        assert Counter(place for place, _ in gpu.copies) == COPIES.get(family, {})
         del gpu.copies[:]
         backward(logprobs)
         assert gpu.waits == gpu.copies == []
@@ -127,6 +128,71 @@ def test_a_critic_waits_for_nothing(on_gpu):
     check_gradients(critic)
 
 
+class Engine:
+    """Calls that the update makes of DeepSpeed's engine."""
+
+    def __init__(self, model):
+        self._model = model
+        self.optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+
+    def __call__(self, batch):
+        return self._model(batch)
+
+    def train(self):
+        pass
+
+    def set_gradient_accumulation_boundary(self, is_last):
+        pass
+
+    def backward(self, loss, scale_wrt_gas):
+        backward(loss)
+
+    def step(self):
+        pass
+
+    def was_step_applied(self):
+        return True
+
+    def get_global_grad_norm(self):
+        return 1.0
+
+
+@pytest.mark.parametrize("loss_type", ["default", "gspo"])
+def test_an_optimiser_step_waits_once_for_its_figures(on_gpu, monkeypatch, loss_type):
+    """Three micro-batches with a reference and an old policy."""
+    model, encoder, pairs = on_gpu("qwen2", VARLEN)
+    policy = PolicyModel(model, (3, 5), 0.7)
+    ranks = SimpleNamespace(device=CUDA, rank=0, size=1, sum_and_max=lambda sums, most, stage: (sums, most))
+    monkeypatch.setattr(actor, "start_deepspeed", lambda ranks: None)
+    monkeypatch.setattr(actor, "load_policy", lambda *settings, **options: policy)
+    monkeypatch.setattr(zero_engine.deepspeed, "initialize", lambda **options: (Engine(policy),))
+    settings = ActorConfig(
+        global_batch_size=3,
+        micro_batch_size_per_device_for_update=2,
+        dynamic_batching=False,
+        loss_type=loss_type,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.3,
+    )
+    ones = [np.ones(len(tokens), np.float32) for _, tokens in pairs]
+    trajectories = [
+        Trajectory(*pair, values, values, old_logprobs=values, ref_logprobs=values)
+        for pair, values in zip(pairs, ones, strict=True)
+    ]
+    with FakeCuda(0.25) as gpu:
+        policy.to(CUDA)
+        learner = actor.Actor(
+            settings, AlgorithmConfig(), Sizes(2, 16, 16), 0.7, {"bf16": {"enabled": True}}, ranks, encoder, 10,
+            BadUpdates("actor", 3, ranks, None),
+        )  # fmt: skip
+        del gpu.copies[:]
+        metrics = learner.update(trajectories)
+        assert [place for place, _ in gpu.waits] == ["zero_engine.py:_optimiser_step"]
+        assert gpu.copies == []
+    assert metrics["actor/pg_loss"] == metrics["rollout/logprob_diff_max"] == 0.25
+    check_gradients(policy)
+
+
 def test_what_reads_the_device_is_counted():
     with FakeCuda() as gpu:
         numbers = torch.arange(6).to(CUDA)
@@ -135,7 +201,7 @@ def test_what_reads_the_device_is_counted():
         assert numbers[numbers > 2].shape == (3,)
         assert numbers.cpu().tolist() == [0, 1, 2, 3, 4, 5]
         torch.tensor([1, 2], device=CUDA)
-        torch.tensor([1, 2]).to(CUDA, non_blocking=True)  # of memory that is pinned where there is a GPU
+        torch.tensor([1, 2]).pin_memory().to(CUDA, non_blocking=True)
         with pytest.raises(AssertionError, match="reads what only the device knows"):
             torch.rand(3, device=CUDA).sum().item()
     assert len(gpu.waits) == 5 and len(gpu.copies) == 2

@@ -31,6 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmr1_ds.config.families import FAMILIES
+from mmr1_ds.engine.model.batching import to_device
 from mmr1_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -132,10 +133,10 @@ class Row:
             prompt = prompt if first else start
             places += [torch.arange(prompt, prompt + first), torch.arange(start, start + length)]
         queries, ends = (
-            torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)
+            to_device(torch.tensor(values, dtype=torch.int32), self.device)
             for values in (starts, [0, *accumulate(keys)])
         )
-        gathered = torch.cat(places).to(self.device, non_blocking=True) if any(self.firsts) else None
+        gathered = to_device(torch.cat(places), self.device) if any(self.firsts) else None
         return Cuts(queries, ends, max(self.lengths), max(keys), gathered)
 
     @cached_property

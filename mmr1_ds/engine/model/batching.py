@@ -40,9 +40,14 @@ def blank_image_prompt(encoder: PromptEncoder) -> Prompt:
     return Prompt(-1, "blank", (encoder.image_token_id,), (Image.new("RGB", (side, side)),), "")
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Send a tensor of the host, which does not wait: a GPU reads it from pinned memory when its turn comes."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
 def end_to_end(arrays: Sequence[np.ndarray | None], device: torch.device) -> Tensor:
     """One array (T,) a response as one float32 tensor, (T,); none of them may be None."""
-    return torch.from_numpy(np.concatenate(arrays, dtype=np.float32)).to(device)  # type: ignore[arg-type]
+    return to_device(torch.from_numpy(np.concatenate(arrays, dtype=np.float32)), device)  # type: ignore[arg-type]
 
 
 def collate(
@@ -103,7 +108,7 @@ def collate(
     columns = starts_S[rows] + within - 1
     shares_S = torch.tensor(shares)
     return ModelBatch(
-        input_ids, attention_mask, vision, rows, columns, targets.to(device), shares_S, positions, experts_SLlk
+        input_ids, attention_mask, vision, rows, columns, to_device(targets, device), shares_S, positions, experts_SLlk
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmr1_ds.engine.model.attention import PACKED, VARLEN, Row
-from mmr1_ds.engine.model.batching import ModelBatch
+from mmr1_ds.engine.model.batching import ModelBatch, to_device
 from mmr1_ds.engine.model.router_replay import INPUT
 
 
@@ -58,7 +58,7 @@ def _computed(batch: ModelBatch, states_KH: Tensor, found: Any, places_SL: Tenso
 
 def response_places(batch: ModelBatch, places_SL: Tensor) -> Tensor:
     """The place of each token that predicts one of a response, (T,), on the device."""
-    return places_SL[batch.rows, batch.columns].to(batch.targets.device, non_blocking=True)
+    return to_device(places_SL[batch.rows, batch.columns], batch.targets.device)
 
 
 def pack(model: PreTrainedModel, batch: ModelBatch, prompts_once: bool = False) -> tuple[dict[str, Any], Tensor]:
@@ -105,7 +105,7 @@ def _rows_of_images(model: PreTrainedModel, batch: ModelBatch) -> Tensor:
 
 
 def _on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+    return {name: tensor if tensor.device == device else to_device(tensor, device) for name, tensor in inputs.items()}
 
 
 def _images_of(model: PreTrainedModel, batch: ModelBatch, first_S: Tensor) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ def _images_of(model: PreTrainedModel, batch: ModelBatch, first_S: Tensor) -> di
     there_S = patches_S.where(batch.shares == rows_S, torch.zeros_like(patches_S))
     starts_S = (there_S.cumsum(0) - there_S)[batch.shares]
     places = [torch.arange(start, start + size) for start, size in zip(starts_S, patches_S, strict=True)]
-    return {"image_grid_thw": grid, "pixel_values": pixels[torch.cat(places).to(pixels.device, non_blocking=True)]}
+    return {"image_grid_thw": grid, "pixel_values": pixels[to_device(torch.cat(places), pixels.device)]}
 
 
 def _padded(model: PreTrainedModel, batch: ModelBatch, **options: Any) -> Computed:
