@@ -66,6 +66,16 @@ def on_gpu(tmp_path, monkeypatch):
     return make
 
 
+def placed(make, model):
+    """The module around a model, moved as a run does: transformers' with all of it, as ZeRO-3 loads it; then
+    DeepSpeed takes the parameters of what was put around it, and leaves its buffers where they are."""
+    module = make(model.to(CUDA))
+    for part in module.modules():
+        if any(parameter.device != CUDA for parameter in part.parameters(recurse=False)):
+            part._apply(lambda item: item.to(CUDA) if isinstance(item, torch.nn.Parameter) else item, recurse=False)
+    return module
+
+
 def check_gradients(model):
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
@@ -77,9 +87,8 @@ def check_gradients(model):
 @pytest.mark.parametrize(("family", "attention"), WAITS)
 def test_a_policy_waits_for_the_device_a_handful_of_times(on_gpu, family, attention):
     model, encoder, pairs = on_gpu(family, attention)
-    policy = PolicyModel(model, (3, 5), 0.7)
     with FakeCuda() as gpu:
-        policy.to(CUDA)
+        policy = placed(lambda model: PolicyModel(model, (3, 5), 0.7), model)
         del gpu.copies[:]
         with torch.no_grad():  # the reference
             policy(collate(pairs, encoder, CUDA))
@@ -105,9 +114,8 @@ def test_a_policy_waits_for_the_device_a_handful_of_times(on_gpu, family, attent
 def test_logits_that_stay_in_float32_have_float32_sums_and_bf16_gradients(on_gpu):
     """torch.mm(out_dtype=), which has no kernel for the CPU."""
     model, encoder, pairs = on_gpu("qwen2", VARLEN)
-    policy = PolicyModel(model, (3, 5), 0.7, fp32_logits=True)
     with FakeCuda() as gpu:
-        policy.to(CUDA)
+        policy = placed(lambda model: PolicyModel(model, (3, 5), 0.7, fp32_logits=True), model)
         logprobs, _ = policy(collate(pairs, encoder, CUDA))
         assert (logprobs.device, logprobs.dtype, logprobs.shape) == (CUDA, torch.float32, (30,))
         del gpu.copies[:]
@@ -118,9 +126,8 @@ def test_logits_that_stay_in_float32_have_float32_sums_and_bf16_gradients(on_gpu
 
 def test_a_critic_waits_for_nothing(on_gpu):
     model, encoder, pairs = on_gpu("qwen2", VARLEN)
-    critic = ValueModel(model.base_model, torch.bfloat16)
     with FakeCuda() as gpu:
-        critic.to(CUDA)
+        critic = placed(lambda model: ValueModel(model, torch.bfloat16), model.base_model)
         values = critic(collate(pairs, encoder, CUDA))
         assert (values.device, values.dtype, values.shape) == (CUDA, torch.float32, (30,))
         backward(values)
@@ -161,11 +168,9 @@ class Engine:
 def test_an_optimiser_step_waits_once_for_its_figures(on_gpu, monkeypatch, loss_type):
     """Three micro-batches with a reference and an old policy."""
     model, encoder, pairs = on_gpu("qwen2", VARLEN)
-    policy = PolicyModel(model, (3, 5), 0.7)
     ranks = SimpleNamespace(device=CUDA, rank=0, size=1, sum_and_max=lambda sums, most, stage: (sums, most))
     monkeypatch.setattr(actor, "start_deepspeed", lambda ranks: None)
-    monkeypatch.setattr(actor, "load_policy", lambda *settings, **options: policy)
-    monkeypatch.setattr(zero_engine.deepspeed, "initialize", lambda **options: (Engine(policy),))
+    monkeypatch.setattr(zero_engine.deepspeed, "initialize", lambda model, **options: (Engine(model),))
     settings = ActorConfig(
         global_batch_size=3,
         micro_batch_size_per_device_for_update=2,
@@ -180,7 +185,8 @@ def test_an_optimiser_step_waits_once_for_its_figures(on_gpu, monkeypatch, loss_
         for pair, values in zip(pairs, ones, strict=True)
     ]
     with FakeCuda(0.25) as gpu:
-        policy.to(CUDA)
+        policy = placed(lambda model: PolicyModel(model, (3, 5), 0.7), model)
+        monkeypatch.setattr(actor, "load_policy", lambda *settings, **options: policy)
         learner = actor.Actor(
             settings, AlgorithmConfig(), Sizes(2, 16, 16), 0.7, {"bf16": {"enabled": True}}, ranks, encoder, 10,
             BadUpdates("actor", 3, ranks, None),

@@ -121,8 +121,10 @@ class LogProbHead(nn.Linear):
         self.weight, self.bias = layer.weight, layer.bias
         self.temperature = temperature
         self._forbidden, self._entropy_gradient = sorted(set(forbidden_token_ids)), entropy_gradient
-        self._forbidden_F: Tensor  # a buffer goes where the weight goes: a copy a pass would have the host wait
-        self.register_buffer("_forbidden_F", torch.tensor(self._forbidden, dtype=torch.int64), persistent=False)
+        # Where the weight is: nobody moves the buffers of a module that ZeRO-3 loaded partitioned.
+        forbidden_F = torch.tensor(self._forbidden, dtype=torch.int64, device=layer.weight.device)
+        self._forbidden_F: Tensor
+        self.register_buffer("_forbidden_F", forbidden_F, persistent=False)
         self._fp32_logits = fp32_logits
 
     def forward(self, hidden: Tensor, targets_T: Tensor | None = None) -> Any:
