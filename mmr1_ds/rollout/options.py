@@ -21,9 +21,19 @@ if TYPE_CHECKING:
 # Of the KV cache. Responses to one prompt share its whole blocks: at vLLM's own 128 a short prompt is computed once for
 # each response. 32 is the least that its attention kernel likes. (On GPU it is 16.)
 _CPU_BLOCK_TOKENS = 32
-# On a B200 (compute capability 10) vLLM prefers FlashInfer's attention, whose kernels come with no wheel of ours: all
-# ranks would download and compile them at once. Kinds of layers that are not listed (MLA) keep vLLM's choice.
+# FlashInfer's kernels come with no wheel of ours: all ranks would download and compile them at once, where vLLM takes
+# them: attention and experts on a B200 (compute capability 10), linear attention on an H100 too, sums over tensor
+# parallel ranks, and trials of all of these as it starts. Kinds of attention that are not listed (MLA) keep its choice.
 _B200_ATTENTION = {"full_attention": "FLASH_ATTN", "sliding_window": "FLASH_ATTN"}
+_WITHOUT_FLASHINFER = {
+    "kernel_config": {"moe_backend": "triton", "enable_flashinfer_autotune": False},
+    "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
+    "gdn_prefill_backend": "triton",
+}
+_FLASHINFER_SWITCHES = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # serves no request of ours: all ask for log-probabilities
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,7 @@ def engine_environment(config: RolloutConfig, *, on_gpu: bool) -> tuple[dict[str
     """Environment variables of vLLM: those that the run decides, and those where the user's own value wins."""
     defaults = {"VLLM_NO_USAGE_STATS": "1"}
     if on_gpu:
-        # FlashInfer's would be compiled at the start, and serves no request of ours: all ask for log-probabilities.
-        return {}, defaults | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+        return {}, defaults | _FLASHINFER_SWITCHES
     defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # the launcher places the threads
     return {"VLLM_CPU_KVCACHE_SPACE": str(int(config.kv_cache_gb or 4))}, defaults
 
@@ -83,8 +92,10 @@ def engine_options(
         # A prompt cut in two, sampled with a seed of its own, asks the CPU's generator for an offset it has not.
         max_num_batched_tokens, chunked_prefill = max(max_num_batched_tokens, max_model_len), False
         options["block_size"] = _CPU_BLOCK_TOKENS
-    elif _compute_capability().startswith("10."):
-        options["attention_config"] = {"backend_per_kind": _B200_ATTENTION}
+    else:
+        options |= _WITHOUT_FLASHINFER
+        if _compute_capability().startswith("10."):
+            options["attention_config"] = {"backend_per_kind": _B200_ATTENTION}
     if not chunked_prefill and _carries_states(model):
         options["enable_prefix_caching"] = False  # vLLM keeps states where it cuts a prompt, and nowhere else
     if images is not None:

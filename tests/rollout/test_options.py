@@ -65,7 +65,8 @@ def test_vllm_reads_no_weights_that_the_first_sync_brings(tmp_path):
     assert not is_whole_after_a_sync(ModelConfig(model_path=str(other)))
 
 
-def test_flashinfer_s_sampler_is_not_compiled_at_the_start():
+def test_flashinfer_s_sampler_and_sums_are_not_compiled_at_the_start():
     """Its kernels come with no wheel; the user's own value would win."""
-    assert engine_environment(RolloutConfig(), on_gpu=True)[1]["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
-    assert "VLLM_USE_FLASHINFER_SAMPLER" not in engine_environment(RolloutConfig(), on_gpu=False)[1]
+    for name in ("VLLM_USE_FLASHINFER_SAMPLER", "VLLM_ALLREDUCE_USE_FLASHINFER"):
+        assert engine_environment(RolloutConfig(), on_gpu=True)[1][name] == "0"
+        assert name not in engine_environment(RolloutConfig(), on_gpu=False)[1]

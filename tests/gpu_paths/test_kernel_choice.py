@@ -1,9 +1,9 @@
-"""Which attention kernels vLLM takes on a GPU: its own choice, and ours where its kernels are in no lock."""
+"""Which kernels vLLM takes on a GPU: its own choice, and ours where its kernels are in no lock."""
 
 import importlib.util
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from fixtures.tiny_models import save_text_model
@@ -75,3 +75,38 @@ def test_vllm_reads_the_choice_for_every_kind_of_layer_that_would_take_flashinfe
     ours = {KVCacheSpecKind.FULL_ATTENTION.value, KVCacheSpecKind.SLIDING_WINDOW.value}
     assert config.backend_per_kind == dict.fromkeys(ours, AttentionBackendEnum.FLASH_ATTN)
     assert config.backend is None
+
+
+@pytest.mark.slow
+def test_vllm_takes_flashinfer_s_kernels_nowhere(monkeypatch, tmp_path):
+    """Its own decisions, on a GPU of which it is told, with what it would take left alone and with what we say."""
+    from vllm.config.vllm import OPTIMIZATION_LEVEL_02
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+    from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as linear_attention
+
+    model = str(save_text_model(tmp_path / "model"))
+    words = engine_options(monkeypatch, "10.0")
+    ours = {name: words[name] for name in ("kernel_config", "compilation_config", "gdn_prefill_backend")}
+    config = EngineArgs(model, **ours).create_engine_config()
+    assert config.kernel_config.enable_flashinfer_autotune is False
+    assert OPTIMIZATION_LEVEL_02["kernel_config"] == {"enable_flashinfer_autotune": True}
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is False
+    assert callable(OPTIMIZATION_LEVEL_02["compilation_config"]["pass_config"]["fuse_allreduce_rms"])
+
+    gpu = SimpleNamespace(
+        is_cuda=lambda: True,
+        is_rocm=lambda: False,
+        is_device_capability=lambda capability: capability == 90,
+        is_device_capability_family=lambda family: False,
+    )
+    monkeypatch.setattr(linear_attention, "current_platform", gpu)
+    plain = EngineArgs(model).create_engine_config()
+    for given, found in ((plain, ("auto", "flashinfer")), (config, ("triton", "triton"))):
+        given.model_config = SimpleNamespace(
+            dtype=given.model_config.dtype,
+            hf_config=SimpleNamespace(),
+            hf_text_config=SimpleNamespace(linear_key_head_dim=128, linear_value_head_dim=128),
+        )
+        assert linear_attention._resolve_gdn_prefill_backend(given) == found
+    assert unquantized.map_unquantized_backend(config.kernel_config.moe_backend).value == "TRITON"
