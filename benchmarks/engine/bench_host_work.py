@@ -148,7 +148,7 @@ def measure(prompts: list[Prompt], group: int, tokens: int, encoder: PromptEncod
                 model.base_model(**inputs, use_cache=False)
             if name == "update":
                 with times.of("inputs of the loss"):
-                    Segments.of([len(response) for _, response in chosen], CPU)
+                    Segments.of([len(response) for _, response in chosen])
                     for _ in ("rollout", "old", "reference", "advantages"):
                         end_to_end([values[i] for i in part], CPU)
     return times

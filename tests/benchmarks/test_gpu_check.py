@@ -121,9 +121,8 @@ def test_the_settings_of_a_run_are_accepted_on_a_gpu(tmp_path, monkeypatch, name
 def test_log_probs_that_differ_or_are_not_there(tmp_path):
     assert log_prob_verdict(tmp_path, 0.1, 0.0)[0]
     for value, problem in ((0.05, False), (0.2, True), (float("nan"), True)):
-        (tmp_path / "metrics.jsonl").write_text(
-            "".join(json.dumps({"rollout/logprob_diff_max": x}) + "\n" for x in (0.01, value))
-        )
+        rows = [{"rollout/logprob_diff_mean": x, "rollout/logprob_diff_max": 9.0} for x in (0.01, value)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert log_prob_verdict(tmp_path, 0.1, 0.0)[0] is problem
 
 
