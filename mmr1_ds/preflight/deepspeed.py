@@ -80,6 +80,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     _settle_linear(resolved["zero_optimization"], config, on_gpu, name)
     _settle_buckets(resolved["zero_optimization"], config)
     _settle_offload(resolved["zero_optimization"], config, on_gpu)
+    _settle_adam(resolved, config, on_gpu)
     _check_offload_states(resolved, config, on_gpu)
     _check_strategy(resolved, config, "actor", on_gpu)
     for section in ("zero_optimization", "bf16"):
@@ -157,6 +158,9 @@ def critic_deepspeed(config: RunConfig, actor: Mapping[str, Any], world_size: in
         given = zero.pop(key, {})
         if asked and on_gpu:
             zero[key] = _offloaded(given)
+    if on_gpu and resolved["optimizer"]["params"].pop("fused", False):  # the actor's choice, without its offload
+        del resolved["optimizer"]["params"]["torch_adam"]
+    _settle_adam(resolved, config, on_gpu)
     _check_offload_states(resolved, config, on_gpu)
     _check_strategy(resolved, config, "critic", on_gpu)
     return resolved
@@ -347,8 +351,6 @@ def _settle_optimizer(resolved: dict[str, Any], config: RunConfig, on_gpu: bool,
         _settle(params, key, setting, name, "optimizer.params.")
     if params.get("eps", _AUTO) == _AUTO:
         params["eps"] = _ADAM_EPS
-    if not on_gpu:
-        params["torch_adam"] = True  # DeepSpeed's own CPU Adam has to be compiled first, and gains nothing here
 
 
 def _drop_scheduler(resolved: dict[str, Any], name: str) -> None:
@@ -405,6 +407,19 @@ def _settle_offload(zero: dict[str, Any], config: RunConfig, on_gpu: bool) -> No
             zero.pop(key, None)
         elif asked and device == "none" and on_gpu:
             zero[key] = _offloaded(zero.get(key, {}))
+
+
+def _settle_adam(resolved: dict[str, Any], config: RunConfig, on_gpu: bool) -> None:
+    """Take torch's AdamW, which nobody has to compile: on a GPU its fused kernel, which passes over the states once.
+
+    DeepSpeed's own stays where it alone will do: it updates in host memory, and only its states are moved there.
+    """
+    params, zero = resolved["optimizer"]["params"], resolved["zero_optimization"]
+    updates_on_host = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if not on_gpu:
+        params["torch_adam"] = True
+    elif "torch_adam" not in params and not updates_on_host and not config.worker.actor.offload_states:
+        params |= {"torch_adam": True, "fused": True}
 
 
 def _check_offload_states(resolved: Mapping[str, Any], config: RunConfig, on_gpu: bool) -> None:

@@ -79,7 +79,9 @@ def test_every_auto_is_filled_in():
         "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 3e-5, "betas": [0.8, 0.95], "eps": 1e-8, "weight_decay": 0.02},
+            "params": {
+                "lr": 3e-5, "betas": [0.8, 0.95], "eps": 1e-8, "weight_decay": 0.02, "torch_adam": True, "fused": True
+            },
         },
     }
 
@@ -88,6 +90,19 @@ def test_on_cpu_fp32_and_torch_s_adam():
     resolved = resolve(AUTO, on_gpu=False)
     assert resolved["bf16"] == {"enabled": False}
     assert resolved["optimizer"]["params"]["torch_adam"] is True
+
+
+def test_a_gpu_takes_torch_s_fused_adam_unless_only_deepspeed_s_own_will_do():
+    def chosen(content, *settings):
+        params = resolve(content, *settings, on_gpu=True)["optimizer"]["params"]
+        return params.get("torch_adam"), params.get("fused")
+
+    assert chosen(AUTO) == (True, True)
+    assert chosen(AUTO, "worker.actor.offload.offload_optimizer=true") == (None, None)
+    assert chosen(AUTO, "worker.actor.offload_states=true") == (None, None)
+    for said in (True, False):
+        given = {**AUTO, "optimizer": {"type": "AdamW", "params": {"torch_adam": said}}}
+        assert chosen(given) == (said, None)
 
 
 def test_bf16_on_a_cpu_where_it_is_asked_for():
@@ -336,6 +351,9 @@ def test_the_critic_has_an_optimizer_and_offload_of_its_own():
     config.worker.critic.offload.offload_optimizer = True
     zero = critic_deepspeed(config, actor, 2, on_gpu=True)["zero_optimization"]
     assert zero["offload_optimizer"]["device"] == "cpu" and "offload_param" not in zero
+    on_device = resolve(AUTO)
+    assert "torch_adam" not in critic_deepspeed(config, on_device, 2, on_gpu=True)["optimizer"]["params"]
+    assert on_device["optimizer"]["params"]["fused"] is True  # a copy was changed
     on_cpu = critic_deepspeed(config, resolve(AUTO, on_gpu=False), 2, on_gpu=False)
     assert "offload_optimizer" not in on_cpu["zero_optimization"]
 

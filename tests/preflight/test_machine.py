@@ -55,7 +55,7 @@ def test_what_a_run_does_not_need_is_not_asked_for():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["config=mmr1_h100"], Needs(0.55, True, False)),
+        (["config=mmr1_h100"], Needs(0.55, False, False)),
         (["config=mmr1_h100_32b", "worker.rollout.engine=hf"], Needs(0.0, True, True)),
         (["config=mmr1_h100", "worker.actor.offload_states=true"], Needs(0.55, True, True)),
         (["config=mmr1_h100", "worker.actor.optim.strategy=adamw_bf16"], Needs(0.55, False, False)),
@@ -106,7 +106,7 @@ def test_all_that_is_missing_is_one_line_and_nothing_is_loaded(tmp_path, monkeyp
     monkeypatch.setattr(machine, "gather", lambda environ: nothing)
     monkeypatch.setattr(train, "use_own_nvcc", lambda: None)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    assert train.main([*valid_run(tmp_path), "trainer.dry_run=true"]) == 2
+    assert train.main([*valid_run(tmp_path), "worker.actor.offload_states=true", "trainer.dry_run=true"]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mmr1-ds: error")]
     assert line.startswith("mmr1-ds: error: n7 cannot train: its driver is 550.54")
     assert all(word in line for word in ("nvcc is missing", "g++ is missing", "ninja is missing"))

@@ -1,6 +1,6 @@
 """Two updates by an actor with an optimiser, the second once more from a checkpoint of the first.
 
-Usage: optimizer_states.py MODEL OUT.npz SAVED_FOLDER [STRATEGY: adamw_bf16]
+Usage: optimizer_states.py MODEL OUT.npz SAVED_FOLDER [STRATEGY: adamw_bf16, or fused: adamw by torch's fused kernel]
 
 Where the folder has a checkpoint it only goes on from it.
 """
@@ -22,12 +22,15 @@ model, out, saved, strategy = [*sys.argv[1:], "adamw_bf16"][:4]
 PROMPTS = 4
 ranks = start_ranks()
 config = small_config(model, PROMPTS, 1, micro_batch=2)
-config.worker.actor.optim.strategy = strategy
+config.worker.actor.optim.strategy = strategy if strategy != "fused" else "adamw"
 config.worker.actor.optim.muon_lr = 0.01 if strategy == "muon" else None
 encoder = PromptEncoder(config.worker.actor.model, config.data)
 settings = deepspeed_configs(config, ranks.size)[0]
 settings["zero_optimization"]["sub_group_size"] = 20_000  # several groups of parameters
+if strategy == "fused":
+    settings["optimizer"]["params"]["fused"] = True
 actor = make_actor(config, settings, ranks, encoder)
+assert bool(actor.engine.optimizer.optimizer.defaults.get("fused")) is (strategy == "fused")
 
 
 def update(step: int) -> None:

@@ -129,10 +129,15 @@ class ZeroCheckpoint:
                 raise UserError(f"{folder} could not be converted to {self._ranks.size} ranks: {state}")
 
     def _part_steps(self) -> None:
-        """Give each group of parameters its own step count: torch's AdamW counts up in place what DeepSpeed shares."""
-        for state in self._engine.optimizer.optimizer.state.values():
+        """Give each group of parameters its own step count: torch's AdamW counts up in place what DeepSpeed shares.
+
+        The fused one counts on the parameters' device.
+        """
+        optimizer = self._engine.optimizer.optimizer
+        for parameter, state in optimizer.state.items():
             if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
+                device = parameter.device if optimizer.defaults.get("fused") else state["step"].device
+                state["step"] = state["step"].to(device, copy=True)
 
 
 class _Writer(TorchCheckpointEngine):
