@@ -115,9 +115,11 @@ class Actor(Learner):
             assert self._policy.replay is not None
             with self._policy.replay.recording():
                 logprobs, entropies, experts = self._evaluate(pairs, 3)
-        else:
-            logprobs, entropies = self._evaluate(pairs, 2, experts)
-        return OldPolicy(logprobs, entropies if self.selects_by_entropy else None, experts)
+            return OldPolicy(logprobs, entropies if self.selects_by_entropy else None, experts)
+        if not self.selects_by_entropy:
+            return OldPolicy(self._evaluate(pairs, 1, experts)[0], None, experts)
+        logprobs, entropies = self._evaluate(pairs, 2, experts)
+        return OldPolicy(logprobs, entropies, experts)
 
     def weights(self, as_held: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`.

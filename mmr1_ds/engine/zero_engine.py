@@ -122,18 +122,20 @@ class ZeroEngine:
         if self._parallel is not None:
             pairs = self._parallel.gather(pairs)
             experts = experts and self._parallel.gather(experts)
-        found: dict[int, tuple[np.ndarray, ...]] = {}
+        computed: list[tuple[list[int], list[Tensor | list[np.ndarray]]]] = []
         size = self.settings.micro_batch_size_per_device_for_experience
         for own in self._micro_batches(pairs, size, self._most_of_all_ranks):
             part = own or [_shortest(pairs)]
-            chosen = [pairs[i] for i in part]
-            cuts = np.cumsum([len(response) for _, response in chosen])[:-1]
-            parts = [
-                _experts_of(output[: len(chosen)]) if output.ndim == 4 else np.split(output.float().cpu().numpy(), cuts)
-                for output in self._forward(chosen, experts and [experts[i] for i in part])[:num_outputs]
-            ]
+            outputs = self._forward([pairs[i] for i in part], experts and [experts[i] for i in part])[:num_outputs]
+            # Numbers of tokens stay on the device until all are there: reading waits for them.
+            kept = [_experts_of(output[: len(part)]) if output.ndim == 4 else output.float() for output in outputs]
             if own:
-                found.update(zip(part, zip(*parts, strict=True), strict=True))
+                computed.append((part, kept))
+        found: dict[int, tuple[np.ndarray, ...]] = {}
+        for part, kept in computed:
+            cuts = np.cumsum([len(pairs[i][1]) for i in part])[:-1]
+            parts = [np.split(item.cpu().numpy(), cuts) if isinstance(item, Tensor) else item for item in kept]
+            found.update(zip(part, zip(*parts, strict=True), strict=True))
         in_order = [found[i] for i in range(len(pairs))]
         in_order = in_order if self._parallel is None else self._parallel.own(in_order)
         return tuple(list(column) for column in zip(*in_order, strict=True))
