@@ -41,7 +41,7 @@ from mmr1_ds.preflight.deepspeed import (
     own_deepspeed,
     reference_deepspeed,
     resolve_deepspeed,
-    with_written_offload,
+    with_dropped_sections,
 )
 from mmr1_ds.preflight.machine import MachineError, check_machine, use_own_nvcc
 from mmr1_ds.preflight.plan import describe_plan
@@ -130,7 +130,7 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed guesses, with a warning
         from mmr1_ds.loop.deepspeed_check import check_engines  # imports torch and DeepSpeed
 
-        check_engines(replace(configs, actor=with_written_offload(config, actor)), own)
+        check_engines(replace(configs, actor=with_dropped_sections(config, actor)), own)
     if importlib.util.find_spec("deepspeed") is not None:  # else only a dry run is done here
         check_trackers(config.trainer.logger)
     if config.trainer.dry_run:
