@@ -6,7 +6,7 @@ Shape letters: G groups, N responses a group, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,6 +50,8 @@ class Prompt:
     num_tokens: int = 0  # length with every image and video expanded, as the data set measured it
     # reads the row's columns that rewards see
     columns: Callable[[], Mapping[str, Any]] = field(default=dict, compare=False, repr=False)
+    # reads the row's messages; empty where its prompt is a text
+    messages: Callable[[], Sequence[Mapping[str, Any]]] = field(default=list, compare=False, repr=False)
     videos: tuple[Video, ...] = ()
 
     @property

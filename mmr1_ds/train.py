@@ -41,8 +41,9 @@ from mmr1_ds.preflight.deepspeed import (
     own_deepspeed,
     reference_deepspeed,
     resolve_deepspeed,
-    with_written_offload,
+    with_dropped_sections,
 )
+from mmr1_ds.preflight.installed import check_installed
 from mmr1_ds.preflight.machine import MachineError, check_machine, use_own_nvcc
 from mmr1_ds.preflight.plan import describe_plan
 from mmr1_ds.preflight.reward import try_reward
@@ -130,9 +131,12 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed guesses, with a warning
         from mmr1_ds.loop.deepspeed_check import check_engines  # imports torch and DeepSpeed
 
-        check_engines(replace(configs, actor=with_written_offload(config, actor)), own)
-    if importlib.util.find_spec("deepspeed") is not None:  # else only a dry run is done here
+        check_engines(replace(configs, actor=with_dropped_sections(config, actor)), own)
+    if importlib.util.find_spec("deepspeed") is not None:
         check_trackers(config.trainer.logger)
+        check_installed(config)
+    else:  # only a dry run is done here
+        logger.warning("deepspeed is not installed here, so that other packages of the run are not looked for either")
     if config.trainer.dry_run:
         try_reward(config.worker.reward, config.data)
         if any(names_a_file(value_at(config, key)) for key in FUNCTION_KEYS):

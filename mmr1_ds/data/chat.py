@@ -147,6 +147,17 @@ class ChatFormat:
             messages = [{"role": role, "content": _parts(text)} for role, text in turns]
         return Chat(messages, images, videos, prefill, has_answer)
 
+    def messages(self, cell: object, where: str) -> list[Message]:
+        """Return the messages of a cell without an answer, a prefill included; none where the cell is a text.
+
+        Args: cell, where: as of `chat`. Raises: UserError when the cell is no prompt.
+        """
+        if not isinstance(cell, list):
+            return []
+        turns, prefill, _ = self._without_answer(_turns(cell, where), where)
+        asked = cell[: len(turns) + bool(prefill)]
+        return [turn | {"role": _role(turn["role"], where)} for turn in asked]
+
     def _without_answer(self, turns: list[Turn], where: str) -> tuple[list[Turn], str, bool]:
         """Take off what the assistant says at the end. Returns: the other turns, the prefill, whether it is an answer.
 

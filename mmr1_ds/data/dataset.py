@@ -123,6 +123,7 @@ class PromptDataset:
             category=self.categories[index],
             num_tokens=num_tokens,
             columns=partial(reader.reward_columns.read, local),
+            messages=partial(reader.reward_columns.messages, local),
         )
 
     def prompts(self, indices: Sequence[int] | np.ndarray) -> list[Prompt]:

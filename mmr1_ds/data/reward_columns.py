@@ -1,4 +1,4 @@
-"""The columns of a row that rewards see beside the ground truth, read when a response is scored."""
+"""What rewards see of a row beside the ground truth, read when a response is scored: its columns, its messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmr1_ds.config import DataConfig
+from mmr1_ds.data.chat import ChatFormat
+from mmr1_ds.data.paths import at_path, column_of
 from mmr1_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ class RewardColumns:
             columns = list(data.reward_columns)
         self._features = undecoded_features(rows, columns)
         self._rows = rows.select_columns(columns).with_format("arrow") if columns else None
+        self._name, self._prompt_key = name, data.prompt_key
+        prompt = [column for column in [column_of(data.prompt_key, rows.column_names)] if column is not None]
+        self._prompt_features = undecoded_features(rows, prompt)
+        self._prompts = rows.select_columns(prompt).with_format("arrow")
+        self._format = ChatFormat(None, None, data.assistant_prefill, is_multimodal=False)
 
     def read(self, row: int) -> Mapping[str, Any]:
         """Return the columns of a row; an image is its bytes, or its path where the data has a path."""
@@ -34,6 +41,12 @@ class RewardColumns:
             return {}
         (found,) = self._rows[row : row + 1].to_pylist()
         return {name: _plain(cell) for name, cell in self._features.decode_example(found).items()}
+
+    def messages(self, row: int) -> list[dict[str, Any]]:
+        """Return the messages of a row's prompt, as the data has them but for an answer; none where it is a text."""
+        (found,) = self._prompts[row : row + 1].to_pylist()
+        cell = at_path(self._prompt_features.decode_example(found), self._prompt_key)
+        return [_plain(message) for message in self._format.messages(cell, f"{self._name}, row {row}")]
 
 
 def check_reward_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:

@@ -6,17 +6,22 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from mmr1_ds.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # DeepSpeed reads these elsewhere than in its config class.
 _READ_ELSEWHERE = ("compression_training", "elasticity", "sequence_parallel_size")
 # Sections that DeepSpeed reads key by key, so that one which is misspelt is passed over. Others refuse it themselves.
 _READ_BY_KEY = (
     "activation_checkpointing", "data_types", "aio", "optimizer", "checkpoint", "flops_profiler", "torch_autocast",
-    "autotuning", "data_efficiency",
+    "autotuning", "data_efficiency", "data_efficiency.data_sampling", "data_efficiency.data_routing",
+    "checkpoint.parallel_write", "timers", "expert_parallel",
 )  # fmt: skip
+_OF_PIPELINE = ("use_reentrant",)  # read by the pipeline's engine, beside those that have a default
 
 
 def check_deepspeed(resolved: Mapping[str, Any], name: str) -> None:
@@ -25,13 +30,16 @@ def check_deepspeed(resolved: Mapping[str, Any], name: str) -> None:
     Args: name: of the file, for errors.
     Raises: UserError, one line, for what DeepSpeed refuses, and for a key that it does not know.
     """
-    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum, get_pipeline_config
     from pydantic import ValidationError
 
     content = _Asked(copy.deepcopy(dict(resolved)))
-    for section in _READ_BY_KEY:
-        if isinstance(content.get(section), dict):
-            content[section] = _Asked(content[section])
+    watched: dict[str, _Asked] = {}
+    for section in _READ_BY_KEY:  # outer ones first
+        outer, _, key = section.rpartition(".")
+        parent = watched.get(outer) if outer else content
+        if parent is not None and isinstance(parent.get(key), dict):
+            watched[section] = parent[key] = _Asked(parent[key])
     content.pop("train_batch_size", None)  # of all ranks, which are not here
     loggers = [logging.getLogger(each) for each in ("DeepSpeed", "deepspeed")]
     levels = [each.level for each in loggers]
@@ -42,18 +50,17 @@ def check_deepspeed(resolved: Mapping[str, Any], name: str) -> None:
         if read.grad_accum_dtype is not None:
             DtypeEnum(read.grad_accum_dtype)  # as its engine does, once the model is there
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{name}: DeepSpeed refuses {key}={first.get('input')!r:.60}: {first['msg']}") from None
+        raise UserError(f"{name}: DeepSpeed {_refused(error, content)}") from None
     except Exception as error:  # of its own kinds, too, which derive from nothing narrower
         raise UserError(f"{name}: DeepSpeed refuses it: {first_line(error)}") from None
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)
     _check_known(content, _READ_ELSEWHERE, name, "")
-    for section in _READ_BY_KEY:
-        if isinstance(content.get(section), _Asked):
-            _check_known(content[section], ("params",), name, section + ".")
+    for section, asked in watched.items():
+        _check_known(asked, ("params",), name, section + ".")
+    if isinstance(pipeline := content.get("pipeline"), dict):  # of which DeepSpeed takes over every key
+        _check_known(_Asked(pipeline), (*get_pipeline_config({}), *_OF_PIPELINE), name, "pipeline.")
     _check_optimizer(resolved.get("optimizer", {}).get("params", {}), name)
 
 
@@ -81,14 +88,53 @@ class _Asked(dict[str, Any]):
 
 
 def _check_known(section: _Asked, others: Iterable[str], name: str, prefix: str) -> None:
-    import difflib
-
     known = section.asked | set(others)
     for key in section:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            advice = f"did you mean {prefix}{close[0]}?" if close else "remove it"
-            raise UserError(f"{name}: DeepSpeed knows no key {prefix}{key}; {advice}")
+            raise UserError(f"{name}: DeepSpeed {_unknown(prefix, key, known)}")
+
+
+def _unknown(prefix: str, key: str, known: Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"knows no key {prefix}{key}; " + (f"did you mean {prefix}{close[0]}?" if close else "remove it")
+
+
+def _refused(error: ValidationError, content: Mapping[str, Any]) -> str:
+    """What DeepSpeed's classes refuse first. They name the key inside the section, and not the section."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    section = next((name for name, part in content.items() if _at(part, path) == (True, first.get("input"))), None)
+    *outer, key = path if section is None else [section, *path]
+    prefix = "".join(f"{part}." for part in outer)
+    if first["type"] == "extra_forbidden":
+        return _unknown(prefix, key, _fields(error.title, path[:-1]))
+    return f"refuses {prefix}{key}={first.get('input')!r:.60}: {first['msg']}"
+
+
+def _at(section: object, path: Iterable[str]) -> tuple[bool, object]:
+    """Whether a section has a key, and its value."""
+    for part in path:
+        if not isinstance(section, Mapping) or part not in section:
+            return False, None
+        section = section[part]
+    return True, section
+
+
+def _fields(title: str, path: Iterable[str]) -> list[str]:
+    """The keys of one of DeepSpeed's classes, or of the section at `path` in it."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+    from pydantic import BaseModel
+
+    model: type[BaseModel] | None = next(
+        (known for known in DeepSpeedConfigModel.__subclasses__() if known.__name__ == title), None
+    )
+    for part in path:
+        annotation = model.model_fields[part].annotation if model is not None and part in model.model_fields else None
+        kinds = (annotation, *get_args(annotation))
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return [] if model is None else list(model.model_fields)
 
 
 def _check_optimizer(params: Mapping[str, Any], name: str) -> None:

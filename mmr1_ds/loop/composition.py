@@ -49,7 +49,6 @@ from mmr1_ds.loop.shared_queue import SharedQueue
 from mmr1_ds.loop.starting import (
     begin_from_known_rates,
     check_gpu,
-    check_installed,
     check_ranks,
     check_resumable,
     is_done,
@@ -104,7 +103,6 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
 
     Raises: UserError for data, model or environment that cannot be used; Preempted when it was told to end.
     """
-    check_installed(config)
     try_functions(config.worker.actor, config.algorithm)
     with ExitStack() as stack:
         # Starts before the models take the memory.

@@ -1,9 +1,8 @@
-"""What a run does before any model loads: packages, GPU, data, the lock, the checkpoint to go on from, the log."""
+"""What a run does before any model loads: GPU, data, the lock, the checkpoint to go on from, the log."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +18,7 @@ from mmr1_ds.curriculum.known_rates import known_rates
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.weights.weight_files import has_weights_alone
-from mmr1_ds.errors import UserError, remedy, require
+from mmr1_ds.errors import UserError
 from mmr1_ds.io import in_words
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.loop.run_lock import RunLock
@@ -27,39 +26,8 @@ from mmr1_ds.monitoring.environment import write_environment
 from mmr1_ds.monitoring.logger import MetricsLogger
 from mmr1_ds.preflight.models import weights_are_here
 from mmr1_ds.preflight.videos import NOT_BY_SERVERS
-from mmr1_ds.rewards.loading import BUILT_IN, each_function
 
 logger = logging.getLogger(__name__)
-
-
-def check_installed(config: RunConfig) -> None:
-    """Before anything is loaded. Raises: UserError for a package that the run needs and has not."""
-    actor, engine = config.worker.actor, config.worker.rollout.engine
-    if actor.model.lora.rank > 0 and importlib.util.find_spec("peft") is None:
-        raise UserError(
-            f"worker.actor.model.lora.rank={actor.model.lora.rank} but peft is not installed; {remedy('gpu')} "
-            "or set it to 0"
-        )
-    # Without it every response would count as one that could not be scored.
-    for name in (one.reward_function for one in each_function(config.worker.reward)):
-        if name in BUILT_IN:
-            require("gpu", "math_verify", purpose=f"the reward {name}")
-    if engine == "server":
-        require("gpu", "aiohttp", "msgspec", purpose="worker.rollout.engine=server")
-    if importlib.util.find_spec("vllm") is not None:
-        return
-    if engine in ("vllm", "server"):
-        raise UserError(f"worker.rollout.engine={engine} but vllm is not installed; {remedy('vllm')} or set engine=hf")
-    if actor.model.fp32_lm_head:
-        raise UserError("worker.actor.model.fp32_lm_head=true needs vllm; it is not installed")
-    if config.worker.rollout.lora_sync == "adapters":
-        raise UserError(f"worker.rollout.lora_sync=adapters but vllm is not installed; {remedy('vllm')} or set merged")
-    if actor.offload_states or actor.ulysses_size > 1:  # engine=auto comes to hf
-        raise UserError("worker.actor.offload_states and ulysses_size need vllm; it is not installed")
-    if returns_experts(config):
-        raise UserError(
-            f"worker.actor.router_replay.mode=R3 but vllm is not installed; {remedy('vllm')} or set it to R2"
-        )
 
 
 def check_gpu(launch: LaunchEnvironment) -> None:

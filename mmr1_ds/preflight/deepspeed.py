@@ -91,10 +91,10 @@ def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[
     return resolved
 
 
-def with_written_offload(config: RunConfig, actor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the actor's config with the offload sections as the user wrote them, which a run on the CPU drops.
+def with_dropped_sections(config: RunConfig, actor: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the actor's config with the sections that a run drops, as the user wrote them: DeepSpeed reads these too.
 
-    So that a dry run on a machine without GPUs has DeepSpeed read them too.
+    Such are fp16, which is off, and the offload sections on the CPU.
     """
     written, _ = load_deepspeed(config, on_gpu=False)
     zero = dict(actor["zero_optimization"])
@@ -102,7 +102,11 @@ def with_written_offload(config: RunConfig, actor: Mapping[str, Any]) -> dict[st
         if isinstance(section := written["zero_optimization"].get(key), dict):
             _drop_autos(section)
             zero[key] = section
-    return {**actor, "zero_optimization": zero}
+    dropped = {}
+    if isinstance(section := written.get("fp16"), dict):
+        _drop_autos(section)
+        dropped["fp16"] = section
+    return {**actor, **dropped, "zero_optimization": zero}
 
 
 def own_deepspeed(config: RunConfig) -> str | None:

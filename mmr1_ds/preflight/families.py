@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from mmr1_ds.config.derived import resolved_critic, trains_critic
 from mmr1_ds.config.families import FAMILIES
 from mmr1_ds.config.schema import RunConfig
 from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.models import balances_experts, model_type
 
 NO_ADAPTERS_BESIDE_EXPERTS = (
     "worker.rollout.lora_sync=adapters is not for mixtures of experts; set worker.rollout.lora_sync=merged"
@@ -25,6 +27,12 @@ def check_family(config: RunConfig, model_type: str) -> None:
             raise UserError(
                 f"{key} cuts sequences, along which layers of {model_type} models carry a state; set it to 1"
             )
+        if balances_experts(actor.model) and not config.trainer.val_only:
+            place = "" if family is None or not family.takes_images else ".text_config"
+            raise UserError(
+                f"{key} cannot balance experts, and {actor.model.model_path} has output_router_logits=true; set "
+                f"worker.actor.model.override_config{place}.output_router_logits=false"
+            )
     if config.worker.rollout.lora_sync == "adapters" and family is not None and family.has_experts:
         raise UserError(NO_ADAPTERS_BESIDE_EXPERTS)
     mode = actor.router_replay.mode
@@ -34,6 +42,16 @@ def check_family(config: RunConfig, model_type: str) -> None:
             f"worker.actor.router_replay.mode={mode} replays the routers of {replayed} models, not of {model_type}; "
             "set it to disabled"
         )
+
+
+def untested_critic(config: RunConfig) -> list[str]:
+    """Return a line on a critic of another family than the actor's; none for a hub model that was not looked at."""
+    if not trains_critic(config):
+        return []
+    critic, actor = model_type(resolved_critic(config).model), model_type(config.worker.actor.model)
+    if critic is None or actor is None or critic == actor:
+        return []
+    return [f"worker.critic.model is a {critic} model: critics were tested with the actor's family alone, {actor}"]
 
 
 def untested(config: RunConfig, model_type: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmr1_ds.config import ModelConfig
 from mmr1_ds.config.families import FAMILIES, PUBLISHED
+from mmr1_ds.config.schema import CriticModelConfig
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.files import json_object
 
@@ -29,6 +30,7 @@ def check_model(model: ModelConfig) -> None:
             f"worker.actor.model.override_config.model_type={model.override_config['model_type']} would make another "
             "model of it; leave it out"
         )
+    _check_tied_head(model)
     if model.tokenizer_path and _is_folder(model.tokenizer_path, "worker.actor.model.tokenizer_path"):
         _check_json_files(Path(model.tokenizer_path), "worker.actor.model.tokenizer_path")
 
@@ -61,13 +63,6 @@ def _check_model_folder(name: str, key: str) -> None:
             f"{key}: the config.json in {name!r} has no model_type, by which transformers and vLLM find the model's "
             "class; complete it"
         )
-    family, text = FAMILIES.get(content["model_type"]), content.get("text_config")
-    is_tied = content.get("tie_word_embeddings") and not (text or {}).get("tie_word_embeddings")
-    if family is not None and family.carries_states and text is not None and is_tied:
-        raise UserError(
-            f"{key}: tie_word_embeddings is true in {name!r} but not in its text_config, where vLLM looks: it would "
-            "leave the output layer random; set it there too"
-        )
     if not any(path.glob("*.safetensors")):
         if any(path.glob("*.bin")):
             raise UserError(
@@ -75,6 +70,20 @@ def _check_model_folder(name: str, key: str) -> None:
                 "(from_pretrained(...).save_pretrained(...) of transformers)"
             )
         raise UserError(f"{key}: {name!r} has no weights; it needs *.safetensors")
+
+
+def _check_tied_head(model: ModelConfig) -> None:
+    """Check that vLLM ties the output layer where transformers does: Qwen3.5's model there reads its text_config."""
+    content, family = _config(model) or {}, FAMILIES.get(model_type(model) or "")
+    text = content.get("text_config")
+    if family is None or not family.carries_states or not isinstance(text, dict):
+        return
+    if content.get("tie_word_embeddings") and not text.get("tie_word_embeddings"):
+        raise UserError(
+            f"worker.actor.model.model_path: tie_word_embeddings is true in {model.model_path!r} but not in its "
+            "text_config, where vLLM looks: it would leave the output layer random; set it there too, or "
+            "worker.actor.model.override_config.text_config.tie_word_embeddings=true"
+        )
 
 
 def _check_json_files(folder: Path, key: str) -> None:
@@ -85,7 +94,7 @@ def _check_json_files(folder: Path, key: str) -> None:
             raise UserError(f"{key}: text_config in {str(folder / name)!r} must be an object")
 
 
-def model_type(model: ModelConfig) -> str | None:
+def model_type(model: ModelConfig | CriticModelConfig) -> str | None:
     """Return the family of a model; None for a hub model that is neither in the cache nor known by name."""
     found = (_config(model) or {}).get("model_type") or PUBLISHED.get(model.model_path or "")
     return found if isinstance(found, str) else None
@@ -97,6 +106,11 @@ def model_has_experts(model: ModelConfig) -> bool | None:
     if family is not None:
         return family.has_experts
     return any(text.get(name) for name in _NUM_EXPERTS) if text else None
+
+
+def balances_experts(model: ModelConfig) -> bool:
+    """Return whether a model asks for the loss that balances experts; False for a hub model not in the cache."""
+    return bool(_text_config(model).get("output_router_logits"))
 
 
 def model_takes_images(model: ModelConfig) -> bool | None:
@@ -125,8 +139,11 @@ def weights_are_here(model: ModelConfig) -> bool:
     return any(_in_cache(model.model_path, f"model.safetensors{suffix}") for suffix in ("", ".index.json"))
 
 
-def _config(model: ModelConfig) -> dict[str, Any] | None:
-    """The config.json of a local model, or of a hub model that was downloaded before; nothing is fetched."""
+def _config(model: ModelConfig | CriticModelConfig) -> dict[str, Any] | None:
+    """The config.json of a local model, or of a hub model that was downloaded before, with override_config over it.
+
+    Nothing is fetched.
+    """
     if not model.model_path:
         return None
     path: str | None = os.path.join(model.model_path, "config.json")
@@ -134,7 +151,11 @@ def _config(model: ModelConfig) -> dict[str, Any] | None:
         path = _in_cache(model.model_path, "config.json")
     if path is None or not os.path.isfile(path):
         return None
-    return json_object(Path(path), "worker.actor.model.model_path")
+    content = json_object(Path(path), "worker.actor.model.model_path")
+    for key, value in model.override_config.items():  # of its parts the keys named, as transformers does it
+        part = content.get(key)
+        content[key] = {**part, **value} if isinstance(part, dict) and isinstance(value, dict) else value
+    return content
 
 
 def _in_cache(model_path: str, name: str) -> str | None:

@@ -16,7 +16,7 @@ from mmr1_ds.config.schema import CriticConfig, names_a_file
 from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.preflight.data import DataSummary, FileSummary
-from mmr1_ds.preflight.families import untested
+from mmr1_ds.preflight.families import untested, untested_critic
 from mmr1_ds.preflight.models import model_type
 
 _OPTIMISERS = {
@@ -395,7 +395,7 @@ def batch_plan(config: RunConfig, world_size: int, train_data: DataSummary, val_
 
 def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | None) -> list[str]:
     found = model_type(config.worker.actor.model)
-    notes = [] if found is None else untested(config, found)
+    notes = [*([] if found is None else untested(config, found)), *untested_critic(config)]
     rollout, trainer, size = config.worker.rollout, config.trainer, train_data.num_rows
     if size is not None and size < config.data.rollout_batch_size:
         notes.append(

@@ -23,10 +23,10 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
     """
     if all(one.reward_function in BUILT_IN for one in each_function(reward)):
         return
-    row, columns = _first_row(data)
+    row, columns, messages = _first_row(data)
     truth = at_path(row, data.answer_key)
     prompt, ids = str(at_path(row, data.prompt_key) or ""), tuple(range(8))  # without a tokenizer: any
-    item = RewardItem(right_response(truth), len(ids), str(truth), prompt, 0, columns, ids, ids)
+    item = RewardItem(right_response(truth), len(ids), str(truth), prompt, 0, columns, ids, ids, messages)
     with RewardPool(replace(reward, num_workers=1)) as pool:
         if truth is None:  # the data would have to be fetched, or its first row has no answer
             return
@@ -45,14 +45,15 @@ def right_response(answer: object) -> str:
     return f"<think>\n</think>\n<answer>\\boxed{{{answer}}}</answer>"
 
 
-def _first_row(data: DataConfig) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """The first row of a local data set and its reward columns; empty where it would have to be fetched."""
+def _first_row(data: DataConfig) -> tuple[dict[str, Any], Mapping[str, Any], list[dict[str, Any]]]:
+    """The first row of a local data set, its reward columns and messages; empty where it would have to be fetched."""
     name = next(iter(list_names(data.train_files)), "")
     if not Path(split_name(name)[0]).exists():
-        return {}, {}
+        return {}, {}, []
     rows = open_sources([name], answer_key=data.answer_key)[0].rows
     if not len(rows):
-        return {}, {}
+        return {}, {}, []
     found = (column_of(key, rows.column_names) for key in (data.answer_key, data.prompt_key))
     row = dict(rows.select_columns(sorted({name for name in found if name is not None}))[0])
-    return row, RewardColumns(name, rows, data).read(0)
+    columns = RewardColumns(name, rows, data)
+    return row, columns.read(0), columns.messages(0)

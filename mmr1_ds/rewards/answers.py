@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import re
 
-from mmr1_ds.rewards.choices import choice, choices, joined
+from mmr1_ds.rewards.choices import choice, choices, joined, same_letters
 from mmr1_ds.rewards.dress import undress
 from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
 from mmr1_ds.rewards.names import named, opaque, same_parts
@@ -34,6 +34,7 @@ _NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*|[a-zA-Z]{3,}[\w '-]*")
 _LABEL = re.compile(r"(?:\\text\s*\{\s*)?(?:final )?answer\s*:\s*\}?\s*", re.IGNORECASE)
 _APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])\s*")
+_TIMES = re.compile(r"(?<=\d) ?(?:\\times|\\cdot|\*) ?(?=\d)")
 _OPTION = re.compile(r"(?:option|choice|answer)\s*:?\s*(\(?[A-Z]\)?)", re.IGNORECASE)
 
 
@@ -56,7 +57,7 @@ def answers_equal(answer: str, truth: str) -> bool:
     if answer_text == truth_text or _same_words(answer_text, truth_text):
         return True
     answer_text, truth_text = (_OPTION.sub(r"\1", text) for text in (answer_text, truth_text))
-    if joined(truth_text) and choices(answer_text) == truth_text:
+    if joined(truth_text) and same_letters(choices(answer_text) or "", truth_text):
         return True
     truth_choice, truth_choices = choice(truth_text), choices(truth_text)
     if truth_choice or truth_choices:
@@ -100,10 +101,10 @@ def normalise(text: str) -> str:
 
 
 def _commits_to(answer: str, letter: str | None, letters: str | None) -> bool:
-    """A choice is right by its letter; a list by its letters in their order, with or without commas."""
+    """A choice is right by its letter; a list by its letters, with or without commas."""
     if letter is not None:
         return choice(answer) == letter or (letter == "E" and answer == "e")
-    return (choices(answer) or answer) == letters
+    return letters is not None and same_letters(choices(answer) or answer, letters)
 
 
 def _same_words(answer: str, truth: str) -> bool:
@@ -126,13 +127,20 @@ def _same(answer: str, truth: str, depth: int) -> bool:
     """Whether any reading of the answer is any reading of the truth."""
     if depth > MAX_DEPTH:
         return False
-    if answer == truth:
+    if _dotted(answer) == _dotted(truth):
         return True
+    if r"\cdot" in truth:  # it is no size of 2 by 3
+        answer = _dotted(answer)
     (answer_name, answer_value), (truth_name, truth_value) = named(answer), named(truth)
     parts = opaque(answer) or opaque(answer_value), opaque(truth) or opaque(truth_value)
     if any(parts):  # dates, times, ranges, bases: equal by their parts, never by arithmetic
         return (not answer_name or not truth_name or answer_name == truth_name) and same_parts(*parts)
     return any(_match(one, other, depth) for other in readings(truth, is_truth=True) for one in readings(answer))
+
+
+def _dotted(text: str) -> str:
+    r"""The text with one sign for products of numbers: 2 \times 3 is 2 \cdot 3. Between vectors the signs differ."""
+    return _TIMES.sub(r"\\cdot ", text)
 
 
 def _match(answer: Value, truth: Value, depth: int) -> bool:

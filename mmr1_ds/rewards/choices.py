@@ -32,6 +32,16 @@ def choices(text: str) -> str | None:
     return re.sub(r"and|[^A-Z]", "", text) if _LIST.fullmatch(text) else None
 
 
+def same_letters(one: str, other: str) -> bool:
+    """Return whether two lists of letters choose the same: in any order, but for one that may rank all options.
+
+    Such a ranking has every letter from A on, not in the alphabet's order: CAB.
+    """
+    letters = sorted(other)
+    is_ranking = "".join(letters) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(letters)] and letters != list(other)
+    return one == other if is_ranking else sorted(one) == letters
+
+
 def joined(text: str) -> bool:
     """Return whether the letters of several options stand side by side, as `ABD`; not `BAD`, which may be a word."""
     return re.fullmatch(r"[A-H]{2,}", text) is not None and list(text) == sorted(set(text))

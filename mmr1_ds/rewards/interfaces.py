@@ -10,7 +10,8 @@ verl        compute_score(data_source, solution_str, ground_truth, extra_info=No
 TRL         reward(prompts, completions, **columns) -> list[float]
 
 Columns of the row (`data.reward_columns`) are further keys of a dictionary, keyword arguments in TRL's form, and
-data_source and extra_info in verl's.
+data_source and extra_info in verl's. TRL's prompts and completions are lists of messages where the row's prompt is one,
+and texts where it is a text, as in TRL.
 
 verl's is told by the name solution_str or solution_strs, TRL's by completions or completion_ids; both are called by
 keyword. An async function is awaited.
@@ -46,7 +47,8 @@ _TRUTH_NAMES = ("ground_truth", "truth", "answer", "solution", "label", "target"
 _KEYWORDS = {"solution_str": "verl", "solution_strs": "verl_lists", "completions": "trl", "completion_ids": "trl"}
 _VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 _TRL_TRUTHS = ("ground_truth", "answer", "solution", "label")  # TRL's examples give the ground truth these names
-_IDS = ("prompt_ids", "response_ids")  # of an item, where the function takes them
+_IDS = ("prompt_ids", "response_ids")
+ON_REQUEST = (*_IDS, "messages")  # of an item: long, and few functions read them
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,12 @@ Items = list[dict[str, Any]]
 
 def adapt(
     function: Callable[..., Any], kwargs: Mapping[str, Any], reward_type: str | None, where: str
-) -> tuple[Callable[[Items], Any], str, bool]:
+) -> tuple[Callable[[Items], Any], str, tuple[str, ...]]:
     """Wrap the function in the present batch interface and bind its keyword arguments.
 
     Args: reward_type: one of REWARD_TYPES or None; where: names the function in errors.
-    Returns: the function of a list of items, which responses it must see in one call, one of TOGETHER, and whether it
-        takes the token ids of prompt and response.
+    Returns: the function of a list of items, which responses it must see in one call, one of TOGETHER, and which of
+        ON_REQUEST its items must have.
     Raises: UserError when the function does not take these arguments.
     """
     signature = inspect.signature(function)
@@ -100,10 +102,8 @@ def adapt(
     required = _required(signature, kwargs, parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     style = call_style(required, _required(signature, kwargs, parameter.KEYWORD_ONLY), reward_type)
     if style.keywords:
-        names = signature.parameters
-        takes_ids = style.keywords == "trl" and (_takes_all(signature) or "completion_ids" in names or _IDS[0] in names)
         named = _by_keyword(function, signature, kwargs, style.keywords, where)
-        return *_in_parts(named, style.together), takes_ids
+        return *_in_parts(named, style.together), _taken(signature) if style.keywords == "trl" else ()
     if all(one.kind is parameter.VAR_KEYWORD for one in signature.parameters.values()):
         raise UserError(f"worker.reward.reward_function {where} {NO_ARGUMENT}")
     try:
@@ -120,7 +120,7 @@ def adapt(
             return bound([_with_columns(item) for item in items])
         return bound([item["response"] for item in items], [item["ground_truth"] for item in items])
 
-    return *_in_parts(score, style.together), False
+    return *_in_parts(score, style.together), ()
 
 
 def _in_parts(score: Callable[[Items], Any], together: str) -> tuple[Callable[[Items], Any], str]:
@@ -177,9 +177,10 @@ def _by_keyword(
             raise TypeError(f"{error}; data.reward_columns hands over columns of the data") from None
         try:
             return awaited(**given)
-        except TypeError as error:
-            if keywords == "trl" and "string indices" in str(error):  # completion[0]["content"]
-                raise TypeError(f"{error}; completions are texts here, not lists of messages") from error
+        except (TypeError, AttributeError) as error:
+            hint = _form_hint(str(error), items) if keywords == "trl" else ""
+            if hint:
+                raise TypeError(f"{error}; {hint}") from error
             raise
 
     def score(items: Items) -> Any:
@@ -196,6 +197,15 @@ def _by_keyword(
 
 def _takes_all(signature: inspect.Signature) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+
+
+def _taken(signature: inspect.Signature) -> tuple[str, ...]:
+    """Those of ON_REQUEST that a function in TRL's form is given; the form of its completions hangs on messages."""
+    of_arguments = {"prompt_ids": _IDS, "completion_ids": _IDS, "prompts": ("messages",), "completions": ("messages",)}
+    if _takes_all(signature):
+        return ON_REQUEST
+    taken = {name for argument in of_arguments.keys() & signature.parameters.keys() for name in of_arguments[argument]}
+    return tuple(name for name in ON_REQUEST if name in taken)
 
 
 def _verl_arguments(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,13 +225,35 @@ def _verl_lists(items: Items) -> dict[str, Any]:
 def _trl_arguments(items: Items) -> dict[str, Any]:
     rows = [item.get("columns", {}) for item in items]
     columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    chats = [_trl_chat(item) for item in items]
     return {name: [item["ground_truth"] for item in items] for name in _TRL_TRUTHS} | columns | {
-        "prompts": [item.get("prompt", "") for item in items],
+        "prompts": [prompt for prompt, _ in chats],
         "prompt_ids": [item.get("prompt_ids", []) for item in items],
-        "completions": [item["response"] for item in items],
+        "completions": [completion for _, completion in chats],
         "completion_ids": [item.get("response_ids", []) for item in items],
         "trainer_state": None,
     }
+
+
+def _form_hint(error: str, items: Items) -> str:
+    """What to do about an error of a function that reads its completions in the other form; "" for another error."""
+    if not any(item.get("messages") for item in items):
+        is_other = "string indices" in error  # completion[0]["content"]
+        return "completions are texts, since the data's prompts are; read completion" if is_other else ""
+    is_other = "'list' object" in error or "got 'list'" in error  # completion.strip(), re.search(pattern, completion)
+    text = 'completion[0]["content"]'
+    return f"completions are lists of messages, since the data's prompts are; read {text}" if is_other else ""
+
+
+def _trl_chat(item: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Prompt and completion in the form that TRL gives them: the data's, messages or texts."""
+    messages = list(item.get("messages", ()))
+    if not messages:
+        return item.get("prompt", ""), item["response"]
+    prefill = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+    if isinstance(prefill, list):
+        prefill = "".join(part["text"] for part in prefill)
+    return messages, [{"role": "assistant", "content": prefill + item["response"]}]
 
 
 _OFFERS: dict[str, Callable[[Items], dict[str, Any]]] = {
@@ -263,7 +295,7 @@ def _required(signature: inspect.Signature, kwargs: Mapping[str, Any], *kinds: o
 
 def _with_columns(item: Mapping[str, Any]) -> dict[str, Any]:
     """A response's dictionary as EasyR1's, with its row's columns; ours come before one of the same name."""
-    return dict(item.get("columns", {})) | {key: item[key] for key in item if key not in ("columns", *_IDS)}
+    return dict(item.get("columns", {})) | {key: item[key] for key in item if key not in ("columns", *ON_REQUEST)}
 
 
 def _texts(item: Mapping[str, Any]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from mmr1_ds.config import RewardConfig, user_files
 from mmr1_ds.config.schema import names_a_file
 from mmr1_ds.errors import UserError
-from mmr1_ds.rewards.interfaces import REWARD_TYPES, TOGETHER, adapt
+from mmr1_ds.rewards.interfaces import ON_REQUEST, REWARD_TYPES, TOGETHER, adapt
 from mmr1_ds.rewards.unscored import NotApplicable, Unscored
 
 JUDGED = ("openr1", "openr1_vllm")  # upstream's names for two kinds of server; one client serves both
@@ -31,7 +31,7 @@ class LoadedReward:
 
     score: RewardFunction
     together: str = "one"  # which responses it must see in one call, one of TOGETHER
-    takes_ids: bool = False  # whether an item must have prompt_ids and response_ids
+    takes: tuple[str, ...] = ()  # which of interfaces.ON_REQUEST an item must have
     warm_up: Callable[[], None] = _nothing  # what a built-in imports late; not to be charged to the first response
 
 
@@ -202,7 +202,8 @@ def _weighted_sum(setup: Mapping[str, Any]) -> LoadedReward:
             reward.warm_up()
 
     together = max((reward.together for reward in loaded), key=TOGETHER.index)
-    return LoadedReward(score, together, any(reward.takes_ids for reward in loaded), warm_up)
+    takes = tuple(name for name in ON_REQUEST if any(name in reward.takes for reward in loaded))
+    return LoadedReward(score, together, takes, warm_up)
 
 
 def _unless_unscored(total: dict[str, Any], names: Collection[str]) -> dict[str, Any] | Unscored:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mmr1_ds.rewards.dress import undress
-from mmr1_ds.rewards.units import canonical_unit, split_bare_unit, split_chinese_unit
+from mmr1_ds.rewards.units import canonical_unit, is_compound, split_bare_unit, split_chinese_unit
 
 MAX_NUMBER_CHARS = 300  # a longer one is no number
 MAX_EXPONENT = 300  # the largest exponent of ten; more would build gigabytes of digits
@@ -39,13 +39,16 @@ _NO_UNITS = frozenset(
     "hundred half the is so times than as thousand million billion trillion dozen mod root".split()
 )
 # Plural nouns, and Chinese measure words; what scales the number (2 thirds, 3 pairs, ten thousands) is no thing.
+_THINGS = re.compile("[a-z]{3,}s|people|children|men|women|cup|rpm")
+_COUNTED = re.compile(r"(?:[a-zA-Z]+ )*?(?P<thing>[a-zA-Z]+)(?: of [a-zA-Z ]+| per [a-zA-Z]+|/[a-zA-Z]+| old)?")
 _WORDS = re.compile(
-    r"(?P<value>.*\d)(?:\s+(?P<unit>[a-z]{3,}s|people|children|men|women|cup|rpm)|"
+    rf"(?P<value>.*\d)(?:\s+(?P<unit>{_THINGS.pattern})|"
     r"\s*(?P<sign>(?:(?![十百千万亿成折倍半分点])[\u4e00-\u9fff]){1,2}))"
 )
 _PARTS = re.compile(
-    r"\w*(?:hs|ths|rds|lves|rters|nds|ies|illions)|pairs|couples|dozens|scores|tens|hundreds|plus|minus|less|times"
-    r"|digits|bits|roots|powers|zeros|zeroes|ones|twos|threes|fours|fives|sixes|sevens|eights|nines"
+    r"halves|thirds|quarters|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|\w+red|\w+sand|\w+illion)ths"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ties|\w*(?:illions|thousands|hundreds)|pairs|couples|dozens|scores|tens"
+    r"|plus|minus|less|times|digits|bits|roots|powers|zeros|zeroes|ones|twos|threes|fours|fives|sixes|sevens|eights|nines"
 )
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|dot)\{(\d{1,20})\}")
 _SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -88,9 +91,18 @@ def split_unit(text: str) -> tuple[str, str]:
     if found is None:
         return split_bare_unit(text) or (text, "")
     unit = re.sub(r"\.(?!\w)|[{}]", "", found["unit"]).strip()
-    if _NO_UNITS & set(re.split(r"[^a-z]+", unit.lower())) or not re.search("[a-zA-Z]", unit):
-        return text, ""
+    if _NO_UNITS & set(re.split(r"[^a-z]+", unit.lower())) or not (is_compound(unit) or _is_counted(unit)):
+        return text, ""  # 3 up is not 3
     return found["value"], canonical_unit(unit + (found["power"] or ""))
+
+
+def _is_counted(text: str) -> bool:
+    """Whether a text names what a number counts: red balls, people, pages per day, litres of water, years old."""
+    found = _COUNTED.fullmatch(text)
+    if found is None:
+        return False
+    thing = found["thing"].lower()
+    return is_compound(found["thing"]) or (_THINGS.fullmatch(thing) is not None and not _PARTS.fullmatch(thing))
 
 
 def split_words(text: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from mmr1_ds.config import RewardConfig
 from mmr1_ds.errors import UserError
+from mmr1_ds.rewards.interfaces import ON_REQUEST
 from mmr1_ds.rewards.loading import JUDGED, check_reward_config, each_function, reward_setup
 from mmr1_ds.rewards.process import Closed, WorkerProcess
 
@@ -26,7 +27,6 @@ MAX_RESTART_FAILURES = 3  # failed starts in a row; then the reward is broken fo
 LOGGED_FAILURES = 3  # failures of each kind logged with their reasons; later ones are only counted
 MAX_REWARD = 1.0e30  # larger ones would not be finite as float32 sums
 FAILURE_KINDS = ("timeout", "crash", "invalid", "error", "unscored")
-_IDS: tuple[str, ...] = ("prompt_ids", "response_ids")  # of an item: long, and few rewards read them
 MAX_RESPONSE_LENGTH = 2048  # tokens, where the caller gives no limit
 
 
@@ -42,6 +42,7 @@ class RewardItem:
     columns: Mapping[str, Any] = field(default_factory=dict)  # of the prompt's row, by data.reward_columns
     prompt_ids: Sequence[int] = ()  # tokens; these go to a reward that asks for them
     response_ids: Sequence[int] = ()
+    messages: Sequence[Mapping[str, Any]] = ()  # of the prompt's row, to a reward that asks; none where it is a text
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class RewardPool:
         self._num_restart_failures = 0
         self._warned_accuracy = False
         self._is_closed = False
-        self._together, self._left_out = "one", _IDS  # the workers tell when they have started
+        self._together, self._takes = "one", frozenset[str]()  # the workers tell when they have started
         try:
             for _ in range(config.num_workers):
                 self._workers.append(self._start())
@@ -137,6 +138,11 @@ class RewardPool:
     def together(self) -> str:
         """Which responses the reward sees in one call: one, group or batch. Known once the workers have started."""
         return self._together
+
+    @property
+    def takes_messages(self) -> bool:
+        """Whether the reward is given the messages of the prompt's row. Known once the workers have started."""
+        return "messages" in self._takes
 
     @property
     def pids(self) -> list[int]:
@@ -196,7 +202,8 @@ class RewardPool:
             worker.call = current.waiting.popleft()
             worker.deadline = time.monotonic() + self._seconds_per_response * len(worker.call.slots)
             items = [vars(current.items[slot]) for slot in worker.call.slots]
-            worker.process.send([{key: item[key] for key in item if key not in self._left_out} for item in items])
+            left_out = set(ON_REQUEST) - self._takes
+            worker.process.send([{key: item[key] for key in item if key not in left_out} for item in items])
 
     def _step(self, current: _Round, is_startup: bool = False) -> None:
         """Wait for the next reply or deadline and act on it."""
@@ -239,7 +246,7 @@ class RewardPool:
     def _take_start(self, index: int, reply: dict[str, Any] | Closed, is_startup: bool) -> None:
         if not isinstance(reply, Closed) and "ready" in reply:
             self._workers[index].is_ready = True
-            self._together, self._left_out = reply["ready"], () if reply["takes_ids"] else _IDS
+            self._together, self._takes = reply["ready"], frozenset(reply["takes"])
             self._num_restart_failures = 0
             return
         if isinstance(reply, Closed):

@@ -34,9 +34,10 @@ def score_groups(
     for number, group in enumerate(groups):
         prompt, truth = decode(group.prompt.token_ids), group.prompt.ground_truth
         columns, prompt_ids = group.prompt.columns(), group.prompt.token_ids
+        messages = group.prompt.messages() if pool.takes_messages else ()
         for response in group.responses:
             ids = response.token_ids.tolist()
-            items.append(RewardItem(decode(ids), len(ids), truth, prompt, number, columns, prompt_ids, ids))
+            items.append(RewardItem(decode(ids), len(ids), truth, prompt, number, columns, prompt_ids, ids, messages))
     results = pool.score(items)
     scored, start = [], 0
     for group in groups:

@@ -74,6 +74,7 @@ _SPELLINGS = {
 _CANONICAL = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 _POWER_WORDS = {"square": "^2", "sq": "^2", "cubic": "^3"}
 _POWERED = re.compile(r"(.*[A-Za-z]) (squared|cubed)")
+_POWERS = re.compile(r"\^\s*\{?-?\d\}?|\b(?:square|sq|cubic|squared|cubed|per)\b", re.IGNORECASE)
 _PER = re.compile(r"(?<=[a-z]) per (?=[a-z])")
 _PRODUCTS = ("mg", "ms", "nm", "mA", "Nm", "eV", "gm", "hr")
 # These are variables as often as units, mg a weight: five metres are "5 m", with a space and behind a plain number.
@@ -112,6 +113,12 @@ def canonical_unit(text: str) -> str:
     power = power or "".join(f"^{digit}" for digit in re.findall(r"\^\s*\{?([23])\}?$", name))
     parts = [_known(part) or part for part in re.sub(r"\s", "", base).split("/")]
     return (_known(base) or "/".join(parts)) + power
+
+
+def is_compound(text: str) -> bool:
+    """Return whether all of a text are units that are known here, as `kg m/s^2` and `square feet` are."""
+    words = [word for word in re.split(r"[\s/]+|\\cdot", _POWERS.sub(" ", text)) if word]
+    return bool(words) and all(_known(word) is not None for word in words)
 
 
 def is_unit(name: str) -> bool:

@@ -49,7 +49,7 @@ def readings(text: str, is_truth: bool = False) -> list[Value]:
         return [Value("except", numbers, name=variable)]
     member = _MEMBER.match(text)
     if member is not None:
-        return [replace(value, name=member[1]) for value in readings(text[member.end() :])]
+        return [_of_member(member[1], value) for value in readings(text[member.end() :], is_truth=True)]
     name, value = named(text)
     if name and name not in ("y", "f(x)"):
         of_name = [replace(found, name=name) for found in readings(value, is_truth)]
@@ -71,6 +71,13 @@ def readings(text: str, is_truth: bool = False) -> list[Value]:
     return found
 
 
+def _of_member(name: str, value: Value) -> Value:
+    r"""What a variable is in: x \in \{2\} is x = 2, whether truth or answer."""
+    if value.kind == "atom":
+        return replace(value, items=(f"{name} = {value.items[0]}",))
+    return replace(value, name=name)
+
+
 def _matrix(text: str) -> Value | None:
     found = _MATRIX.fullmatch(text)
     array = None if found else _ARRAY.fullmatch(text)
@@ -83,7 +90,7 @@ def _matrix(text: str) -> Value | None:
 
 
 def _bracketed(text: str, is_truth: bool) -> list[Value] | None:
-    r"""What stands in one pair of brackets: \{1, 2\} is a list, (1, 2) and [1, 2) keep theirs, (5) is 5."""
+    r"""What stands in one pair of brackets: \{1, 2\} is a list, (1, 2) and [1, 2) keep theirs, (5) is 5, not \{5\}."""
     is_set = text.startswith(r"\{")
     start = 1 if is_set else 0
     if not text or text[start] not in "({[" or closing(text, start) != len(text) - 1:
@@ -95,7 +102,13 @@ def _bracketed(text: str, is_truth: bool) -> list[Value] | None:
             return [Value("list", (inner,))]
         if not inner:
             return [Value("atom", (r"\emptyset",))]
-        return [Value("list", tuple(items))] if len(items) > 1 else _bare_commas(inner)
+        if len(items) > 1:
+            return [Value("list", tuple(items))]
+        found = _bare_commas(inner)
+        if not is_set or [one.kind for one in found] != ["atom"]:
+            return found
+        of_one = Value("list", (inner,))  # what a set of one is a truth may say without braces, not an answer with them
+        return [of_one, *found] if is_truth else [of_one]
     if len(items) == 1:
         return readings(inner, is_truth) if opening + closed == "()" else None
     items = [_INFINITE.sub(r"\\infty", item) for item in items]

@@ -1,10 +1,10 @@
 """A reward worker process: `python -m mmr1_ds.rewards.worker REPLY_FD GUARD_FD`.
 
 It reads JSON lines from its standard input, answers on REPLY_FD, and ends when the input does. The first line is
-what `loading.reward_setup` returns, answered by {"ready": one of TOGETHER, "takes_ids": bool} or {"failed": reason};
-every further line is a list of items, answered by {"results": [...]}, one a response, each {"score": {key: number, or
-null for what does not apply}} or a failure, or by one failure for all: {"kind": "error" | "invalid" | "unscored",
-"reason": text}.
+what `loading.reward_setup` returns, answered by {"ready": one of TOGETHER, "takes": [names in ON_REQUEST]} or
+{"failed": reason}; every further line is a list of items, answered by {"results": [...]}, one a response, each
+{"score": {key: number, or null for what does not apply}} or a failure, or by one failure for all:
+{"kind": "error" | "invalid" | "unscored", "reason": text}.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(reply_fd: int, guard_fd: int) -> None:
     except (Exception, SystemExit) as error:  # a user's module may raise anything; the parent reports it
         _reply(replies, {"failed": _describe(error)})
         return
-    _reply(replies, {"ready": reward.together, "takes_ids": reward.takes_ids})
+    _reply(replies, {"ready": reward.together, "takes": reward.takes})
     for line in requests:
         try:
             _reply(replies, _answer(reward.score, from_line(line)))

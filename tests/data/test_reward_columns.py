@@ -117,6 +117,63 @@ def test_images_reach_the_reward(tmp_path, vision_model):
     assert item.rewards.overall.tolist() == [len(image)], pool.first_reasons
 
 
+SYSTEM, ASKED = {"role": "system", "content": "Think."}, {"role": "user", "content": "2 + 5?"}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("said", "prefill", "kept"),
+    [(None, False, None), ("7", False, None), ("It is", True, "It is"), ("<think>", False, "<think>")],
+)
+def test_messages_of_the_row_reach_the_reward_without_its_answer(tmp_path, text_model, kind, said, prefill, kept):
+    turns = [SYSTEM, ASKED, *([{"role": "gpt", "content": said}] if said else [])]
+    path = write_kind(kind, tmp_path, [{"prompt": turns, "answer": "7"}])
+    dataset = load_dataset(path, config(max_prompt_length=100, assistant_prefill=prefill), encoder_of(text_model))
+    last = [{"role": "assistant", "content": kept}] if kept else []
+    assert dataset[0].messages() == [SYSTEM, ASKED, *last]
+    (tmp_path / "mine.py").write_text(
+        "def f(prompts, completions):\n"
+        "    return [len(p) + 10 * len(c[0]['content']) for p, c in zip(prompts, completions)]\n"
+    )
+    with RewardPool(RewardConfig(f"{tmp_path / 'mine.py'}:f", num_workers=1)) as pool:
+        (item,), _ = score_groups(pool, [RolloutGroup(dataset[0], (response([7]),), 0)], lambda ids: "r")
+    assert item.rewards.overall.tolist() == [2 + 10 * len((kept or "") + "r")], pool.first_reasons
+
+
+def test_a_prompt_that_is_a_text_has_no_messages(tmp_path, text_model):
+    dataset = load_dataset(write_kind("parquet", tmp_path, rows()), config(), encoder_of(text_model))
+    assert dataset[0].messages() == []
+
+
+def test_images_in_messages_reach_the_reward(tmp_path, vision_model):
+    parts = [{"type": "image", "image": {"bytes": png(28, 28, 1), "path": None}}, {"type": "text", "text": "a?"}]
+    written = [{"prompt": [{"role": "user", "content": parts}], "answer": "1"}]
+    dataset = load_dataset(write_kind("parquet", tmp_path, written), config(), encoder_of(vision_model))
+    (turn,) = dataset[0].messages()
+    assert turn["content"][0]["image"] == png(28, 28, 1) and turn["content"][1]["text"] == "a?"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read", "fails"),
+    [
+        ([SYSTEM, ASKED], "c[0]['content']", None),
+        ([SYSTEM, ASKED], "c.strip()", "completions are lists of messages"),
+        ("2 + 5?", "c[0]['content']", "completions are texts"),
+        ("2 + 5?", "c.strip()", None),
+    ],
+)
+def test_the_dry_run_hands_over_completions_in_the_form_of_the_data(tmp_path, prompt, read, fails):
+    path, lines = tmp_path / "mine.py", tmp_path / "rows.jsonl"
+    path.write_text(f"def f(completions, **kwargs):\n    return [float('7' in {read}) for c in completions]\n")
+    lines.write_text(json.dumps({"prompt": prompt, "answer": "7"}) + "\n")
+    reward, data = RewardConfig(f"{path}:f"), DataConfig(train_files=str(lines))
+    if fails is None:
+        try_reward(reward, data)
+        return
+    with pytest.raises(UserError, match=fails):
+        try_reward(reward, data)
+
+
 @pytest.mark.parametrize(("wanted", "message"), [(["task"], None), ([], "task.*data.reward_columns hands over")])
 def test_the_dry_run_tries_the_reward_with_the_columns(tmp_path, wanted, message):
     path, lines = tmp_path / "mine.py", tmp_path / "rows.jsonl"

@@ -50,6 +50,25 @@ def test_a_good_config_is_read_and_left_as_it_is():
 
 
 @pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("fp16", {"enabled": False, "loss_scale": 0, "hysteresis": 2, "fp16_master_weights_and_grads": False}),
+        ("pipeline", {"stages": "auto", "partition": "best", "use_reentrant": True}),
+        ("timers", {"throughput": {"enabled": True, "synchronized": False}}),
+        ("checkpoint", {"tag_validation": "Ignore", "parallel_write": {"pipeline_stage": False}}),
+        ("data_efficiency", {
+            "enabled": False, "seed": 1, "data_routing": {"enabled": False, "random_ltd": {"enabled": False}},
+            "data_sampling": {"enabled": False, "num_epochs": 2, "num_workers": 0, "pin_memory": False,
+                              "curriculum_learning": {"enabled": False}},
+        }),
+        ("expert_parallel", {"enabled": False, "autoep_size": 1}),
+    ],
+)  # fmt: skip
+def test_sections_that_deepspeed_reads_pass(path, value):
+    check_deepspeed(changed(path, value), "x.json")
+
+
+@pytest.mark.parametrize(
     ("path", "value", "words"),
     [
         ("gradient_cliping", 1.0, "knows no key gradient_cliping; did you mean gradient_clipping"),
@@ -65,6 +84,15 @@ def test_a_good_config_is_read_and_left_as_it_is():
         ("aio.queue_deph", 1, "did you mean aio.queue_depth"),
         ("flops_profiler.enable", True, "did you mean flops_profiler.enabled"),
         ("comms_logger.enable", True, "enable"),
+        ("fp16.loss_scal", 0, "knows no key fp16.loss_scal; did you mean fp16.loss_scale?"),
+        ("pipeline.foo", 1, "knows no key pipeline.foo; remove it"),
+        ("pipeline.grad_partition", True, "did you mean pipeline.grad_partitioned?"),
+        ("zero_optimization.overlap_com", True, "did you mean zero_optimization.overlap_comm?"),
+        ("zero_optimization.offload_param.devic", "cpu", "did you mean zero_optimization.offload_param.device?"),
+        ("timers.throughputs", {}, "did you mean timers.throughput?"),
+        ("checkpoint.parallel_write.pipeline_stages", True, "did you mean checkpoint.parallel_write.pipeline_stage?"),
+        ("data_efficiency.data_sampling.num_epoch", 1, "did you mean data_efficiency.data_sampling.num_epochs?"),
+        ("data_efficiency.data_routing.enable", True, "did you mean data_efficiency.data_routing.enabled?"),
         ("communication_data_type", "fp33", "fp33"),
         ("data_types.grad_accum_dtype", "fp33", "fp33"),
         ("torch_autocast.enabld", True, "did you mean torch_autocast.enabled"),

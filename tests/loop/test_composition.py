@@ -33,7 +33,6 @@ def test_a_gpu_is_used_before_data_is_read(monkeypatch, seen, reached):
         order.append("GPU")
         return True
 
-    monkeypatch.setattr(composition, "check_installed", lambda config: None)
     monkeypatch.setattr(composition, "RewardPool", lambda *arguments: contextlib.nullcontext())
     monkeypatch.setattr(starting, "initialise_gpu", initialise)
     monkeypatch.setattr(starting, "gpu_is_here", lambda: seen)

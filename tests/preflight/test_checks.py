@@ -250,8 +250,14 @@ def test_adapters_alone_are_not_sent_to_mixtures_of_experts(valid, tmp_path, par
 def test_an_output_layer_that_vllm_would_leave_random_is_named(valid, tmp_path):
     content = {"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": {}}
     assert "tie_word_embeddings is true in " in refused(valid, model_folder(tmp_path, **content))
+    over = "worker.actor.model.override_config"
+    for argument in (f"{over}.text_config.tie_word_embeddings=true", f"{over}.tie_word_embeddings=false"):
+        check(valid, model_folder(tmp_path, **content), argument)
     content["text_config"] = {"tie_word_embeddings": True}
     check(valid, model_folder(tmp_path, **content))
+    key = f"{over}.text_config.tie_word_embeddings"
+    message = refused(valid, model_folder(tmp_path, **content), f"{key}=false")
+    assert "tie_word_embeddings is true in " in message and message.endswith(f"{key}=true")
 
 
 def test_no_kl_at_all_is_fine(valid):

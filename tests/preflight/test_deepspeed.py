@@ -12,7 +12,7 @@ from mmr1_ds.preflight.deepspeed import (
     own_deepspeed,
     reference_deepspeed,
     resolve_deepspeed,
-    with_written_offload,
+    with_dropped_sections,
 )
 
 BATCH = [
@@ -374,8 +374,16 @@ def test_a_machine_without_gpus_has_the_offload_sections_read_too():
     config.worker.actor.deepspeed = changed(zero_optimization__offload_param={"devise": "cpu", "buffer_size": "auto"})
     actor = resolve_deepspeed(config, 2, on_gpu=False)
     assert "offload_param" not in actor["zero_optimization"]
-    assert with_written_offload(config, actor)["zero_optimization"]["offload_param"] == {"devise": "cpu"}
+    assert with_dropped_sections(config, actor)["zero_optimization"]["offload_param"] == {"devise": "cpu"}
     assert "offload_param" not in actor["zero_optimization"]
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_fp16_that_is_off_is_read_too(on_gpu):
+    config = load_config(BATCH).config
+    config.worker.actor.deepspeed = changed(fp16={"enabled": "auto", "loss_scal": 0})
+    actor = resolve_deepspeed(config, 2, on_gpu)
+    assert "fp16" not in actor and with_dropped_sections(config, actor)["fp16"] == {"loss_scal": 0}
 
 
 def test_8_bit_moments_ask_for_their_library(monkeypatch):

@@ -76,6 +76,43 @@ def test_what_was_not_tested_is_a_note_of_the_plan(valid, tmp_path, family, argu
     assert len(noted) == len(expected) and all(map(str.__contains__, noted, expected))
 
 
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ({"model_type": "qwen3_moe", "output_router_logits": True}, ""),
+        ({"model_type": "qwen3_vl_moe", "text_config": {"output_router_logits": True}}, ".text_config"),
+    ],
+)
+def test_a_loss_that_balances_experts_is_refused_with_ulysses_before_the_model_loads(valid, tmp_path, content, place):
+    folder, ulysses = model_folder(tmp_path / "model", **content), "worker.actor.ulysses_size=2"
+    key = f"worker.actor.model.override_config{place}.output_router_logits"
+    check(valid, folder)
+    message = refused(valid, folder, ulysses)
+    assert message.startswith(f"{ulysses} cannot balance experts") and message.endswith(f"set {key}=false")
+    check(valid, folder, ulysses, f"{key}=false")
+    parts = {"text_config": {}} if place else {}
+    quiet = model_folder(tmp_path / "quiet", model_type=content["model_type"], **parts)
+    assert "cannot balance experts" in refused(valid, quiet, ulysses, f"{key}=true")
+
+
+@pytest.mark.parametrize(
+    ("critic", "expected"),
+    [
+        ("qwen3", ["worker.critic.model is a qwen3 model: critics were tested with the actor's family alone, qwen2"]),
+        ("phi3", ["worker.critic.model is a phi3 model: critics were tested with the actor's family alone, qwen2"]),
+        ("qwen2", []),
+        (None, []),
+    ],
+)
+def test_a_critic_of_another_family_is_a_note(valid, tmp_path, critic, expected):
+    arguments = [*valid, model_folder(tmp_path / "model", model_type="qwen2")]
+    if critic is not None:
+        model_folder(tmp_path / "critic", model_type=critic)
+        arguments.append(f"worker.critic.model.model_path={tmp_path / 'critic'}")
+    assert [note for note in check(arguments, "algorithm.adv_estimator=gae").notes if "critics" in note] == expected
+    assert not [note for note in check(arguments).notes if "critics" in note]  # it has none
+
+
 def test_the_plan_names_the_family(valid, tmp_path):
     arguments = [*valid, model_folder(tmp_path / "model", model_type="qwen3_vl")]
     text = describe_plan(load(*arguments), check(arguments), DEEPSPEED, DEEPSPEED, None, on_gpu=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 
 import pytest
@@ -285,10 +286,52 @@ def test_of_several_rewards_those_that_apply_count(tmp_path):
     assert code.parts == pytest.approx({"sums": math.nan, "code": 0.5}, nan_ok=True)
 
 
-def test_completions_are_texts(tmp_path):
-    source = "def compute_score(completions, **kwargs):\n    return [len(c[0]['content']) for c in completions]\n"
-    (result,) = run(write(tmp_path, source), [RIGHT])
-    assert result.failure == "error" and "completions are texts here, not lists of messages" in result.reason
+# The first is in the form of TRL's documentation, the second sees the prompt too.
+CONVERSATIONAL = {
+    "format": "import re\ndef compute_score(completions, **kwargs):\n"
+    "    pattern = r'^<think>.*?</think><answer>.*?</answer>$'\n"
+    "    completion_contents = [completion[0]['content'] for completion in completions]\n"
+    "    matches = [re.match(pattern, content) for content in completion_contents]\n"
+    "    return [2.0 if match else 0.0 for match in matches]\n",
+    "prompt": "def compute_score(prompts, completions, answer):\n"
+    "    assert [[turn['role'] for turn in prompt] for prompt in prompts] == [['system', 'user']]\n"
+    "    assert [turn['role'] for turn in completions[0]] == ['assistant']\n"
+    "    return [2.0 * c[0]['content'].endswith(f'<answer>{p[-1][\"content\"]}{a}</answer>')\n"
+    "            for p, c, a in zip(prompts, completions, answer)]\n",
+}
+ASKED = ({"role": "system", "content": "Think."}, {"role": "user", "content": "2 + 5 = "})
+
+
+@pytest.mark.parametrize("prefill", ["", "<think>"])
+@pytest.mark.parametrize("name", CONVERSATIONAL)
+def test_trls_conversational_functions_are_given_messages(tmp_path, name, prefill):
+    """A prefill is the completion's beginning and no message of the prompt, as in TRL."""
+    messages = (*ASKED, {"role": "assistant", "content": prefill}) if prefill else ASKED
+    texts = ["<think>a</think><answer>2 + 5 = 7</answer>", "<think>a</think>7"]
+    items = [RewardItem(text.removeprefix(prefill), 1, "7", "as text", messages=messages) for text in texts]
+    right, wrong = run(write(tmp_path, CONVERSATIONAL[name]), items)
+    assert (right.overall, wrong.overall) == (2.0, 0.0), right.reason
+
+
+@pytest.mark.parametrize(
+    ("read", "messages", "message"),
+    [
+        ("c[0]['content']", (), "completions are texts, since the data's prompts are; read completion"),
+        ("c.strip()", ASKED, r'completions are lists of messages.*; read completion\[0\]\["content"\]'),
+        ("re.search('a', c)", ASKED, "completions are lists of messages"),
+        ("c.no_such_name", (), "^AttributeError: 'str' object has no attribute 'no_such_name'$"),
+    ],
+)
+def test_a_function_that_reads_the_other_form_is_told_so(tmp_path, read, messages, message):
+    source = f"import re\ndef compute_score(completions, **kwargs):\n    return [len({read}) for c in completions]\n"
+    (result,) = run(write(tmp_path, source), [RewardItem("ab", 1, "7", messages=messages)])
+    assert result.failure == "error" and re.search(message, result.reason), result.reason
+
+
+def test_other_interfaces_see_no_messages(tmp_path):
+    source = "def compute_score(reward_input):\n    return {'overall': 'messages' in reward_input}\n"
+    (result,) = run(write(tmp_path, source), [RewardItem("7", 1, "7", messages=ASKED)])
+    assert result.overall == 0.0
 
 
 def test_trls_none_leaves_the_response_unscored(tmp_path):

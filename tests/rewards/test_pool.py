@@ -250,7 +250,7 @@ def test_what_a_built_in_imports_late_is_not_in_a_responses_seconds(monkeypatch)
     monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(worker.os, "killpg", lambda group, number: None)
     worker.main(0, 0)
-    assert order == ["warm", "ready", "takes_ids"]
+    assert order == ["warm", "ready", "takes"]
 
 
 # --- starting -----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ RIGHT = [  # (answer, truth)
     # choices and words
     ("(A)", "A"), ("A", "(A)"), ("A.", "A"), ("A)", "A"), ("[A]", "A"), ("\\text{(A)}", "A"), ("\\textbf{A}", "A"),
     ("a", "A"), ("(A) 12", "A"), ("A. an apple", "A"), ("A: 12", "A"), ("A", "A. 12"), ("A \\text{ and } C", "A, C"),
-    ("AC", "A, C"), ("\\text{Monday}", "monday"), ("North-East", "\\text{north-east}"),
+    ("AC", "A, C"), ("C, A", "A, C"), ("\\text{Monday}", "monday"), ("North-East", "\\text{north-east}"),
     # more of all kinds
     ("7", "7"), (" 7. ", "7"), ("$7$", "7"), ("+7", "7"), ("7.0", "7"), ("-7", "\N{MINUS SIGN}7"), ("x = 7", "7"),
     ("1,234", "1234"), ("1{,}234", "1234"), ("0.5", "1/2"), (".5", "\\frac{1}{2}"), ("\\dfrac12", "0.5"),
@@ -66,7 +66,7 @@ WRONG = [
     # choices and words
     ("AB", "A"), ("A or B", "A"), ("A, B", "A"), ("(A) or (B)", "A"), ("A. B", "A"), ("(A)(B)", "A"), ("not A", "A"),
     ("A\\text{ or }B", "A"), ("\\text{A, B, C, D, E}", "A"), ("Area", "A"), ("apple", "A"), ("B", "A. 12"),
-    ("A) not this", "A"), ("A", "A, C"), ("C, A", "A, C"), ("ABC", "A, C"), ("yes or no", "yes"), ("no", "yes"),
+    ("A) not this", "A"), ("A", "A, C"), ("ABC", "A, C"), ("A, B, C", "C, A, B"), ("yes or no", "yes"), ("no", "yes"),
     ("not yes", "yes"), ("not enough", "no"), ("unknown", "no"), ("the answer", "answer the"),
     # more of all kinds
     ("8", "7"), ("", "7"), ("7", ""), ("7, 8", "7"), ("7,8", "7"), ("7 8", "7"), ("7 \\quad 8", "15"),

@@ -23,7 +23,7 @@ from mmr1_ds.errors import require
 from mmr1_ds.monitoring.logger import quiet_libraries
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import critic_deepspeed, reference_deepspeed, resolve_deepspeed
-from mmr1_ds.preflight.families import check_family, untested
+from mmr1_ds.preflight.families import check_family, untested, untested_critic
 from mmr1_ds.preflight.plan import BatchPlan
 
 EXIT_DOES_NOT_FIT = 1
@@ -109,7 +109,7 @@ def estimate(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Estimat
         gpu, world_size, actor, memory, seconds, of_passes(config, actor, gpu, assumed, load), doubt, refresh,
         plan.responses_per_step,
         {name: count / world_size * a_response for name, count in refresh.items()},
-        describe(actor.family), untested(config, actor.family), problems, warnings,
+        describe(actor.family), [*untested(config, actor.family), *untested_critic(config)], problems, warnings,
     )  # fmt: skip
 
 

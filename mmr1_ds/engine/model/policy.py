@@ -21,7 +21,6 @@ from mmr1_ds.engine.model.lora import add_adapters
 from mmr1_ds.engine.model.packing import compute
 from mmr1_ds.engine.model.router_replay import RouterReplay
 from mmr1_ds.engine.model.sequence_parallel import SequenceParallel
-from mmr1_ds.errors import UserError
 
 _SECTION = "worker.actor.model"
 
@@ -130,13 +129,7 @@ def load_policy(
     )
     parallel = None
     balances = trainable and balances_experts(model_config)
-    if balances and settings.ulysses_size > 1:
-        place = "" if model_config.get_text_config() is model_config else ".text_config"
-        raise UserError(
-            f"worker.actor.ulysses_size={settings.ulysses_size} cannot balance experts, and the config.json of "
-            f"{config.model_path} has output_router_logits=true; set {_SECTION}.override_config{place}"
-            ".output_router_logits=false"
-        )
+    assert not (balances and settings.ulysses_size > 1), "check_family refuses it"
     replays = trainable and settings.router_replay.mode != "disabled"
     if settings.ulysses_size > 1:
         parallel = SequenceParallel(ranks.neighbours(settings.ulysses_size), model_config, attention)
