@@ -9,44 +9,21 @@ happen every VALIDATE_EVERY steps. Other settings as for `mmr1-ds train`. One ra
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
+sys.path.append(str(Path(__file__).resolve().parents[1] / "curriculum"))
+
+from curriculum_rival_draws import RivalDraws
 
 from mmr1_ds import train
-from mmr1_ds.curriculum.coordinator import Coordinator
-from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.loop import composition
 from mmr1_ds.loop.trainer import Metrics, Trainer
 
 
-class Mopps(Coordinator):
-    """MoPPS (arXiv 2507.04632; github.com/thu-rllab/MoPPS) in the place of the coordinator's own draws.
+class Mopps(RivalDraws):
+    """With the constants of its Geo3K scripts: c 8, decay .5."""
 
-    A Beta(1, 1) a prompt; of CANDIDATES times a batch of prompts, whose turn it is in a shuffled walk, those whose
-    Thompson draws are nearest to 1/2; evidence of a prompt that was visited decays by DECAY. The constants are those
-    of its Geo3K scripts; the laboratory's table says what those of its MATH scripts do.
-    """
-
-    CANDIDATES, DECAY = 8, 0.5
-
-    def _draw(self) -> np.ndarray:
-        if self._num_draws == 1:
-            self.right, self.wrong = np.ones(self.num_prompts), np.ones(self.num_prompts)
-        size = self.data.rollout_batch_size
-        random = np.random.default_rng([self.data.seed, 7, self._num_draws])
-        first = (self._num_draws - 1) * self.CANDIDATES * size
-        turn = np.unique(self._sampler.walk(first, self.CANDIDATES * size))
-        distance = np.abs(random.beta(self.right[turn], self.wrong[turn]) - 0.5)
-        return random.permutation(turn[np.argsort(distance)[:size]])
-
-    def observe(self, step: int, statistics: Sequence[PromptStatistics]) -> None:
-        """See Coordinator."""
-        for prompt in statistics:
-            num_right = prompt.pass_rate * prompt.num_responses
-            for evidence, new in ((self.right, num_right), (self.wrong, prompt.num_responses - num_right)):
-                evidence[prompt.index] = self.DECAY * evidence[prompt.index] + (1.0 - self.DECAY) + new
-        super().observe(step, statistics)
+    rival = "mopps_geo3k"
 
 
 class Budgeted(Trainer):
