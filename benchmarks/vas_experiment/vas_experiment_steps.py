@@ -37,7 +37,7 @@ class StepFile(Writer):
         self._path, self._unfinished = path, path.with_suffix(".partial")
         self._file: TextIO = self._unfinished.open("w", encoding="utf-8")
         self._line: dict[str, Any] = {}
-        self._started = time.monotonic()
+        self._started, self._started_cpu = time.monotonic(), time.process_time()
         self._write({"trial": dict(header)})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -59,7 +59,12 @@ class StepFile(Writer):
         """The run is whole. Args: figures: for the last line, of what came after the training."""
         self._flush()
         seconds = round(time.monotonic() - self._started, 1)
-        last = {"finished": True, "seconds": seconds, "memory_gb": psutil.Process().memory_info().rss / 1e9}
+        last = {
+            "finished": True,
+            "seconds": seconds,
+            "cpu_seconds": round(time.process_time() - self._started_cpu, 1),  # where others use the cores too
+            "memory_gb": psutil.Process().memory_info().rss / 1e9,
+        }
         self._write(last | dict(figures or {}))
         self._file.close()
         self._unfinished.rename(self._path)
