@@ -1,9 +1,10 @@
-"""One training of the experiment: the program's own loop, with MoPPS's draws where asked for, until a budget is spent.
+"""One training of the experiment: the program's own loop, until a budget is spent, with a rival's draws if asked for.
 
-    python benchmarks/real_model/trial.py mopps|own BUDGET VALIDATE_EVERY config=FILE [key=value ...]
+    python benchmarks/real_model/trial.py own|RIVAL BUDGET VALIDATE_EVERY config=FILE [key=value ...]
 
-own: the draws are those that the config asks for. BUDGET counts every sampled response but those of validations, which
-happen every VALIDATE_EVERY steps. Other settings as for `mmr1-ds train`. One rank.
+own: the draws are those that the config asks for. RIVAL: those of this name in curriculum_lab_rivals, which take the
+place of whatever the config asks for. BUDGET counts every sampled response but those of validations, which happen
+every VALIDATE_EVERY steps. Other settings as for `mmr1-ds train`. One rank.
 """
 
 from __future__ import annotations
@@ -20,12 +21,6 @@ from mmr1_ds.loop import composition
 from mmr1_ds.loop.trainer import Metrics, Trainer
 
 
-class Mopps(RivalDraws):
-    """With the constants of its Geo3K scripts: c 8, decay .5."""
-
-    rival = "mopps_geo3k"
-
-
 class Budgeted(Trainer):
     """Ends with the first validation at or after the end of its budget."""
 
@@ -40,8 +35,9 @@ class Budgeted(Trainer):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "mopps":
-        composition.Coordinator = Mopps  # type: ignore[misc]
+    if sys.argv[1] != "own":
+        RivalDraws.rival = sys.argv[1]
+        composition.Coordinator = RivalDraws  # type: ignore[misc]
     Budgeted.budget, Budgeted.validate_every = int(sys.argv[2]), int(sys.argv[3])
     composition.Trainer = Budgeted  # type: ignore[misc]
     raise SystemExit(train.main([*sys.argv[4:], f"trainer.val_freq={sys.argv[3]}"]))
