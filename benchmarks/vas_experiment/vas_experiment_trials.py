@@ -151,7 +151,8 @@ def pool_kinds(share: int, size: int, dead: bool) -> list[str]:
         num_learnable, num_dead = proportional_counts([share, 100 - share], size)
         parts = [(TEACHING, num_learnable), ({DEAD: 1}, num_dead)]
     else:
-        counts = proportional_counts([share, (100 - share) * 45 / 85, (100 - share) * 40 / 85], size)
+        weights_of_sorts = [share, (100 - share) * 45 / 85, (100 - share) * 40 / 85]
+        counts = proportional_counts(weights_of_sorts, size)  # type: ignore[arg-type]  # fractions do as well
         parts = list(zip((TEACHING, EASY, HARD), counts, strict=True))
     kinds: list[str] = []
     for weights, count in parts:
