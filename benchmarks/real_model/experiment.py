@@ -36,7 +36,7 @@ VALIDATE_EVERY = {"dapo": 3}  # steps: its steps spend several times the rollout
 ARMS: dict[str, list[str]] = {
     "shuffle": ["data.sampling_strategy=shuffle"],
     "online": [],  # as it ships
-    "mopps": ["data.sampling_strategy=shuffle"],  # the draws are replaced, see trial.py
+    "mopps": ["data.sampling_strategy=shuffle"],  # the draws are replaced, see RIVAL_RULES
     "dapo": ["data.sampling_strategy=shuffle", "algorithm.online_filtering=true"],
     # The published method: four responses to every question before the first step and after each epoch of 128.
     "full": [
@@ -45,6 +45,7 @@ ARMS: dict[str, list[str]] = {
     ],
     "text": ["data.curriculum_features=text"],  # online that learns from the questions' words besides
 }  # fmt: skip
+RIVAL_RULES = {"mopps": "mopps_geo3k"}  # arm -> name in the laboratory
 
 
 def main(argv: Sequence[str]) -> int:
@@ -89,7 +90,7 @@ def train(out: Path, arm: str, seed: int, budget: int) -> None:
         f"trainer.run_dir={run_dir}", "trainer.save_freq=-1", "trainer.save_model_only=true",
     ]  # fmt: skip
     command = [
-        sys.executable, str(Path(__file__).with_name("trial.py")), "mopps" if arm == "mopps" else "own", str(budget),
+        sys.executable, str(Path(__file__).with_name("trial.py")), RIVAL_RULES.get(arm, "own"), str(budget),
         str(validate_every), f"config={EXAMPLE / 'config.yaml'}", *settings, *ARMS[arm],
     ]  # fmt: skip
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

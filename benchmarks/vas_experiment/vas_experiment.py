@@ -1,17 +1,22 @@
 """Where does variance-aware sampling pay? The demo task trained with the real parts, arm beside arm, seed by seed.
 
     python benchmarks/vas_experiment/vas_experiment.py --out FOLDER [--shares 2 5 15 50] [--sizes 512 2048 8192]
-        [--steps 160] [--seeds 0 1 2 3 4] [--arms shuffle full online posterior sizes filtering]
-        [--ratios .5] [--categories yes no]
+        [--steps 160] [--rollouts 10240] [--seeds 0 1 2 3 4]
+        [--arms shuffle filtering mopps dps full online posterior sizes text] [--ratios .5] [--categories yes no]
     python benchmarks/vas_experiment/vas_experiment.py --out FOLDER --shares 15 --sizes 512 --seeds 0 --arms shuffle
         --record-traces FILE.npz
     python benchmarks/vas_experiment/vas_experiment.py report FOLDER --json FILE --plots FOLDER
 
 A trial trains the demo's tiny Qwen2.5-VL (DeepSpeed ZeRO-3 actor, colocated vLLM, one rank) on a pool of which a given
-share is learnable, and validates greedily on 512 held-out learnable questions every few steps. Arms of a seed share
-the model, the pool and the seeds of data and sampling. Each trial writes FOLDER/runs/NAME.jsonl; finished ones are
-skipped, so the experiment can be stopped, resumed, and spread over processes: each takes the next trial that no
-other has.
+share is learnable, and validates greedily on 512 held-out learnable questions every few steps; at its end it answers
+each eight times at temperature 1, for pass@k. Arms of a seed share the model, the pool and the seeds of data and
+sampling. A trial ends with the step in which its rollouts reach the budget, which is that of its steps of 64 responses
+unless --rollouts says otherwise, and after its steps at the latest. Every response sampled for the training counts:
+those of groups that filtering throws away, of probes and of refreshes too. `mopps` and `dps` draw by their own rules,
+with their published constants (benchmarks/curriculum/curriculum_lab_rivals.py; MoPPS as for MATH).
+
+Each trial writes FOLDER/runs/NAME.jsonl; finished ones are skipped, so the experiment can be stopped, resumed, and
+spread over processes: each takes the next trial that no other has.
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         options.mini_batches,
         [word == "dead" for word in options.rest],
         options.beta2,
+        options.rollouts,
     )
     if options.record_traces is not None and len(trials) != 1:
         sys.stderr.write(f"--record-traces needs the options to name one trial, they name {len(trials)}\n")
@@ -68,18 +74,25 @@ def training_parser() -> argparse.ArgumentParser:
         default=["dead"],
         help="the other prompts: products that are never right, or the demo's mixture of easy and too hard ones",
     )
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=160, help="at most")
+    parser.add_argument("--rollouts", type=int, help="sampled responses that end a trial; 64 a step unless given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=[arm for arm in ARMS if arm != "full"],
+        help="all but full unless given: its first refresh may be more than the budget",
+    )
     parser.add_argument("--ratios", "--ratio", type=float, nargs="+", default=[0.5], help="lambda of full and online")
     parser.add_argument(
-        "--categories", nargs="+", choices=["yes", "no"], default=["yes"], help="whether online is told the kinds"
+        "--categories", nargs="+", choices=["yes", "no"], default=["yes"], help="whether beliefs are told the kinds"
     )
     parser.add_argument("--probe-fraction", type=float, default=0.1, help="of online")
     parser.add_argument("--refresh-every", type=int, default=60, help="steps between refreshes of full")
     parser.add_argument("--mini-batches", type=int, default=1, help="optimiser steps a batch")
     parser.add_argument("--beta2", type=float, default=0.999, help="decay of Adam's second moment")
-    parser.add_argument("--validate-every", type=int, default=10, help="steps")
+    parser.add_argument("--validate-every", type=int, default=10, help="steps of 64 rollouts")
     parser.add_argument("--record-traces", type=Path, help="write the pass rates of fixed prompts to this .npz file")
     parser.add_argument("--trace-prompts", type=int, default=256)
     parser.add_argument("--trace-responses", type=int, default=64, help="a prompt and measurement")

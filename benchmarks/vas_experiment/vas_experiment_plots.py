@@ -34,7 +34,7 @@ CLIPPED = {"clip_fraction": "clip fraction"}
 def draw(pools: Pools, folder: Path) -> None:
     """Write every plot that the runs allow."""
     main = _only(pools, MAIN)
-    colours = dict(MAIN)
+    colours: dict[str, object] = dict(MAIN)
     if main:
         _accuracy(main, colours, folder / "accuracy_by_steps.png", by_rollouts=False)
         _accuracy(main, colours, folder / "accuracy_by_rollouts.png", by_rollouts=True)
@@ -132,7 +132,7 @@ def _weights(pools: Pools, path: Path) -> None:
         (pool, label, arms[label][min(arms[label])])
         for pool, arms in pools.items()
         for label in sorted(arms, key=arm_order)
-        if label.startswith(("full", "online", "posterior", "sizes")) and "no categories" not in label
+        if label.startswith(("full", "online", "posterior", "sizes", "text")) and "no categories" not in label
     ]
     if not panels:
         return

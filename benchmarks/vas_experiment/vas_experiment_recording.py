@@ -5,26 +5,32 @@ The rollouts that a run spends are counted where they are made, not taken from t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "curriculum"))
+
+from curriculum_rival_draws import RivalDraws
 from vas_experiment_steps import StepFile, transition_counts
 from vas_experiment_trials import RESPONSES, SORTS
 
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.data.dataset import PromptDataset
-from mmr1_ds.engine.actor import Actor
 from mmr1_ds.loop.batches import Batch, BatchMaker
 from mmr1_ds.loop.collector import Collector, RequestMaker
 from mmr1_ds.loop.trainer import Trainer
+from mmr1_ds.loop.validation_metrics import best_of, powers_of_two
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, SamplingSettings
-from mmr1_ds.rollout.base import Enough, InTurn, RolloutEngine, Submitted, ignore, never
+from mmr1_ds.rollout.base import Enough, InTurn, Policy, RolloutEngine, Submitted, ignore, never
 
 HISTOGRAM_EVERY = 20  # steps
 HISTOGRAM_BINS = 20
-TRACE = 4  # a purpose of seeds that the trainer does not have
+TRACE, ANSWERS = 4, 5  # purposes of seeds; the curriculum has none of its own for them
+NUM_ANSWERS = 8  # to each held-out question after the training
 
 
 class CountingRollout(InTurn):
@@ -42,9 +48,9 @@ class CountingRollout(InTurn):
             self.num_responses += sum(request.num_responses for request in submitted.requests)
         return self._engine.collect(submitted, enough, advance)
 
-    def sync_weights(self, actor: Actor) -> int:
+    def sync_weights(self, policy: Policy) -> int:
         """See RolloutEngine."""
-        return self._engine.sync_weights(actor)
+        return self._engine.sync_weights(policy)
 
     def close(self) -> None:
         """The engine outlives the run."""
@@ -77,6 +83,10 @@ class RecordingCoordinator(Coordinator):
         sorts = np.array([SORTS[kind] for kind in self.kinds])
         shares = {sort: float(weights[sorts == sort].sum() / weights.sum()) for sort in sorted(set(SORTS.values()))}
         self.steps.note(step, {"weight_histogram": counts.tolist(), "weight_shares": shares})
+
+
+class RecordingRival(RivalDraws, RecordingCoordinator):
+    """Draws by a rival's rule."""
 
 
 class RecordingBatches(BatchMaker):
@@ -140,16 +150,28 @@ class TraceRecorder:
         )
 
 
+def answer_figures(data: PromptDataset, collector: Collector, settings: SamplingSettings) -> dict[str, float]:
+    """Accuracy and pass@k of NUM_ANSWERS answers to each question, sampled as the training samples. Collective.
+
+    Seeds are the same for all trainings, so that arms differ by their weights alone.
+    """
+    everyone = np.arange(len(data))
+    requests = RequestMaker(seed=0)(data, everyone, NUM_ANSWERS, ANSWERS, 0, everyone)
+    groups, _ = collector.collect(requests, settings, StageClock())
+    accuracies = [group.rewards.accuracy for group in groups]
+    passed = {f"pass_at_{k}": [best_of(of_one, k) for of_one in accuracies] for k in powers_of_two(NUM_ANSWERS)}
+    return {"accuracy": float(np.mean(accuracies))} | {name: float(np.mean(of_all)) for name, of_all in passed.items()}
+
+
 class RecordingTrainer(Trainer):
-    """The trainer, which saves no checkpoints, may end early, and measures a trace where one is asked for."""
+    """The trainer, which saves no checkpoints, ends with its budget, and measures a trace where one is asked for."""
 
     steps: StepFile
     counter: CountingRollout
-    rollout_limit: int  # responses after which the run ends
+    budget: int  # responses after which the run ends
     trace: TraceRecorder | None
-    trace_collector: Collector  # past the counter
-    validate_every: int  # steps
-    ended_early = False
+    uncounted: Collector  # past the counter
+    validate_rollouts: int | None  # responses between validations; None = as trainer.val_freq says
 
     def fit(self) -> None:
         """See Trainer."""
@@ -158,19 +180,26 @@ class RecordingTrainer(Trainer):
             self.parts.turns.sync_weights()
             self._measure()
         super().fit()
-        if self.ended_early and self.step % self.validate_every:  # no validation was due at its end
-            self.parts.state.log(self.parts.validation.run(self.step))
+        if not self.steps.has(self.step, "validation_accuracy"):  # none was due at its end
+            self._validate()
 
     def train_step(self) -> dict[str, float]:
         """See Trainer."""
+        before = self.counter.num_responses
         metrics = super().train_step()
-        self.steps.note(self.step, {"rollouts": self.counter.num_responses})  # those of a refresh after it are not in
+        spent = self.counter.num_responses
+        self.steps.note(self.step, {"rollouts": spent})  # those of a refresh after it are not in
         if self.trace is not None and self.trace.is_due(self.step):
             self._measure()
-        if self.counter.num_responses >= self.rollout_limit:
-            self.ended_early, self.num_steps = self.step < self.num_steps, self.step
+        if self.validate_rollouts and spent // self.validate_rollouts > before // self.validate_rollouts:
+            self._validate()
+        if spent >= self.budget:
+            self.num_steps = self.step
         return metrics
+
+    def _validate(self) -> None:
+        self.parts.state.log(self.parts.validation.run(self.step))
 
     def _measure(self) -> None:
         assert self.trace is not None
-        self.trace.measure(self.step, self.trace_collector, self.parts.settings)
+        self.trace.measure(self.step, self.uncounted, self.parts.settings)

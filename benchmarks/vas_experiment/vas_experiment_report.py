@@ -77,7 +77,7 @@ def compare(shuffled: Mapping[int, Run], others: Mapping[int, Run], length: int)
         ratio=ratio(everyone),
         first_ratio=ratio(everyone) * shuffle_first / spent,
         ratio_interval=(float(np.quantile(resampled, 0.05)), float(np.quantile(resampled, 0.95))),
-        paired_ratios=[ratio([i]) for i in everyone],
+        paired_ratios=[ratio([int(i)]) for i in everyone],
         accuracy_gains=[same - float(final) for same, final in zip(at_same, base[:, -1], strict=True)],
         extra_rollout_fraction=float(np.mean(last)),
     )
@@ -128,6 +128,33 @@ def final_figures(pools: Mapping[Pool, Arms]) -> list[dict[str, Any]]:
     return rows
 
 
+def answer_rows(pools: Mapping[Pool, Arms]) -> list[dict[str, Any]]:
+    """A row for each pool and arm that has runs with pass@k: means, standard errors, and differences to shuffle's.
+
+    Differences are of the seeds that both have.
+    """
+    rows: list[dict[str, Any]] = []
+    for pool, arms in pools.items():
+        shuffled = {seed: run.answers for seed, run in arms.get(SHUFFLE, {}).items() if run.answers is not None}
+        for label in sorted(arms, key=arm_order):
+            found = {seed: run.answers for seed, run in sorted(arms[label].items()) if run.answers is not None}
+            if not found:
+                continue
+            row: dict[str, Any] = {"pool": str(pool), **vars(pool), "arm": label, "seeds": list(found)}
+            for name in next(iter(found.values())):
+                row[name] = _mean_and_error([answers[name] for answers in found.values()])
+                paired = [answers[name] - shuffled[seed][name] for seed, answers in found.items() if seed in shuffled]
+                row[f"{name}_beyond_shuffle"] = _mean_and_error(paired) if paired and label != SHUFFLE else None
+            rows.append(row)
+    return rows
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and its standard error where there are several."""
+    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    return float(np.mean(values)), error
+
+
 def mean_of(run: Run, name: str) -> float:
     """Mean over the steps that have the figure."""
     values = [step[name] for step in run.steps if name in step]
@@ -138,8 +165,10 @@ def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()}
 
 
-def tables(finals: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]) -> str:
-    """Both tables as Markdown."""
+def tables(
+    finals: Sequence[Mapping[str, Any]], answered: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]
+) -> str:
+    """All tables as Markdown; that of pass@k where there is any."""
     lines = [
         "| pool | arm | seeds | accuracy, start -> end | rollouts | groups that teach | learnable groups |",
         "|---|---|---|---|---|---|---|",
@@ -151,6 +180,8 @@ def tables(finals: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, 
             f"| {row['start_accuracy']:.3f} -> {row['final_accuracy']:.3f}{spread} | {row['rollouts']:,.0f} "
             f"| {row['effective_fraction']:.3f} | {row['learnable_fraction']:.3f} |"
         )
+    if answered:
+        lines += ["", *_answer_table(answered)]
     lines += [
         "",
         "| pool | shuffle's steps | target | shuffle first there | arm | rollouts to it | fewer than shuffle's run "
@@ -171,17 +202,36 @@ def tables(finals: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, 
     return "\n".join(lines) + "\n"
 
 
+def _answer_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = [name for name in rows[0] if name.startswith("pass_at_") and not name.endswith("_beyond_shuffle")]
+    heads = [name.replace("pass_at_", "pass@") for name in names]
+    heads += [f"{head} beyond shuffle's" for head in (heads[0], heads[-1])]
+    lines = [f"| pool | arm | seeds | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+    for row in rows:
+        cells = [_with_error(row[name], "") for name in names]
+        cells += [_with_error(row[f"{name}_beyond_shuffle"], "+") for name in (names[0], names[-1])]
+        lines.append(f"| {row['pool']} | {row['arm']} | {len(row['seeds'])} | {' | '.join(cells)} |")
+    return lines
+
+
+def _with_error(figure: tuple[float, float | None] | None, sign: str) -> str:
+    if figure is None:
+        return ""
+    mean, error = figure
+    return f"{mean:{sign}.3f}" + ("" if error is None else f" +- {error:.3f}")
+
+
 def write_report(folder: Path, json_file: Path | None, plots: Path | None) -> str:
     """Make everything that was asked for. Returns: the tables."""
     runs = load_runs(folder)
     pools = by_pool(runs)
-    finals, compared = final_figures(pools), comparisons(pools)
+    finals, answered, compared = final_figures(pools), answer_rows(pools), comparisons(pools)
     if json_file is not None:
-        content = {"runs": finals, "comparisons": compared, "smoothed_validations": SMOOTHED}
+        content = {"runs": finals, "comparisons": compared, "answers": answered, "smoothed_validations": SMOOTHED}
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if plots is not None:
         from vas_experiment_plots import draw
 
         plots.mkdir(parents=True, exist_ok=True)
         draw(pools, plots)
-    return tables(finals, compared)
+    return tables(finals, answered, compared)

@@ -34,6 +34,7 @@ class Run:
     trial: Mapping[str, Any]
     steps: list[dict[str, Any]]
     seconds: float
+    answers: Mapping[str, float] | None = None  # accuracy and pass@k after the training; earlier runs had none
 
     @property
     def pool(self) -> Pool:
@@ -69,7 +70,7 @@ def load_runs(folder: Path) -> list[Run]:
             continue
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert lines[-1]["finished"], path
-        runs.append(Run(lines[0]["trial"], lines[1:-1], lines[-1]["seconds"]))
+        runs.append(Run(lines[0]["trial"], lines[1:-1], lines[-1]["seconds"], lines[-1].get("answers")))
     return runs
 
 
@@ -77,10 +78,16 @@ Arms = dict[str, dict[int, Run]]  # label -> seed -> run
 
 
 def by_pool(runs: Sequence[Run]) -> dict[Pool, Arms]:
-    """Pool -> label -> seed -> run."""
+    """Pool -> label -> seed -> run.
+
+    Raises: ValueError where the folder has an arm twice, with different budgets.
+    """
     pools: dict[Pool, Arms] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
-        pools[run.pool][run.trial["label"]][run.trial["seed"]] = run
+        label, seed = run.trial["label"], run.trial["seed"]
+        if seed in pools[run.pool][label]:
+            raise ValueError(f"{run.pool}: {label} of seed {seed} is there with two budgets; report them apart")
+        pools[run.pool][label][seed] = run
     return {pool: dict(pools[pool]) for pool in sorted(pools)}
 
 
@@ -119,5 +126,5 @@ def curves(runs: Sequence[Run], last_step: int | None = None) -> tuple[np.ndarra
 
 def arm_order(label: str) -> tuple[int, str]:
     """Shuffle first, then the others as they are usually named."""
-    order = ("shuffle", "full", "online", "posterior", "sizes", "filtering")
+    order = ("shuffle", "full", "filtering", "mopps", "dps", "online", "posterior", "sizes", "text")
     return order.index(label.split(",")[0]), label

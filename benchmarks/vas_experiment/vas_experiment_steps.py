@@ -37,7 +37,7 @@ class StepFile(Writer):
         self._path, self._unfinished = path, path.with_suffix(".partial")
         self._file: TextIO = self._unfinished.open("w", encoding="utf-8")
         self._line: dict[str, Any] = {}
-        self._started = time.monotonic()
+        self._started, self._started_cpu = time.monotonic(), time.process_time()
         self._write({"trial": dict(header)})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -51,11 +51,21 @@ class StepFile(Writer):
             self._line = {"step": step}
         self._line |= values
 
-    def finish(self) -> None:
-        """The run is whole."""
+    def has(self, step: int, name: str) -> bool:
+        """Whether the line of `step`, the last one so far, has a figure."""
+        return self._line.get("step") == step and name in self._line
+
+    def finish(self, figures: Mapping[str, Any] | None = None) -> None:
+        """The run is whole. Args: figures: for the last line, of what came after the training."""
         self._flush()
         seconds = round(time.monotonic() - self._started, 1)
-        self._write({"finished": True, "seconds": seconds, "memory_gb": psutil.Process().memory_info().rss / 1e9})
+        last = {
+            "finished": True,
+            "seconds": seconds,
+            "cpu_seconds": round(time.process_time() - self._started_cpu, 1),  # where others use the cores too
+            "memory_gb": psutil.Process().memory_info().rss / 1e9,
+        }
+        self._write(last | dict(figures or {}))
         self._file.close()
         self._unfinished.rename(self._path)
 

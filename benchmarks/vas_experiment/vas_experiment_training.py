@@ -16,13 +16,16 @@ from vas_experiment_recording import (
     CountingRollout,
     RecordingBatches,
     RecordingCoordinator,
+    RecordingRival,
     RecordingTrainer,
     StepFile,
     TraceRecorder,
+    answer_figures,
 )
 from vas_experiment_trials import (
     BATCH,
     RESPONSES,
+    RIVAL_RULES,
     SIZES,
     Trial,
     prepare_model,
@@ -39,6 +42,7 @@ from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import RunConfig
 from mmr1_ds.data.dataset import PromptDataset, load_dataset
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.data.text_features import compress
 from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.bad_updates import BadUpdates
 from mmr1_ds.engine.zero_engine import Sizes
@@ -52,8 +56,6 @@ from mmr1_ds.rewards.pool import RewardPool
 from mmr1_ds.rollout.colocated.engine import VllmRollout
 
 logger = logging.getLogger("mmr1_ds.vas_experiment")
-
-FILTERING_LIMIT = 3.0  # online filtering ends when it has spent this many times the rollouts of the shuffled run
 
 
 def _digest_of_code() -> str:
@@ -127,12 +129,12 @@ class Session:
         prepare_model(self._folder, trial)
         prepare_pool(self._folder, trial)
         files = trial_files(self._folder, trial)
-        # A step of online filtering spends several times the rollouts: without this its curve would have few points.
-        is_filtered = trial.arm == "filtering"
-        config = trial_config(trial, files, max(1, self._validate_every // 5) if is_filtered else self._validate_every)
+        # Steps of online filtering spend several times the rollouts: it validates by those, where others would.
+        config = trial_config(trial, files, -1 if trial.arm == "filtering" else self._validate_every)
         self._start(config)
         started = time.monotonic()
-        train_data, val_data = self._load(files.pool, config), self._load(files.validation, config)
+        train_data = self._load(files.pool, config, with_sketches=trial.arm == "text")
+        val_data = self._load(files.validation, config)
         kinds = np.array(pq.read_table(files.pool, columns=["category"])["category"].to_pylist())
         assert len(kinds) == len(train_data)
         steps = StepFile(path, trial_record(trial) | {"code": CODE})
@@ -141,10 +143,14 @@ class Session:
             trainer = self._trainer(config, trial, train_data, val_data, kinds, actor, steps)
             if trace is not None:
                 trainer.trace = TraceRecorder(train_data, kinds, *trace[1:])
+            begun = time.monotonic()
             trainer.fit()
             if trace is not None and trainer.trace is not None:
                 trainer.trace.save(trace[0])
-            steps.finish()
+            trained = time.monotonic()
+            answers = answer_figures(val_data, trainer.uncounted, trainer.parts.settings)
+            parts = {"start": begun - started, "training": trained - begun, "answers": time.monotonic() - trained}
+            steps.finish({"answers": answers, "seconds_by_part": {name: round(x, 1) for name, x in parts.items()}})
         finally:
             free(actor)
         logger.info("%s: %.0f s", trial.name, time.monotonic() - started)
@@ -163,7 +169,9 @@ class Session:
             BadUpdates("actor", config.trainer.max_bad_updates, self._ranks, None),
         )
 
-    def _load(self, file: Path, config: RunConfig) -> PromptDataset:
+    def _load(self, file: Path, config: RunConfig, with_sketches: bool = False) -> PromptDataset:
+        if with_sketches:  # they are given away once
+            return load_dataset(str(file), config.data, self._encoder, with_sketches=True)
         # The fingerprint and the ids follow from the file; categories depend on the trial, so the key does too.
         key = file / str(config.data.category_key)
         if key not in self._data:
@@ -182,10 +190,14 @@ class Session:
         actor: Actor,
         steps: StepFile,
     ) -> RecordingTrainer:
-        coordinator = RecordingCoordinator(
+        sketches = train_data.take_sketches()
+        coordinator = (RecordingRival if trial.arm in RIVAL_RULES else RecordingCoordinator)(
             config.data, train_data.prompt_ids, train_data.categories, train_data.fingerprint, RESPONSES,
-            config.trainer.max_steps, self._ranks, sizes=SIZES if trial.arm == "sizes" else None,
+            trial.steps, self._ranks, features=None if sketches is None else compress(sketches),
+            sizes=SIZES if trial.arm == "sizes" else None,
         )  # fmt: skip
+        if isinstance(coordinator, RecordingRival):
+            coordinator.rival = RIVAL_RULES[trial.arm]
         counter = CountingRollout(self._rollout)
         reward_name = config.worker.reward.reward_function
         collector = Collector(counter, self._rewards, reward_name, self._encoder, self._ranks)
@@ -201,10 +213,10 @@ class Session:
         engines = Engines(counter, actor)
         trainer = make_trainer(config, trial.steps, RecordingTrainer, engines, opened, batches, collector)
         trainer.steps, trainer.counter, trainer.trace = steps, counter, None
-        trainer.validate_every = config.trainer.val_freq
-        trainer.trace_collector = Collector(self._rollout, self._rewards, reward_name, self._encoder, self._ranks)
-        shuffled = trial.steps * BATCH * RESPONSES
-        trainer.rollout_limit = int(FILTERING_LIMIT * shuffled) if trial.arm == "filtering" else 10**12
+        trainer.uncounted = Collector(self._rollout, self._rewards, reward_name, self._encoder, self._ranks)
+        trainer.budget = trial.budget
+        is_filtered = trial.arm == "filtering"
+        trainer.validate_rollouts = self._validate_every * BATCH * RESPONSES if is_filtered else None
         return trainer
 
 

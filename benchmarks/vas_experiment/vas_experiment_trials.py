@@ -19,10 +19,14 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.preflight.checks import check_config
 
-# online: with the proportional draw, as most figures were measured; posterior: online as it ships; sizes: that with
-# groups of different sizes
-ARMS = ("shuffle", "full", "online", "posterior", "sizes", "filtering")
-CURRICULA = ("full", "online", "posterior", "sizes")
+# filtering: DAPO; mopps, dps: these rivals' own rules; online: with the proportional draw, as most figures were
+# measured; posterior: online as it ships; sizes: that with groups of different sizes; text: that with what the
+# prompts' texts tell
+ARMS = ("shuffle", "filtering", "mopps", "dps", "full", "online", "posterior", "sizes", "text")
+CURRICULA = ("full", "online", "posterior", "sizes", "text")
+AS_SHIPPED = ("posterior", "sizes", "text")
+TOLD = ("online", *AS_SHIPPED)  # the kinds of the questions, where categories are asked for
+RIVAL_RULES = {"mopps": "mopps_math", "dps": "dps"}  # arm -> name in the laboratory
 BATCH = 8  # prompts a step
 RESPONSES = 8  # a group, or on average
 SIZES = SizeRange(2, 16)  # of groups; sizes
@@ -47,12 +51,18 @@ class Trial:
     seed: int
     steps: int
     ratio: float = 0.5  # lambda; full and online
-    categories: bool = True  # whether the filter is told the kind of a question; online, posterior, sizes
+    categories: bool = True  # whether the filter is told the kind of a question; those of TOLD
     probe_fraction: float = 0.1  # online
     refresh_every: int = 60  # steps; full
     mini_batches: int = 1  # optimiser steps a batch
     beta2: float = 0.999  # decay of Adam's second moment; the demo's own is .95
     dead: bool = True  # whether the other prompts of the pool teach nothing at all, or are the demo's mixture
+    rollouts: int | None = None  # responses that end the training before its steps do; None = BATCH groups a step
+
+    @property
+    def budget(self) -> int:
+        """Sampled responses that end the training."""
+        return self.steps * BATCH * RESPONSES if self.rollouts is None else self.rollouts
 
     @property
     def pool(self) -> str:
@@ -65,7 +75,7 @@ class Trial:
         parts = [self.pool, self.arm]
         if self.arm in ("full", "online"):
             parts.append(f"ratio{self.ratio:g}")
-        if self.arm in ("online", "posterior", "sizes") and not self.categories:
+        if self.arm in TOLD and not self.categories:
             parts.append("nocategories")
         if self.arm == "online" and self.probe_fraction != 0.1:
             parts.append(f"probes{self.probe_fraction:g}")
@@ -75,6 +85,8 @@ class Trial:
             parts.append(f"minibatches{self.mini_batches}")
         if self.beta2 != 0.999:
             parts.append(f"beta{self.beta2:g}")
+        if self.rollouts is not None:
+            parts.append(f"rollouts{self.rollouts}")
         return "_".join([*parts, f"seed{self.seed}"])
 
     @property
@@ -83,7 +95,7 @@ class Trial:
         words = [self.arm]
         if self.arm in ("full", "online"):
             words.append(f"lambda {self.ratio:g}")
-        if self.arm in ("online", "posterior", "sizes") and not self.categories:
+        if self.arm in TOLD and not self.categories:
             words.append("no categories")
         if self.arm == "online" and self.probe_fraction != 0.1:
             words.append(f"probes {self.probe_fraction:g}")
@@ -109,19 +121,22 @@ def all_trials(
     mini_batches: int = 1,
     dead: Sequence[bool] = (True,),
     beta2: float = 0.999,
+    rollouts: int | None = None,
 ) -> list[Trial]:
     """Every combination once, seed by seed, so that an interrupted experiment has whole seeds."""
     trials = []
     combinations = itertools.product(seeds, dead, shares, sizes, arms, ratios, categories)
     for seed, is_dead, share, size, arm, ratio, told in combinations:
-        trial = Trial(share, size, arm, seed, steps, mini_batches=mini_batches, beta2=beta2, dead=is_dead)
+        trial = Trial(
+            share, size, arm, seed, steps, mini_batches=mini_batches, beta2=beta2, dead=is_dead, rollouts=rollouts
+        )
         if arm in ("full", "online"):
             trial = replace(trial, ratio=ratio)
         if arm == "full":
             trial = replace(trial, refresh_every=refresh_every)
         if arm == "online":
             trial = replace(trial, categories=told, probe_fraction=probe_fraction)
-        if arm in ("posterior", "sizes"):
+        if arm in AS_SHIPPED:
             trial = replace(trial, categories=told)
         trials.append(trial)
     return list(dict.fromkeys(trials))
@@ -136,7 +151,8 @@ def pool_kinds(share: int, size: int, dead: bool) -> list[str]:
         num_learnable, num_dead = proportional_counts([share, 100 - share], size)
         parts = [(TEACHING, num_learnable), ({DEAD: 1}, num_dead)]
     else:
-        counts = proportional_counts([share, (100 - share) * 45 / 85, (100 - share) * 40 / 85], size)
+        weights_of_sorts = [share, (100 - share) * 45 / 85, (100 - share) * 40 / 85]
+        counts = proportional_counts(weights_of_sorts, size)  # type: ignore[arg-type]  # fractions do as well
         parts = list(zip((TEACHING, EASY, HARD), counts, strict=True))
     kinds: list[str] = []
     for weights, count in parts:
@@ -214,7 +230,7 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
         "data.rollout_batch_size": BATCH,
         "data.category_key": "category" if trial.categories else "null",
         "data.sampling_strategy": "curriculum" if trial.arm in CURRICULA else "shuffle",
-        "data.curriculum_refresh": "full" if trial.arm in ("full", "shuffle", "filtering") else "online",
+        "data.curriculum_refresh": "online" if trial.arm in TOLD else "full",
         "data.curriculum_update_freq": trial.refresh_every,
         "data.curriculum_rollout_n": REFRESH_RESPONSES,
         "algorithm.disable_kl": True,
@@ -239,7 +255,9 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
     }
     if trial.arm == "sizes":
         values |= {"worker.rollout.n_min": SIZES.smallest, "worker.rollout.n_max": SIZES.largest}
-    if trial.arm not in ("posterior", "sizes"):
+    if trial.arm == "text":
+        values |= {"data.curriculum_features": "text"}
+    if trial.arm not in AS_SHIPPED:
         values |= {
             "data.curriculum_draw": "proportional",
             "data.curriculum_mixture_ratio": trial.ratio,

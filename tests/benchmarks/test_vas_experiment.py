@@ -7,9 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from fixtures.coordinators import B, N, P, answer
 from fixtures.launching import ROOT, environment
+from fixtures.rank_threads import SingleProcess
 
 from mmr1_ds.commands.demo.digits import LEARNABLE
+from mmr1_ds.config import DataConfig
 
 BENCHMARKS = ROOT / "benchmarks" / "vas_experiment"
 
@@ -33,11 +36,17 @@ def test_trials_are_every_combination_once_and_whole_seeds_come_first():
     from vas_experiment_trials import ARMS, all_trials
 
     trials = all_trials([2, 50], [512], ARMS, [7, 8], 60, ratios=[0.5, 0.8], categories=[True, False])
-    # A seed and pool: shuffle and filtering once, full for each lambda, online for each lambda and
-    # posterior and sizes with categories and without.
-    assert len(trials) == 2 * 2 * (1 + 1 + 2 + 4 + 2 + 2)
+    # A seed and pool: shuffle, filtering, mopps and dps once, full for each lambda, online for each lambda and
+    # posterior, sizes and text with categories and without.
+    assert len(trials) == 2 * 2 * (4 + 2 + 4 + 2 + 2 + 2)
     assert len({trial.name for trial in trials}) == len({(t.pool, t.label, t.seed) for t in trials}) == len(trials)
-    assert [trial.seed for trial in trials] == [7] * 24 + [8] * 24
+    assert [trial.seed for trial in trials] == [7] * 32 + [8] * 32
+
+
+def test_a_trial_spends_what_its_steps_would_unless_told_otherwise():
+    assert a_trial().budget == 40 * 64 and a_trial(rollouts=777).budget == 777
+    assert a_trial(rollouts=777).name == a_trial().name.replace("_seed3", "_rollouts777_seed3")
+    assert a_trial(rollouts=777).label == a_trial().label
 
 
 @pytest.mark.parametrize(("share", "size"), [(2, 512), (5, 2048), (15, 101), (50, 7)])
@@ -97,8 +106,8 @@ def test_transitions_count_prompts_by_how_many_were_right_before_and_after():
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
-def write_run(folder, trial, rollouts_per_step, accuracy, extra=0.0):
-    """A finished run whose accuracy is a function of the step, validated every 5 steps."""
+def write_run(folder, trial, rollouts_per_step, accuracy, extra=0.0, answers=None):
+    """A finished run whose accuracy is a function of the step, validated every 5 steps; answers: of its end."""
     from vas_experiment_steps import StepFile
     from vas_experiment_trials import trial_record
 
@@ -117,7 +126,7 @@ def write_run(folder, trial, rollouts_per_step, accuracy, extra=0.0):
         if trial.arm == "full" and step == 20:
             line["transitions"] = np.eye(9, dtype=int).tolist()
         file.note(step, line)
-    file.finish()
+    file.finish({"answers": answers} if answers else None)
 
 
 def test_an_arm_that_learns_three_times_faster_for_a_fifth_more_rollouts_needs_2_5_times_fewer(tmp_path):
@@ -144,6 +153,31 @@ def test_an_arm_that_learns_three_times_faster_for_a_fifth_more_rollouts_needs_2
     assert row["first_ratio"] == pytest.approx(row["ratio"])
     never = rows["full, lambda 0.5"]
     assert never["ratio"] == 0.0 and never["needed_rollouts"] is None and never["paired_ratios"] == [0.0]
+
+
+def test_the_answers_of_the_end_are_compared_seed_by_seed_and_earlier_runs_have_none(tmp_path):
+    from vas_experiment_report import answer_rows, write_report
+    from vas_experiment_runs import by_pool, load_runs
+
+    write_run(tmp_path, a_trial(arm="full"), 64, lambda step: 0.1)
+    assert "pass@" not in write_report(tmp_path, None, None)
+    for seed, passed in ((3, 0.5), (4, 0.9)):
+        write_run(tmp_path, a_trial(seed=seed), 64, lambda step: 0.1, answers={"accuracy": 0.3, "pass_at_8": passed})
+    write_run(tmp_path, a_trial(arm="dps", seed=4), 64, lambda step: 0.1, answers={"accuracy": 0.4, "pass_at_8": 0.7})
+    rows = {row["arm"]: row for row in answer_rows(by_pool(load_runs(tmp_path)))}
+    assert rows.keys() == {"shuffle", "dps"} and rows["shuffle"]["seeds"] == [3, 4]
+    assert rows["shuffle"]["pass_at_8"] == pytest.approx((0.7, 0.2))
+    assert rows["dps"]["pass_at_8_beyond_shuffle"] == (pytest.approx(-0.2), None)
+    assert "| dps | 1 | 0.700 |" in write_report(tmp_path, None, None)
+
+
+def test_runs_of_two_budgets_are_not_taken_for_one_another(tmp_path):
+    from vas_experiment_runs import by_pool, load_runs
+
+    write_run(tmp_path, a_trial(), 64, lambda step: 0.1)
+    write_run(tmp_path, a_trial(rollouts=999), 64, lambda step: 0.1)
+    with pytest.raises(ValueError, match="shuffle of seed 3"):
+        by_pool(load_runs(tmp_path))
 
 
 def test_nothing_is_learned_while_a_refresh_spends():
@@ -201,6 +235,31 @@ def test_the_report_has_tables_json_and_plots(tmp_path):
     assert plots == dict.fromkeys(expected | {"variants_by_rollouts"}, b"\x89PNG")
 
 
+# --- rivals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mopps_math", "mopps_geo3k", "dps", "vade", "difficulty_pools"])
+def test_a_rival_draws_in_a_run_as_in_the_laboratory_and_learns_from_each_step_once(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "curriculum"))
+    from curriculum_lab_policies import Run
+    from curriculum_lab_rivals import RIVALS
+    from curriculum_rival_draws import RivalDraws
+
+    data = DataConfig(rollout_batch_size=B, seed=5, sampling_strategy="shuffle")
+    coordinator = RivalDraws(data, [f"p{i}" for i in range(P)], [""] * P, "abc", N, 40, SingleProcess())
+    coordinator.rival = name
+    none = np.zeros(P, dtype=np.int64)
+    alone = RIVALS[name](Run(P, none, none, B, 40, 5))
+    for step in range(1, 8):
+        batch = coordinator.next_batch(step)
+        assert batch.tolist() == alone.draw(step).tolist()
+        groups = [answer(index, step) for index in batch]
+        coordinator.observe(step, groups[:2])
+        coordinator.observe(step, groups[2:])
+        coordinator.finish_step(step, batch)
+        alone.learn(batch, np.array([round(8 * group.pass_rate) for group in groups]), None)
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 REAL = """
@@ -221,6 +280,9 @@ if __name__ == "__main__":
     with training.Session(out, validate_every=3) as session:
         session.train(trial, out / "plain.jsonl")
         session.train(trial, out / "traced.jsonl", (out / "trace.npz", 7, 4, 1))
+        for arm in ("mopps", "text", "filtering"):
+            trial = Trial(15, 33, arm, 5, 9, dead=False, rollouts=100)
+            session.train(trial, out / f"{arm}.jsonl")
 """
 
 
@@ -246,3 +308,10 @@ def test_recording_a_trace_changes_no_training_and_rollouts_are_counted(tmp_path
     assert trace["steps"].tolist() == [0, 1, 2, 3] and trace["pass_rates"].shape == (4, 7)
     assert set(np.unique(trace["pass_rates"] * 4 % 1)) == {0.0}
     assert len(trace["categories"]) == 7 == len(trace["prompt_ids"])
+    for arm in ("mopps", "text", "filtering"):
+        lines = [json.loads(x) for x in (tmp_path / f"{arm}.jsonl").open()]
+        spent = [line["rollouts"] for line in lines[1:-1]]
+        assert spent[-1] >= 100 > spent[-2] and "validation_accuracy" in lines[-2], arm
+        answers = lines[-1]["answers"]
+        assert answers["accuracy"] == pytest.approx(answers["pass_at_1"], abs=1e-6)
+        assert answers["pass_at_1"] <= answers["pass_at_2"] <= answers["pass_at_4"] <= answers["pass_at_8"] <= 1
