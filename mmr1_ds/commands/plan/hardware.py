@@ -71,7 +71,7 @@ class Assumptions:
 
     # Memory.
     context_gb: float = 1.5  # CUDA context, NCCL buffers, library workspaces of a training process
-    vllm_overhead_gb: float = 2.0  # CUDA graphs and workspaces of an engine; they stay while it sleeps
+    vllm_overhead_gb: float = 2.0  # of an engine, while it sleeps too: context and libraries; graphs go to the host
     fragmentation: float = 0.05  # of the largest part that torch's allocator holds: lost between blocks
     host_memory_gb: float | None = None  # of a node; None: printed, not checked
 
