@@ -141,13 +141,9 @@ def _carries_states(model: ModelConfig) -> bool:
 
 
 def is_whole_after_a_sync(model: ModelConfig) -> bool:
-    """Whether a sync of whole weights was seen to bring all that vLLM has of the model: then it need not read them.
-
-    To vision towers vLLM adds a layer that scales pixels, which random weights overwrite and no sync brings.
-    """
+    """Whether a sync of whole weights was seen to bring all of vLLM's parameters: then it need not read them."""
     config = _read_config(model)
-    family = None if config is None else FAMILIES.get(config.model_type)
-    return family is not None and not family.takes_images
+    return config is not None and config.model_type in FAMILIES
 
 
 def _read_config(model: ModelConfig) -> PreTrainedConfig | None:

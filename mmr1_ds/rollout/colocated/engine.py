@@ -87,12 +87,11 @@ class VllmRollout(InTurn):
         self._version, self._returns_experts = 0, returns_experts
         _unlink_shared_memory(ranks, config.tensor_parallel_size)  # of a run that was killed as it started
         more = adapter_options(adapted, model.lora.rank) if adapted else {}
-        if not adapted and is_whole_after_a_sync(model):
-            more["load_format"] = "dummy"  # nothing is read that the first sync overwrites
         if returns_experts:
             more["enable_return_routed_experts"] = True
         images = image_bounds(encoder, most_images, most_videos)
-        self._llm: LLM = _start_engine(config, model, data, ranks, images, more)
+        reads_weights = bool(adapted) or not is_whole_after_a_sync(model)
+        self._llm: LLM = _start_engine(config, model, data, ranks, images, more, reads_weights)
         _unlink_shared_memory(ranks, config.tensor_parallel_size)
         self._head_is_tied = self._llm.collective_rpc(_head_is_tied)[0]
         # vLLM's raw log-probabilities are those before temperature: dividing the logits by the training's puts it in.
@@ -305,6 +304,7 @@ def _start_engine(
     ranks: Ranks,
     images: ImageBounds | None,
     more: dict[str, Any],
+    reads_weights: bool,
 ) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher runs the engine in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -319,6 +319,10 @@ def _start_engine(
         from vllm import LLM
 
     options = engine_options(config, model, data, on_gpu=ranks.on_gpu, images=images)
+    if not reads_weights:
+        from mmr1_ds.rollout.colocated.unread import LOAD_FORMAT
+
+        options["load_format"] = LOAD_FORMAT
     if config.logprobs == "raw":
         options["logprobs_mode"] = "raw_logprobs"
     if ranks.on_gpu:
