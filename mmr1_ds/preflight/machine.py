@@ -19,8 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mmr1_ds.config import RunConfig
 from mmr1_ds.errors import UserError
+from mmr1_ds.preflight.models import num_parameters
 
 _DRIVER_OF_CUDA = {12: 525, 13: 580}  # the oldest driver (Linux) for a major version of CUDA
 _GIB = 2**30
@@ -54,6 +57,7 @@ class Machine:
     has_ninja: bool
     has_gxx: bool
     memlock_bytes: int | None  # that a process may lock in memory; None: without limit
+    memory_bytes: int  # of the whole machine
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Needs:
     gpu_fraction: float  # of a GPU's memory, free; 0 when the run can do with what there is
     compiles: bool  # an optimiser for the GPU
     pins_memory: bool  # for states in host memory
+    host_bytes: float = 0.0  # of one node, for the states in host memory; 0 also where the model is not here yet
 
 
 def needs_of(config: RunConfig, actor: Mapping[str, Any]) -> Needs:
@@ -75,7 +80,19 @@ def needs_of(config: RunConfig, actor: Mapping[str, Any]) -> Needs:
     pins = pins or config.worker.actor.offload_states or config.worker.ref.offload.offload_params
     is_fused = not actor["optimizer"].get("params", {}).get("torch_adam", False)
     compiles = is_fused and config.worker.actor.optim.strategy == "adamw" and not config.trainer.val_only
-    return Needs(fraction, compiles, bool(pins))
+    return Needs(fraction, compiles, bool(pins), _host_bytes(config, actor["zero_optimization"]))
+
+
+def _host_bytes(config: RunConfig, zero: Mapping[str, Any]) -> float:
+    """Return what the actor's and the reference's states take of a node's memory; docs/presets.md has the parts."""
+    settings, of_parameter = config.worker.actor, 0
+    if settings.model.lora.rank == 0 and zero.get("offload_optimizer", {}).get("device") == "cpu":
+        of_parameter += 20  # copy and moments in fp32, gradients twice
+    if settings.model.lora.rank == 0 and settings.offload_states:
+        of_parameter += 18  # weights, gradients, copy and moments
+    of_parameter += 2 * (zero.get("offload_param", {}).get("device") == "cpu")
+    of_parameter += 2 * config.worker.ref.offload.offload_params
+    return of_parameter * num_parameters(settings.model) / config.trainer.nnodes
 
 
 def check_machine(config: RunConfig, actor: Mapping[str, Any]) -> tuple[str, ...]:
@@ -120,6 +137,11 @@ def lacking(found: Machine, needs: Needs) -> list[str]:
                 f"takes {needs.gpu_fraction:g} (worker.rollout.gpu_memory_utilization): end what else runs there "
                 "(nvidia-smi), or choose others by CUDA_VISIBLE_DEVICES"
             )
+    if needs.host_bytes > found.memory_bytes:
+        problems.append(
+            f"offloaded states take {needs.host_bytes / _GIB:.0f} GiB of host memory and it has "
+            f"{found.memory_bytes / _GIB:.0f}: take more nodes, or offload less"
+        )
     return problems
 
 
@@ -131,7 +153,8 @@ def doubts(found: Machine, needs: Needs) -> tuple[str, ...]:
     if needs.pins_memory and found.memlock_bytes is not None:
         lines.append(
             f"{found.host}: only {found.memlock_bytes / _GIB:.3g} GiB may be locked in memory, and offloaded states "
-            "are pinned; if that fails: ulimit -l unlimited"
+            f"{f'({needs.host_bytes / _GIB:.0f} GiB) ' if needs.host_bytes else ''}are pinned; if that fails: "
+            "ulimit -l unlimited"
         )
     return tuple(lines)
 
@@ -149,6 +172,7 @@ def gather(environ: Mapping[str, str]) -> Machine:
         has_ninja=shutil.which("ninja", path=own) is not None,
         has_gxx=shutil.which(environ.get("CXX") or "g++", path=own) is not None,
         memlock_bytes=None if limit == resource.RLIM_INFINITY else limit,
+        memory_bytes=psutil.virtual_memory().total,
     )
 
 

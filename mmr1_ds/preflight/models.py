@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import os
 import re
 from pathlib import Path
@@ -137,6 +139,16 @@ def weights_are_here(model: ModelConfig) -> bool:
     if not model.model_path or os.path.exists(model.model_path):
         return True
     return any(_in_cache(model.model_path, f"model.safetensors{suffix}") for suffix in ("", ".index.json"))
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Return how many a model folder's weights have, by the headers of its files; 0 for one that is not there."""
+    total = 0
+    for path in sorted(Path(model.model_path or "").glob("*.safetensors")) if model.model_path else []:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
 
 
 def _config(model: ModelConfig | CriticModelConfig) -> dict[str, Any] | None:

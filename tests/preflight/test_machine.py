@@ -1,5 +1,6 @@
 """What a GPU machine lacks, from facts made up, and how the facts are found."""
 
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from mmr1_ds.preflight.machine import Gpu, Machine, Needs, doubts, gather, lacki
 
 GIB = 2**30
 GPUS = tuple(Gpu(str(i), f"GPU-{i}a", "580.65.06", 79 * GIB, 80 * GIB) for i in range(3))
-GOOD = Machine("n7", GPUS, "13.0", "13.5", has_ninja=True, has_gxx=True, memlock_bytes=None)
+GOOD = Machine("n7", GPUS, "13.0", "13.5", has_ninja=True, has_gxx=True, memlock_bytes=None, memory_bytes=1000 * GIB)
 NEEDS = Needs(gpu_fraction=0.55, compiles=True, pins_memory=False)
 
 
@@ -66,6 +67,33 @@ def test_needs_are_those_of_the_run(settings, expected):
     assert needs_of(config, resolve_deepspeed(config, 8, on_gpu=True)) == expected
 
 
+def _of_33_billion(tmp_path):
+    header = json.dumps({"__metadata__": {}, "a": {"shape": [3 * 10**6, 11 * 10**3]}, "b": {"shape": [7]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return f"worker.actor.model.model_path={tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_parameter"),
+    [
+        ([], 0),
+        (["worker.actor.offload.offload_optimizer=true", "worker.ref.offload.offload_params=true"], 22),
+        (["worker.actor.offload_states=true"], 18),
+        (["worker.actor.offload_states=true", "worker.actor.model.lora.rank=8"], 0),
+        (["worker.actor.offload.offload_optimizer=true", "trainer.nnodes=4"], 5),
+    ],
+)
+def test_states_in_host_memory_must_have_room_there(tmp_path, settings, of_parameter):
+    given = ["config=mmr1_h100", "worker.ref.offload.offload_params=false", _of_33_billion(tmp_path), *settings]
+    config = load_config(given).config
+    needs = needs_of(config, resolve_deepspeed(config, 8, on_gpu=True))
+    assert needs.host_bytes == of_parameter * (33 * 10**9 + 7)
+    problems = lacking(replace(GOOD, memory_bytes=600 * GIB), needs)
+    assert bool(problems) is (of_parameter == 22)
+    if problems:
+        assert "offloaded states take 676 GiB of host memory and it has 600: take more nodes" in problems[0]
+
+
 @pytest.mark.parametrize(
     ("shown", "expected"), [(None, "012"), ("2,0", "20"), ("GPU-1", "1"), ("", ""), ("-1", ""), ("7", "")]
 )
@@ -101,7 +129,7 @@ def test_the_facts_are_those_that_the_programs_tell(tmp_path, monkeypatch):
 
 
 def test_all_that_is_missing_is_one_line_and_nothing_is_loaded(tmp_path, monkeypatch, capfd):
-    nothing = Machine("n7", (replace(GPUS[0], driver="550.54"),), "13.0", "", False, False, None)
+    nothing = Machine("n7", (replace(GPUS[0], driver="550.54"),), "13.0", "", False, False, None, 0)
     monkeypatch.setattr(train, "gpu_is_here", lambda: True)
     monkeypatch.setattr(machine, "gather", lambda environ: nothing)
     monkeypatch.setattr(train, "use_own_nvcc", lambda: None)
