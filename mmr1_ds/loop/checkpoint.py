@@ -19,6 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,22 @@ class Checkpoints:
         temporary.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
         sync(self.root)
-        write_whole(self.root / _LATEST, f"{final.name}\n".encode())
-        best = self._best(and_step=step)
+        self._name(step)
+
+    def _name(self, newest: int) -> None:
+        """Write `latest` and `best`."""
+        write_whole(self.root / _LATEST, f"global_step_{newest}\n".encode())
+        best = self._best(and_step=newest)
         if best is not None:
             write_whole(self.root / _BEST, f"global_step_{best}\n".encode())
         else:  # the named one was set aside
             (self.root / _BEST).unlink(missing_ok=True)
+
+    def name_again(self, newest: int) -> None:
+        """Write `latest` and `best` for a run that goes on from `newest`: a kill may have come before them. Rank 0."""
+        if self._ranks.rank == 0:
+            with suppress(OSError):  # a folder that can only be read: no save will work either, and says so
+                self._name(newest)
 
     def is_best(self, validation: Mapping[str, float]) -> bool:
         """Return whether a validation is better than that of every checkpoint. Collective: the figures of all ranks."""

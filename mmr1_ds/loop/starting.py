@@ -119,6 +119,8 @@ def starting_point(config: RunConfig, checkpoints: Checkpoints) -> tuple[int, Pa
     found = None
     if config.trainer.resume and not (named and config.trainer.val_only):
         found = checkpoints.newest()
+        if found is not None:
+            checkpoints.name_again(found[0])
     if named and found is None:
         found = checkpoints.require(Path(named)), Path(named)
     elif named and found is not None and found[1].resolve() != Path(named).resolve():

@@ -15,10 +15,13 @@ from safetensors.numpy import save_file
 
 from mmr1_ds.cluster.launch import LaunchEnvironment
 from mmr1_ds.cluster.ranks import Ranks
+from mmr1_ds.config import RunConfig
 from mmr1_ds.engine.weights.zero_checkpoint import CONVERTED
 from mmr1_ds.errors import UserError
-from mmr1_ds.io import PendingFile, digest
+from mmr1_ds.io import PendingFile, digest, write_whole
+from mmr1_ds.loop import checkpoint
 from mmr1_ds.loop.checkpoint import MANIFEST, VALIDATION, Checkpoints
+from mmr1_ds.loop.starting import starting_point
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,30 @@ def test_a_fresh_run_is_not_outlived_by_an_older_one(tmp_path, ranks):
     assert sorted(path.name for path in tmp_path.glob("global_step_*")) == ["global_step_30", "global_step_40"]
     Checkpoints(tmp_path, 1, ranks).save(50, write)
     assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_50"]
+
+
+def test_a_run_killed_between_a_checkpoint_and_its_names_names_it_when_it_goes_on(tmp_path, ranks, monkeypatch):
+    """Also when nothing is left to train, so that no later save would."""
+    checkpoints = Checkpoints(tmp_path, -1, ranks, "val/accuracy_reward")
+    checkpoints.save(1, write_validated(0.25))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_whole", killed_at("latest"))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(2, write_validated(0.5))
+    assert (tmp_path / "latest").read_text() == "global_step_1\n" and (tmp_path / "global_step_2").is_dir()
+    config = RunConfig()
+    resumed = Checkpoints(tmp_path, -1, ranks, "val/accuracy_reward")
+    assert starting_point(config, resumed) == (2, tmp_path / "global_step_2")
+    assert (tmp_path / "latest").read_text() == (tmp_path / "best").read_text() == "global_step_2\n"
+
+
+def killed_at(name):
+    def write_or_die(path, content):
+        if path.name == name:
+            raise KeyboardInterrupt
+        write_whole(path, content)
+
+    return write_or_die
 
 
 def write_validated(figure):
