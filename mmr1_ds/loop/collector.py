@@ -102,16 +102,23 @@ class Collector:
         settings: SamplingSettings,
         clock: StageClock,
         advance: Callable[[int], None] = ignore,
+        shared: SharedQueue | None = None,
     ) -> tuple[list[ScoredGroup], RewardCounts]:
         """Generate and score the groups of this rank's requests. Returns: them in order, and the failed rewards.
 
         Collective: all ranks, each with its own requests (any number of them).
-        Args: advance: takes how many more responses are sampled.
+        Args: advance: takes how many more responses are sampled; shared: from which whoever is idle takes the next
+        request, the counts then being of what this rank sampled; see `SharedQueue.bring_home` for the prompts.
         Raises: UserError when no reward has worked yet: training on zeros would teach nothing.
         """
         with clock("gen"), self._scoring_beside():
-            groups = generate(self._rollout, requests, settings, advance, self.score_beside)
-        return self.score(groups, clock)
+            if shared is None:
+                groups = generate(self._rollout, requests, settings, advance, self.score_beside)
+            else:
+                by_slot = shared.sample_shares(requests, settings, self.score_beside, advance)
+                groups = [*by_slot.values()]
+        scored, counts = self.score(groups, clock)
+        return scored if shared is None else shared.bring_home(dict(zip(by_slot, scored, strict=True))), counts
 
     def begin(self, in_flight: InFlight, settings: SamplingSettings) -> None:
         """Ask for the groups of a batch that are not there. Not a collective."""

@@ -11,12 +11,12 @@ import numpy as np
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import RolloutConfig
 from mmr1_ds.engine.micro_batches import balance
-from mmr1_ds.loop.drawn import Drawn
 from mmr1_ds.loop.in_flight import pack_responses, unpack_responses
 from mmr1_ds.records import GroupRewards, Prompt, RolloutGroup, ScoredGroup
 
 if TYPE_CHECKING:
     from mmr1_ds.data.dataset import PromptDataset
+    from mmr1_ds.loop.drawn import Drawn
 
 _PART, _HAS_PART = "part.", "has_part."  # before the name of a reward's part
 
