@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmr1_ds.loop.group_arrays import groups_from_arrays, groups_to_arrays
 from mmr1_ds.loop.in_flight import InFlight
-from mmr1_ds.loop.sharing import groups_from_arrays, groups_to_arrays
 from mmr1_ds.records import Prompt, RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
 from mmr1_ds.rollout.base import ignore
 
