@@ -29,8 +29,8 @@ from mmr1_ds.algorithm.kl import KLController
 from mmr1_ds.config import AlgorithmConfig
 from mmr1_ds.curriculum.statistics import pack
 from mmr1_ds.engine.model.batching import end_to_end
+from mmr1_ds.loop.group_arrays import groups_from_arrays, groups_to_arrays
 from mmr1_ds.loop.in_flight import pack_responses
-from mmr1_ds.loop.sharing import groups_from_arrays, groups_to_arrays
 from mmr1_ds.records import GroupRewards, Prompt, Response, RolloutGroup, ScoredGroup
 
 EOS = 151_645

@@ -26,7 +26,14 @@ from mmr1_ds.curriculum.drift_law import DriftLaw, FilterSettings, Prior
 from mmr1_ds.curriculum.feature_prior import FeaturePrior
 from mmr1_ds.curriculum.metric_names import FEATURE_EXPLAINED_FRACTION, FEATURE_WEIGHT
 from mmr1_ds.curriculum.posterior import pooled, posterior
-from mmr1_ds.curriculum.utilities import expected_utility, logistic, sharpening, utility_function, utility_peak
+from mmr1_ds.curriculum.utilities import (
+    expected_utility,
+    logistic,
+    sharpening,
+    utility_function,
+    utility_moments,
+    utility_peak,
+)
 
 __all__ = ["EARLY_PROBING", "PROBE_RESPONSES", "FilterSettings", "LogitFilter", "probe_budget"]
 
@@ -34,7 +41,7 @@ PROBE_RESPONSES = 4  # to one prompt
 EARLY_PROBING = 1.75  # times the mean rate, while little is known
 
 _NEVER = -1
-_BLOCK = 1 << 14  # prompts evaluated at a time, so that intermediate results stay in cache
+_BLOCK = 1 << 15  # prompts evaluated at a time, so that intermediate results stay in cache
 _SHARPENING_SAMPLE = 1 << 14  # prompts that the exponent is found from
 _TIED_SAMPLE = 64  # prompts equally stale that a probe is chosen from
 # Of a belief's deviation, by which utilities are drawn: the whole (Thompson) draws many prompts that turn out dead,
@@ -126,20 +133,26 @@ class LogitFilter:
         return view
 
     def unseen_steps(self) -> np.ndarray:
-        """Steps since each prompt was last observed, (P,) int64; for those never seen more than any run has."""
-        last_seen = self._last_seen.astype(np.int64)
-        return np.where(last_seen == _NEVER, np.iinfo(np.int32).max, self.step - last_seen)
+        """Steps since each prompt was last observed, (P,) int32; for those never seen more than any run has."""
+        unseen_steps = self.step - self._last_seen
+        unseen_steps[self._last_seen == _NEVER] = np.iinfo(np.int32).max
+        return unseen_steps
 
     # Beliefs
 
     def belief(self, indices: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
         """The means m and variances V of the logits now, float32."""
-        category = self._category[indices]
-        last_seen = self._last_seen[indices]
-        mean = self._anchor[indices] + self._shift.astype(np.float32)[category]
-        share = self._drift_share[indices].astype(np.float32) - last_seen.astype(np.float32)
-        mean += share * self._slope.astype(np.float32)[category]
-        mean += self._gain_share[indices].astype(np.float32) * np.float32(self._gained)
+        category, last_seen = self._category[indices], self._last_seen[indices]
+        # In place, and "clip" though no category is out of bounds: it spares a buffer, and both most of the time.
+        mean = np.take(self._shift.astype(np.float32), category, mode="clip")
+        mean += self._anchor[indices]
+        share = self._drift_share[indices].astype(np.float32)
+        share -= last_seen.astype(np.float32)
+        share *= np.take(self._slope.astype(np.float32), category, mode="clip")
+        mean += share
+        share[...] = self._gain_share[indices]
+        share *= np.float32(self._gained)
+        mean += share
         variance = self._variance[indices] + np.float32(self._noise_sum)
         unseen = last_seen == _NEVER
         if unseen.any():
@@ -148,13 +161,15 @@ class LogitFilter:
             variance = np.where(unseen, np.float32(self._prior.variance), variance)
         if self._features is not None:
             mean += self._feature_share[indices].astype(np.float32) * self._features.effect(indices)
-        return mean, np.clip(variance, self.settings.min_variance, self.settings.max_variance)
+        return mean, np.clip(variance, self.settings.min_variance, self.settings.max_variance, out=variance)
 
     def predicted_pass_rates(self, indices: np.ndarray) -> np.ndarray:
         """E[p] of the next response to each prompt, (K,) float64 in (0, 1); for a prompt never seen, the prior's."""
-        mean, variance = self.belief(indices)
-        expected, _ = expected_utility(mean, variance, lambda p, n: p, self.num_responses)
-        return expected.astype(np.float64).clip(1e-7, 1.0 - 1e-7)
+        expected = np.empty(len(indices))
+        for start in range(0, len(indices), _BLOCK):
+            mean, variance = self.belief(indices[start : start + _BLOCK])
+            expected[start : start + _BLOCK] = expected_utility(mean, variance, lambda p, n: p, self.num_responses)
+        return np.clip(expected, 1e-7, 1.0 - 1e-7, out=expected)
 
     def utility(self, name: str) -> np.ndarray:
         """E[u] of each prompt, (P,) float32: neither sharpened nor floored. Raises: UserError for an unknown name."""
@@ -162,14 +177,18 @@ class LogitFilter:
         expected = np.empty(self.num_prompts, dtype=np.float32)
         # Prompts that nothing tells apart have one expectation: all that were never seen, most of a large data set.
         shared_mean, shared_variance = self._beliefs_unseen()
-        shared, _ = expected_utility(shared_mean, shared_variance, function, self.num_responses)
+        shared = expected_utility(shared_mean, shared_variance, function, self.num_responses)
         for start in range(0, self.num_prompts, _BLOCK):
             block = slice(start, start + _BLOCK)
             (mean, variance), category = self.belief(block), self._category[block]
-            own = np.flatnonzero((mean != shared_mean[category]) | (variance != shared_variance[category]))
-            expected[block] = shared[category]
-            if len(own):
-                expected[own + start], _ = expected_utility(mean[own], variance[own], function, self.num_responses)
+            own = mean != np.take(shared_mean, category, mode="clip")
+            own |= variance != shared_variance[0]  # of every category the same
+            if own.all():
+                expected[block] = expected_utility(mean, variance, function, self.num_responses)
+                continue
+            expected[block] = np.take(shared, category, mode="clip")
+            if own.any():
+                expected[block][own] = expected_utility(mean[own], variance[own], function, self.num_responses)
         return expected
 
     def sampled_utility(self, name: str, noise: np.ndarray) -> np.ndarray:
@@ -182,8 +201,11 @@ class LogitFilter:
         for start in range(0, self.num_prompts, _BLOCK):
             block = slice(start, start + _BLOCK)
             mean, variance = self.belief(block)
-            deviation = _SAMPLED_SHARE * np.sqrt(variance)
-            sampled[block] = function(logistic(mean + noise[block] * deviation), self.num_responses)
+            deviation = np.sqrt(variance, out=variance)
+            deviation *= _SAMPLED_SHARE
+            deviation *= noise[block]
+            mean += deviation
+            sampled[block] = function(logistic(mean), self.num_responses)
         return sampled
 
     def _beliefs_unseen(self) -> tuple[np.ndarray, np.ndarray]:
@@ -201,7 +223,7 @@ class LogitFilter:
         """
         first = self.utility(utility)
         sample = slice(None, None, max(1, self.num_prompts // _SHARPENING_SAMPLE))
-        sampled = expected_utility(*self.belief(sample), utility_function(utility), self.num_responses)
+        sampled = utility_moments(*self.belief(sample), utility_function(utility), self.num_responses)
         self._sharpening = sharpening(*sampled, self._calibration, self.settings.max_sharpening)
         floor = self.settings.score_floor
         first *= np.float32((1.0 - floor) / utility_peak(utility, self.num_responses))
@@ -299,7 +321,7 @@ class LogitFilter:
 
     def _calibrate(self, indices: np.ndarray, num_right: np.ndarray, num_responses: np.ndarray) -> None:
         """Compare p(1 - p) with its unbiased estimate from the responses, right * wrong / (n (n - 1))."""
-        expected, _ = expected_utility(*self.belief(indices), utility_function("learnability"), self.num_responses)
+        expected = expected_utility(*self.belief(indices), utility_function("learnability"), self.num_responses)
         pairs = np.maximum(num_responses - 1.0, 0.0)  # one response says nothing of a variance
         memory = self.settings.memory
         self._expected_variance = float(memory * self._expected_variance + (pairs * expected).sum())

@@ -99,7 +99,7 @@ class OnlineTable:
         return group_sizes(*self._filter.belief(indices), num_responses, sizes)
 
     def unseen_steps(self) -> np.ndarray:
-        """Steps since each prompt was last observed, (P,) int64; see `LogitFilter.unseen_steps`."""
+        """Steps since each prompt was last observed, (P,) int32; see `LogitFilter.unseen_steps`."""
         return self._filter.unseen_steps()
 
     def _diversity_scores(self) -> np.ndarray:

@@ -77,7 +77,7 @@ class PromptSampler:
         elif self.rule == "posterior":
             assert unseen_steps is not None and len(unseen_steps) == self.num_prompts
             # P / num_walked draws make an epoch of the walk, after which a prompt's turn comes again.
-            walked = walked[unseen_steps[walked] * self.num_walked >= self.num_prompts]
+            walked = walked[unseen_steps[walked].astype(np.int64) * self.num_walked >= self.num_prompts]
             picked = self._best(weights, self.batch_size - len(walked), walked, random)
         elif self.replacement:
             picked = self._draw_with_replacement(weights, random)

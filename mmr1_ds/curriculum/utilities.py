@@ -5,7 +5,7 @@ A belief is Gaussian in the logit of p: z ~ N(m, V).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -13,8 +13,15 @@ from mmr1_ds.errors import UserError
 
 Utility = Callable[[np.ndarray, int], np.ndarray]  # (p, responses a group) -> utility, elementwise
 
+
+def _learnability(pass_rate: np.ndarray, num_responses: int) -> np.ndarray:
+    value: np.ndarray = 1.0 - pass_rate
+    value *= pass_rate
+    return value
+
+
 _UTILITIES: dict[str, Utility] = {
-    "learnability": lambda p, n: p * (1.0 - p),
+    "learnability": _learnability,
     # Peaks at 1/3: where a correct response is rare enough to be worth more than its share.
     "learnability-squared": lambda p, n: p * (1.0 - p) ** 2,
     # Chance that a group of n has both right and wrong responses, without which its gradient is zero.
@@ -44,25 +51,49 @@ def utility_peak(name: str, num_responses: int) -> float:
 def logistic(z: np.ndarray) -> np.ndarray:
     """1 / (1 + e^-z), in z's type; no overflow for any finite z."""
     half = np.asarray(0.5, dtype=z.dtype)
-    result: np.ndarray = half * np.tanh(half * z) + half
+    result = np.multiply(half, z, out=np.empty_like(z))  # in place from here: fresh memory takes longer than the sums
+    np.tanh(result, out=result)
+    result *= half
+    result += half
     return result
 
 
-def expected_utility(
+def expected_utility(mean: np.ndarray, variance: np.ndarray, utility: Utility, num_responses: int) -> np.ndarray:
+    """E[u] under z ~ N(mean, variance), (K,) float32. Args: mean, variance: (K,) float32."""
+    first = np.zeros_like(mean)
+    for weight, value in _at_nodes(mean, variance, utility, num_responses):
+        value *= weight
+        first += value
+    return first
+
+
+def utility_moments(
     mean: np.ndarray, variance: np.ndarray, utility: Utility, num_responses: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """E[u] and E[u^2] under z ~ N(mean, variance).
-
-    Args: mean, variance: (K,) float32.
-    Returns: two (K,) float32.
-    """
-    deviation = np.sqrt(variance)
+    """E[u] and E[u^2] under z ~ N(mean, variance), two (K,) float32. Args: mean, variance: (K,) float32."""
     first, second = np.zeros_like(mean), np.zeros_like(mean)
-    for node, weight in zip(_NODES, _NODE_WEIGHTS, strict=True):
-        value = utility(logistic(mean + deviation * node), num_responses)
-        first += weight * value
-        second += weight * value * value
+    for weight, value in _at_nodes(mean, variance, utility, num_responses):
+        weighted = weight * value
+        first += weighted
+        weighted *= value
+        second += weighted
     return first, second
+
+
+def _at_nodes(
+    mean: np.ndarray, variance: np.ndarray, utility: Utility, num_responses: int
+) -> Iterator[tuple[np.float32, np.ndarray]]:
+    """Yield the weight of each node of the quadrature, and u there, which the caller may write over."""
+    half = np.float32(0.5)
+    half_mean, half_deviation, pass_rate = half * mean, half * np.sqrt(variance), np.empty_like(mean)
+    for node, weight in zip(_NODES, _NODE_WEIGHTS, strict=True):
+        # `logistic` to the bit, since halves are exact; in one array for all nodes.
+        np.multiply(half_deviation, node, out=pass_rate)
+        pass_rate += half_mean
+        np.tanh(pass_rate, out=pass_rate)
+        pass_rate *= half
+        pass_rate += half
+        yield weight, utility(pass_rate, num_responses)
 
 
 def sharpening(first: np.ndarray, second: np.ndarray, calibration: float, cap: float) -> float:

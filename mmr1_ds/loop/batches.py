@@ -22,7 +22,7 @@ from mmr1_ds.loop.collector import BASELINE, PROBE, TRAINING, Collector, Prompts
 from mmr1_ds.loop.drawn import Drawn, Stragglers, check_filter_key
 from mmr1_ds.loop.in_flight import InFlight, read_in_flight, write_in_flight
 from mmr1_ds.loop.metrics import reward_metrics
-from mmr1_ds.loop.shared_queue import SharedQueue, Unread
+from mmr1_ds.loop.shared_queue import SharedQueue, unread
 from mmr1_ds.loop.sharing import dealt, sampled_slots, share_out, waits_for_room, work_of
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
@@ -239,7 +239,7 @@ class BatchMaker:
     @property
     def _unread(self) -> Prompts:
         """The prompts for requests; those of a queue are read where they are taken."""
-        return self._prompts if self._shared_queue is None else Unread()
+        return unread(self._prompts, self._shared_queue)
 
     def _probes(self, step: int) -> list[RolloutRequest]:
         """This rank's requests for the probes of `step`. Collective."""
@@ -295,9 +295,9 @@ class BatchMaker:
     ) -> list[float]:
         """Sample one greedy response to the prompt of each group. Returns: their rewards. Collective."""
         indices = [item.group.prompt.index for item in groups]
-        requests = self._requests(self._prompts, indices, 1, BASELINE, step, indices)
+        requests = self._requests(self._unread, indices, 1, BASELINE, step, indices)
         greedy = dataclasses.replace(settings, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0)
-        scored, _ = self._collector.collect(requests, greedy, clock)
+        scored, _ = self._collector.collect(requests, greedy, clock, shared=self._shared_queue)
         found = []
         for item, answer in zip(groups, scored, strict=True):
             # A reward that failed says nothing of the prompt: 0 would count all its responses as better than greedy.

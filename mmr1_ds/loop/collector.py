@@ -102,16 +102,23 @@ class Collector:
         settings: SamplingSettings,
         clock: StageClock,
         advance: Callable[[int], None] = ignore,
+        shared: SharedQueue | None = None,
     ) -> tuple[list[ScoredGroup], RewardCounts]:
         """Generate and score the groups of this rank's requests. Returns: them in order, and the failed rewards.
 
         Collective: all ranks, each with its own requests (any number of them).
-        Args: advance: takes how many more responses are sampled.
+        Args: advance: takes how many more responses are sampled; shared: from which whoever is idle takes the next
+        request, the counts then being of what this rank sampled; see `SharedQueue.bring_home` for the prompts.
         Raises: UserError when no reward has worked yet: training on zeros would teach nothing.
         """
         with clock("gen"), self._scoring_beside():
-            groups = generate(self._rollout, requests, settings, advance, self.score_beside)
-        return self.score(groups, clock)
+            if shared is None:
+                groups = generate(self._rollout, requests, settings, advance, self.score_beside)
+            else:
+                by_slot = shared.sample_shares(requests, settings, self.score_beside, advance)
+                groups = [*by_slot.values()]
+        scored, counts = self.score(groups, clock)
+        return scored if shared is None else shared.bring_home(dict(zip(by_slot, scored, strict=True))), counts
 
     def begin(self, in_flight: InFlight, settings: SamplingSettings) -> None:
         """Ask for the groups of a batch that are not there. Not a collective."""
@@ -137,16 +144,15 @@ class Collector:
 
     @contextmanager
     def _scoring_beside(self) -> Iterator[None]:
-        """While it samples, `score_beside` may be called."""
-        self._early, self._early_counts = {}, RewardCounts()  # of a step that was cut off
+        """While it samples, `score_beside` may be called. What it scores is there for the next `score`."""
         try:
             yield
         except BaseException:
             if self._beside is not None:
                 self._beside.give_up()
+                self._beside = None
+            self._early, self._early_counts = {}, RewardCounts()
             raise
-        if self._beside is not None:
-            self._beside.end()
 
     @property
     def scores_groups_alone(self) -> bool:
@@ -176,12 +182,14 @@ class Collector:
         with clock("reward"):
             if self._beside is not None:
                 beside, self._beside = self._beside, None
-                beside.join()
+                beside.join()  # over several calls that sampled, where a batch took them
             rest = [group for group in groups if id(group) not in self._early]
             late, counts = score_groups(self._rewards, rest, self._encoder.decode)
             by_group = self._early | {id(item.group): item for item in late}
             scored, counts = [by_group[id(group)] for group in groups], counts + self._early_counts
-            self._early, self._early_counts = {}, RewardCounts()
+            for group in groups:  # others wait for a later step
+                self._early.pop(id(group), None)
+            self._early_counts = RewardCounts()
         if not self._rewards_work:
             own = {"failed": counts[FAILED], "responses": counts[RESPONSES]}
             totals = self._ranks.sum(own, "check the first rewards")
@@ -230,17 +238,14 @@ class _Beside:
                 self._known.add(position)
                 self._new.put(group)
 
-    def end(self) -> None:
-        """Say that none comes any more."""
-        self._new.put(None)
-
     def give_up(self) -> None:
         """Score no more: a run that is told to end has no time for rewards."""
         self._is_given_up = True
         self._new.put(None)
 
     def join(self) -> None:
-        """Wait until all are scored. Raises: what scoring raised."""
+        """Wait until all are scored; none comes any more. Raises: what scoring raised."""
+        self._new.put(None)
         self._thread.join()
         if self._error is not None:
             raise self._error

@@ -157,7 +157,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
             queue = _shared_queue(config, engines.rollout, opened)
             batches = make_batches(config, batch_maker, opened, collector, queue)
-            trainer = make_trainer(config, num_steps, Trainer, engines, opened, batches, collector, work)
+            trainer = make_trainer(config, num_steps, Trainer, engines, opened, batches, collector, work, queue)
             if start is not None:
                 trainer.parts.state.load(*start, None if config.trainer.val_only else trainer.parts.settings)
         trainer.fit()
@@ -174,8 +174,8 @@ def _collector(
 
 
 def _shared_queue(config: RunConfig, engine: RolloutEngine, opened: Opened) -> SharedQueue | None:
-    if not config.worker.rollout.shared_queue or config.trainer.val_only:
-        return None
+    if not config.worker.rollout.shared_queue or (config.trainer.val_only and not isinstance(engine, VllmRollout)):
+        return None  # a training run's settings, with another engine for its validation
     if not isinstance(engine, VllmRollout):  # engine=auto where it is not installed
         raise UserError("worker.rollout.shared_queue=true needs vllm, which is not installed; set it to false")
     ranks, expand_ahead = opened.ranks, opened.encoder.expand_ahead
@@ -223,6 +223,7 @@ def make_trainer(
     batches: BatchMaker,
     collector: Collector,
     work: ActorWork | None = None,
+    queue: SharedQueue | None = None,
 ) -> T:
     """Put the loop together from what it samples with, learns with and writes to."""
     settings = _sampling_settings(config.worker.rollout, config.data.max_response_length)
@@ -234,8 +235,8 @@ def make_trainer(
         turns=turns,
         batches=batches,
         learners=learners,
-        validation=_validation(config, num_steps, opened, collector, turns, records),
-        refresh=_refresh(config, settings, engines, opened, collector, turns, records),
+        validation=_validation(config, num_steps, opened, collector, turns, records, queue),
+        refresh=_refresh(config, settings, engines, opened, collector, turns, records, queue),
         state=_state(config, num_steps, engines, opened, batches, learners, records),
         records=records,
         report=opened.report,
@@ -257,7 +258,13 @@ def _learners(config: RunConfig, engines: Engines, ranks: Ranks) -> Learners:
 
 
 def _validation(
-    config: RunConfig, num_steps: int, opened: Opened, collector: Collector, turns: Turns, records: StepRecords
+    config: RunConfig,
+    num_steps: int,
+    opened: Opened,
+    collector: Collector,
+    turns: Turns,
+    records: StepRecords,
+    queue: SharedQueue | None,
 ) -> Validation:
     rollout, folder, most_bytes = config.worker.rollout, run_directory(config), config.trainer.samples_limit_gb * 1e9
     sampling = rollout.val_override_config
@@ -278,6 +285,7 @@ def _validation(
         metrics_logger=opened.metrics_logger,
         answer_log=AnswerLog(folder / "eval", opened.ranks.rank == 0, int(most_bytes)),
         ranks=opened.ranks,
+        queue=None if queue is None or opened.val_data is None else queue.of(opened.val_data),
     )
 
 
@@ -289,6 +297,7 @@ def _refresh(
     collector: Collector,
     turns: Turns,
     records: StepRecords,
+    queue: SharedQueue | None,
 ) -> CurriculumRefresh:
     return CurriculumRefresh(
         config.data,
@@ -306,6 +315,7 @@ def _refresh(
         records=records,
         metrics_logger=opened.metrics_logger,
         ranks=opened.ranks,
+        queue=queue,
     )
 
 

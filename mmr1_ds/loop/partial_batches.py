@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,20 @@ class FinishRates:
         return min(math.ceil(count), max(most, 0))
 
 
+@dataclass
+class _Round:
+    """What a rank samples until the budget is used up."""
+
+    in_flight: InFlight
+    positions: dict[int, range]  # of each group's requests, by its id; probes come behind
+    joined: dict[int, RolloutGroup] = field(default_factory=dict)  # by id, with what all its requests have brought
+
+    @property
+    def probes(self) -> range:
+        """The positions of the probes."""
+        return range(sum(map(len, self.positions.values())), len(self.in_flight.requests))
+
+
 class PartialBatchMaker(BatchMaker):
     """Makes the batch of each step from the groups that finish first."""
 
@@ -87,11 +102,11 @@ class PartialBatchMaker(BatchMaker):
             num_fresh = self._rates.num_fresh(needed, len(carried), most)
             with clock("draw"):
                 self._draw(step, num_begun, num_fresh, [len(part) for part in unfinished])
-                in_flight = self._round(step, with_probes=num_rounds == 0)
-                self._collector.begin(in_flight, dataclasses.replace(settings, max_tokens=self._budget))
+                round = self._round(step, with_probes=num_rounds == 0)
+                self._collector.begin(round.in_flight, dataclasses.replace(settings, max_tokens=self._budget))
             with clock("gen"):
-                self._collector.wait(in_flight)
-            probes += self._merge(in_flight)
+                self._collector.wait(round.in_flight, partial(self._score_beside, round))
+            probes += self._merge(round)
             num_begun, num_rounds = num_begun + num_fresh, num_rounds + 1
             before = len(finished)
             finished, unfinished = self._count()
@@ -142,18 +157,22 @@ class PartialBatchMaker(BatchMaker):
         requests = self._requests(self._prompts, [*own.values()], self._rollout.n, TRAINING, step, [*own])
         self._begun.update({step * _STEP + slot: (item, None) for slot, item in zip(own, requests, strict=True)})
 
-    def _round(self, step: int, with_probes: bool) -> InFlight:
+    def _round(self, step: int, with_probes: bool) -> _Round:
         """Requests for all that this rank has begun and not finished, and for probes. Collective with probes."""
-        requests = []
-        for _, (request, group) in sorted(self._begun.items()):
+        requests: list[RolloutRequest] = []
+        positions = {}
+        for id, (request, group) in sorted(self._begun.items()):
+            first = len(requests)
             if group is None:
                 limit = min(self._budget, self._longest)
                 requests.append(dataclasses.replace(request, max_tokens=limit))
             else:
                 requests += [self._continue(request, k, group.responses[k]) for k in self._open(group)]
+            if len(requests) > first:
+                positions[id] = range(first, len(requests))
         if with_probes:
             requests += self._probes(step)
-        return InFlight(step, requests, [])
+        return _Round(InFlight(step, requests, []), positions)
 
     def _continue(self, request: RolloutRequest, k: int, begun: Response) -> RolloutRequest:
         """The request to sample on after what response `k` has."""
@@ -163,20 +182,30 @@ class PartialBatchMaker(BatchMaker):
         limit = min(self._budget, self._longest - num_tokens)
         return RolloutRequest(dataclasses.replace(request.prompt, token_ids=token_ids), 1, seed, max_tokens=limit)
 
-    def _merge(self, in_flight: InFlight) -> list[RolloutGroup]:
+    def _score_beside(self, round: _Round, groups: Mapping[int, RolloutGroup]) -> bool:
+        """Have what is done scored while the rest is sampled, as Enough; what was begun stays until the round ends."""
+        self._join(round, groups)
+        done = {id: group for id, group in round.joined.items() if self._is_done(group)}
+        # Ids are not negative. A probe that is cut is never scored.
+        probes = {~at: groups[at] for at in round.probes if at in groups and _is_whole(groups[at])}
+        return self._collector.score_beside(done | probes)
+
+    def _join(self, round: _Round, groups: Mapping[int, RolloutGroup | None]) -> None:
+        """Add to the groups of the round what their requests have brought, where all of them have."""
+        for id, positions in round.positions.items():
+            parts = [part for at in positions if (part := groups.get(at)) is not None]
+            if id not in round.joined and len(parts) == len(positions):
+                begun = self._begun[id][1]
+                round.joined[id] = parts[0] if begun is None else self._joined(begun, parts)
+
+    def _merge(self, round: _Round) -> list[RolloutGroup]:
         """Add what a round sampled to what there was. Returns: the groups of probes, but for those that were cut."""
-        groups = [in_flight.groups[position] for position in range(len(in_flight.requests))]
-        taken = 0
-        for id, (request, group) in sorted(self._begun.items()):
-            if group is not None and not self._open(group):
-                continue
-            count = 1 if group is None else len(self._open(group))
-            parts = [part for part in groups[taken : taken + count] if part is not None]
-            assert len(parts) == count, "only probes may be given up"
-            taken += count
-            self._begun[id] = request, parts[0] if group is None else self._joined(group, parts)
-        found = [group for group in groups[taken:] if group is not None]
-        return [group for group in found if all(response.finished for response in group.responses)]
+        groups = round.in_flight.groups
+        self._join(round, groups)
+        assert len(round.joined) == len(round.positions), "only probes may be given up"
+        for id, joined in round.joined.items():
+            self._begun[id] = self._begun[id][0], joined
+        return [group for at in round.probes if (group := groups[at]) is not None and _is_whole(group)]
 
     def _joined(self, group: RolloutGroup, parts: Sequence[RolloutGroup]) -> RolloutGroup:
         responses = list(group.responses)
@@ -220,6 +249,10 @@ class PartialBatchMaker(BatchMaker):
         for batch in read_in_flight(folder, self._prompts.__getitem__, own_slots, rank, size):
             for position, (slot, request) in enumerate(zip(batch.slots, batch.requests, strict=True)):
                 self._begun[batch.step * _STEP + slot] = request, batch.groups.get(position)
+
+
+def _is_whole(group: RolloutGroup) -> bool:
+    return all(response.finished for response in group.responses)
 
 
 def _spans(response: Response, version: int) -> tuple[tuple[int, int], ...]:

@@ -16,6 +16,7 @@ from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.loop.collector import REFRESH, Collector, RequestMaker
+from mmr1_ds.loop.shared_queue import SharedQueue, unread
 from mmr1_ds.loop.sharing import dealt, waits_for_room
 from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.loop.turns import Turns
@@ -50,19 +51,21 @@ class CurriculumRefresh:
         records: StepRecords,
         metrics_logger: MetricsLogger,
         ranks: Ranks,
+        queue: SharedQueue | None = None,
     ) -> None:
         """
         Args:
             settings: with which training samples.
             weights_digest: of the actor's weights. Collective.
             kept: the file that an unfinished refresh is kept in.
+            queue: from which the ranks take the requests of all; None = each samples its own.
         """
         self._data, self._settings = data, settings
         self._key_parts = (settings, rollout.seed, data, reward)
         self._rollout, self._requests = rollout, RequestMaker(rollout.seed)
         self._coordinator, self._collector, self._train_data = coordinator, collector, train_data
         self._score, self._turns, self._weights_digest, self._kept = score, turns, weights_digest, kept
-        self._preemption, self._records, self._ranks = preemption, records, ranks
+        self._preemption, self._records, self._ranks, self._queue = preemption, records, ranks, queue
         self._progress: Callable[[int, str], AbstractContextManager[Callable[[int], None]]] = metrics_logger.progress
 
     def run_if_due(self, step: int) -> dict[str, float]:
@@ -84,7 +87,9 @@ class CurriculumRefresh:
                 if ranks.any(self._preemption.is_asked, "ask whether to end"):
                     raise SamplingAbandoned
                 requests = self._requests_of_rank(chunk, step)
-                groups, _ = self._collector.collect(requests, self._settings, StageClock(ranks.stage))
+                groups, _ = self._collector.collect(
+                    requests, self._settings, StageClock(ranks.stage), shared=self._queue
+                )
                 coordinator.observe_refresh(self._score(groups))
                 coordinator.save_refresh(self._kept, key)
                 advance(len(chunk))
@@ -99,7 +104,7 @@ class CurriculumRefresh:
         waits = waits_for_room(len(chunk) * count, self._rollout, ranks.size)
         places = dealt(tokens, waits, ranks.rank, ranks.size)
         own = chunk[places]
-        return self._requests(self._train_data, own, count, REFRESH, step, own, tokens[places])
+        return self._requests(unread(self._train_data, self._queue), own, count, REFRESH, step, own, tokens[places])
 
     def _key(self, step: int) -> str:
         """What a refresh depends on: another run, model or setting does not resume it. Collective."""

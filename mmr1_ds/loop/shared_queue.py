@@ -7,18 +7,22 @@ is computed together with, which the queue leaves to the engines' speed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmr1_ds.loop.group_arrays import groups_from_arrays, groups_to_arrays
 from mmr1_ds.loop.in_flight import InFlight
-from mmr1_ds.records import Prompt, RolloutRequest, SamplingSettings
+from mmr1_ds.records import Prompt, RolloutGroup, RolloutRequest, SamplingSettings, ScoredGroup
+from mmr1_ds.rollout.base import ignore
 
 if TYPE_CHECKING:
     from mmr1_ds.cluster.ranks import Counter, Ranks
     from mmr1_ds.data.dataset import PromptDataset
     from mmr1_ds.rollout.base import Enough, SharingEngine
+
+Advance = Callable[[int], None]  # takes how many more responses are there
 
 _NO_SLOT = -1  # of a probe
 
@@ -31,8 +35,13 @@ class Unread:
         return [Prompt(int(index), "", (), (), "") for index in indices]
 
 
+def unread(data: PromptDataset, queue: SharedQueue | None) -> PromptDataset | Unread:
+    """What requests take their prompts from: those of a queue are read where they are taken."""
+    return data if queue is None else Unread()
+
+
 class SharedQueue:
-    """Shares the requests of a batch out among the ranks while they are sampled."""
+    """Shares the requests for prompts of one data set out among the ranks while they are sampled."""
 
     def __init__(
         self,
@@ -45,31 +54,27 @@ class SharedQueue:
         """
         Args:
             expand_ahead: begins to process the images of prompts that will be trained on.
-            counter: of the ranks, which nothing else counts with.
+            counter: of the ranks, which nothing but such queues counts with.
         """
         self._engine, self._data, self._expand_ahead = engine, data, expand_ahead
         self._ranks, self._counter = ranks, counter
 
+    def of(self, data: PromptDataset) -> SharedQueue:
+        """The queue for prompts of another data set, between whose calls and those of this one no rank samples."""
+        return SharedQueue(self._engine, data, self._expand_ahead, self._ranks, self._counter)
+
     def sample(self, in_flight: InFlight, settings: SamplingSettings, enough: Enough) -> InFlight:
-        """Sample the groups that no rank has. Collective.
+        """Sample the groups of a batch that no rank has. Collective.
 
         Args: in_flight: this rank's share before anything is sampled, of which prompts need not be read.
         Returns: the groups that are on this rank now; those of all ranks are the batch. Raises: SamplingAbandoned.
         """
-        if self._ranks.rank == 0:
-            self._counter.reset()  # before the others come out of the next collective, and after the last sampling
-        missing = [at for at in range(len(in_flight.requests)) if at not in in_flight.groups]
-        rows = np.array([_row(in_flight, at) for at in missing], dtype=np.int64).reshape(-1, 5)
-        table = np.concatenate(self._ranks.all_gather_array(rows, "share requests"))
-        slots, tokens = table[:, 0], table[:, 4]
-        # The longest first, before them those of which nothing is known; else as drawn, whichever rank had them, and
-        # probes last, which fill the tail.
-        table = table[np.lexsort((slots, slots == _NO_SLOT, np.where(tokens == 0, -np.inf, -tokens)))]
-        found = self._engine.collect_shared(
-            _Queue(table, self._data, self._expand_ahead, self._counter), settings, enough
-        )
+        all_slots = in_flight.slots + [_NO_SLOT] * (len(in_flight.requests) - len(in_flight.slots))
+        asked = enumerate(zip(all_slots, in_flight.requests, strict=True))
+        rows = [_row(slot, request) for at, (slot, request) in asked if at not in in_flight.groups]
+        table, found = self._sampled(rows, settings, enough, ignore, self._expand_ahead)
         had = sorted(in_flight.groups)
-        slots = [in_flight.slots[at] if at < len(in_flight.slots) else _NO_SLOT for at in had]
+        slots = [all_slots[at] for at in had]
         requests, groups = [in_flight.requests[at] for at in had], [in_flight.groups[at] for at in had]
         for number, group in sorted(found.items()):
             slots.append(int(table[number, 0]))
@@ -83,10 +88,58 @@ class SharedQueue:
             {position: groups[at] for position, at in enumerate(order)},
         )
 
+    def sample_shares(
+        self, requests: Sequence[RolloutRequest], settings: SamplingSettings, enough: Enough, advance: Advance
+    ) -> dict[int, RolloutGroup]:
+        """Sample what no batch is made of: each group comes back to the rank that asked, by `bring_home`. Collective.
 
-def _row(in_flight: InFlight, position: int) -> tuple[int, ...]:
-    request = in_flight.requests[position]
-    slot = in_flight.slots[position] if position < len(in_flight.slots) else _NO_SLOT
+        Args: requests: this rank's, of which prompts need not be read. Returns: groups that are on this rank now, by
+        their slots for `bring_home`. Raises: SamplingAbandoned.
+        """
+        rank, size = self._ranks.rank, self._ranks.size
+        rows = [_row(position * size + rank, request) for position, request in enumerate(requests)]
+        table, found = self._sampled(rows, settings, enough, advance, expand_ahead=lambda prompts: None)
+        return {int(table[number, 0]): group for number, group in found.items()}
+
+    def bring_home(self, scored: Mapping[int, ScoredGroup]) -> list[ScoredGroup]:
+        """Return the groups of this rank's own requests, in their order. Collective.
+
+        Of groups that another rank sampled the prompts are empty but for the index. Args: scored: by slots.
+        """
+        parts: list[dict[int, ScoredGroup]] = [{} for _ in range(self._ranks.size)]
+        for slot, item in scored.items():
+            position, asker = divmod(slot, self._ranks.size)
+            parts[asker][position] = item
+        own, parts[self._ranks.rank] = parts[self._ranks.rank], {}
+        for arrays in self._ranks.exchange_arrays([groups_to_arrays(part) for part in parts], "bring groups home"):
+            own |= groups_from_arrays(arrays)
+        return [own[position] for position in sorted(own)]
+
+    def _sampled(
+        self,
+        rows: Sequence[tuple[int, ...]],
+        settings: SamplingSettings,
+        enough: Enough,
+        advance: Advance,
+        expand_ahead: Callable[[Sequence[Prompt]], None],
+    ) -> tuple[np.ndarray, dict[int, RolloutGroup]]:
+        """Sample what this rank's rows and those of the others ask for. Collective.
+
+        Returns: the table of all, and the groups of this rank by their rows in it.
+        """
+        if self._ranks.rank == 0:
+            self._counter.reset()  # before the others come out of the next collective, and after the last sampling
+        own = np.array(rows, dtype=np.int64).reshape(-1, 5)
+        table = np.concatenate(self._ranks.all_gather_array(own, "share requests"))
+        slots, tokens = table[:, 0], table[:, 4]
+        # The longest first, before them those of which nothing is known; else as drawn, whichever rank had them, and
+        # probes last, which fill the tail.
+        table = table[np.lexsort((slots, slots == _NO_SLOT, np.where(tokens == 0, -np.inf, -tokens)))]
+        queue = _Queue(table, self._data, expand_ahead, self._counter)
+        return table, self._engine.collect_shared(queue, settings, enough, advance)
+
+
+def _row(slot: int, request: RolloutRequest) -> tuple[int, ...]:
     return slot, request.prompt.index, request.num_responses, request.seed, request.expected_tokens
 
 

@@ -17,6 +17,8 @@ from mmr1_ds.config import DataConfig, TrainerConfig, ValidationSampling
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.loop.collector import VALIDATION, Collector, RequestMaker
 from mmr1_ds.loop.metrics import reward_metrics, validation_lengths
+from mmr1_ds.loop.shared_queue import SharedQueue, unread
+from mmr1_ds.loop.sharing import with_prompt
 from mmr1_ds.loop.step_records import StepRecords
 from mmr1_ds.loop.turns import Turns
 from mmr1_ds.loop.validation_metrics import Answered, part_name, validation_metrics
@@ -58,6 +60,7 @@ class Validation:
         metrics_logger: MetricsLogger,
         answer_log: AnswerLog,
         ranks: Ranks,
+        queue: SharedQueue | None = None,
     ) -> None:
         """
         Args:
@@ -65,12 +68,13 @@ class Validation:
             seed: of the rollouts.
             num_steps: after the last of which a validation is due as well.
             policy: the model's name, for a table of pass rates.
+            queue: of the validation data, from which the ranks take the requests of all; None = each samples its own.
         """
         self._val_data, self._sampling, self._data, self._trainer = val_data, sampling, data, trainer
         self._num_steps, self._policy, self._requests = num_steps, policy, RequestMaker(seed)
         self._collector, self._encoder, self._turns = collector, encoder, turns
         self._records, self._metrics_logger, self._answer_log = records, metrics_logger, answer_log
-        self._ranks = ranks
+        self._ranks, self._queue = ranks, queue
 
     def before_training(self, step: int) -> dict[str, float]:
         """Validate a run that begins now, or that only validates. Collective. Returns: as `run`, or no metrics."""
@@ -158,8 +162,9 @@ class Validation:
         for start in range(0, len(indices), chunk):
             own = indices[start : start + chunk][ranks.rank :: ranks.size]
             # Step 0 for all: validation at different steps shares its seeds, so that runs compare.
-            requests = self._requests(data, own, sampling.n, VALIDATION, 0, own)
-            yield self._collector.collect(requests, settings, StageClock(ranks.stage), advance)
+            requests = self._requests(unread(data, self._queue), own, sampling.n, VALIDATION, 0, own)
+            scored, counts = self._collector.collect(requests, settings, StageClock(ranks.stage), advance, self._queue)
+            yield [with_prompt(item, data) for item in scored], counts
 
     def _gathered(
         self, data: PromptDataset, scored: Sequence[ScoredGroup]

@@ -259,7 +259,7 @@ def _rollout(config: RunConfig) -> str:
         f"{most_tokens} tokens, tensor parallel {rollout.tensor_parallel_size}"
     )
     if rollout.engine != "server":
-        return text + (", prompts from one queue" if rollout.shared_queue and not config.trainer.val_only else "")
+        return text + (", prompts from one queue" if rollout.shared_queue and rollout.engine != "hf" else "")
     servers = f"{rollout.num_servers} started on {rollout.server_host}"
     if rollout.server_urls:
         servers = f"{len(rollout.server_urls)} already running"

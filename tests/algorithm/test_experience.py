@@ -198,7 +198,7 @@ class WithGreedy(FakeCollector):
         super().__init__()
         self.greedy = []
 
-    def collect(self, requests, settings, clock):
+    def collect(self, requests, settings, clock, shared=None):
         groups, counts = super().collect(requests, settings, clock)
         if settings.temperature == 0:
             self.greedy.append((requests, settings))

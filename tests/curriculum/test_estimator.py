@@ -378,13 +378,32 @@ def test_groups_of_one_prompt_are_pooled():
 def test_shared_expectations_equal_those_of_each_prompt(monkeypatch):
     belief = World(num_prompts=3001, drift=0.01, offsets=(-0.02, 0.0, 0.03)).run(3)
     mean, variance = belief.belief(np.arange(3001))
-    expected, _ = expected_utility(mean, variance, utility_function("learnability"), 8)
+    expected = expected_utility(mean, variance, utility_function("learnability"), 8)
     evaluated = mock.Mock(wraps=expected_utility)
     monkeypatch.setattr(estimator, "expected_utility", evaluated)
     assert belief.utility("learnability").tolist() == expected.tolist()
     num_seen = int((belief.last_seen_step >= 0).sum())
     assert 0 < num_seen < 1024
     assert sum(len(call.args[0]) for call in evaluated.call_args_list) == 3 + num_seen
+
+
+def test_results_do_not_depend_on_the_blocks_that_prompts_are_evaluated_in(monkeypatch):
+    """Of 401 prompts each block of 64 has some that were seen, none, or all."""
+    belief = LogitFilter(401, np.arange(401) % 3, 8)
+    seen = np.concatenate([np.arange(130), np.arange(200, 401, 7)])
+    belief.observe(seen, np.arange(len(seen)) % 9.0, np.full(len(seen), 8.0))
+    belief.predict_step(seen)
+    noise = np.linspace(-2, 2, 401, dtype=np.float32)
+
+    def results():
+        found = [belief.utility("learnability"), belief.sampled_utility("learnability", noise)]
+        return [*found, belief.predicted_pass_rates(np.arange(401))]
+
+    whole = results()
+    monkeypatch.setattr(estimator, "_BLOCK", 64)
+    for one, other in zip(whole, results(), strict=True):
+        assert len({*one.tolist()}) > 9
+        np.testing.assert_array_equal(one, other)
 
 
 def test_weights_are_read_only_and_a_new_array_each_time():

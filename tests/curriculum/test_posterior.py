@@ -5,7 +5,7 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from mmr1_ds.curriculum.posterior import posterior
-from mmr1_ds.curriculum.utilities import UTILITIES, expected_utility, sharpening, utility_function
+from mmr1_ds.curriculum.utilities import UTILITIES, sharpening, utility_function, utility_moments
 
 
 def grid_posterior(mean, variance, right, total):
@@ -42,7 +42,7 @@ def test_expected_utilities_equal_quad(name):
             def integrand(x, power, mean=mean, variance=variance):
                 return utility(expit(mean + variance**0.5 * x), 8) ** power * norm.pdf(x)
 
-            found = expected_utility(np.array([mean], np.float32), np.array([variance], np.float32), utility, 8)
+            found = utility_moments(np.array([mean], np.float32), np.array([variance], np.float32), utility, 8)
             for power, tolerance in zip((1, 2), tolerances, strict=True):
                 exact = quad(integrand, -9, 9, args=(power,), points=[-mean / variance**0.5], limit=200)[0]
                 assert found[power - 1][0] == pytest.approx(exact, rel=tolerance, abs=1e-7)

@@ -301,7 +301,7 @@ def test_a_step_that_is_cut_off_leaves_nothing_observed(size, at):
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_step_cut_off_in_its_baselines_leaves_nothing_observed(size):
     class CutOffGreedy(FakeCollector):
-        def collect(self, requests, settings, clock):
+        def collect(self, requests, settings, clock, shared=None):
             if settings.temperature == 0.0 and self.cut:
                 raise SamplingAbandoned
             return super().collect(requests, settings, clock)

@@ -87,3 +87,39 @@ def test_groups_are_scored_while_others_are_sampled(tmp_path, kind, function):
             np.testing.assert_array_equal(one.rewards.overall, other.rewards.overall)
             np.testing.assert_array_equal(one.rewards.failed, other.rewards.failed)
     assert [item.rewards.overall.tolist() for item in found] == [[1, 2], [3, 3], [4, 1]]
+
+
+def test_groups_of_several_waits_are_scored_once_and_wait_for_the_step_that_asks(tmp_path):
+    """As with rounds of cut responses: two calls sample, then a step takes some groups and the next the others."""
+    (tmp_path / "mine.py").write_text(
+        "from pathlib import Path\n"
+        "def one(item):\n"
+        "    with open(Path(__file__).with_name('asked'), 'a') as file:\n"
+        "        file.write(item['response'])\n"
+        "    return {'overall': ord(item['response'])}\n"
+    )
+    groups = [RolloutGroup(Prompt(k, f"p{k}", (1,), (), ""), (response([97 + k]),), 0) for k in range(5)]
+    encoder = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)), expand_ahead=lambda prompts: None)
+
+    class Rounds:
+        def submit(self, requests, settings):
+            return [groups[request.prompt.index] for request in requests]
+
+        def collect(self, submitted, enough, advance=None):
+            enough(dict(enumerate(submitted)))
+            return submitted
+
+    with RewardPool(RewardConfig(f"{tmp_path / 'mine.py'}:one", reward_type="sequential", num_workers=1)) as pool:
+        collector = Collector(Rounds(), pool, "mine.py:one", encoder, Ranks())
+        for part in ([0, 1], [2, 3]):
+            in_flight = InFlight(1, [RolloutRequest(groups[k].prompt, 1, 0) for k in part], part)
+            collector.begin(in_flight, None)
+            by_number = dict(enumerate(part))
+            collector.wait(
+                in_flight, lambda there, names=by_number: collector.score_beside({names[at]: there[at] for at in there})
+            )
+        first, counts = collector.score([groups[k] for k in (3, 0, 2)], StageClock())
+        second, later_counts = collector.score([groups[k] for k in (1, 4)], StageClock())
+    assert [item.rewards.overall.tolist() for item in first + second] == [[100], [97], [99], [98], [101]]
+    assert (counts["reward/num_responses"], later_counts["reward/num_responses"]) == (4, 1)
+    assert sorted((tmp_path / "asked").read_text()) == ["a", "b", "c", "d", "e"]

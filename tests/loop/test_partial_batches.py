@@ -12,7 +12,7 @@ from mmr1_ds.cluster.preemption import SamplingAbandoned
 from mmr1_ds.config import RunConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.loop.in_flight import InFlight
-from mmr1_ds.loop.partial_batches import FinishRates, PartialBatchMaker
+from mmr1_ds.loop.partial_batches import FinishRates, PartialBatchMaker, _Round
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import RolloutGroup, SamplingSettings, ScoredGroup
 from mmr1_ds.rewards.scoring import RESPONSES, RewardCounts
@@ -41,7 +41,16 @@ class WholeKnown(FakeCollector):
     def begin(self, in_flight, settings):
         in_flight.submitted = settings
 
-    def wait(self, in_flight):
+    def __init__(self):
+        super().__init__()
+        self.handed_over = []  # keys and groups that were scored while others were sampled
+
+    def score_beside(self, groups):
+        known = {key for key, _ in self.handed_over}
+        self.handed_over += [(key, group) for key, group in groups.items() if key not in known]
+        return False
+
+    def wait(self, in_flight, enough):
         self.calls += 1
         if self.calls in self.cut_off:
             raise SamplingAbandoned
@@ -63,6 +72,7 @@ class WholeKnown(FakeCollector):
                 end = len(begun) + len(new)
                 responses.append(response(new, logprobs_of(new), finished=end == len(whole)))
             in_flight.groups[position] = RolloutGroup(request.prompt, tuple(responses), self.version)
+            assert not enough(in_flight.groups)
         in_flight.submitted = None
 
     def score(self, groups, clock):
@@ -183,7 +193,7 @@ def test_rates_draw_what_a_round_needs():
 def test_long_prompts_of_every_kind_end():
     """All responses of the longest kind: a batch is there after as many rounds as they need."""
     batches, _ = maker(SingleProcess())
-    batches._collector.wait = lambda in_flight: _endless(in_flight)
+    batches._collector.wait = lambda in_flight, enough: _endless(in_flight)
     batch = batches.make(1, SETTINGS, StageClock())
     assert batch.metrics["partial/num_rounds"] == LONGEST // BUDGET
     assert {len(r.token_ids) for g in batch.groups for r in g.group.responses} == {LONGEST}
@@ -204,5 +214,25 @@ def test_probes_that_are_cut_say_nothing():
     cut = RolloutGroup(prompt, (response((1,) * BUDGET, finished=False),), 0)
     whole = dataclasses.replace(cut, responses=(response((1, 2)),))
     in_flight = InFlight(1, [None] * 3, [], {0: cut, 1: whole, 2: None})
-    assert batches._merge(in_flight) == [whole]
+    sampled = _Round(in_flight, {})
+    assert batches._merge(sampled) == [whole]
+    batches._score_beside(sampled, {0: cut, 1: whole})
+    assert [group for _, group in batches._collector.handed_over] == [whole]
     assert N > 1
+
+
+def test_whole_groups_are_scored_before_their_round_ends():
+    """The last of a round alone is known to nobody before; what is trained on later was scored when it was whole."""
+    batches, _ = maker(SingleProcess())
+    collector, asked = batches._collector, []
+    collector.score = lambda groups, clock: (asked.append(groups), WholeKnown.score(collector, groups, clock))[1]
+    num_waiting = 0
+    for step in range(1, 9):
+        batch = batches.make(step, SETTINGS, StageClock())
+        num_waiting += batch.metrics["partial/num_waiting"]
+        assert len(collector.handed_over) == len({key for key, _ in collector.handed_over})
+        handed_over = [group for _, group in collector.handed_over]
+        assert all(any(group is one for one in handed_over) for group in asked[-1])
+        responses = [response for group in handed_over for response in group.responses]
+        assert all(response.finished or len(response.token_ids) == LONGEST for response in responses)
+    assert num_waiting > 0 and any(response.policy_versions for group in asked[-1] for response in group.responses)

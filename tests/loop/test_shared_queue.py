@@ -1,19 +1,25 @@
 """Requests in one queue: whichever rank takes what, the batch is the one that the ranks would have sampled apart."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fixtures.batch_makers import SETTINGS, B, Data, FakeCollector, N, P, content, score, sections
+from fixtures.batch_makers import SETTINGS, B, Data, FakeCollector, N, P, content, rewards, score, sections
 from fixtures.rank_threads import Ranks, on_ranks
+from fixtures.responses import plain
 
 from mmr1_ds.cluster.preemption import SamplingAbandoned
 from mmr1_ds.config import DataConfig, RunConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.loop.batches import BatchMaker
-from mmr1_ds.loop.shared_queue import SharedQueue
+from mmr1_ds.loop.collector import VALIDATION, Collector, RequestMaker
+from mmr1_ds.loop.shared_queue import SharedQueue, unread
 from mmr1_ds.monitoring.clock import StageClock
+from mmr1_ds.records import ScoredGroup
+from mmr1_ds.rewards.scoring import FAILED, RESPONSES, RewardCounts
+from mmr1_ds.rollout.base import ignore, never
 
 
 class Counter:
@@ -39,16 +45,27 @@ class Engine:
     def __init__(self, rank, turns, is_abandoned=lambda: False):
         self.rank, self.turns, self.is_abandoned, self.taken = rank, turns, is_abandoned, []
 
-    def collect_shared(self, queue, settings, enough, advance=None):
+    def submit(self, requests, settings):
+        return requests
+
+    def collect(self, submitted, enough, advance):
+        groups = [item.group for item in FakeCollector().collect(submitted, SETTINGS, None)[0]]
+        assert not enough(dict(enumerate(groups)))
+        return groups
+
+    def collect_shared(self, queue, settings, enough, advance):
         requests = {}
         while (number := self.turns.take(self.rank, queue)) is not None:
             requests[number] = queue.request(number)
+            advance(requests[number].num_responses)
         self.turns.end()
         if self.is_abandoned():
             raise SamplingAbandoned
         self.taken.append([(number, request.prompt.index) for number, request in requests.items()])
         scored, _ = FakeCollector().collect([*requests.values()], settings, None)
-        return {number: item.group for number, item in zip(requests, scored, strict=True)}
+        groups = {number: item.group for number, item in zip(requests, scored, strict=True)}
+        assert not enough(groups)
+        return groups
 
 
 class Turns:
@@ -77,13 +94,24 @@ class Turns:
 
 class SharingCollector(FakeCollector):
     def share(self, in_flight, queue, settings):
-        found = queue.sample(in_flight, settings, None)
+        found = queue.sample(in_flight, settings, never)
         scored, _ = self.collect(found.requests, settings, None)
         self.scored = {id(group): item for group, item in zip(found.groups.values(), scored, strict=True)}
         return found
 
+    def collect(self, requests, settings, clock, shared=None):
+        """The reward of a greedy response is the prompt's index."""
+        if settings.temperature > 0.0:
+            return super().collect(requests, settings, clock)
+        if shared is None:
+            groups = dict(enumerate(item.group for item in super().collect(requests, settings, clock)[0]))
+        else:
+            groups = shared.sample_shares(requests, settings, never, ignore)
+        found = {slot: ScoredGroup(group, rewards([group.prompt.index])) for slot, group in groups.items()}
+        return [*found.values()] if shared is None else shared.bring_home(found), RewardCounts()
 
-def maker_of(control, queue, collector, filtering=False, sizes=None, steps=8):
+
+def maker_of(control, queue, collector, filtering=False, sizes=None, remax=False, steps=8):
     config = RunConfig()
     config.data = DataConfig(
         rollout_batch_size=B, seed=3, sampling_strategy="curriculum", curriculum_refresh="online",
@@ -91,6 +119,8 @@ def maker_of(control, queue, collector, filtering=False, sizes=None, steps=8):
     )  # fmt: skip
     config.worker.rollout.n, config.worker.actor.global_batch_size = N, B // 2
     config.algorithm.online_filtering = filtering
+    if remax:
+        config.algorithm.adv_estimator = "remax"
     if sizes is not None:
         config.worker.rollout.n_min, config.worker.rollout.n_max = sizes.smallest, sizes.largest
     coordinator = Coordinator(config.data, [f"p{i}" for i in range(P)], [""] * P, "abc", N, steps, control, sizes=sizes)
@@ -108,7 +138,7 @@ def groups_of(ranks):
 
 
 @pytest.mark.parametrize(("size", "order"), [(1, [0]), (2, [1]), (2, [0, 1, 1]), (3, [2, 2, 2, 0]), (6, [5, 4, 3])])
-@pytest.mark.parametrize("more", [{}, {"filtering": True}, {"sizes": SizeRange(2, 9)}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"filtering": True}, {"sizes": SizeRange(2, 9)}, {"remax": True}], ids=str)
 def test_the_batch_is_that_of_ranks_with_requests_of_their_own(size, order, more):
     """Some ranks take nothing at all; probes, further draws and groups of different sizes come along."""
 
@@ -119,6 +149,9 @@ def test_the_batch_is_that_of_ranks_with_requests_of_their_own(size, order, more
             queue, engine = queue_of(control, counter, turns) if queued else (None, None)
             maker = maker_of(control, queue, SharingCollector(), **more)
             found = [maker.make(step, SETTINGS, StageClock()) for step in (1, 2)]
+            for batch in found:
+                expected = [item.group.prompt.index for item in batch.groups]
+                assert batch.baselines == (expected if "remax" in more else None)
             figures = [{k: v for k, v in batch.metrics.items() if not k.startswith("global_seqlen")} for batch in found]
             return [content(batch) for batch in found], [batch.prompts.tolist() for batch in found], figures, engine
 
@@ -201,3 +234,55 @@ def test_later_batches_begin_with_the_longest_responses():
     seen = {index for _, index in first + second}
     of_known = [index % 11 for _, index in third if index in seen]  # for others the mean is expected
     assert len({*of_known}) > 2 and of_known == sorted(of_known, reverse=True)
+
+
+def scored_by_ground_truth(pool, groups, decode):
+    """Rewards that follow from the prompt's text, which only the rank that samples it has read."""
+    found = []
+    for group in groups:
+        overall = float(group.prompt.ground_truth) + np.arange(len(group.responses))
+        found.append(ScoredGroup(group, rewards(overall, part=overall / 2)))
+    num_failed = sum(group.prompt.index > 30 for group in groups)
+    return found, RewardCounts({RESPONSES: sum(len(group.responses) for group in groups), FAILED: num_failed})
+
+
+@pytest.mark.parametrize(("size", "order"), [(1, [0]), (2, [1]), (2, [0, 1, 1]), (3, [2, 2, 2, 0]), (3, [0, 1, 2])])
+@pytest.mark.parametrize("together", ["one", "batch"])
+def test_shares_come_back_to_the_ranks_that_asked_for_them(monkeypatch, size, order, together):
+    """As validation, a refresh and baselines ask for: each rank has the groups of its own requests, in their order."""
+    monkeypatch.setattr("mmr1_ds.loop.collector.score_groups", scored_by_ground_truth)
+    indices = np.array([31, 7, 8, 2, 59, 7, 11])
+
+    def results(queued):
+        counter, turns = Counter(), Turns(size, order)
+
+        def on_rank(control):
+            engine, expanded, advanced = Engine(control.rank, turns), [], []
+            queue = SharedQueue(engine, None, expanded.extend, Ranks(control), counter).of(Data()) if queued else None
+            pool, encoder = SimpleNamespace(together=together), SimpleNamespace(decode=str)
+            collector = Collector(engine, pool, "mine", encoder, Ranks(control))
+            found = []
+            for step, asked in enumerate((indices, indices[:1])):  # of the second call most ranks ask for nothing
+                own = asked[control.rank :: control.size]
+                requests = RequestMaker(1)(unread(Data(), queue), own, 1 + step, VALIDATION, step, own, own % 3)
+                groups, counts = collector.collect(requests, SETTINGS, StageClock(), advanced.append, queue)
+                rows = [(item.group.prompt.index, [*map(plain, item.group.responses)]) for item in groups]
+                figures = [(item.rewards.overall.tolist(), item.rewards.parts["part"].tolist()) for item in groups]
+                found.append((rows, figures, counts))
+            assert expanded == []  # none of it is trained on
+            assert not queued or sum(advanced) == len(engine.taken[0]) + 2 * len(engine.taken[1])
+            return found, engine.taken
+
+        return on_ranks(size, on_rank)
+
+    apart, taken = zip(*results(False), strict=True)
+    assert not any(taken)
+    shared, taken = zip(*results(True), strict=True)
+    for rank in set(range(size)) - {*order}:
+        assert taken[rank] == [[], []]
+    for one, other in zip(apart, shared, strict=True):
+        assert [call[:2] for call in one] == [call[:2] for call in other]
+    assert sum(len(rank[0][0]) for rank in shared) == len(indices)
+    for call in (0, 1):
+        totals = [sum((rank[call][2] for rank in ranks), RewardCounts()) for ranks in (apart, shared)]
+        assert totals[0] == totals[1]

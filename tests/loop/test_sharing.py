@@ -9,12 +9,11 @@ from safetensors.numpy import load, save
 
 from mmr1_ds.config import AlgorithmConfig, RolloutConfig
 from mmr1_ds.loop.drawn import Drawn
+from mmr1_ds.loop.group_arrays import groups_from_arrays, groups_to_arrays
 from mmr1_ds.loop.sharing import (
     balanced,
     batch_slots,
     dealt,
-    groups_from_arrays,
-    groups_to_arrays,
     sampled_slots,
     share_out,
     waits_for_room,
