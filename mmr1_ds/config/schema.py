@@ -79,7 +79,7 @@ class DataConfig:
     video_max_pixels: PositiveInt = 100352  # larger frames are shrunk to so many, >= video_min_pixels
     id_key: str | None = None  # column with a stable id; null = a digest of the row's content
     category_key: str | None = None  # column that groups similar prompts; null = no groups
-    # columns that rewards see beside the ground truth: a list of names, or all = all others that hold no images
+    # columns that rewards see beside the ground truth and data_source: names, or all = all others without images
     reward_columns: Any = field(default_factory=list)
     image_dir: str | None = None  # folder that relative image paths start from; null = the data file's
     # true: paths in the data may lead out of the data's folder and data.image_dir
