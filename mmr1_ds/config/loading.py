@@ -47,6 +47,7 @@ _HOME_KEYS = (
     "trainer.run_dir", "trainer.load_checkpoint_path", "trainer.save_checkpoint_path", "trainer.pass_rates",
 )  # fmt: skip
 _PATH_KEYS = ("data.format_prompt", "worker.actor.deepspeed", *_FUNCTION_KEYS)
+_OLD_NUMBER = re.compile(r"[-+]?(?:0[0-7_]+|[1-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?)")  # octal; of base 60
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def _parse_value(key: str, text: str) -> Any:
     try:
         return _yaml_value(text)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
+        _check_numbers(yaml.compose(text, Loader=yaml.SafeLoader), key, COMMAND_LINE)
         raise UserError(f"{key}={shown(key, text)} is not readable as YAML: {first_line(error)}") from None
 
 
@@ -177,6 +179,21 @@ def _yaml_value(text: str) -> Any:
 
 
 # --- files --------------------------------------------------------------------------------------------------------
+
+def _check_numbers(node: yaml.Node | None, key: str, where: str) -> None:
+    """Raises: UserError for a number that nobody means as YAML 1.1 reads it."""
+    if isinstance(node, yaml.ScalarNode) and node.style is None and _OLD_NUMBER.fullmatch(node.value):
+        given, read = shown(key, node.value), shown(key, str(yaml.safe_load(node.value)))
+        raise UserError(
+            f"{key}={given} in {where}: YAML reads it as {read}; write a plain number, or text in quotes"
+        )
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_numbers(item, key, where)
+    elif isinstance(node, yaml.MappingNode):
+        for name, item in node.value:
+            _check_numbers(item, f"{key}.{name.value}".removeprefix("."), where)
+
 
 
 def find_config(name: str, beside: Path) -> Path:
@@ -225,6 +242,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UserError(f"{path}, line {line}: not readable as YAML: {error.problem}") from None
+        _check_numbers(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "", str(path))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not readable as YAML: {first_line(error)}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

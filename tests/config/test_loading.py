@@ -146,6 +146,31 @@ def test_wrong_type_names_key_value_and_type(argument, expected):
 
 
 # --- files --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("argument", "read"),
+    [
+        ("trainer.max_steps=010", "8"), ("data.seed=-010", "-8"), ("trainer.max_steps=12:30", "750"),
+        ("trainer.max_wall_seconds=1:30.5", "90.5"), ("worker.reward.reward_function_kwargs.a=010", "8"),
+    ],
+)  # fmt: skip
+def test_numbers_that_yaml_reads_otherwise_are_refused(tmp_path, argument, read):
+    """YAML 1.1 has octal numbers and some of base 60."""
+    key, value = argument.split("=")
+    remedy = f"YAML reads it as {read}; write a plain number, or text in quotes"
+    assert mistake(argument) == f"{argument} in the command line: {remedy}"
+    path = tmp_path / "run.yaml"
+    sections = "".join(f"{'  ' * depth}{name}:\n" for depth, name in enumerate(key.split(".")))
+    path.write_text(f"{sections[:-1]} {value}\n")
+    assert mistake(f"config={path}") == f"{argument} in {path}: {remedy}"
+
+
+def test_numbers_in_lists_and_secrets_are_looked_at_too():
+    assert "data.train_weights=010 in the command line: YAML reads it as 8" in mistake("data.train_weights=[010, 3]")
+    assert "010" not in mistake("worker.reward.reward_function_kwargs={api_key: 010}")
+    config = load("trainer.max_steps=0x10", "data.seed=0", "trainer.experiment_name=010", "data.train_files='12:30'")
+    assert (config.trainer.max_steps, config.trainer.experiment_name, config.data.train_files) == (16, "010", "12:30")
+
+
 
 
 def test_later_wins_and_the_command_line_last(tmp_path):
