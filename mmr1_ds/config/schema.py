@@ -352,7 +352,7 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)  # texts that end a response, with the token that completes them
     # of samples: of the distribution cut by top_p, top_k, min_p, repetition_penalty, or whole (not with engine=server)
     logprobs: Annotated[str, OneOf("processed", "raw")] = "processed"
-    seed: NonNegativeInt = 1  # seed of the sampled responses
+    seed: Annotated[int, Range("[0, 4294967295]")] = 1  # seed of the sampled responses
     limit_images: NonNegativeInt = 0  # images a prompt at most, more are an error; 0 = as many as the data has
     # of vLLM's weights and products; auto: as worker.actor.dtype
     dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"
