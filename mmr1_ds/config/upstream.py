@@ -157,6 +157,7 @@ class Translation:
     values: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
     ignored: list[str] = field(default_factory=list)  # keys, in the order met
     notes: list[str] = field(default_factory=list)  # a line for each key whose meaning changed on the way
+    is_ours: bool = False  # one of the project's own configs, whose keys no user set
 
 
 def upstream_keys() -> list[str]:
