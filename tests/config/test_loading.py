@@ -364,6 +364,16 @@ def test_offload_in_one_file_keeps_what_fsdp_says():
     assert not load("worker.actor.fsdp.enable_cpu_offload=false").worker.actor.offload.offload_params
 
 
+@pytest.mark.parametrize("part", ["actor", "critic", "ref"])
+def test_a_misspelt_key_of_fsdp_is_unknown(part):
+    """Among those that are passed over it would switch off the offload that it asks for."""
+    key = f"worker.{part}.fsdp.enable_cpu_ofload"
+    assert f"unknown key {key} in the command line; did you mean {key[:-6]}offload?" in mistake(f"{key}=true")
+    assert load_config([f"worker.{part}.fsdp.use_orig_params=true", f"worker.{part}.fsdp.fsdp_size=8"]).warnings == (
+        f"ignored keys: worker.{part}.fsdp.use_orig_params, worker.{part}.fsdp.fsdp_size",
+    )
+
+
 @pytest.mark.parametrize("section", ["offload", "fsdp"])
 def test_offload_by_its_other_names(section):
     for name in ("actor", "critic"):
