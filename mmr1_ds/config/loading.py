@@ -34,6 +34,7 @@ from mmr1_ds.config.keys import (
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.redaction import shown, without_secrets
 from mmr1_ds.config.schema import RunConfig, names_a_file
+from mmr1_ds.config.unused import without_effect
 from mmr1_ds.config.upstream import Translation, ours, replace_example_files, translate, upstream_keys
 from mmr1_ds.config.user_files import FUNCTION_KEYS
 from mmr1_ds.errors import UserError, first_line
@@ -46,6 +47,7 @@ _HOME_KEYS = (
     "worker.actor.model.model_path", "worker.actor.model.tokenizer_path", "data.image_dir", "data.curriculum_prior",
     "trainer.run_dir", "trainer.load_checkpoint_path", "trainer.save_checkpoint_path", "trainer.pass_rates",
 )  # fmt: skip
+_OLD_NUMBER = re.compile(r"[-+]?(?:0[0-7_]+|[1-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?)")  # octal; of base 60
 _PATH_KEYS = ("data.format_prompt", "worker.actor.deepspeed", *_FUNCTION_KEYS)
 
 
@@ -94,7 +96,8 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     notes = replace_example_files(merged, config_folders())
     config = _typed(merged)
     _expand_home(config)
-    return LoadedConfig(config, _warnings(translations, notes))
+    given = [key for translation in translations if not translation.is_ours for key in translation.values]
+    return LoadedConfig(config, (*_warnings(translations, notes), *without_effect(config, given)))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -165,6 +168,7 @@ def _parse_value(key: str, text: str) -> Any:
     if hint is not None and is_text(hint) and not quoted and "${" not in text:
         return None if is_optional(hint) and text in ("", "null", "~") else text
     try:
+        _check_numbers(yaml.compose(text, Loader=yaml.SafeLoader), key, COMMAND_LINE)
         return _yaml_value(text)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{key}={shown(key, text)} is not readable as YAML: {first_line(error)}") from None
@@ -174,6 +178,21 @@ def _yaml_value(text: str) -> Any:
     """Parse one value with OmegaConf's YAML rules (1e-3 is a number)."""
     parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     return cast(dict[str, Any], parsed)["value"]
+
+
+def _check_numbers(node: yaml.Node | None, key: str, where: str) -> None:
+    """Raises: UserError for a number that nobody means as YAML 1.1 reads it."""
+    if isinstance(node, yaml.ScalarNode) and node.style is None and _OLD_NUMBER.fullmatch(node.value):
+        given, read = shown(key, node.value), shown(key, str(yaml.safe_load(node.value)))
+        raise UserError(
+            f"{key}={given} in {where}: YAML reads it as {read}; write a plain number, or text in quotes"
+        )
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_numbers(item, key, where)
+    elif isinstance(node, yaml.MappingNode):
+        for name, item in node.value:
+            _check_numbers(item, f"{key}.{name.value}".removeprefix("."), where)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -209,6 +228,7 @@ def _read_with_defaults(path: Path, chain: tuple[Path, ...]) -> list[Translation
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"defaults in {path} must be a list of config names, like [mmr1_b200], got {names}")
     own = _translated(_flatten(content), str(path))
+    own.is_ours = path.parent in [folder.resolve() for folder in config_folders()]
     _anchor_paths(own.values, path.parent)
     sources: list[Translation] = []
     for name in names:
@@ -222,6 +242,7 @@ def _read_with_defaults(path: Path, chain: tuple[Path, ...]) -> list[Translation
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        _check_numbers(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "", str(path))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UserError(f"{path}, line {line}: not readable as YAML: {error.problem}") from None

@@ -79,7 +79,7 @@ class DataConfig:
     video_max_pixels: PositiveInt = 100352  # larger frames are shrunk to so many, >= video_min_pixels
     id_key: str | None = None  # column with a stable id; null = a digest of the row's content
     category_key: str | None = None  # column that groups similar prompts; null = no groups
-    # columns that rewards see beside the ground truth: a list of names, or all = all others that hold no images
+    # columns that rewards see beside the ground truth and data_source: names, or all = all others without images
     reward_columns: Any = field(default_factory=list)
     image_dir: str | None = None  # folder that relative image paths start from; null = the data file's
     # true: paths in the data may lead out of the data's folder and data.image_dir
@@ -352,7 +352,7 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)  # texts that end a response, with the token that completes them
     # of samples: of the distribution cut by top_p, top_k, min_p, repetition_penalty, or whole (not with engine=server)
     logprobs: Annotated[str, OneOf("processed", "raw")] = "processed"
-    seed: NonNegativeInt = 1  # seed of the sampled responses
+    seed: Annotated[int, Range("[0, 4294967295]")] = 1  # seed of the sampled responses
     limit_images: NonNegativeInt = 0  # images a prompt at most, more are an error; 0 = as many as the data has
     # of vLLM's weights and products; auto: as worker.actor.dtype
     dtype: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"

@@ -72,6 +72,14 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 
 # "x.*" is every key below x
 IGNORED = (
+    *(
+        f"worker.{part}.fsdp{key}"
+        for part in ("actor", "critic", "ref")
+        for key in (
+            "", ".enable_full_shard", ".enable_rank0_init", ".fsdp_size", ".mp_buffer_dtype", ".mp_reduce_dtype",
+            ".torch_dtype", ".use_orig_params",
+        )
+    ),
     "data.mini_rollout_batch_size",
     "data.num_workers",
     "data.rollout_micro_batch_size",
@@ -81,20 +89,18 @@ IGNORED = (
     "trainer.ray_timeline",
     "trainer.remove_ckpt_after_load",
     "trainer.remove_previous_ckpt",
-    "worker.actor.fsdp.*",
     "worker.actor.global_batch_size_per_device",
     "worker.actor.strategy",
     "worker.actor.use_torch_compile",
-    "worker.critic.fsdp.*",
     "worker.critic.global_batch_size_per_device",
     "worker.critic.model.tokenizer_path",  # it reads the actor's tokens
     "worker.critic.strategy",
     "worker.critic.use_torch_compile",
     "worker.hybrid_engine",
     "worker.ref.dynamic_batching",
-    "worker.ref.fsdp.*",
+    "worker.ref.fsdp.optimizer_offload",  # it has no optimiser
     "worker.ref.micro_batch_size_per_device_for_experience",
-    "worker.ref.offload.optimizer_offload",  # it has no optimiser
+    "worker.ref.offload.optimizer_offload",
     "worker.ref.padding_free",  # as the actor's, and so its ulysses_size
     "worker.ref.strategy",
     "worker.ref.ulysses_sequence_parallel_size",
@@ -157,6 +163,7 @@ class Translation:
     values: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
     ignored: list[str] = field(default_factory=list)  # keys, in the order met
     notes: list[str] = field(default_factory=list)  # a line for each key whose meaning changed on the way
+    is_ours: bool = False  # one of the project's own configs, whose keys no user set
 
 
 def upstream_keys() -> list[str]:

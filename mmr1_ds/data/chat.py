@@ -55,6 +55,10 @@ VIDEOS = Kind("video", video_references, "\ufdd3")
 KINDS = (IMAGES, VIDEOS)
 _ASSISTANTS = ("assistant", "model", "gpt", "bot", "ai", "chatbot")  # the roles that answer, in any case of letters
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "observation", "ipython")
+# Whole, as JSON or as Python prints it: a column that went through CSV, say. The model would be shown the brackets.
+_MESSAGES_AS_TEXT = re.compile(
+    r"\s*\[\s*\{(?=.*[\"']role[\"']\s*:)(?=.*[\"']content[\"']\s*:).*\}\s*\]\s*", re.DOTALL
+)
 _TEXT_TYPES = (None, "text", "input_text")
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
@@ -235,6 +239,8 @@ def _opens_tag(text: str) -> bool:
 def _turns(cell: object, where: str) -> list[Turn]:
     """(role, text) pairs; parts of a structured content that are images or videos become markers."""
     if isinstance(cell, str) and cell.strip():
+        if _MESSAGES_AS_TEXT.fullmatch(cell):
+            raise UserError(f"{where}: the prompt is a list of messages as text, {cell!r:.60}; give the list itself")
         return [("user", cell)]
     if isinstance(cell, list) and cell and all(isinstance(turn, dict) and turn.get("role") for turn in cell):
         numbers = {kind.name: itertools.count() for kind in KINDS}

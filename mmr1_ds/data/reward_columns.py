@@ -14,19 +14,20 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 KEY = "data.reward_columns"
+SOURCE = "data_source"  # verl's rewards ask it which of them is meant, and many pay 0 for an empty one
 
 
 class RewardColumns:
     """Reads rows of one source, memory-mapped: nothing of them is kept."""
 
     def __init__(self, name: str, rows: Dataset, data: DataConfig) -> None:
-        """Choose the columns. Raises: UserError naming one that `name` lacks."""
+        """Choose the columns, SOURCE among them where it is there. Raises: UserError naming one that `name` lacks."""
         check_reward_columns(name, rows.column_names, data)
-        if data.reward_columns == "all":
-            read = (data.prompt_key, data.answer_key, data.image_key, data.video_key)
-            columns = [column for column in rows.column_names if column not in read and not _has_media(rows, column)]
-        else:
-            columns = list(data.reward_columns)
+        read = (data.prompt_key, data.answer_key, data.image_key, data.video_key)
+        others = [column for column in rows.column_names if column not in read and not _has_media(rows, column)]
+        columns = others if data.reward_columns == "all" else list(data.reward_columns)
+        if SOURCE in others and SOURCE not in columns:
+            columns.append(SOURCE)
         self._features = undecoded_features(rows, columns)
         self._rows = rows.select_columns(columns).with_format("arrow") if columns else None
         self._name, self._prompt_key = name, data.prompt_key

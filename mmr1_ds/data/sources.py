@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mmr1_ds.data.answers import with_exact_answers, without_answers
 from mmr1_ds.errors import UserError, first_line
@@ -45,6 +46,11 @@ def list_names(files: Any, key: str = "data.train_files") -> list[str]:
     return names
 
 
+def builder_of(path: str) -> str | None:
+    """Return the builder of `datasets` that reads a file of this name, in any case of letters; None for no data."""
+    return BUILDERS.get(os.path.splitext(path)[1].lower())
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Split `name@split` into (name, split); a path that itself contains an @ stays whole when it exists."""
     name = os.path.expanduser(name)
@@ -64,7 +70,7 @@ def open_sources(files: Any, key: str = "data.train_files", answer_key: str | No
 
 def _looks_local(path: str) -> bool:
     """Hub names are `name` or `owner/name`, without a data suffix."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.splitext(path)[1] in BUILDERS
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or builder_of(path) is not None
 
 
 def _open_source(name: str, key: str, answer_key: str | None) -> Source:
@@ -93,12 +99,12 @@ def _read(path: str, split: str, answer_key: str | None) -> Dataset:
     import datasets
 
     if os.path.isfile(path):
-        suffix = os.path.splitext(path)[1]
+        builder = builder_of(path)
         if os.path.getsize(path) == 0:
             raise ValueError("the file is empty")
-        if suffix not in BUILDERS:
-            raise ValueError(f"unknown kind of file {suffix!r}; known: {', '.join(BUILDERS)}")
-        return _read_files(BUILDERS[suffix], [path], split, answer_key)
+        if builder is None:
+            raise ValueError(f"unknown kind of file {os.path.splitext(path)[1]!r}; known: {', '.join(BUILDERS)}")
+        return _read_files(builder, [path], split, answer_key)
     if os.path.isdir(path) and _is_saved(path):
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.Dataset):
@@ -110,9 +116,9 @@ def _read(path: str, split: str, answer_key: str | None) -> Dataset:
         return saved[split]
     if os.path.isdir(path):
         files = (datasets.load_dataset_builder(path).config.data_files or {}).get(split, [])
-        suffixes = {os.path.splitext(file)[1] for file in files}
+        builders = {builder_of(file) for file in files}
         for builder in ("csv", "json"):
-            if files and {BUILDERS.get(suffix) for suffix in suffixes} == {builder}:
+            if builders == {builder}:
                 return _read_files(builder, list(files), split, answer_key)
     return datasets.load_dataset(path, split=split)
 
@@ -134,7 +140,7 @@ def _read_files(builder: str, files: list[str], split: str, answer_key: str | No
         try:
             others = [without_answers(file, answer_key, folder) for file in files]
         except (ValueError, AttributeError):  # no rows of JSON: the reader's words are the better ones
-            raise error from None
+            raise error from error.__cause__  # which says what is wrong with the row
         rows = datasets.load_dataset("json", data_files={split: others}, split=split)
     return with_exact_answers(rows, files, answer_key)
 
@@ -144,9 +150,26 @@ def _as_text(file: str) -> dict[str, Any]:
     from datasets import Features, Value
 
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        header = next(csv.reader(lines), [])
+        rows = csv_rows(lines)
+        header = next(rows, [])
+        check_cells(next((row for row in rows if row), []), header, 0)
     columns = [name or f"Unnamed: {place}" for place, name in enumerate(header)]  # as pandas, which reads it, calls it
     return {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False}
+
+
+def csv_rows(lines: TextIO) -> Iterator[list[str]]:
+    """Yield the rows of an open CSV file. A cell may be as long as an image in base64."""
+    csv.field_size_limit(2**31 - 1)  # of the process; the module's own is 128 KB
+    yield from csv.reader(lines)
+
+
+def check_cells(row: Sequence[str], header: Sequence[str], place: int) -> None:
+    """Check a row of a CSV file. Raises: ValueError for more cells than columns: pandas takes the first for a name."""
+    if len(row) > len(header):
+        raise ValueError(
+            f"row {place} (counted from 0) has {len(row)} cells, the header {len(header)}; put texts with commas in "
+            "quotes"
+        )
 
 
 def _is_saved(folder: str) -> bool:

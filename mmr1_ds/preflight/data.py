@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import logging
@@ -18,7 +17,7 @@ from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.columns import ROWS_LOOKED_AT, check_images_are_read, image_remedy, unread_image_columns
 from mmr1_ds.data.paths import column_of
 from mmr1_ds.data.rows import check_columns
-from mmr1_ds.data.sources import BUILDERS, list_names, split_name
+from mmr1_ds.data.sources import BUILDERS, builder_of, check_cells, csv_rows, list_names, split_name
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.files import json_object
 from mmr1_ds.preflight.models import model_takes_images
@@ -104,7 +103,7 @@ def _check_images(name: str, part: Path, data: DataConfig, key: str, takes_image
         return
     columns = _readable(_columns, part, key) or []
     rows = _readable(_first_rows, part, key)
-    if part.suffix == ".parquet" and data.image_key is not None and column_of(data.image_key, columns) is None:
+    if builder_of(part.name) == "parquet" and data.image_key is not None and column_of(data.image_key, columns) is None:
         rows = [*rows, *_readable(partial(_filled_rows, unread_image_columns(columns, data)), part, key)]
     try:
         column = check_images_are_read(name, rows, columns, data)
@@ -130,7 +129,12 @@ def _data_files(folder: Path, split: str, key: str) -> list[Path]:
             return [folder / part["filename"] for part in state["_data_files"]]
         except (KeyError, TypeError):
             raise UserError(f"{key}: {folder / 'state.json'} lists no _data_files; save the data set again") from None
-    files = sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if builder_of(path.name) and path.is_file())
+    if loud := next((path for path in files if path.suffix not in BUILDERS), None):
+        raise UserError(
+            f"{key}: {str(loud)!r} would be passed over: in folders suffixes are in small letters "
+            f"({', '.join(BUILDERS)}); rename it"
+        )
     words = {path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in files}
     named = [path for path in files if split.lower() in words[path]]
     return named or [path for path in files if not words[path] & {"train", "test", "validation", "val", "dev"}]
@@ -138,7 +142,7 @@ def _data_files(folder: Path, split: str, key: str) -> list[Path]:
 
 def _readable(read: Callable[[Path], Result], path: Path, key: str) -> Result:
     """Return what `read` finds in a data file. Raises: UserError naming the file it cannot read."""
-    if path.suffix not in BUILDERS:
+    if builder_of(path.name) is None:
         raise UserError(f"{key}: unknown kind of file {str(path)!r}; known: {', '.join(BUILDERS)}")
     try:
         return read(path)
@@ -148,34 +152,39 @@ def _readable(read: Callable[[Path], Result], path: Path, key: str) -> Result:
 
 def _columns(path: Path) -> list[str] | None:
     """Return the column names of a data file, from its schema or first row; None if that takes reading it all."""
-    if path.suffix == ".parquet":
+    if builder_of(path.name) == "parquet":
         import pyarrow.parquet
 
         return list(pyarrow.parquet.read_schema(path).names)
-    if path.suffix == ".arrow":
+    if builder_of(path.name) == "arrow":
         return list(_open_arrow(path).schema.names)
-    if path.suffix == ".csv":
-        with path.open(encoding=_TEXT) as file:
-            return [name.strip().strip('"') for name in file.readline().split(",")]
+    if builder_of(path.name) == "csv":
+        with path.open(encoding=_TEXT, newline="") as file:
+            return next(csv_rows(file), [])
     rows = _first_json_rows(path, 1)
     return list(rows[0]) if rows else None
 
 
 def _first_rows(path: Path) -> list[dict[str, Any]]:
     """Return rows of a data file with all their columns, from its beginning; few or none where rows are large."""
-    if path.suffix == ".parquet":
+    if builder_of(path.name) == "parquet":
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(path) as file:
             batches = file.iter_batches(batch_size=ROWS_LOOKED_AT)
             return next((batch.to_pylist() for batch in batches), [])
-    if path.suffix == ".arrow":
+    if builder_of(path.name) == "arrow":
         reader = _open_arrow(path)
         batch = reader.get_batch(0) if hasattr(reader, "get_batch") else reader.read_next_batch()
         return list(batch.slice(0, ROWS_LOOKED_AT).to_pylist())
-    if path.suffix == ".csv":
+    if builder_of(path.name) == "csv":
         with path.open(encoding=_TEXT, newline="") as file:
-            return list(itertools.islice(csv.DictReader(file), ROWS_LOOKED_AT))
+            lines = csv_rows(file)
+            header = next(lines, [])
+            filled = list(itertools.islice((line for line in lines if line), ROWS_LOOKED_AT))
+        for place, line in enumerate(filled):
+            check_cells(line, header, place)
+        return [dict(itertools.zip_longest(header, line)) for line in filled]
     return _first_json_rows(path, ROWS_LOOKED_AT)
 
 
@@ -225,13 +234,13 @@ def _first_json_rows(path: Path, most: int) -> list[dict[str, Any]]:
 
 
 def _count_rows(path: Path) -> int | None:
-    if path.suffix == ".parquet":
+    if builder_of(path.name) == "parquet":
         import pyarrow.parquet
 
         return int(pyarrow.parquet.read_metadata(path).num_rows)
-    if path.suffix == ".arrow":
+    if builder_of(path.name) == "arrow":
         return sum(_arrow_batches(path))
-    if path.stat().st_size > _MAX_COUNTED_BYTES or path.suffix == ".csv":
+    if path.stat().st_size > _MAX_COUNTED_BYTES or builder_of(path.name) == "csv":
         return None  # quoted line breaks: a CSV is counted by reading it
     with path.open(encoding=_TEXT) as file:
         if file.read(2**16).lstrip().startswith("["):

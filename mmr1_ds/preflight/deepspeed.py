@@ -32,6 +32,7 @@ _SECTIONS = (  # outer ones first
     "zero_optimization", "zero_optimization.offload_param", "zero_optimization.offload_optimizer",
     "bf16", "bfloat16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params",
     "activation_checkpointing", "aio", "comms_logger", "data_types", "flops_profiler",
+    "tensor_parallel",
 )  # fmt: skip
 _NUMBERS = (  # or "auto", where that is filled in
     "steps_per_print", "optimizer.params.eps",
@@ -40,6 +41,16 @@ _NUMBERS = (  # or "auto", where that is filled in
     "zero_optimization.stage3_param_persistence_threshold", "zero_optimization.stage3_prefetch_bucket_size",
     "zero_optimization.sub_group_size",
 )  # fmt: skip
+# Keys with the values that are what this trainer does, and what to do instead of another.
+_ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("prescale_gradients", (False,), "ZeRO-3 divides gradients once they are reduced; remove it"),
+    ("gradient_predivide_factor", (1,), "ZeRO-3 divides gradients once they are reduced; remove it"),
+    ("sequence_parallel_size", (1,), "set worker.actor.ulysses_size"),
+    ("tensor_parallel.autotp_size", (0, 1), "ZeRO-3 partitions the model; remove it"),
+    ("zero_optimization.cpu_offload", (False,), 'it is the old name of "offload_optimizer": {"device": "cpu"}'),
+    ("zero_optimization.cpu_offload_param", (False,), 'it is the old name of "offload_param": {"device": "cpu"}'),
+    ("zero_optimization.cpu_offload_use_pin_memory", (False,), "write pin_memory into the offload sections"),
+)
 _ADAM_EPS = 1e-8  # torch's own; the run config has no key for it
 _SCHEDULE = "the learning rate follows worker.actor.optim (lr_scheduler_type, lr_warmup_steps, min_lr_ratio)"
 
@@ -231,7 +242,10 @@ def _check_finite(section: Mapping[str, Any], name: str, prefix: str = "") -> No
 
 
 def _check_kinds(resolved: dict[str, Any], name: str) -> None:
-    """Check that sections are mappings, and sizes numbers. A section that is null is taken out: it counts as absent."""
+    """Check that sections are mappings, sizes numbers, and the keys of _ONLY as they say.
+
+    A section that is null is taken out: it counts as absent.
+    """
     for dotted in _SECTIONS:
         parent, key = _parent(resolved, dotted)
         if parent.get(key) is None:
@@ -243,6 +257,14 @@ def _check_kinds(resolved: dict[str, Any], name: str) -> None:
         value = parent.get(key, _AUTO)
         if value != _AUTO and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise UserError(f"{name}: {dotted} must be a number, got {json.dumps(value)}")
+        if key == "sub_group_size" and value == 0:  # DeepSpeed takes it, and divides by it once the model is there
+            raise UserError(f"{name}: {dotted} must be over 0, got 0; remove it")
+        if key == "eps" and value != _AUTO and value < 0:
+            raise UserError(f"{name}: {dotted} must be 0 or more, got {value}")
+    for dotted, accepted, remedy in _ONLY:
+        parent, key = _parent(resolved, dotted)
+        if parent.get(key) not in (None, *accepted):
+            raise UserError(f"{name}: {dotted}={json.dumps(parent[key])} is not supported; {remedy}")
 
 
 def _parent(resolved: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:

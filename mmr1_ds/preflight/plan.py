@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmr1_ds.config import DataConfig, LoraConfig, RunConfig
+from mmr1_ds.config import LoraConfig, RunConfig
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory, total_training_steps
 from mmr1_ds.config.families import describe
-from mmr1_ds.config.ranges import value_at
-from mmr1_ds.config.schema import CriticConfig, names_a_file
 from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.preflight.data import DataSummary, FileSummary
@@ -213,18 +211,16 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
         features = "; a prior of each prompt from its text" if data.curriculum_features == "text" else ""
         if data.curriculum_prior is not None:
             features += f"; begins from the pass rates in {data.curriculum_prior}"
-        return f"online: from the training responses{probes if fraction > 0 else ''}{features}{_of_full_refresh(data)}"
+        return f"online: from the training responses{probes if fraction > 0 else ''}{features}"
     size = plan.train_data.num_rows
-    unused = "; without effect, as data.curriculum_refresh is not online: data.curriculum_features=text"
-    unused = unused if data.curriculum_features == "text" else ""
     every = f"every {data.curriculum_update_freq} steps" if data.curriculum_update_freq else "every epoch"
     if size is None:
-        return f"{every}: each prompt of the data x {data.curriculum_rollout_n} responses{unused}"
+        return f"{every}: each prompt of the data x {data.curriculum_rollout_n} responses"
     steps = data.curriculum_update_freq or max(1, size // data.rollout_batch_size)
     extra, training = size * data.curriculum_rollout_n, steps * plan.responses_per_step
     return (
         f"{every}: {size:,} prompts x {data.curriculum_rollout_n} = {extra:,} responses, "
-        f"{extra / training:.0%} of the {training:,} that training takes meanwhile{unused}"
+        f"{extra / training:.0%} of the {training:,} that training takes meanwhile"
     )
 
 
@@ -237,14 +233,6 @@ def _first_refresh(config: RunConfig, plan: BatchPlan) -> str:
     number = f"each prompt of the data x {n}" if size is None else f"{size * n:,}"
     share = "" if size is None else f", as many as {size * n / plan.responses_per_step:.1f} steps of training"
     return f": before step 1 a full refresh of {number} responses{share}; data.curriculum_refresh=online needs none"
-
-
-def _of_full_refresh(data: DataConfig) -> str:
-    """Settings that a run with curriculum_refresh=online passes over."""
-    names = ("curriculum_update_freq", "curriculum_rollout_n", "curriculum_momentum")
-    default = DataConfig()
-    given = [f"data.{name}={value}" for name in names if (value := getattr(data, name)) != getattr(default, name)]
-    return f"; without effect, as data.curriculum_refresh is not full: {', '.join(given)}" if given else ""
 
 
 def _rollout(config: RunConfig) -> str:
@@ -338,39 +326,6 @@ def _output(config: RunConfig) -> str:
     return f"{run_directory(config)}; checkpoints in {checkpoint_directory(config)} {saves}, {kept}"
 
 
-def _unused(config: RunConfig) -> list[str]:
-    """Return a note for each key that is set and that the run's algorithm does not read."""
-    algorithm, actor = config.algorithm, config.worker.actor
-    estimator, loss, optimiser = algorithm.adv_estimator, actor.loss_type, actor.optim.strategy
-    discounts = estimator in ("reinforce_plus_plus", "gae") or names_a_file(estimator)
-    gates = loss == "sapo" or names_a_file(loss)
-    read_by = {
-        "algorithm.gamma": (discounts, f"algorithm.adv_estimator={estimator}"),
-        "algorithm.lam": (estimator == "gae", f"algorithm.adv_estimator={estimator}"),
-        "algorithm.filter_oversample": (algorithm.online_filtering, "algorithm.online_filtering=false"),
-        "algorithm.filter_stop": (algorithm.filter_oversample > 1, "algorithm.filter_oversample=1"),
-        "algorithm.filter_low": (algorithm.online_filtering, "algorithm.online_filtering=false"),
-        "algorithm.filter_high": (algorithm.online_filtering, "algorithm.online_filtering=false"),
-        "worker.actor.kl_cov_ratio": (loss == "kl_cov", f"worker.actor.loss_type={loss}"),
-        "worker.actor.kl_cov_coef": (loss == "kl_cov" or names_a_file(loss), f"worker.actor.loss_type={loss}"),
-        **{
-            f"worker.actor.clip_cov_{name}": (loss == "clip_cov", f"worker.actor.loss_type={loss}")
-            for name in ("ratio", "low", "high")
-        },
-        "worker.actor.max_grad_norm": (optimiser != "muon", "worker.actor.optim.strategy=muon"),
-        "worker.actor.optim.muon_lr": (optimiser == "muon", f"worker.actor.optim.strategy={optimiser}"),
-        "worker.actor.tau_positive": (gates, f"worker.actor.loss_type={loss}"),
-        "worker.actor.tau_negative": (gates, f"worker.actor.loss_type={loss}"),
-        "worker.ref.offload.offload_optimizer": (False, "a reference, which has no optimiser"),
-    }
-    default = RunConfig()
-    return [
-        f"{key} is not used with {reason}"
-        for key, (is_read, reason) in read_by.items()
-        if not is_read and value_at(config, key) != value_at(default, key)
-    ]
-
-
 def batch_plan(config: RunConfig, world_size: int, train_data: DataSummary, val_data: DataSummary | None) -> BatchPlan:
     actor, n = config.worker.actor, config.worker.rollout.n
     prompts = config.data.rollout_batch_size
@@ -418,9 +373,8 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
             "algorithm.kl_penalty=kl in the loss: its gradient is zero on average, whatever the policy; "
             "mse has the gradient of the KL (or set algorithm.use_kl_loss=false for the KL in the reward)"
         )
-    if algorithm.adv_estimator != "gae" and config.worker.critic != CriticConfig():
-        notes.append(f"worker.critic is not used: algorithm.adv_estimator={algorithm.adv_estimator} has no critic")
-    notes += _unused(config)
+    if config.worker.ref.offload.offload_optimizer:
+        notes.append("worker.ref.offload.offload_optimizer is not used: a reference has no optimiser")
     if trainer.save_model_only:
         notes.append("trainer.save_model_only: checkpoints are weights alone, a run that is stopped begins anew")
     if config.worker.actor.model.lora.rank > 0 and config.worker.ref.offload.offload_params:

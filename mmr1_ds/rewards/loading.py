@@ -79,6 +79,12 @@ def check_reward_config(config: RewardConfig) -> None:
     if config.reward_function in JUDGED:
         _check_judge(config)
     load_reward_function(reward_setup(config, max_response_length=1))  # whether its kwargs fit
+    weight = config.reward_function_kwargs.get("format_weight", 0.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
+        # Past these bounds a wrong answer in the right format is the better one.
+        raise UserError(
+            f"worker.reward: format_weight of {config.reward_function!r} must be a number in [0, 1], got {weight!r}"
+        )
 
 
 def each_function(config: RewardConfig) -> list[RewardConfig]:
@@ -186,16 +192,20 @@ def _weighted_sum(setup: Mapping[str, Any]) -> LoadedReward:
 
     def score(items: list[dict[str, Any]]) -> list[dict[str, Any] | Unscored]:
         totals: list[dict[str, Any]] = [{"overall": 0.0} for _ in items]
+        unscored: dict[int, Unscored] = {}  # place -> why; beside the totals, whose keys are the functions' own
         for (name, weight), reward in zip(setup["weights"].items(), loaded, strict=True):
-            for total, found in zip(totals, reward.score(items), strict=True):
-                if isinstance(found, Unscored):
-                    total |= {name: found} if isinstance(found, NotApplicable) else {"unscored": found}
-                    continue
-                result = found if isinstance(found, Mapping) else {"overall": float(found)}
-                total["overall"] += weight * float(result["overall"])
-                rest = {key: value for key, value in result.items() if key != "overall"}
-                total |= {name: result["overall"]} | {key: rest[key] for key in rest if key not in total}
-        return [_unless_unscored(total, setup["weights"]) for total in totals]
+            for place, (total, found) in enumerate(zip(totals, reward.score(items), strict=True)):
+                if isinstance(found, NotApplicable):
+                    total[name] = found
+                elif isinstance(found, Unscored):
+                    unscored[place] = found
+                else:
+                    total[name] = overall = _overall(found, name)
+                    total["overall"] += weight * overall
+                    rest = found if isinstance(found, Mapping) else {}
+                    total |= {key: rest[key] for key in rest if key not in total}
+        names = setup["weights"]
+        return [unscored.get(place) or _unless_absent(total, names) for place, total in enumerate(totals)]
 
     def warm_up() -> None:
         for reward in loaded:
@@ -206,10 +216,16 @@ def _weighted_sum(setup: Mapping[str, Any]) -> LoadedReward:
     return LoadedReward(score, together, takes, warm_up)
 
 
-def _unless_unscored(total: dict[str, Any], names: Collection[str]) -> dict[str, Any] | Unscored:
-    absent = [total[name] for name in names if isinstance(total.get(name), Unscored)]
-    if "unscored" in total:
-        return total["unscored"]  # type: ignore[no-any-return]
+def _overall(found: object, name: str) -> float:
+    """The number that a function gave. Raises: ValueError for text, which alone would be no result either."""
+    value = found.get("overall") if isinstance(found, Mapping) else found
+    if not hasattr(value, "__float__"):
+        raise ValueError(f"{name} returned {found!r:.200}; want a number, or a dictionary with the number 'overall'")
+    return float(value)
+
+
+def _unless_absent(total: dict[str, Any], names: Collection[str]) -> dict[str, Any] | Unscored:
+    absent = [total[name] for name in names if isinstance(total[name], Unscored)]
     return absent[0] if len(absent) == len(names) else total
 
 

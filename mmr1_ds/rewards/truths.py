@@ -9,7 +9,7 @@ from mmr1_ds.rewards.boxes import last_boxed
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _SENTENCE = re.compile(
     r"(?:^|[.!:,;\n]\s*|\b(?:so|thus|hence|therefore),? )\**(?:the )?(?:final |correct )?answer\**"
-    r"(?:\s*[:=]|\s+is:?)\**\s*([^\n]+?)\s*$",
+    r"(?:\s*[:=]|\s+is:?)\**(?!\s*the final answer is)\s*([^\n]+?)\s*(?:I hope it is correct\.?\s*)?$",  # Minerva's
     re.IGNORECASE,
 )
 _CHOSEN = re.compile(
@@ -33,6 +33,10 @@ _NO_WORDS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|usd|eur|gbp|sin|cos
 _WORDS_AHEAD = re.compile(
     rf"(?!(?:{_NO_WORDS}))(?:[^\W\d_]{{2,}}[ ,:=]+)+(?:[a-zA-Z] ?= ?)?[-$\\(]*\d[^a-zA-Z]*", re.IGNORECASE
 )
+_SAYS = re.compile(
+    r"(?<![\\\w])(?:is|are|thus|hence|therefore|answer|result|approx|approximately|desired|required)\b", re.IGNORECASE
+)
+_NO_ANSWER = re.compile(r"None|null|NULL|nan|NaN|\d+[.)]\s+\S.*|.*(?:[\x00-\x08\x0b-\x1f\x7f]|\s#\s).*", re.DOTALL)
 _DATA = re.compile(r"[\[{]\s*[\"'].*[\]}]", re.DOTALL)
 _HASHES = re.compile(r"(?:^|\s)####[ \t]*([^\n]+?)\s*$")
 
@@ -56,11 +60,14 @@ def read_truth(text: str) -> str:
 
 
 def is_unclear(truth: str) -> bool:
-    """Return whether a truth, as `read_truth` reads it, still has tags, is a literal of a program, or says words first.
+    """Return whether a truth, as `read_truth` reads it, still has tags or words around a number, or is none at all.
 
-    A response matches it by the same tags or words alone.
+    Such are a literal of a program, an item with its number, text that says null, characters that no one can type. A
+    response matches them by the same tags or words alone.
     """
-    return any((_TAG_LEFT.search(truth), _WORDS_AHEAD.fullmatch(truth), _DATA.fullmatch(truth)))
+    patterns = (_TAG_LEFT.search, _WORDS_AHEAD.fullmatch, _DATA.fullmatch, _NO_ANSWER.fullmatch)
+    says = any(map(str.isdigit, truth)) and _SAYS.search(truth) is not None
+    return says or any(found(truth) for found in patterns)
 
 
 def unwrapped(text: str) -> str:

@@ -121,7 +121,7 @@ def test_what_a_refresh_costs(valid, capfd):
     assert first in plan(valid, capfd, *curriculum).splitlines()[0]
     assert "before step 1" not in plan(valid, capfd, *curriculum, "data.curriculum_refresh=online")
     features = [*curriculum, "data.curriculum_features=text"]
-    unused = "without effect, as data.curriculum_refresh is not online: data.curriculum_features=text"
+    unused = "keys without effect: data.curriculum_features (data.curriculum_refresh=full)"
     assert unused in plan(valid, capfd, *features)
     online = plan(valid, capfd, *features, "data.curriculum_refresh=online")
     assert "; a prior of each prompt from its text" in online and unused not in online

@@ -10,8 +10,9 @@ from fixtures.dry_runs import GUIDE
 from mmr1_ds.config import RunConfig
 from mmr1_ds.config.derived import steps_between_saves
 from mmr1_ds.config.keys import leaf_types
-from mmr1_ds.config.loading import dump_config, load_config
-from mmr1_ds.config.upstream import IGNORED, ONLY, RENAMED
+from mmr1_ds.config.loading import config_folders, dump_config, load_config
+from mmr1_ds.config.unused import without_effect
+from mmr1_ds.config.upstream import IGNORED, ONLY, RENAMED, ours
 from mmr1_ds.preflight.checks import check_config
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -145,6 +146,31 @@ def test_wrong_type_names_key_value_and_type(argument, expected):
     assert expected in mistake(argument)
 
 
+@pytest.mark.parametrize(
+    ("argument", "read"),
+    [
+        ("trainer.max_steps=010", "8"), ("data.seed=-010", "-8"), ("trainer.max_steps=12:30", "750"),
+        ("trainer.max_wall_seconds=1:30.5", "90.5"), ("worker.reward.reward_function_kwargs.a=010", "8"),
+    ],
+)  # fmt: skip
+def test_numbers_that_yaml_reads_otherwise_are_refused(tmp_path, argument, read):
+    """YAML 1.1 has octal numbers and some of base 60."""
+    key, value = argument.split("=")
+    remedy = f"YAML reads it as {read}; write a plain number, or text in quotes"
+    assert mistake(argument) == f"{argument} in the command line: {remedy}"
+    path = tmp_path / "run.yaml"
+    sections = "".join(f"{'  ' * depth}{name}:\n" for depth, name in enumerate(key.split(".")))
+    path.write_text(f"{sections[:-1]} {value}\n")
+    assert mistake(f"config={path}") == f"{argument} in {path}: {remedy}"
+
+
+def test_numbers_in_lists_and_secrets_are_looked_at_too():
+    assert "data.train_weights=010 in the command line: YAML reads it as 8" in mistake("data.train_weights=[010, 3]")
+    assert "010" not in mistake("worker.reward.reward_function_kwargs={api_key: 010}")
+    config = load("trainer.max_steps=0x10", "data.seed=0", "trainer.experiment_name=010", "data.train_files='12:30'")
+    assert (config.trainer.max_steps, config.trainer.experiment_name, config.data.train_files) == (16, "010", "12:30")
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +254,68 @@ def test_a_key_inside_a_file_is_refused():
     assert "is the file" in mistake("config=mmr1_h100", "worker.actor.deepspeed.zero_optimization.stage=2")
 
 
+# --- keys without effect ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason", "remedy"),
+    [
+        ("worker.actor.optim.min_lr_ratio=0.1", "worker.actor.optim.lr_scheduler_type=constant", "cosine"),
+        ("worker.actor.optim.muon_lr=0.1", "worker.actor.optim.strategy=adamw", "muon"),
+        ("worker.actor.max_grad_norm=0.5", "worker.actor.optim.strategy=muon", "adamw"),
+        ("worker.actor.clip_low=0.1", "worker.actor.loss_type=sapo", "gspo"),
+        ("worker.actor.clip_ratio_dual=2", "worker.actor.loss_type=gspo", "default"),
+        ("worker.actor.tau_positive=2", "worker.actor.loss_type=default", "mine.py:loss"),
+        ("algorithm.filter_low=0.2", "algorithm.online_filtering=false", "true"),
+        ("algorithm.filter_oversample=2", "algorithm.online_filtering=false", "true"),
+        ("algorithm.rollout_is_threshold=3", "algorithm.rollout_is=none", "token"),
+        ("algorithm.rollout_mask_low=0.1", "algorithm.rollout_mask=k3", "token"),
+        ("algorithm.kl_coef=0.1", "algorithm.disable_kl=true", "false"),
+        ("algorithm.kl_target=0.3", "algorithm.kl_type=fixed", "adaptive"),
+        ("algorithm.overlong_penalty=2", "algorithm.overlong_buffer=0", "64"),
+        ("algorithm.gamma=0.9", "algorithm.adv_estimator=grpo", "reinforce_plus_plus"),
+        ("algorithm.lam=0.9", "algorithm.adv_estimator=rloo", "gae"),
+        ("worker.critic.optim.lr=1e-5", "algorithm.adv_estimator=grpo", "gae"),
+        ("worker.actor.model.lora.alpha=64", "worker.actor.model.lora.rank=0", "8"),
+        ("data.curriculum_mixture_ratio=0.7", "data.sampling_strategy=shuffle", "curriculum"),
+        (
+            "worker.reward.cos_len_reward_config.max_value_correct=0.5", "worker.reward.reward_function=math",
+            "openr1_wo_LMM",
+        ),
+        ("worker.reward.judge.model=x", "worker.reward.reward_function=openr1_wo_LMM", "openr1_vllm"),
+        ("trainer.best_metric=val/pass_at_8", "trainer.val_freq=-1", "5"),
+    ],
+)  # fmt: skip
+def test_a_key_without_effect_is_warned_of(argument, reason, remedy):
+    key = ours(argument.partition("=")[0])
+    assert load_config([argument, reason]).warnings == (f"keys without effect: {key} ({reason})",)
+    assert load_config([argument, reason, f"{reason.partition('=')[0]}={remedy}"]).warnings == ()
+    assert load_config([argument, reason, "trainer.val_only=true"]).warnings == ()
+
+
+def test_all_keys_without_effect_are_in_one_line():
+    reward = "worker.reward.functions=[{function: math}, {function: 'mine.py:f'}]"
+    filters = ["algorithm.filter_low=0.2", "algorithm.filter_high=0.8"]
+    loaded = load_config([*filters, "worker.reward.judge.model=x", reward])
+    assert loaded.warnings == (
+        "keys without effect: algorithm.filter_low, algorithm.filter_high (algorithm.online_filtering=false); "
+        "worker.reward.judge.model (worker.reward.functions: math, mine.py:f)",
+    )
+
+
+@pytest.mark.parametrize("key", ["algorithm.kl_target=0", "worker.actor.tau_positive=1.0", "trainer.best_metric=null"])
+def test_what_asks_for_nothing_is_no_key_without_effect(key):
+    assert load_config([key]).warnings == ()
+
+
+@pytest.mark.parametrize("folder", config_folders())
+def test_the_project_s_own_configs_have_none(folder):
+    """And none is warned of where the user decides against what they are for."""
+    for path in folder.glob("*.yaml"):
+        assert without_effect(load(f"config={path}"), leaf_types()) == [], path
+    assert load_config(["config=mmr1_online", "data.sampling_strategy=shuffle"]).warnings == ()
+
+
 # --- upstream -----------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +364,16 @@ def test_offload_in_one_file_keeps_what_fsdp_says():
     assert not load("worker.actor.fsdp.enable_cpu_offload=false").worker.actor.offload.offload_params
 
 
+@pytest.mark.parametrize("part", ["actor", "critic", "ref"])
+def test_a_misspelt_key_of_fsdp_is_unknown(part):
+    """Among those that are passed over it would switch off the offload that it asks for."""
+    key = f"worker.{part}.fsdp.enable_cpu_ofload"
+    assert f"unknown key {key} in the command line; did you mean {key[:-6]}offload?" in mistake(f"{key}=true")
+    assert load_config([f"worker.{part}.fsdp.use_orig_params=true", f"worker.{part}.fsdp.fsdp_size=8"]).warnings == (
+        f"ignored keys: worker.{part}.fsdp.use_orig_params, worker.{part}.fsdp.fsdp_size",
+    )
+
+
 @pytest.mark.parametrize("section", ["offload", "fsdp"])
 def test_offload_by_its_other_names(section):
     for name in ("actor", "critic"):
@@ -292,9 +390,8 @@ def test_offload_by_its_other_names(section):
 
 def test_a_critic_by_its_other_names():
     keys = ["strategy=fsdp", "fsdp.enable_full_shard=true", "use_torch_compile=true", "model.tokenizer_path=x"]
-    loaded = load_config(
-        [f"worker.critic.{key}" for key in (*keys, "loss_avg_mode=token-mean", "optim.warmup_style=cosine")]
-    )
+    own = [f"worker.critic.{key}" for key in (*keys, "loss_avg_mode=token-mean", "optim.warmup_style=cosine")]
+    loaded = load_config([*own, "algorithm.adv_estimator=gae"])
     critic = loaded.config.worker.critic
     assert critic.loss_avg_mode == "token" and critic.optim.lr_scheduler_type == "cosine"
     (warning,) = loaded.warnings

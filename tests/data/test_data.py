@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -79,6 +81,43 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         with pytest.raises(UserError, match=name) as raised:
             open_sources(str(path))
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("comma.jsonl", '{"prompt": "q", "answer": "1",}\n', "Missing a name for object member. in row 0"),
+        ("cut.jsonl", '{"prompt": "q", "answer": "1"}\n{"prompt": "q", "ans', "in row 1"),
+        # pandas would take the first cell of each row for its name, and read the others one column too far left.
+        ("more.csv", "prompt,answer\nq,1,2\nr,3\n", r"row 0 .counted from 0. has 3 cells, the header 2; put texts"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_said(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"cannot read '.*{name}': .*{message}"):
+        open_sources(str(tmp_path / name), answer_key="answer")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_suffixes_may_be_in_capitals(tmp_path, text_model, kind):
+    path = Path(write_kind(kind, tmp_path, text_rows(2)))
+    path = path.rename(path.with_suffix(path.suffix.upper()))
+    assert len(load(str(path), text_model)) == 2
+
+
+def test_cells_of_csv_may_be_as_long_as_an_image(tmp_path):
+    (tmp_path / "long.csv").write_text(f"prompt,answer\n{'q' * 200_000},1\n")
+    assert len(open_sources(str(tmp_path / "long.csv"))[0].rows[0]["prompt"]) == 200_000
+
+
+@pytest.mark.parametrize("written", [json.dumps, str])
+def test_messages_that_are_text_are_refused(tmp_path, text_model, written):
+    """As a column of lists is after CSV: the model would be shown brackets and quotes."""
+    rows = [*text_rows(1), {"prompt": written([{"role": "user", "content": "q [1]"}]), "answer": "1"}]
+    with pytest.raises(UserError, match=r"row 1 .*a list of messages as text.*; give the list itself"):
+        load(write_jsonl(tmp_path / "a.jsonl", rows), text_model)
+    kept = [{"prompt": text, "answer": "1"} for text in ('[{"role": 1}] is what?', '[{"x": 3}, {"x": 4}]')]
+    assert len(load(write_jsonl(tmp_path / "b.jsonl", kept), text_model)) == 2
 
 
 def test_a_split_there_is_not_is_named(tmp_path):

@@ -38,12 +38,17 @@ def columns_of(tmp_path, model, kind="parquet", written=None, **data):
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_the_columns_named_follow_the_prompt_past_rows_that_are_dropped(tmp_path, text_model, kind):
     _, found = columns_of(tmp_path, text_model, kind, reward_columns=["task", "weights"])
-    assert found == [{"task": f"task {i}", "weights": [i, 2.5]} for i in (0, 2, 3)]
+    source = {"data_source": "openai/gsm8k"}
+    assert found == [{"task": f"task {i}", "weights": [i, 2.5]} | source for i in (0, 2, 3)]
 
 
-def test_none_are_read_unless_asked_for(tmp_path, text_model):
+def test_none_are_read_unless_asked_for_but_the_source(tmp_path, text_model):
+    """A reward of verl's that dispatches by it would pay 0 throughout, and no one would know."""
     _, found = columns_of(tmp_path, text_model)
-    assert found == [{}] * 3
+    assert found == [{"data_source": "openai/gsm8k"}] * 3
+    written = [{"prompt": "a?", "answer": "1", "data_source": {"bytes": b"a", "path": None}}]
+    assert columns_of(tmp_path, text_model, written=written)[1] == [{}]
+    assert columns_of(tmp_path, text_model, written=[{"prompt": "a?", "answer": "1"}])[1] == [{}]
 
 
 def test_all_are_those_that_nothing_else_reads_and_no_images(tmp_path, vision_model):
@@ -52,7 +57,7 @@ def test_all_are_those_that_nothing_else_reads_and_no_images(tmp_path, vision_mo
     _, (found, *_) = columns_of(tmp_path, vision_model, written=written, reward_columns="all")
     assert found.keys() == {"task", "weights", "data_source", "extra_info", "group"}
     _, (found, *_) = columns_of(tmp_path, vision_model, written=written, reward_columns=["images"])
-    assert found == {"images": [image]}
+    assert found == {"images": [image], "data_source": "openai/gsm8k"}
 
 
 def test_the_same_prompts_whatever_rewards_see(tmp_path, text_model):

@@ -191,10 +191,24 @@ def test_contradictions_are_refused_with_both_names_and_values(values, names):
         ({"zero_optimization__sub_group_size": float("nan")}, "zero_optimization.sub_group_size must be finite"),
         ({"gradient_clipping": float("inf")}, "gradient_clipping must be finite, got inf"),
         ({"optimizer__params__betas": [0.9, float("nan")]}, "optimizer.params.betas must be finite"),
+        ({"optimizer__params__eps": -1}, "optimizer.params.eps must be 0 or more, got -1"),
+        ({"zero_optimization__sub_group_size": 0}, "zero_optimization.sub_group_size must be over 0, got 0; remove it"),
+        ({"prescale_gradients": True}, "prescale_gradients=true is not supported; ZeRO-3 divides gradients once"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor=2.0 is not supported; ZeRO-3"),
+        ({"sequence_parallel_size": 4}, "sequence_parallel_size=4 is not supported; set worker.actor.ulysses_size"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size=2 is not supported; ZeRO-3"),
+        ({"zero_optimization__cpu_offload": True}, "cpu_offload=true is not supported; it is the old name of"),
+        ({"zero_optimization__cpu_offload_param": True}, 'the old name of "offload_param": {"device": "cpu"}'),
     ],
 )
 def test_refused(values, expected):
     assert expected in refused(changed(**values))
+
+
+def test_the_neutral_values_of_keys_that_are_not_supported():
+    content = changed(prescale_gradients=False, gradient_predivide_factor=1.0, sequence_parallel_size=1)
+    resolve(content | {"tensor_parallel": {"autotp_size": 0}})
+    resolve(changed(zero_optimization__cpu_offload=False, optimizer__params__eps=0))
 
 
 def test_what_deepspeed_fills_in_is_left_to_it():

@@ -52,6 +52,24 @@ def test_empty_and_unreadable_data(valid, tmp_path):
     assert "holds no data files" in refused(valid, f"data.train_files={tmp_path / 'none'}")
 
 
+def test_rows_of_csv(valid, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('"what, now",answer\nr,3\n')
+    assert check(valid, f"data.train_files={path}", "data.prompt_key=what, now").train_data.files[0].has_images is False
+    path.write_text("prompt,answer\nr,3\n\nq,1,2\n")
+    message = refused(valid, f"data.train_files={path}", "data.prompt_key=prompt")
+    assert "row 1 (counted from 0) has 3 cells, the header 2; put texts with commas in quotes" in message
+
+
+def test_suffixes_in_capitals(valid, tmp_path):
+    """A file is read; in a folder `datasets` passes over it."""
+    (tmp_path / "data").mkdir()
+    path = write_rows(tmp_path / "data", "TRAIN.JSON")
+    assert check(valid, f"data.train_files={path}").train_data.num_rows == 7
+    message = refused(valid, f"data.train_files={path.parent}")
+    assert "TRAIN.JSON' would be passed over: in folders suffixes are in small letters" in message
+
+
 def test_model_folder(valid, tmp_path):
     def model(path):
         return refused(valid, f"worker.actor.model.model_path={path}")

@@ -35,13 +35,14 @@ def test_outcome_variance(tmp_path):
 def test_several_metrics(tmp_path):
     output = guide_run(MULTI_METRIC, tmp_path)
     assert "409 of 512 prompts a step by score (0.8 learnability + 0.2 self-bleu)" in output
-    assert "without effect, as data.curriculum_refresh is not full: data.curriculum_update_freq=8" in output
+    assert "keys without effect: data.curriculum_update_freq (data.curriculum_refresh=online)" in output
 
 
 def test_custom_yaml(tmp_path):
     output = guide_run(YAML, tmp_path)
     assert "1228 of 2048 prompts a step by score (0.7 learnability + 0.3 self-bleu)" in output
-    assert "not full: data.curriculum_update_freq=10, data.curriculum_rollout_n=12" in output
+    keys = "data.curriculum_update_freq, data.curriculum_rollout_n (data.curriculum_refresh=online)"
+    assert f"keys without effect: {keys}" in output
 
 
 def test_custom_yaml_with_the_paper_s_refresh(tmp_path):

@@ -357,6 +357,39 @@ def test_several_rewards_are_summed_by_their_weights(tmp_path):
     assert result.parts == pytest.approx({"math": 0.9, "brevity": 4.0, "exact": 3.0, "format": 0.0})
 
 
+@pytest.mark.parametrize("name", ["a", "unscored"])
+def test_a_part_of_any_name_is_a_part(tmp_path, name):
+    (tmp_path / "a.py").write_text(
+        f"def {name}(reward_input):\n    return {{'overall': 1.0, 'b': 9.0, 'unscored': 4.0}}\n"
+        "def b(reward_input):\n    return {'overall': 2.0, 'note': 'text'}\n"
+    )
+    functions = [{"function": f"{tmp_path / 'a.py'}:{each}"} for each in (name, "b")]
+    with RewardPool(RewardConfig(functions=functions, num_workers=1)) as pool:
+        (result,) = pool.score([RewardItem("7", 1, "7")])
+    assert (result.overall, result.parts) == (3.0, {"unscored": 4.0} | {name: 1.0, "b": 2.0}), result.reason
+
+
+@pytest.mark.parametrize("returned", ["{'overall': '2'}", "'2'", "{'score': 2.0}", "None"])
+def test_among_several_text_is_no_number(tmp_path, returned):
+    (tmp_path / "a.py").write_text(
+        f"def a(reward_input):\n    return {{'overall': 1.0}}\ndef b(reward_input):\n    return {returned}\n"
+    )
+    functions = [{"function": f"{tmp_path / 'a.py'}:{name}"} for name in "ab"]
+    with RewardPool(RewardConfig(functions=functions, num_workers=1)) as pool:
+        (result,) = pool.score([RewardItem("7", 1, "7")])
+    assert result.failure == "error" and "b returned" in result.reason, result
+
+
+@pytest.mark.parametrize("weight", [2, -1, "0.2", True, math.nan])
+@pytest.mark.parametrize("name", ["math", "r1v"])
+def test_a_weight_of_the_format_that_would_pay_wrong_answers_is_refused(name, weight):
+    kwargs = {"format_weight": weight}
+    for config in (RewardConfig(name, kwargs), RewardConfig(functions=[{"function": name, "kwargs": kwargs}])):
+        with pytest.raises(UserError, match=rf"format_weight of '{name}' must be a number in \[0, 1\], got"):
+            check_reward_config(config)
+    check_reward_config(RewardConfig(name, {"format_weight": 0.2}))
+
+
 @pytest.mark.parametrize(
     "entry",
     [

@@ -24,6 +24,8 @@ TRUTHS = [
     ("5<|im_end|>", "5"),
     ("The correct option is B", "B"), ("The correct option is (B).", "(B)"),
     ("<answer>5</answer><answer>6</answer>", "<answer>5</answer><answer>6</answer>"),
+    ("The final answer is $\\frac{1}{2}$. I hope it is correct.", "$\\frac{1}{2}$"),
+    ("Final Answer: The final answer is $7$. I hope it is correct.", "$7$"),
 ]  # fmt: skip
 
 
@@ -46,8 +48,13 @@ def test_the_survey_says_how_truths_are_read():
 
 UNCLEAR = [
     "It is 5.", "so 5", "Therefore x = 5", "Solution: 5", "<b>5</b>", "<answer>5</answer><answer>6</answer>", '["5"]',
+    "Thus the result is 7, as desired.", "5 (approx)", "x=5 is the answer", "1. 5", "2) 7", "1\x00", "nan", "None",
+    "null", "\\text{Answer: }5", "5 # by hand",
 ]  # fmt: skip
-CLEAR = ["7", "May 5, 2020", "x = 5", "5 cm", "[0, 1]", "a<c", "USD 5", "No solution", "\\sin 5", "\\text{Team 5}"]
+CLEAR = [
+    "7", "May 5, 2020", "x = 5", "5 cm", "[0, 1]", "a<c", "USD 5", "No solution", "\\sin 5", "\\text{Team 5}", "1.5",
+    "(1) 5 (2) 7", "\\approx 5", "1,200", "\\emptyset", "none", "Paris is required",
+]  # fmt: skip
 
 
 def test_the_survey_says_which_truths_have_more_than_the_answer():
