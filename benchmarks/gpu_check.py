@@ -150,8 +150,8 @@ def short_run(
     ]
     module = "gpu.compared_statistics" if name.startswith("demo") else "mmr1_ds.train"
     launch = (*STARTS.get(name, START), str(num_ranks), module, "config=configs/demo.yaml", *overrides)
-    # The first one compiles FusedAdam and captures CUDA graphs.
-    limit = {"demo": 420, "demo_v1": 170}.get(name, 200)
+    # The first one captures CUDA graphs; with offloaded states DeepSpeed compiles its own Adam.
+    limit = {"demo": 300, "demo_v1": 170, "offload_states": 400}.get(name, 200)
     return Part(
         name, launch, limit, num_gpus, twin, differences, LARGEST_LOGPROB_DIFFERENCE, f"runs/{experiment}",
         variables=of_runner(runner), compares_statistics=module != "mmr1_ds.train",
@@ -171,7 +171,7 @@ def all_parts() -> list[Part]:
         "memory really goes and comes; bf16 (0.1) in place of float32 (1e-4); what is sampled before and after a sleep "
         "is not compared token by token"
     )
-    demo = "bf16, FusedAdam, NCCL, CUDA graphs, vLLM really gives memory back"
+    demo = "bf16, the fused AdamW, NCCL, CUDA graphs, vLLM really gives memory back"
     return [
         # What every run stands on comes first.
         check("sleep", "cuda", asleep, 240, runner="1"),
@@ -188,9 +188,9 @@ def all_parts() -> list[Part]:
         check("log_probs", "cuda", "float32 on the GPU, sums in another order"),
         short_run("lora", 1, 4, "tests/engine/test_lora.py", "bf16; Triton's kernels for adapters, a sleep of level 1",
                   "trainer.save_freq=1", lora, eager),
-        short_run("offload_states", 1, 3, "tests/engine/test_lora.py", "optimiser states move too; pinned memory",
+        short_run("offload_states", 1, 3, "tests/engine/test_lora.py", "FusedAdam, whose states move too; pinned memory",
                   "worker.actor.offload_states=true", eager),
-        short_run("resume", 1, 4, "tests/loop/test_run.py", "chunked prefill; FusedAdam's states come back; GPU traces",
+        short_run("resume", 1, 4, "tests/loop/test_run.py", "chunked prefill; the fused AdamW's states come back; GPU traces",
                   "trainer.save_freq=1", "trainer.profile_steps=[2]", "worker.rollout.enable_chunked_prefill=true",
                   "worker.rollout.logprobs=raw", "worker.rollout.top_p=0.9", eager,
                   # A step has eight prompts of 18 tokens: some are cut.

@@ -165,11 +165,12 @@ def test_cpu_twin(name):
 
 def test_the_verdict_on_a_sleep():
     def found(*steps, taken=1000):
-        names = ("rollout/logprob_diff_max", "given_back_bytes")
-        return {"steps": [dict(zip(names, step, strict=True)) for step in steps], "taken_bytes": taken}
+        names = ("rollout/logprob_diff_mean", "rollout/logprob_diff_max", "given_back_bytes")
+        figures = [dict(zip(names, (mean, 2 * mean, back), strict=True)) for mean, back in steps]
+        return {"steps": figures, "taken_bytes": taken}
 
-    assert "0.09, limit 0.1" in sleep_verdict(found((0.09, 900), (0.01, 700)), True)
-    assert "limit 0.0001" in sleep_verdict(found((9e-5, 0), taken=0), False)
+    assert "(mean) 0.09 at most, limit 0.1" in sleep_verdict(found((0.09, 900), (0.01, 700)), True)
+    assert "limit 0.0001" in sleep_verdict(found((4e-5, 0), taken=0), False)
     for wrong, on_gpu in (
         (found((0.01, 900), (0.01, 699)), True),
         (found((0.11, 900)), True),

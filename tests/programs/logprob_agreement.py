@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,34 @@ def free_bytes() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
+def lost_in_sleep(worker: Any) -> list[torch.Tensor]:
+    """What a worker on a GPU loses of the model in a sleep of level 2: all but buffers."""
+    model = worker.get_model()
+    kept = {id(buffer) for buffer in model.buffers()}
+    beside = [
+        value for part in model.modules() for name, value in vars(part).items() if name[0] != "_" and name != "kv_cache"
+    ]
+    tensors = [item for value in beside for item in (value if isinstance(value, list) else [value])]
+    return [*model.parameters(), *(x for x in tensors if isinstance(x, torch.Tensor) and id(x) not in kept)]
+
+
+def lose_in_sleep(worker: Any) -> None:
+    """Let the CPU's worker lose it."""
+    sleep = worker.sleep
+
+    def sleep_and_lose(level: int = 1) -> None:
+        sleep(level=level)
+        for tensor in lost_in_sleep(worker) if level == 2 else ():
+            tensor.data.fill_(torch.nan if tensor.is_floating_point() else -77)
+
+    worker.sleep = sleep_and_lose
+
+
+def num_lost(worker: Any) -> int:
+    """How many tensors a sync has not made good."""
+    return sum(int(bool((tensor.isnan() | (tensor == -77)).any())) for tensor in lost_in_sleep(worker))
+
+
 free_before_engine = free_bytes()
 if engine in ("vllm", "adapters"):
     if not ranks.on_gpu:
@@ -83,6 +112,7 @@ if engine in ("vllm", "adapters"):
     # On CPU vLLM's worker keeps its memory; its scheduler, its caches and its record of what sleeps are those on GPU.
     if not ranks.on_gpu:
         rollout._llm.collective_rpc(lambda worker: setattr(worker, "discard", lambda tags: None))
+        rollout._llm.collective_rpc(lose_in_sleep)
         rollout._cycle = SleepCycle(rollout._llm, enabled=True, keeps_base=engine == "adapters")
     rollout.sync_weights(actor)
 elif engine in ("server", "server-adapters"):
@@ -149,6 +179,8 @@ for step in range(int(num_steps)):
         moved = float(np.abs(off - np.concatenate([item.rollout_logprobs for item in trajectories])).max())
     metrics = actor.update(trajectories)
     sync_bytes = rollout.sync_weights(actor)
+    if isinstance(rollout, VllmRollout) and not ranks.on_gpu:
+        assert not any(rollout._llm.collective_rpc(num_lost))
     lengths = [len(item.token_ids) for item in trajectories]
     tokens = [item.token_ids.tolist() for item in trajectories]
     forbidden = sum(token in encoder.forbidden_token_ids for row in tokens for token in row)

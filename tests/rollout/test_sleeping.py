@@ -5,11 +5,12 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fixtures.launching import run_ranks
 from fixtures.tiny_models import save_vision_model
 
 from mmr1_ds.engine.weights.offloading import states_offloaded
-from mmr1_ds.rollout.colocated.sleeping import SleepCycle
+from mmr1_ds.rollout.colocated.sleeping import SleepCycle, zero_what_no_sync_brings
 
 WAKE_WEIGHTS, WAKE_CACHE = "wake_up {'tags': ['weights']}", "wake_up {'tags': ['kv_cache']}"
 RELEASE, DISCARD = "discard (('kv_cache',),)", "sleep {'level': 2}"
@@ -91,6 +92,23 @@ def test_weights_that_no_sync_brings_wait_in_host_memory():
     cycle.end_sync()
     cycle.begin_sampling()
     assert calls == [1, "weights", "kv_cache"]
+
+
+@pytest.mark.slow
+def test_rows_that_stand_for_no_token_find_numbers_after_a_sleep(monkeypatch):
+    """vLLM's own positions in three axes, of which a batch that is padded reads more than it writes."""
+    from vllm.v1.worker.gpu import buffer_utils
+    from vllm.v1.worker.gpu.mm.rope import RopeState
+
+    monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)
+    rope = RopeState(3, 4, 32, 64, torch.device("cpu"))
+    rope.positions.fill_(-(2**62))
+    embeds = torch.full((5, 3), torch.nan)
+    state = SimpleNamespace(rope_state=rope, encoder_runner=SimpleNamespace(inputs_embeds=embeds))
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model_state=state), get_model=lambda: None)
+    zero_what_no_sync_brings(worker)
+    rope.positions[:, :3] = 5
+    assert torch.zeros(64, 7)[rope.get_positions(4)].shape == (3, 4, 7) and not embeds.any()
 
 
 @pytest.mark.parametrize("with_weights", [True, False])

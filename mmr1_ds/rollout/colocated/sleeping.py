@@ -13,7 +13,7 @@ alone, the weights beside them are kept there (level 1), and the adapters' buffe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -82,6 +82,8 @@ class SleepCycle:
         self._weights_are_current = False
         if not self._weights_are_mapped:
             self._wake(_WEIGHTS)
+            if self._level == _DISCARDED:
+                self._llm.collective_rpc(zero_what_no_sync_brings)
             self._weights_are_mapped = True
 
     def end_sync(self) -> None:
@@ -100,3 +102,17 @@ class SleepCycle:
         # What torch keeps of freed memory is not there for vLLM, which takes its own from the driver.
         torch.cuda.empty_cache()
         self._llm.wake_up(tags=part)
+
+
+def zero_what_no_sync_brings(worker: Any) -> None:
+    """Zero tensors that vLLM made beside the weights, where they wake with unknown content. Runs in vLLM's worker.
+
+    They are neither parameters, which a sync brings, nor buffers, which vLLM keeps. Rows of a batch that stand for no
+    token read them: positions by which it looks a table up, inputs, what Qwen3-VL adds to its first layers.
+    """
+    state = getattr(worker.model_runner, "model_state", None)  # of the V2 model runner
+    of_state = [("rope_state", "positions"), ("encoder_runner", "inputs_embeds")]
+    found = [getattr(getattr(state, part, None), name, None) for part, name in of_state]
+    for tensor in [*found, *getattr(worker.get_model(), "deepstack_input_embeds", ())]:
+        if tensor is not None:
+            tensor.zero_()
