@@ -151,7 +151,7 @@ def short_run(
     module = "gpu.compared_statistics" if name.startswith("demo") else "mmr1_ds.train"
     launch = (*STARTS.get(name, START), str(num_ranks), module, "config=configs/demo.yaml", *overrides)
     # The first one captures CUDA graphs; with offloaded states DeepSpeed compiles its own Adam.
-    limit = {"demo": 300, "demo_v1": 170, "offload_states": 400}.get(name, 200)
+    limit = {"demo": 300, "demo_v1": 170, "offload_states": 320}.get(name, 200)
     return Part(
         name, launch, limit, num_gpus, twin, differences, LARGEST_LOGPROB_DIFFERENCE, f"runs/{experiment}",
         variables=of_runner(runner), compares_statistics=module != "mmr1_ds.train",
