@@ -42,12 +42,14 @@ _IMAGINARY = re.compile(r"(?<=\d)(?: | ?\\cdot ?)i(?![a-zA-Z])")
 _LETTER = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
 _FIRST_LETTER = re.compile("[a-zA-Z]")
 _FACTORIAL = re.compile(r"(\d*|[^\d])\s*!")
+_MIXED = re.compile(r"(?<![\d.^_])(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))")
 
 
 def formulas_equal(answer: str, truth: str) -> bool:
     """Return whether two normalised formulas are equal. Decimals are exact: 1.414214 is not the root of 2."""
     if answer == truth:
         return True
+    answer, truth = _with_sums(answer), _with_sums(truth)
     if not _comparable(answer, truth):
         return False
     parsed_truth, parsed_answer = _parse(truth), _parse(answer)
@@ -60,6 +62,7 @@ def formulas_equal(answer: str, truth: str) -> bool:
 
 def equations_equal(answer: str, truth: str) -> bool:
     """Return whether two equations say the same: one's sides differ by a constant multiple of the other's."""
+    answer, truth = _with_sums(answer), _with_sums(truth)
     sides = [part.strip() for text in (answer, truth) for part in text.split("=")]
     if len(sides) != 4 or not all(sides) or not all(is_small(side, MAX_FUNCTIONS_SIMPLIFIED) for side in sides):
         return False
@@ -72,6 +75,17 @@ def equations_equal(answer: str, truth: str) -> bool:
         return False
     ratio = sympy.simplify(one[0] / other[0])
     return bool(ratio.is_number and ratio.is_finite and ratio != 0 and one[0].free_symbols)
+
+
+def _with_sums(text: str) -> str:
+    r"""A formula with its mixed numbers written out: sympy would read 2\frac{1}{3}x as a product."""
+    return _MIXED.sub(_sum, text)
+
+
+def _sum(mixed: re.Match[str]) -> str:
+    whole, above, below = mixed[1], mixed[2] or mixed[4], mixed[3] or mixed[5]
+    is_proper = int(above) < int(below)
+    return rf"({whole}+\frac{{{above}}}{{{below}}})" if is_proper else mixed[0]
 
 
 def _comparable(answer: str, truth: str) -> bool:

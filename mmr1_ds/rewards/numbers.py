@@ -137,7 +137,7 @@ def literal(text: str) -> Fraction | None:
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip()
     text = with_points(text)
     mixed = _PLAIN_MIXED.fullmatch(text)
-    if mixed is not None and int(mixed[4]):
+    if mixed is not None and int(mixed[3]) < int(mixed[4]):
         return _sign(mixed[1]) * (int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4])))
     text = _LOOSE.sub(lambda space: space[0].strip(), text)
     return None if " " in text else _value(text)
@@ -196,4 +196,5 @@ def _sign(sign: str) -> int:
 
 
 def _sum(first: Fraction | None, second: Fraction | None) -> Fraction | None:
-    return None if first is None or second is None or second < 0 else first + second
+    """Of a mixed number: what is no proper fraction is a factor."""
+    return None if first is None or second is None or not 0 <= second < 1 else first + second
