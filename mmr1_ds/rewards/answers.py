@@ -13,10 +13,11 @@ import functools
 import re
 
 from mmr1_ds.rewards.choices import choice, choices, joined, same_letters
-from mmr1_ds.rewards.dress import undress
+from mmr1_ds.rewards.dress import split, undress
 from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
 from mmr1_ds.rewards.names import named, opaque, same_parts
 from mmr1_ds.rewards.numbers import Number, literal, parse_number, same_unit, split_unit, split_words
+from mmr1_ds.rewards.parts import labelled
 from mmr1_ds.rewards.sets import rewritten
 from mmr1_ds.rewards.sizes import depth_of_brackets
 from mmr1_ds.rewards.truths import read_truth, unwrapped
@@ -56,6 +57,8 @@ def answers_equal(answer: str, truth: str) -> bool:
         return False
     if answer_text == truth_text or _same_words(answer_text, truth_text):
         return True
+    if (parts := labelled(truth)) is not None:
+        return _same_labelled(answer, parts)
     answer_text, truth_text = (_OPTION.sub(r"\1", text) for text in (answer_text, truth_text))
     if joined(truth_text) and same_letters(choices(answer_text) or "", truth_text):
         return True
@@ -105,6 +108,15 @@ def _commits_to(answer: str, letter: str | None, letters: str | None) -> bool:
     if letter is not None:
         return choice(answer) == letter or (letter == "E" and answer == "e")
     return letters is not None and same_letters(choices(answer) or answer, letters)
+
+
+def _same_labelled(answer: str, truth: dict[str, str]) -> bool:
+    """Whether an answer has the same parts under the same labels, or without any the same in their order."""
+    parts = labelled(answer)
+    if parts is None:
+        values = next((found for found in (split(answer, mark) for mark in ";,") if len(found) == len(truth)), [])
+        parts = dict(zip(truth, values, strict=False))
+    return parts.keys() == truth.keys() and all(answers_equal(parts[label], truth[label]) for label in truth)
 
 
 def _same_words(answer: str, truth: str) -> bool:

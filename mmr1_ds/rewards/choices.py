@@ -10,7 +10,10 @@ _SINGLE = re.compile(r"[A-Za-z]")
 _OPTIONS = "ABCDEFGHabcdfgh"  # e is a number, as x is a variable: those are not E and X
 _RATIO = re.compile(r"[A-Za-z](?: ?: ?[A-Za-z])+(?: ?=.*:.*)?")  # a:b = 2:3 is no option a
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])")
+_OTHER_LABEL = re.compile(r"(?:^|[\s,;])\(?(?:[a-zA-Z]|[ivxIVX]{2,4})[).:]")
+_LABELS = "ABCDEFGHIJabcdefgh"  # x: 5 is no option X
 _OTHER_WORDS = re.compile(r"\b(?:or|and|not|nor|neither|either)\b", re.IGNORECASE)
+_OTHERS = (_OTHER_LETTER, _OTHER_LABEL, _OTHER_WORDS)
 _LIST = re.compile(r"\(?[A-Z]\)?(?:(?:\s*[,;&和]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-Z]\)?)+")
 
 
@@ -22,9 +25,12 @@ def choice(text: str) -> str | None:
     if _SINGLE.fullmatch(text):
         return text.upper() if text in _OPTIONS else text
     match = _LABELLED.fullmatch(text)
-    if match is None or _RATIO.fullmatch(text) or _OTHER_LETTER.search(match[4]) or _OTHER_WORDS.search(match[4]):
+    if match is None or _RATIO.fullmatch(text):
         return None
-    return (match[1] or match[2] or match[3]).upper()
+    letter, rest = match[1] or match[2] or match[3], match[4]
+    if rest and (letter not in _LABELS or any(other.search(rest) for other in _OTHERS)):
+        return None
+    return letter.upper()
 
 
 def choices(text: str) -> str | None:

@@ -25,6 +25,7 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[a-zA-Z]{2,}")
 _CONJUNCTIONS = frozenset(("or", "and", "not", "to", "mod", "per"))
 _WORD_BETWEEN = re.compile(r"\d [a-zA-Z]{2,}(?: [a-zA-Z]+)* \d")
+_TWO_THINGS = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]+ \d")  # 1B 2A
 _DECIMAL = re.compile(r"\d*\.\d+|\d+\.(?!\d)")
 _TOWER = re.compile(r"\^\s*\{[^{}]*(?:\^|\{)[^{}]*[\^]|\^\s*\{[^{}]*\^\s*(?:\{[^{}]*)?\^")
 _UNBOUNDED = re.compile(
@@ -109,7 +110,7 @@ def _is_bounded(text: str) -> bool:
     letters = _COMMAND.sub(" ", text)
     if _FIGURES.search(text) or _is_product_of_matrices(text) or ":" in text or _WORD_BETWEEN.search(letters):
         return False
-    if re.search(r"[a-zA-Z]\d", letters):  # CO2 is a name, x2 nobody's formula
+    if re.search(r"[a-zA-Z]\d", letters) or _TWO_THINGS.search(text):  # CO2 is a name, x2 nobody's formula
         return False
     words = _WORD.findall(letters)
     if words and (max(map(len, words)) > 3 or not re.search(r"[-+\d^\\=]", text) or _CONJUNCTIONS & set(words)):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mmr1_ds.rewards import sets
 from mmr1_ds.rewards.dress import closing, split
 from mmr1_ds.rewards.names import named
+from mmr1_ds.rewards.parts import without_respectively
 
 _MATRIX = re.compile(r"(?:\[|\()? ?\\begin\{(p|b|B|v|V|)matrix\}(.*)\\end\{\1matrix\} ?(?:\]|\))?", re.DOTALL)
 _ARRAY = re.compile(r"[\[(] ?\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\} ?[\])]", re.DOTALL)
@@ -39,7 +40,9 @@ class Value:
 
 def readings(text: str, is_truth: bool = False) -> list[Value]:
     """Return all readings of an undressed text. A truth of `1,200` is one number; an answer may mean `1, 200`."""
-    text = text.strip()
+    text, keeps_order = without_respectively(text.strip())
+    if keeps_order:
+        return [replace(found, is_ordered=True) for found in readings(text, is_truth)]
     if is_truth and _ONE_NUMBER.fullmatch(text) is not None:
         return [Value("atom", (text.replace(",", "{,}"),))]
     if (written := sets.rewritten(text)) is not None:
