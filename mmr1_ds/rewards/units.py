@@ -6,17 +6,17 @@ import re
 
 _SPELLINGS = {
     "mm": "mm millimeter millimetre",
-    "cm": "cm centimeter centimetre",
+    "cm": "cm CM Cm centimeter centimetre",
     "dm": "dm decimeter decimetre",
     "m": "m meter metre",
-    "km": "km kilometer kilometre",
+    "km": "km KM Km kilometer kilometre",
     "inch": "inch inches in. in",
     "ft": "ft foot feet",
     "yd": "yd yard",
     "mile": "mile mi",
     "mg": "mg milligram",
     "g": "g gm gram",
-    "kg": "kg kilogram",
+    "kg": "kg KG Kg kilogram",
     "lb": "lb pound",
     "ml": "ml mL milliliter millilitre",
     "l": "l L liter litre",
@@ -72,6 +72,9 @@ _SPELLINGS = {
     "unit": "unit",
 }
 _CANONICAL = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in spellings.split()}
+# Words, as their letters are those of no two units: meters, Hours; and abbreviations of which no other case is a unit.
+_ABBREVIATIONS = frozenset("in in. ft yd mi lb oz min sec hr yr gal qt pt mph kph mol kcal deg rad usd eur".split())
+_ANY_CASE = _ABBREVIATIONS | {name for name in _CANONICAL if len(name) > 3 and name.isalpha() and name.islower()}
 _POWER_WORDS = {"square": "^2", "sq": "^2", "cubic": "^3"}
 _POWERED = re.compile(r"(.*[A-Za-z]) (squared|cubed)")
 _POWERS = re.compile(r"\^\s*\{?-?\d\}?|\b(?:square|sq|cubic|squared|cubed|per)\b", re.IGNORECASE)
@@ -155,8 +158,7 @@ def split_bare_unit(text: str) -> tuple[str, str] | None:
 
 
 def _known(name: str) -> str | None:
+    """The one spelling of a unit. Capitals count in symbols, Mg is not mg, but not in words."""
     singular = name.removesuffix("s") if len(name) > 2 else name  # Ns is no plural
-    for spelling in (name, singular, name.lower(), singular.lower()):
-        if spelling in _CANONICAL:
-            return _CANONICAL[spelling]
-    return None
+    folded = {name.lower(), name.lower().removesuffix("s")} & _ANY_CASE
+    return next((_CANONICAL[spelling] for spelling in (name, singular, *folded) if spelling in _CANONICAL), None)
