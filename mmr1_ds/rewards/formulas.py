@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from mmr1_ds.rewards.calls import calls_as_variables
 from mmr1_ds.rewards.numbers import with_points
 from mmr1_ds.rewards.sizes import is_small
 
@@ -38,7 +39,9 @@ _FIGURES = re.compile(
 )
 _TRANSPOSE = re.compile(r"(?<=[A-Z)]) ?\^ ?\{? ?(?:T|\\top|\\intercal)(?![a-zA-Z])")
 _INVERSE = re.compile(r"[A-Z)] ?\^ ?\{? ?-")
-_CROSS_PRODUCT = re.compile(r"[A-Z}] ?\\times ?(?:[A-Z]|\\vec|\\overline)")
+_CROSS_PRODUCT = re.compile(
+    r"[A-Z}] ?\\times ?(?:[A-Z]|\\vec|\\overline)|(?<![a-zA-Z\\])\{?[ijk]\}? ?\\times ?\{?[ijk](?![a-zA-Z])"
+)
 _IMAGINARY = re.compile(r"(?<=\d)(?: | ?\\cdot ?)i(?![a-zA-Z])")
 _LETTER = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
 _FIRST_LETTER = re.compile("[a-zA-Z]")
@@ -50,9 +53,10 @@ def formulas_equal(answer: str, truth: str) -> bool:
     """Return whether two normalised formulas are equal. Decimals are exact: 1.414214 is not the root of 2."""
     if answer == truth:
         return True
-    answer, truth = _with_sums(answer), _with_sums(truth)
-    if not _comparable(answer, truth):
+    named = calls_as_variables(_with_sums(answer), _with_sums(truth), formulas_equal)
+    if named is None or not _comparable(*named):
         return False
+    answer, truth = named
     parsed_truth, parsed_answer = _parse(truth), _parse(answer)
     if not parsed_truth or not parsed_answer:
         return False
@@ -63,7 +67,10 @@ def formulas_equal(answer: str, truth: str) -> bool:
 
 def equations_equal(answer: str, truth: str) -> bool:
     """Return whether two equations say the same: one's sides differ by a constant multiple of the other's."""
-    answer, truth = _with_sums(answer), _with_sums(truth)
+    named = calls_as_variables(_with_sums(answer), _with_sums(truth), formulas_equal)
+    if named is None:
+        return False
+    answer, truth = named
     sides = [part.strip() for text in (answer, truth) for part in text.split("=")]
     if len(sides) != 4 or not all(sides) or not all(is_small(side, MAX_FUNCTIONS_SIMPLIFIED) for side in sides):
         return False
