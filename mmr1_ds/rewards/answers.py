@@ -33,6 +33,7 @@ MAX_VALUES = 50  # of a list
 _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*|[a-zA-Z]{3,}[\w '-]*")
+_PRODUCT = re.compile("[a-zA-Z]{2,3}")
 _LABEL = re.compile(r"(?:\\text\s*\{\s*)?(?:final )?answer\s*:\s*\}?\s*", re.IGNORECASE)
 _APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])\s*")
 _TIMES = re.compile(r"(?<=\d) ?(?:\\times|\\cdot|\*) ?(?=\d)")
@@ -200,10 +201,12 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
         if {answer_name, truth_name} != {"f(x)", "y"}:
             return both_plain and equations_equal(answer.items[0], truth.items[0])
     elif "=" in answer_text or "=" in truth_text:
-        has_variables = re.search(r"(?<![a-zA-Z\\])[a-z](?![a-zA-Z])", truth_text) is not None
+        has_variables = re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{1,3}(?![a-zA-Z])", truth_text) is not None
         return has_variables and equations_equal(answer.items[0], truth.items[0])
     if "'" in answer_name and not truth_name:
         return False  # the derivative of what was asked for
+    if answer_name and all(map(_PRODUCT.fullmatch, (answer_text, truth_text))):  # V = RI is V = IR; RI may be a word
+        return equations_equal(answer.items[0], truth.items[0])
     if answer_name or truth_name:
         return _same(answer_text, truth_text, depth + 1)
     (answer_value, answer_unit), (truth_value, truth_unit) = split_unit(answer_text), split_unit(truth_text)
