@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mmr1_ds.rewards import sets
 from mmr1_ds.rewards.dress import closing, split
 from mmr1_ds.rewards.names import named
+from mmr1_ds.rewards.numbers import split_unit
 from mmr1_ds.rewards.parts import without_respectively
 
 _MATRIX = re.compile(r"(?:\[|\()? ?\\begin\{(p|b|B|v|V|)matrix\}(.*)\\end\{\1matrix\} ?(?:\]|\))?", re.DOTALL)
@@ -18,6 +19,11 @@ _WORDS = re.compile(
 _OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])|或")
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _ONE_NUMBER = re.compile(rf"[^\w(){{}},;]*{_THOUSANDS.pattern}(?:\.\d+)?(?!\d)[^\d,;]*")
+# One number with a decimal comma: it has a unit or a power of ten behind, begins with 0,0, or has many digits.
+_ONE_DECIMAL = re.compile(r"[^\w(){},;]*(?P<whole>\d+),(?P<digits>\d+)(?P<rest>[^,;]*)")
+_POWER_OF_TEN = re.compile(r" ?(?:\\times|\\cdot) ?10 ?\^")
+_GROUPED_DECIMAL = re.compile(r"(?P<whole>\d{1,3}(?:(?:[. ]|\{,\})\d{3})+),(?P<digits>\d+)(?!\d|[.,]\d)")
+_LAKHS = re.compile(r"\d{1,2}(?:,\d{2})+,\d{3}")
 _RELATION = re.compile(r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>)")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 _NAME = re.compile(r"[a-zA-Z]|\\[a-zA-Z]+|[a-zA-Z]_\{?\w\}?")
@@ -45,6 +51,8 @@ def readings(text: str, is_truth: bool = False) -> list[Value]:
         return [replace(found, is_ordered=True) for found in readings(text, is_truth)]
     if is_truth and _ONE_NUMBER.fullmatch(text) is not None:
         return [Value("atom", (text.replace(",", "{,}"),))]
+    if is_truth and (decimal := _with_point(text)) is not None:
+        return [Value("atom", (decimal,))]
     if (written := sets.rewritten(text)) is not None:
         return readings(written)
     if (points := sets.excluded_points(text)) is not None:
@@ -72,6 +80,21 @@ def readings(text: str, is_truth: bool = False) -> list[Value]:
         ratio = Value("ratio", tuple(terms), is_ordered=True) if len(terms) > 1 and all(terms) else None
         return [_relation(text) or ratio or found[0]]
     return found
+
+
+def _with_point(text: str) -> str | None:
+    """A truth of one number with a decimal comma, written with a point; None where it may be a list of two."""
+    grouped = _GROUPED_DECIMAL.search(text)
+    if grouped is not None and "," not in text[: grouped.start()] + text[grouped.end() :]:
+        whole = re.sub(r"\D", "", grouped["whole"])
+        return f"{text[: grouped.start()]}{whole}.{grouped['digits']}{text[grouped.end() :]}"
+    found = _ONE_DECIMAL.fullmatch(text)
+    if found is None:
+        return None
+    begins_with_zero = found["whole"] == "0" and len(found["digits"]) > 1
+    is_one = begins_with_zero or len(found["digits"]) > 4 or _POWER_OF_TEN.match(found["rest"]) is not None
+    pointed = text.replace(",", ".")
+    return pointed if is_one or split_unit(pointed)[1] else None
 
 
 def _of_member(name: str, value: Value) -> Value:
@@ -137,6 +160,8 @@ def _bare_commas(text: str) -> list[Value]:
         pieces = [piece.strip() for piece in words[::3]]
         is_or |= _OR.search(part) is not None
         parts += [piece for piece in pieces if piece] if len(pieces) > 1 and all(map(_is_value, pieces)) else [part]
+    if _LAKHS.fullmatch(text):
+        return [Value("list", tuple(parts), is_ordered=True), Value("atom", (text.replace(",", ""),))]
     expanded = [value for part in parts for value in _both_signs(part)] or [text]  # of "and" alone nothing is left
     if len(expanded) == 1:
         return [Value("atom", (expanded[0],))]
