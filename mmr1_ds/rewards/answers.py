@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
+from fractions import Fraction
 
 from mmr1_ds.rewards.choices import choice, choices, joined, same_letters
 from mmr1_ds.rewards.dress import split, undress
@@ -29,6 +30,7 @@ MAX_ANSWER_CHARS = 2000  # beyond this nothing is compared: no answer is that lo
 MAX_BRACKETS = 40  # inside one another; with more, texts alone are compared
 MAX_DEPTH = 6  # of brackets inside brackets
 MAX_VALUES = 50  # of a list
+MIN_PERCENT = 10  # of a number with decimals that may mean a percentage
 
 _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -216,8 +218,7 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
     if truth_number is not None:
         if answer_number is None or not _comma_fits(answer, truth, truth_number.denominator):
             return False
-        is_share = answer_unit == "%" and not truth_unit and abs(truth_number) < 1  # 0.5 is 50%, not 0.5%
-        if answer_number == truth_number and not is_share:
+        if answer_number == truth_number and not (answer_unit == "%" and not truth_unit and _is_share(truth_number)):
             return True
         if (answer_unit == "%") == (truth_unit == "%"):
             return False
@@ -229,6 +230,11 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
     if answer_unit or truth_unit:
         return _same(answer_value, truth_value, depth + 1)
     return formulas_equal(normalise(answer_value), normalise(truth_value))
+
+
+def _is_share(number: Fraction) -> bool:
+    """Whether a number without a unit may be one of whole things: 0.5, 1 and 1.5 are 50%, 100% and 150%; 25 is 25%."""
+    return abs(number) <= 1 or (number.denominator != 1 and abs(number) < MIN_PERCENT)
 
 
 def _comma_fits(answer: Value, truth: Value, denominator: int) -> bool:
