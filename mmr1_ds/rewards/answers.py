@@ -229,6 +229,8 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
         return False
     if answer_unit or truth_unit:
         return _same(answer_value, truth_value, depth + 1)
+    if answer_number is not None:  # 1e-3 is no formula of e
+        answer_value = str(answer_number)
     return formulas_equal(normalise(answer_value), normalise(truth_value))
 
 

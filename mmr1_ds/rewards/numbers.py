@@ -35,11 +35,11 @@ _CURRENCIES = {
     "rupee": "\N{INDIAN RUPEE SIGN}",
 }  # fmt: skip
 _NO_UNITS = frozenset(
-    "or and not to through more less about approximately approx at least most if when where factorial squared cubed "
+    "or and no not never without to through more less about approximately approx at least most if when where factorial squared cubed "
     "hundred half the is so times than as thousand million billion trillion dozen mod root".split()
 )
-# Plural nouns, and Chinese measure words; what scales the number (2 thirds, 3 pairs, ten thousands) is no thing.
-_THINGS = re.compile("[a-z]{3,}s|people|children|men|women|cup|rpm")
+# Plural nouns, not a loss nor a plus, and Chinese measure words; what scales the number (2 thirds, 3 pairs, ten thousands) is no thing.
+_THINGS = re.compile("[a-z]{2,}[a-hj-rtv-z]s|people|children|men|women|cup|rpm")
 _COUNTED = re.compile(r"(?:[a-zA-Z]+ )*?(?P<thing>[a-zA-Z]+)(?: of [a-zA-Z ]+| per [a-zA-Z]+|/[a-zA-Z]+| old)?")
 _WORDS = re.compile(
     rf"(?P<value>.*\d)(?:\s+(?P<unit>{_THINGS.pattern})|"
@@ -48,7 +48,8 @@ _WORDS = re.compile(
 _PARTS = re.compile(
     r"halves|thirds|quarters|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|\w+red|\w+sand|\w+illion)ths"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ties|\w*(?:illions|thousands|hundreds)|pairs|couples|dozens|scores|tens"
-    r"|plus|minus|less|times|digits|bits|roots|powers|zeros|zeroes|ones|twos|threes|fours|fives|sixes|sevens|eights|nines"
+    r"|always|perhaps|sometimes|besides|does|others|\w+wards|times|digits|bits|roots|powers|zeros|zeroes"
+    r"|ones|twos|threes|fours|fives|sixes|sevens|eights|nines"
 )
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|dot)\{(\d{1,20})\}")
 _SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}

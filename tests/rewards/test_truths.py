@@ -24,6 +24,8 @@ TRUTHS = [
     ("5<|im_end|>", "5"),
     ("The correct option is B", "B"), ("The correct option is (B).", "(B)"),
     ("<answer>5</answer><answer>6</answer>", "<answer>5</answer><answer>6</answer>"),
+    (r"\boxed{5}, \boxed{6}", "5, 6"), (r"So the answer is: $\boxed{5}$ or $\boxed{6}$.", "5 or 6"),
+    (r"$x = \boxed{5}$ and $y=\boxed{6}$", "x = 5 and y=6"), (r"\boxed{5} \boxed{5}", "5"), (r"x = \boxed{5}", "5"),
 ]  # fmt: skip
 
 
