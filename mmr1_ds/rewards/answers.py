@@ -13,7 +13,7 @@ import functools
 import re
 from fractions import Fraction
 
-from mmr1_ds.rewards.choices import choice, choices, joined, same_letters
+from mmr1_ds.rewards.choices import choice, choices, chooses, joined, same_letters, statements
 from mmr1_ds.rewards.dress import split, undress
 from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
 from mmr1_ds.rewards.names import named, opaque, same_parts
@@ -63,7 +63,9 @@ def answers_equal(answer: str, truth: str) -> bool:
     if (parts := labelled(truth)) is not None:
         return _same_labelled(answer, parts)
     answer_text, truth_text = (_OPTION.sub(r"\1", text) for text in (answer_text, truth_text))
-    if joined(truth_text) and same_letters(choices(answer_text) or "", truth_text):
+    if (numbers := statements(truth_text)) is not None:
+        return statements(answer_text) == numbers
+    if joined(truth_text) and chooses(answer_text, truth_text):
         return True
     truth_choice, truth_choices = choice(truth_text), choices(truth_text)
     if truth_choice or truth_choices:

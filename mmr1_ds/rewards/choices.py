@@ -14,7 +14,10 @@ _OTHER_LABEL = re.compile(r"(?:^|[\s,;])\(?(?:[a-zA-Z]|[ivxIVX]{2,4})[).:]")
 _LABELS = "ABCDEFGHIJabcdefgh"  # x: 5 is no option X
 _OTHER_WORDS = re.compile(r"\b(?:or|and|not|nor|neither|either)\b", re.IGNORECASE)
 _OTHERS = (_OTHER_LETTER, _OTHER_LABEL, _OTHER_WORDS)
-_LIST = re.compile(r"\(?[A-Z]\)?(?:(?:\s*[,;&和]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-Z]\)?)+")
+_LIST = re.compile(r"(?:\([A-Z]\) ?){2,}|\(?[A-Z]\)?(?:(?:\s*[,;&和]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-Z]\)?)+")
+_TWO_POINTS = re.compile("[A-Z] ?[,;] ?[A-Z]")
+_CIRCLED = str.maketrans({chr(0x2460 + place): f"({place + 1})" for place in range(20)})
+_STATEMENTS = re.compile(r"[①-⑳]|(?:[①-⑳]|\(\d\))(?: ?(?:[,;和]|and)? ?(?:[①-⑳]|\(\d\)))+")
 
 
 def choice(text: str) -> str | None:
@@ -46,6 +49,21 @@ def same_letters(one: str, other: str) -> bool:
     letters = sorted(other)
     is_ranking = "".join(letters) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(letters)] and letters != list(other)
     return one == other if is_ranking else sorted(one) == letters
+
+
+def chooses(answer: str, letters: str) -> bool:
+    """Return whether an answer lists the letters of a truth like `ABD`; of two a comma alone makes no choices.
+
+    AB may be a segment, which the points A, B are not.
+    """
+    if len(letters) == 2 and _TWO_POINTS.fullmatch(answer):
+        return False
+    return same_letters(choices(answer) or "", letters)
+
+
+def statements(text: str) -> list[str] | None:
+    """Return the numbers of statements side by side: `①③`, `①、③` and `(1), (3)`; None for anything else."""
+    return re.findall(r"\d+", text.translate(_CIRCLED)) if _STATEMENTS.fullmatch(text) else None
 
 
 def joined(text: str) -> bool:

@@ -52,6 +52,7 @@ _ROOT_ARGUMENT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z])")
 _ROOT = re.compile("\N{SQUARE ROOT}\\s*(?:\\(([^()]*)\\)|(\\w+))")
 _DOTS = re.compile(r"\.(?: ?\.){2,}")  # none of them is a full stop
 _ANGLE = re.compile(r"(\\angle) ?\{? ?([A-Z]) ?([A-Z]) ?([A-Z])(?![a-zA-Z]) ?\}?")
+_END = re.compile("[\\s。]+$")  # the full stop of Chinese; inside a text it may be one of several sentences
 _CODE = re.compile(r"\*\*([^*]+)\*\*|`([^`]+)`")
 
 
@@ -60,6 +61,7 @@ def undress(text: str) -> str:
 
     Commas inside `{,}` belong to a number; a bare comma may also part two values.
     """
+    text = _END.sub("", text)
     text = _DOTS.sub(r"\\ldots ", _SCRIPTS.sub(_script, text).translate(_CHARACTERS)).strip()
     while (box := _BOX.match(text)) and closing(text, box.end() - 1, "{}") == len(text) - 1:
         text = text[box.end() : -1].strip()
