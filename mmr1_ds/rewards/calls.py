@@ -17,7 +17,9 @@ MAX_CALLS = 8  # of both formulas; with more, texts alone are compared
 _FUNCTIONS = frozenset(
     (*"fghuvEFGOPT", *(rf"\{name}" for name in "delta phi varphi psi Phi Psi Gamma zeta Theta Omega".split()))
 )
-_NO_FUNCTIONS = re.compile(r"[eip]|\\pi|\\[a-zA-Z]{6,}|\\(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp|cdot|times|div|sqrt|frac)")
+_NO_FUNCTIONS = re.compile(
+    r"[eip]|\\pi|\\[a-zA-Z]{6,}|\\(?:sin|cos|tan|cot|sec|csc|log|ln|exp|cdot|times|div|sqrt|frac)"
+)
 _HEAD = re.compile(
     r"(?P<name>\\[a-zA-Z]+|[A-Z][a-z]{1,3}(?=[(\[])|[a-zA-Z])(?P<scripts>(?: ?[_^] ?(?:\{[^{}]*\}|\w))*) ?(?=[(\[])"
 )
@@ -37,7 +39,7 @@ def calls_as_variables(answer: str, truth: str, is_same: Callable[[str, str], bo
 
     def replaced(text: str) -> str:
         parts, end = [], 0
-        for name, head, argument, place in _calls(text, names):
+        for _, head, argument, place in _calls(text, names):
             found = next((call for call in known if call[0] == head and is_same(argument, call[1])), (head, argument))
             if found not in known:
                 known.append(found)
@@ -52,7 +54,7 @@ def calls_as_variables(answer: str, truth: str, is_same: Callable[[str, str], bo
 
 
 def _is_function(name: str, argument: str) -> bool:
-    if name in _FUNCTIONS or len(name) > 1 and name[0] != "\\":
+    if name in _FUNCTIONS or (len(name) > 1 and name[0] != "\\"):
         return True
     return _SYMBOL.fullmatch(argument) is not None and _NO_FUNCTIONS.fullmatch(name) is None
 

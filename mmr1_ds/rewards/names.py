@@ -8,7 +8,8 @@ from mmr1_ds.rewards.units import canonical_unit, is_unit
 
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|omega|phi|varphi|rho|sigma|tau|ell|Delta|Omega"
 _NAME = re.compile(
-    rf"""m?\s?\\angle\s?\{{?(?:[A-Z]{{1,3}}|\d)\}}? | \|?(?:\\(?:overline|vec|triangle)\s?)?\{{?(?:[A-Z]{{1,3}}|[a-z])'*\}}?\|?
+    rf"""m?\s?\\angle\s?\{{?(?:[A-Z]{{1,3}}|\d)\}}?
+    | \|?(?:\\(?:overline|vec|triangle)\s?)?\{{?(?:[A-Z]{{1,3}}|[a-z])'*\}}?\|?
     | gcd | lcm | max | min | sum | ans | det
     | (?:[a-zA-Z]|\\(?:{_GREEK}))(?:_\{{?\w+\}}?)?'*(?:\(\s*-?\w+\s*\))? | \\frac\{{d\w\}}\{{d\w\}}
     | P\([\w ]+\) | \\text\{{[A-Za-z .]+\}} | [A-Z][a-z]{{3,}}""",

@@ -35,10 +35,12 @@ _CURRENCIES = {
     "rupee": "\N{INDIAN RUPEE SIGN}",
 }  # fmt: skip
 _NO_UNITS = frozenset(
-    "or and no not never without to through more less about approximately approx at least most if when where factorial squared cubed "
-    "hundred half the is so times than as thousand million billion trillion dozen mod root".split()
+    "or and no not never without to through more less about approximately approx at least most if when where "
+    "factorial squared cubed hundred half the is so times than as thousand million billion trillion dozen mod "
+    "root".split()
 )
-# Plural nouns, not a loss nor a plus, and Chinese measure words; what scales the number (2 thirds, 3 pairs, ten thousands) is no thing.
+# Plural nouns, not a loss nor a plus, and Chinese measure words. What scales the number is none
+# (2 thirds, 3 pairs, ten thousands).
 _THINGS = re.compile("[a-z]{2,}[a-hj-rtv-z]s|people|children|men|women|cup|rpm")
 _COUNTED = re.compile(r"(?:[a-zA-Z]+ )*?(?P<thing>[a-zA-Z]+)(?: of [a-zA-Z ]+| per [a-zA-Z]+|/[a-zA-Z]+| old)?")
 _WORDS = re.compile(
