@@ -21,8 +21,13 @@ _PLAIN_MIXED = re.compile(r"([+-]?)(\d+) (\d+)/(\d+)")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _LOOSE = re.compile(r"(?<=[-+}\d.]) (?=\\|\^)|(?<=\\times) |(?<=\\cdot) |(?<=[{(]) | (?=[)}])|(?<=^[-+]) | ?/ ?")
 _TEXT_UNIT = re.compile(
-    r"(?P<value>.*[^\s\\{(,;=])\s*\\(?:text|mbox)\s*\{(?P<unit>[^{}\d]*(?:\^\s*\{?[23]\}?)?)\}\s*"
-    r"(?P<power>\^\s*\{?[23]\}?)?"
+    r"(?P<value>.*[^\s\\{(,;=])\s*\\(?:text|mbox)\s*\{(?P<unit>[^{}\d]*(?:\^\s*\{?-?[1-4]\}?)?)\}\s*"
+    r"(?P<power>\^\s*\{?-?[1-4]\}?)?"
+)
+# Micrometres, but \mu g is an acceleration as often.
+_SYMBOL_UNIT = re.compile(
+    r"(?P<value>.*[\d}]) ?(?P<prefix>[kMm])? ?(?P<ohm>\\Omega)"
+    r"|(?P<number>.*\d) \\mu ?(?:\\text\{ ?(?P<text>[a-zA-Z])(?:eter|etre)?s? ?\}|(?P<micro>[mslACFLV]))"
 )
 _DEGREES = re.compile(
     r"(?P<value>.+?)\s*(?:\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*)?(?P<scale>[CF]?)\s*\}?|\b(?:\\text\{\s*)?degrees?"
@@ -82,8 +87,10 @@ def split_unit(text: str) -> tuple[str, str]:
         if found is not None:
             scale = found.groupdict().get("scale") or found.groupdict().get("named") or ""
             return found["value"], unit + scale.upper()
-    if re.search(r"\\Omega$", text):
-        return text.removesuffix(r"\Omega").rstrip(), "ohm"
+    if (symbol := _SYMBOL_UNIT.fullmatch(text)) is not None:
+        if symbol["ohm"]:
+            return symbol["value"], (symbol["prefix"] or "") + "ohm"
+        return symbol["number"], "micro" + (symbol["text"] or symbol["micro"])
     coded = re.fullmatch(r"(USD|EUR|GBP) ?(\d.*)", text)
     if coded is not None:
         return coded[2], canonical_unit(coded[1])

@@ -67,7 +67,7 @@ _SPELLINGS = {
     "yen": "yen JPY",
     "rad": "rad radian",
     "ohm": "ohm",
-    "mph": "mph",
+    "mph": "mph mile/h",
     "%": "% percent pct",
     "unit": "unit",
 }
@@ -79,6 +79,7 @@ _POWER_WORDS = {"square": "^2", "sq": "^2", "cubic": "^3"}
 _POWERED = re.compile(r"(.*[A-Za-z]) (squared|cubed)")
 _POWERS = re.compile(r"\^\s*\{?-?\d\}?|\b(?:square|sq|cubic|squared|cubed|per)\b", re.IGNORECASE)
 _PER = re.compile(r"(?<=[a-z]) per (?=[a-z])")
+_NEWTON_METRE = re.compile(r"(?<=\d) ?N ?\\cdot ?m$")
 _PRODUCTS = ("mg", "ms", "nm", "mA", "Nm", "eV", "gm", "hr")
 # These are variables as often as units, mg a weight: five metres are "5 m", with a space and behind a plain number.
 _SHORT = (*(spelling for spelling in _CANONICAL if len(spelling) == 1 and spelling.isalpha()), *_PRODUCTS)
@@ -95,7 +96,7 @@ _BARE = re.compile(
 _CHINESE = {
     "毫米": "mm", "厘米": "cm", "分米": "dm", "米": "m", "千米": "km", "公里": "km", "克": "g", "毫克": "mg",
     "千克": "kg", "公斤": "kg", "升": "l", "毫升": "ml", "秒": "s", "分钟": "min", "小时": "h", "天": "day",
-    "度": "degree",
+    "度": "degree", "千米/时": "km/h", "千米/小时": "km/h", "公里/小时": "km/h", "米/秒": "m/s",
 }  # fmt: skip
 _CHINESE_POWERS = {"": "", "平方": "^2", "立方": "^3"}
 _CHINESE_NAMES = "|".join(sorted(_CHINESE, key=len, reverse=True))
@@ -112,10 +113,10 @@ def canonical_unit(text: str) -> str:
     words = text.split()
     power = _POWER_WORDS.get(words[0].lower(), "") if len(words) > 1 else ""
     name = " ".join(words[1:] if power else words)
-    base = re.sub(r"\^\s*\{?([23])\}?$", "", name).strip()
-    power = power or "".join(f"^{digit}" for digit in re.findall(r"\^\s*\{?([23])\}?$", name))
-    parts = [_known(part) or part for part in re.sub(r"\s", "", base).split("/")]
-    return (_known(base) or "/".join(parts)) + power
+    base = re.sub(r"\^\s*\{?(-?[1-4])\}?$", "", name).strip()
+    power = power or "".join(f"^{digits}" for digits in re.findall(r"\^\s*\{?(-?[1-4])\}?$", name))
+    joined = "/".join(_known(part) or part for part in re.sub(r"\s|\\cdot", "", base).split("/"))
+    return (_known(base) or _known(joined) or joined) + power
 
 
 def is_compound(text: str) -> bool:
@@ -139,7 +140,7 @@ def split_chinese_unit(text: str) -> tuple[str, str] | None:
 
 def split_bare_unit(text: str) -> tuple[str, str] | None:
     """Split `5 cm^2` into (`5`, `cm^2`), a number and a unit in plain letters. None without a known unit."""
-    text = _PER.sub("/", text)
+    text = _NEWTON_METRE.sub(" Nm", _PER.sub("/", text))
     powered = _POWERED.fullmatch(text)
     if powered is not None:
         text = powered[1] + ("^2" if powered[2] == "squared" else "^3")
@@ -152,9 +153,14 @@ def split_bare_unit(text: str) -> tuple[str, str] | None:
     may_be_variables = last not in _CANONICAL and all(part in _SHORT for part in last.split("/"))
     if (may_be_variables or last in _SHORT) and _PLAIN_NUMBER.fullmatch(match["value"]) is None:
         return None
-    if not match["space"] and (last in _SHORT or not match["value"][-1].isdigit()):
+    if not match["space"] and (last in _SHORT or not _ends_as_number(match["value"])):
         return None
     return match["value"], canonical_unit(match["unit"] + (match["power"] or ""))
+
+
+def _ends_as_number(value: str) -> bool:
+    r"""Whether a unit may follow without a space: behind digits, or 2\sqrt{3}, where no letter is a variable."""
+    return value[-1].isdigit() or (value[-1] == "}" and not re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", value))
 
 
 def _known(name: str) -> str | None:
