@@ -34,11 +34,12 @@ MIN_PERCENT = 10  # of a number with decimals that may mean a percentage
 
 _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*|[a-zA-Z]{3,}[\w '-]*")
+_PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]{2,}|[a-zA-Z]{3,}[\w '-]*|[nN][oO]|0[xX][0-9a-fA-F]+")  # not CO and Co
 _PRODUCT = re.compile("[a-zA-Z]{2,3}")
 _LABEL = re.compile(r"(?:\\text\s*\{\s*)?(?:final )?answer\s*:\s*\}?\s*", re.IGNORECASE)
 _APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])\s*")
 _TIMES = re.compile(r"(?<=\d) ?(?:\\times|\\cdot|\*) ?(?=\d)")
+_TO = re.compile(r"(?<=\d) ?(?:\\text\{ ?to ?\}|to) ?(?=\d)")
 _OPTION = re.compile(r"(?:option|choice|answer)\s*:?\s*(\(?[A-Z]\)?)", re.IGNORECASE)
 
 
@@ -126,7 +127,7 @@ def _same_labelled(answer: str, truth: dict[str, str]) -> bool:
 
 def _same_words(answer: str, truth: str) -> bool:
     """Equal but for capitals, which count in formulas only."""
-    return _PLAIN.fullmatch(truth) is not None and len(truth) > 2 and answer.casefold() == truth.casefold()
+    return _PLAIN.fullmatch(truth) is not None and answer.casefold() == truth.casefold()
 
 
 def _same_count(answer: str, truth: str) -> bool:
@@ -148,6 +149,8 @@ def _same(answer: str, truth: str, depth: int) -> bool:
         return True
     if r"\cdot" in truth:  # it is no size of 2 by 3
         answer = _dotted(answer)
+    if ":" in truth:  # nor 3 to 5 a range
+        answer = _TO.sub(":", answer)
     (answer_name, answer_value), (truth_name, truth_value) = named(answer), named(truth)
     parts = opaque(answer) or opaque(answer_value), opaque(truth) or opaque(truth_value)
     if any(parts):  # dates, times, ranges, bases: equal by their parts, never by arithmetic

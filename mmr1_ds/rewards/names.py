@@ -12,7 +12,7 @@ _NAME = re.compile(
     | \|?(?:\\(?:overline|vec|triangle)\s?)?\{{?(?:[A-Z]{{1,3}}|[a-z])'*\}}?\|?
     | gcd | lcm | max | min | sum | ans | det
     | (?:[a-zA-Z]|\\(?:{_GREEK}))(?:_\{{?\w+\}}?)?'*(?:\(\s*-?\w+\s*\))? | \\frac\{{d\w\}}\{{d\w\}}
-    | P\([\w ]+\) | \\text\{{[A-Za-z .]+\}} | [A-Z][a-z]{{3,}}""",
+    | [a-zA-Z]\^\{{-1\}}\( ?\w ?\) | P\([\w ]+\) | \\text\{{[A-Za-z .]+\}} | [A-Z][a-z]{{3,}}""",
     re.VERBOSE,
 )
 _COORDINATES = ("x", "y", "z")

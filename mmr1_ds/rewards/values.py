@@ -35,7 +35,7 @@ _INFINITE = re.compile(r"\+ ?\\infty")
 class Value:
     """A value and its parts, as undressed texts."""
 
-    kind: str  # atom, list, tuple, union, matrix, relation, ratio, except (all reals but those)
+    kind: str  # atom, list, tuple, union, matrix, relation, ratio, except (all reals but those), or a sign between
     items: tuple[str, ...]
     brackets: str = ""  # of a tuple or interval; of relations their signs; of a matrix its shape
     is_ordered: bool = False
@@ -54,7 +54,7 @@ def readings(text: str, is_truth: bool = False) -> list[Value]:
     if is_truth and (decimal := _with_point(text)) is not None:
         return [Value("atom", (decimal,))]
     if (written := sets.rewritten(text)) is not None:
-        return readings(written)
+        return readings(written, is_truth)
     if (points := sets.excluded_points(text)) is not None:
         variable, numbers = points
         return [Value("except", numbers, name=variable)]
@@ -74,7 +74,9 @@ def readings(text: str, is_truth: bool = False) -> list[Value]:
     inner = _bracketed(text, is_truth)
     if inner is not None:
         return inner
-    found = _bare_commas(text)
+    if (unordered := _unordered(text)) is not None:
+        return [unordered]
+    found = _bare_commas(text, is_truth)
     if len(found) == 1 and found[0].kind == "atom":
         terms = split(text, ":")
         ratio = Value("ratio", tuple(terms), is_ordered=True) if len(terms) > 1 and all(terms) else None
@@ -129,7 +131,7 @@ def _bracketed(text: str, is_truth: bool) -> list[Value] | None:
         if not inner:
             return [Value("atom", (r"\emptyset",))]
         if len(items) > 1:
-            return [Value("list", tuple(items))]
+            return [Value("list", tuple(value for item in items for value in _both_signs(item)))]
         found = _bare_commas(inner)
         if not is_set or [one.kind for one in found] != ["atom"]:
             return found
@@ -151,7 +153,7 @@ def _items(text: str) -> list[str]:
     return [part for part in split(text, ",") if part] or [text]
 
 
-def _bare_commas(text: str) -> list[Value]:
+def _bare_commas(text: str, is_truth: bool = False) -> list[Value]:
     """A list, a number with thousands or a decimal comma, or one value."""
     is_or = False
     parts: list[str] = []
@@ -170,8 +172,11 @@ def _bare_commas(text: str) -> list[Value]:
     is_sequence = any(r"\ldots" in part or "..." in part for part in expanded)
     found = [Value("list", tuple(expanded), is_ordered=is_sequence, is_either=is_or)]
     names, coordinates = zip(*map(named, expanded), strict=True)
-    if names in (("x", "y"), ("x", "y", "z")) and not is_or:
+    in_order = is_truth and all(len(name) == 1 for name in names) and list(names) == sorted(set(names))
+    if (in_order or names in (("x", "y"), ("x", "y", "z"))) and not is_or:
         found.append(Value("tuple", coordinates, "()", is_ordered=True))
+    if not is_or and (both := _within(expanded)) is not None:
+        found.append(both)
     if ", " in text or ";" in text or text.count(",") == 0:
         return found
     if any(re.fullmatch(r"0\d+", part) for part in expanded):  # 1,000 and 0,05 list nothing
@@ -218,6 +223,28 @@ def _relation(text: str) -> Value | None:
     if len(items) == 2 and names == [False, True] and not _has(items[0], items[1]):
         return Value("tuple", (items[0], r"\infty"), opening + ")", is_ordered=True, name=items[1])
     return Value("relation", tuple(items), "".join(signs), is_ordered=True)
+
+
+def _within(parts: list[str]) -> Value | None:
+    """The interval of x > 2 and x < 5, one variable from below and from above."""
+    ends = [_relation(part) for part in parts]
+    if len(parts) != 2 or any(end is None or end.kind != "tuple" for end in ends):
+        return None
+    low, high = sorted((end for end in ends if end is not None), key=lambda end: r"-\infty" in end.items)
+    if low.name != high.name or low.items[1] != r"\infty" or high.items[0] != r"-\infty":
+        return None
+    ends_of_both = (low.items[0], high.items[1])
+    return Value("tuple", ends_of_both, low.brackets[0] + high.brackets[1], is_ordered=True, name=low.name)
+
+
+def _unordered(text: str) -> Value | None:
+    r"""An intersection, or lines that are parallel or perpendicular: what stands on both sides may change places."""
+    for sign in (r"\cap", r"\parallel", r"\perp"):
+        parts = [part.strip() for part in re.split(rf"\{sign}(?![a-zA-Z])", text)]
+        if len(parts) > 1 and all(parts) and not any(re.search(r"[,;=]|\\c[au]p(?![a-zA-Z])", part) for part in parts):
+            is_balanced = all(part.count("(") == part.count(")") for part in parts)
+            return Value(sign, tuple(parts)) if is_balanced else None
+    return None
 
 
 def _has(text: str, name: str) -> bool:
