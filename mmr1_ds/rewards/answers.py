@@ -106,7 +106,8 @@ def normalise(text: str) -> str:
     if re.fullmatch(r"\(\s*[a-zA-Z]\s*\)", text):  # a choice: (A)
         text = text.strip("() ")
     text = re.sub(r"([\^_])\{(\w)\}(?! ?\d)", r"\1\2", text)
-    return re.sub(r"(?<![a-zA-Z0-9.,]) | (?![a-zA-Z0-9.])", "", text)
+    text = re.sub(r"(?<![a-zA-Z0-9.,]) | (?![a-zA-Z0-9.])", "", text)
+    return re.sub(r"(?<![a-zA-Z\\])([a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))", r"\1", text)  # a b is ab
 
 
 def _commits_to(answer: str, letter: str | None, letters: str | None) -> bool:

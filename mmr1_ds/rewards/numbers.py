@@ -59,6 +59,7 @@ _PARTS = re.compile(
     r"|ones|twos|threes|fours|fives|sixes|sevens|eights|nines"
 )
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|dot)\{(\d{1,20})\}")
+_DOTTED = re.compile(r"\\dot\{(\d)\}(\d*)\\dot\{(\d)\}")  # the first and the last digit that repeat
 _SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALED = re.compile(rf"(?P<value>.*\d)\s*(?:\\text\{{)?\s*(?P<scale>{'|'.join(_SCALES)})s?\s*\}}?")
 
@@ -145,7 +146,7 @@ def literal(text: str) -> Fraction | None:
         value = literal(scaled["value"])
         return None if value is None else value * _SCALES[scaled["scale"]]
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip()
-    text = with_points(text)
+    text = _DOTTED.sub(r"\\overline{\1\2\3}", with_points(text))
     mixed = _PLAIN_MIXED.fullmatch(text)
     if mixed is not None and int(mixed[3]) < int(mixed[4]):
         return _sign(mixed[1]) * (int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4])))
