@@ -216,6 +216,8 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
     if answer_name and all(map(_PRODUCT.fullmatch, (answer_text, truth_text))):  # V = RI is V = IR; RI may be a word
         return equations_equal(answer.items[0], truth.items[0])
     if answer_name or truth_name:
+        if "angle" in truth_name and parse_number(truth_text) is not None and not split_unit(truth_text)[1]:
+            truth_text += r"^\circ"  # an angle has no other unit
         return _same(answer_text, truth_text, depth + 1)
     (answer_value, answer_unit), (truth_value, truth_unit) = split_unit(answer_text), split_unit(truth_text)
     if not same_unit(answer_unit, truth_unit):

@@ -91,6 +91,7 @@ def undress(text: str) -> str:
     text = _COMMAND.sub(lambda command: _COMMANDS[command[1]], text)
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ").replace("==", "=")
     text = re.sub(r"\\text\{\s*(\\\$|-|:)\s*\}", r"\1", text).replace("{:}", ":").replace("{-}", "-")
+    text = re.sub(r"\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
     text = re.sub(r"\^\s*\{?((?:\s*\\prime)+)\s*\}?", lambda primes: "'" * primes[1].count("p"), text)
     text = re.sub(r"\\log\s*_\s*\{?e\}?", r"\\ln", text)
     text = re.sub(r"\\mathbb\s*(\w)", r"\\mathbb{\1}", text)

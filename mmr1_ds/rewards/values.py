@@ -147,7 +147,7 @@ def _items(text: str) -> list[str]:
     """Split at semicolons, or else at commas; where others have spaces, or words part, those of thousands do not."""
     parts = split(text, ";")
     if len(parts) > 1:
-        return [re.sub(r"(?<=\d),(?=\d)", "{,}", part) for part in parts if part]
+        return [part if part[0] in "([" else re.sub(r"(?<=\d),(?=\d)", "{,}", part) for part in parts if part]
     if ", " in text or _WORDS.search(text):
         text = _THOUSANDS.sub(lambda digits: digits[0].replace(",", "{,}"), text)
     return [part for part in split(text, ",") if part] or [text]
