@@ -36,6 +36,7 @@ _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]{2,}|[a-zA-Z]{3,}[\w '-]*|[nN][oO]|0[xX][0-9a-fA-F]+")  # not CO and Co
 _PRODUCT = re.compile("[a-zA-Z]{2,3}")
+_LETTERS_APART = re.compile(r"(?<![a-zA-Z\\])(?<!\d )([a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))")  # a b is ab, not 5 m s 5 ms
 _LABEL = re.compile(r"(?:\\text\s*\{\s*)?(?:final )?answer\s*:\s*\}?\s*", re.IGNORECASE)
 _APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])\s*")
 _TIMES = re.compile(r"(?<=\d) ?(?:\\times|\\cdot|\*) ?(?=\d)")
@@ -69,7 +70,7 @@ def answers_equal(answer: str, truth: str) -> bool:
     if joined(truth_text) and chooses(answer_text, truth_text):
         return True
     truth_choice, truth_choices = choice(truth_text), choices(truth_text)
-    if truth_choice or truth_choices:
+    if truth_choices or (truth_choice and truth_choice.isupper()):  # i and x are no options
         return _commits_to(answer_text, truth_choice, truth_choices)
     if len(truth) > MAX_ANSWER_CHARS:
         return False
@@ -107,7 +108,7 @@ def normalise(text: str) -> str:
         text = text.strip("() ")
     text = re.sub(r"([\^_])\{(\w)\}(?! ?\d)", r"\1\2", text)
     text = re.sub(r"(?<![a-zA-Z0-9.,]) | (?![a-zA-Z0-9.])", "", text)
-    return re.sub(r"(?<![a-zA-Z\\])([a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))", r"\1", text)  # a b is ab
+    return _LETTERS_APART.sub(r"\1", text)
 
 
 def _commits_to(answer: str, letter: str | None, letters: str | None) -> bool:
@@ -128,7 +129,8 @@ def _same_labelled(answer: str, truth: dict[str, str]) -> bool:
 
 def _same_words(answer: str, truth: str) -> bool:
     """Equal but for capitals, which count in formulas only."""
-    return _PLAIN.fullmatch(truth) is not None and answer.casefold() == truth.casefold()
+    is_word = len(truth) > 3 or re.search("[aeiou0]", truth, re.IGNORECASE) is not None  # xyz is a product
+    return is_word and _PLAIN.fullmatch(truth) is not None and answer.casefold() == truth.casefold()
 
 
 def _same_count(answer: str, truth: str) -> bool:

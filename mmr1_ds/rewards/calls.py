@@ -17,8 +17,8 @@ MAX_CALLS = 8  # of both formulas; with more, texts alone are compared
 _FUNCTIONS = frozenset(
     (*"fghuvEFGOPT", *(rf"\{name}" for name in "delta phi varphi psi Phi Psi Gamma zeta Theta Omega".split()))
 )
-_NO_FUNCTIONS = re.compile(
-    r"[eip]|\\pi|\\[a-zA-Z]{6,}|\\(?:sin|cos|tan|cot|sec|csc|log|ln|exp|cdot|times|div|sqrt|frac)"
+_LETTERS = frozenset(
+    (*"abcdjklmnoqrstwxyzABCDHIJKLMNQRSUVWXYZ", *(rf"\{name}" for name in "alpha beta gamma mu sigma tau".split()))
 )
 _HEAD = re.compile(
     r"(?P<name>\\[a-zA-Z]+|[A-Z][a-z]{1,3}(?=[(\[])|[a-zA-Z])(?P<scripts>(?: ?[_^] ?(?:\{[^{}]*\}|\w))*) ?(?=[(\[])"
@@ -56,7 +56,7 @@ def calls_as_variables(answer: str, truth: str, is_same: Callable[[str, str], bo
 def _is_function(name: str, argument: str) -> bool:
     if name in _FUNCTIONS or (len(name) > 1 and name[0] != "\\"):
         return True
-    return _SYMBOL.fullmatch(argument) is not None and _NO_FUNCTIONS.fullmatch(name) is None
+    return name in _LETTERS and _SYMBOL.fullmatch(argument) is not None
 
 
 def _calls(text: str, names: set[str] | None = None) -> list[tuple[str, str, str, slice]]:

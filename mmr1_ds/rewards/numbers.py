@@ -55,7 +55,7 @@ _WORDS = re.compile(
 _PARTS = re.compile(
     r"halves|thirds|quarters|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|\w+red|\w+sand|\w+illion)ths"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ties|\w*(?:illions|thousands|hundreds)|pairs|couples|dozens|scores|tens"
-    r"|always|perhaps|sometimes|besides|does|others|\w+wards|times|digits|bits|roots|powers|zeros|zeroes"
+    r"|always|perhaps|sometimes|besides|does|others|bias|whereas|\w+wards|times|digits|bits|roots|powers|zeros|zeroes"
     r"|ones|twos|threes|fours|fives|sixes|sevens|eights|nines"
 )
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|dot)\{(\d{1,20})\}")

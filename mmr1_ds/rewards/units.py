@@ -45,7 +45,7 @@ _SPELLINGS = {
     "mV": "mV millivolt",
     "mW": "mW milliwatt",
     "eV": "eV electronvolt",
-    "Nm": "Nm",
+    "N·m": "Nm N·m",
     "C": "C coulomb",
     "T": "T tesla",
     "mol": "mol mole",
@@ -115,8 +115,13 @@ def canonical_unit(text: str) -> str:
     name = " ".join(words[1:] if power else words)
     base = re.sub(r"\^\s*\{?(-?[1-4])\}?$", "", name).strip()
     power = power or "".join(f"^{digits}" for digits in re.findall(r"\^\s*\{?(-?[1-4])\}?$", name))
-    joined = "/".join(_known(part) or part for part in re.sub(r"\s|\\cdot", "", base).split("/"))
+    joined = "/".join(map(_product, base.split("/")))
     return (_known(base) or _known(joined) or joined) + power
+
+
+def _product(text: str) -> str:
+    """One spelling of units side by side: N m is N·m; m s is no ms."""
+    return "·".join(_known(word) or word for word in re.split(r"\s+|\\cdot", text.strip()) if word)
 
 
 def is_compound(text: str) -> bool:
