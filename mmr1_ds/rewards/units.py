@@ -88,7 +88,8 @@ _PLAIN_NUMBER = re.compile(
     r"|10\^\{?[-+]?\d+\}?"
 )
 _BARE = re.compile(
-    r"(?P<value>.*[\w})](?<!square)(?<!cubic)(?<!sq))(?P<space>\s*)(?<![A-Za-z])(?P<unit>(?:(?:square|sq|cubic)\s+)?[A-Za-z/]+)(?P<power>\s*\^\s*\{?[23]\}?)?",
+    r"(?P<value>.*[\w})](?<![sS]quare)(?<![cC]ubic)(?<!sq))(?P<space>\s*)(?<![A-Za-z])"
+    r"(?P<unit>(?:(?:[sS]quare|sq|[cC]ubic)\s+)?[A-Za-z/]+)(?P<power>\s*\^\s*\{?[23]\}?)?",
     re.DOTALL,
 )
 

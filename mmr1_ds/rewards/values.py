@@ -161,7 +161,8 @@ def _bare_commas(text: str, is_truth: bool = False) -> list[Value]:
         words = _WORDS.split(part)
         pieces = [piece.strip() for piece in words[::3]]
         is_or |= _OR.search(part) is not None
-        parts += [piece for piece in pieces if piece] if len(pieces) > 1 and all(map(_is_value, pieces)) else [part]
+        is_list = len(pieces) > 1 and all(map(_is_value, pieces)) and pieces[-1]
+        parts += [piece for piece in pieces if piece] if is_list else [part]
     if _LAKHS.fullmatch(text):
         return [Value("list", tuple(parts), is_ordered=True), Value("atom", (text.replace(",", ""),))]
     expanded = [value for part in parts for value in _both_signs(part)] or [text]  # of "and" alone nothing is left
