@@ -34,7 +34,10 @@ MIN_PERCENT = 10  # of a number with decimals that may mean a percentage
 
 _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]{2,}|[a-zA-Z]{3,}[\w '-]*|[nN][oO]|0[xX][0-9a-fA-F]+")  # not CO and Co
+_PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*|[a-zA-Z]{3,}[\w '-]*|0[xX][0-9a-fA-F]+")
+_WORD = re.compile(  # a-b and xyz are formulas, Co is no CO
+    r"(?<![a-z])(?:(?=[a-z]{0,2}[aeiou])[a-z]{3}(?![a-z])|(?=[a-z]*[aeiouy])[a-z]{4,})|^no$|^0x", re.IGNORECASE
+)
 _PRODUCT = re.compile("[a-zA-Z]{2,3}")
 _LETTERS_APART = re.compile(r"(?<![a-zA-Z\\])(?<!\d )([a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))")  # a b is ab, not 5 m s 5 ms
 _LABEL = re.compile(r"(?:\\text\s*\{\s*)?(?:final )?answer\s*:\s*\}?\s*", re.IGNORECASE)
@@ -129,8 +132,11 @@ def _same_labelled(answer: str, truth: dict[str, str]) -> bool:
 
 def _same_words(answer: str, truth: str) -> bool:
     """Equal but for capitals, which count in formulas only."""
-    is_word = len(truth) > 3 or re.search("[aeiou0]", truth, re.IGNORECASE) is not None  # xyz is a product
-    return is_word and _PLAIN.fullmatch(truth) is not None and answer.casefold() == truth.casefold()
+    return (
+        _PLAIN.fullmatch(truth) is not None
+        and _WORD.search(truth) is not None
+        and answer.casefold() == truth.casefold()
+    )
 
 
 def _same_count(answer: str, truth: str) -> bool:

@@ -20,9 +20,12 @@ _OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])|或")
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _ONE_NUMBER = re.compile(rf"[^\w(){{}},;]*{_THOUSANDS.pattern}(?:\.\d+)?(?!\d)[^\d,;]*")
 # One number with a decimal comma: it has a unit or a power of ten behind, begins with 0,0, or has many digits.
-_ONE_DECIMAL = re.compile(r"[^\w(){},;]*(?P<whole>\d+),(?P<digits>\d+)(?P<rest>[^,;]*)")
+_ONE_DECIMAL = re.compile(r"[^\w()\[\]{}|,;]*(?P<whole>\d+),(?P<digits>\d+)(?P<rest>[^,;()\[\]|]*)")
 _POWER_OF_TEN = re.compile(r" ?(?:\\times|\\cdot) ?10 ?\^")
-_GROUPED_DECIMAL = re.compile(r"(?P<whole>\d{1,3}(?:(?:[. ]|\{,\})\d{3})+),(?P<digits>\d+)(?!\d|[.,]\d)")
+_GROUPED_DECIMAL = re.compile(
+    r"(?P<before>[^\w()\[\]{}|,;]*)(?P<whole>[1-9]\d{0,2}(?:(?:[. ]|\{,\})\d{3})+),(?P<digits>\d+)"
+    r"(?P<rest>(?![\d.])[^,;()\[\]|]*)"
+)
 _LAKHS = re.compile(r"\d{1,2}(?:,\d{2})+,\d{3}")
 _RELATION = re.compile(r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>)")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
@@ -86,10 +89,10 @@ def readings(text: str, is_truth: bool = False) -> list[Value]:
 
 def _with_point(text: str) -> str | None:
     """A truth of one number with a decimal comma, written with a point; None where it may be a list of two."""
-    grouped = _GROUPED_DECIMAL.search(text)
-    if grouped is not None and "," not in text[: grouped.start()] + text[grouped.end() :]:
+    grouped = _GROUPED_DECIMAL.fullmatch(text)
+    if grouped is not None:
         whole = re.sub(r"\D", "", grouped["whole"])
-        return f"{text[: grouped.start()]}{whole}.{grouped['digits']}{text[grouped.end() :]}"
+        return f"{grouped['before']}{whole}.{grouped['digits']}{grouped['rest']}"
     found = _ONE_DECIMAL.fullmatch(text)
     if found is None:
         return None
