@@ -188,9 +188,9 @@ def all_parts() -> list[Part]:
         check("log_probs", "cuda", "float32 on the GPU, sums in another order"),
         short_run("lora", 1, 4, "tests/engine/test_lora.py", "bf16; Triton's kernels for adapters, a sleep of level 1",
                   "trainer.save_freq=1", lora, eager),
-        short_run("offload_states", 1, 3, "tests/engine/test_lora.py", "FusedAdam, whose states move too; pinned memory",
+        short_run("offload_states", 1, 3, "tests/engine/test_lora.py", "FusedAdam; its states move too; pinned memory",
                   "worker.actor.offload_states=true", eager),
-        short_run("resume", 1, 4, "tests/loop/test_run.py", "chunked prefill; the fused AdamW's states come back; GPU traces",
+        short_run("resume", 1, 4, "tests/loop/test_run.py", "chunked prefill; AdamW's states come back; GPU traces",
                   "trainer.save_freq=1", "trainer.profile_steps=[2]", "worker.rollout.enable_chunked_prefill=true",
                   "worker.rollout.logprobs=raw", "worker.rollout.top_p=0.9", eager,
                   # A step has eight prompts of 18 tokens: some are cut.

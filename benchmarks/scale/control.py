@@ -35,14 +35,14 @@ def main() -> None:
     torch.set_num_threads(1)
     found = [measure(size, arguments.rounds) for size in arguments.ranks]
     for size, seconds in zip(arguments.ranks, found, strict=True):
-        print(f"{size:4d} ranks: {1e3 * seconds:.2f} ms of a rank's processor a collective")
+        sys.stdout.write(f"{size:4d} ranks: {1e3 * seconds:.2f} ms of a rank's processor a collective\n")
     slope, start = np.polyfit(arguments.ranks, found, 1)
     own = start + slope * RECKONED
     network = (RECKONED - 1) * arguments.hop_microseconds / 1e6
     for steps, number in COLLECTIVES.items():
-        print(
+        sys.stdout.write(
             f"{RECKONED} ranks, {number} collectives ({steps} optimiser steps): {number * own:.2f} s of the processor, "
-            f"{number * network:.2f} s in the network, reckoned"
+            f"{number * network:.2f} s in the network, reckoned\n"
         )
 
 

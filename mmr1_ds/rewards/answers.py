@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import re
+from fractions import Fraction
 
-from mmr1_ds.rewards.choices import choice, choices, joined, same_letters
-from mmr1_ds.rewards.dress import undress
+from mmr1_ds.rewards.choices import choice, choices, chooses, joined, same_letters, statements
+from mmr1_ds.rewards.dress import split, undress
 from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
 from mmr1_ds.rewards.names import named, opaque, same_parts
 from mmr1_ds.rewards.numbers import Number, literal, parse_number, same_unit, split_unit, split_words
+from mmr1_ds.rewards.parts import labelled
 from mmr1_ds.rewards.sets import rewritten
 from mmr1_ds.rewards.sizes import depth_of_brackets
 from mmr1_ds.rewards.truths import read_truth, unwrapped
@@ -28,13 +30,20 @@ MAX_ANSWER_CHARS = 2000  # beyond this nothing is compared: no answer is that lo
 MAX_BRACKETS = 40  # inside one another; with more, texts alone are compared
 MAX_DEPTH = 6  # of brackets inside brackets
 MAX_VALUES = 50  # of a list
+MIN_PERCENT = 10  # of a number with decimals that may mean a percentage
 
 _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*|[a-zA-Z]{3,}[\w '-]*")
+_PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*|[a-zA-Z]{3,}[\w '-]*|0[xX][0-9a-fA-F]+")
+_WORD = re.compile(  # a-b and xyz are formulas, Co is no CO
+    r"(?<![a-z])(?:(?=[a-z]{0,2}[aeiou])[a-z]{3}(?![a-z])|(?=[a-z]*[aeiouy])[a-z]{4,})|^no$|^0x", re.IGNORECASE
+)
+_PRODUCT = re.compile("[a-zA-Z]{2,3}")
+_LETTERS_APART = re.compile(r"(?<![a-zA-Z\\])(?<!\d )([a-zA-Z]) (?=[a-zA-Z](?![a-zA-Z]))")  # a b is ab, not 5 m s 5 ms
 _LABEL = re.compile(r"(?:\\text\s*\{\s*)?(?:final )?answer\s*:\s*\}?\s*", re.IGNORECASE)
 _APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])\s*")
 _TIMES = re.compile(r"(?<=\d) ?(?:\\times|\\cdot|\*) ?(?=\d)")
+_TO = re.compile(r"(?<=\d) ?(?:\\text\{ ?to ?\}|to) ?(?=\d)")
 _OPTION = re.compile(r"(?:option|choice|answer)\s*:?\s*(\(?[A-Z]\)?)", re.IGNORECASE)
 
 
@@ -56,11 +65,15 @@ def answers_equal(answer: str, truth: str) -> bool:
         return False
     if answer_text == truth_text or _same_words(answer_text, truth_text):
         return True
+    if (parts := labelled(truth)) is not None:
+        return _same_labelled(answer, parts)
     answer_text, truth_text = (_OPTION.sub(r"\1", text) for text in (answer_text, truth_text))
-    if joined(truth_text) and same_letters(choices(answer_text) or "", truth_text):
+    if (numbers := statements(truth_text)) is not None:
+        return statements(answer_text) == numbers
+    if joined(truth_text) and chooses(answer_text, truth_text):
         return True
     truth_choice, truth_choices = choice(truth_text), choices(truth_text)
-    if truth_choice or truth_choices:
+    if truth_choices or (truth_choice and truth_choice.isupper()):  # i and x are no options
         return _commits_to(answer_text, truth_choice, truth_choices)
     if len(truth) > MAX_ANSWER_CHARS:
         return False
@@ -97,7 +110,8 @@ def normalise(text: str) -> str:
     if re.fullmatch(r"\(\s*[a-zA-Z]\s*\)", text):  # a choice: (A)
         text = text.strip("() ")
     text = re.sub(r"([\^_])\{(\w)\}(?! ?\d)", r"\1\2", text)
-    return re.sub(r"(?<![a-zA-Z0-9.,]) | (?![a-zA-Z0-9.])", "", text)
+    text = re.sub(r"(?<![a-zA-Z0-9.,]) | (?![a-zA-Z0-9.])", "", text)
+    return _LETTERS_APART.sub(r"\1", text)
 
 
 def _commits_to(answer: str, letter: str | None, letters: str | None) -> bool:
@@ -107,9 +121,22 @@ def _commits_to(answer: str, letter: str | None, letters: str | None) -> bool:
     return letters is not None and same_letters(choices(answer) or answer, letters)
 
 
+def _same_labelled(answer: str, truth: dict[str, str]) -> bool:
+    """Whether an answer has the same parts under the same labels, or without any the same in their order."""
+    parts = labelled(answer)
+    if parts is None:
+        values = next((found for found in (split(answer, mark) for mark in ";,") if len(found) == len(truth)), [])
+        parts = dict(zip(truth, values, strict=False))
+    return parts.keys() == truth.keys() and all(answers_equal(parts[label], truth[label]) for label in truth)
+
+
 def _same_words(answer: str, truth: str) -> bool:
     """Equal but for capitals, which count in formulas only."""
-    return _PLAIN.fullmatch(truth) is not None and len(truth) > 2 and answer.casefold() == truth.casefold()
+    return (
+        _PLAIN.fullmatch(truth) is not None
+        and _WORD.search(truth) is not None
+        and answer.casefold() == truth.casefold()
+    )
 
 
 def _same_count(answer: str, truth: str) -> bool:
@@ -131,6 +158,8 @@ def _same(answer: str, truth: str, depth: int) -> bool:
         return True
     if r"\cdot" in truth:  # it is no size of 2 by 3
         answer = _dotted(answer)
+    if ":" in truth:  # nor 3 to 5 a range
+        answer = _TO.sub(":", answer)
     (answer_name, answer_value), (truth_name, truth_value) = named(answer), named(truth)
     parts = opaque(answer) or opaque(answer_value), opaque(truth) or opaque(truth_value)
     if any(parts):  # dates, times, ranges, bases: equal by their parts, never by arithmetic
@@ -188,11 +217,15 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
         if {answer_name, truth_name} != {"f(x)", "y"}:
             return both_plain and equations_equal(answer.items[0], truth.items[0])
     elif "=" in answer_text or "=" in truth_text:
-        has_variables = re.search(r"(?<![a-zA-Z\\])[a-z](?![a-zA-Z])", truth_text) is not None
+        has_variables = re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{1,3}(?![a-zA-Z])", truth_text) is not None
         return has_variables and equations_equal(answer.items[0], truth.items[0])
     if "'" in answer_name and not truth_name:
         return False  # the derivative of what was asked for
+    if answer_name and all(map(_PRODUCT.fullmatch, (answer_text, truth_text))):  # V = RI is V = IR; RI may be a word
+        return equations_equal(answer.items[0], truth.items[0])
     if answer_name or truth_name:
+        if "angle" in truth_name and parse_number(truth_text) is not None and not split_unit(truth_text)[1]:
+            truth_text += r"^\circ"  # an angle has no other unit
         return _same(answer_text, truth_text, depth + 1)
     (answer_value, answer_unit), (truth_value, truth_unit) = split_unit(answer_text), split_unit(truth_text)
     if not same_unit(answer_unit, truth_unit):
@@ -201,8 +234,7 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
     if truth_number is not None:
         if answer_number is None or not _comma_fits(answer, truth, truth_number.denominator):
             return False
-        is_share = answer_unit == "%" and not truth_unit and abs(truth_number) < 1  # 0.5 is 50%, not 0.5%
-        if answer_number == truth_number and not is_share:
+        if answer_number == truth_number and not (answer_unit == "%" and not truth_unit and _is_share(truth_number)):
             return True
         if (answer_unit == "%") == (truth_unit == "%"):
             return False
@@ -213,7 +245,14 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
         return False
     if answer_unit or truth_unit:
         return _same(answer_value, truth_value, depth + 1)
+    if answer_number is not None:  # 1e-3 is no formula of e
+        answer_value = str(answer_number)
     return formulas_equal(normalise(answer_value), normalise(truth_value))
+
+
+def _is_share(number: Fraction) -> bool:
+    """Whether a number without a unit may be one of whole things: 0.5, 1 and 1.5 are 50%, 100% and 150%; 25 is 25%."""
+    return abs(number) <= 1 or (number.denominator != 1 and abs(number) < MIN_PERCENT)
 
 
 def _comma_fits(answer: Value, truth: Value, denominator: int) -> bool:

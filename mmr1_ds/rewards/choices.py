@@ -10,8 +10,13 @@ _SINGLE = re.compile(r"[A-Za-z]")
 _OPTIONS = "ABCDEFGHabcdfgh"  # e is a number, as x is a variable: those are not E and X
 _RATIO = re.compile(r"[A-Za-z](?: ?: ?[A-Za-z])+(?: ?=.*:.*)?")  # a:b = 2:3 is no option a
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])")
+_OTHER_LABEL = re.compile(r"(?:^|[\s,;])\(?(?:[a-zA-Z]|[ivxIVX]{2,4})[).:]")
+_LABELS = "ABCDEFGHIJabcdefgh"  # x: 5 is no option X
 _OTHER_WORDS = re.compile(r"\b(?:or|and|not|nor|neither|either)\b", re.IGNORECASE)
-_LIST = re.compile(r"\(?[A-Z]\)?(?:(?:\s*[,;&和]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-Z]\)?)+")
+_OTHERS = (_OTHER_LETTER, _OTHER_LABEL, _OTHER_WORDS)
+_LIST = re.compile(r"(?:\([A-Z]\) ?){2,}|\(?[A-Z]\)?(?:(?:\s*[,;&和]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-Z]\)?)+")
+_CIRCLED = str.maketrans({chr(0x2460 + place): f"({place + 1})" for place in range(20)})
+_STATEMENTS = re.compile(r"[①-⑳]|(?:[①-⑳]|\(\d\))(?: ?(?:[,;和]|and)? ?(?:[①-⑳]|\(\d\)))+")
 
 
 def choice(text: str) -> str | None:
@@ -22,9 +27,12 @@ def choice(text: str) -> str | None:
     if _SINGLE.fullmatch(text):
         return text.upper() if text in _OPTIONS else text
     match = _LABELLED.fullmatch(text)
-    if match is None or _RATIO.fullmatch(text) or _OTHER_LETTER.search(match[4]) or _OTHER_WORDS.search(match[4]):
+    if match is None or _RATIO.fullmatch(text):
         return None
-    return (match[1] or match[2] or match[3]).upper()
+    letter, rest = match[1] or match[2] or match[3], match[4]
+    if rest and (letter not in _LABELS or any(other.search(rest) for other in _OTHERS)):
+        return None
+    return letter.upper()
 
 
 def choices(text: str) -> str | None:
@@ -40,6 +48,19 @@ def same_letters(one: str, other: str) -> bool:
     letters = sorted(other)
     is_ranking = "".join(letters) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(letters)] and letters != list(other)
     return one == other if is_ranking else sorted(one) == letters
+
+
+def chooses(answer: str, letters: str) -> bool:
+    """Return whether an answer lists the letters of a truth like `ABD`.
+
+    Of a segment AB it would be the points A, B, which no one answers; options are listed so every day.
+    """
+    return same_letters(choices(answer) or "", letters)
+
+
+def statements(text: str) -> list[str] | None:
+    """Return the numbers of statements side by side: `①③`, `①、③` and `(1), (3)`; None for anything else."""
+    return re.findall(r"\d+", text.translate(_CIRCLED)) if _STATEMENTS.fullmatch(text) else None
 
 
 def joined(text: str) -> bool:

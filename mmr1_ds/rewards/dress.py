@@ -5,13 +5,20 @@ from __future__ import annotations
 import re
 
 _MINUS_SIGN = "\N{MINUS SIGN}"
+_GREEK = (
+    "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi omega "
+    "Gamma Delta Theta Lambda Pi Sigma Phi Omega"
+)
 _SYMBOLS: dict[str, str] = {
     _MINUS_SIGN: "-", "\N{EN DASH}": "-", "\N{EM DASH}": "-", "\N{HYPHEN}": "-", "\N{NON-BREAKING HYPHEN}": "-",
     "\N{NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " ", "\N{IDEOGRAPHIC SPACE}": " ",
     "\N{MULTIPLICATION SIGN}": r"\times ", "\N{DIVISION SIGN}": r"\div ", "\N{MIDDLE DOT}": r"\cdot ",
     "\N{HORIZONTAL ELLIPSIS}": r"\ldots ",
-    "\N{INFINITY}": r"\infty ", "\N{UNION}": r"\cup ", "\N{GREEK SMALL LETTER PI}": r"\pi ",
-    "\N{GREEK SMALL LETTER THETA}": r"\theta ", "\N{ANGLE}": r"\angle ",
+    "\N{INFINITY}": r"\infty ", "\N{UNION}": r"\cup ", "\N{INTERSECTION}": r"\cap ", "\N{ANGLE}": r"\angle ",
+    **{char: rf"\{name} " for char, name in zip("αβγδεθλμπρστφωΓΔΘΛΠΣΦΩ", _GREEK.split(), strict=True)},
+    "\N{MICRO SIGN}": r"\mu ", "\N{OHM SIGN}": r"\Omega ", "\N{CUBE ROOT}": r"\sqrt[3]",
+    "\N{MATHEMATICAL LEFT ANGLE BRACKET}": "(", "\N{MATHEMATICAL RIGHT ANGLE BRACKET}": ")",
+    "\N{RIGHTWARDS ARROW}": r"\to ", "\N{NOT SIGN}": r"\neg ",
     "\N{LESS-THAN OR EQUAL TO}": r"\le ", "\N{GREATER-THAN OR EQUAL TO}": r"\ge ", "\N{NOT EQUAL TO}": r"\ne ",
     "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}", "\N{CENT SIGN}": " cent",
     "\N{EMPTY SET}": r"\emptyset ", "\N{PLUS-MINUS SIGN}": r"\pm ", "\N{ELEMENT OF}": r"\in ",
@@ -34,6 +41,7 @@ _COMMANDS = {
     "varnothing": r"\emptyset", "lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "vert": "|",
     "lvert": "|", "rvert": "|", "dots": r"\ldots", "cdots": r"\ldots", "colon": ":", "degree": r"^\circ",
     "quad": " ", "qquad": " ", "iff": r"\iff", "lor": r"\text{ or }", "land": r"\text{ and }",
+    "rightarrow": r"\to", "lnot": r"\neg", "mid": "|", "lg": r"\log_{10}",
     "bigcup": r"\cup", "backslash": r"\setminus", "cent": " cent ", "overrightarrow": r"\vec", "bar": r"\overline",
 }  # fmt: skip
 _COMMAND = re.compile(rf"\\({'|'.join(_COMMANDS)})(?![a-zA-Z])")
@@ -42,14 +50,27 @@ _SIZES = re.compile(
     r"|LARGE|huge|Huge|bf|rm|it|boldmath)(?![a-zA-Z])"
 )
 _BOLD = re.compile(r"\\(?:boldsymbol|bm|mathbf|mathit|mathsf|underline|emph|boxed|fbox|textbf|textit|textrm|mathrm)\{")
+# Commands of one argument, which is braced where it is a single letter or digit: \mathbf i, \vec b, \dot3.
+_ONE_LETTER = re.compile(
+    r"\\(mathbf|mathit|mathrm|mathsf|boldsymbol|bm|vec|hat|bar|overline|dot) ?([a-zA-Z\d])(?![a-zA-Z])"
+)
+_PLAIN_NAMES = re.compile(r"(?<![\\a-zA-Z])(?:(?:sqrt|sin|cos|tan|ln|log|exp)(?= ?\()|pi(?![a-zA-Z]))")  # typed
+_PLAIN_ROOT = re.compile(r"\\sqrt ?(?=\()")
+_STAR = re.compile(r"(?<=[\w)}]) ?\* ?(?=[\w(\\])")
+_MODULO = re.compile(r"\\pmod ?\{? ?(\w+) ?\}?|\(? ?(?:\\bmod|\\text\{ ?mod ?\}|\bmod) ?(\w+) ?\)")
+_BARE_BUILDER = re.compile(r"\{( ?[a-zA-Z] ?(?:\||:).*)\}")
+_CHINESE = re.compile(r"\\text\s*\{\s*([\u4e00-\u9fff/]+)\s*\}")
+_INFINITY = re.compile(r"([+-]?) ?(?:\\text\{ ?)?infinity ?\}?", re.IGNORECASE)
 _BOX = re.compile(r"\\f?boxed\s*\{")
 _COLOURED = re.compile(r"\\(?:text)?color(?:box)?\s*\{[a-zA-Z!\d]*\}")
 _SPACES = re.compile(r"(?P<row>\\\\)|\\[ ,;:>]|~|\s+")
 _GROUPED = re.compile(r"(?<![\d.,}])\d{1,3}(?:(?:\{,\}|,\\!|\\,|\\ | )\d{3})+(?![\d,}])")
 _OVER = re.compile(r"\{([^{}]*?)\s*\\(over|choose)(?![a-zA-Z])\s*([^{}]*)\}")
-_FRACTION_ARGUMENTS = re.compile(r"\\(frac|binom)\s*(\d|\{[^{}]*\})\s*(\d(?![\d])|\{|[a-zA-Z](?![a-zA-Z]))")
-_ROOT_ARGUMENT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z])")
-_ROOT = re.compile("\N{SQUARE ROOT}\\s*(?:\\(([^()]*)\\)|(\\w+))")
+_FRACTION_ARGUMENTS = re.compile(
+    r"\\(frac|binom)\s*(\d|\\pi(?![a-zA-Z]) ?|\{[^{}]*\})\s*(\d(?![\d])|\{|[a-zA-Z](?![a-zA-Z])|\\pi(?![a-zA-Z]))"
+)
+_ROOT_ARGUMENT = re.compile(r"\\sqrt\s*(\[\w\])?\s*(\d|[a-zA-Z]|\\pi(?![a-zA-Z]))")
+_ROOT = re.compile("\N{SQUARE ROOT}\\s*(?:\\(([^()]*)\\)|\\{([^{}]*)\\}|(\\w+))")
 _DOTS = re.compile(r"\.(?: ?\.){2,}")  # none of them is a full stop
 _ANGLE = re.compile(r"(\\angle) ?\{? ?([A-Z]) ?([A-Z]) ?([A-Z])(?![a-zA-Z]) ?\}?")
 _CODE = re.compile(r"\*\*([^*]+)\*\*|`([^`]+)`")
@@ -60,6 +81,7 @@ def undress(text: str) -> str:
 
     Commas inside `{,}` belong to a number; a bare comma may also part two values.
     """
+    text = text.rstrip("。\\ \t\r\n")  # the full stop of Chinese, and what LaTeX breaks lines with
     text = _DOTS.sub(r"\\ldots ", _SCRIPTS.sub(_script, text).translate(_CHARACTERS)).strip()
     while (box := _BOX.match(text)) and closing(text, box.end() - 1, "{}") == len(text) - 1:
         text = text[box.end() : -1].strip()
@@ -69,19 +91,36 @@ def undress(text: str) -> str:
     text = _COMMAND.sub(lambda command: _COMMANDS[command[1]], text)
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ").replace("==", "=")
     text = re.sub(r"\\text\{\s*(\\\$|-|:)\s*\}", r"\1", text).replace("{:}", ":").replace("{-}", "-")
+    text = re.sub(r"\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
     text = re.sub(r"\^\s*\{?((?:\s*\\prime)+)\s*\}?", lambda primes: "'" * primes[1].count("p"), text)
     text = re.sub(r"\\log\s*_\s*\{?e\}?", r"\\ln", text)
     text = re.sub(r"\\mathbb\s*(\w)", r"\\mathbb{\1}", text)
-    text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", text)
+    text = _ONE_LETTER.sub(r"\\\1{\2}", text)
+    text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2] or root[3]}}}", text)
+    text = _braced_roots(_PLAIN_NAMES.sub(lambda name: rf"\{name[0]}", text))
+    text = _MODULO.sub(lambda modulus: rf"\pmod{{{modulus[1] or modulus[2]}}}", _STAR.sub(r"\\cdot ", text))
+    text = _CHINESE.sub(r"\1", text)
     text = _GROUPED.sub(lambda digits: "{,}".join(re.findall(r"\d+", digits[0])), text).replace(r"\!", "")
     text = _BOLD.sub(lambda wrapper: r"\text{" if "text" in wrapper[0] or "rm" in wrapper[0] else "{", text)
     text = re.sub(r"^([^{}]+\\over(?![a-zA-Z])[^{}]+)$", r"{\1}", text)
     text = _OVER.sub(lambda over: rf"\{'frac' if over[2] == 'over' else 'binom'}{{{over[1]}}}{{{over[3]}}}", text)
     text = _FRACTION_ARGUMENTS.sub(lambda found: rf"\{found[1]}{_braced(found[2])}{_braced(found[3])}", text)
-    text = _ROOT_ARGUMENT.sub(r"\\sqrt{\1}", text)
+    text = _ROOT_ARGUMENT.sub(lambda root: rf"\sqrt{root[1] or ''}{{{root[2]}}}", text)
     text = _SPACES.sub(lambda space: space["row"] or " ", text).strip()
     text = _ANGLE.sub(lambda angle: rf"{angle[1]} {min(angle[2], angle[4])}{angle[3]}{max(angle[2], angle[4])}", text)
-    return _without_outer_braces(text.removesuffix(".").strip())
+    text = text.removesuffix(".").strip()
+    if (infinity := _INFINITY.fullmatch(text)) is not None:
+        return rf"{infinity[1]}\infty"
+    if (builder := _BARE_BUILDER.fullmatch(text)) is not None:
+        return rf"\{{{builder[1]}\}}"
+    return _without_outer_braces(text)
+
+
+def _braced_roots(text: str) -> str:
+    r"""The text with the roots that keyboards type, sqrt(2), as `\sqrt{2}`."""
+    while (root := _PLAIN_ROOT.search(text)) is not None and (end := closing(text, root.end())) is not None:
+        text = rf"{text[: root.start()]}\sqrt{{{text[root.end() + 1 : end]}}}{text[end + 1 :]}"
+    return text
 
 
 def _strip_dollars(text: str) -> str:

@@ -14,17 +14,20 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from mmr1_ds.rewards.calls import calls_as_variables
 from mmr1_ds.rewards.numbers import with_points
 from mmr1_ds.rewards.sizes import is_small
 
 MAX_FORMULA_CHARS = 300
 MAX_FACTORIAL = 200
+MAX_POWER_OF_POWER = 100
 MAX_FUNCTIONS_SIMPLIFIED = 1  # in a side of an equation: sines of many angles are simplified for seconds
 
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[a-zA-Z]{2,}")
 _CONJUNCTIONS = frozenset(("or", "and", "not", "to", "mod", "per"))
 _WORD_BETWEEN = re.compile(r"\d [a-zA-Z]{2,}(?: [a-zA-Z]+)* \d")
+_TWO_THINGS = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]+ \d")  # 1B 2A
 _DECIMAL = re.compile(r"\d*\.\d+|\d+\.(?!\d)")
 _TOWER = re.compile(r"\^\s*\{[^{}]*(?:\^|\{)[^{}]*[\^]|\^\s*\{[^{}]*\^\s*(?:\{[^{}]*)?\^")
 _UNBOUNDED = re.compile(
@@ -37,29 +40,45 @@ _FIGURES = re.compile(
 )
 _TRANSPOSE = re.compile(r"(?<=[A-Z)]) ?\^ ?\{? ?(?:T|\\top|\\intercal)(?![a-zA-Z])")
 _INVERSE = re.compile(r"[A-Z)] ?\^ ?\{? ?-")
-_CROSS_PRODUCT = re.compile(r"[A-Z}] ?\\times ?(?:[A-Z]|\\vec|\\overline)")
+_CROSS_PRODUCT = re.compile(
+    r"[A-Z}] ?\\times ?(?:[A-Z]|\\vec|\\overline)|(?<![a-zA-Z\\])\{?[ijk]\}? ?\\times ?\{?[ijk](?![a-zA-Z])"
+)
 _IMAGINARY = re.compile(r"(?<=\d)(?: | ?\\cdot ?)i(?![a-zA-Z])")
+_CAPITAL_I = re.compile(r"(\\[a-zA-Z]+)|I")
 _LETTER = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
 _FIRST_LETTER = re.compile("[a-zA-Z]")
 _FACTORIAL = re.compile(r"(\d*|[^\d])\s*!")
+_BINOMIAL = re.compile(r"\\binom\{[^{}^]*\}\{[^{}^]*\}")
+_LETTERS = re.compile("[a-z]{2,3}")
+_PRODUCT = re.compile(r"\\(?:cdot|times)(?![a-zA-Z])")
+_POWER_OF_POWER = re.compile(r"(?<=\^)\{(\d{1,2})\^\{?(\d)\}?\}")
+_MIXED = re.compile(r"(?<![\d.^_])(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))")
 
 
 def formulas_equal(answer: str, truth: str) -> bool:
     """Return whether two normalised formulas are equal. Decimals are exact: 1.414214 is not the root of 2."""
     if answer == truth:
         return True
-    if not _comparable(answer, truth):
+    if _LETTERS.fullmatch(truth) and _PRODUCT.search(answer):  # ab, which may be a word, beside a \\cdot b
+        truth = r"\cdot ".join(truth)
+    named = calls_as_variables(_written_out(answer), _written_out(truth), formulas_equal)
+    if named is None or not _comparable(*named):
         return False
+    answer, truth = named
     parsed_truth, parsed_answer = _parse(truth), _parse(answer)
     if not parsed_truth or not parsed_answer:
         return False
     from math_verify import verify
 
-    return bool(verify(parsed_truth, parsed_answer, timeout_seconds=None))
+    return bool(verify(*_with_imaginary_unit(parsed_truth, parsed_answer), timeout_seconds=None))
 
 
 def equations_equal(answer: str, truth: str) -> bool:
     """Return whether two equations say the same: one's sides differ by a constant multiple of the other's."""
+    named = calls_as_variables(_written_out(answer), _written_out(truth), formulas_equal)
+    if named is None:
+        return False
+    answer, truth = named
     sides = [part.strip() for text in (answer, truth) for part in text.split("=")]
     if len(sides) != 4 or not all(sides) or not all(is_small(side, MAX_FUNCTIONS_SIMPLIFIED) for side in sides):
         return False
@@ -72,6 +91,35 @@ def equations_equal(answer: str, truth: str) -> bool:
         return False
     ratio = sympy.simplify(one[0] / other[0])
     return bool(ratio.is_number and ratio.is_finite and ratio != 0 and one[0].free_symbols)
+
+
+def _written_out(text: str) -> str:
+    r"""A formula with its mixed numbers as sums, for 2\frac{1}{3}x is no product, and small powers of powers as one."""
+    return _POWER_OF_POWER.sub(_power, _MIXED.sub(_sum, text))
+
+
+def _power(found: re.Match[str]) -> str:
+    value = int(found[1]) ** int(found[2])
+    return f"{{{value}}}" if value <= MAX_POWER_OF_POWER else found[0]
+
+
+def _sum(mixed: re.Match[str]) -> str:
+    whole, above, below = mixed[1], mixed[2] or mixed[4], mixed[3] or mixed[5]
+    is_proper = int(above) < int(below)
+    return rf"({whole}+\frac{{{above}}}{{{below}}})" if is_proper else mixed[0]
+
+
+def _with_imaginary_unit(*parsed: list[Any]) -> tuple[list[Any], ...]:
+    """Parsed formulas of no variable but i with the imaginary unit in its place; beside others it may be one."""
+    import sympy
+
+    values = [found[0] for found in parsed]
+    if not all(isinstance(value, sympy.Expr) for value in values):
+        return parsed
+    variables = set().union(*(value.free_symbols for value in values))
+    if {variable.name for variable in variables} != {"i"}:
+        return parsed
+    return tuple([value.subs(dict.fromkeys(variables, sympy.I)).doit()] for value in values)
 
 
 def _comparable(answer: str, truth: str) -> bool:
@@ -95,7 +143,7 @@ def _is_bounded(text: str) -> bool:
     letters = _COMMAND.sub(" ", text)
     if _FIGURES.search(text) or _is_product_of_matrices(text) or ":" in text or _WORD_BETWEEN.search(letters):
         return False
-    if re.search(r"[a-zA-Z]\d", letters):  # CO2 is a name, x2 nobody's formula
+    if re.search(r"[a-zA-Z]\d", letters) or _TWO_THINGS.search(text):  # CO2 is a name, x2 nobody's formula
         return False
     words = _WORD.findall(letters)
     if words and (max(map(len, words)) > 3 or not re.search(r"[-+\d^\\=]", text) or _CONJUNCTIONS & set(words)):
@@ -107,9 +155,8 @@ def _is_bounded(text: str) -> bool:
     factorials = _FACTORIAL.findall(text)
     if any(not base.isalnum() or (base.isdigit() and int(base) > MAX_FACTORIAL) for base in factorials):
         return False
-    if r"\binom" in text and re.search(r"\d{4}|\^", text):
-        return False
-    return True
+    num_binomials = text.count(r"\binom")
+    return num_binomials == len(_BINOMIAL.findall(text)) and not (num_binomials and re.search(r"\d{4}", text))
 
 
 @lru_cache(maxsize=256)  # of a list against a list each value is asked for often
@@ -120,6 +167,7 @@ def _parse(text: str) -> list[Any]:
     # warns of that, and logs whatever it cannot parse.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     text = _IMAGINARY.sub("i", _DECIMAL.sub(_exact, with_points(text)))  # 3 \\cdot i would have a variable
+    text = _CAPITAL_I.sub(lambda found: found[1] or r"\iota ", text)  # a current, of which I^2 would be I
     # The units that the library would strip are variables as often, 2x+3t would be 2x+3; ours are off before (`units`).
     extraction = LatexExtractionConfig()
     normalization = dataclasses.replace(extraction.normalization_config, units=False)

@@ -8,11 +8,15 @@ from mmr1_ds.rewards.units import canonical_unit, is_unit
 
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|omega|phi|varphi|rho|sigma|tau|ell|Delta|Omega"
 _NAME = re.compile(
-    rf"""m?\\angle\s?\{{?[A-Z]{{1,3}}\}}? | \|?(?:\\(?:overline|vec|triangle)\s?)?\{{?[A-Za-z]{{1,3}}'*\}}?\|?
+    rf"""m?\s?\\angle\s?\{{?(?:[A-Z]{{1,3}}|\d)\}}?
+    | \|?(?:\\(?:overline|vec|triangle)\s?)?\{{?(?:[A-Z]{{1,3}}|[a-z])'*\}}?\|?
+    | gcd | lcm | max | min | sum | ans | det
     | (?:[a-zA-Z]|\\(?:{_GREEK}))(?:_\{{?\w+\}}?)?'*(?:\(\s*-?\w+\s*\))? | \\frac\{{d\w\}}\{{d\w\}}
-    | P\([\w ]+\) | \\text\{{[A-Za-z .]+\}} | [A-Z][a-z]{{3,}}""",
+    | [a-zA-Z]\^\{{-1\}}\( ?\w ?\) | P\([\w ]+\) | \\text\{{[A-Za-z .]+\}} | [A-Z][a-z]{{3,}}""",
     re.VERBOSE,
 )
+_COORDINATES = ("x", "y", "z")
+_TEXT = re.compile(r"\\text\s*\{[^{}]*\}|\\[a-zA-Z]+")
 _RATIO_NAME = re.compile(r"[a-zA-Z]{1,2}(?: ?: ?[a-zA-Z]{1,2})+")
 _TIME = re.compile(r"(\d{1,4}(?: ?: ?\d+)+) ?(?:([ap])\.?(?: ?m\.?)?)?", re.IGNORECASE)
 _HOUR = re.compile(r"(\d{1,2}) ?([ap])(?:\. ?m\.?| ?m\.?)", re.IGNORECASE)
@@ -37,14 +41,24 @@ def named(text: str) -> tuple[str, str]:
     left, _, right = (part.strip() for part in text.partition("="))
     if left and right and "=" not in right and not re.search(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>]", text):
         for name, value in ((left, right), (right, left)):
+            if _is_equation(name, value):
+                continue
             if _NAME.fullmatch(name) or _RATIO_NAME.fullmatch(name):
                 return _spelling(name, value), value
     return "", text
 
 
+def _is_equation(name: str, value: str) -> bool:
+    """Whether a name is a part of an equation: x = y, PV = nRT, AB = CD. Products of small letters are no names."""
+    if name in _COORDINATES and value in _COORDINATES:
+        return True
+    words = re.findall(r"[a-zA-Z]{2,}", _TEXT.sub("", value))
+    return name.isupper() and len(name) > 1 and any(not word.islower() and not is_unit(word) for word in words)
+
+
 def _spelling(name: str, value: str) -> str:
     r"""One spelling of a name. A segment's bars are dress, but |x| = 2 and \bar{x} = 2 are not x = 2."""
-    name = re.sub(r"[\s{}]|\\text", "", name).removeprefix("m\\")
+    name = re.sub(r"[\s{}]|\\text|m(?= ?\\angle)", "", name)
     bare = re.sub(r"\\overline|\\vec|\|", "", name)
     if re.fullmatch(r"[A-Z]{2,3}'*", bare):
         return bare

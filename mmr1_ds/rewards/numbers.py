@@ -21,8 +21,13 @@ _PLAIN_MIXED = re.compile(r"([+-]?)(\d+) (\d+)/(\d+)")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _LOOSE = re.compile(r"(?<=[-+}\d.]) (?=\\|\^)|(?<=\\times) |(?<=\\cdot) |(?<=[{(]) | (?=[)}])|(?<=^[-+]) | ?/ ?")
 _TEXT_UNIT = re.compile(
-    r"(?P<value>.*[^\s\\{(,;=])\s*\\(?:text|mbox)\s*\{(?P<unit>[^{}\d]*(?:\^\s*\{?[23]\}?)?)\}\s*"
-    r"(?P<power>\^\s*\{?[23]\}?)?"
+    r"(?P<value>.*[^\s\\{(,;=])\s*\\(?:text|mbox)\s*\{(?P<unit>[^{}\d]*(?:\^\s*\{?-?[1-4]\}?)?)\}\s*"
+    r"(?P<power>\^\s*\{?-?[1-4]\}?)?"
+)
+# Micrometres, but \mu g is an acceleration as often.
+_SYMBOL_UNIT = re.compile(
+    r"(?P<value>.*[\d}]) ?(?P<prefix>[kMm])? ?(?P<ohm>\\Omega)"
+    r"|(?P<number>.*\d) \\mu ?(?:\\text\{ ?(?P<text>[a-zA-Z])(?:eter|etre)?s? ?\}|(?P<micro>[mslACFLV]))"
 )
 _DEGREES = re.compile(
     r"(?P<value>.+?)\s*(?:\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\{\s*)?(?P<scale>[CF]?)\s*\}?|\b(?:\\text\{\s*)?degrees?"
@@ -35,11 +40,13 @@ _CURRENCIES = {
     "rupee": "\N{INDIAN RUPEE SIGN}",
 }  # fmt: skip
 _NO_UNITS = frozenset(
-    "or and not to through more less about approximately approx at least most if when where factorial squared cubed "
-    "hundred half the is so times than as thousand million billion trillion dozen mod root".split()
+    "or and no not never without to through more less about approximately approx at least most if when where "
+    "factorial squared cubed hundred half the is so times than as thousand million billion trillion dozen mod "
+    "root".split()
 )
-# Plural nouns, and Chinese measure words; what scales the number (2 thirds, 3 pairs, ten thousands) is no thing.
-_THINGS = re.compile("[a-z]{3,}s|people|children|men|women|cup|rpm")
+# Plural nouns, not a loss nor a plus, and Chinese measure words. What scales the number is none
+# (2 thirds, 3 pairs, ten thousands).
+_THINGS = re.compile("[a-z]{2,}[a-hj-rtv-z]s|people|children|men|women|cup|rpm")
 _COUNTED = re.compile(r"(?:[a-zA-Z]+ )*?(?P<thing>[a-zA-Z]+)(?: of [a-zA-Z ]+| per [a-zA-Z]+|/[a-zA-Z]+| old)?")
 _WORDS = re.compile(
     rf"(?P<value>.*\d)(?:\s+(?P<unit>{_THINGS.pattern})|"
@@ -48,9 +55,11 @@ _WORDS = re.compile(
 _PARTS = re.compile(
     r"halves|thirds|quarters|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|\w+red|\w+sand|\w+illion)ths"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ties|\w*(?:illions|thousands|hundreds)|pairs|couples|dozens|scores|tens"
-    r"|plus|minus|less|times|digits|bits|roots|powers|zeros|zeroes|ones|twos|threes|fours|fives|sixes|sevens|eights|nines"
+    r"|always|perhaps|sometimes|besides|does|others|bias|whereas|\w+wards|times|digits|bits|roots|powers|zeros|zeroes"
+    r"|ones|twos|threes|fours|fives|sixes|sevens|eights|nines"
 )
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|dot)\{(\d{1,20})\}")
+_DOTTED = re.compile(r"\\dot\{(\d)\}(\d*)\\dot\{(\d)\}")  # the first and the last digit that repeat
 _SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALED = re.compile(rf"(?P<value>.*\d)\s*(?:\\text\{{)?\s*(?P<scale>{'|'.join(_SCALES)})s?\s*\}}?")
 
@@ -79,8 +88,10 @@ def split_unit(text: str) -> tuple[str, str]:
         if found is not None:
             scale = found.groupdict().get("scale") or found.groupdict().get("named") or ""
             return found["value"], unit + scale.upper()
-    if re.search(r"\\Omega$", text):
-        return text.removesuffix(r"\Omega").rstrip(), "ohm"
+    if (symbol := _SYMBOL_UNIT.fullmatch(text)) is not None:
+        if symbol["ohm"]:
+            return symbol["value"], (symbol["prefix"] or "") + "ohm"
+        return symbol["number"], "micro" + (symbol["text"] or symbol["micro"])
     coded = re.fullmatch(r"(USD|EUR|GBP) ?(\d.*)", text)
     if coded is not None:
         return coded[2], canonical_unit(coded[1])
@@ -135,9 +146,9 @@ def literal(text: str) -> Fraction | None:
         value = literal(scaled["value"])
         return None if value is None else value * _SCALES[scaled["scale"]]
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip()
-    text = with_points(text)
+    text = _DOTTED.sub(r"\\overline{\1\2\3}", with_points(text))
     mixed = _PLAIN_MIXED.fullmatch(text)
-    if mixed is not None and int(mixed[4]):
+    if mixed is not None and int(mixed[3]) < int(mixed[4]):
         return _sign(mixed[1]) * (int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4])))
     text = _LOOSE.sub(lambda space: space[0].strip(), text)
     return None if " " in text else _value(text)
@@ -196,4 +207,5 @@ def _sign(sign: str) -> int:
 
 
 def _sum(first: Fraction | None, second: Fraction | None) -> Fraction | None:
-    return None if first is None or second is None or second < 0 else first + second
+    """Of a mixed number: what is no proper fraction is a factor."""
+    return None if first is None or second is None or not 0 <= second < 1 else first + second

@@ -10,6 +10,8 @@ _BUILDER = re.compile(
 _FRENCH = re.compile(r"([\[\]]) ?([^\[\]()]+[,;][^\[\]()]+?) ?([\[\]])")
 _MODULUS = re.compile(r"\| ?([a-zA-Z]) ?\| ?(<|\\le(?![a-zA-Z])) ?(.+)")
 _POINT = re.compile(r"([ABDEFGHIJKLMOPQRSTUVWXYZ]) ?(\([^()]*,[^()]*\))|\( ?(x ?, ?y(?: ?, ?z)?) ?\) ?= ?(\(.*\))")
+_CASES = re.compile(r"(?:\\\{ ?)?\\begin\{(cases|array|aligned)\}(?:\{[lcr]*\})?(?P<rows>.*=.*)\\end\{\1\}(?: ?\\?\.)?")
+_NAMED_TOGETHER = re.compile(r"\( ?((?!x ?, ?y)[a-zA-Z](?: ?, ?[a-zA-Z])+) ?\) ?= ?\(([^()]*)\)")
 _REALS = ("\\mathbb{R}", "all real numbers", "all reals", "the real numbers", "real numbers")
 _NOTHING = re.compile(
     r"(?:there (?:is|are) )?no (?:real )?(?:solutions?|roots?)|(?:the )?empty set|no real number", re.IGNORECASE
@@ -34,6 +36,11 @@ def rewritten(text: str) -> str | None:
         return f"{'(' if french[1] == ']' else '['}{french[2]}{')' if french[3] == '[' else ']'}"
     if (modulus := _MODULUS.fullmatch(text)) is not None and re.fullmatch(r"[\d.]+|\\(?:frac|sqrt)\{.*\}", modulus[3]):
         return f"-{modulus[3]} {modulus[2]} {modulus[1]} {modulus[2]} {modulus[3]}"
+    if (cases := _CASES.fullmatch(text)) is not None and "&" not in text:
+        return ", ".join(row.strip(" ,;") for row in cases["rows"].split(r"\\") if row.strip())
+    if (several := _NAMED_TOGETHER.fullmatch(text)) is not None:
+        names, values = (re.split(r" ?, ?", part.strip()) for part in several.groups())
+        return ", ".join(map(" = ".join, zip(names, values, strict=True))) if len(names) == len(values) else None
     point = _POINT.fullmatch(text)
     if point is None:
         return None

@@ -3,8 +3,9 @@ r"""Ground truths as data sets write them: the answer alone, or inside a wrapper
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
-from mmr1_ds.rewards.boxes import last_boxed
+from mmr1_ds.rewards.boxes import last_boxed, last_boxes
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _SENTENCE = re.compile(
@@ -52,7 +53,7 @@ def read_truth(text: str) -> str:
     inside = {next(part for part in (tag["inside"], tag["box"], tag["marked"]) if part is not None) for tag in tags}
     if len(inside) == 1:  # two different ones are no answer
         text = inside.pop()
-    found = unwrapped(text)
+    found = unwrapped(text, last_boxes)
     if found != text.strip():
         return found
     sentence = _CHOSEN.fullmatch(found) or _LABELLED.fullmatch(found) or _SENTENCE.search(found)
@@ -70,13 +71,16 @@ def is_unclear(truth: str) -> bool:
     return says or any(found(truth) for found in patterns)
 
 
-def unwrapped(text: str) -> str:
-    r"""Return the answer in `<answer> 2 </answer>`, `... #### 72` or a solution with `\boxed{}`, else all of it."""
+def unwrapped(text: str, boxed_in: Callable[[str], str | None] = last_boxed) -> str:
+    r"""Return the answer in `<answer> 2 </answer>`, `... #### 72` or a solution with `\boxed{}`, else all of it.
+
+    Args: boxed_in: what the boxes of a text say; a response commits to its last.
+    """
     blocks = _ANSWER.findall(text)
     if len(blocks) == 1:
         text = blocks[0]
     hashes = _HASHES.search(text)
     if hashes is not None:
         return hashes[1].strip()
-    boxed = last_boxed(text)
+    boxed = boxed_in(text)
     return text.strip() if boxed is None or not boxed.strip() else boxed.strip()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from mmr1_ds.rewards import sets
 from mmr1_ds.rewards.dress import closing, split
 from mmr1_ds.rewards.names import named
+from mmr1_ds.rewards.numbers import split_unit
+from mmr1_ds.rewards.parts import without_respectively
 
 _MATRIX = re.compile(r"(?:\[|\()? ?\\begin\{(p|b|B|v|V|)matrix\}(.*)\\end\{\1matrix\} ?(?:\]|\))?", re.DOTALL)
 _ARRAY = re.compile(r"[\[(] ?\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\} ?[\])]", re.DOTALL)
@@ -17,6 +19,14 @@ _WORDS = re.compile(
 _OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])|或")
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _ONE_NUMBER = re.compile(rf"[^\w(){{}},;]*{_THOUSANDS.pattern}(?:\.\d+)?(?!\d)[^\d,;]*")
+# One number with a decimal comma: it has a unit or a power of ten behind, begins with 0,0, or has many digits.
+_ONE_DECIMAL = re.compile(r"[^\w()\[\]{}|,;]*(?P<whole>\d+),(?P<digits>\d+)(?P<rest>[^,;()\[\]|]*)")
+_POWER_OF_TEN = re.compile(r" ?(?:\\times|\\cdot) ?10 ?\^")
+_GROUPED_DECIMAL = re.compile(
+    r"(?P<before>[^\w()\[\]{}|,;]*)(?P<whole>[1-9]\d{0,2}(?:(?:[. ]|\{,\})\d{3})+),(?P<digits>\d+)"
+    r"(?P<rest>(?![\d.])[^,;()\[\]|]*)"
+)
+_LAKHS = re.compile(r"\d{1,2}(?:,\d{2})+,\d{3}")
 _RELATION = re.compile(r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>)")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 _NAME = re.compile(r"[a-zA-Z]|\\[a-zA-Z]+|[a-zA-Z]_\{?\w\}?")
@@ -28,7 +38,7 @@ _INFINITE = re.compile(r"\+ ?\\infty")
 class Value:
     """A value and its parts, as undressed texts."""
 
-    kind: str  # atom, list, tuple, union, matrix, relation, ratio, except (all reals but those)
+    kind: str  # atom, list, tuple, union, matrix, relation, ratio, except (all reals but those), or a sign between
     items: tuple[str, ...]
     brackets: str = ""  # of a tuple or interval; of relations their signs; of a matrix its shape
     is_ordered: bool = False
@@ -39,11 +49,15 @@ class Value:
 
 def readings(text: str, is_truth: bool = False) -> list[Value]:
     """Return all readings of an undressed text. A truth of `1,200` is one number; an answer may mean `1, 200`."""
-    text = text.strip()
+    text, keeps_order = without_respectively(text.strip())
+    if keeps_order:
+        return [replace(found, is_ordered=True) for found in readings(text, is_truth)]
     if is_truth and _ONE_NUMBER.fullmatch(text) is not None:
         return [Value("atom", (text.replace(",", "{,}"),))]
+    if is_truth and (decimal := _with_point(text)) is not None:
+        return [Value("atom", (decimal,))]
     if (written := sets.rewritten(text)) is not None:
-        return readings(written)
+        return readings(written, is_truth)
     if (points := sets.excluded_points(text)) is not None:
         variable, numbers = points
         return [Value("except", numbers, name=variable)]
@@ -63,12 +77,29 @@ def readings(text: str, is_truth: bool = False) -> list[Value]:
     inner = _bracketed(text, is_truth)
     if inner is not None:
         return inner
-    found = _bare_commas(text)
+    if (unordered := _unordered(text)) is not None:
+        return [unordered]
+    found = _bare_commas(text, is_truth)
     if len(found) == 1 and found[0].kind == "atom":
         terms = split(text, ":")
         ratio = Value("ratio", tuple(terms), is_ordered=True) if len(terms) > 1 and all(terms) else None
         return [_relation(text) or ratio or found[0]]
     return found
+
+
+def _with_point(text: str) -> str | None:
+    """A truth of one number with a decimal comma, written with a point; None where it may be a list of two."""
+    grouped = _GROUPED_DECIMAL.fullmatch(text)
+    if grouped is not None:
+        whole = re.sub(r"\D", "", grouped["whole"])
+        return f"{grouped['before']}{whole}.{grouped['digits']}{grouped['rest']}"
+    found = _ONE_DECIMAL.fullmatch(text)
+    if found is None:
+        return None
+    begins_with_zero = found["whole"] == "0" and len(found["digits"]) > 1
+    is_one = begins_with_zero or len(found["digits"]) > 4 or _POWER_OF_TEN.match(found["rest"]) is not None
+    pointed = text.replace(",", ".")
+    return pointed if is_one or split_unit(pointed)[1] else None
 
 
 def _of_member(name: str, value: Value) -> Value:
@@ -103,7 +134,7 @@ def _bracketed(text: str, is_truth: bool) -> list[Value] | None:
         if not inner:
             return [Value("atom", (r"\emptyset",))]
         if len(items) > 1:
-            return [Value("list", tuple(items))]
+            return [Value("list", tuple(value for item in items for value in _both_signs(item)))]
         found = _bare_commas(inner)
         if not is_set or [one.kind for one in found] != ["atom"]:
             return found
@@ -119,13 +150,13 @@ def _items(text: str) -> list[str]:
     """Split at semicolons, or else at commas; where others have spaces, or words part, those of thousands do not."""
     parts = split(text, ";")
     if len(parts) > 1:
-        return [re.sub(r"(?<=\d),(?=\d)", "{,}", part) for part in parts if part]
+        return [part if part[0] in "([" else re.sub(r"(?<=\d),(?=\d)", "{,}", part) for part in parts if part]
     if ", " in text or _WORDS.search(text):
         text = _THOUSANDS.sub(lambda digits: digits[0].replace(",", "{,}"), text)
     return [part for part in split(text, ",") if part] or [text]
 
 
-def _bare_commas(text: str) -> list[Value]:
+def _bare_commas(text: str, is_truth: bool = False) -> list[Value]:
     """A list, a number with thousands or a decimal comma, or one value."""
     is_or = False
     parts: list[str] = []
@@ -133,7 +164,10 @@ def _bare_commas(text: str) -> list[Value]:
         words = _WORDS.split(part)
         pieces = [piece.strip() for piece in words[::3]]
         is_or |= _OR.search(part) is not None
-        parts += [piece for piece in pieces if piece] if len(pieces) > 1 and all(map(_is_value, pieces)) else [part]
+        is_list = len(pieces) > 1 and all(map(_is_value, pieces)) and pieces[-1]
+        parts += [piece for piece in pieces if piece] if is_list else [part]
+    if _LAKHS.fullmatch(text):
+        return [Value("list", tuple(parts), is_ordered=True), Value("atom", (text.replace(",", ""),))]
     expanded = [value for part in parts for value in _both_signs(part)] or [text]  # of "and" alone nothing is left
     if len(expanded) == 1:
         return [Value("atom", (expanded[0],))]
@@ -142,8 +176,11 @@ def _bare_commas(text: str) -> list[Value]:
     is_sequence = any(r"\ldots" in part or "..." in part for part in expanded)
     found = [Value("list", tuple(expanded), is_ordered=is_sequence, is_either=is_or)]
     names, coordinates = zip(*map(named, expanded), strict=True)
-    if names in (("x", "y"), ("x", "y", "z")) and not is_or:
+    in_order = is_truth and all(len(name) == 1 for name in names) and list(names) == sorted(set(names))
+    if (in_order or names in (("x", "y"), ("x", "y", "z"))) and not is_or:
         found.append(Value("tuple", coordinates, "()", is_ordered=True))
+    if not is_or and (both := _within(expanded)) is not None:
+        found.append(both)
     if ", " in text or ";" in text or text.count(",") == 0:
         return found
     if any(re.fullmatch(r"0\d+", part) for part in expanded):  # 1,000 and 0,05 list nothing
@@ -190,6 +227,28 @@ def _relation(text: str) -> Value | None:
     if len(items) == 2 and names == [False, True] and not _has(items[0], items[1]):
         return Value("tuple", (items[0], r"\infty"), opening + ")", is_ordered=True, name=items[1])
     return Value("relation", tuple(items), "".join(signs), is_ordered=True)
+
+
+def _within(parts: list[str]) -> Value | None:
+    """The interval of x > 2 and x < 5, one variable from below and from above."""
+    ends = [_relation(part) for part in parts]
+    if len(parts) != 2 or any(end is None or end.kind != "tuple" for end in ends):
+        return None
+    low, high = sorted((end for end in ends if end is not None), key=lambda end: r"-\infty" in end.items)
+    if low.name != high.name or low.items[1] != r"\infty" or high.items[0] != r"-\infty":
+        return None
+    ends_of_both = (low.items[0], high.items[1])
+    return Value("tuple", ends_of_both, low.brackets[0] + high.brackets[1], is_ordered=True, name=low.name)
+
+
+def _unordered(text: str) -> Value | None:
+    r"""An intersection, or lines that are parallel or perpendicular: what stands on both sides may change places."""
+    for sign in (r"\cap", r"\parallel", r"\perp"):
+        parts = [part.strip() for part in re.split(rf"\{sign}(?![a-zA-Z])", text)]
+        if len(parts) > 1 and all(parts) and not any(re.search(r"[,;=]|\\c[au]p(?![a-zA-Z])", part) for part in parts):
+            is_balanced = all(part.count("(") == part.count(")") for part in parts)
+            return Value(sign, tuple(parts)) if is_balanced else None
+    return None
 
 
 def _has(text: str, name: str) -> bool:

@@ -26,6 +26,8 @@ TRUTHS = [
     ("<answer>5</answer><answer>6</answer>", "<answer>5</answer><answer>6</answer>"),
     ("The final answer is $\\frac{1}{2}$. I hope it is correct.", "$\\frac{1}{2}$"),
     ("Final Answer: The final answer is $7$. I hope it is correct.", "$7$"),
+    (r"\boxed{5}, \boxed{6}", "5, 6"), (r"So the answer is: $\boxed{5}$ or $\boxed{6}$.", "5 or 6"),
+    (r"$x = \boxed{5}$ and $y=\boxed{6}$", "x = 5 and y=6"), (r"\boxed{5} \boxed{5}", "5"), (r"x = \boxed{5}", "5"),
 ]  # fmt: skip
 
 
