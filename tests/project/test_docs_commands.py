@@ -35,6 +35,7 @@ NOT_EXECUTED = {  # what a command begins with -> why it is only looked at by ba
     "kill -USR2 ": "asks a running rank for its stacks, which test_watch does",
     "pip install ": "needs an index; test_packaging installs a wheel, holds the extras' bounds and the constraints",
     "export ": "sets a variable of the reader's shell",
+    "source .venv/bin/activate": "changes the reader's shell",
     "tensorboard ": "serves until it is stopped, and is not ours",
 }
 LANGUAGES = {"bash", "yaml", "json", "jsonl", "python", "text"}
@@ -224,6 +225,25 @@ def test_yaml_is_a_valid_run(block, reader, monkeypatch):
     base = [] if "defaults:" in block.text else ["config=mmr1"]
     config = load_config([*base, "config=block.yaml"]).config
     check_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
+
+
+def test_a_reward_of_one_s_own_has_a_prompt_that_asks_for_its_form(reader, monkeypatch):
+    """The presets' prompt asks for a box, which such rewards do not read; nor do their columns fit the presets' data."""
+    monkeypatch.chdir(reader)
+    preset = load_config(["config=mmr1_h100"]).config
+    configs = []
+    for block in BLOCKS:
+        if block.language == "yaml" and "defaults:" in block.text and "reward_function:" in block.text:
+            (reader / "block.yaml").write_text(with_paths(block.text, reader))
+            configs.append(load_config(["config=block.yaml"]).config)
+    for command in COMMANDS:
+        if "reward_function=" in command and ".py:" in command:
+            configs.append(load_config(training_arguments(with_paths(command, reader), reader)).config)
+    assert len(configs) >= 5
+    for config in configs:
+        assert config.data.system_prompt != preset.data.system_prompt
+        assert config.data.val_files != preset.data.val_files
+        assert config.trainer.experiment_name != preset.trainer.experiment_name
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in ("json", "jsonl")], ids=str)
