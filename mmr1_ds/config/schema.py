@@ -214,8 +214,8 @@ class OptimConfig:
 class OffloadConfig:
     """What ZeRO-3 keeps in host memory. A CPU run keeps everything there."""
 
-    offload_params: bool = False  # parameters wait in host memory
-    offload_optimizer: bool = False  # optimiser states wait and are updated in host memory
+    offload_params: bool = False  # parameters stay in host memory; each layer crosses PCIe whenever it is used
+    offload_optimizer: bool = False  # optimiser states stay in host memory, where the CPU updates them
 
 
 @dataclass
@@ -380,7 +380,7 @@ class RolloutConfig:
     max_in_flight: PositiveInt | None = None  # server: responses one samples at once, >= n; null = twice max_num_seqs
     # server: auto = nccl on GPU, shared_memory on CPU
     weight_transfer: Annotated[str, OneOf("auto", "nccl", "ipc", "shared_memory")] = "auto"
-    # vllm: a rank whose engine has room takes the next prompt of all ranks'; does not repeat to the last bit
+    # vllm: a rank whose engine has room takes the next prompt from one queue of all ranks; not repeated to the last bit
     shared_queue: bool = False
     partial: PositiveInt | None = None  # tokens a response grows by in a step, the rest in later ones; null = no bound
     max_staleness_steps: NonNegativeInt = 0  # server: steps that sampling may run ahead of training; 0 = in turn
