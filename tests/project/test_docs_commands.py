@@ -228,7 +228,7 @@ def test_yaml_is_a_valid_run(block, reader, monkeypatch):
 
 
 def test_a_reward_of_one_s_own_has_a_prompt_that_asks_for_its_form(reader, monkeypatch):
-    """The presets' prompt asks for a box, which such rewards do not read; nor do their columns fit the presets' data."""
+    """The presets' prompt asks for a box, which such rewards do not read; their validation data has other columns."""
     monkeypatch.chdir(reader)
     preset = load_config(["config=mmr1_h100"]).config
     configs = []
