@@ -59,4 +59,4 @@ if ! .venv/bin/python -c "from mmr1_kernels import cpu; raise SystemExit(not cpu
   exit 1
 fi
 touch "$stamp"
-echo "setup: done; the commands mmr1-ds and python of .venv, in this shell: source .venv/bin/activate"
+echo "setup: done; to call mmr1-ds, activate the environment: source .venv/bin/activate"
