@@ -127,6 +127,25 @@ def model_hidden_size(model: ModelConfig) -> int | None:
     return width if isinstance(width, int) else None
 
 
+def model_positions(model: ModelConfig) -> int | None:
+    """Return the longest sequence that vLLM starts a model with; None where its config.json leaves room for doubt.
+
+    So do a model that is not in the cache, positions that are scaled, and a length under another name.
+    """
+    content, text = _config(model) or {}, _text_config(model)
+    for part in (content, text):
+        if part.get("model_max_length") is not None or _is_scaled(part):
+            return None
+    found = [part.get("max_position_embeddings") for part in (content, text)]
+    return max((number for number in found if isinstance(number, int)), default=None)
+
+
+def _is_scaled(part: dict[str, Any]) -> bool:
+    ropes = [part.get(name) for name in ("rope_scaling", "rope_parameters")]
+    ropes += [of_layers for rope in ropes if isinstance(rope, dict) for of_layers in rope.values()]
+    return any(isinstance(rope, dict) and "factor" in rope for rope in ropes)
+
+
 def _text_config(model: ModelConfig) -> dict[str, Any]:
     """The part of config.json on a model's text; empty for a hub model."""
     content = _config(model) or {}

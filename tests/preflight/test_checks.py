@@ -73,6 +73,25 @@ def test_whole_sequences_must_fit_without_chunked_prefill(valid):
     assert "max_num_batched_tokens=1000 is under the longest sequence (1024 tokens)" in refused(valid, *chunked)
 
 
+def test_sequences_must_fit_the_model_s_positions(valid, tmp_path):
+    vllm, text = "worker.rollout.engine=vllm", {"max_position_embeddings": 1000}
+    expected = "512 + 512 = 1024, the model has 1000 positions (max_position_embeddings); set data.max_response_length"
+    for content in (text, {"text_config": text}, {**text, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6]}}):
+        folder = model_folder(tmp_path, **content)
+        assert f"{expected} to 488 or less" in refused(valid, folder, vllm)
+        check(valid, folder, vllm, "data.max_response_length=488")
+    assert "set the two to 1000 together" in refused(valid, folder, vllm, "data.max_prompt_length=1000")
+    longer = ["data.max_response_length=488", "worker.rollout.max_model_len=1001"]
+    assert "max_model_len=1001, the model has 1000 positions; lower it" in refused(valid, folder, vllm, *longer)
+    # Where it is not vLLM that says so, or not certain that it would.
+    check(valid, folder, "worker.rollout.engine=hf")
+    check(valid, folder, vllm, "worker.actor.model.override_config={max_position_embeddings: 1024}")
+    for doubt in ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"model_max_length": 2048}):
+        check(valid, model_folder(tmp_path, **text, **doubt), vllm)
+    layers = {"full_attention": {"rope_type": "linear", "factor": 4.0}}
+    check(valid, model_folder(tmp_path, text_config=text | {"rope_parameters": layers}), vllm)
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [
