@@ -25,7 +25,7 @@ from mmr1_ds.cluster.launch import (
 from mmr1_ds.cluster.preemption import Preempted, Preemption
 from mmr1_ds.cluster.watch import CollectiveError, exit_code
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import trains_critic, without_training
+from mmr1_ds.config.derived import without_training
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.redaction import remember
@@ -37,10 +37,9 @@ from mmr1_ds.monitoring.trackers import check_trackers
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import (
     DeepspeedConfigs,
-    critic_deepspeed,
+    engines_on_gpus,
     own_deepspeed,
-    reference_deepspeed,
-    resolve_deepspeed,
+    resolve_engines,
     with_dropped_sections,
 )
 from mmr1_ds.preflight.installed import check_installed
@@ -117,21 +116,19 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
         world_size = config.trainer.nnodes * config.trainer.n_gpus_per_node
     plan = check_config(config, world_size)
     on_gpu = gpu_is_here()
-    actor = resolve_deepspeed(config, world_size, on_gpu)
-    reference = reference_deepspeed(config, actor, on_gpu)
-    critic = critic_deepspeed(config, actor, world_size, on_gpu) if trains_critic(config) else None
-    logger.info("%s", describe_plan(config, plan, actor, reference, critic, on_gpu))
+    configs = resolve_engines(config, world_size, on_gpu)
+    elsewhere = engines_on_gpus(config, world_size) if config.trainer.dry_run and not on_gpu else None
+    logger.info("%s", describe_plan(config, plan, configs, on_gpu, elsewhere))
     if on_gpu:
         use_own_nvcc()  # before torch is imported
-        for line in check_machine(config, actor):
+        for line in check_machine(config, configs.actor):
             logger.warning("%s", line)
-    configs = DeepspeedConfigs(actor, reference, critic)
     if (own := own_deepspeed(config)) is not None:
         if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed guesses, with a warning
         from mmr1_ds.loop.deepspeed_check import check_engines  # imports torch and DeepSpeed
 
-        check_engines(replace(configs, actor=with_dropped_sections(config, actor)), own)
+        check_engines(replace(configs, actor=with_dropped_sections(config, configs.actor)), own)
     if importlib.util.find_spec("deepspeed") is not None:
         check_trackers(config.trainer.logger)
         check_installed(config)

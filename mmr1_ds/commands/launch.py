@@ -17,7 +17,7 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.redaction import redacted, without_secrets
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.checks import check_config
-from mmr1_ds.preflight.deepspeed import resolve_deepspeed
+from mmr1_ds.preflight.deepspeed import resolve_engines
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
@@ -75,7 +75,7 @@ def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -
     trainer, on_gpu = config.trainer, environ.get("DS_ACCELERATOR") != "cpu"
     world_size = trainer.nnodes * trainer.n_gpus_per_node
     check_config(config, world_size)
-    resolve_deepspeed(config, world_size, on_gpu)
+    resolve_engines(config, world_size, on_gpu)
 
     command = ["sbatch", *_component(config, arguments, trainer.nnodes, trainer.n_gpus_per_node, on_gpu)]
     command += [f"--job-name={trainer.experiment_name}"]

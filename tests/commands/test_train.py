@@ -114,6 +114,33 @@ def test_without_a_launcher_a_dry_run_plans_for_the_ranks_of_the_config(valid, c
     assert "15 responses = 3 padded micro-batches of 5" in text
 
 
+@pytest.mark.skipif(gpu_is_here(), reason="of a machine without GPUs")
+def test_without_a_gpu_a_dry_run_checks_and_plans_for_one(valid, capfd, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    offload, states = "worker.actor.offload.offload_optimizer=true", "worker.actor.offload_states=true"
+    for refused, expected in (
+        ([offload, states], "DeepSpeed moves no states while zero_optimization.offload_optimizer keeps a part of them"),
+        ([states, "worker.actor.optim.strategy=adamw_bf16"], "worker.actor.offload_states=true moves the states of"),
+        ([offload, "worker.actor.optim.strategy=muon"], "muon keeps its states on the GPU, not with offload_optimizer"),
+    ):
+        assert main([*valid, *refused, "trainer.dry_run=true"]) == 2
+        assert expected in (message := capfd.readouterr().err) and message.count("\n") == 1
+        plan(valid, capfd, *refused, "worker.actor.dtype=fp32")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        plan(valid, capfd, *refused)
+        monkeypatch.delenv("DS_ACCELERATOR")
+    gae = ["algorithm.adv_estimator=gae", "worker.critic.offload.offload_params=true"]
+    text = plan(valid, capfd, offload, "worker.ref.offload.offload_params=true", *gae)
+    assert "CPU, fp32 (no GPU here; bf16 on a GPU)" in text
+    assert "deepspeed   ZeRO-3, bf16 off here, offload: optimiser on cpu (on a GPU); train_batch_size 30" in text
+    assert "reference   ZeRO-3, offload: parameters on cpu (on a GPU); KL" in text
+    assert "with a value head; ZeRO-3, offload: parameters on cpu (on a GPU); 2" in text
+    text = plan(valid, capfd)
+    assert "offload: none; train_batch_size" in text and text.count("on a GPU") == 1
+    text = plan(valid, capfd, offload, "worker.actor.deepspeed=zero3_cpu.json")
+    assert "bf16 off, offload: none" in text and "on a GPU" not in text
+
+
 def test_what_a_refresh_costs(valid, capfd):
     curriculum = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=2"]
     assert "every 2 steps: 7 prompts x 8 = 56 responses, 47% of the 120" in plan(valid, capfd, *curriculum)
