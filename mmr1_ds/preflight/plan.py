@@ -363,7 +363,7 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
     found = model_type(config.worker.actor.model)
     notes = [*([] if found is None else untested(config, found)), *untested_critic(config)]
     rollout, trainer, size = config.worker.rollout, config.trainer, train_data.num_rows
-    if size is not None and size < config.data.rollout_batch_size:
+    if size is not None and size < config.data.rollout_batch_size and not trainer.val_only:
         notes.append(
             f"the data has {size} prompts, a step takes data.rollout_batch_size={config.data.rollout_batch_size}: "
             "each step repeats prompts"

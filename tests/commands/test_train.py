@@ -90,6 +90,7 @@ def test_eval_needs_something_to_validate_on(valid, tmp_path, capfd):
     assert cli.main(["eval", *settings, "temperature=0.7"]) == 0
     text = capfd.readouterr().err
     assert "4 answer(s) a prompt, temperature 0.7" in text  # the validation's own
+    assert "each step repeats prompts" not in text  # of 12, while the data have 7
     assert "train data" not in text and "reference" not in text and "no optimiser" in text
     assert main([*valid, "trainer.pass_rates=rates.jsonl", "trainer.dry_run=true"]) == 2
     assert "trainer.pass_rates=rates.jsonl is for a validation alone; start mmr1-ds eval" in capfd.readouterr().err
