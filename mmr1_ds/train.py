@@ -140,7 +140,7 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
             from mmr1_ds.loop.own_functions import try_functions  # imports torch
 
             try_functions(config.worker.actor, config.algorithm)
-        logger.info("dry run: everything checked, no model loaded")
+        logger.info("dry run: settings and columns checked, no model loaded; mmr1-ds data, with the same settings, checks the rows")
         return None
     require("gpu", "torch", "deepspeed", "transformers", "accelerate", "datasets", purpose="training")
     return config, configs
