@@ -45,7 +45,7 @@ from mmr1_ds.preflight.deepspeed import (
 from mmr1_ds.preflight.installed import check_installed
 from mmr1_ds.preflight.machine import MachineError, check_machine, use_own_nvcc
 from mmr1_ds.preflight.plan import describe_plan
-from mmr1_ds.preflight.reward import try_reward
+from mmr1_ds.preflight.reward import pays_nothing, try_reward
 
 logger = logging.getLogger("mmr1_ds.train")  # run with -m, __name__ is __main__
 
@@ -135,12 +135,21 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
     else:  # only a dry run is done here
         logger.warning("deepspeed is not installed here, so that other packages of the run are not looked for either")
     if config.trainer.dry_run:
-        try_reward(config.worker.reward, config.data)
+        result = try_reward(config.worker.reward, config.data)
+        prompt = None if "data.system_prompt" in loaded.given else config.data.system_prompt
+        if result is not None and pays_nothing(result) and "\\boxed" in (prompt or ""):
+            logger.warning(
+                "the reward gives 0 to a right answer in the form that data.system_prompt asks for, which comes from a "
+                "preset: set data.system_prompt=null, or to a text that asks for the form that the reward reads"
+            )
         if any(names_a_file(value_at(config, key)) for key in FUNCTION_KEYS):
             from mmr1_ds.loop.own_functions import try_functions  # imports torch
 
             try_functions(config.worker.actor, config.algorithm)
-        logger.info("dry run: settings and columns checked, no model loaded; mmr1-ds data, with the same settings, checks the rows")
+        logger.info(
+            "dry run: settings and columns checked, no model loaded; mmr1-ds data, with the same settings, checks the "
+            "rows"
+        )
         return None
     require("gpu", "torch", "deepspeed", "transformers", "accelerate", "datasets", purpose="training")
     return config, configs

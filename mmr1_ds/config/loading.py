@@ -33,6 +33,7 @@ from mmr1_ds.config.keys import (
 )
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.redaction import shown, without_secrets
+from mmr1_ds.config.remarks import remarks
 from mmr1_ds.config.schema import RunConfig, names_a_file
 from mmr1_ds.config.unused import without_effect
 from mmr1_ds.config.upstream import Translation, ours, replace_example_files, translate, upstream_keys
@@ -57,6 +58,7 @@ class LoadedConfig:
 
     config: RunConfig
     warnings: tuple[str, ...]  # one line each
+    given: frozenset[str] = frozenset()  # keys that the user's files and the command line set, in our names
 
 
 def config_folders() -> list[Path]:
@@ -96,8 +98,12 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     notes = replace_example_files(merged, config_folders())
     config = _typed(merged)
     _expand_home(config)
-    given = [key for translation in translations if not translation.is_ours for key in translation.values]
-    return LoadedConfig(config, (*_warnings(translations, notes), *without_effect(config, given)))
+    given = frozenset(key for one in translations if not one.is_ours for key in one.values)
+    # The last translation is the command line's.
+    offloads = dict.fromkeys(key for one in translations[:-1] if not one.is_ours for key in one.offloads)
+    presets = {key: value for one in translations if one.is_ours for key, value in one.values.items()}
+    lines = (*without_effect(config, given), *remarks(config, given, offloads, presets))
+    return LoadedConfig(config, (*_warnings(translations, notes), *lines), given)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -163,6 +163,7 @@ class Translation:
     values: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
     ignored: list[str] = field(default_factory=list)  # keys, in the order met
     notes: list[str] = field(default_factory=list)  # a line for each key whose meaning changed on the way
+    offloads: list[str] = field(default_factory=list)  # our names of keys that EasyR1 moves states by, not ZeRO's way
     is_ours: bool = False  # one of the project's own configs, whose keys no user set
 
 
@@ -240,6 +241,8 @@ def _translate_special(key: str, value: Any, result: Translation, where: str) ->
         case _ if key in _OFFLOAD:
             for target in _OFFLOAD[key]:
                 result.values[target] = value or result.values.get(target, False)
+            if value and not key.endswith(".enable_cpu_offload"):  # FSDP's own, whose optimiser steps on the CPU
+                result.offloads += _OFFLOAD[key]
         case (
             "worker.actor.optim.min_lr_ratio"
             | "worker.critic.optim.min_lr_ratio"

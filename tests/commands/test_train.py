@@ -180,6 +180,20 @@ def test_the_plan_says_that_a_critic_is_trained(valid, capfd):
     assert "value head" not in plan(valid, capfd)
 
 
+def test_a_reward_that_does_not_read_what_the_preset_asks_for(valid, capfd, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def ends(item):\n    return {'overall': float(item['response'].endswith(item['ground_truth']))}\n"
+        "def boxed(item):\n    return {'overall': float('boxed{' + item['ground_truth'] + '}' in item['response'])}\n"
+    )
+    preset, note = ["config=mmr1", *valid, "data.curriculum_refresh=online"], "gives 0 to a right answer in the form"
+    ends, boxed = (f"worker.reward.reward_function={tmp_path / 'mine.py'}:{name}" for name in ("ends", "boxed"))
+    assert note in plan(preset, capfd, ends)
+    assert note not in plan(preset, capfd, boxed)
+    assert note not in plan(preset, capfd, ends, "data.system_prompt=null")
+    assert note not in plan(preset, capfd, ends, "data.system_prompt=Put it into a \\boxed{}.")
+    assert note not in plan(valid, capfd, ends)
+
+
 def test_what_is_ignored_is_said_once(valid, capfd):
     text = plan(valid, capfd, "worker.actor.use_torch_compile=true", "worker.rollout.disable_tqdm=true")
     assert text.count("ignored keys: worker.actor.use_torch_compile, worker.rollout.disable_tqdm") == 1

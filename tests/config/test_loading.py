@@ -316,6 +316,34 @@ def test_the_project_s_own_configs_have_none(folder):
     assert load_config(["config=mmr1_online", "data.sampling_strategy=shuffle"]).warnings == ()
 
 
+def test_validation_data_of_a_preset_with_columns_of_the_user_s(tmp_path):
+    (line,) = load_config(["config=mmr1_h100", "data.prompt_key=question"]).warnings
+    assert line.startswith("data.val_files=hiyouga/geometry3k@test comes from a preset, data.prompt_key=question from")
+    assert line.endswith("set data.val_files to data of yours, or to null")
+    (tmp_path / "mine.yaml").write_text("defaults: [mmr1]\ndata: {answer_key: truth}")
+    (line,) = load_config([f"config={tmp_path / 'mine.yaml'}"]).warnings
+    assert "data.answer_key=truth from you" in line
+    for quiet in ("data.prompt_key=problem", "data.val_files=null", "data.val_files=mine.json"):
+        assert load_config(["config=mmr1_h100", "data.answer_key=answer", quiet]).warnings == ()
+    assert load_config(["data.val_files=mine.json", "data.prompt_key=question"]).warnings == ()
+
+
+@pytest.mark.parametrize("text", ["offload: {offload_optimizer: true}", "fsdp: {optimizer_offload: true}"])
+def test_offload_in_a_file_means_another_thing_than_in_easyr1_s(tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(f"worker: {{actor: {{{text}}}}}")
+    file, key = f"config={tmp_path / 'mine.yaml'}", "worker.actor.offload.offload_optimizer"
+    (line,) = load_config([file]).warnings
+    assert line.startswith(f"{key}: not as in EasyR1, which moves them to host memory between the phases")
+    assert "nearest to EasyR1's is worker.actor.offload_states=true" in line
+    assert load_config([file, f"{key}=false"]).warnings == load_config([f"{key}=true"]).warnings == ()
+    assert load_config([file, "trainer.val_only=true"]).warnings == ()
+    (tmp_path / "mine.yaml").write_text("worker: {ref: {offload: {offload_params: true}}}")
+    (line,) = load_config([file]).warnings
+    assert line.startswith("worker.ref.offload.offload_params: not as in EasyR1") and "nearest" not in line
+    (tmp_path / "mine.yaml").write_text("worker: {actor: {fsdp: {enable_cpu_offload: true}}}")  # FSDP's, as ZeRO's
+    assert load_config([file]).warnings == ()
+
+
 # --- upstream -----------------------------------------------------------------------------------------------------
 
 
