@@ -83,7 +83,7 @@ class _Signals:
 def read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
     """Return the configuration and the port, after all checks that need nothing heavy. Raises: UserError."""
     ports = [word for word in settings if word.startswith(_PORT)]
-    loaded = load_config([word for word in settings if word not in ports])
+    loaded = load_config([*(word for word in settings if word not in ports), "worker.rollout.engine=server"])
     for line in loaded.warnings:
         logger.warning("%s", line)
     config, rollout = loaded.config, loaded.config.worker.rollout

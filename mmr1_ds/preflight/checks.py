@@ -152,6 +152,8 @@ def _check_curriculum(config: RunConfig) -> None:
             "data.curriculum_draw=posterior draws from beliefs, which data.curriculum_refresh=full has none of; "
             "set data.curriculum_refresh=online, or data.curriculum_draw=candidates"
         )
+    if data.curriculum_momentum == 1 and data.curriculum_refresh == "full":
+        raise UserError("data.curriculum_momentum must be in [0, 1), got 1: no weight would ever change; lower it")
     check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
     names = [canonical_metric(name) for name in data.curriculum_metrics]
     if len(set(names)) < len(names):

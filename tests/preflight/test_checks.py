@@ -106,6 +106,10 @@ def test_metrics(valid, arguments, expected):
     assert expected in refused(valid, *arguments)
 
 
+def test_a_momentum_that_nothing_reads_is_not_refused(valid):
+    check(valid, "data.curriculum_momentum=1.0", "data.curriculum_refresh=online")
+
+
 @pytest.mark.parametrize(
     "names", ["learnability,self_bleu_123,distinct_3,edit_distance", "self-bleu,distinct-n,edit-distance,learnability"]
 )
@@ -132,7 +136,8 @@ def test_both_spellings_of_metrics(valid, names):
         ("worker.actor.tau_negative=0", "worker.actor.tau_negative must be over 0, got 0.0"),
         ("worker.actor.optim.strategy=sgd", "strategy must be adamw or adamw_bf16 or adamw_8bit or muon, got sgd"),
         ("worker.rollout.name=sglang", "worker.rollout.engine must be auto or vllm or server or hf, got"),
-        ("data.curriculum_momentum=1.0", "data.curriculum_momentum must be in [0, 1), got 1.0"),
+        ("data.curriculum_momentum=1.0", "data.curriculum_momentum must be in [0, 1), got 1: no weight would ever"),
+        ("data.curriculum_momentum=1.5", "data.curriculum_momentum must be in [0, 1], got 1.5"),
     ],
 )
 def test_values_of_ours_that_are_not_implemented(valid, argument, expected):
