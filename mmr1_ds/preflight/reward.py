@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> RewardResult | None:
     truth = at_path(row, data.answer_key)
     prompt, ids = str(at_path(row, data.prompt_key) or ""), tuple(range(8))  # without a tokenizer: any
     item = RewardItem(right_response(truth), len(ids), str(truth), prompt, 0, columns, ids, ids, messages)
-    with RewardPool(replace(reward, num_workers=1)) as pool:
+    with RewardPool(replace(reward, num_workers=1), logs_failures=False) as pool:
         if truth is None:  # the data would have to be fetched, or its first row has no answer
             return None
         result = pool.score([item, item])[0]  # two: a reward that compares responses needs another
@@ -45,8 +44,7 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> RewardResult | None:
 
 def pays_nothing(result: RewardResult) -> bool:
     """Return whether a reward took a right response for a wrong one."""
-    right = result.overall if math.isnan(result.accuracy) else result.accuracy
-    return result.failure is None and right == 0
+    return result.failure is None and result.accuracy == 0
 
 
 def right_response(answer: object) -> str:
