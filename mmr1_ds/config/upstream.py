@@ -42,6 +42,9 @@ RENAMED = {
     "worker.rollout.name": "worker.rollout.engine",
 }
 
+# Keys of verl's that are not read here -> ours, which are not the nearest in spelling
+OF_OTHERS = {"data.train_batch_size": "data.rollout_batch_size"}
+
 _BF16 = ("bf16", "bfloat16", "torch.bfloat16", None)
 # key -> (values that are what this trainer does, what to do instead of another)
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {

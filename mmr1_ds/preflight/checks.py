@@ -321,8 +321,13 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
     if world_size % parallel and config.worker.rollout.engine != "server":
         raise UserError(
             f"worker.rollout.tensor_parallel_size must divide the ranks: {world_size} % {parallel} = "
-            f"{world_size % parallel}; set it to 1"
+            f"{world_size % parallel}; set it to {_divisors(world_size)}"
         )
+
+
+def _divisors(number: int) -> str:
+    found = [str(size) for size in range(1, number + 1) if number % size == 0]
+    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
 
 
 def _check_sequence_parallel(config: RunConfig, world_size: int) -> None:

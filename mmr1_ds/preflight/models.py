@@ -18,6 +18,7 @@ from mmr1_ds.preflight.files import json_object
 
 # Of mixtures that are in no row of the table.
 _NUM_EXPERTS = ("num_experts", "num_experts_per_tok", "num_local_experts", "experts_per_token", "n_routed_experts")
+_MADE = {"demo_assets": "make demo", "real_text_assets": "make real"}  # folders of models -> what writes them
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,7 +52,8 @@ def _is_folder(name: str, key: str) -> bool:
         return True
     if _HUB_ID.fullmatch(name):
         return False
-    raise UserError(f"{key}: no such folder {name!r}, and not a hub id of the form org/name")
+    made = next((f"; {command} makes it" for folder, command in _MADE.items() if folder in Path(name).parts), "")
+    raise UserError(f"{key}: no such folder {name!r}, and not a hub id of the form org/name{made}")
 
 
 def _check_model_folder(name: str, key: str) -> None:

@@ -175,10 +175,15 @@ def _run(config: RunConfig, plan: BatchPlan) -> str:
     if trainer.val_only:
         return "validation only"
     if trainer.max_steps is not None:
-        return f"{trainer.max_steps:,} steps (trainer.max_steps)"
+        return f"{_count(trainer.max_steps, 'step')} (trainer.max_steps)"
     if plan.total_steps is None:
-        return f"{trainer.total_episodes} episodes; steps are known once the data is read"
-    return f"{trainer.total_episodes} episodes = {plan.total_steps:,} steps (before over-long prompts are dropped)"
+        return f"{_count(trainer.total_episodes, 'episode')}; steps are known once the data is read"
+    steps = _count(plan.total_steps, "step")
+    return f"{_count(trainer.total_episodes, 'episode')} = {steps} (before over-long prompts are dropped)"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _sampling(config: RunConfig) -> str:
@@ -194,12 +199,13 @@ def _sampling(config: RunConfig) -> str:
     )
     rule = {
         "proportional": "",
-        "candidates": f"the best of {data.curriculum_candidates} times as many, ",
-        "posterior": "the best by a draw from each belief, and where long unseen ",
+        "candidates": f", the best of {data.curriculum_candidates} times as many",
+        "posterior": ", the best by a draw from each belief",
     }[data.curriculum_draw]
+    others = data.rollout_batch_size - sampler.num_weighted
     return (
-        f"curriculum: {sampler.num_weighted} of {data.rollout_batch_size} prompts a step by score ({score}), "
-        f"{rule}the others in turn"
+        f"curriculum: {sampler.num_weighted} of {data.rollout_batch_size} prompts a step by score ({score}){rule}"
+        + (f"; the other {others} in turn" if others else "")
         + (f"; momentum {data.curriculum_momentum:g}" if data.curriculum_refresh == "full" else "")
     )
 
@@ -217,7 +223,7 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
             features += f"; begins from the pass rates in {data.curriculum_prior}"
         return f"online: from the training responses{probes if fraction > 0 else ''}{features}"
     size = plan.train_data.num_rows
-    every = f"every {data.curriculum_update_freq} steps" if data.curriculum_update_freq else "every epoch"
+    every = f"every {_count(data.curriculum_update_freq, 'step')}" if data.curriculum_update_freq else "every epoch"
     if size is None:
         return f"{every}: each prompt of the data x {data.curriculum_rollout_n} responses"
     steps = data.curriculum_update_freq or max(1, size // data.rollout_batch_size)
@@ -262,7 +268,8 @@ def _rollout(config: RunConfig) -> str:
 
 def _reward(config: RunConfig) -> str:
     reward = config.worker.reward
-    return f"{reward.reward_function}, {reward.num_workers} processes a rank, {reward.timeout_seconds:g} s a response"
+    workers = _count(reward.num_workers, "process", "processes")
+    return f"{reward.reward_function}, {workers} a rank, {reward.timeout_seconds:g} s a response"
 
 
 def _deepspeed(config: RunConfig, actor: Mapping[str, Any], on_gpu: Mapping[str, Any]) -> str:
@@ -365,17 +372,18 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
     rollout, trainer, size = config.worker.rollout, config.trainer, train_data.num_rows
     if size is not None and size < config.data.rollout_batch_size and not trainer.val_only:
         notes.append(
-            f"the data has {size} prompts, a step takes data.rollout_batch_size={config.data.rollout_batch_size}: "
-            "each step repeats prompts"
+            f"the data has {_count(size, 'prompt')}, a step takes data.rollout_batch_size="
+            f"{config.data.rollout_batch_size}: each step repeats prompts"
         )
-    bends = rollout.top_p < 1 or rollout.top_k != -1 or rollout.min_p > 0 or rollout.repetition_penalty != 1
-    if bends and rollout.logprobs == "processed":
-        further = f", min_p={rollout.min_p:g}" if rollout.min_p > 0 else ""
-        if rollout.repetition_penalty != 1:
-            further += f", repetition_penalty={rollout.repetition_penalty:g}"
+    bent = {
+        "top_p": rollout.top_p < 1, "top_k": rollout.top_k != -1, "min_p": rollout.min_p > 0,
+        "repetition_penalty": rollout.repetition_penalty != 1,
+    }  # fmt: skip
+    if any(bent.values()) and rollout.logprobs == "processed":
+        keys = ", ".join(f"{key}={getattr(rollout, key):g}" for key, is_set in bent.items() if is_set)
         notes.append(
-            f"worker.rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k}{further} cut the sampled distribution; the "
-            "actor's log-probabilities belong to the whole one, which biases importance weights: set "
+            f"worker.rollout.{keys}: the sampled distribution is not the whole one, to which the actor's "
+            "log-probabilities belong, which biases importance weights: set "
             "worker.rollout.logprobs=raw (not with engine=server)"
         )
     algorithm = config.algorithm

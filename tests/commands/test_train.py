@@ -160,7 +160,16 @@ def test_what_a_refresh_costs(valid, capfd):
 def test_prompts_by_score_are_counted_as_the_sampler_counts(valid, capfd):
     batch = ["data.rollout_batch_size=100", "worker.actor.global_batch_size=100"]
     mixture = ["data.sampling_strategy=curriculum", "data.curriculum_mixture_ratio=0.29"]  # 0.29 * 100 = 28.99...
-    assert "curriculum: 29 of 100 prompts" in plan(valid, capfd, *batch, *mixture, "worker.rollout.n=6")
+    text = plan(valid, capfd, *batch, *mixture, "worker.rollout.n=6")
+    assert "curriculum: 29 of 100 prompts a step by score (1 learnability); the other 71 in turn; mom" in text
+    online = ["data.curriculum_refresh=online", "data.curriculum_mixture_ratio=1"]
+    text = plan(valid, capfd, *batch, *mixture, *online, "worker.rollout.n=6")
+    assert "100 of 100 prompts a step by score (1 learnability), the best by a draw from each belief\n" in text
+
+
+def test_one_is_no_plural(valid, capfd):
+    text = plan(valid, capfd, "trainer.max_steps=1", "worker.reward.num_workers=1")
+    assert " 1 step (trainer.max_steps)" in text and "math, 1 process a rank, " in text
 
 
 def test_the_plan_says_that_a_critic_is_trained(valid, capfd):

@@ -320,6 +320,23 @@ def test_the_project_s_own_configs_have_none(folder):
     assert load_config(["config=mmr1_online", "data.sampling_strategy=shuffle"]).warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        (
+            "worker.reward.reward_function_kwargs={format_weight:0.2}",
+            "kwargs: format_weight has no value; write a space behind the colon, as in '{format_weight: 1}'",
+        ),
+        ("worker.reward.functions=[{function:math, weight: 1}]", "worker.reward.functions: function has no value; wri"),
+        ("--worker.rollout.n=4", "--worker.rollout.n: settings have no dashes; write worker.rollout.n=4"),
+        ("--config=demo", "--config: settings have no dashes; write config=demo"),
+        ("data.train_batch_size=8", "unknown key data.train_batch_size in the command line; did you mean data.rollout"),
+    ],
+)
+def test_what_other_programs_and_shells_lead_to(argument, expected):
+    assert expected in mistake(argument)
+
+
 def test_validation_data_of_a_preset_with_columns_of_the_user_s(tmp_path):
     (line,) = load_config(["config=mmr1_h100", "data.prompt_key=question"]).warnings
     assert line.startswith("data.val_files=hiyouga/geometry3k@test comes from a preset, data.prompt_key=question from")

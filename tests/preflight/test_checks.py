@@ -2,6 +2,7 @@
 
 import pytest
 from fixtures.configs import check, load, model_folder, refused
+from fixtures.dry_runs import write_rows
 
 from mmr1_ds.config.derived import resolved_critic, total_training_steps
 from mmr1_ds.preflight.checks import check_config
@@ -45,7 +46,10 @@ def test_number_of_steps(valid, num_prompts, steps):
         ("data.train_weights=[0]", "data.train_weights must each be over 0, got 0"),
         ("worker.ref.ema_decay=0.9", "needs worker.ref.update_freq, which is 0; set it to 1"),
         ("trainer.n_gpus_per_node=8", "1 * 8 = 8, but 2 processes were started"),
-        ("worker.rollout.tensor_parallel_size=3", "2 % 3 = 2"),
+        ("worker.rollout.tensor_parallel_size=3", "2 % 3 = 2; set it to 1 or 2"),
+        ("worker.actor.model.model_path=runs/demo_assets/model", "not a hub id of the form org/name; make demo makes"),
+        ("worker.actor.model.model_path=/x/real_text_assets/model", "form org/name; make real makes it"),
+        ("data.id_key=id", "(data.id_key); it has problem, answer, images; name one of them, or set data.id_key=null"),
         ("worker.rollout.max_model_len=100", "512 + 512 = 1024"),
         ("data.min_pixels=5000000", "over data.max_pixels=4194304"),
         ("trainer.val_only=true", "needs data.val_files"),
@@ -61,6 +65,22 @@ def test_number_of_steps(valid, num_prompts, steps):
 )
 def test_refused_with_the_numbers(valid, argument, expected):
     assert expected in refused(valid, argument)
+
+
+def test_answers_of_verl_s_rows_are_found(valid, tmp_path):
+    rows = [{"prompt": "2 + 5?", "reward_model": {"ground_truth": "7", "style": "rule"}}] * 7
+    data = [f"data.train_files={write_rows(tmp_path, 'verl.json', rows)}", "data.prompt_key=prompt"]
+    assert "; rows of verl have it in data.answer_key=reward_model.ground_truth" in refused(valid, *data)
+    check(valid, *data, "data.answer_key=reward_model.ground_truth")
+
+
+def test_the_note_on_a_bent_distribution_names_what_bends_it(valid):
+    def note(*argv):
+        return next((note for note in check(valid, *argv).notes if "sampled distribution is not the whole" in note), "")
+
+    assert note("worker.rollout.top_p=0.99").startswith("worker.rollout.top_p=0.99: the sampled")
+    assert note("worker.rollout.top_k=7", "worker.rollout.min_p=0.1").startswith("worker.rollout.top_k=7, min_p=0.1: ")
+    assert note("worker.rollout.top_p=1.0") == ""
 
 
 def test_ranks_that_do_not_divide_the_batch(valid):
