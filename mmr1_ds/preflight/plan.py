@@ -335,7 +335,7 @@ def _output(config: RunConfig) -> str:
         newest = f"N steps done by the newest checkpoint in {checkpoint_directory(config)}, 0 without one"
         rates = "" if trainer.pass_rates is None else f"; pass rates in {trainer.pass_rates}"
         return f"{run_directory(config) / 'eval' / 'step_N'}, {newest}{rates}"
-    saves = "every tenth of the run" if trainer.save_freq is None else f"every {trainer.save_freq} steps"
+    saves = "every tenth of the run" if trainer.save_freq is None else f"every {_count(trainer.save_freq, 'step')}"
     if trainer.save_freq == -1:
         saves = "after the last step"
     kept = "all kept" if trainer.save_limit == -1 else f"the last {trainer.save_limit} kept"
@@ -372,7 +372,7 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
     rollout, trainer, size = config.worker.rollout, config.trainer, train_data.num_rows
     if size is not None and size < config.data.rollout_batch_size and not trainer.val_only:
         notes.append(
-            f"the data has {_count(size, 'prompt')}, a step takes data.rollout_batch_size="
+            f"the data has {size} prompts, a step takes data.rollout_batch_size="
             f"{config.data.rollout_batch_size}: each step repeats prompts"
         )
     bent = {
