@@ -71,7 +71,10 @@ def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -
     settings, num_servers = list(arguments.settings), arguments.server_nodes
     _refuse_secrets(settings)
     _check_arguments(arguments)
-    config = load_config([*settings, *(_SERVERS if num_servers else ())]).config
+    loaded = load_config([*settings, *(_SERVERS if num_servers else ())])
+    for line in loaded.warnings:
+        sys.stderr.write(f"mmr1-ds: {line}\n")
+    config = loaded.config
     trainer, on_gpu = config.trainer, environ.get("DS_ACCELERATOR") != "cpu"
     world_size = trainer.nnodes * trainer.n_gpus_per_node
     check_config(config, world_size)

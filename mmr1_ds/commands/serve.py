@@ -24,6 +24,7 @@ from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 from mmr1_ds.preflight.checks import check_lora_sync
 from mmr1_ds.preflight.data import check_data
 from mmr1_ds.preflight.files import check_format_prompt
+from mmr1_ds.preflight.lengths import check_positions
 from mmr1_ds.preflight.models import check_model
 from mmr1_ds.rollout.options import image_bounds
 from mmr1_ds.rollout.servers.address import ServerPort
@@ -90,6 +91,7 @@ def read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
     check_choices(config)
     check_ranges(config)
     check_model(config.worker.actor.model)
+    check_positions(config)
     check_format_prompt(config.data)
     check_lora_sync(config)
     key = os.environ.get(rollout.server_key_variable, "")
