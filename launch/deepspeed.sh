@@ -7,7 +7,8 @@
 #
 # Exits with the status of the rank that failed first, 0 when none did, 130 after Ctrl-C, 143 after SIGTERM.
 # A run that crashes is started again (restarts.sh), unless each host has a script of its own (NODE_RANK).
-# Environment: PYTHON (default: .venv/bin/python), STOP_SECONDS that ranks have to end after a signal (default: 60)
+# Environment: PYTHON (default: .venv/bin/python, else python3)
+#              STOP_SECONDS that ranks have to end after a signal (default: 60)
 #              CUDA_VISIBLE_DEVICES  the GPUs to take, the first NUM_RANKS of them (default: the machine's first)
 #              HOSTFILE  hosts and slots, as the launcher reads them: it starts NUM_RANKS on each, by ssh. Without ssh,
 #                        call this on every host, with NODE_RANK (its place in the file, from 0), MASTER_ADDR and
@@ -20,9 +21,16 @@ source "$root/launch/visible_gpus.sh"
 # shellcheck source=launch/restarts.sh
 source "$root/launch/restarts.sh"
 if [[ -z "${HOSTFILE:-}" ]]; then make_key; fi  # other hosts would not get it
-python="${PYTHON:-$root/.venv/bin/python}"
+python="${PYTHON:-}"
+if [[ -z "$python" ]]; then
+  if [[ -x "$root/.venv/bin/python" ]]; then python="$root/.venv/bin/python"; else python=python3; fi
+fi
 num_ranks="$1" module="$2"
 shift 2
+if [[ -n "${HOSTFILE:-}" && ! -f "$HOSTFILE" ]]; then
+  echo "HOSTFILE=$HOSTFILE: no such file; write one with a line for each host, as in: node1 slots=8" >&2
+  exit 2
+fi
 port="${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
 if [[ -n "${HOSTFILE:-}" ]]; then
   hosts=(--hostfile "$HOSTFILE")

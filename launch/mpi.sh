@@ -4,7 +4,7 @@
 #   bash launch/mpi.sh NUM_RANKS mmr1_ds.train config=FILE key=value ...
 #
 # SIGTERM and SIGUSR1 reach the ranks as SIGUSR1: mpirun passes that on, and would kill them on SIGTERM.
-# Environment: PYTHON    (default: .venv/bin/python)
+# Environment: PYTHON    (default: .venv/bin/python, else python3)
 #              HOSTFILE  hosts and slots, as mpirun reads them (default: this machine)
 #              MPI_ARGS  further arguments of mpirun, as in "--map-by ppr:8:node -x NCCL_IB_HCA"
 # A run that crashes is started again (restarts.sh).
@@ -14,9 +14,16 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/restarts.sh
 source "$root/launch/restarts.sh"
 make_key
-python="${PYTHON:-$root/.venv/bin/python}"
+python="${PYTHON:-}"
+if [[ -z "$python" ]]; then
+  if [[ -x "$root/.venv/bin/python" ]]; then python="$root/.venv/bin/python"; else python=python3; fi
+fi
 num_ranks="$1" module="$2"
 shift 2
+if [[ -n "${HOSTFILE:-}" && ! -f "$HOSTFILE" ]]; then
+  echo "HOSTFILE=$HOSTFILE: no such file; write one with a line for each host, as in: node1 slots=8" >&2
+  exit 2
+fi
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
 arguments=(-n "$num_ranks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -89,10 +90,12 @@ def digest(path: Path) -> str:
 
 
 def in_words(error: OSError) -> str:
-    """Say what the disk failed with: the system's own words, the path, and the space left on its file system."""
+    """Say what the disk failed with: the system's own words, the path, and on a full disk the space left there."""
     if not isinstance(error.filename, str | Path):
         return str(error)
     words = f"{error.strerror}: {error.filename}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return words
     try:
         usage = shutil.disk_usage(next(place for place in Path(error.filename).absolute().parents if place.exists()))
     except (OSError, StopIteration):

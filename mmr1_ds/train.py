@@ -25,7 +25,7 @@ from mmr1_ds.cluster.launch import (
 from mmr1_ds.cluster.preemption import Preempted, Preemption
 from mmr1_ds.cluster.watch import CollectiveError, exit_code
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import trains_critic, without_training
+from mmr1_ds.config.derived import without_training
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.redaction import remember
@@ -37,16 +37,15 @@ from mmr1_ds.monitoring.trackers import check_trackers
 from mmr1_ds.preflight.checks import check_config
 from mmr1_ds.preflight.deepspeed import (
     DeepspeedConfigs,
-    critic_deepspeed,
+    engines_on_gpus,
     own_deepspeed,
-    reference_deepspeed,
-    resolve_deepspeed,
+    resolve_engines,
     with_dropped_sections,
 )
 from mmr1_ds.preflight.installed import check_installed
 from mmr1_ds.preflight.machine import MachineError, check_machine, use_own_nvcc
 from mmr1_ds.preflight.plan import describe_plan
-from mmr1_ds.preflight.reward import try_reward
+from mmr1_ds.preflight.reward import pays_nothing, try_reward
 
 logger = logging.getLogger("mmr1_ds.train")  # run with -m, __name__ is __main__
 
@@ -117,33 +116,40 @@ def _prepare(argv: Sequence[str], launch: LaunchEnvironment) -> tuple[RunConfig,
         world_size = config.trainer.nnodes * config.trainer.n_gpus_per_node
     plan = check_config(config, world_size)
     on_gpu = gpu_is_here()
-    actor = resolve_deepspeed(config, world_size, on_gpu)
-    reference = reference_deepspeed(config, actor, on_gpu)
-    critic = critic_deepspeed(config, actor, world_size, on_gpu) if trains_critic(config) else None
-    logger.info("%s", describe_plan(config, plan, actor, reference, critic, on_gpu))
+    configs = resolve_engines(config, world_size, on_gpu)
+    elsewhere = engines_on_gpus(config, world_size) if config.trainer.dry_run and not on_gpu else None
+    logger.info("%s", describe_plan(config, plan, configs, on_gpu, elsewhere))
     if on_gpu:
         use_own_nvcc()  # before torch is imported
-        for line in check_machine(config, actor):
+        for line in check_machine(config, configs.actor):
             logger.warning("%s", line)
-    configs = DeepspeedConfigs(actor, reference, critic)
     if (own := own_deepspeed(config)) is not None:
         if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed guesses, with a warning
         from mmr1_ds.loop.deepspeed_check import check_engines  # imports torch and DeepSpeed
 
-        check_engines(replace(configs, actor=with_dropped_sections(config, actor)), own)
+        check_engines(replace(configs, actor=with_dropped_sections(config, configs.actor)), own)
     if importlib.util.find_spec("deepspeed") is not None:
         check_trackers(config.trainer.logger)
         check_installed(config)
     else:  # only a dry run is done here
         logger.warning("deepspeed is not installed here, so that other packages of the run are not looked for either")
     if config.trainer.dry_run:
-        try_reward(config.worker.reward, config.data)
+        result = try_reward(config.worker.reward, config.data)
+        prompt = None if "data.system_prompt" in loaded.given else config.data.system_prompt
+        if result is not None and pays_nothing(result) and "\\boxed" in (prompt or ""):
+            logger.warning(
+                "the reward gives 0 to a right answer in the form that data.system_prompt asks for, which comes from a "
+                "preset: set data.system_prompt=null, or to a text that asks for the form that the reward reads"
+            )
         if any(names_a_file(value_at(config, key)) for key in FUNCTION_KEYS):
             from mmr1_ds.loop.own_functions import try_functions  # imports torch
 
             try_functions(config.worker.actor, config.algorithm)
-        logger.info("dry run: everything checked, no model loaded")
+        logger.info(
+            "dry run: settings and columns checked, no model loaded; mmr1-ds data, with the same settings, checks the "
+            "rows"
+        )
         return None
     require("gpu", "torch", "deepspeed", "transformers", "accelerate", "datasets", purpose="training")
     return config, configs

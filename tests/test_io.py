@@ -34,6 +34,8 @@ def test_a_disk_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
     assert (tmp_path / "a").read_bytes() == b"old" and names(tmp_path) == ["a"]
     assert io.in_words(caught.value).startswith(f"No space left on device: {tmp_path / 'a'} (")
     assert "bytes are free there" in io.in_words(caught.value)
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", str(tmp_path / "b"))
+    assert io.in_words(missing) == f"No such file or directory: {tmp_path / 'b'}"
 
 
 def test_a_folder_appears_when_all_is_in_it(tmp_path):

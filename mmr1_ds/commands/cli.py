@@ -17,7 +17,7 @@ from mmr1_ds.commands.plan import command as plan
 from mmr1_ds.commands.report import command as report
 from mmr1_ds.commands.score import command as score
 from mmr1_ds.config import ValidationSampling, reference
-from mmr1_ds.config.loading import LOCAL_RANK
+from mmr1_ds.config.loading import LOCAL_RANK, check_no_dashes
 from mmr1_ds.errors import UserError
 
 _SETTINGS = "config=FILE (a path, or the name of one of the project's configs) and key=value, 'list=[a,b]'"
@@ -36,9 +36,12 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns: the exit code; 2 after a user's mistake, which it tells in one line on stderr."""
     given = sys.argv[1:] if argv is None else argv
-    arguments = parse([word for word in given if not word.startswith(LOCAL_RANK)])
+    words = [word for word in given if not word.startswith(LOCAL_RANK)]
     put_own_programs_on_path()
     try:
+        for word in words if words and words[0] in COMMANDS and COMMANDS[words[0]].takes_settings else ():
+            check_no_dashes(word)
+        arguments = parse(words)
         return COMMANDS[arguments.command].main(arguments)
     except UserError as error:
         return tell(error)

@@ -17,7 +17,7 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.config.redaction import redacted, without_secrets
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.checks import check_config
-from mmr1_ds.preflight.deepspeed import resolve_deepspeed
+from mmr1_ds.preflight.deepspeed import resolve_engines
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
@@ -71,11 +71,14 @@ def plan_submission(arguments: argparse.Namespace, environ: Mapping[str, str]) -
     settings, num_servers = list(arguments.settings), arguments.server_nodes
     _refuse_secrets(settings)
     _check_arguments(arguments)
-    config = load_config([*settings, *(_SERVERS if num_servers else ())]).config
+    loaded = load_config([*settings, *(_SERVERS if num_servers else ())])
+    for line in loaded.warnings:
+        sys.stderr.write(f"mmr1-ds: {line}\n")
+    config = loaded.config
     trainer, on_gpu = config.trainer, environ.get("DS_ACCELERATOR") != "cpu"
     world_size = trainer.nnodes * trainer.n_gpus_per_node
     check_config(config, world_size)
-    resolve_deepspeed(config, world_size, on_gpu)
+    resolve_engines(config, world_size, on_gpu)
 
     command = ["sbatch", *_component(config, arguments, trainer.nnodes, trainer.n_gpus_per_node, on_gpu)]
     command += [f"--job-name={trainer.experiment_name}"]

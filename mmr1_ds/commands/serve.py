@@ -24,6 +24,7 @@ from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 from mmr1_ds.preflight.checks import check_lora_sync
 from mmr1_ds.preflight.data import check_data
 from mmr1_ds.preflight.files import check_format_prompt
+from mmr1_ds.preflight.lengths import check_positions
 from mmr1_ds.preflight.models import check_model
 from mmr1_ds.rollout.options import image_bounds
 from mmr1_ds.rollout.servers.address import ServerPort
@@ -83,13 +84,14 @@ class _Signals:
 def read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
     """Return the configuration and the port, after all checks that need nothing heavy. Raises: UserError."""
     ports = [word for word in settings if word.startswith(_PORT)]
-    loaded = load_config([word for word in settings if word not in ports])
+    loaded = load_config([*(word for word in settings if word not in ports), "worker.rollout.engine=server"])
     for line in loaded.warnings:
         logger.warning("%s", line)
     config, rollout = loaded.config, loaded.config.worker.rollout
     check_choices(config)
     check_ranges(config)
     check_model(config.worker.actor.model)
+    check_positions(config)
     check_format_prompt(config.data)
     check_lora_sync(config)
     key = os.environ.get(rollout.server_key_variable, "")

@@ -33,9 +33,10 @@ from mmr1_ds.config.keys import (
 )
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.config.redaction import shown, without_secrets
+from mmr1_ds.config.remarks import remarks
 from mmr1_ds.config.schema import RunConfig, names_a_file
 from mmr1_ds.config.unused import without_effect
-from mmr1_ds.config.upstream import Translation, ours, replace_example_files, translate, upstream_keys
+from mmr1_ds.config.upstream import OF_OTHERS, Translation, ours, replace_example_files, translate, upstream_keys
 from mmr1_ds.config.user_files import FUNCTION_KEYS
 from mmr1_ds.errors import UserError, first_line
 
@@ -57,6 +58,7 @@ class LoadedConfig:
 
     config: RunConfig
     warnings: tuple[str, ...]  # one line each
+    given: frozenset[str] = frozenset()  # keys that the user's files and the command line set, in our names
 
 
 def config_folders() -> list[Path]:
@@ -96,8 +98,12 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     notes = replace_example_files(merged, config_folders())
     config = _typed(merged)
     _expand_home(config)
-    given = [key for translation in translations if not translation.is_ours for key in translation.values]
-    return LoadedConfig(config, (*_warnings(translations, notes), *without_effect(config, given)))
+    given = frozenset(key for one in translations if not one.is_ours for key in one.values)
+    # The last translation is the command line's.
+    offloads = dict.fromkeys(key for one in translations[:-1] if not one.is_ours for key in one.offloads)
+    presets = {key: value for one in translations if one.is_ours for key, value in one.values.items()}
+    lines = (*without_effect(config, given), *remarks(config, given, offloads, presets))
+    return LoadedConfig(config, (*_warnings(translations, notes), *lines), given)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -152,6 +158,7 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         key, equals, text = argument.partition("=")
         if not equals or not key or key.startswith("-"):
+            check_no_dashes(argument)
             given = f"{key}={shown(key, text)}" if equals else argument
             raise UserError(f"argument {given!r} is not of the form key=value; write data.seed=1 or config=FILE")
         if key == "config":
@@ -159,6 +166,14 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         else:
             overrides |= _flatten({key: _parse_value(key, text)})
     return files, overrides
+
+
+def check_no_dashes(argument: str) -> None:
+    """Raises: UserError for a setting with dashes before it, as other programs have them."""
+    dashed, equals, text = argument.partition("=")
+    key = dashed.lstrip("-")
+    if equals and dashed != key and (key == "config" or "." in key):
+        raise UserError(f"{dashed}: settings have no dashes; write {key}={shown(key, text)}")
 
 
 def _parse_value(key: str, text: str) -> Any:
@@ -169,9 +184,24 @@ def _parse_value(key: str, text: str) -> Any:
         return None if is_optional(hint) and text in ("", "null", "~") else text
     try:
         _check_numbers(yaml.compose(text, Loader=yaml.SafeLoader), key, COMMAND_LINE)
-        return _yaml_value(text)
+        value = _yaml_value(text)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{key}={shown(key, text)} is not readable as YAML: {first_line(error)}") from None
+    if (joined := _joined_key(value)) is not None:
+        raise UserError(f"{key}: {joined} has no value; write a space behind the colon, as in '{{{joined}: 1}}'")
+    return value
+
+
+def _joined_key(value: Any) -> str | None:
+    """The beginning of a key like `weight:0.2`, which YAML reads as one word without a value; None without any."""
+    if isinstance(value, list):
+        return next(filter(None, map(_joined_key, value)), None)
+    if not isinstance(value, dict):
+        return None
+    for name, part in value.items():
+        if part is None and isinstance(name, str) and ":" in name.strip(":"):
+            return name.partition(":")[0]
+    return _joined_key([*value.values()])
 
 
 def _yaml_value(text: str) -> Any:
@@ -364,7 +394,7 @@ def _refuse_key(key: str, value: Any, where: str) -> None:
     for name, hint in leaf_types().items():
         if key.startswith(name + "."):
             raise UserError(f"{key} in {where}: {name} holds no further keys, it is {in_words(hint)}")
-    close = nearest(key, [*leaf_types(), *upstream_keys()])
+    close = OF_OTHERS.get(key) or nearest(key, [*leaf_types(), *upstream_keys()])
     advice = f"did you mean {close}?" if close else f"the sections are {_sections()}"
     raise UserError(f"unknown key {key} in {where}; {advice}")
 

@@ -110,7 +110,7 @@ class DataConfig:
     curriculum_update_freq: NonNegativeInt = 4  # full: T: steps between refreshes; 0 = at each epoch's end
     curriculum_rollout_n: Annotated[int, Range("[2, inf)")] = 8  # full: responses a prompt in a refresh
     curriculum_rollout_batch_size: PositiveInt = 8192  # full: prompts a chunk of a refresh, over all ranks
-    curriculum_momentum: Annotated[float, Range("[0, 1)")] = 0.0  # full: m in w <- m*w_old + (1-m)*w_new
+    curriculum_momentum: Share = 0.0  # full: m in w <- m*w_old + (1-m)*w_new, below 1
     # full: scores by rollouts of the whole data (Algorithm 1); online: by the training rollouts
     curriculum_refresh: Annotated[str, OneOf("full", "online")] = "full"
     # online: rollouts on prompts long unseen, as a share of training's. posterior: left out, it is 0

@@ -37,7 +37,7 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("data.curriculum_candidates",), "data.curriculum_draw", _is("candidates")),
     (("algorithm.gamma",), "algorithm.adv_estimator", _is("gae", "reinforce_plus_plus")),
     (("algorithm.lam", "worker.critic.*"), "algorithm.adv_estimator", _is("gae")),
-    (("algorithm.kl_*", "worker.ref.update_freq", "worker.ref.ema_decay"), "algorithm.disable_kl", _is(False)),
+    (("algorithm.kl_*", "worker.ref.*"), "algorithm.disable_kl", _is(False)),
     (("algorithm.kl_target", "algorithm.kl_horizon"), "algorithm.kl_type", _is("adaptive")),
     (("algorithm.rollout_is_threshold",), "algorithm.rollout_is", _is_not("none")),
     (("algorithm.rollout_mask_low",), "algorithm.rollout_mask", _is_not("none", "k3")),
@@ -60,6 +60,17 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
         for key, other, is_met in (
             ("min_lr_ratio", "lr_scheduler_type", _is_not("constant")), ("muon_lr", "strategy", _is("muon")),
         )
+    ),
+    (  # not server_urls, nor max_staleness_steps: they are refused
+        tuple(
+            f"worker.rollout.{key}"
+            for key in (
+                "num_servers", "server_devices", "server_host", "server_key_variable", "server_start_seconds",
+                "server_timeout_seconds", "servers_gone_seconds", "request_timeout_seconds", "max_in_flight",
+                "weight_transfer", "weight_swap",
+            )
+        ),
+        "worker.rollout.engine", _is("server"),
     ),
     (("worker.actor.model.lora.*",), "worker.actor.model.lora.rank", _is_over(0)),
     (("worker.reward.cos_len_reward_config.*",), _REWARD, _is("openr1", "openr1_vllm", "openr1_wo_LMM")),

@@ -42,6 +42,9 @@ RENAMED = {
     "worker.rollout.name": "worker.rollout.engine",
 }
 
+# Keys of verl's that are not read here -> ours, which are not the nearest in spelling
+OF_OTHERS = {"data.train_batch_size": "data.rollout_batch_size"}
+
 _BF16 = ("bf16", "bfloat16", "torch.bfloat16", None)
 # key -> (values that are what this trainer does, what to do instead of another)
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -163,6 +166,7 @@ class Translation:
     values: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
     ignored: list[str] = field(default_factory=list)  # keys, in the order met
     notes: list[str] = field(default_factory=list)  # a line for each key whose meaning changed on the way
+    offloads: list[str] = field(default_factory=list)  # our names of keys that EasyR1 moves states by, not ZeRO's way
     is_ours: bool = False  # one of the project's own configs, whose keys no user set
 
 
@@ -240,6 +244,8 @@ def _translate_special(key: str, value: Any, result: Translation, where: str) ->
         case _ if key in _OFFLOAD:
             for target in _OFFLOAD[key]:
                 result.values[target] = value or result.values.get(target, False)
+            if value and not key.endswith(".enable_cpu_offload"):  # FSDP's own, whose optimiser steps on the CPU
+                result.offloads += _OFFLOAD[key]
         case (
             "worker.actor.optim.min_lr_ratio"
             | "worker.critic.optim.min_lr_ratio"

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Row = Mapping[str, Any]
+_VERL_ANSWER = "reward_model.ground_truth"
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,19 @@ def check_columns(name: str, columns: Sequence[str], data: DataConfig) -> None:
     wanted |= {"video_key": data.video_key} if data.video_key not in (None, DataConfig.video_key) else {}
     for key, column in wanted.items():
         if column_of(column, columns) is None:
-            raise UserError(f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}")
+            raise UserError(
+                f"{name} has no column {column!r} (data.{key}); it has {', '.join(columns)}{_instead(key, columns)}"
+            )
     check_reward_columns(name, columns, data)
+
+
+def _instead(key: str, columns: Sequence[str]) -> str:
+    """What to do about a missing column where that is known."""
+    if key in ("id_key", "category_key"):
+        return f"; name one of them, or set data.{key}=null"
+    if key == "answer_key" and column_of(_VERL_ANSWER, columns) is not None:
+        return f"; rows of verl have it in data.{key}={_VERL_ANSWER}"
+    return ""
 
 
 def _digested(image: object) -> str:

@@ -19,6 +19,7 @@ from mmr1_ds.preflight.families import NO_ADAPTERS_BESIDE_EXPERTS, check_family
 from mmr1_ds.preflight.files import check_format_prompt, check_output_folder
 from mmr1_ds.preflight.functions import check_functions, check_reward
 from mmr1_ds.preflight.group_sizes import check_group_sizes
+from mmr1_ds.preflight.lengths import check_lengths, check_positions
 from mmr1_ds.preflight.models import check_model, check_model_path, model_has_experts, model_type
 from mmr1_ds.preflight.plan import BatchPlan, batch_plan
 from mmr1_ds.preflight.router_replay import check_router_replay
@@ -37,13 +38,14 @@ def check_config(config: RunConfig, world_size: int) -> BatchPlan:
     check_ranges(config)
     _check_algorithm(config)
     _check_curriculum(config)
-    _check_lengths(config)
+    check_lengths(config)
     _check_validation(config)
     _check_ranks(config, world_size)
     check_servers(config)
     check_group_sizes(config)
     _check_batches(config, world_size)
     check_model(config.worker.actor.model)
+    check_positions(config)
     if (family := model_type(config.worker.actor.model)) is not None:
         check_family(config, family)
     _check_lora(config.worker.actor.model.lora)
@@ -150,6 +152,8 @@ def _check_curriculum(config: RunConfig) -> None:
             "data.curriculum_draw=posterior draws from beliefs, which data.curriculum_refresh=full has none of; "
             "set data.curriculum_refresh=online, or data.curriculum_draw=candidates"
         )
+    if data.curriculum_momentum == 1 and data.curriculum_refresh == "full":
+        raise UserError("data.curriculum_momentum must be in [0, 1), got 1: no weight would ever change; lower it")
     check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
     names = [canonical_metric(name) for name in data.curriculum_metrics]
     if len(set(names)) < len(names):
@@ -284,31 +288,6 @@ def _check_best(config: RunConfig) -> None:
         raise UserError(f"trainer.best_metric={best} is no figure of the validation; name one like val/pass_at_8")
 
 
-def _check_lengths(config: RunConfig) -> None:
-    data, rollout = config.data, config.worker.rollout
-    if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
-        raise UserError(f"data.min_pixels={data.min_pixels} is over data.max_pixels={data.max_pixels}; lower it")
-    if data.video_min_pixels > data.video_max_pixels:
-        raise UserError(
-            f"data.video_min_pixels={data.video_min_pixels} is over data.video_max_pixels={data.video_max_pixels}; "
-            "lower it"
-        )
-    length = data.max_prompt_length + data.max_response_length
-    if rollout.max_model_len is not None and rollout.max_model_len < length:
-        raise UserError(
-            f"worker.rollout.max_model_len={rollout.max_model_len} is under data.max_prompt_length + "
-            f"data.max_response_length = {data.max_prompt_length} + {data.max_response_length} = {length}; "
-            "raise it or leave it out"
-        )
-    longest = rollout.max_model_len or length
-    if not rollout.enable_chunked_prefill and rollout.max_num_batched_tokens < longest:
-        raise UserError(
-            f"worker.rollout.max_num_batched_tokens={rollout.max_num_batched_tokens} is under the longest sequence "
-            f"({longest} tokens), which worker.rollout.enable_chunked_prefill=false does not allow; "
-            "raise it or allow chunked prefill"
-        )
-
-
 def _check_ranks(config: RunConfig, world_size: int) -> None:
     trainer = config.trainer
     asked = trainer.nnodes * trainer.n_gpus_per_node
@@ -342,8 +321,13 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
     if world_size % parallel and config.worker.rollout.engine != "server":
         raise UserError(
             f"worker.rollout.tensor_parallel_size must divide the ranks: {world_size} % {parallel} = "
-            f"{world_size % parallel}; set it to 1"
+            f"{world_size % parallel}; set it to {_divisors(world_size)}"
         )
+
+
+def _divisors(number: int) -> str:
+    found = [str(size) for size in range(1, number + 1) if number % size == 0]
+    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
 
 
 def _check_sequence_parallel(config: RunConfig, world_size: int) -> None:

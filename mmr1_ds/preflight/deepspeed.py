@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import resolved_critic
+from mmr1_ds.config.derived import resolved_critic, trains_critic
 from mmr1_ds.config.loading import config_folders
 from mmr1_ds.config.ranges import value_at
 from mmr1_ds.errors import UserError, require
@@ -70,6 +70,31 @@ class DeepspeedConfigs:
     actor: Mapping[str, Any]
     reference: Mapping[str, Any]
     critic: Mapping[str, Any] | None  # with gae
+
+
+def resolve_engines(config: RunConfig, world_size: int, on_gpu: bool) -> DeepspeedConfigs:
+    """Return the complete DeepSpeed config of each engine. Raises: UserError, one line."""
+    actor = resolve_deepspeed(config, world_size, on_gpu)
+    critic = critic_deepspeed(config, actor, world_size, on_gpu) if trains_critic(config) else None
+    return DeepspeedConfigs(actor, reference_deepspeed(config, actor, on_gpu), critic)
+
+
+def engines_on_gpus(config: RunConfig, world_size: int) -> DeepspeedConfigs | None:
+    """Return what a run on GPUs is given, for a dry run on a machine without; None for a run that is for the CPU.
+
+    Raises: UserError, one line, for what a machine with GPUs would refuse.
+    """
+    is_for_cpu = config.worker.actor.dtype == "fp32" or os.environ.get("DS_ACCELERATOR") == "cpu"
+    given = config.worker.actor.deepspeed
+    if is_for_cpu or (isinstance(given, str) and Path(given).name == "zero3_cpu.json"):
+        return None
+    was_disabled, logger.disabled = logger.disabled, True  # its warnings were given for this machine
+    try:
+        return resolve_engines(config, world_size, on_gpu=True)
+    except UserError as error:
+        raise UserError(f"{error} (so on a GPU; DS_ACCELERATOR=cpu in the environment is for a run on CPUs)") from None
+    finally:
+        logger.disabled = was_disabled
 
 
 def resolve_deepspeed(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:

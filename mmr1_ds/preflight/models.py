@@ -18,6 +18,7 @@ from mmr1_ds.preflight.files import json_object
 
 # Of mixtures that are in no row of the table.
 _NUM_EXPERTS = ("num_experts", "num_experts_per_tok", "num_local_experts", "experts_per_token", "n_routed_experts")
+_MADE = {"demo_assets": "make demo", "real_text_assets": "make real"}  # folders of models -> what writes them
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,7 +52,8 @@ def _is_folder(name: str, key: str) -> bool:
         return True
     if _HUB_ID.fullmatch(name):
         return False
-    raise UserError(f"{key}: no such folder {name!r}, and not a hub id of the form org/name")
+    made = next((f"; {command} makes it" for folder, command in _MADE.items() if folder in Path(name).parts), "")
+    raise UserError(f"{key}: no such folder {name!r}, and not a hub id of the form org/name{made}")
 
 
 def _check_model_folder(name: str, key: str) -> None:
@@ -125,6 +127,25 @@ def model_hidden_size(model: ModelConfig) -> int | None:
     """Return the width of a model's text part; None for a hub model that is not in the cache."""
     width = (_config(model) or {}).get("hidden_size") or _text_config(model).get("hidden_size")
     return width if isinstance(width, int) else None
+
+
+def model_positions(model: ModelConfig) -> int | None:
+    """Return the longest sequence that vLLM starts a model with; None where its config.json leaves room for doubt.
+
+    So do a model that is not in the cache, positions that are scaled, and a length under another name.
+    """
+    content, text = _config(model) or {}, _text_config(model)
+    for part in (content, text):
+        if part.get("model_max_length") is not None or _is_scaled(part):
+            return None
+    found = [part.get("max_position_embeddings") for part in (content, text)]
+    return max((number for number in found if isinstance(number, int)), default=None)
+
+
+def _is_scaled(part: dict[str, Any]) -> bool:
+    ropes = [part.get(name) for name in ("rope_scaling", "rope_parameters")]
+    ropes += [of_layers for rope in ropes if isinstance(rope, dict) for of_layers in rope.values()]
+    return any(isinstance(rope, dict) and "factor" in rope for rope in ropes)
 
 
 def _text_config(model: ModelConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mmr1_ds.config.families import describe
 from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.preflight.data import DataSummary, FileSummary
+from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
 from mmr1_ds.preflight.families import untested, untested_critic
 from mmr1_ds.preflight.models import model_type
 
@@ -48,16 +49,19 @@ class BatchPlan:
 def describe_plan(
     config: RunConfig,
     plan: BatchPlan,
-    actor: Mapping[str, Any],
-    reference: Mapping[str, Any],
-    critic: Mapping[str, Any] | None,
+    engines: DeepspeedConfigs,
     on_gpu: bool,
+    elsewhere: DeepspeedConfigs | None = None,
 ) -> str:
-    """Write the plan, a line a topic. Args: actor, reference, critic: the resolved DeepSpeed configs."""
+    """Write the plan, a line a topic.
+
+    Args: engines: the resolved DeepSpeed configs; elsewhere: those of the same run on GPUs, where none is here.
+    """
+    there = engines if elsewhere is None else elsewhere
     topics = {
         "model": _model(config),
         "family": _family(config),
-        "ranks": _ranks(config, plan, on_gpu),
+        "ranks": _ranks(config, plan, on_gpu, elsewhere is not None),
         "train data": "" if config.trainer.val_only else _data(plan.train_data),
         "val data": "none" if plan.val_data is None else _data(plan.val_data),
         "step": "" if config.trainer.val_only else _step(config, plan),
@@ -68,9 +72,9 @@ def describe_plan(
         "refresh": _refresh(config, plan),
         "rollout": _rollout(config),
         "reward": _reward(config),
-        "deepspeed": _deepspeed(config, actor),
-        "reference": "" if config.trainer.val_only else _reference(config, reference),
-        "critic": "" if critic is None else _critic(config, plan, critic),
+        "deepspeed": _deepspeed(config, engines.actor, there.actor),
+        "reference": "" if config.trainer.val_only else _reference(config, engines.reference, there.reference),
+        "critic": "" if engines.critic is None else _critic(config, plan, engines.critic, there.critic or {}),
         "output": _output(config),
     }
     lines = [f"  {topic:<11} {text}" for topic, text in topics.items() if text]
@@ -99,10 +103,10 @@ def _lora(lora: LoraConfig) -> str:
     return f"LoRA of rank {lora.rank} (alpha {lora.alpha:g}) on {where}{without}, all else frozen"
 
 
-def _ranks(config: RunConfig, plan: BatchPlan, on_gpu: bool) -> str:
+def _ranks(config: RunConfig, plan: BatchPlan, on_gpu: bool, is_for_gpus: bool) -> str:
     trainer = config.trainer
     cpu = "bf16" if config.worker.actor.dtype == "bf16" else "fp32"
-    device = "GPU, bf16" if on_gpu else f"CPU, {cpu} (no GPU here)"
+    device = "GPU, bf16" if on_gpu else f"CPU, {cpu} (no GPU here{'; bf16 on a GPU' if is_for_gpus else ''})"
     return f"{plan.world_size} = {trainer.nnodes} node(s) x {trainer.n_gpus_per_node}, {device}"
 
 
@@ -171,10 +175,15 @@ def _run(config: RunConfig, plan: BatchPlan) -> str:
     if trainer.val_only:
         return "validation only"
     if trainer.max_steps is not None:
-        return f"{trainer.max_steps:,} steps (trainer.max_steps)"
+        return f"{_count(trainer.max_steps, 'step')} (trainer.max_steps)"
     if plan.total_steps is None:
-        return f"{trainer.total_episodes} episodes; steps are known once the data is read"
-    return f"{trainer.total_episodes} episodes = {plan.total_steps:,} steps (before over-long prompts are dropped)"
+        return f"{_count(trainer.total_episodes, 'episode')}; steps are known once the data is read"
+    steps = _count(plan.total_steps, "step")
+    return f"{_count(trainer.total_episodes, 'episode')} = {steps} (before over-long prompts are dropped)"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _sampling(config: RunConfig) -> str:
@@ -190,12 +199,13 @@ def _sampling(config: RunConfig) -> str:
     )
     rule = {
         "proportional": "",
-        "candidates": f"the best of {data.curriculum_candidates} times as many, ",
-        "posterior": "the best by a draw from each belief, and where long unseen ",
+        "candidates": f", the best of {data.curriculum_candidates} times as many",
+        "posterior": ", the best by a draw from each belief",
     }[data.curriculum_draw]
+    others = data.rollout_batch_size - sampler.num_weighted
     return (
-        f"curriculum: {sampler.num_weighted} of {data.rollout_batch_size} prompts a step by score ({score}), "
-        f"{rule}the others in turn"
+        f"curriculum: {sampler.num_weighted} of {data.rollout_batch_size} prompts a step by score ({score}){rule}"
+        + (f"; the other {others} in turn" if others else "")
         + (f"; momentum {data.curriculum_momentum:g}" if data.curriculum_refresh == "full" else "")
     )
 
@@ -213,7 +223,7 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
             features += f"; begins from the pass rates in {data.curriculum_prior}"
         return f"online: from the training responses{probes if fraction > 0 else ''}{features}"
     size = plan.train_data.num_rows
-    every = f"every {data.curriculum_update_freq} steps" if data.curriculum_update_freq else "every epoch"
+    every = f"every {_count(data.curriculum_update_freq, 'step')}" if data.curriculum_update_freq else "every epoch"
     if size is None:
         return f"{every}: each prompt of the data x {data.curriculum_rollout_n} responses"
     steps = data.curriculum_update_freq or max(1, size // data.rollout_batch_size)
@@ -258,43 +268,51 @@ def _rollout(config: RunConfig) -> str:
 
 def _reward(config: RunConfig) -> str:
     reward = config.worker.reward
-    return f"{reward.reward_function}, {reward.num_workers} processes a rank, {reward.timeout_seconds:g} s a response"
+    workers = _count(reward.num_workers, "process", "processes")
+    return f"{reward.reward_function}, {workers} a rank, {reward.timeout_seconds:g} s a response"
 
 
-def _deepspeed(config: RunConfig, actor: Mapping[str, Any]) -> str:
-    zero = actor["zero_optimization"]
-    types = f"ZeRO-{zero['stage']}, bf16 {'on' if actor['bf16']['enabled'] else 'off'}"
+def _deepspeed(config: RunConfig, actor: Mapping[str, Any], on_gpu: Mapping[str, Any]) -> str:
+    here, there = ("on" if one["bf16"]["enabled"] else "off" for one in (actor, on_gpu))
+    types = f"ZeRO-{actor['zero_optimization']['stage']}, bf16 {here}{'' if here == there else ' here'}"
     if config.trainer.val_only and config.worker.actor.model.lora.rank == 0:
         return f"{types}, no optimiser"
     return (
-        f"{types}, {_offload(zero)}; "
+        f"{types}, {_offload(actor, on_gpu)}; "
         f"train_batch_size {actor['train_batch_size']:,} = {actor['train_micro_batch_size_per_gpu']} x "
         f"{actor['gradient_accumulation_steps']} x ranks"
     )
 
 
-def _offload(zero: Mapping[str, Any]) -> str:
+def _offload(engine: Mapping[str, Any], on_gpu: Mapping[str, Any]) -> str:
+    """What is offloaded, or would be by the same run on GPUs, where there is host memory beside the device's."""
+    zero, there = engine["zero_optimization"], on_gpu["zero_optimization"]
+    offloaded = _offloaded(there)
+    return f"offload: {offloaded}" + ("" if offloaded == _offloaded(zero) else " (on a GPU)")
+
+
+def _offloaded(zero: Mapping[str, Any]) -> str:
     parts = [
         f"{part} on {zero[key]['device']}"
         for key, part in (("offload_param", "parameters"), ("offload_optimizer", "optimiser"))
         if zero.get(key, {}).get("device", "none") != "none"
     ]
-    return "offload: " + (" and ".join(parts) or "none")
+    return " and ".join(parts) or "none"
 
 
-def _reference(config: RunConfig, reference: Mapping[str, Any]) -> str:
+def _reference(config: RunConfig, reference: Mapping[str, Any], on_gpu: Mapping[str, Any]) -> str:
     if config.algorithm.disable_kl:
         return "none (algorithm.disable_kl)"
     algorithm = config.algorithm
     place = "in the loss" if algorithm.use_kl_loss else "off the reward"
     adaptive = f", adapted to hold {algorithm.kl_target:g}" if algorithm.kl_type == "adaptive" else ""
-    model = f"ZeRO-3, {_offload(reference['zero_optimization'])}"
+    model = f"ZeRO-3, {_offload(reference, on_gpu)}"
     if config.worker.actor.model.lora.rank > 0:
         model = "the actor with its adapters off, no second model"
     return f"{model}; KL ({algorithm.kl_penalty}) {algorithm.kl_coef:g} {place}{adaptive}"
 
 
-def _critic(config: RunConfig, plan: BatchPlan, deepspeed: Mapping[str, Any]) -> str:
+def _critic(config: RunConfig, plan: BatchPlan, deepspeed: Mapping[str, Any], on_gpu: Mapping[str, Any]) -> str:
     critic, warmup = resolved_critic(config), config.trainer.critic_warmup
     micro = critic.micro_batch_size_per_device_for_update
     assert critic.global_batch_size is not None and micro is not None
@@ -305,7 +323,7 @@ def _critic(config: RunConfig, plan: BatchPlan, deepspeed: Mapping[str, Any]) ->
     steps = plan.prompts_per_step // critic.global_batch_size * critic.ppo_epochs
     start = f"; alone for the first {warmup} step(s)" if warmup else ""
     return (
-        f"{critic.model.model_path} with a value head; ZeRO-3, {_offload(deepspeed['zero_optimization'])}; "
+        f"{critic.model.model_path} with a value head; ZeRO-3, {_offload(deepspeed, on_gpu)}; "
         f"{steps} optimiser step(s) of {deepspeed['train_batch_size']:,} responses, {at_once}; "
         f"{_OPTIMISERS[critic.optim.strategy]}, lr {critic.optim.lr:g} {critic.optim.lr_scheduler_type}{start}"
     )
@@ -317,7 +335,7 @@ def _output(config: RunConfig) -> str:
         newest = f"N steps done by the newest checkpoint in {checkpoint_directory(config)}, 0 without one"
         rates = "" if trainer.pass_rates is None else f"; pass rates in {trainer.pass_rates}"
         return f"{run_directory(config) / 'eval' / 'step_N'}, {newest}{rates}"
-    saves = "every tenth of the run" if trainer.save_freq is None else f"every {trainer.save_freq} steps"
+    saves = "every tenth of the run" if trainer.save_freq is None else f"every {_count(trainer.save_freq, 'step')}"
     if trainer.save_freq == -1:
         saves = "after the last step"
     kept = "all kept" if trainer.save_limit == -1 else f"the last {trainer.save_limit} kept"
@@ -352,19 +370,20 @@ def _notes(config: RunConfig, train_data: DataSummary, val_data: DataSummary | N
     found = model_type(config.worker.actor.model)
     notes = [*([] if found is None else untested(config, found)), *untested_critic(config)]
     rollout, trainer, size = config.worker.rollout, config.trainer, train_data.num_rows
-    if size is not None and size < config.data.rollout_batch_size:
+    if size is not None and size < config.data.rollout_batch_size and not trainer.val_only:
         notes.append(
-            f"the data has {size} prompts, a step takes data.rollout_batch_size={config.data.rollout_batch_size}: "
-            "each step repeats prompts"
+            f"the data has {size} prompts, a step takes data.rollout_batch_size="
+            f"{config.data.rollout_batch_size}: each step repeats prompts"
         )
-    bends = rollout.top_p < 1 or rollout.top_k != -1 or rollout.min_p > 0 or rollout.repetition_penalty != 1
-    if bends and rollout.logprobs == "processed":
-        further = f", min_p={rollout.min_p:g}" if rollout.min_p > 0 else ""
-        if rollout.repetition_penalty != 1:
-            further += f", repetition_penalty={rollout.repetition_penalty:g}"
+    bent = {
+        "top_p": rollout.top_p < 1, "top_k": rollout.top_k != -1, "min_p": rollout.min_p > 0,
+        "repetition_penalty": rollout.repetition_penalty != 1,
+    }  # fmt: skip
+    if any(bent.values()) and rollout.logprobs == "processed":
+        keys = ", ".join(f"{key}={getattr(rollout, key):g}" for key, is_set in bent.items() if is_set)
         notes.append(
-            f"worker.rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k}{further} cut the sampled distribution; the "
-            "actor's log-probabilities belong to the whole one, which biases importance weights: set "
+            f"worker.rollout.{keys}: the sampled distribution is not the whole one, to which the actor's "
+            "log-probabilities belong, which biases importance weights: set "
             "worker.rollout.logprobs=raw (not with engine=server)"
         )
     algorithm = config.algorithm

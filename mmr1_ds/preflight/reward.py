@@ -13,23 +13,24 @@ from mmr1_ds.data.reward_columns import RewardColumns
 from mmr1_ds.data.sources import list_names, open_sources, split_name
 from mmr1_ds.errors import UserError
 from mmr1_ds.rewards.loading import BUILT_IN, each_function
-from mmr1_ds.rewards.pool import RewardItem, RewardPool
+from mmr1_ds.rewards.pool import RewardItem, RewardPool, RewardResult
 
 
-def try_reward(reward: RewardConfig, data: DataConfig) -> None:
+def try_reward(reward: RewardConfig, data: DataConfig) -> RewardResult | None:
     """Start a reward file as training would, and score a response that gives the answer of the data's first row.
 
+    Returns: what the response got; None for built-in rewards, and where the data's first row is not here.
     Raises: UserError when it does not start, or fails on this response.
     """
     if all(one.reward_function in BUILT_IN for one in each_function(reward)):
-        return
+        return None
     row, columns, messages = _first_row(data)
     truth = at_path(row, data.answer_key)
     prompt, ids = str(at_path(row, data.prompt_key) or ""), tuple(range(8))  # without a tokenizer: any
     item = RewardItem(right_response(truth), len(ids), str(truth), prompt, 0, columns, ids, ids, messages)
-    with RewardPool(replace(reward, num_workers=1)) as pool:
+    with RewardPool(replace(reward, num_workers=1), logs_failures=False) as pool:
         if truth is None:  # the data would have to be fetched, or its first row has no answer
-            return
+            return None
         result = pool.score([item, item])[0]  # two: a reward that compares responses needs another
     if result.failure is not None and result.failure != "unscored":
         names = ", ".join(one.reward_function for one in each_function(reward))
@@ -38,6 +39,12 @@ def try_reward(reward: RewardConfig, data: DataConfig) -> None:
             f"{key} {names!r} fails on a response to the first row of data.train_files: "
             f"{result.failure}: {result.reason}"
         )
+    return result
+
+
+def pays_nothing(result: RewardResult) -> bool:
+    """Return whether a reward took a right response for a wrong one."""
+    return result.failure is None and result.accuracy == 0
 
 
 def right_response(answer: object) -> str:

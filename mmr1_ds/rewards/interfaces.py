@@ -47,6 +47,9 @@ _TRUTH_NAMES = ("ground_truth", "truth", "answer", "solution", "label", "target"
 _KEYWORDS = {"solution_str": "verl", "solution_strs": "verl_lists", "completions": "trl", "completion_ids": "trl"}
 _VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 _TRL_TRUTHS = ("ground_truth", "answer", "solution", "label")  # TRL's examples give the ground truth these names
+_NAME_IT = "name it in data.reward_columns"
+_TEXTS = "completions are texts, because the rows' prompts are"
+_MESSAGES = "completions are lists of messages, because the rows' prompts are"
 _IDS = ("prompt_ids", "response_ids")
 ON_REQUEST = (*_IDS, "messages")  # of an item: long, and few functions read them
 
@@ -177,6 +180,11 @@ def _by_keyword(
             raise TypeError(f"{error}; data.reward_columns hands over columns of the data") from None
         try:
             return awaited(**given)
+        except KeyError as error:  # kwargs["rubric"]
+            key = error.args[0] if error.args else None
+            if keywords == "trl" and takes_all and isinstance(key, str) and key not in given:
+                raise LookupError(f"no {key!r}; where that is a column of the data, {_NAME_IT}") from error
+            raise
         except (TypeError, AttributeError) as error:
             hint = _form_hint(str(error), items) if keywords == "trl" else ""
             if hint:
@@ -237,12 +245,12 @@ def _trl_arguments(items: Items) -> dict[str, Any]:
 
 def _form_hint(error: str, items: Items) -> str:
     """What to do about an error of a function that reads its completions in the other form; "" for another error."""
+    text = 'completion[0]["content"]'
     if not any(item.get("messages") for item in items):
         is_other = "string indices" in error  # completion[0]["content"]
-        return "completions are texts, since the data's prompts are; read completion" if is_other else ""
+        return f"{_TEXTS}; use completion instead of {text}, or give prompts as lists of messages" if is_other else ""
     is_other = "'list' object" in error or "got 'list'" in error  # completion.strip(), re.search(pattern, completion)
-    text = 'completion[0]["content"]'
-    return f"completions are lists of messages, since the data's prompts are; read {text}" if is_other else ""
+    return f"{_MESSAGES}; use {text} instead of completion, or give prompts as texts" if is_other else ""
 
 
 def _trl_chat(item: Mapping[str, Any]) -> tuple[Any, Any]:

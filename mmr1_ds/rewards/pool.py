@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 STARTUP_SECONDS = 120.0  # a worker may import much before it is ready
 MAX_RESTART_FAILURES = 3  # failed starts in a row; then the reward is broken for good, and the run must report it
-LOGGED_FAILURES = 3  # failures of each kind logged with their reasons; later ones are only counted
+LOGGED_FAILURES = 3  # reasons of each kind logged, each once; later failures are only counted
 MAX_REWARD = 1.0e30  # larger ones would not be finite as float32 sums
 FAILURE_KINDS = ("timeout", "crash", "invalid", "error", "unscored")
 MAX_RESPONSE_LENGTH = 2048  # tokens, where the caller gives no limit
@@ -95,10 +95,12 @@ class RewardPool:
     kernel ends the workers, and what they started, when this process ends in whatever way.
     """
 
-    def __init__(self, config: RewardConfig, max_response_length: int = MAX_RESPONSE_LENGTH) -> None:
+    def __init__(
+        self, config: RewardConfig, max_response_length: int = MAX_RESPONSE_LENGTH, logs_failures: bool = True
+    ) -> None:
         """Start the workers and wait until all have imported the reward.
 
-        Args: max_response_length: tokens, for rewards by length.
+        Args: max_response_length: tokens, for rewards by length; logs_failures: of the responses.
         Raises: UserError with the reward's own message when it cannot be imported.
         """
         assert config.num_workers >= 1, config.num_workers
@@ -111,7 +113,9 @@ class RewardPool:
         self._seconds_per_response = config.timeout_seconds + judge_seconds
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
-        self._num_failures: Counter[str] = Counter()
+        self._logs_failures = logs_failures
+        self._num_logged: Counter[str] = Counter()  # failures by kind
+        self._logged: set[tuple[str, str, bool]] = set()
         self.first_reasons: list[str] = []  # of the failures that are logged
         self._num_restart_failures = 0
         self._warned_accuracy = False
@@ -281,14 +285,21 @@ class RewardPool:
             self._fail(current, call.slots[0], kind, reason)
             self._end_try(current, call)
         elif not call.is_last:
-            self._num_failures[kind] += 1
-            if self._num_failures[kind] <= LOGGED_FAILURES:
-                self.first_reasons.append(f"{kind}: {reason}")
+            if self._is_to_be_logged(kind, reason, of_call=True):
                 logger.warning("reward %s: %s; its %d responses are tried alone", kind, reason, len(call.slots))
             current.waiting.extend(_Call((slot,), whole=call) for slot in call.slots)
         elif self._together == "group":  # of a batch what each response had alone stands
             for slot in call.slots:
                 self._fail(current, slot, kind, reason)
+
+    def _is_to_be_logged(self, kind: str, reason: str, of_call: bool) -> bool:
+        """Return True for a reason that is new, of which a few a kind are logged."""
+        if (kind, reason, of_call) in self._logged or self._num_logged[kind] >= LOGGED_FAILURES:
+            return False
+        self._logged.add((kind, reason, of_call))
+        self._num_logged[kind] += 1
+        self.first_reasons.append(f"{kind}: {reason}")
+        return self._logs_failures
 
     def _end_try(self, current: _Round, call: _Call) -> None:
         """After the last of a call's responses was tried alone, those that did not fail are scored together."""
@@ -321,11 +332,9 @@ class RewardPool:
 
     def _fail(self, current: _Round, position: int, kind: str, reason: str) -> None:
         assert kind in FAILURE_KINDS, kind
-        self._num_failures[kind] += 1
-        if self._num_failures[kind] <= LOGGED_FAILURES:
+        if self._is_to_be_logged(kind, reason, of_call=False):
             shown = current.items[position].response[:200]
             effect = "teaches nothing" if self._teaches_nothing(kind) else "counts 0"
-            self.first_reasons.append(f"{kind}: {reason}")
             logger.warning("reward %s: %s; the response %s: %r", kind, reason, effect, shown)
         accuracy = math.nan if self._teaches_nothing(kind) else 0.0
         current.results[position] = RewardResult(0.0, accuracy, {}, failure=kind, reason=reason)

@@ -42,6 +42,12 @@ def test_every_help_has_an_example_that_is_read(capsys, command):
     assert cli.parse(shlex.split(example)[1:]).command == command
 
 
+def test_a_setting_with_dashes_is_told_in_one_line(capsys):
+    assert cli.main(["plan", "config=demo", "--worker.rollout.n=4", "--gpu=h100"]) == 2
+    expected = "mmr1-ds: error: --worker.rollout.n: settings have no dashes; write worker.rollout.n=4\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize("words", [[], ["no_such"], ["plan", "--no-such"], ["launch", "config=demo"]])
 def test_what_is_not_understood_ends_with_the_usage(capsys, words):
     with pytest.raises(SystemExit) as ended:

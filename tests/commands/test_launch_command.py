@@ -30,6 +30,12 @@ def launch(capfd, *words: str) -> tuple[int, list[str], str]:
     return code, shlex.split(said.out.replace("\\\n", " ")), said.err
 
 
+def test_what_loading_warns_of_is_told_beside_the_command(valid, capfd):
+    code, words, error = launch(capfd, "--time=1:00:00", *valid, "worker.actor.tau_positive=2")
+    assert code == 0 and words and error.startswith("mmr1-ds: keys without effect: worker.actor.tau_positive (")
+    assert launch(capfd, "--time=1:00:00", *valid)[2] == ""
+
+
 def test_nodes_and_gpus_are_the_config_s(valid, capfd):
     code, words, _ = launch(
         capfd, "--time=1-12", "--partition=h100", "--account=lab", "--sbatch=--qos=high -x n7", *valid

@@ -90,6 +90,7 @@ def test_eval_needs_something_to_validate_on(valid, tmp_path, capfd):
     assert cli.main(["eval", *settings, "temperature=0.7"]) == 0
     text = capfd.readouterr().err
     assert "4 answer(s) a prompt, temperature 0.7" in text  # the validation's own
+    assert "each step repeats prompts" not in text  # of 12, while the data have 7
     assert "train data" not in text and "reference" not in text and "no optimiser" in text
     assert main([*valid, "trainer.pass_rates=rates.jsonl", "trainer.dry_run=true"]) == 2
     assert "trainer.pass_rates=rates.jsonl is for a validation alone; start mmr1-ds eval" in capfd.readouterr().err
@@ -114,6 +115,33 @@ def test_without_a_launcher_a_dry_run_plans_for_the_ranks_of_the_config(valid, c
     assert "15 responses = 3 padded micro-batches of 5" in text
 
 
+@pytest.mark.skipif(gpu_is_here(), reason="of a machine without GPUs")
+def test_without_a_gpu_a_dry_run_checks_and_plans_for_one(valid, capfd, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    offload, states = "worker.actor.offload.offload_optimizer=true", "worker.actor.offload_states=true"
+    for refused, expected in (
+        ([offload, states], "DeepSpeed moves no states while zero_optimization.offload_optimizer keeps a part of them"),
+        ([states, "worker.actor.optim.strategy=adamw_bf16"], "worker.actor.offload_states=true moves the states of"),
+        ([offload, "worker.actor.optim.strategy=muon"], "muon keeps its states on the GPU, not with offload_optimizer"),
+    ):
+        assert main([*valid, *refused, "trainer.dry_run=true"]) == 2
+        assert expected in (message := capfd.readouterr().err) and message.count("\n") == 1
+        plan(valid, capfd, *refused, "worker.actor.dtype=fp32")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        plan(valid, capfd, *refused)
+        monkeypatch.delenv("DS_ACCELERATOR")
+    gae = ["algorithm.adv_estimator=gae", "worker.critic.offload.offload_params=true"]
+    text = plan(valid, capfd, offload, "worker.ref.offload.offload_params=true", *gae)
+    assert "CPU, fp32 (no GPU here; bf16 on a GPU)" in text
+    assert "deepspeed   ZeRO-3, bf16 off here, offload: optimiser on cpu (on a GPU); train_batch_size 30" in text
+    assert "reference   ZeRO-3, offload: parameters on cpu (on a GPU); KL" in text
+    assert "with a value head; ZeRO-3, offload: parameters on cpu (on a GPU); 2" in text
+    text = plan(valid, capfd)
+    assert "offload: none; train_batch_size" in text and text.count("on a GPU") == 1
+    text = plan(valid, capfd, offload, "worker.actor.deepspeed=zero3_cpu.json")
+    assert "bf16 off, offload: none" in text and "on a GPU" not in text
+
+
 def test_what_a_refresh_costs(valid, capfd):
     curriculum = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=2"]
     assert "every 2 steps: 7 prompts x 8 = 56 responses, 47% of the 120" in plan(valid, capfd, *curriculum)
@@ -132,7 +160,16 @@ def test_what_a_refresh_costs(valid, capfd):
 def test_prompts_by_score_are_counted_as_the_sampler_counts(valid, capfd):
     batch = ["data.rollout_batch_size=100", "worker.actor.global_batch_size=100"]
     mixture = ["data.sampling_strategy=curriculum", "data.curriculum_mixture_ratio=0.29"]  # 0.29 * 100 = 28.99...
-    assert "curriculum: 29 of 100 prompts" in plan(valid, capfd, *batch, *mixture, "worker.rollout.n=6")
+    text = plan(valid, capfd, *batch, *mixture, "worker.rollout.n=6")
+    assert "curriculum: 29 of 100 prompts a step by score (1 learnability); the other 71 in turn; mom" in text
+    online = ["data.curriculum_refresh=online", "data.curriculum_mixture_ratio=1"]
+    text = plan(valid, capfd, *batch, *mixture, *online, "worker.rollout.n=6")
+    assert "100 of 100 prompts a step by score (1 learnability), the best by a draw from each belief\n" in text
+
+
+def test_one_is_no_plural(valid, capfd):
+    text = plan(valid, capfd, "trainer.max_steps=1", "worker.reward.num_workers=1")
+    assert " 1 step (trainer.max_steps)" in text and "math, 1 process a rank, " in text
 
 
 def test_the_plan_says_that_a_critic_is_trained(valid, capfd):
@@ -150,6 +187,20 @@ def test_the_plan_says_that_a_critic_is_trained(valid, capfd):
     ) in text
     assert "30 responses, 3 at once a rank" in plan(valid, capfd, *gae, "worker.critic.dynamic_batching=false")
     assert "value head" not in plan(valid, capfd)
+
+
+def test_a_reward_that_does_not_read_what_the_preset_asks_for(valid, capfd, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def ends(item):\n    return {'overall': float(item['response'].endswith(item['ground_truth']))}\n"
+        "def boxed(item):\n    return {'overall': float('boxed{' + item['ground_truth'] + '}' in item['response'])}\n"
+    )
+    preset, note = ["config=mmr1", *valid, "data.curriculum_refresh=online"], "gives 0 to a right answer in the form"
+    ends, boxed = (f"worker.reward.reward_function={tmp_path / 'mine.py'}:{name}" for name in ("ends", "boxed"))
+    assert note in plan(preset, capfd, ends)
+    assert note not in plan(preset, capfd, boxed)
+    assert note not in plan(preset, capfd, ends, "data.system_prompt=null")
+    assert note not in plan(preset, capfd, ends, "data.system_prompt=Put it into a \\boxed{}.")
+    assert note not in plan(valid, capfd, ends)
 
 
 def test_what_is_ignored_is_said_once(valid, capfd):

@@ -271,6 +271,10 @@ def test_a_key_inside_a_file_is_refused():
         ("algorithm.rollout_is_threshold=3", "algorithm.rollout_is=none", "token"),
         ("algorithm.rollout_mask_low=0.1", "algorithm.rollout_mask=k3", "token"),
         ("algorithm.kl_coef=0.1", "algorithm.disable_kl=true", "false"),
+        ("worker.ref.offload.offload_params=true", "algorithm.disable_kl=true", "false"),
+        ("worker.rollout.num_servers=2", "worker.rollout.engine=auto", "server"),
+        ("worker.rollout.weight_transfer=nccl", "worker.rollout.engine=vllm", "server"),
+        ("worker.rollout.weight_swap=in_flight", "worker.rollout.engine=hf", "server"),
         ("algorithm.kl_target=0.3", "algorithm.kl_type=fixed", "adaptive"),
         ("algorithm.overlong_penalty=2", "algorithm.overlong_buffer=0", "64"),
         ("algorithm.gamma=0.9", "algorithm.adv_estimator=grpo", "reinforce_plus_plus"),
@@ -314,6 +318,51 @@ def test_the_project_s_own_configs_have_none(folder):
     for path in folder.glob("*.yaml"):
         assert without_effect(load(f"config={path}"), leaf_types()) == [], path
     assert load_config(["config=mmr1_online", "data.sampling_strategy=shuffle"]).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        (
+            "worker.reward.reward_function_kwargs={format_weight:0.2}",
+            "kwargs: format_weight has no value; write a space behind the colon, as in '{format_weight: 1}'",
+        ),
+        ("worker.reward.functions=[{function:math, weight: 1}]", "worker.reward.functions: function has no value; wri"),
+        ("--worker.rollout.n=4", "--worker.rollout.n: settings have no dashes; write worker.rollout.n=4"),
+        ("--config=demo", "--config: settings have no dashes; write config=demo"),
+        ("data.train_batch_size=8", "unknown key data.train_batch_size in the command line; did you mean data.rollout"),
+    ],
+)
+def test_what_other_programs_and_shells_lead_to(argument, expected):
+    assert expected in mistake(argument)
+
+
+def test_validation_data_of_a_preset_with_columns_of_the_user_s(tmp_path):
+    (line,) = load_config(["config=mmr1_h100", "data.prompt_key=question"]).warnings
+    assert line.startswith("data.val_files=hiyouga/geometry3k@test comes from a preset, data.prompt_key=question from")
+    assert line.endswith("set data.val_files to data of yours, or to null")
+    (tmp_path / "mine.yaml").write_text("defaults: [mmr1]\ndata: {answer_key: truth}")
+    (line,) = load_config([f"config={tmp_path / 'mine.yaml'}"]).warnings
+    assert "data.answer_key=truth from you" in line
+    for quiet in ("data.prompt_key=problem", "data.val_files=null", "data.val_files=mine.json"):
+        assert load_config(["config=mmr1_h100", "data.answer_key=answer", quiet]).warnings == ()
+    assert load_config(["data.val_files=mine.json", "data.prompt_key=question"]).warnings == ()
+
+
+@pytest.mark.parametrize("text", ["offload: {offload_optimizer: true}", "fsdp: {optimizer_offload: true}"])
+def test_offload_in_a_file_means_another_thing_than_in_easyr1_s(tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(f"worker: {{actor: {{{text}}}}}")
+    file, key = f"config={tmp_path / 'mine.yaml'}", "worker.actor.offload.offload_optimizer"
+    (line,) = load_config([file]).warnings
+    assert line.startswith(f"{key}: not as in EasyR1, which moves them to host memory between the phases")
+    assert "nearest to EasyR1's is worker.actor.offload_states=true" in line
+    assert load_config([file, f"{key}=false"]).warnings == load_config([f"{key}=true"]).warnings == ()
+    assert load_config([file, "trainer.val_only=true"]).warnings == ()
+    (tmp_path / "mine.yaml").write_text("worker: {ref: {offload: {offload_params: true}}}")
+    (line,) = load_config([file]).warnings
+    assert line.startswith("worker.ref.offload.offload_params: not as in EasyR1") and "nearest" not in line
+    (tmp_path / "mine.yaml").write_text("worker: {actor: {fsdp: {enable_cpu_offload: true}}}")  # FSDP's, as ZeRO's
+    assert load_config([file]).warnings == ()
 
 
 # --- upstream -----------------------------------------------------------------------------------------------------

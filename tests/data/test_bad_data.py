@@ -30,6 +30,8 @@ def refused(tmp_path, model, own_logging, capfd, monkeypatch):
                 "trainer.n_gpus_per_node=1",
                 "data.rollout_batch_size=2",
                 "worker.actor.global_batch_size=2",
+                "data.max_prompt_length=256",
+                "data.max_response_length=256",
                 "data.min_pixels=784",
                 "data.max_pixels=12544",
                 f"trainer.run_dir={tmp_path / 'run'}",

@@ -26,7 +26,7 @@ from mmr1_ds.engine.model.lora import (
 )
 from mmr1_ds.errors import UserError
 from mmr1_ds.preflight.checks import check_config
-from mmr1_ds.preflight.deepspeed import reference_deepspeed, resolve_deepspeed
+from mmr1_ds.preflight.deepspeed import DeepspeedConfigs, reference_deepspeed, resolve_deepspeed
 from mmr1_ds.preflight.plan import describe_plan
 from mmr1_ds.rollout.adapters import adapter_options, check_places
 
@@ -148,7 +148,7 @@ def test_the_plan_has_no_second_model(tmp_path):
         config = load_config([*valid_run(tmp_path), *argv]).config
         actor = resolve_deepspeed(config, 2, False)
         reference = reference_deepspeed(config, actor, False)
-        return describe_plan(config, check_config(config, 2), actor, reference, None, False)
+        return describe_plan(config, check_config(config, 2), DeepspeedConfigs(actor, reference, None), False)
 
     key = "worker.actor.model.lora"
     text = plan(f"{key}.rank=8", f"{key}.target_modules=[q_proj,v_proj]", "worker.ref.offload.offload_params=true")

@@ -1,6 +1,7 @@
 """What the launch scripts hand to the ranks of a GPU node: stub nvidia-smi, DeepSpeed's own launcher, no GPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,29 @@ def start(script: str, num_gpus: str, variables: dict[str, str]) -> subprocess.C
     variables = variables if script == "deepspeed.sh" or not num_gpus else variables | {"NUM_GPUS": num_gpus}
     command = ["bash", str(ROOT / "launch" / script), *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("script", ["train.sh", "deepspeed.sh", "mpi.sh"])
+def test_without_a_virtual_environment_python3_runs_and_a_missing_hostfile_is_told(tmp_path, script):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "bin").mkdir()
+    for name, text in (("python3", 'echo "ran $*"'), ("mpirun", "shift 2; exec python3 \"$@\"")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    variables = environment(MASTER_PORT="29500", NUM_GPUS="0")
+    variables.pop("PYTHON", None)
+    variables["PATH"] = f"{tmp_path / 'bin'}:{BARE_PATH}"
+    words = ["bash", str(tmp_path / "launch" / script), *([] if script == "train.sh" else ["1", "mmr1_ds.train"])]
+
+    def done(**further):
+        return subprocess.run(words, env=variables | further, capture_output=True, text=True, timeout=60)
+
+    assert "mmr1_ds.train" in (found := done()).stdout and "ran " in found.stdout, found.stderr
+    if script != "train.sh":
+        refused = done(HOSTFILE="no_hosts")
+        assert refused.returncode == 2 and refused.stdout == ""
+        assert refused.stderr.startswith("HOSTFILE=no_hosts: no such file; write one")
+        assert refused.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import pytest
 from fixtures.configs import check, load, model_folder, refused
+from fixtures.dry_runs import write_rows
 
 from mmr1_ds.config.derived import resolved_critic, total_training_steps
 from mmr1_ds.preflight.checks import check_config
@@ -45,7 +46,10 @@ def test_number_of_steps(valid, num_prompts, steps):
         ("data.train_weights=[0]", "data.train_weights must each be over 0, got 0"),
         ("worker.ref.ema_decay=0.9", "needs worker.ref.update_freq, which is 0; set it to 1"),
         ("trainer.n_gpus_per_node=8", "1 * 8 = 8, but 2 processes were started"),
-        ("worker.rollout.tensor_parallel_size=3", "2 % 3 = 2"),
+        ("worker.rollout.tensor_parallel_size=3", "2 % 3 = 2; set it to 1 or 2"),
+        ("worker.actor.model.model_path=runs/demo_assets/model", "not a hub id of the form org/name; make demo makes"),
+        ("worker.actor.model.model_path=/x/real_text_assets/model", "form org/name; make real makes it"),
+        ("data.id_key=id", "(data.id_key); it has problem, answer, images; name one of them, or set data.id_key=null"),
         ("worker.rollout.max_model_len=100", "512 + 512 = 1024"),
         ("data.min_pixels=5000000", "over data.max_pixels=4194304"),
         ("trainer.val_only=true", "needs data.val_files"),
@@ -63,6 +67,22 @@ def test_refused_with_the_numbers(valid, argument, expected):
     assert expected in refused(valid, argument)
 
 
+def test_answers_of_verl_s_rows_are_found(valid, tmp_path):
+    rows = [{"prompt": "2 + 5?", "reward_model": {"ground_truth": "7", "style": "rule"}}] * 7
+    data = [f"data.train_files={write_rows(tmp_path, 'verl.json', rows)}", "data.prompt_key=prompt"]
+    assert "; rows of verl have it in data.answer_key=reward_model.ground_truth" in refused(valid, *data)
+    check(valid, *data, "data.answer_key=reward_model.ground_truth")
+
+
+def test_the_note_on_a_bent_distribution_names_what_bends_it(valid):
+    def note(*argv):
+        return next((note for note in check(valid, *argv).notes if "sampled distribution is not the whole" in note), "")
+
+    assert note("worker.rollout.top_p=0.99").startswith("worker.rollout.top_p=0.99: the sampled")
+    assert note("worker.rollout.top_k=7", "worker.rollout.min_p=0.1").startswith("worker.rollout.top_k=7, min_p=0.1: ")
+    assert note("worker.rollout.top_p=1.0") == ""
+
+
 def test_ranks_that_do_not_divide_the_batch(valid):
     message = refused(valid, "trainer.n_gpus_per_node=4", world_size=4)
     assert "6 % 4 = 2; set it to 4 or 8" in message
@@ -71,6 +91,25 @@ def test_ranks_that_do_not_divide_the_batch(valid):
 def test_whole_sequences_must_fit_without_chunked_prefill(valid):
     chunked = ["worker.rollout.enable_chunked_prefill=false", "worker.rollout.max_num_batched_tokens=1000"]
     assert "max_num_batched_tokens=1000 is under the longest sequence (1024 tokens)" in refused(valid, *chunked)
+
+
+def test_sequences_must_fit_the_model_s_positions(valid, tmp_path):
+    vllm, text = "worker.rollout.engine=vllm", {"max_position_embeddings": 1000}
+    expected = "512 + 512 = 1024, the model has 1000 positions (max_position_embeddings); set data.max_response_length"
+    for content in (text, {"text_config": text}, {**text, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6]}}):
+        folder = model_folder(tmp_path, **content)
+        assert f"{expected} to 488 or less" in refused(valid, folder, vllm)
+        check(valid, folder, vllm, "data.max_response_length=488")
+    assert "set the two to 1000 together" in refused(valid, folder, vllm, "data.max_prompt_length=1000")
+    longer = ["data.max_response_length=488", "worker.rollout.max_model_len=1001"]
+    assert "max_model_len=1001, the model has 1000 positions; lower it" in refused(valid, folder, vllm, *longer)
+    # Where it is not vLLM that says so, or not certain that it would.
+    check(valid, folder, "worker.rollout.engine=hf")
+    check(valid, folder, vllm, "worker.actor.model.override_config={max_position_embeddings: 1024}")
+    for doubt in ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"model_max_length": 2048}):
+        check(valid, model_folder(tmp_path, **text, **doubt), vllm)
+    layers = {"full_attention": {"rope_type": "linear", "factor": 4.0}}
+    check(valid, model_folder(tmp_path, text_config=text | {"rope_parameters": layers}), vllm)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +124,10 @@ def test_whole_sequences_must_fit_without_chunked_prefill(valid):
 )
 def test_metrics(valid, arguments, expected):
     assert expected in refused(valid, *arguments)
+
+
+def test_a_momentum_that_nothing_reads_is_not_refused(valid):
+    check(valid, "data.curriculum_momentum=1.0", "data.curriculum_refresh=online")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +156,8 @@ def test_both_spellings_of_metrics(valid, names):
         ("worker.actor.tau_negative=0", "worker.actor.tau_negative must be over 0, got 0.0"),
         ("worker.actor.optim.strategy=sgd", "strategy must be adamw or adamw_bf16 or adamw_8bit or muon, got sgd"),
         ("worker.rollout.name=sglang", "worker.rollout.engine must be auto or vllm or server or hf, got"),
-        ("data.curriculum_momentum=1.0", "data.curriculum_momentum must be in [0, 1), got 1.0"),
+        ("data.curriculum_momentum=1.0", "data.curriculum_momentum must be in [0, 1), got 1: no weight would ever"),
+        ("data.curriculum_momentum=1.5", "data.curriculum_momentum must be in [0, 1], got 1.5"),
     ],
 )
 def test_values_of_ours_that_are_not_implemented(valid, argument, expected):

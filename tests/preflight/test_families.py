@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from mmr1_ds.config import ModelConfig
 from mmr1_ds.config.families import FAMILIES, PUBLISHED, describe
 from mmr1_ds.engine.model import shapes
+from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
 from mmr1_ds.preflight.models import weights_are_here
 from mmr1_ds.preflight.plan import describe_plan
 
@@ -115,9 +116,10 @@ def test_a_critic_of_another_family_is_a_note(valid, tmp_path, critic, expected)
 
 def test_the_plan_names_the_family(valid, tmp_path):
     arguments = [*valid, model_folder(tmp_path / "model", model_type="qwen3_vl")]
-    text = describe_plan(load(*arguments), check(arguments), DEEPSPEED, DEEPSPEED, None, on_gpu=False)
+    text = describe_plan(load(*arguments), check(arguments), DeepspeedConfigs(DEEPSPEED, DEEPSPEED, None), on_gpu=False)
     assert (
-        "family      Qwen3-VL (qwen3_vl): images and videos; packed; log-probabilities within 1.9e-6 of vLLM's" in text
+        "family      Qwen3-VL (qwen3_vl): images and videos; packed; log-probabilities within 1.9e-6 of vLLM's, "
+        "tested tiny, in fp32 on the CPU" in text
     )
     assert describe("phi3") == "phi3, in no row of docs/models.md: padded, and tested with nothing"
 
@@ -125,7 +127,7 @@ def test_the_plan_names_the_family(valid, tmp_path):
 def test_a_hub_model_that_was_downloaded_is_looked_at(valid, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     arguments = [*valid, "worker.actor.model.model_path=org/mixture", LORA]
-    text = describe_plan(load(*arguments), check(arguments), DEEPSPEED, DEEPSPEED, None, on_gpu=False)
+    text = describe_plan(load(*arguments), check(arguments), DeepspeedConfigs(DEEPSPEED, DEEPSPEED, None), on_gpu=False)
     assert "family      a hub model that is not in the cache: looked at when the run starts" in text
     repository = tmp_path / "hub" / "models--org--mixture"
     (repository / "refs").mkdir(parents=True)

@@ -29,6 +29,12 @@ def test_a_reward_is_given_a_row_of_the_data(tmp_path, data):
         try_reward(reward(tmp_path, "raise ValueError('for ' + reward_input['ground_truth'])"), data)
 
 
+def test_what_is_told_as_a_mistake_is_not_logged_besides(tmp_path, data, caplog):
+    with pytest.raises(UserError, match="for 7"):
+        try_reward(reward(tmp_path, "raise ValueError('for 7')"), data)
+    assert caplog.text == ""
+
+
 def test_the_answer_may_lie_in_a_nested_column(tmp_path, data):
     (tmp_path / "train.jsonl").write_text(json.dumps({"problem": "2 + 5?", "rm": {"gt": "007"}}) + "\n")
     data.answer_key = "rm.gt"

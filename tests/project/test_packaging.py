@@ -288,7 +288,7 @@ def test_commands_of_the_base_installation(base, run, tmp_path):
         code, out, err = outcome(base, tmp_path, *words)
         assert code == 0 and expected in out, f"{words}: {err}"
     code, _, err = outcome(base, tmp_path, "train", *run, "trainer.dry_run=true")
-    assert code == 0 and "dry run: everything checked" in err
+    assert code == 0 and "dry run: settings and columns checked" in err
     code, out, err = outcome(base, tmp_path, "launch", "--time=1:00:00", *run)
     assert code == 0 and str(base.parent) in out and "sbatch " in out, err
     (script,) = re.findall(r"\S+/slurm\.sbatch", out)

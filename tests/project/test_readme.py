@@ -107,7 +107,7 @@ def test_command(command, tmp_path):
     command = with_paths(command, reader_s_folder(tmp_path))
     if "data.prompt_key=" not in command:
         command += " data.prompt_key=question"
-    assert "dry run: everything checked" in dry_run(command, tmp_path)
+    assert "dry run: settings and columns checked" in dry_run(command, tmp_path)
 
 
 def test_validation_is_of_the_run_above_it(tmp_path):

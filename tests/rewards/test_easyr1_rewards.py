@@ -316,12 +316,18 @@ def test_trls_conversational_functions_are_given_messages(tmp_path, name, prefil
 @pytest.mark.parametrize(
     ("read", "messages", "message"),
     [
-        ("c[0]['content']", (), "completions are texts, since the data's prompts are; read completion"),
-        ("c.strip()", ASKED, r'completions are lists of messages.*; read completion\[0\]\["content"\]'),
+        (
+            "c[0]['content']", (),
+            r"completions are texts, because the rows' prompts are; use completion instead of "
+            r'completion\[0\]\["content"\], or give prompts as lists of messages$',
+        ),
+        ("c.strip()", ASKED, r'completions are lists of messages.*; use completion\[0\]\["content"\] instead of comp'),
         ("re.search('a', c)", ASKED, "completions are lists of messages"),
+        ("kwargs['rubric']", (), "^LookupError: no 'rubric'; where that is a column of the data, name it in data.rew"),
+        ("{}['rubric', c]", (), r"^KeyError: \('rubric', 'ab'\)$"),
         ("c.no_such_name", (), "^AttributeError: 'str' object has no attribute 'no_such_name'$"),
     ],
-)
+)  # fmt: skip
 def test_a_function_that_reads_the_other_form_is_told_so(tmp_path, read, messages, message):
     source = f"import re\ndef compute_score(completions, **kwargs):\n    return [len({read}) for c in completions]\n"
     (result,) = run(write(tmp_path, source), [RewardItem("ab", 1, "7", messages=messages)])

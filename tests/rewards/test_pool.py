@@ -195,10 +195,13 @@ def test_a_worker_that_died_while_idle_costs_no_response(shared_pool):
     assert [result.overall for result in shared_pool.score(items("ok 1", "ok 2"))] == [1.0, 2.0]
 
 
-def test_failures_are_logged_with_their_reason_a_few_times(make_pool, caplog):
+def test_failures_are_logged_once_a_reason_and_a_few_of_a_kind(make_pool, caplog):
+    pool = make_pool()
     with caplog.at_level(logging.WARNING):
-        make_pool().score(items(*["raise 7"] * 9))
-    assert caplog.text.count("RuntimeError: no such unit: 7") == pool_module.LOGGED_FAILURES
+        pool.score(items(*["raise 7"] * 9))
+        assert caplog.text.count("RuntimeError: no such unit: 7") == 1
+        pool.score(items(*(f"raise {number}" for number in range(9))))
+    assert caplog.text.count("RuntimeError: no such unit") == pool_module.LOGGED_FAILURES == len(pool.first_reasons)
 
 
 def test_without_accuracy_the_clipped_reward_stands_in(make_pool, caplog):

@@ -7,6 +7,7 @@ from fixtures.tiny_models import save_text_model
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.rollout import options
+from mmr1_ds.rollout.colocated.starting import phase_words
 from mmr1_ds.rollout.options import engine_environment, engine_options, image_bounds, is_whole_after_a_sync
 
 
@@ -63,6 +64,14 @@ def test_vllm_reads_no_weights_that_the_first_sync_brings(tmp_path):
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "phi3"}')
     assert not is_whole_after_a_sync(ModelConfig(model_path=str(other)))
+
+
+def test_the_log_tells_what_vllm_does_as_it_starts():
+    on_gpu = list(phase_words(reads_weights=True, is_eager=False, on_gpu=True).values())
+    assert on_gpu[0] == "loading weights" and "compiling" in on_gpu[1] and "CUDA graphs" in on_gpu[2]
+    for eager in (phase_words(reads_weights=False, is_eager=True, on_gpu=here) for here in (True, False)):
+        assert list(eager.values()) == ["building the model", "measuring what memory the model leaves", "warming up"]
+    assert "CUDA" not in str(phase_words(reads_weights=False, is_eager=False, on_gpu=False))
 
 
 def test_flashinfer_s_sampler_and_sums_are_not_compiled_at_the_start():

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from fixtures.configs import model_folder
 from fixtures.dry_runs import write_rows
 from fixtures.launching import ROOT, environment, group_members, is_over, wait_until
 from fixtures.stand_in_server import KEY, server_process, stand_in
@@ -22,6 +23,7 @@ from fixtures.tiny_models import save_vision_model
 
 from mmr1_ds.commands import cli, serve
 from mmr1_ds.config import DataConfig, ModelConfig, RolloutConfig
+from mmr1_ds.config.loading import load_config
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.errors import UserError
 from mmr1_ds.rollout.options import engine_options, image_bounds
@@ -357,6 +359,19 @@ def test_serve_names_the_mistake_first(arguments, monkeypatch, capfd, key, setti
     error = capfd.readouterr().err
     assert error.startswith("mmr1-ds: error: ") and message in error and error.count("\n") == 1
     assert not key or key not in error
+
+
+def test_serve_refuses_what_is_longer_than_the_model_s_positions_and_warns_of_no_key_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMR1_DS_SERVER_KEY", KEY)
+    settings = [model_folder(tmp_path, max_position_embeddings=1000), "worker.rollout.server_host=127.0.0.2"]
+    with pytest.raises(UserError, match="512 \\+ 512 = 1024, the model has 1000 positions"):
+        serve.read(settings, None)
+    assert load_config(settings).warnings  # the training's are those of a run without servers
+    warned = []
+    monkeypatch.setattr(serve.logger, "warning", lambda *words: warned.append(words))
+    with pytest.raises(UserError, match=r"data\.train_files"):
+        serve.read([*settings, "data.max_response_length=64"], None)
+    assert warned == []
 
 
 class Stopping:

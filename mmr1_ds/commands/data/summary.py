@@ -140,8 +140,9 @@ def notes(data_sets: Sequence[DataSetSummary], config: RunConfig, encoder: Promp
         ]
     for data_set in data_sets:
         if data_set.key == TRAIN and 0 < data_set.num_usable < config.data.rollout_batch_size:
+            noun = "prompt" if data_set.num_usable == 1 else "prompts"
             found.append(
-                f"{TRAIN}: {data_set.num_usable} usable prompts, and a step takes data.rollout_batch_size="
+                f"{TRAIN}: {data_set.num_usable} usable {noun}, and a step takes data.rollout_batch_size="
                 f"{config.data.rollout_batch_size}: each step repeats prompts"
             )
     if encoder.is_multimodal and any(data_set.images and data_set.images.num_images for data_set in data_sets):

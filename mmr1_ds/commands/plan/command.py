@@ -78,7 +78,10 @@ def main(arguments: argparse.Namespace) -> int:
 def estimate(settings: Sequence[str], gpu: Gpu, assumed: Assumptions) -> Estimate:
     """Estimate the run that `settings` describe. Raises: UserError, as training would."""
     require("models", "torch", "transformers", purpose="mmr1-ds plan")
-    config = load_config(settings).config
+    loaded = load_config(settings)
+    for line in loaded.warnings:
+        sys.stderr.write(f"mmr1-ds: {line}\n")
+    config = loaded.config
     world_size = config.trainer.nnodes * config.trainer.n_gpus_per_node
     plan = check_config(config, world_size)
     actor_config = resolve_deepspeed(config, world_size, on_gpu=True)

@@ -32,7 +32,7 @@ from mmr1_ds.rollout.base import (
     never,
 )
 from mmr1_ds.rollout.colocated.sleeping import SleepCycle
-from mmr1_ds.rollout.colocated.starting import experts_returned_on_every_rank, phases_logged
+from mmr1_ds.rollout.colocated.starting import experts_returned_on_every_rank, phase_words, phases_logged
 from mmr1_ds.rollout.options import (
     ImageBounds,
     engine_environment,
@@ -328,8 +328,9 @@ def _start_engine(
     if ranks.on_gpu:
         options["enable_sleep_mode"] = config.sleep
     returns_experts = "enable_return_routed_experts" in more
+    words = phase_words(reads_weights, options["enforce_eager"], ranks.on_gpu)
     try:
-        with phases_logged(), experts_returned_on_every_rank() if returns_experts else nullcontext():
+        with phases_logged(words), experts_returned_on_every_rank() if returns_experts else nullcontext():
             return LLM(distributed_executor_backend="external_launcher", **options, **more)
     except ValueError as error:
         if "enable_lora" not in more or "LoRA" not in str(error):

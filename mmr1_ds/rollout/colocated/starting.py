@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from types import SimpleNamespace
@@ -13,25 +13,37 @@ from unittest import mock
 
 logger = logging.getLogger(__name__)
 
-# Methods of vLLM's worker, in the order in which it calls them.
-_PHASES = {
-    "load_model": "loading weights",
-    "determine_available_memory": "compiling the model and measuring what memory it leaves",
-    "compile_or_warm_up_model": "capturing CUDA graphs and warming up",
-}
+
+def phase_words(reads_weights: bool, is_eager: bool, on_gpu: bool) -> dict[str, str]:
+    """Return methods of vLLM's worker, in the order in which it calls them, and what each does here.
+
+    Args: is_eager: nothing is compiled, no CUDA graphs are captured.
+    """
+    return {
+        "load_model": "loading weights" if reads_weights else "building the model",
+        "determine_available_memory": (
+            "measuring what memory the model leaves"
+            if is_eager
+            else "compiling the model and measuring what memory it leaves"
+        ),
+        "compile_or_warm_up_model": "warming up" if is_eager or not on_gpu else "capturing CUDA graphs and warming up",
+    }
 
 
 @contextmanager
-def phases_logged() -> Iterator[None]:
-    """Log the phases of engines that start inside: vLLM's own lines are hidden among hundreds of others."""
+def phases_logged(words: Mapping[str, str]) -> Iterator[None]:
+    """Log the phases of engines that start inside: vLLM's own lines are hidden among hundreds of others.
+
+    Args: words: what `phase_words` returns.
+    """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     init_device = WorkerWrapperBase.init_device
 
     def init_and_wrap(wrapper: Any) -> None:
         init_device(wrapper)
-        for method, words in _PHASES.items():
-            setattr(wrapper.worker, method, _logged(getattr(wrapper.worker, method), words))
+        for method, doing in words.items():
+            setattr(wrapper.worker, method, _logged(getattr(wrapper.worker, method), doing))
 
     with mock.patch.object(WorkerWrapperBase, "init_device", init_and_wrap):
         yield
