@@ -47,7 +47,7 @@ def test_number_of_steps(valid, num_prompts, steps):
         ("worker.ref.ema_decay=0.9", "needs worker.ref.update_freq, which is 0; set it to 1"),
         ("trainer.n_gpus_per_node=8", "1 * 8 = 8, but 2 processes were started"),
         ("worker.rollout.tensor_parallel_size=3", "2 % 3 = 2; set it to 1 or 2"),
-        ("worker.actor.model.model_path=runs/demo_assets/model", "not a hub id of the form org/name; make demo makes"),
+        ("worker.actor.model.model_path=/x/demo_assets/model", "not a hub id of the form org/name; make demo makes"),
         ("worker.actor.model.model_path=/x/real_text_assets/model", "form org/name; make real makes it"),
         ("data.id_key=id", "(data.id_key); it has problem, answer, images; name one of them, or set data.id_key=null"),
         ("worker.rollout.max_model_len=100", "512 + 512 = 1024"),
