@@ -5,12 +5,14 @@ DeepSpeed compiles its optimiser when it first starts, and asks for nvcc, g++ an
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import resource
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +31,9 @@ _DRIVER_OF_CUDA = {12: 525, 13: 580}  # the oldest driver (Linux) for a major ve
 _GIB = 2**30
 _QUERY = "index,uuid,driver_version,memory.free,memory.total"
 _SECONDS = 60  # for nvidia-smi, which may wait for the driver to load
+_FREED_WITHIN = 30  # seconds: the memory of a process that has ended
+
+logger = logging.getLogger(__name__)
 
 
 class MachineError(UserError):
@@ -101,7 +106,13 @@ def check_machine(config: RunConfig, actor: Mapping[str, Any]) -> tuple[str, ...
     Returns: doubts, one line each. Raises: MachineError, one line with all that is missing.
     """
     found, needs = gather(os.environ), needs_of(config, actor)
-    if problems := lacking(found, needs):
+    problems, deadline = lacking(found, needs), time.monotonic() + _FREED_WITHIN
+    while problems and problems == crowded(found, needs) and time.monotonic() < deadline:
+        logger.info("%s: waiting up to %d s for memory that an ended process may still hold", found.host, _FREED_WITHIN)
+        time.sleep(5)
+        found = gather(os.environ)
+        problems = lacking(found, needs)
+    if problems:
         raise MachineError(f"{found.host} cannot train: {'; '.join(problems)}")
     return doubts(found, needs)
 
@@ -130,19 +141,24 @@ def lacking(found: Machine, needs: Needs) -> list[str]:
         problems.append("g++ is missing: install it (package g++)")
     if needs.compiles and not found.has_ninja:
         problems.append("ninja is missing: pip install ninja")
-    for gpu in gpus:
-        if gpu.free_bytes < needs.gpu_fraction * gpu.total_bytes:
-            problems.append(
-                f"GPU {gpu.name} has {gpu.free_bytes / _GIB:.0f} of {gpu.total_bytes / _GIB:.0f} GiB free, and vLLM "
-                f"takes {needs.gpu_fraction:g} (worker.rollout.gpu_memory_utilization): end what else runs there "
-                "(nvidia-smi), or choose others by CUDA_VISIBLE_DEVICES"
-            )
+    problems += crowded(found, needs)
     if needs.host_bytes > found.memory_bytes:
         problems.append(
             f"offloaded states take {needs.host_bytes / _GIB:.0f} GiB of host memory and it has "
             f"{found.memory_bytes / _GIB:.0f}: take more nodes, or offload less"
         )
     return problems
+
+
+def crowded(found: Machine, needs: Needs) -> list[str]:
+    """The GPUs with too little free memory. A run that crashed, and is started again, finds its own still held."""
+    return [
+        f"GPU {gpu.name} has {gpu.free_bytes / _GIB:.0f} of {gpu.total_bytes / _GIB:.0f} GiB free, and vLLM takes "
+        f"{needs.gpu_fraction:g} (worker.rollout.gpu_memory_utilization): end what else runs there (nvidia-smi), or "
+        "choose others by CUDA_VISIBLE_DEVICES"
+        for gpu in found.gpus or ()
+        if gpu.free_bytes < needs.gpu_fraction * gpu.total_bytes
+    ]
 
 
 def doubts(found: Machine, needs: Needs) -> tuple[str, ...]:

@@ -52,6 +52,15 @@ def test_prompts_that_are_not_cut_leave_no_states_to_cache(monkeypatch, tmp_path
     assert chosen.get("enable_prefix_caching", True) is not off
 
 
+@pytest.mark.parametrize(("says", "found"), [("10.0\\n10.0\\n", "10.0"), (" 9.0\\n", "9.0"), ("", "")])
+def test_the_first_gpu_s_answer_counts(monkeypatch, tmp_path, says, found):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=compute_cap ] && printf \'{says}\'\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert options._compute_capability() == found
+
+
 def test_a_server_on_a_b200_is_told_on_its_command_line(monkeypatch):
     words = server_arguments(engine_options(monkeypatch, "10.0"))
     told = json.loads(words[words.index("--attention-config") + 1])

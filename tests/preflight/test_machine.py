@@ -12,7 +12,19 @@ from mmr1_ds import train
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.preflight import machine
 from mmr1_ds.preflight.deepspeed import resolve_deepspeed
-from mmr1_ds.preflight.machine import Gpu, Machine, Needs, doubts, gather, lacking, needs_of, use_own_nvcc, visible
+from mmr1_ds.preflight.machine import (
+    Gpu,
+    Machine,
+    MachineError,
+    Needs,
+    check_machine,
+    doubts,
+    gather,
+    lacking,
+    needs_of,
+    use_own_nvcc,
+    visible,
+)
 
 GIB = 2**30
 GPUS = tuple(Gpu(str(i), f"GPU-{i}a", "580.65.06", 79 * GIB, 80 * GIB) for i in range(3))
@@ -42,6 +54,20 @@ def test_a_machine_with_everything_lacks_nothing():
 def test_each_thing_missing_is_named_with_its_remedy(facts, message):
     (problem,) = lacking(replace(GOOD, **facts), NEEDS)
     assert message in problem
+
+
+def test_memory_that_an_ended_process_still_holds_is_waited_for(monkeypatch):
+    config = load_config(["config=mmr1_h100"]).config
+    actor = resolve_deepspeed(config, 8, on_gpu=True)
+    full = replace(GOOD, gpus=(replace(GPUS[0], free_bytes=GIB),))
+    seen, slept = [full, full, GOOD], []
+    monkeypatch.setattr(machine, "gather", lambda environ: seen.pop(0) if len(seen) > 1 else seen[0])
+    monkeypatch.setattr(machine.time, "sleep", slept.append)
+    assert check_machine(config, actor) == () and len(slept) == 2
+    seen[:] = [replace(full, has_gxx=False)]  # what no waiting mends is told at once
+    with pytest.raises(MachineError, match=r"g\+\+ is missing.*GPU 0 has 1 of 80 GiB free"):
+        check_machine(config, actor)
+    assert len(slept) == 2
 
 
 def test_what_a_run_does_not_need_is_not_asked_for():
