@@ -53,6 +53,11 @@ _LETTERS = re.compile("[a-z]{2,3}")
 _PRODUCT = re.compile(r"\\(?:cdot|times)(?![a-zA-Z])")
 _POWER_OF_POWER = re.compile(r"(?<=\^)\{(\d{1,2})\^\{?(\d)\}?\}")
 _MIXED = re.compile(r"(?<![\d.^_])(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))")
+# Two factors side by side, neither a letter: 3(4), \binom{5}{2}\binom{4}{1}, (2)3; what has an index may be a function.
+_FACTORS = re.compile(r"(?:(?<![\d.^_])\d+(?:\.\d+)?|[)}]) ?(?=\\binom|\\frac|\()|[)}] ?(?=[\d.])")
+_MAY_BE_CALLED = re.compile(
+    r"(?:\\[a-zA-Z]+|[a-zA-Z])(?: ?[_^] ?(?:\{[^{}]*\}|\w))* ?$|\\(?!frac|binom|sqrt)[a-zA-Z]+ ?\{[^{}]*\}$"
+)
 
 
 def formulas_equal(answer: str, truth: str) -> bool:
@@ -94,8 +99,18 @@ def equations_equal(answer: str, truth: str) -> bool:
 
 
 def _written_out(text: str) -> str:
-    r"""A formula with its mixed numbers as sums, for 2\frac{1}{3}x is no product, and small powers of powers as one."""
-    return _POWER_OF_POWER.sub(_power, _MIXED.sub(_sum, text))
+    r"""A formula with its mixed numbers as sums, for 2\frac{1}{3}x is no product, and small powers of powers as one.
+
+    Other numbers side by side are factors: math-verify would add 3\binom{4}{2} and 6(\frac{2}{3}) up as mixed ones.
+    """
+    text = _MIXED.sub(_sum, text)
+    text = _FACTORS.sub(lambda left: left[0] if _is_name(text, left) else left[0] + r"\cdot ", text)
+    return _POWER_OF_POWER.sub(_power, text)
+
+
+def _is_name(text: str, left: re.Match[str]) -> bool:
+    """Whether what ends here is the name of a function: \\log_{2}, f^{-1}, \\text{Var}."""
+    return left[0][0] == "}" and _MAY_BE_CALLED.search(text[: left.start() + 1]) is not None
 
 
 def _power(found: re.Match[str]) -> str:
