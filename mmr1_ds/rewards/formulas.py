@@ -21,6 +21,7 @@ from mmr1_ds.rewards.sizes import is_small
 MAX_FORMULA_CHARS = 300
 MAX_FACTORIAL = 200
 MAX_POWER_OF_POWER = 100
+DIGITS = 25  # of constants that are compared first
 MAX_FUNCTIONS_SIMPLIFIED = 1  # in a side of an equation: sines of many angles are simplified for seconds
 
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -53,6 +54,11 @@ _LETTERS = re.compile("[a-z]{2,3}")
 _PRODUCT = re.compile(r"\\(?:cdot|times)(?![a-zA-Z])")
 _POWER_OF_POWER = re.compile(r"(?<=\^)\{(\d{1,2})\^\{?(\d)\}?\}")
 _MIXED = re.compile(r"(?<![\d.^_])(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))")
+_TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_DEGREES = re.compile(
+    r"(\\frac\{[^{}]*\}\{[^{}]*\}|\d+(?:\.\d+)?(?:\\?[a-zA-Z]+)?|\\?[a-zA-Z]+|\([^()]*\)|\{[^{}]*\})"
+    r" ?\^\\circ(?![a-zA-Z])"
+)
 # Two factors side by side, neither a letter: 3(4), \binom{5}{2}\binom{4}{1}, (2)3; what has an index may be a function.
 _FACTORS = re.compile(r"(?:(?<![\d.^_])\d+(?:\.\d+)?|[)}]) ?(?=\\binom|\\frac|\()|[)}] ?(?=[\d.])")
 _MAY_BE_CALLED = re.compile(
@@ -72,6 +78,8 @@ def formulas_equal(answer: str, truth: str) -> bool:
     answer, truth = named
     parsed_truth, parsed_answer = _parse(truth), _parse(answer)
     if not parsed_truth or not parsed_answer:
+        return False
+    if _TRIGONOMETRIC.search(truth) and _are_other_numbers(parsed_truth[0], parsed_answer[0]):
         return False
     from math_verify import verify
 
@@ -104,6 +112,8 @@ def _written_out(text: str) -> str:
     Other numbers side by side are factors: math-verify would add 3\binom{4}{2} and 6(\frac{2}{3}) up as mixed ones.
     """
     text = _MIXED.sub(_sum, text)
+    if _TRIGONOMETRIC.search(text):  # math-verify would take the sine of 30 radians
+        text = _DEGREES.sub(r"(\1\\cdot \\frac{\\pi}{180})", text)
     text = _FACTORS.sub(lambda left: left[0] if _is_name(text, left) else left[0] + r"\cdot ", text)
     return _POWER_OF_POWER.sub(_power, text)
 
@@ -135,6 +145,16 @@ def _with_imaginary_unit(*parsed: list[Any]) -> tuple[list[Any], ...]:
     if {variable.name for variable in variables} != {"i"}:
         return parsed
     return tuple([value.subs(dict.fromkeys(variables, sympy.I)).doit()] for value in values)
+
+
+def _are_other_numbers(one: Any, other: Any) -> bool:
+    """Whether both are constants of other values, of which algebra would take long to say so."""
+    import sympy
+
+    if not all(isinstance(value, sympy.Expr) and not value.free_symbols for value in (one, other)):
+        return False
+    difference = one.evalf(DIGITS) - other.evalf(DIGITS)
+    return bool(difference.is_number and abs(difference) > 10 ** (5 - DIGITS) * (1 + abs(other.evalf(DIGITS))))
 
 
 def _comparable(answer: str, truth: str) -> bool:
