@@ -16,6 +16,11 @@ _ARRAY = re.compile(r"[\[(] ?\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\} ?[\]
 _WORDS = re.compile(
     r",?\s*(?:\\text\s*\{\s*(or|and|或者?|[和且])\s*\}|(?<![a-zA-Z])(or|and)(?![a-zA-Z])|或者?|[和且])\s*(?:\\text\{\s*\})?"
 )
+_EITHER, _BOTH = (  # what parts systems: first "or", without it "and"
+    re.compile(rf",?\s*(?:\\text\s*\{{\s*(?:{word}|{sign})\s*\}}|(?<![a-zA-Z]){word}(?![a-zA-Z])|{sign})\s*")
+    for word, sign in (("or", "或者?"), ("and", "[和且]"))
+)
+_SUBJECT = re.compile(r"([^=<>]+?) ?(?:=|<|>|\\(?:le|ge|ne)(?![a-zA-Z]))")
 _OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])|或")
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _ONE_NUMBER = re.compile(rf"[^\w(){{}},;]*{_THOUSANDS.pattern}(?:\.\d+)?(?!\d)[^\d,;]*")
@@ -158,6 +163,8 @@ def _items(text: str) -> list[str]:
 
 def _bare_commas(text: str, is_truth: bool = False) -> list[Value]:
     """A list, a number with thousands or a decimal comma, or one value."""
+    if (systems := _systems(text)) is not None:
+        return [systems]
     is_or = False
     parts: list[str] = []
     for part in _items(text):
@@ -192,6 +199,23 @@ def _bare_commas(text: str, is_truth: bool = False) -> list[Value]:
     elif text.count(",") == 1 and re.search(r"\d,\d", text):
         found.append(Value("atom", (text.replace(",", "."),), has_decimal_comma=True))
     return found
+
+
+def _systems(text: str) -> Value | None:
+    """Several systems of the same names, x = 2, y = 3 or x = 3, y = 2; flattened their values could change places."""
+    for mark in (_EITHER, _BOTH):
+        parts = [part for part in mark.split(text) if part]
+        if len(parts) < 2:
+            continue
+        subjects = [
+            sorted(found[1] if (found := _SUBJECT.match(item)) else "" for item in _items(_BOTH.sub(",", part)))
+            for part in parts
+        ]
+        one = subjects[0]
+        if len(one) > 1 and "" not in one and len(set(one)) == len(one) and all(other == one for other in subjects):
+            is_union = mark is _EITHER and "=" not in text
+            return Value("union" if is_union else "list", tuple(parts), is_either=mark is _EITHER and not is_union)
+    return None
 
 
 def _is_value(text: str) -> bool:
