@@ -13,7 +13,7 @@ import functools
 import re
 from fractions import Fraction
 
-from mmr1_ds.rewards.choices import choice, choices, chooses, joined, same_letters, statements
+from mmr1_ds.rewards.choices import choice, choices, chooses, joined, judgement, keep_order, same_letters, statements
 from mmr1_ds.rewards.dress import split, undress
 from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
 from mmr1_ds.rewards.names import named, opaque, same_parts
@@ -156,6 +156,8 @@ def _same(answer: str, truth: str, depth: int) -> bool:
         return False
     if _dotted(answer) == _dotted(truth):
         return True
+    if (judged := judgement(truth)) is not None and judged == judgement(answer) and len(judged) > 1:
+        return True
     if r"\cdot" in truth:  # it is no size of 2 by 3
         answer = _dotted(answer)
     if ":" in truth:  # nor 3 to 5 a range
@@ -184,7 +186,7 @@ def _match(answer: Value, truth: Value, depth: int) -> bool:
         return answer.items == truth.items
     if answer.is_either != truth.is_either and not _are_values(truth):
         return False
-    if truth.is_ordered or _needs_names(answer, truth):
+    if truth.is_ordered or keep_order(truth.items) or _needs_names(answer, truth):
         return all(map(same, answer.items, truth.items))
     rest = list(answer.items)
     for item in truth.items:
