@@ -33,7 +33,10 @@ _QUANTITIES = re.compile(rf"{_QUANTITY.pattern}(?:(?:,? and |,? ?){_QUANTITY.pat
 _FAMILIES = ("year month week day h min s", "mile yd ft inch", "lb ounce", "dollar cent")
 _BASES = {"two": "2", "three": "3", "five": "5", "eight": "8", "ten": "10", "sixteen": "16"}
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-_MONTH = re.compile(rf"\b({'|'.join(_MONTHS)})[a-z]*\b", re.IGNORECASE)
+_MONTH_ENDS = "uary ruary ch il  e y ust (?:t|tember) ober ember ember".split(" ")
+_MONTH = re.compile(  # not mark, maybe, octagon
+    rf"\b(?:{'|'.join(f'{start}(?:{end})?' for start, end in zip(_MONTHS, _MONTH_ENDS, strict=True))})\b", re.IGNORECASE
+)
 
 
 def named(text: str) -> tuple[str, str]:
@@ -97,7 +100,7 @@ def opaque(text: str) -> tuple[object, ...] | None:
     if month is not None and re.search(r"\d", text) and "\\" not in text and "=" not in text:
         numbers = [int(digits) for digits in re.findall(r"\d{1,9}", text)]
         if re.fullmatch(r"[\d\s,.]*(?:st|nd|rd|th)?( of)? ?[A-Za-z.]+[\d\s,.]*(?:st|nd|rd|th)?[\d\s,.]*", text):
-            return "date", month[1].lower(), tuple(numbers)
+            return "date", month[0][:3].lower(), tuple(numbers)
     if "'" in text and "=" not in text:
         return "derivative", text.replace(" ", "")
     return None
