@@ -32,12 +32,13 @@ _TWO_THINGS = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]+ \d")  # 1B 2A
 _DECIMAL = re.compile(r"\d*\.\d+|\d+\.(?!\d)")
 _TOWER = re.compile(r"\^\s*\{[^{}]*(?:\^|\{)[^{}]*[\^]|\^\s*\{[^{}]*\^\s*(?:\{[^{}]*)?\^")
 _UNBOUNDED = re.compile(
-    r"\\(?:sum|prod|int|lim|iint|oint|approx|sim|equiv|ldots)(?![a-zA-Z])|\?|\\frac\{(?:d|\\partial)(?![a-zA-Z}])"
+    r"\\(?:sum|prod|int|lim|iint|oint|approx|sim|equiv|ldots|nabla|max|min|gcd)(?![a-zA-Z])|\?|\\frac\{(?:d|\\partial)(?![a-zA-Z}])"
     r"|\\frac\{ ?(?:d|\\partial)[^{}]*\}\{ ?(?:d|\\partial) ?\\?[a-zA-Z]"
 )
 # The order of points and of matrices means something, and sympy would multiply the one and sort the other.
 _FIGURES = re.compile(
     r"\\(?:angle|triangle|bigtriangleup|square|odot|parallel|perp|cong|widehat|overset|stackrel)(?![a-zA-Z])"
+    r"|\\Delta ?[A-Z]{3}(?![a-zA-Z])"
 )
 _TRANSPOSE = re.compile(r"(?<=[A-Z)]) ?\^ ?\{? ?(?:T|\\top|\\intercal)(?![a-zA-Z])")
 _INVERSE = re.compile(r"[A-Z)] ?\^ ?\{? ?-")
@@ -54,6 +55,13 @@ _LETTERS = re.compile("[a-z]{2,3}")
 _PRODUCT = re.compile(r"\\(?:cdot|times)(?![a-zA-Z])")
 _POWER_OF_POWER = re.compile(r"(?<=\^)\{(\d{1,2})\^\{?(\d)\}?\}")
 _MIXED = re.compile(r"(?<![\d.^_])(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))")
+# What \\Delta stands before it belongs to; it is no factor.
+_DIFFERENCE = re.compile(r"\\Delta ?(?:\{([a-zA-Z])\}|(\\[a-zA-Z]+|[a-zA-Z]))(_\w|_\{\w+\})?")
+# [x], and {x} - the integer and the fractional part - but not 2[(x+1)^2+3], [a+b], f[x]: brackets of one term are no
+# brackets otherwise.
+_PART = re.compile(
+    r"(?<![a-zA-Z\\])(\[|\\\{) ?((?=[^\]]*(?<![a-zA-Z\\])[a-zA-Z])(?:[^-+()\[\]{},]|\{[^{}]*\})+?) ?\\?[\]}](?!_)"
+)
 _TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DEGREES = re.compile(
     r"(\\frac\{[^{}]*\}\{[^{}]*\}|\d+(?:\.\d+)?(?:\\?[a-zA-Z]+)?|\\?[a-zA-Z]+|\([^()]*\)|\{[^{}]*\})"
@@ -111,11 +119,22 @@ def _written_out(text: str) -> str:
 
     Other numbers side by side are factors: math-verify would add 3\binom{4}{2} and 6(\frac{2}{3}) up as mixed ones.
     """
-    text = _MIXED.sub(_sum, text)
+    text = _PART.sub(_part, _DIFFERENCE.sub(_difference, _MIXED.sub(_sum, text)))
     if _TRIGONOMETRIC.search(text):  # math-verify would take the sine of 30 radians
         text = _DEGREES.sub(r"(\1\\cdot \\frac{\\pi}{180})", text)
     text = _FACTORS.sub(lambda left: left[0] if _is_name(text, left) else left[0] + r"\cdot ", text)
     return _POWER_OF_POWER.sub(_power, text)
+
+
+def _difference(found: re.Match[str]) -> str:
+    """Delta and its symbol as one variable."""
+    return rf"\Delta_{{{found[1] or found[2]}{found[3] or ''}}}"
+
+
+def _part(found: re.Match[str]) -> str:
+    """The integer part [x], or the fractional part of a number."""
+    whole = rf"\lfloor {found[2]}\rfloor "
+    return whole if found[1] == "[" else f"({found[2]}-{whole})"
 
 
 def _is_name(text: str, left: re.Match[str]) -> bool:
