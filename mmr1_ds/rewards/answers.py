@@ -188,6 +188,11 @@ def _match(answer: Value, truth: Value, depth: int) -> bool:
         return False
     if truth.is_ordered or keep_order(truth.items) or _needs_names(answer, truth):
         return all(map(same, answer.items, truth.items))
+    units, answer_units = ([split_unit(item)[1] for item in value.items] for value in (truth, answer))
+    if len(set(units)) > 1 and not (units[-1] and len({*units} - {""}) == 1):  # of 3, 5 cm both are in cm
+        if sorted(units) != sorted(answer_units):
+            return all(map(same, answer.items, truth.items))
+        same = functools.partial(_same_with_unit, depth=depth + 1)
     rest = list(answer.items)
     for item in truth.items:
         found = next((other for other in rest if same(other, item)), None)
@@ -195,6 +200,11 @@ def _match(answer: Value, truth: Value, depth: int) -> bool:
             return False
         rest.remove(found)
     return True
+
+
+def _same_with_unit(answer: str, truth: str, depth: int) -> bool:
+    """Whether values are the same and so are their units, of which no one may be missing."""
+    return split_unit(answer)[1] == split_unit(truth)[1] and _same(answer, truth, depth)
 
 
 def _needs_names(answer: Value, truth: Value) -> bool:

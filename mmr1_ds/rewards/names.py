@@ -21,6 +21,7 @@ _RATIO_NAME = re.compile(r"[a-zA-Z]{1,2}(?: ?: ?[a-zA-Z]{1,2})+")
 _TIME = re.compile(r"(\d{1,4}(?: ?: ?\d+)+) ?(?:([ap])\.?(?: ?m\.?)?)?", re.IGNORECASE)
 _HOUR = re.compile(r"(\d{1,2}) ?([ap])(?:\. ?m\.?| ?m\.?)", re.IGNORECASE)
 _DATE = re.compile(r"(\d{1,4})([-/])(\d{1,2})\2(\d{1,4})")
+_CHAIN = re.compile(r"[A-Z](?: ?- ?[A-Z]){2,}|\d+(?: ?- ?\d+){3,}")  # a path A-B-D-C, an order 1-3-2-4
 _CURRENCIES = "$\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}"
 _END = rf"(?:\\?[{_CURRENCIES}])? ?(-?\d+(?:\.\d+)?) ?(\\?%|[a-zA-Z]{{2,}})?"
 _RANGE = re.compile(rf"{_END} ?(?:-|to) ?{_END}")
@@ -70,7 +71,7 @@ def _spelling(name: str, value: str) -> str:
 
 
 def opaque(text: str) -> tuple[object, ...] | None:
-    """Return the parts of a time or ratio, a date, a range or score, a size, a number in a base, or a derivative.
+    """Return the parts of a time or ratio, a date, a chain, a range or score, a size, a number in a base, a derivative.
 
     Evaluated as formulas these would equal other ones: 5:10 is not 10:20, 3-5 not -2, 5 ft 6 in not 6 ft 5 in.
 
@@ -86,6 +87,8 @@ def opaque(text: str) -> tuple[object, ...] | None:
     date = _DATE.fullmatch(text)
     if date is not None:
         return "date", int(date[1]), int(date[3]), int(date[4])
+    if _CHAIN.fullmatch(text):
+        return "chain", text.replace(" ", "")
     base = _BASE.fullmatch(text)
     if base is not None:
         return "base", base[1], _BASES.get(base[2], base[2])
