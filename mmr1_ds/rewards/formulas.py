@@ -43,7 +43,12 @@ _FIGURES = re.compile(
 _TRANSPOSE = re.compile(r"(?<=[A-Z)]) ?\^ ?\{? ?(?:T|\\top|\\intercal)(?![a-zA-Z])")
 _INVERSE = re.compile(r"[A-Z)] ?\^ ?\{? ?-")
 _CROSS_PRODUCT = re.compile(
-    r"[A-Z}] ?\\times ?(?:[A-Z]|\\vec|\\overline)|(?<![a-zA-Z\\])\{?[ijk]\}? ?\\times ?\{?[ijk](?![a-zA-Z])"
+    r"(?:(?<![a-zA-Z\\])[a-z]|[A-Z}]) ?\\times ?(?:[A-Z]|\\(?:vec|overline|hat)(?![a-zA-Z])|\{)"
+    r"|(?<![a-zA-Z\\])\{?[ijk]\}? ?\\times ?\{?[ijk](?![a-zA-Z])"
+)
+_VECTOR = r"(?:\\(?:vec|hat|overline) ?)?\{[^{}]*\}"
+_SCALED_VECTOR = re.compile(  # (a \cdot b)c is no a(b \cdot c)
+    rf"{_VECTOR} ?\\cdot ?{_VECTOR} ?\) ?{_VECTOR}|{_VECTOR} ?\( ?{_VECTOR} ?\\cdot ?{_VECTOR}"
 )
 _IMAGINARY = re.compile(r"(?<=\d)(?: | ?\\cdot ?)i(?![a-zA-Z])")
 _CAPITAL_I = re.compile(r"(\\[a-zA-Z]+)|I")
@@ -237,8 +242,8 @@ def _exact(decimal: re.Match[str]) -> str:
 
 
 def _is_product_of_matrices(text: str) -> bool:
-    """Whether there is a transpose, a cross product, or capitals with an inverse: order means something there."""
-    if _TRANSPOSE.search(text) is not None or _CROSS_PRODUCT.search(text) is not None:
+    """Whether there is a transpose, a product of vectors, or capitals with an inverse: order means something there."""
+    if any(order.search(text) for order in (_TRANSPOSE, _CROSS_PRODUCT, _SCALED_VECTOR)):
         return True
     return len(re.findall(r"[A-Z]", _COMMAND.sub(" ", text))) > 1 and _INVERSE.search(text) is not None
 
