@@ -19,6 +19,7 @@ _SYMBOLS: dict[str, str] = {
     "\N{MICRO SIGN}": r"\mu ", "\N{OHM SIGN}": r"\Omega ", "\N{CUBE ROOT}": r"\sqrt[3]",
     "\N{MATHEMATICAL LEFT ANGLE BRACKET}": "(", "\N{MATHEMATICAL RIGHT ANGLE BRACKET}": ")",
     "\N{RIGHTWARDS ARROW}": r"\to ", "\N{NOT SIGN}": r"\neg ",
+    "\N{LOGICAL AND}": r"\land ", "\N{LOGICAL OR}": r"\lor ",
     "\N{LESS-THAN OR EQUAL TO}": r"\le ", "\N{GREATER-THAN OR EQUAL TO}": r"\ge ", "\N{NOT EQUAL TO}": r"\ne ",
     "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}", "\N{CENT SIGN}": " cent",
     "\N{EMPTY SET}": r"\emptyset ", "\N{PLUS-MINUS SIGN}": r"\pm ", "\N{ELEMENT OF}": r"\in ",
@@ -40,7 +41,7 @@ _COMMANDS = {
     "leq": r"\le", "leqslant": r"\le", "geq": r"\ge", "geqslant": r"\ge", "neq": r"\ne", "lt": "<", "gt": ">",
     "varnothing": r"\emptyset", "lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "vert": "|",
     "lvert": "|", "rvert": "|", "dots": r"\ldots", "cdots": r"\ldots", "colon": ":", "degree": r"^\circ",
-    "quad": " ", "qquad": " ", "iff": r"\iff", "lor": r"\text{ or }", "land": r"\text{ and }",
+    "quad": " ", "qquad": " ", "iff": r"\iff", "lor": r"\text{ or }",
     "rightarrow": r"\to", "lnot": r"\neg", "mid": "|", "lg": r"\log_{10}",
     "bigcup": r"\cup", "backslash": r"\setminus", "cent": " cent ", "overrightarrow": r"\vec", "bar": r"\overline",
 }  # fmt: skip
