@@ -181,7 +181,7 @@ def _match(answer: Value, truth: Value, depth: int) -> bool:
         return False
     if truth.kind == "atom":
         return _same_atom(answer, truth, depth)
-    same = functools.partial(_same, depth=depth + 1)
+    same = functools.partial(_same_item, depth=depth + 1)
     if len(truth.items) > MAX_VALUES:
         return answer.items == truth.items
     if answer.is_either != truth.is_either and not _are_values(truth):
@@ -204,7 +204,13 @@ def _match(answer: Value, truth: Value, depth: int) -> bool:
 
 def _same_with_unit(answer: str, truth: str, depth: int) -> bool:
     """Whether values are the same and so are their units, of which no one may be missing."""
-    return split_unit(answer)[1] == split_unit(truth)[1] and _same(answer, truth, depth)
+    return split_unit(answer)[1] == split_unit(truth)[1] and _same_item(answer, truth, depth)
+
+
+def _same_item(answer: str, truth: str, depth: int) -> bool:
+    r"""Whether two values of a list are the same: there \{1\} is not 1."""
+    is_set = re.match(r"\\\{(?! ?\\\})[^|:]*$", truth) is not None
+    return (not is_set or answer.startswith(r"\{")) and _same(answer, truth, depth)
 
 
 def _needs_names(answer: Value, truth: Value) -> bool:
@@ -242,6 +248,8 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
     (answer_value, answer_unit), (truth_value, truth_unit) = split_unit(answer_text), split_unit(truth_text)
     if not same_unit(answer_unit, truth_unit):
         return False
+    if answer_unit == "degree" and not truth_unit and re.search(r"\\pi(?![a-zA-Z])", truth_value):
+        return False  # the truth is in radians
     answer_number, truth_number = literal(answer_value), literal(truth_value)
     if truth_number is not None:
         if answer_number is None or not _comma_fits(answer, truth, truth_number.denominator):

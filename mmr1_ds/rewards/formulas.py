@@ -188,6 +188,7 @@ def _comparable(answer: str, truth: str) -> bool:
         and _is_bounded(truth)
         and not re.search(r"[\d)}] [\d({]", answer)
         and not any(mark in text for mark in ",'" for text in (answer, truth))
+        and not (r"\pi" in truth and r"^\circ" in answer and r"^\circ" not in truth)  # of radians
         and not _other_segments(answer, truth)
         and not _other_case(answer, truth)
         and not _other_case(truth, answer)

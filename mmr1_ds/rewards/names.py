@@ -80,7 +80,11 @@ def opaque(text: str) -> tuple[object, ...] | None:
     text = " ".join(re.sub(r"\\(?:text|mbox)\s*\{([^{}]*)\}", r" \1 ", text).split())
     time = _TIME.fullmatch(text)
     if time is not None:
-        return "time", tuple(int(part) for part in time[1].split(":")), (time[2] or "").lower()
+        first, *others = (part.strip() for part in time[1].split(":"))
+        if not time[2]:  # 2:05 is a time then, and no ratio 2:5
+            others = [part if re.match(r"0\d", part) else str(int(part)) for part in others]
+            return "time", (int(first), *others), ""
+        return "time", (int(first), *map(int, others)), time[2].lower()
     hour = _HOUR.fullmatch(text)
     if hour is not None:
         return "time", (int(hour[1]), 0), hour[2].lower()
