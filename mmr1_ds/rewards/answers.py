@@ -34,6 +34,7 @@ MIN_PERCENT = 10  # of a number with decimals that may mean a percentage
 
 _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_BEFORE_DIGIT = re.compile(r"(?:(?<=\\times)|(?<=\\cdot)|(?<=\\[lgn]e)) (?=\d)")
 _PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*|[a-zA-Z]{3,}[\w '-]*|0[xX][0-9a-fA-F]+")
 _WORD = re.compile(  # a-b and xyz are formulas, Co is no CO
     r"(?<![a-z])(?:(?=[a-z]{0,2}[aeiou])[a-z]{3}(?![a-z])|(?=[a-z]*[aeiouy])[a-z]{4,})|^no$|^0x", re.IGNORECASE
@@ -106,7 +107,7 @@ def normalise(text: str) -> str:
     previous = ""
     while previous != text:  # wrappers may be nested
         previous, text = text, _WRAPPERS.sub(r" \1 ", text)
-    text = re.sub(r"(\\times|\\cdot) (?=\d)", r"\1", re.sub(r"\s+", " ", text)).strip().removesuffix(".").strip()
+    text = _BEFORE_DIGIT.sub("", re.sub(r"\s+", " ", text)).strip().removesuffix(".").strip()
     if re.fullmatch(r"\(\s*[a-zA-Z]\s*\)", text):  # a choice: (A)
         text = text.strip("() ")
     text = re.sub(r"([\^_])\{(\w)\}(?! ?\d)", r"\1\2", text)
@@ -163,9 +164,12 @@ def _same(answer: str, truth: str, depth: int) -> bool:
     if ":" in truth:  # nor 3 to 5 a range
         answer = _TO.sub(":", answer)
     (answer_name, answer_value), (truth_name, truth_value) = named(answer), named(truth)
+    same_names = not answer_name or not truth_name or answer_name == truth_name
+    if truth_value.startswith(r"\begin{cases}") and normalise(answer_value) == normalise(truth_value):
+        return same_names
     parts = opaque(answer) or opaque(answer_value), opaque(truth) or opaque(truth_value)
     if any(parts):  # dates, times, ranges, bases: equal by their parts, never by arithmetic
-        return (not answer_name or not truth_name or answer_name == truth_name) and same_parts(*parts)
+        return same_names and same_parts(*parts)
     return any(_match(one, other, depth) for other in readings(truth, is_truth=True) for one in readings(answer))
 
 

@@ -72,6 +72,8 @@ _DEGREES = re.compile(
     r"(\\frac\{[^{}]*\}\{[^{}]*\}|\d+(?:\.\d+)?(?:\\?[a-zA-Z]+)?|\\?[a-zA-Z]+|\([^()]*\)|\{[^{}]*\})"
     r" ?\^\\circ(?![a-zA-Z])"
 )
+# Of a power, which sympy leaves as it is, since x may be negative.
+_ODD_ROOT = re.compile(r"\\sqrt\[([3579])\]\{([a-zA-Z])\^\{?(\d+)\}?\}")
 # Two factors side by side, neither a letter: 3(4), \binom{5}{2}\binom{4}{1}, (2)3; what has an index may be a function.
 _FACTORS = re.compile(r"(?:(?<![\d.^_])\d+(?:\.\d+)?|[)}]) ?(?=\\binom|\\frac|\()|[)}] ?(?=[\d.])")
 _MAY_BE_CALLED = re.compile(
@@ -125,6 +127,7 @@ def _written_out(text: str) -> str:
     Other numbers side by side are factors: math-verify would add 3\binom{4}{2} and 6(\frac{2}{3}) up as mixed ones.
     """
     text = _PART.sub(_part, _DIFFERENCE.sub(_difference, _MIXED.sub(_sum, text)))
+    text = _ODD_ROOT.sub(r"\2^{\\frac{\3}{\1}}", text)
     if _TRIGONOMETRIC.search(text):  # math-verify would take the sine of 30 radians
         text = _DEGREES.sub(r"(\1\\cdot \\frac{\\pi}{180})", text)
     text = _FACTORS.sub(lambda left: left[0] if _is_name(text, left) else left[0] + r"\cdot ", text)
@@ -206,7 +209,7 @@ def _is_bounded(text: str) -> bool:
     if re.search(r"[a-zA-Z]\d", letters) or _TWO_THINGS.search(text):  # CO2 is a name, x2 nobody's formula
         return False
     words = _WORD.findall(letters)
-    if words and (max(map(len, words)) > 3 or not re.search(r"[-+\d^\\=]", text) or _CONJUNCTIONS & set(words)):
+    if words and (max(map(len, words)) > 3 or not re.search(r"[-+\d^\\=]|/ ?\(", text) or _CONJUNCTIONS & set(words)):
         return False  # sympy would read words as products of letters
     if text.count("^") - text.count(r"^\circ") > 12 or re.search(r"\d{40}", text):
         return False

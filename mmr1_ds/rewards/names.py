@@ -33,6 +33,7 @@ _QUANTITIES = re.compile(rf"{_QUANTITY.pattern}(?:(?:,? and |,? ?){_QUANTITY.pat
 # Joined by a comma or "and", these are still one quantity; 3 kg and 2 g are two.
 _FAMILIES = ("year month week day h min s", "mile yd ft inch", "lb ounce", "dollar cent")
 _BASES = {"two": "2", "three": "3", "five": "5", "eight": "8", "ten": "10", "sixteen": "16"}
+_CASES = re.compile(r"([a-zA-Z](?:_\{?\w\}?| ?\( ?\w ?\))?) ?= ?(\\begin\{cases\}(?:(?!\\end).)*\\end\{cases\})")
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 _MONTH_ENDS = "uary ruary ch il  e y ust (?:t|tember) ober ember ember".split(" ")
 _MONTH = re.compile(  # not mark, maybe, octagon
@@ -42,6 +43,8 @@ _MONTH = re.compile(  # not mark, maybe, octagon
 
 def named(text: str) -> tuple[str, str]:
     """Split `AB = 5` into (`AB`, `5`), and so `5 = x`; the name is "" where there is none."""
+    if (cases := _CASES.fullmatch(text)) is not None:
+        return cases[1].replace(" ", ""), cases[2]
     left, _, right = (part.strip() for part in text.partition("="))
     if left and right and "=" not in right and not re.search(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>]", text):
         for name, value in ((left, right), (right, left)):

@@ -220,7 +220,7 @@ def _systems(text: str) -> Value | None:
 
 
 def _is_value(text: str) -> bool:
-    return not text or re.search(r"[\d\\=<>]|^.$", text) is not None
+    return not text or re.search(r"[\d\\=<>]|^(?:.|[IVX]+)$", text) is not None
 
 
 def _both_signs(text: str) -> list[str]:
