@@ -13,7 +13,7 @@ import functools
 import re
 from fractions import Fraction
 
-from mmr1_ds.rewards.choices import choice, choices, chooses, joined, same_letters, statements
+from mmr1_ds.rewards.choices import choice, choices, chooses, joined, judgement, keep_order, same_letters, statements
 from mmr1_ds.rewards.dress import split, undress
 from mmr1_ds.rewards.formulas import equations_equal, formulas_equal
 from mmr1_ds.rewards.names import named, opaque, same_parts
@@ -34,6 +34,7 @@ MIN_PERCENT = 10  # of a number with decimals that may mean a percentage
 
 _WRAPPERS = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _NUMBERS = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_BEFORE_DIGIT = re.compile(r"(?:(?<=\\times)|(?<=\\cdot)|(?<=\\[lgn]e)) (?=\d)")
 _PLAIN = re.compile(r"[a-zA-Z][a-zA-Z '-]*|[a-zA-Z]{3,}[\w '-]*|0[xX][0-9a-fA-F]+")
 _WORD = re.compile(  # a-b and xyz are formulas, Co is no CO
     r"(?<![a-z])(?:(?=[a-z]{0,2}[aeiou])[a-z]{3}(?![a-z])|(?=[a-z]*[aeiouy])[a-z]{4,})|^no$|^0x", re.IGNORECASE
@@ -106,7 +107,7 @@ def normalise(text: str) -> str:
     previous = ""
     while previous != text:  # wrappers may be nested
         previous, text = text, _WRAPPERS.sub(r" \1 ", text)
-    text = re.sub(r"(\\times|\\cdot) (?=\d)", r"\1", re.sub(r"\s+", " ", text)).strip().removesuffix(".").strip()
+    text = _BEFORE_DIGIT.sub("", re.sub(r"\s+", " ", text)).strip().removesuffix(".").strip()
     if re.fullmatch(r"\(\s*[a-zA-Z]\s*\)", text):  # a choice: (A)
         text = text.strip("() ")
     text = re.sub(r"([\^_])\{(\w)\}(?! ?\d)", r"\1\2", text)
@@ -156,14 +157,19 @@ def _same(answer: str, truth: str, depth: int) -> bool:
         return False
     if _dotted(answer) == _dotted(truth):
         return True
+    if (judged := judgement(truth)) is not None and judged == judgement(answer) and len(judged) > 1:
+        return True
     if r"\cdot" in truth:  # it is no size of 2 by 3
         answer = _dotted(answer)
     if ":" in truth:  # nor 3 to 5 a range
         answer = _TO.sub(":", answer)
     (answer_name, answer_value), (truth_name, truth_value) = named(answer), named(truth)
+    same_names = not answer_name or not truth_name or answer_name == truth_name
+    if truth_value.startswith(r"\begin{cases}") and normalise(answer_value) == normalise(truth_value):
+        return same_names
     parts = opaque(answer) or opaque(answer_value), opaque(truth) or opaque(truth_value)
     if any(parts):  # dates, times, ranges, bases: equal by their parts, never by arithmetic
-        return (not answer_name or not truth_name or answer_name == truth_name) and same_parts(*parts)
+        return same_names and same_parts(*parts)
     return any(_match(one, other, depth) for other in readings(truth, is_truth=True) for one in readings(answer))
 
 
@@ -179,13 +185,18 @@ def _match(answer: Value, truth: Value, depth: int) -> bool:
         return False
     if truth.kind == "atom":
         return _same_atom(answer, truth, depth)
-    same = functools.partial(_same, depth=depth + 1)
+    same = functools.partial(_same_item, depth=depth + 1)
     if len(truth.items) > MAX_VALUES:
         return answer.items == truth.items
     if answer.is_either != truth.is_either and not _are_values(truth):
         return False
-    if truth.is_ordered or _needs_names(answer, truth):
+    if truth.is_ordered or keep_order(truth.items) or _needs_names(answer, truth):
         return all(map(same, answer.items, truth.items))
+    units, answer_units = ([split_unit(item)[1] for item in value.items] for value in (truth, answer))
+    if len(set(units)) > 1 and not (units[-1] and len({*units} - {""}) == 1):  # of 3, 5 cm both are in cm
+        if sorted(units) != sorted(answer_units):
+            return all(map(same, answer.items, truth.items))
+        same = functools.partial(_same_with_unit, depth=depth + 1)
     rest = list(answer.items)
     for item in truth.items:
         found = next((other for other in rest if same(other, item)), None)
@@ -193,6 +204,17 @@ def _match(answer: Value, truth: Value, depth: int) -> bool:
             return False
         rest.remove(found)
     return True
+
+
+def _same_with_unit(answer: str, truth: str, depth: int) -> bool:
+    """Whether values are the same and so are their units, of which no one may be missing."""
+    return split_unit(answer)[1] == split_unit(truth)[1] and _same_item(answer, truth, depth)
+
+
+def _same_item(answer: str, truth: str, depth: int) -> bool:
+    r"""Whether two values of a list are the same: there \{1\} is not 1."""
+    is_set = re.match(r"\\\{(?! ?\\\})[^|:]*$", truth) is not None
+    return (not is_set or answer.startswith(r"\{")) and _same(answer, truth, depth)
 
 
 def _needs_names(answer: Value, truth: Value) -> bool:
@@ -230,6 +252,8 @@ def _same_atom(answer: Value, truth: Value, depth: int) -> bool:
     (answer_value, answer_unit), (truth_value, truth_unit) = split_unit(answer_text), split_unit(truth_text)
     if not same_unit(answer_unit, truth_unit):
         return False
+    if answer_unit == "degree" and not truth_unit and re.search(r"\\pi(?![a-zA-Z])", truth_value):
+        return False  # the truth is in radians
     answer_number, truth_number = literal(answer_value), literal(truth_value)
     if truth_number is not None:
         if answer_number is None or not _comma_fits(answer, truth, truth_number.denominator):

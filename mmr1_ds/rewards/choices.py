@@ -16,6 +16,12 @@ _OTHER_WORDS = re.compile(r"\b(?:or|and|not|nor|neither|either)\b", re.IGNORECAS
 _OTHERS = (_OTHER_LETTER, _OTHER_LABEL, _OTHER_WORDS)
 _LIST = re.compile(r"(?:\([A-Z]\) ?){2,}|\(?[A-Z]\)?(?:(?:\s*[,;&和]\s*|\s+and\s+|\s*,\s*and\s+)\(?[A-Z]\)?)+")
 _CIRCLED = str.maketrans({chr(0x2460 + place): f"({place + 1})" for place in range(20)})
+_JUDGEMENT = re.compile(
+    r"true|false|yes|no|(?:in)?correct|right|wrong|(?:in|de)creas(?:es?|ing)|positive|negative|odd|even|always|never"
+    r"|sometimes|正确|错误|对|错|是|否|不是|不对|[√✓✔✗✘>=<+-]|\\(?:times|surd|checkmark|le|ge|ne)",
+    re.IGNORECASE,
+)
+_TEXT = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _STATEMENTS = re.compile(r"[①-⑳]|(?:[①-⑳]|\(\d\))(?: ?(?:[,;和]|and)? ?(?:[①-⑳]|\(\d\)))+")
 
 
@@ -43,9 +49,12 @@ def choices(text: str) -> str | None:
 def same_letters(one: str, other: str) -> bool:
     """Return whether two lists of letters choose the same: in any order, but for one that may rank all options.
 
-    Such a ranking has every letter from A on, not in the alphabet's order: CAB.
+    Such a ranking has every letter from A on, not in the alphabet's order: CAB. Nor does an answer to several questions
+    change its order, in which a letter comes twice, or all are T and F.
     """
     letters = sorted(other)
+    if len(set(letters)) < len(letters) or letters == ["F", "T"]:
+        return one == other
     is_ranking = "".join(letters) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(letters)] and letters != list(other)
     return one == other if is_ranking else sorted(one) == letters
 
@@ -56,6 +65,19 @@ def chooses(answer: str, letters: str) -> bool:
     Of a segment AB it would be the points A, B, which no one answers; options are listed so every day.
     """
     return same_letters(choices(answer) or "", letters)
+
+
+def judgement(text: str) -> str | None:
+    """Return a judgement of a statement, or a sign of comparison, in small letters; None for anything else."""
+    text = _TEXT.sub(r"\1", text).strip()
+    return text.casefold() if _JUDGEMENT.fullmatch(text) else None
+
+
+def keep_order(items: tuple[str, ...]) -> bool:
+    """Return whether values answer several questions: all are judgements, or words of which one comes twice."""
+    words = [_TEXT.sub(r"\1", item).strip().casefold() for item in items]
+    are_words = all(re.fullmatch(r"[^\W\d_]{2,}", word) for word in words)
+    return all(map(judgement, items)) or (are_words and len(set(words)) < len(words))
 
 
 def statements(text: str) -> list[str] | None:

@@ -19,6 +19,7 @@ _SYMBOLS: dict[str, str] = {
     "\N{MICRO SIGN}": r"\mu ", "\N{OHM SIGN}": r"\Omega ", "\N{CUBE ROOT}": r"\sqrt[3]",
     "\N{MATHEMATICAL LEFT ANGLE BRACKET}": "(", "\N{MATHEMATICAL RIGHT ANGLE BRACKET}": ")",
     "\N{RIGHTWARDS ARROW}": r"\to ", "\N{NOT SIGN}": r"\neg ",
+    "\N{LOGICAL AND}": r"\land ", "\N{LOGICAL OR}": r"\lor ",
     "\N{LESS-THAN OR EQUAL TO}": r"\le ", "\N{GREATER-THAN OR EQUAL TO}": r"\ge ", "\N{NOT EQUAL TO}": r"\ne ",
     "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}", "\N{CENT SIGN}": " cent",
     "\N{EMPTY SET}": r"\emptyset ", "\N{PLUS-MINUS SIGN}": r"\pm ", "\N{ELEMENT OF}": r"\in ",
@@ -40,7 +41,7 @@ _COMMANDS = {
     "leq": r"\le", "leqslant": r"\le", "geq": r"\ge", "geqslant": r"\ge", "neq": r"\ne", "lt": "<", "gt": ">",
     "varnothing": r"\emptyset", "lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "vert": "|",
     "lvert": "|", "rvert": "|", "dots": r"\ldots", "cdots": r"\ldots", "colon": ":", "degree": r"^\circ",
-    "quad": " ", "qquad": " ", "iff": r"\iff", "lor": r"\text{ or }", "land": r"\text{ and }",
+    "quad": " ", "qquad": " ", "iff": r"\iff", "lor": r"\text{ or }",
     "rightarrow": r"\to", "lnot": r"\neg", "mid": "|", "lg": r"\log_{10}",
     "bigcup": r"\cup", "backslash": r"\setminus", "cent": " cent ", "overrightarrow": r"\vec", "bar": r"\overline",
 }  # fmt: skip
@@ -54,9 +55,17 @@ _BOLD = re.compile(r"\\(?:boldsymbol|bm|mathbf|mathit|mathsf|underline|emph|boxe
 _ONE_LETTER = re.compile(
     r"\\(mathbf|mathit|mathrm|mathsf|boldsymbol|bm|vec|hat|bar|overline|dot) ?([a-zA-Z\d])(?![a-zA-Z])"
 )
-_PLAIN_NAMES = re.compile(r"(?<![\\a-zA-Z])(?:(?:sqrt|sin|cos|tan|ln|log|exp)(?= ?\()|pi(?![a-zA-Z]))")  # typed
+_PLAIN_NAMES = re.compile(  # typed: sqrt(2), sin x
+    r"(?<![\\a-zA-Z])(?:(?:sqrt|sin|cos|tan|ln|log|exp)(?= ?\()"
+    r"|(?:sin|cos|tan|ln|log)(?= \d*[a-zA-Z]?(?![a-zA-Z\d]))|pi(?![a-zA-Z]))"
+)
 _PLAIN_ROOT = re.compile(r"\\sqrt ?(?=\()")
 _STAR = re.compile(r"(?<=[\w)}]) ?\* ?(?=[\w(\\])")
+_ORDINAL = re.compile(
+    r"(?<=\d) ?(?:\^\s*\{\s*\\text\s*\{\s*(st|nd|rd|th)\s*\}\s*\}|\\text\s*\{\s*(st|nd|rd|th)\s*\}"
+    r"|\^\s*\{\s*(st|nd|rd|th)\s*\})"
+)
+_BOLD_SET = re.compile(r"(\\in\s*)\\mathbf\s*\{?([RZNQC])\}?(?![a-zA-Z])")
 _MODULO = re.compile(r"\\pmod ?\{? ?(\w+) ?\}?|\(? ?(?:\\bmod|\\text\{ ?mod ?\}|\bmod) ?(\w+) ?\)")
 _BARE_BUILDER = re.compile(r"\{( ?[a-zA-Z] ?(?:\||:).*)\}")
 _CHINESE = re.compile(r"\\text\s*\{\s*([\u4e00-\u9fff/]+)\s*\}")
@@ -94,6 +103,7 @@ def undress(text: str) -> str:
     text = re.sub(r"\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
     text = re.sub(r"\^\s*\{?((?:\s*\\prime)+)\s*\}?", lambda primes: "'" * primes[1].count("p"), text)
     text = re.sub(r"\\log\s*_\s*\{?e\}?", r"\\ln", text)
+    text = _ORDINAL.sub(lambda found: found[1] or found[2] or found[3], _BOLD_SET.sub(r"\1\\mathbb{\2}", text))
     text = re.sub(r"\\mathbb\s*(\w)", r"\\mathbb{\1}", text)
     text = _ONE_LETTER.sub(r"\\\1{\2}", text)
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2] or root[3]}}}", text)

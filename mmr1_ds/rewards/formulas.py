@@ -21,6 +21,7 @@ from mmr1_ds.rewards.sizes import is_small
 MAX_FORMULA_CHARS = 300
 MAX_FACTORIAL = 200
 MAX_POWER_OF_POWER = 100
+DIGITS = 25  # of constants that are compared first
 MAX_FUNCTIONS_SIMPLIFIED = 1  # in a side of an equation: sines of many angles are simplified for seconds
 
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -31,17 +32,23 @@ _TWO_THINGS = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]+ \d")  # 1B 2A
 _DECIMAL = re.compile(r"\d*\.\d+|\d+\.(?!\d)")
 _TOWER = re.compile(r"\^\s*\{[^{}]*(?:\^|\{)[^{}]*[\^]|\^\s*\{[^{}]*\^\s*(?:\{[^{}]*)?\^")
 _UNBOUNDED = re.compile(
-    r"\\(?:sum|prod|int|lim|iint|oint|approx|sim|equiv|ldots)(?![a-zA-Z])|\?|\\frac\{(?:d|\\partial)(?![a-zA-Z}])"
+    r"\\(?:sum|prod|int|lim|iint|oint|approx|sim|equiv|ldots|nabla|max|min|gcd)(?![a-zA-Z])|\?|\\frac\{(?:d|\\partial)(?![a-zA-Z}])"
     r"|\\frac\{ ?(?:d|\\partial)[^{}]*\}\{ ?(?:d|\\partial) ?\\?[a-zA-Z]"
 )
 # The order of points and of matrices means something, and sympy would multiply the one and sort the other.
 _FIGURES = re.compile(
     r"\\(?:angle|triangle|bigtriangleup|square|odot|parallel|perp|cong|widehat|overset|stackrel)(?![a-zA-Z])"
+    r"|\\Delta ?[A-Z]{3}(?![a-zA-Z])"
 )
 _TRANSPOSE = re.compile(r"(?<=[A-Z)]) ?\^ ?\{? ?(?:T|\\top|\\intercal)(?![a-zA-Z])")
 _INVERSE = re.compile(r"[A-Z)] ?\^ ?\{? ?-")
 _CROSS_PRODUCT = re.compile(
-    r"[A-Z}] ?\\times ?(?:[A-Z]|\\vec|\\overline)|(?<![a-zA-Z\\])\{?[ijk]\}? ?\\times ?\{?[ijk](?![a-zA-Z])"
+    r"(?:(?<![a-zA-Z\\])[a-z]|[A-Z}]) ?\\times ?(?:[A-Z]|\\(?:vec|overline|hat)(?![a-zA-Z])|\{)"
+    r"|(?<![a-zA-Z\\])\{?[ijk]\}? ?\\times ?\{?[ijk](?![a-zA-Z])"
+)
+_VECTOR = r"(?:\\(?:vec|hat|overline) ?)?\{[^{}]*\}"
+_SCALED_VECTOR = re.compile(  # (a \cdot b)c is no a(b \cdot c)
+    rf"{_VECTOR} ?\\cdot ?{_VECTOR} ?\) ?{_VECTOR}|{_VECTOR} ?\( ?{_VECTOR} ?\\cdot ?{_VECTOR}"
 )
 _IMAGINARY = re.compile(r"(?<=\d)(?: | ?\\cdot ?)i(?![a-zA-Z])")
 _CAPITAL_I = re.compile(r"(\\[a-zA-Z]+)|I")
@@ -53,6 +60,25 @@ _LETTERS = re.compile("[a-z]{2,3}")
 _PRODUCT = re.compile(r"\\(?:cdot|times)(?![a-zA-Z])")
 _POWER_OF_POWER = re.compile(r"(?<=\^)\{(\d{1,2})\^\{?(\d)\}?\}")
 _MIXED = re.compile(r"(?<![\d.^_])(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))")
+# What \\Delta stands before it belongs to; it is no factor.
+_DIFFERENCE = re.compile(r"\\Delta ?(?:\{([a-zA-Z])\}|(\\[a-zA-Z]+|[a-zA-Z]))(_\w|_\{\w+\})?")
+# [x], and {x} - the integer and the fractional part - but not 2[(x+1)^2+3], [a+b], f[x]: brackets of one term are no
+# brackets otherwise.
+_PART = re.compile(
+    r"(?<![a-zA-Z\\])(\[|\\\{) ?((?=[^\]]*(?<![a-zA-Z\\])[a-zA-Z])(?:[^-+()\[\]{},]|\{[^{}]*\})+?) ?\\?[\]}](?!_)"
+)
+_TRIGONOMETRIC = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_DEGREES = re.compile(
+    r"(\\frac\{[^{}]*\}\{[^{}]*\}|\d+(?:\.\d+)?(?:\\?[a-zA-Z]+)?|\\?[a-zA-Z]+|\([^()]*\)|\{[^{}]*\})"
+    r" ?\^\\circ(?![a-zA-Z])"
+)
+# Of a power, which sympy leaves as it is, since x may be negative.
+_ODD_ROOT = re.compile(r"\\sqrt\[([3579])\]\{([a-zA-Z])\^\{?(\d+)\}?\}")
+# Two factors side by side, neither a letter: 3(4), \binom{5}{2}\binom{4}{1}, (2)3; what has an index may be a function.
+_FACTORS = re.compile(r"(?:(?<![\d.^_])\d+(?:\.\d+)?|[)}]) ?(?=\\binom|\\frac|\()|[)}] ?(?=[\d.])")
+_MAY_BE_CALLED = re.compile(
+    r"(?:\\[a-zA-Z]+|[a-zA-Z])(?: ?[_^] ?(?:\{[^{}]*\}|\w))* ?$|\\(?!frac|binom|sqrt)[a-zA-Z]+ ?\{[^{}]*\}$"
+)
 
 
 def formulas_equal(answer: str, truth: str) -> bool:
@@ -67,6 +93,8 @@ def formulas_equal(answer: str, truth: str) -> bool:
     answer, truth = named
     parsed_truth, parsed_answer = _parse(truth), _parse(answer)
     if not parsed_truth or not parsed_answer:
+        return False
+    if _TRIGONOMETRIC.search(truth) and _are_other_numbers(parsed_truth[0], parsed_answer[0]):
         return False
     from math_verify import verify
 
@@ -94,8 +122,32 @@ def equations_equal(answer: str, truth: str) -> bool:
 
 
 def _written_out(text: str) -> str:
-    r"""A formula with its mixed numbers as sums, for 2\frac{1}{3}x is no product, and small powers of powers as one."""
-    return _POWER_OF_POWER.sub(_power, _MIXED.sub(_sum, text))
+    r"""A formula with its mixed numbers as sums, for 2\frac{1}{3}x is no product, and small powers of powers as one.
+
+    Other numbers side by side are factors: math-verify would add 3\binom{4}{2} and 6(\frac{2}{3}) up as mixed ones.
+    """
+    text = _PART.sub(_part, _DIFFERENCE.sub(_difference, _MIXED.sub(_sum, text)))
+    text = _ODD_ROOT.sub(r"\2^{\\frac{\3}{\1}}", text)
+    if _TRIGONOMETRIC.search(text):  # math-verify would take the sine of 30 radians
+        text = _DEGREES.sub(r"(\1\\cdot \\frac{\\pi}{180})", text)
+    text = _FACTORS.sub(lambda left: left[0] if _is_name(text, left) else left[0] + r"\cdot ", text)
+    return _POWER_OF_POWER.sub(_power, text)
+
+
+def _difference(found: re.Match[str]) -> str:
+    """Delta and its symbol as one variable."""
+    return rf"\Delta_{{{found[1] or found[2]}{found[3] or ''}}}"
+
+
+def _part(found: re.Match[str]) -> str:
+    """The integer part [x], or the fractional part of a number."""
+    whole = rf"\lfloor {found[2]}\rfloor "
+    return whole if found[1] == "[" else f"({found[2]}-{whole})"
+
+
+def _is_name(text: str, left: re.Match[str]) -> bool:
+    """Whether what ends here is the name of a function: \\log_{2}, f^{-1}, \\text{Var}."""
+    return left[0][0] == "}" and _MAY_BE_CALLED.search(text[: left.start() + 1]) is not None
 
 
 def _power(found: re.Match[str]) -> str:
@@ -122,6 +174,16 @@ def _with_imaginary_unit(*parsed: list[Any]) -> tuple[list[Any], ...]:
     return tuple([value.subs(dict.fromkeys(variables, sympy.I)).doit()] for value in values)
 
 
+def _are_other_numbers(one: Any, other: Any) -> bool:
+    """Whether both are constants of other values, of which algebra would take long to say so."""
+    import sympy
+
+    if not all(isinstance(value, sympy.Expr) and not value.free_symbols for value in (one, other)):
+        return False
+    difference = one.evalf(DIGITS) - other.evalf(DIGITS)
+    return bool(difference.is_number and abs(difference) > 10 ** (5 - DIGITS) * (1 + abs(other.evalf(DIGITS))))
+
+
 def _comparable(answer: str, truth: str) -> bool:
     """Whether both are formulas, small enough, with the same kinds of letters: what sympy would read too kindly."""
     return (
@@ -129,6 +191,7 @@ def _comparable(answer: str, truth: str) -> bool:
         and _is_bounded(truth)
         and not re.search(r"[\d)}] [\d({]", answer)
         and not any(mark in text for mark in ",'" for text in (answer, truth))
+        and not (r"\pi" in truth and r"^\circ" in answer and r"^\circ" not in truth)  # of radians
         and not _other_segments(answer, truth)
         and not _other_case(answer, truth)
         and not _other_case(truth, answer)
@@ -146,7 +209,7 @@ def _is_bounded(text: str) -> bool:
     if re.search(r"[a-zA-Z]\d", letters) or _TWO_THINGS.search(text):  # CO2 is a name, x2 nobody's formula
         return False
     words = _WORD.findall(letters)
-    if words and (max(map(len, words)) > 3 or not re.search(r"[-+\d^\\=]", text) or _CONJUNCTIONS & set(words)):
+    if words and (max(map(len, words)) > 3 or not re.search(r"[-+\d^\\=]|/ ?\(", text) or _CONJUNCTIONS & set(words)):
         return False  # sympy would read words as products of letters
     if text.count("^") - text.count(r"^\circ") > 12 or re.search(r"\d{40}", text):
         return False
@@ -183,8 +246,8 @@ def _exact(decimal: re.Match[str]) -> str:
 
 
 def _is_product_of_matrices(text: str) -> bool:
-    """Whether there is a transpose, a cross product, or capitals with an inverse: order means something there."""
-    if _TRANSPOSE.search(text) is not None or _CROSS_PRODUCT.search(text) is not None:
+    """Whether there is a transpose, a product of vectors, or capitals with an inverse: order means something there."""
+    if any(order.search(text) for order in (_TRANSPOSE, _CROSS_PRODUCT, _SCALED_VECTOR)):
         return True
     return len(re.findall(r"[A-Z]", _COMMAND.sub(" ", text))) > 1 and _INVERSE.search(text) is not None
 

@@ -21,6 +21,7 @@ _RATIO_NAME = re.compile(r"[a-zA-Z]{1,2}(?: ?: ?[a-zA-Z]{1,2})+")
 _TIME = re.compile(r"(\d{1,4}(?: ?: ?\d+)+) ?(?:([ap])\.?(?: ?m\.?)?)?", re.IGNORECASE)
 _HOUR = re.compile(r"(\d{1,2}) ?([ap])(?:\. ?m\.?| ?m\.?)", re.IGNORECASE)
 _DATE = re.compile(r"(\d{1,4})([-/])(\d{1,2})\2(\d{1,4})")
+_CHAIN = re.compile(r"[A-Z](?: ?- ?[A-Z]){2,}|\d+(?: ?- ?\d+){3,}")  # a path A-B-D-C, an order 1-3-2-4
 _CURRENCIES = "$\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}"
 _END = rf"(?:\\?[{_CURRENCIES}])? ?(-?\d+(?:\.\d+)?) ?(\\?%|[a-zA-Z]{{2,}})?"
 _RANGE = re.compile(rf"{_END} ?(?:-|to) ?{_END}")
@@ -32,12 +33,18 @@ _QUANTITIES = re.compile(rf"{_QUANTITY.pattern}(?:(?:,? and |,? ?){_QUANTITY.pat
 # Joined by a comma or "and", these are still one quantity; 3 kg and 2 g are two.
 _FAMILIES = ("year month week day h min s", "mile yd ft inch", "lb ounce", "dollar cent")
 _BASES = {"two": "2", "three": "3", "five": "5", "eight": "8", "ten": "10", "sixteen": "16"}
+_CASES = re.compile(r"([a-zA-Z](?:_\{?\w\}?| ?\( ?\w ?\))?) ?= ?(\\begin\{cases\}(?:(?!\\end).)*\\end\{cases\})")
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-_MONTH = re.compile(rf"\b({'|'.join(_MONTHS)})[a-z]*\b", re.IGNORECASE)
+_MONTH_ENDS = "uary ruary ch il  e y ust (?:t|tember) ober ember ember".split(" ")
+_MONTH = re.compile(  # not mark, maybe, octagon
+    rf"\b(?:{'|'.join(f'{start}(?:{end})?' for start, end in zip(_MONTHS, _MONTH_ENDS, strict=True))})\b", re.IGNORECASE
+)
 
 
 def named(text: str) -> tuple[str, str]:
     """Split `AB = 5` into (`AB`, `5`), and so `5 = x`; the name is "" where there is none."""
+    if (cases := _CASES.fullmatch(text)) is not None:
+        return cases[1].replace(" ", ""), cases[2]
     left, _, right = (part.strip() for part in text.partition("="))
     if left and right and "=" not in right and not re.search(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>]", text):
         for name, value in ((left, right), (right, left)):
@@ -67,7 +74,7 @@ def _spelling(name: str, value: str) -> str:
 
 
 def opaque(text: str) -> tuple[object, ...] | None:
-    """Return the parts of a time or ratio, a date, a range or score, a size, a number in a base, or a derivative.
+    """Return the parts of a time or ratio, a date, a chain, a range or score, a size, a number in a base, a derivative.
 
     Evaluated as formulas these would equal other ones: 5:10 is not 10:20, 3-5 not -2, 5 ft 6 in not 6 ft 5 in.
 
@@ -76,13 +83,19 @@ def opaque(text: str) -> tuple[object, ...] | None:
     text = " ".join(re.sub(r"\\(?:text|mbox)\s*\{([^{}]*)\}", r" \1 ", text).split())
     time = _TIME.fullmatch(text)
     if time is not None:
-        return "time", tuple(int(part) for part in time[1].split(":")), (time[2] or "").lower()
+        first, *others = (part.strip() for part in time[1].split(":"))
+        if not time[2]:  # 2:05 is a time then, and no ratio 2:5
+            others = [part if re.match(r"0\d", part) else str(int(part)) for part in others]
+            return "time", (int(first), *others), ""
+        return "time", (int(first), *map(int, others)), time[2].lower()
     hour = _HOUR.fullmatch(text)
     if hour is not None:
         return "time", (int(hour[1]), 0), hour[2].lower()
     date = _DATE.fullmatch(text)
     if date is not None:
         return "date", int(date[1]), int(date[3]), int(date[4])
+    if _CHAIN.fullmatch(text):
+        return "chain", text.replace(" ", "")
     base = _BASE.fullmatch(text)
     if base is not None:
         return "base", base[1], _BASES.get(base[2], base[2])
@@ -97,7 +110,7 @@ def opaque(text: str) -> tuple[object, ...] | None:
     if month is not None and re.search(r"\d", text) and "\\" not in text and "=" not in text:
         numbers = [int(digits) for digits in re.findall(r"\d{1,9}", text)]
         if re.fullmatch(r"[\d\s,.]*(?:st|nd|rd|th)?( of)? ?[A-Za-z.]+[\d\s,.]*(?:st|nd|rd|th)?[\d\s,.]*", text):
-            return "date", month[1].lower(), tuple(numbers)
+            return "date", month[0][:3].lower(), tuple(numbers)
     if "'" in text and "=" not in text:
         return "derivative", text.replace(" ", "")
     return None

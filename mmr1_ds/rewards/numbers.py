@@ -34,6 +34,10 @@ _DEGREES = re.compile(
     r" (?P<named>[CF])(?:elsius|ahrenheit)?\s*\}?)",
     re.IGNORECASE,
 )
+_OF_FUNCTION = re.compile(  # what ends in an argument, and is no angle itself: \\sin 30, \\tan(x+15)
+    r".*\\(?:sin|cos|tan|cot|sec|csc)(?! ?\^ ?\{? ?-)(?: ?\^ ?\d| ?\^\{\d\})? ?"
+    r"(?:\{?[\w. ]*(?:\\[a-zA-Z]+)?\}?|\([^()]*\)|\\frac\{[^{}]*\}\{[^{}]*\})"
+)
 _PERCENT = re.compile(r"(?P<value>.+?)\s*(?:\\?%|\bpct|\bpercent|\bper cent|\\text\{\s*(?:percent|pct|per cent)\s*\})")
 _CURRENCIES = {
     "dollar": r"\\?\$", "euro": "\N{EURO SIGN}", "pound sterling": "\N{POUND SIGN}", "yen": "\N{YEN SIGN}",
@@ -60,7 +64,8 @@ _PARTS = re.compile(
 )
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|dot)\{(\d{1,20})\}")
 _DOTTED = re.compile(r"\\dot\{(\d)\}(\d*)\\dot\{(\d)\}")  # the first and the last digit that repeat
-_SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+           "万": 10**4, "亿": 10**8}  # fmt: skip
 _SCALED = re.compile(rf"(?P<value>.*\d)\s*(?:\\text\{{)?\s*(?P<scale>{'|'.join(_SCALES)})s?\s*\}}?")
 
 
@@ -85,6 +90,8 @@ def split_unit(text: str) -> tuple[str, str]:
             return (found[1] or "") + (found[2] or found[3]), unit
     for pattern, unit in ((_PERCENT, "%"), (_DEGREES, "degree")):
         found = pattern.fullmatch(text)
+        if found is not None and unit != "%" and not _is_angle(found["value"]):
+            continue
         if found is not None:
             scale = found.groupdict().get("scale") or found.groupdict().get("named") or ""
             return found["value"], unit + scale.upper()
@@ -105,6 +112,11 @@ def split_unit(text: str) -> tuple[str, str]:
     if _NO_UNITS & set(re.split(r"[^a-z]+", unit.lower())) or not (is_compound(unit) or _is_counted(unit)):
         return text, ""  # 3 up is not 3
     return found["value"], canonical_unit(unit + (found["power"] or ""))
+
+
+def _is_angle(text: str) -> bool:
+    """Whether degrees behind a text are its unit, not that of a function's argument, nor inside brackets."""
+    return text.count("{") == text.count("}") and _OF_FUNCTION.fullmatch(text) is None
 
 
 def _is_counted(text: str) -> bool:

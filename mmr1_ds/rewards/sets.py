@@ -10,7 +10,10 @@ _BUILDER = re.compile(
 _FRENCH = re.compile(r"([\[\]]) ?([^\[\]()]+[,;][^\[\]()]+?) ?([\[\]])")
 _MODULUS = re.compile(r"\| ?([a-zA-Z]) ?\| ?(<|\\le(?![a-zA-Z])) ?(.+)")
 _POINT = re.compile(r"([ABDEFGHIJKLMOPQRSTUVWXYZ]) ?(\([^()]*,[^()]*\))|\( ?(x ?, ?y(?: ?, ?z)?) ?\) ?= ?(\(.*\))")
-_CASES = re.compile(r"(?:\\\{ ?)?\\begin\{(cases|array|aligned)\}(?:\{[lcr]*\})?(?P<rows>.*=.*)\\end\{\1\}(?: ?\\?\.)?")
+_CASES = re.compile(
+    r"(?:\\\{ ?)?\\begin\{(cases|array|aligned)\}(?:\{[lcr]*\})?"
+    r"(?P<rows>(?:(?!\\end).)*=(?:(?!\\end).)*)\\end\{\1\}(?: ?\\?\.)?"
+)
 _NAMED_TOGETHER = re.compile(r"\( ?((?!x ?, ?y)[a-zA-Z](?: ?, ?[a-zA-Z])+) ?\) ?= ?\(([^()]*)\)")
 _REALS = ("\\mathbb{R}", "all real numbers", "all reals", "the real numbers", "real numbers")
 _NOTHING = re.compile(

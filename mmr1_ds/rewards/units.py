@@ -68,6 +68,7 @@ _SPELLINGS = {
     "euro": "euro EUR",
     "pound sterling": "GBP",
     "yen": "yen JPY",
+    "yuan": "yuan RMB CNY",
     "rad": "rad radian",
     "ohm": "ohm",
     "mph": "mph mile/h",
@@ -100,6 +101,7 @@ _BARE = re.compile(
 _CHINESE = {
     "毫米": "mm", "厘米": "cm", "分米": "dm", "米": "m", "千米": "km", "公里": "km", "克": "g", "毫克": "mg",
     "千克": "kg", "公斤": "kg", "升": "l", "毫升": "ml", "秒": "s", "分钟": "min", "小时": "h", "天": "day",
+    "元": "yuan",
     "度": "degree", "千米/时": "km/h", "千米/小时": "km/h", "公里/小时": "km/h", "米/秒": "m/s",
 }  # fmt: skip
 _CHINESE_POWERS = {"": "", "平方": "^2", "立方": "^3"}

@@ -16,6 +16,12 @@ _ARRAY = re.compile(r"[\[(] ?\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\} ?[\]
 _WORDS = re.compile(
     r",?\s*(?:\\text\s*\{\s*(or|and|或者?|[和且])\s*\}|(?<![a-zA-Z])(or|and)(?![a-zA-Z])|或者?|[和且])\s*(?:\\text\{\s*\})?"
 )
+_EITHER, _BOTH = (  # what parts systems: first "or", without it "and"
+    re.compile(rf",?\s*(?:\\text\s*\{{\s*(?:{word}|{sign})\s*\}}|(?<![a-zA-Z]){word}(?![a-zA-Z])|{sign})\s*")
+    for word, sign in (("or", "或者?"), ("and", "[和且]"))
+)
+_LAND = re.compile(r"\\(?:land|wedge)(?![a-zA-Z])")
+_SUBJECT = re.compile(r"([^=<>]+?) ?(?:=|<|>|\\(?:le|ge|ne)(?![a-zA-Z]))")
 _OR = re.compile(r"(?<![a-zA-Z])or(?![a-zA-Z])|或")
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _ONE_NUMBER = re.compile(rf"[^\w(){{}},;]*{_THOUSANDS.pattern}(?:\.\d+)?(?!\d)[^\d,;]*")
@@ -56,7 +62,7 @@ def readings(text: str, is_truth: bool = False) -> list[Value]:
         return [Value("atom", (text.replace(",", "{,}"),))]
     if is_truth and (decimal := _with_point(text)) is not None:
         return [Value("atom", (decimal,))]
-    if (written := sets.rewritten(text)) is not None:
+    if (written := sets.rewritten(text) or _conditions(text)) is not None:
         return readings(written, is_truth)
     if (points := sets.excluded_points(text)) is not None:
         variable, numbers = points
@@ -158,6 +164,8 @@ def _items(text: str) -> list[str]:
 
 def _bare_commas(text: str, is_truth: bool = False) -> list[Value]:
     """A list, a number with thousands or a decimal comma, or one value."""
+    if (systems := _systems(text)) is not None:
+        return [systems]
     is_or = False
     parts: list[str] = []
     for part in _items(text):
@@ -194,8 +202,25 @@ def _bare_commas(text: str, is_truth: bool = False) -> list[Value]:
     return found
 
 
+def _systems(text: str) -> Value | None:
+    """Several systems of the same names, x = 2, y = 3 or x = 3, y = 2; flattened their values could change places."""
+    for mark in (_EITHER, _BOTH):
+        parts = [part for part in mark.split(text) if part]
+        if len(parts) < 2:
+            continue
+        subjects = [
+            sorted(found[1] if (found := _SUBJECT.match(item)) else "" for item in _items(_BOTH.sub(",", part)))
+            for part in parts
+        ]
+        one = subjects[0]
+        if len(one) > 1 and "" not in one and len(set(one)) == len(one) and all(other == one for other in subjects):
+            is_union = mark is _EITHER and "=" not in text
+            return Value("union" if is_union else "list", tuple(parts), is_either=mark is _EITHER and not is_union)
+    return None
+
+
 def _is_value(text: str) -> bool:
-    return not text or re.search(r"[\d\\=<>]|^.$", text) is not None
+    return not text or re.search(r"[\d\\=<>]|^(?:.|[IVX]+)$", text) is not None
 
 
 def _both_signs(text: str) -> list[str]:
@@ -241,8 +266,19 @@ def _within(parts: list[str]) -> Value | None:
     return Value("tuple", ends_of_both, low.brackets[0] + high.brackets[1], is_ordered=True, name=low.name)
 
 
+def _conditions(text: str) -> str | None:
+    r"""Conditions joined by \land as a list, x > 2 and x < 5; None for p \land q, which is one statement."""
+    parts = _LAND.split(text)
+    return r" \text{ and } ".join(parts) if len(parts) > 1 and all(map(_SUBJECT.match, parts)) else None
+
+
 def _unordered(text: str) -> Value | None:
-    r"""An intersection, or lines that are parallel or perpendicular: what stands on both sides may change places."""
+    r"""An intersection, or lines that are parallel or perpendicular: what stands on both sides may change places.
+
+    So may p \land q, but not the vectors of u \wedge v.
+    """
+    if (parts := _LAND.split(text))[1:] and all(parts) and not re.search(r"[(),;]|(?<![a-zA-Z])or(?![a-zA-Z])", text):
+        return Value(r"\land", tuple(part.strip() for part in parts), is_ordered=r"\wedge" in text)
     for sign in (r"\cap", r"\parallel", r"\perp"):
         parts = [part.strip() for part in re.split(rf"\{sign}(?![a-zA-Z])", text)]
         if len(parts) > 1 and all(parts) and not any(re.search(r"[,;=]|\\c[au]p(?![a-zA-Z])", part) for part in parts):
