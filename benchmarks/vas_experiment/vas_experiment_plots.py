@@ -82,12 +82,14 @@ def _accuracy(pools: Pools, colours: Mapping[str, object], path: Path, by_rollou
         axis.set_xlabel("rollouts spent, scoring included" if by_rollouts else "steps")
         axis.xaxis.set_major_formatter(lambda value, position: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=6, loc="lower right")
     for axis in axes[:, 0]:
         axis.set_ylabel("held-out accuracy (greedy)")
     for axis in axes.flat[len(pools) :]:
         axis.set_visible(False)
-    _save(figure, path)
+    handles = {line.get_label(): line for axis in axes.flat for line in axis.get_lines() if line.get_label()[0] != "_"}
+    # Below the curves, which it would hide.
+    figure.legend(handles.values(), handles.keys(), fontsize=7, loc="lower center", ncol=2 * num_columns)
+    _save(figure, path, bottom=(0.1 + 0.16 * -(-len(handles) // (2 * num_columns))) / (3.3 * num_rows))
 
 
 def _band(axis: Axes, positions: np.ndarray, values: np.ndarray, colour: object, label: str) -> None:
