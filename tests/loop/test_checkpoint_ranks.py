@@ -51,7 +51,7 @@ def test_a_disk_that_fails_one_rank_fails_the_save_and_not_the_run(trained):
     assert runs["two"]["failed"] is False
     assert "the checkpoint of step 1 was not saved" in runs["two"]["failure"]
     assert "rank 1: File too large: " in runs["two"]["failure"]
-    assert "zero_pp_rank_1_mp_rank_00" in runs["two"]["failure"] and "bytes are free there" in runs["two"]["failure"]
+    assert "zero_pp_rank_1_mp_rank_00" in runs["two"]["failure"]
     assert runs["two"]["left"] == []
     assert (folder / "two" / "latest").read_text() == "global_step_4\n"  # later saves worked
 

@@ -139,8 +139,10 @@ turn("again calls")
 llm.wake_up(tags=["kv_cache"])
 calls.clear()
 awake, rollout._cycle = rollout._cycle, SleepCycle(llm, enabled=False)
+found["left awake"] = []
 for keep_weights in (True, False):
     rollout.sleep(keep_weights)
+    found["left awake"].append(len(core.batch_queue))
     sample()
 turn("never asleep")
 # 6. What vLLM says of a cache that is released after one step more, with a batch still in the queue.

@@ -45,12 +45,13 @@ def test_each_part_of_the_memory_wakes_when_it_is_needed(found):
     assert found["second step"] == ["empty", WAKE_CACHE, "sample", DISCARD]
     assert found["again calls"] == [RELEASE]
     assert found["never asleep"] == ["sample", "sample"]
+    assert found["left awake"] == [0, 0]  # before a sync
 
 
 @pytest.mark.slow
 def test_a_start_logs_its_phases(found):
     begun, ended = found["lines"][::2], found["lines"][1::2]
-    assert [line.split()[1] for line in begun] == ["loading", "compiling", "capturing"]
+    assert [line.split()[1] for line in begun] == ["building", "measuring", "warming"]
     assert all(re.fullmatch(re.escape(first) + r" took \d+ s", last) for first, last in zip(begun, ended, strict=True))
 
 

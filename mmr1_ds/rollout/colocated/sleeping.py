@@ -41,7 +41,11 @@ class SleepCycle:
 
     def sleep(self, keep_weights: bool) -> None:
         """Give the memory back. keep_weights: that of the KV cache alone, as no sync comes before the next sampling."""
-        if not self._enabled or not self._weights_are_mapped:
+        if not self._enabled:
+            if self._weights_are_current:  # not after what was abandoned
+                self.drain()  # else a sync would come while a batch is in flight
+            return
+        if not self._weights_are_mapped:
             return
         if not keep_weights:
             self.drain()
