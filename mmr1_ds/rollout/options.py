@@ -94,7 +94,7 @@ def engine_options(
         options["block_size"] = _CPU_BLOCK_TOKENS
     else:
         options |= _WITHOUT_FLASHINFER
-        if _compute_capability().startswith("10."):
+        if config.dtype != "fp32" and _compute_capability().startswith("10."):  # FlashAttention has no float32
             options["attention_config"] = {"backend_per_kind": _B200_ATTENTION}
     if not chunked_prefill and _carries_states(model):
         options["enable_prefix_caching"] = False  # vLLM keeps states where it cuts a prompt, and nowhere else

@@ -13,10 +13,10 @@ from mmr1_ds.rollout import options
 from mmr1_ds.rollout.servers.process import server_arguments
 
 
-def engine_options(monkeypatch, capability):
+def engine_options(monkeypatch, capability, dtype="auto"):
     monkeypatch.setattr(options, "_compute_capability", lambda: capability)
     config = RunConfig()
-    config.worker.actor.model.model_path = "model"
+    config.worker.actor.model.model_path, config.worker.rollout.dtype = "model", dtype
     return options.engine_options(
         config.worker.rollout, config.worker.actor.model, config.data, on_gpu=True, images=None
     )
@@ -25,6 +25,7 @@ def engine_options(monkeypatch, capability):
 @pytest.mark.parametrize("capability", ["9.0", "8.0", "12.0", ""])
 def test_elsewhere_vllm_chooses(monkeypatch, capability):
     assert "attention_config" not in engine_options(monkeypatch, capability)
+    assert "attention_config" not in engine_options(monkeypatch, "10.0", "fp32")
 
 
 @pytest.mark.parametrize(("said", "on_gpu", "eager"), [(None, True, False), (None, False, True), (False, False, False)])
