@@ -32,6 +32,7 @@ OMP_NUM_THREADS="$(( num_cores < 4 ? num_cores : 4 ))" .venv/bin/python -m mmr1_
 run_dir=runs/demo
 for word in "$@"; do
   if [[ "$word" == trainer.run_dir=* ]]; then run_dir="${word#*=}"; fi
+  if [[ "$word" == trainer.experiment_name=* && "$run_dir" == runs/demo ]]; then run_dir="runs/${word#*=}"; fi
 done
 if [[ "$run_dir" == runs/demo && -e "$run_dir" && "${RESUME:-0}" != 1 ]]; then  # a folder of the user's is left alone
   rm -rf "$run_dir.previous"
