@@ -27,6 +27,8 @@ from vas_experiment_trials import (
     RESPONSES,
     RIVAL_RULES,
     SIZES,
+    WITH_SIZES,
+    WITH_TEXTS,
     Trial,
     prepare_model,
     prepare_pool,
@@ -133,7 +135,7 @@ class Session:
         config = trial_config(trial, files, -1 if trial.arm == "filtering" else self._validate_every)
         self._start(config)
         started = time.monotonic()
-        train_data = self._load(files.pool, config, with_sketches=trial.arm == "text")
+        train_data = self._load(files.pool, config, with_sketches=trial.arm in WITH_TEXTS)
         val_data = self._load(files.validation, config)
         kinds = np.array(pq.read_table(files.pool, columns=["category"])["category"].to_pylist())
         assert len(kinds) == len(train_data)
@@ -194,7 +196,7 @@ class Session:
         coordinator = (RecordingRival if trial.arm in RIVAL_RULES else RecordingCoordinator)(
             config.data, train_data.prompt_ids, train_data.categories, train_data.fingerprint, RESPONSES,
             trial.steps, self._ranks, features=None if sketches is None else compress(sketches),
-            sizes=SIZES if trial.arm == "sizes" else None,
+            sizes=SIZES if trial.arm in WITH_SIZES else None,
         )  # fmt: skip
         if isinstance(coordinator, RecordingRival):
             coordinator.rival = RIVAL_RULES[trial.arm]

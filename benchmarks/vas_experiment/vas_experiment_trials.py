@@ -19,17 +19,33 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.preflight.checks import check_config
 
-# filtering: DAPO; mopps, dps: these rivals' own rules; online: with the proportional draw, as most figures were
-# measured; posterior: online as it ships; sizes: that with groups of different sizes; text: that with what the
-# prompts' texts tell
-ARMS = ("shuffle", "filtering", "mopps", "dps", "full", "online", "posterior", "sizes", "text")
-CURRICULA = ("full", "online", "posterior", "sizes", "text")
-AS_SHIPPED = ("posterior", "sizes", "text")
-TOLD = ("online", *AS_SHIPPED)  # the kinds of the questions, where categories are asked for
+# filtering: DAPO; mopps, dps: these rivals' own rules; online: half a batch by score and a tenth of probes, as it
+# shipped at first; shipped: as it ships, textless: that without what the texts tell, sized: with groups of different
+# sizes; posterior: the best by a draw from each belief, without texts; sizes: that with groups of different sizes;
+# text: that with texts
+ARMS = (
+    "shuffle", "filtering", "mopps", "dps", "full", "online", "posterior", "sizes", "text", "shipped", "textless",
+    "sized",
+)  # fmt: skip
+BELIEVING: dict[str, dict[str, Any]] = {
+    "shipped": {},
+    "textless": {"data.curriculum_features": "none"},
+    "sized": {"worker.rollout.n_min": 2, "worker.rollout.n_max": 16},
+    "posterior": {"data.curriculum_draw": "posterior", "data.curriculum_features": "none"},
+    "sizes": {
+        "data.curriculum_draw": "posterior", "data.curriculum_features": "none",
+        "worker.rollout.n_min": 2, "worker.rollout.n_max": 16,
+    },
+    "text": {"data.curriculum_draw": "posterior"},
+}  # fmt: skip
+WITH_TEXTS = ("shipped", "sized", "text")
+WITH_SIZES = ("sized", "sizes")
+TOLD = ("online", *BELIEVING)  # the kinds of the questions, where categories are asked for
+CURRICULA = ("full", *TOLD)
 RIVAL_RULES = {"mopps": "mopps_math", "dps": "dps"}  # arm -> name in the laboratory
 BATCH = 8  # prompts a step
 RESPONSES = 8  # a group, or on average
-SIZES = SizeRange(2, 16)  # of groups; sizes
+SIZES = SizeRange(2, 16)  # of groups; sizes, sized
 REFRESH_RESPONSES = 8  # a prompt in a full refresh
 EASY = {"get1": 15, "max2": 15, "min2": 15}  # proportions within each sort of question, as in the demo's pool B
 HARD = {"mul3": 30, "add3": 10}
@@ -136,7 +152,7 @@ def all_trials(
             trial = replace(trial, refresh_every=refresh_every)
         if arm == "online":
             trial = replace(trial, categories=told, probe_fraction=probe_fraction)
-        if arm in AS_SHIPPED:
+        if arm in BELIEVING:
             trial = replace(trial, categories=told)
         trials.append(trial)
     return list(dict.fromkeys(trials))
@@ -253,15 +269,14 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
         "trainer.save_freq": -1,
         "trainer.resume": False,
     }
-    if trial.arm == "sizes":
-        values |= {"worker.rollout.n_min": SIZES.smallest, "worker.rollout.n_max": SIZES.largest}
-    if trial.arm == "text":
-        values |= {"data.curriculum_features": "text"}
-    if trial.arm not in AS_SHIPPED:
+    values |= BELIEVING.get(trial.arm, {})
+    if trial.arm not in BELIEVING:
         values |= {
             "data.curriculum_draw": "proportional",
             "data.curriculum_mixture_ratio": trial.ratio,
+            "data.curriculum_replacement": True,
             "data.curriculum_probe_fraction": trial.probe_fraction,
+            "data.curriculum_features": "none",
         }
     config = load_config([f"config={CONFIG}", *(f"{key}={value}" for key, value in values.items())]).config
     check_config(config, world_size=1)

@@ -88,11 +88,9 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     if merged.get("data.shuffle") is False:
         merged.setdefault("data.sampling_strategy", "sequential")  # EasyR1 has no other word for it
     if merged.get("data.curriculum_refresh") == "online":
-        # What was measured to be best with beliefs; the schema's defaults are the paper's.
-        merged.setdefault("data.curriculum_draw", "posterior")
-    if merged.get("data.curriculum_draw") == "posterior":
+        # What trained best at equal rollouts (docs/vas_figures.md); the schema's defaults are the paper's.
         merged.setdefault("data.curriculum_mixture_ratio", 0.8)
-        merged.setdefault("data.curriculum_probe_fraction", 0.0)
+        merged.setdefault("data.curriculum_replacement", False)
     if "worker.actor.dtype" in merged and merged.get("worker.rollout.dtype", "auto") == "auto":
         merged["worker.rollout.dtype"] = merged["worker.actor.dtype"]
     notes = replace_example_files(merged, config_folders())

@@ -105,7 +105,7 @@ class DataConfig:
     curriculum_metric_weights: Annotated[
         list[float], Range("[0, inf)", reason="prompts of higher metrics are sampled more (self-bleu: 1 - self-BLEU)")
     ] = field(default_factory=lambda: [1.0])  # one a metric
-    # lambda: share of the batch drawn by score; the rest in turn. posterior: left out, it is .8
+    # lambda: share of the batch drawn by score; the rest in turn. online: left out, it is .8
     curriculum_mixture_ratio: Share = 0.5
     curriculum_update_freq: NonNegativeInt = 4  # full: T: steps between refreshes; 0 = at each epoch's end
     curriculum_rollout_n: Annotated[int, Range("[2, inf)")] = 8  # full: responses a prompt in a refresh
@@ -113,16 +113,17 @@ class DataConfig:
     curriculum_momentum: Share = 0.0  # full: m in w <- m*w_old + (1-m)*w_new, below 1
     # full: scores by rollouts of the whole data (Algorithm 1); online: by the training rollouts
     curriculum_refresh: Annotated[str, OneOf("full", "online")] = "full"
-    # online: rollouts on prompts long unseen, as a share of training's. posterior: left out, it is 0
-    curriculum_probe_fraction: Share = 0.1
+    # online: rollouts on prompts long unseen, as a share of training's
+    curriculum_probe_fraction: Share = 0.0
     # online: what else but the category says how hard prompts never seen are; text: words, numbers, lengths, images
-    curriculum_features: Annotated[str, OneOf("none", "text")] = "none"
+    curriculum_features: Annotated[str, OneOf("none", "text")] = "text"
     # online: the table of mmr1-ds eval --pass-rates, from which the beliefs of a new run begin
     curriculum_prior: str | None = None
-    # proportional: by weight, the paper's; candidates: the best of some; posterior: best by beliefs, online's default
+    # proportional: by weight, the paper's; candidates: the best of some; posterior, online: the best by beliefs
     curriculum_draw: Annotated[str, OneOf("proportional", "candidates", "posterior")] = "proportional"
     curriculum_candidates: PositiveInt = 8  # candidates: prompts that compete for each place of the scored part
-    curriculum_replacement: bool = True  # proportional: draw the scored part with replacement, as the paper does
+    # proportional: draw the scored part with replacement, as the paper does. online: left out, it is false
+    curriculum_replacement: bool = True
     # what computes the scores of groups: auto takes the Triton kernel on a GPU, else the C++ one
     curriculum_kernel: Annotated[str, OneOf("auto", "cpu", "triton")] = "auto"
     curriculum_weight_floor: Share = 0.01  # share of the largest weight, before sharpening, that all keep
