@@ -41,8 +41,8 @@ from curriculum_lab_worlds import MOSTLY_DEAD, SETTINGS, UNLIKE, RecordedTrace, 
 
 POLICIES = OURS | RIVALS
 _ASKED_FOR = (
-    "online_sizes", "online_proportional_sizes", "online_no_categories", "online_clusters", "online_known_n4",
-    "online_known_n16",
+    "online_sizes", "online_posterior_sizes", "online_half_sizes", "online_no_categories", "online_clusters",
+    "online_known_n4", "online_known_n16",
 )  # fmt: skip
 DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in _ASKED_FOR)
 ESTIMATORS = ("online", "online_no_categories", "mopps_geo3k", "mopps_math", "dps", "vade")

@@ -106,7 +106,7 @@ class Online(Uniform):
     def __init__(
         self,
         run: Run,
-        rule: str = "posterior",
+        rule: str = "proportional",
         ratio: float = 0.8,
         probe_fraction: float = 0.0,
         settings: FilterSettings | None = None,
@@ -116,7 +116,9 @@ class Online(Uniform):
         self.rule, self.probe_fraction = rule, probe_fraction
         numbers = run.categories if categories is None else categories
         self.filter = LogitFilter(run.num_prompts, numbers, RESPONSES, settings)
-        self._sampler = PromptSampler(run.num_prompts, run.batch_size, run.seed, "curriculum", ratio, rule=rule)
+        self._sampler = PromptSampler(
+            run.num_prompts, run.batch_size, run.seed, "curriculum", ratio, replacement=probe_fraction > 0.0, rule=rule
+        )
         self._spent = 0
         self._step = 0
 
@@ -179,11 +181,13 @@ OURS: dict[str, Callable[[Run], Uniform]] = {
     "full_n32_t35": lambda run: FullRefresh(run, 32, 35),
     "full_n16_t56": lambda run: FullRefresh(run, 16, 56),
     "full_n8_t4": lambda run: FullRefresh(run, 8, 4),
-    "online_proportional": lambda run: Online(run, "proportional", ratio=0.5, probe_fraction=0.1),
+    "online_half": lambda run: Online(run, ratio=0.5, probe_fraction=0.1),
     "online_candidates": lambda run: Online(run, "candidates"),
+    "online_posterior": lambda run: Online(run, "posterior"),
     "online": Online,
     "online_sizes": SizedOnline,
-    "online_proportional_sizes": lambda run: SizedOnline(run, "proportional", ratio=0.5, probe_fraction=0.1),
+    "online_posterior_sizes": lambda run: SizedOnline(run, "posterior"),
+    "online_half_sizes": lambda run: SizedOnline(run, ratio=0.5, probe_fraction=0.1),
     "online_known_n4": lambda run: KnownOnline(run, 4),
     "online_known_n16": lambda run: KnownOnline(run, 16),
     "online_no_categories": _without_categories,

@@ -2,7 +2,8 @@
 
     python benchmarks/vas_experiment/vas_experiment.py --out FOLDER [--shares 2 5 15 50] [--sizes 512 2048 8192]
         [--steps 160] [--rollouts 10240] [--seeds 0 1 2 3 4]
-        [--arms shuffle filtering mopps dps full online posterior sizes text] [--ratios .5] [--categories yes no]
+        [--arms shuffle filtering mopps dps full online shipped textless sized posterior sizes text] [--ratios .5]
+        [--categories yes no]
     python benchmarks/vas_experiment/vas_experiment.py --out FOLDER --shares 15 --sizes 512 --seeds 0 --arms shuffle
         --record-traces FILE.npz
     python benchmarks/vas_experiment/vas_experiment.py report FOLDER --json FILE --plots FOLDER

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from vas_experiment_runs import SHUFFLE, Arms, Pool, Run, arm_order, curves, smooth
+from vas_experiment_trials import CURRICULA
 
 Pools = Mapping[Pool, Arms]
 
@@ -134,7 +135,7 @@ def _weights(pools: Pools, path: Path) -> None:
         (pool, label, arms[label][min(arms[label])])
         for pool, arms in pools.items()
         for label in sorted(arms, key=arm_order)
-        if label.startswith(("full", "online", "posterior", "sizes", "text")) and "no categories" not in label
+        if label.startswith(CURRICULA) and "no categories" not in label
     ]
     if not panels:
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vas_experiment_trials import ARMS
 
 SMOOTHED = 3  # validations that a point of a smoothed curve is the mean of
 SHUFFLE = "shuffle"
@@ -126,5 +127,4 @@ def curves(runs: Sequence[Run], last_step: int | None = None) -> tuple[np.ndarra
 
 def arm_order(label: str) -> tuple[int, str]:
     """Shuffle first, then the others as they are usually named."""
-    order = ("shuffle", "full", "filtering", "mopps", "dps", "online", "posterior", "sizes", "text")
-    return order.index(label.split(",")[0]), label
+    return ARMS.index(label.split(",")[0]), label

@@ -402,7 +402,7 @@ def test_what_a_refresh_costs_is_the_paper_s_share_of_training(settings):
     more = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=5", "data.curriculum_rollout_n=12"]
     found = planned(settings, *more, num_prompts=7000)
     assert found.refresh["full"] == pytest.approx(7000 * 12 / 5)
-    assert found.refresh["online"] == 0.0  # the posterior draw does without probes
+    assert found.refresh["online"] == 0.0  # it has no probes
     found = planned(settings, *more, "data.curriculum_probe_fraction=0.1", num_prompts=7000)
     assert found.refresh["online"] == pytest.approx(0.1 * found.responses_per_step)
     seconds, responses = found.refresh_seconds, found.refresh

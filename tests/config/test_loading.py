@@ -509,18 +509,17 @@ def test_shuffle_false_is_sequential_unless_said_otherwise():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ("proportional", 0.5, 0.1)),
-        (["data.curriculum_refresh=full"], ("proportional", 0.5, 0.1)),
-        (["data.curriculum_refresh=online"], ("posterior", 0.8, 0.0)),
-        (["config=mmr1_online"], ("posterior", 0.8, 0.0)),
-        (["data.curriculum_refresh=online", "data.curriculum_draw=proportional"], ("proportional", 0.5, 0.1)),
-        (["data.curriculum_refresh=online", "data.curriculum_mixture_ratio=.5"], ("posterior", 0.5, 0.0)),
-        (["config=mmr1_h100", "data.curriculum_probe_fraction=.2"], ("posterior", 0.8, 0.2)),
+        ([], (0.5, True)),
+        (["data.curriculum_refresh=full"], (0.5, True)),
+        (["data.curriculum_refresh=online"], (0.8, False)),
+        (["config=mmr1_online"], (0.8, False)),
+        (["data.curriculum_refresh=online", "data.curriculum_mixture_ratio=.5"], (0.5, False)),
+        (["config=mmr1_h100", "data.curriculum_replacement=true"], (0.8, True)),
     ],
 )
 def test_the_draw_that_a_refresh_brings(arguments, expected):
     data = load(*arguments).data
-    assert (data.curriculum_draw, data.curriculum_mixture_ratio, data.curriculum_probe_fraction) == expected
+    assert (data.curriculum_mixture_ratio, data.curriculum_replacement) == expected
 
 
 def test_tables_of_upstream_keys_are_about_other_keys_than_ours():
