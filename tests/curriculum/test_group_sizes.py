@@ -78,9 +78,12 @@ def test_prompts_alike_get_the_same():
 
 
 def make(control=None, sizes=SIZES, **changes):
-    settings = {"rollout_batch_size": B, "seed": 5, "sampling_strategy": "curriculum", "curriculum_refresh": "online"}
+    settings = {
+        "rollout_batch_size": B, "seed": 5, "sampling_strategy": "curriculum", "curriculum_refresh": "online",
+        "curriculum_draw": "posterior", "curriculum_mixture_ratio": 0.2, "curriculum_probe_fraction": 0.1,
+    }  # fmt: skip
     ids = [f"p{i}" for i in range(P)]
-    data = DataConfig(**(settings | {"curriculum_draw": "posterior", "curriculum_mixture_ratio": 0.2} | changes))
+    data = DataConfig(**(settings | changes))
     return Coordinator(data, ids, [""] * P, "abc", N, 40, control or SingleProcess(), sizes=sizes)
 
 

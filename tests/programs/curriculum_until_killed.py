@@ -26,7 +26,7 @@ ranks = Ranks(launch_environment(), timeout_seconds=60)
 data = DataConfig(
     rollout_batch_size=B, seed=seed, sampling_strategy="curriculum", curriculum_refresh=refresh,
     curriculum_update_freq=4, curriculum_rollout_batch_size=17, curriculum_metrics=["learnability", "self-bleu"],
-    curriculum_metric_weights=[0.8, 0.2],
+    curriculum_metric_weights=[0.8, 0.2], curriculum_probe_fraction=0.1,
 )  # fmt: skip
 ids, categories = [f"p{i}" for i in range(P)], [f"c{i % 3}" for i in range(P)]
 features = np.random.default_rng(seed).integers(-96, 97, (P, 7), dtype=np.int8) if refresh == "online" else None
