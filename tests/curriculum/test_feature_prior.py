@@ -12,7 +12,7 @@ from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.estimator import LogitFilter
 from mmr1_ds.curriculum.feature_prior import FEATURE_UNIT, FeaturePrior, inverse
 from mmr1_ds.curriculum.metric_names import FEATURE_EXPLAINED_FRACTION, FEATURE_WEIGHT
-from mmr1_ds.data.text_features import NUM_FEATURES, UNIT
+from mmr1_ds.data.features import NUM_FEATURES, UNIT
 from mmr1_ds.errors import UserError
 
 ONLINE = {"curriculum_refresh": "online", "curriculum_features": "text"}

@@ -6,7 +6,7 @@ from fixtures.data_fixtures import encoder_of, text_rows, write_jsonl, write_tex
 from fixtures.rank_threads import SingleProcess
 
 from mmr1_ds.config import DataConfig, RunConfig
-from mmr1_ds.data.text_features import NUM_FEATURES
+from mmr1_ds.data.features import NUM_FEATURES
 
 
 @pytest.mark.parametrize(
