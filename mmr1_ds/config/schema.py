@@ -115,8 +115,9 @@ class DataConfig:
     curriculum_refresh: Annotated[str, OneOf("full", "online")] = "full"
     # online: rollouts on prompts long unseen, as a share of training's. posterior: left out, it is 0
     curriculum_probe_fraction: Share = 0.1
-    # online: what else but the category says how hard prompts never seen are; text: words, numbers, lengths, images
-    curriculum_features: Annotated[str, OneOf("none", "text")] = "none"
+    # online: what else but the category says how hard prompts never seen are; text: words, numbers, lengths, images;
+    # model: what the model makes of the prompt before training, by one forward over the data set
+    curriculum_features: Annotated[str, OneOf("none", "text", "model")] = "none"
     # online: the table of mmr1-ds eval --pass-rates, from which the beliefs of a new run begin
     curriculum_prior: str | None = None
     # proportional: by weight, the paper's; candidates: the best of some; posterior: best by beliefs, online's default
