@@ -115,8 +115,7 @@ class DataConfig:
     curriculum_refresh: Annotated[str, OneOf("full", "online")] = "full"
     # online: rollouts on prompts long unseen, as a share of training's. posterior: left out, it is 0
     curriculum_probe_fraction: Share = 0.1
-    # online: what else but the category says how hard prompts never seen are; text: words, numbers, lengths, images;
-    # model: what the model makes of the prompt before training, by one forward over the data set
+    # online: what else says how hard prompts never seen are: their words, lengths and images, or the model's states
     curriculum_features: Annotated[str, OneOf("none", "text", "model")] = "none"
     # online: the table of mmr1-ds eval --pass-rates, from which the beliefs of a new run begin
     curriculum_prior: str | None = None
