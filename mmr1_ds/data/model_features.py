@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmr1_ds.data.features import NUM_FEATURES, as_features
-from mmr1_ds.io import in_words
 
 if TYPE_CHECKING:
     from mmr1_ds.data.dataset import PromptDataset
@@ -86,4 +85,4 @@ def keep(features: np.ndarray, path: Path) -> None:
             save_file({_NAME: features}, whole)
             os.replace(whole, path)
     except OSError as error:
-        logger.warning("the features of the prompts cannot be kept (%s): the next run computes them", in_words(error))
+        logger.warning("the features of the prompts cannot be kept (%s): the next run computes them", error)
