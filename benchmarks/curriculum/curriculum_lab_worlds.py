@@ -148,6 +148,7 @@ class RecordedTrace:
         self.name = path.stem
         self.num_prompts, self.num_steps = rates.shape[1], int(steps[-1])
         self.categories = self.clusters = arrays.get("categories", np.zeros(self.num_prompts, dtype=np.int64))
+        self.prompt_ids: list[str] = arrays["prompt_ids"].tolist() if "prompt_ids" in arrays else []
         self.texts: list[str] = arrays["texts"].tolist() if "texts" in arrays else []
         self._step = 1
 

@@ -53,6 +53,13 @@ def without_training(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=data, algorithm=algorithm)
 
 
+def prompt_features(config: RunConfig) -> str:
+    """Return what else but categories tells prompts apart: none, text or model; none where nothing reads it."""
+    data = config.data
+    is_read = data.sampling_strategy == "curriculum" and data.curriculum_refresh == "online"
+    return data.curriculum_features if is_read and not config.trainer.val_only else "none"
+
+
 def total_training_steps(config: RunConfig, num_prompts: int) -> int:
     """Return the steps of the whole run: trainer.max_steps, or total_episodes times P // B, at least 1 an episode."""
     if config.trainer.max_steps is not None:

@@ -115,8 +115,8 @@ class DataConfig:
     curriculum_refresh: Annotated[str, OneOf("full", "online")] = "full"
     # online: rollouts on prompts long unseen, as a share of training's
     curriculum_probe_fraction: Share = 0.0
-    # online: what else but the category says how hard prompts never seen are; text: words, numbers, lengths, images
-    curriculum_features: Annotated[str, OneOf("none", "text")] = "text"
+    # online: what else says how hard prompts never seen are: their words, lengths and images, or the model's states
+    curriculum_features: Annotated[str, OneOf("none", "text", "model")] = "text"
     # online: the table of mmr1-ds eval --pass-rates, from which the beliefs of a new run begin
     curriculum_prior: str | None = None
     # proportional: by weight, the paper's; candidates: the best of some; posterior, online: the best by beliefs

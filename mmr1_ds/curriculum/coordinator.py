@@ -106,7 +106,8 @@ class Coordinator:
             fingerprint: of the data set.
             num_responses: N of a training group, or their mean.
             num_steps: of the whole run, over which probes are spread.
-            features: (P, D) int8 that the online refresh learns from besides the categories; of rank 0.
+            features: (P, D) int8 that the online refresh learns from besides the categories; of rank 0. All 0 where
+                they come later, by a checkpoint or by `take_features`.
             sizes: of groups that differ, as the beliefs of the online refresh say; None = each has N.
             sources: (P,), the place of each prompt's source in `source_names`; None = there is one.
         Raises: UserError for a source that data.train_weights gives a share of and that has no prompt left.
@@ -176,6 +177,17 @@ class Coordinator:
         """Begin an online refresh from pass rates that were measured before the run; see `known_rates`. Rank 0's."""
         assert isinstance(self.table, OnlineTable) and self._num_draws == 0, "for the beginning of an online refresh"
         self.table.begin_from(indices, num_right, num_answers)
+
+    @property
+    def knows_features(self) -> bool:
+        """Whether an online refresh has features that tell prompts apart. Rank 0's."""
+        assert isinstance(self.table, OnlineTable), "features are an online refresh's"
+        return self.table.knows_features
+
+    def take_features(self, features: np.ndarray) -> None:
+        """Put features, (P, D) int8, in the place of those that say nothing. Rank 0's; before `begin_from`."""
+        assert isinstance(self.table, OnlineTable), "features are an online refresh's"
+        self.table.take_features(features)
 
     # Drawing
 

@@ -132,6 +132,20 @@ class LogitFilter:
         view.flags.writeable = False
         return view
 
+    @property
+    def knows_features(self) -> bool:
+        """Whether there are features that tell any prompts apart."""
+        return self._features is not None and bool(self._features.features.any())
+
+    def take_features(self, features: np.ndarray) -> None:
+        """Put features in the place of those without any spread. Beliefs about prompts that were seen do not move.
+
+        Args: features: (P, D) int8, of as many as those.
+        """
+        assert self._features is not None and not self.knows_features, "features replace such as say nothing"
+        assert features.shape == self._features.features.shape, (features.shape, self._features.features.shape)
+        self._features = FeaturePrior(features)
+
     def unseen_steps(self) -> np.ndarray:
         """Steps since each prompt was last observed, (P,) int32; for those never seen more than any run has."""
         unseen_steps = self.step - self._last_seen

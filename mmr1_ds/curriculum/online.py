@@ -141,6 +141,16 @@ class OnlineTable:
         self._filter.observe(indices, num_right, num_answers)
         self._weights = None
 
+    @property
+    def knows_features(self) -> bool:
+        """Whether there are features that tell any prompts apart."""
+        return self._filter.knows_features
+
+    def take_features(self, features: np.ndarray) -> None:
+        """Put features, (P, D) int8, in the place of those that say nothing; see `LogitFilter.take_features`."""
+        self._filter.take_features(features)
+        self._weights = None
+
     def _remember_diversity(self, observed: Sequence[PromptStatistics]) -> None:
         """Keep the diversity of training groups, not of probes: their few responses resemble each other less."""
         values = defaultdict(list)

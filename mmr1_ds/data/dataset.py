@@ -19,7 +19,7 @@ from mmr1_ds.data.chat import load_format_prompt
 from mmr1_ds.data.columns import image_remedy
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.data.rows import RowReader, open_readers
-from mmr1_ds.data.scan import Scan, scan_rows, sketches_in
+from mmr1_ds.data.scan import Scan, rows_key, scan_rows, sketches_in
 from mmr1_ds.data.sources import open_sources
 from mmr1_ds.errors import UserError
 from mmr1_ds.records import Prompt
@@ -141,6 +141,11 @@ class PromptDataset:
             return None
         sketches = sketches_in(column)
         return sketches if self._rows is None else sketches[self._rows]
+
+    @property
+    def rows_fingerprint(self) -> str:
+        """A digest of the rows that the files hold, whatever their ids, by which a scan is kept too."""
+        return hashlib.blake2b(repr([rows_key(reader) for reader in self._readers]).encode()).hexdigest()
 
     @property
     def sources(self) -> np.ndarray:

@@ -148,6 +148,11 @@ class BatchScan:
         return lengths, prompts, image_sizes
 
 
+def rows_key(reader: RowReader) -> tuple[str, str, int]:
+    """Return what says that the rows of a source are those of another start."""
+    return reader.name, reader.rows._fingerprint, len(reader)
+
+
 def work_of(reader: RowReader) -> int:
     """Return the work of scanning a source, in rows of text."""
     return len(reader) * (_ROWS_A_VIDEO if reader.reads_videos else 1)
@@ -204,8 +209,7 @@ def _kept_scan(
         data.image_dir, data.allow_any_image_path, data.max_image_pixels, data.video_fps,
         *((SKETCH_VERSION,) if with_sketches else ()), *reader.unread_images,
     )  # fmt: skip
-    rows = (reader.name, reader.rows._fingerprint, len(reader))
-    key.update(repr((rows, settings, prompt_encoder.fingerprint())).encode())
+    key.update(repr((rows_key(reader), settings, prompt_encoder.fingerprint())).encode())
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, CACHE_FOLDER)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, key.hexdigest() + ".arrow")

@@ -11,17 +11,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-NUM_FEATURES = 40
-UNIT = 32  # what one standard deviation is in the int8 of a feature
+from mmr1_ds.data.features import Parts, as_features
 
 _BUCKETS = 256
 _COUNTS = 12
 SKETCH_VERSION = 1  # counted up when a sketch changes
 SKETCH_BYTES = _BUCKETS + 4 * _COUNTS
-_COMPONENTS = NUM_FEATURES - _COUNTS
 _COPIES = 2  # buckets that a token goes to
-_SAMPLE = 1 << 15  # prompts that the components are computed from
-_BLOCK = 1 << 14
 
 _MULTIPLIER, _OTHER_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 _OTHER, _WORD, _SIGN = range(3)  # kinds of bytes: spaces and control characters; of words; signs by themselves
@@ -106,33 +102,16 @@ def _bags(owners: np.ndarray, tokens: np.ndarray, num_texts: int) -> tuple[np.nd
 
 
 def compress(sketches: np.ndarray) -> np.ndarray:
-    """Reduce the sketches of a data set to features with mean 0 and deviation `UNIT`, those without any spread 0.
-
-    What lies more than four deviations off is cut. The components come from a linear-algebra library, so other
-    machines may round a few of them otherwise.
+    """Reduce the sketches of a data set to features, the counts first; see `as_features`.
 
     Args: sketches: (P, SKETCH_BYTES) uint8.
-    Returns: (P, NUM_FEATURES) int8, the counts first.
+    Returns: (P, NUM_FEATURES) int8.
     """
-    bags, counts = _parts(sketches[:: max(1, len(sketches) // _SAMPLE)])
-    center = bags.mean(axis=0)
-    bags = bags - center
-    _, vectors = np.linalg.eigh((bags.T @ bags).astype(np.float64))
-    vectors = vectors[:, ::-1][:, :_COMPONENTS]
-    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(_COMPONENTS)])
-    raw = np.concatenate([counts, bags @ vectors], axis=1)
-    mean, deviation = raw.mean(axis=0), raw.std(axis=0)
-    scale = np.where(deviation > 1e-5, UNIT / np.maximum(deviation, 1e-5), 0.0)
-    features = np.empty((len(sketches), NUM_FEATURES), dtype=np.int8)
-    for start in range(0, len(sketches), _BLOCK):
-        bags, counts = _parts(sketches[start : start + _BLOCK])
-        raw = np.concatenate([counts, (bags - center) @ vectors.astype(np.float32)], axis=1)
-        features[start : start + _BLOCK] = np.rint((raw - mean) * scale).clip(-127, 127)
-    return features
+    return as_features(lambda part: _parts(sketches[part]), len(sketches))
 
 
-def _parts(sketches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bags, each of length 1, and the counts, float32."""
+def _parts(sketches: np.ndarray) -> Parts:
+    """Return the counts, and the bags, each of length 1."""
     bags = np.ascontiguousarray(sketches[:, :_BUCKETS]).view(np.int8).astype(np.float32)
     counts = np.ascontiguousarray(sketches[:, _BUCKETS:]).view(np.float32)
-    return bags / np.maximum(np.sqrt((bags**2).sum(axis=1, keepdims=True)), 1.0), counts
+    return counts, bags / np.maximum(np.sqrt((bags**2).sum(axis=1, keepdims=True)), 1.0)

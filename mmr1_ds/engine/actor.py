@@ -28,7 +28,7 @@ from mmr1_ds.engine.model.policy import exact_types, load_policy
 from mmr1_ds.engine.weights.gathering import adapter_weights, weight_buckets, weights_digest, whole_parameters
 from mmr1_ds.engine.weights.weight_files import write_weights
 from mmr1_ds.engine.zero_engine import Learner, OptimiserStep, Sizes, TokenLoss, start_deepspeed, weights_dtype
-from mmr1_ds.records import Pair, Trajectory, WeightInfo
+from mmr1_ds.records import Pair, Prompt, Trajectory, WeightInfo
 
 
 class OldPolicy(NamedTuple):
@@ -120,6 +120,16 @@ class Actor(Learner):
             return OldPolicy(self._evaluate(pairs, 1, experts)[0], None, experts)
         logprobs, entropies = self._evaluate(pairs, 2, experts)
         return OldPolicy(logprobs, entropies, experts)
+
+    def prompt_states(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """The last layer's hidden state of each prompt's last token, (K, H) float32.
+
+        Collective: all ranks, with the same number of prompts, at least one.
+        """
+        one_token = np.array(self._encoder.eos_token_ids[:1], dtype=np.int32)  # that state predicts it, and sees it not
+        with self._policy.giving_states():
+            states = self._evaluate([(prompt, one_token) for prompt in prompts], 3)[2]
+        return np.concatenate(states)
 
     def weights(self, as_held: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The current weights, whole, for a rollout engine. Collective: see `whole_parameters`.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from mmr1_ds.algorithm.overlong import OverlongPenalty
@@ -19,6 +20,7 @@ from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import DataConfig, RolloutConfig, RunConfig
 from mmr1_ds.config.derived import (
     checkpoint_directory,
+    prompt_features,
     returns_experts,
     run_directory,
     steps_between_saves,
@@ -30,7 +32,9 @@ from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.curriculum.statistics import PromptStatistics, score_batch
 from mmr1_ds.data.dataset import PromptDataset
 from mmr1_ds.data.encoding import PromptEncoder
+from mmr1_ds.data.features import NUM_FEATURES
 from mmr1_ds.data.text_features import compress
+from mmr1_ds.engine.actor import Actor
 from mmr1_ds.engine.model.flops import peak_tflops
 from mmr1_ds.engine.model.shapes import policy_shape
 from mmr1_ds.engine.model.value_model import check_reads_alike
@@ -44,14 +48,15 @@ from mmr1_ds.loop.metrics import ActorWork
 from mmr1_ds.loop.own_functions import try_functions
 from mmr1_ds.loop.partial_batches import PartialBatchMaker
 from mmr1_ds.loop.parts import Parts
+from mmr1_ds.loop.prompt_features import describe_prompts
 from mmr1_ds.loop.refresh import KEPT, CurriculumRefresh
 from mmr1_ds.loop.shared_queue import SharedQueue
 from mmr1_ds.loop.starting import (
-    begin_from_known_rates,
     check_gpu,
     check_ranks,
     check_resumable,
     is_done,
+    known_beforehand,
     load_data,
     lock_folders,
     open_run,
@@ -130,8 +135,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
         coordinator = make_coordinator(config, train_data, num_steps, ranks)
         if start is not None and not config.trainer.val_only:
             coordinator.load(start[1] / "curriculum")  # refuses another data set before anything is touched
-        elif config.data.curriculum_prior is not None and not config.trainer.val_only:
-            begin_from_known_rates(config.data.curriculum_prior, coordinator, train_data, ranks)
+        begin_from_rates = known_beforehand(config, start, coordinator, train_data, ranks)
         metrics_logger = stack.enter_context(open_run(config, start, num_steps, ranks))
         ranks.write_stacks(run_directory(config) / "stacks")
         report_freq = None if config.trainer.val_only or ranks.rank > 0 else config.trainer.report_freq
@@ -151,8 +155,9 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             most_images = max(data.max_images for data in data_sets)
             most_videos = max(data.max_videos for data in data_sets)
             engines = load_engines(
-                config, deepspeed, num_steps, most_images, most_videos, ranks, encoder, preemption, stack, advance
-            )
+                config, deepspeed, num_steps, most_images, most_videos, ranks, encoder, preemption, stack, advance,
+                before_others=partial(_begin_curriculum, config, opened, begin_from_rates),
+            )  # fmt: skip
             collector = _collector(config, engines.rollout, rewards, encoder, ranks)
             batch_maker = BatchMaker if config.worker.rollout.partial is None else PartialBatchMaker
             queue = _shared_queue(config, engines.rollout, opened)
@@ -161,6 +166,18 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             if start is not None:
                 trainer.parts.state.load(*start, None if config.trainer.val_only else trainer.parts.settings)
         trainer.fit()
+
+
+def _begin_curriculum(
+    config: RunConfig, opened: Opened, begin_from_rates: Callable[[], None], actor: Actor
+) -> None:
+    """Give the curriculum what is known before the first step: its features by the model, pass rates. Collective."""
+    if prompt_features(config) == "model":
+        describe_prompts(
+            actor, opened.coordinator, opened.train_data, config.data.rollout_batch_size, opened.encoder, opened.ranks,
+            opened.metrics_logger.progress,
+        )  # fmt: skip
+    begin_from_rates()  # the features learn from them
 
 
 def _collector(
@@ -387,6 +404,9 @@ def _records(config: RunConfig, engines: Engines, opened: Opened, work: ActorWor
 
 def make_coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ranks: Ranks) -> Coordinator:
     sketches, rollout = data.take_sketches() if ranks.rank == 0 else None, config.worker.rollout
+    features = None if sketches is None else compress(sketches)
+    if ranks.rank == 0 and prompt_features(config) == "model":  # of a checkpoint, or they come later
+        features = np.zeros((len(data), NUM_FEATURES), dtype=np.int8)
     return Coordinator(
         config.data,
         data.prompt_ids,
@@ -397,7 +417,7 @@ def make_coordinator(config: RunConfig, data: PromptDataset, num_steps: int, ran
         ranks,
         data.sources,
         data.source_names,
-        None if sketches is None else compress(sketches),
+        features,
         None if rollout.n_min is None or rollout.n_max is None else SizeRange(rollout.n_min, rollout.n_max),
     )
 

@@ -54,8 +54,12 @@ def load_engines(
     preemption: Preemption,
     stack: ExitStack,
     advance: Callable[[int], None],
+    before_others: Callable[[Actor], None],
 ) -> Engines:
-    """Load the models. The rollout engine is closed with `stack`; `advance` is called `LOADED_PARTS` times in all."""
+    """Load the models. The rollout engine is closed with `stack`; `advance` is called `LOADED_PARTS` times in all.
+
+    Args: before_others: called with the actor while nothing else has taken memory of the device.
+    """
     check_family(config, load_config(config.worker.actor.model).model_type)  # a hub model's is here now
     check_lora_sync(config)
     rollout: RolloutEngine | None = None
@@ -80,6 +84,7 @@ def load_engines(
     learns = not config.trainer.val_only or config.worker.actor.model.lora.rank > 0
     actor = _actor(config, deepspeed.actor if learns else deepspeed.reference, num_steps, ranks, encoder)
     advance(1)
+    before_others(actor)
     critic = None
     if deepspeed.critic is not None:
         critic = _critic(config, deepspeed.critic, num_steps, ranks, encoder)

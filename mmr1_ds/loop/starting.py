@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+
+import numpy as np
 
 from mmr1_ds.cluster.agreement import by_rank_0
 from mmr1_ds.cluster.launch import LaunchEnvironment, gpu_is_here
 from mmr1_ds.cluster.ranks import Ranks, initialise_gpu
 from mmr1_ds.config import RunConfig
-from mmr1_ds.config.derived import checkpoint_directory, returns_experts, run_directory
+from mmr1_ds.config.derived import checkpoint_directory, prompt_features, returns_experts, run_directory
 from mmr1_ds.config.loading import dump_config
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.known_rates import known_rates
@@ -51,12 +54,12 @@ def load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset,
 
 def _load_data(config: RunConfig, encoder: PromptEncoder) -> tuple[PromptDataset, PromptDataset | None]:
     limit = config.worker.rollout.limit_images
-    data, is_curriculum = config.data, config.data.sampling_strategy == "curriculum"
+    data = config.data
     if config.trainer.val_only:  # no prompt is drawn, so the training data may be any
         val_data = load_dataset(data.val_files, data, encoder, "data.val_files", limit)
         return val_data, val_data
-    with_features = is_curriculum and data.curriculum_refresh == "online" and data.curriculum_features == "text"
-    train_data = load_dataset(data.train_files, data, encoder, limit_images=limit, with_sketches=with_features)
+    with_sketches = prompt_features(config) == "text"
+    train_data = load_dataset(data.train_files, data, encoder, limit_images=limit, with_sketches=with_sketches)
     if not data.val_files:
         return train_data, None
     return train_data, load_dataset(data.val_files, data, encoder, "data.val_files", limit)
@@ -155,9 +158,23 @@ def check_resumable(folder: Path, with_critic: bool, in_bf16: bool | None) -> No
         )
 
 
-def begin_from_known_rates(path: str, coordinator: Coordinator, data: PromptDataset, ranks: Ranks) -> None:
-    """Give the curriculum the pass rates of `data.curriculum_prior`. Collective. Raises: UserError on every rank."""
-    by_rank_0(ranks, "read the pass rates", lambda: coordinator.begin_from(*known_rates(Path(path), data.prompt_ids)))
+def known_beforehand(
+    config: RunConfig, start: tuple[int, Path] | None, coordinator: Coordinator, data: PromptDataset, ranks: Ranks
+) -> Callable[[], None]:
+    """Read the pass rates of `data.curriculum_prior` where a training begins. Collective. Raises: UserError on all.
+
+    Returns: what gives them to the curriculum, once that has its features.
+    """
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # rank 0's
+    path = config.data.curriculum_prior
+    if path is not None and start is None and not config.trainer.val_only:
+        by_rank_0(ranks, "read the pass rates", lambda: found.append(known_rates(Path(path), data.prompt_ids)))
+
+    def begin() -> None:
+        for rates in found:
+            coordinator.begin_from(*rates)
+
+    return begin
 
 
 def open_run(config: RunConfig, start: tuple[int, Path] | None, num_steps: int, ranks: Ranks) -> MetricsLogger:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory
+from mmr1_ds.config.derived import checkpoint_directory, prompt_features, resolved_critic, run_directory
 from mmr1_ds.config.ranges import MOST_ERROR, check_choices, check_ranges, value_at
 from mmr1_ds.config.schema import DataConfig, LoraConfig, RunConfig, TrainerConfig, names_a_file
 from mmr1_ds.curriculum.known_rates import read_known_rates
@@ -154,6 +154,11 @@ def _check_curriculum(config: RunConfig) -> None:
         )
     if data.curriculum_momentum == 1 and data.curriculum_refresh == "full":
         raise UserError("data.curriculum_momentum must be in [0, 1), got 1: no weight would ever change; lower it")
+    if prompt_features(config) == "model" and config.worker.actor.ulysses_size > 1:
+        raise UserError(
+            f"data.curriculum_features=model reads whole prompts, which worker.actor.ulysses_size="
+            f"{config.worker.actor.ulysses_size} cuts; set it to 1, or data.curriculum_features=text"
+        )
     check_metrics(data.curriculum_metrics, data.curriculum_metric_weights)
     names = [canonical_metric(name) for name in data.curriculum_metrics]
     if len(set(names)) < len(names):

@@ -18,6 +18,11 @@ from mmr1_ds.preflight.deepspeed import DeepspeedConfigs
 from mmr1_ds.preflight.families import untested, untested_critic
 from mmr1_ds.preflight.models import model_type
 
+_FEATURES = {
+    "none": "",
+    "text": "; a prior of each prompt from its text",
+    "model": "; a prior of each prompt from the model's hidden state of it: one forward over the data before step 1",
+}
 _OPTIMISERS = {
     "adamw": "AdamW", "adamw_bf16": "AdamW with bf16 moments", "adamw_8bit": "AdamW with 8-bit moments",
     "muon": "Muon for matrices, AdamW for the rest",
@@ -218,7 +223,7 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
         fraction = data.curriculum_probe_fraction
         early = f"{EARLY_PROBING * fraction:.0%} early on"
         probes = f", and {fraction:.0%} more over the run ({early}) on prompts long unseen"
-        features = "; a prior of each prompt from its text" if data.curriculum_features == "text" else ""
+        features = _FEATURES[data.curriculum_features]
         if data.curriculum_prior is not None:
             features += f"; begins from the pass rates in {data.curriculum_prior}"
         return f"online: from the training responses{probes if fraction > 0 else ''}{features}"

@@ -153,6 +153,8 @@ def test_what_a_refresh_costs(valid, capfd):
     assert unused in plan(valid, capfd, *features)
     online = plan(valid, capfd, *features, "data.curriculum_refresh=online")
     assert "; a prior of each prompt from its text" in online and unused not in online
+    by_model = [*curriculum, "data.curriculum_features=model", "data.curriculum_refresh=online"]
+    assert "; a prior of each prompt from the model's hidden state of it: one forward" in plan(valid, capfd, *by_model)
     epoch = ["data.sampling_strategy=curriculum", "data.curriculum_update_freq=0", "data.curriculum_rollout_n=30"]
     assert "every epoch: 7 prompts x 30 = 210 responses, 350% of the 60" in plan(valid, capfd, *epoch)
 

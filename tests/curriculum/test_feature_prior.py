@@ -12,7 +12,7 @@ from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.estimator import LogitFilter
 from mmr1_ds.curriculum.feature_prior import FEATURE_UNIT, FeaturePrior, inverse
 from mmr1_ds.curriculum.metric_names import FEATURE_EXPLAINED_FRACTION, FEATURE_WEIGHT
-from mmr1_ds.data.text_features import NUM_FEATURES, UNIT
+from mmr1_ds.data.features import NUM_FEATURES, UNIT
 from mmr1_ds.errors import UserError
 
 ONLINE = {"curriculum_refresh": "online", "curriculum_features": "text"}
@@ -172,6 +172,33 @@ def test_ranks_do_not_matter():
         assert [batch for batch, _ in of_rank] == [batch for batch, _ in single]
 
 
+def test_features_that_come_late_count_as_if_they_had_been_there(tmp_path):
+    """Those of the model: all 0 until that is loaded, which is after a checkpoint's were read."""
+    expected = train(coordinator_with(make_features()), range(1, 13))
+    late = coordinator_with(np.zeros_like(make_features()))
+    assert not late.knows_features
+    late.take_features(make_features())
+    assert late.knows_features and train(late, range(1, 7)) == expected[:6]
+    late.save(tmp_path)
+    resumed = coordinator_with(np.zeros_like(make_features()))
+    resumed.load(tmp_path)
+    assert resumed.knows_features and train(resumed, range(7, 13)) == expected[6:]
+
+
+def test_a_checkpoint_without_features_takes_those_that_come_late(tmp_path):
+    before = coordinator_with(None)
+    train(before, range(1, 5))
+    before.save(tmp_path)
+    found = []
+    for given in (make_features(), np.zeros_like(make_features())):
+        after = coordinator_with(given)
+        after.load(tmp_path)
+        if not after.knows_features:
+            after.take_features(make_features())
+        found.append(train(after, range(5, 9)))
+    assert found[0] == found[1]
+
+
 def test_features_find_their_prompts_in_another_order():
     belief, _, _ = run_filter("text", 2, num_prompts=201, steps=5)
     order = np.random.default_rng(0).permutation(201)
@@ -222,6 +249,6 @@ def test_odd_cases():
 
 
 def test_other_features_are_refused_in_one_line():
-    config = RunConfig(data=DataConfig(curriculum_features="model"))
-    with pytest.raises(UserError, match=r"^data.curriculum_features must be none or text, got model$"):
+    config = RunConfig(data=DataConfig(curriculum_features="images"))
+    with pytest.raises(UserError, match=r"^data.curriculum_features must be none or text or model, got images$"):
         check_choices(config)

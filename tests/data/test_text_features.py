@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from fixtures.data_fixtures import config, encoder_of, load, png, write_kind, write_vision_model
 
-from mmr1_ds.data import scan, text_features
+from mmr1_ds.data import features as reduction
+from mmr1_ds.data import scan
 from mmr1_ds.data.dataset import load_dataset
-from mmr1_ds.data.text_features import NUM_FEATURES, SKETCH_BYTES, UNIT, compress, sketch
+from mmr1_ds.data.features import NUM_FEATURES, UNIT
+from mmr1_ds.data.text_features import SKETCH_BYTES, compress, sketch
 
 TEXTS = ["", " ", "7", "Alice has 12 + 345 apples.", "ä€😀 \ud800 0x1F\0\0\0 end", "a" * 401, "one\ntwo\tthree", "+-*/"]
 
@@ -83,7 +85,7 @@ def test_features_are_standardised_and_tell_templates_apart():
 def test_blocks_do_not_matter(monkeypatch):
     sketches = of_texts([f"what is {i} and {i * i}" for i in range(101)])
     whole = compress(sketches)
-    monkeypatch.setattr(text_features, "_BLOCK", 7)
+    monkeypatch.setattr(reduction, "_BLOCK", 7)
     assert np.abs(compress(sketches).astype(int) - whole).max() <= 1
 
 

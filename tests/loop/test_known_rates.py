@@ -34,12 +34,16 @@ def test_training_begins_from_the_table_of_an_evaluation_of_the_same_file(tmp_pa
         train_files=path, val_files=path, rollout_batch_size=4, min_pixels=None, max_pixels=None, **ONLINE,
         curriculum_draw="posterior", curriculum_mixture_ratio=0.5,
     )  # fmt: skip
-    config = RunConfig(data=data)
+    data.curriculum_prior = str(tmp_path / "rates.jsonl")
+    config, one_rank = RunConfig(data=data), Ranks(SingleProcess())
     train_data, val_data = starting.load_data(config, encoder_of(write_text_model(tmp_path)))
     table(tmp_path / "rates.jsonl", val_data.prompt_ids)
     coordinator = composition.make_coordinator(config, train_data, 10, SingleProcess())
     plain = coordinator.table.predicted_pass_rates(np.arange(P))
-    starting.begin_from_known_rates(str(tmp_path / "rates.jsonl"), coordinator, train_data, Ranks(SingleProcess()))
+    starting.known_beforehand(config, (3, tmp_path), coordinator, train_data, one_rank)()  # of a run that is resumed
+    begin = starting.known_beforehand(config, None, coordinator, train_data, one_rank)
+    np.testing.assert_array_equal(coordinator.table.predicted_pass_rates(np.arange(P)), plain)
+    begin()
     believed = coordinator.table.predicted_pass_rates(np.arange(P))
     assert np.ptp(plain) == 0.0
     measured = [index for index, rate in RATES.items() if rate is not None]

@@ -276,6 +276,13 @@ def test_what_sequence_parallel_does_not_go_with(valid, argument, expected):
     assert "worker.actor.ulysses_size=2" in message and expected in message
 
 
+def test_the_model_s_features_need_whole_prompts(valid):
+    asked = ["data.curriculum_features=model", "data.sampling_strategy=curriculum", "worker.actor.ulysses_size=2"]
+    message = refused(valid, *asked, "data.curriculum_refresh=online")
+    assert message.startswith("data.curriculum_features=model reads whole prompts, which worker.actor.ulysses_size=2")
+    check_config(load(*valid, *asked, "data.curriculum_refresh=full"), 2)  # which reads none
+
+
 @pytest.mark.parametrize("part", [None, "text_config"])
 def test_adapters_alone_are_not_sent_to_mixtures_of_experts(valid, tmp_path, part):
     experts = {"num_experts": 4}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,11 +56,21 @@ class PolicyModel(nn.Module):
         self.model: PreTrainedModel = model
         self.parallel, self.balances_experts = parallel, balances_experts
         self.replay = RouterReplay(model) if replays_experts else None
+        self._gives_states = False
         if parallel is not None:
             parallel.install(model)
         layer = model.get_output_embeddings()
         head = LogProbHead(layer, forbidden_token_ids, temperature, entropy_gradient, fp32_logits)
         model.set_output_embeddings(head)
+
+    @contextmanager
+    def giving_states(self) -> Iterator[None]:
+        """Inside, `forward` returns the hidden states that predict the response tokens, (T, H), behind entropies."""
+        self._gives_states = True
+        try:
+            yield
+        finally:
+            self._gives_states = False
 
     def forward(self, batch: ModelBatch) -> tuple[Tensor, ...]:
         """Log-probability and entropy (nats) of the sampled distribution at each response token.
@@ -70,12 +81,15 @@ class PolicyModel(nn.Module):
             it records, the experts of each sequence's tokens in place of both, as `ModelBatch.experts`.
         """
         if self.parallel is not None:
+            assert not self._gives_states, "check_config refuses it"
             return self.parallel.log_probs(self.model, batch, self.replay)
         # Without response tokens (a row of padding) both are empty but the former is still in the graph, so the
         # backward reaches every parameter and all ranks reduce the same gradients.
         head = self.model.get_output_embeddings()
         found = compute(self.model, batch, **({"output_router_logits": True} if self.balances_experts else {}))
         outputs = head(found.states_KH[found.places_T], batch.targets)
+        if self._gives_states:
+            return *outputs, found.states_KH[found.places_T]
         if self.replay is not None and self.replay.records:
             return *outputs, _chosen(self.replay, batch, found.places_SL)
         if self.balances_experts:
