@@ -1,6 +1,6 @@
 """What the curriculum's state costs rank 0, by the number of prompts: what a step keeps to go back to, saves, weights.
 
-    python benchmarks/scale/curriculum_state.py [--prompts 1000000] [--draw posterior]
+    python benchmarks/scale/curriculum_state.py [--prompts 1000000] [--draw proportional]
 
 Prompt ids are those of a data set, 32 hexadecimal digits in an Arrow column. Each line is one call in seconds,
 and in seconds of the processor, which other work on the machine distorts less. Of the saves only the first writes the
@@ -46,7 +46,7 @@ class Alone:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=1_000_000)
-    parser.add_argument("--draw", choices=["proportional", "candidates", "posterior"], default="posterior")
+    parser.add_argument("--draw", choices=["proportional", "candidates", "posterior"], default="proportional")
     arguments = parser.parse_args()
     num_prompts = arguments.prompts
     data = DataConfig(
