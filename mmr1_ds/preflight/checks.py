@@ -109,11 +109,6 @@ def _check_algorithm(config: RunConfig) -> None:
             f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} needs "
             f"worker.actor.loss_avg_mode=seq_sum, got {actor.loss_avg_mode}; set the mode or leave the factor out"
         )
-    if actor.clip_cov_low >= actor.clip_cov_high:
-        raise UserError(
-            f"worker.actor.clip_cov_low={actor.clip_cov_low:g} must be under worker.actor.clip_cov_high="
-            f"{actor.clip_cov_high:g}, or no token lies between"
-        )
     is_one_step = actor.ppo_epochs == 1 and config.data.rollout_batch_size == actor.global_batch_size
     if actor.loss_type == "kl_cov" and is_one_step:
         raise UserError(

@@ -406,6 +406,11 @@ def test_what_changes_the_algorithm_is_refused_not_ignored(argument, expected):
     assert expected in mistake(argument)
 
 
+def test_keys_of_a_loss_that_is_gone_are_passed_over():
+    """The config.yaml of an earlier version's run, which an export reads, has all keys."""
+    assert load_config(["worker.actor.clip_cov_low=1.0"]).warnings == ("ignored keys: worker.actor.clip_cov_low",)
+
+
 def test_offload_in_one_file_keeps_what_fsdp_says():
     both = ["worker.actor.fsdp.enable_cpu_offload=true", "worker.actor.offload.offload_params=false"]
     for argv in (both, both[::-1]):

@@ -151,6 +151,7 @@ def test_both_spellings_of_metrics(valid, names):
         ("worker.critic.loss_avg_mode=seq_sum", "worker.critic.loss_avg_mode must be token or seq, got seq_sum"),
         ("worker.critic.optim.betas=[0.9,1]", "worker.critic.optim.betas must each be in [0, 1), got 1.0"),
         ("worker.actor.loss_type=ppo2", "worker.actor.loss_type must be default or gspo or gspo_token or cispo or"),
+        ("worker.actor.loss_type=clip_cov", "worker.actor.loss_type must be default or gspo or gspo_token or cispo or"),
         ("worker.actor.loss_avg_mode=batch", "loss_avg_mode must be token or seq or seq_sum or path/file.py:function"),
         ("worker.actor.loss_scale_factor=512", "loss_scale_factor=512 needs worker.actor.loss_avg_mode=seq_sum, got "),
         ("worker.actor.tau_negative=0", "worker.actor.tau_negative must be over 0, got 0.0"),
