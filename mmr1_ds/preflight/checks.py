@@ -21,7 +21,7 @@ from mmr1_ds.preflight.functions import check_functions, check_reward
 from mmr1_ds.preflight.group_sizes import check_group_sizes
 from mmr1_ds.preflight.lengths import check_lengths, check_positions
 from mmr1_ds.preflight.models import check_model, check_model_path, model_has_experts, model_type
-from mmr1_ds.preflight.plan import BatchPlan, batch_plan
+from mmr1_ds.preflight.plan import BatchPlan, batch_plan, counted
 from mmr1_ds.preflight.router_replay import check_router_replay
 from mmr1_ds.preflight.servers import check_servers
 from mmr1_ds.rewards.loading import check_reward_config, reward_weights
@@ -289,7 +289,7 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
     if asked != world_size:
         raise UserError(
             f"trainer.nnodes * trainer.n_gpus_per_node = {trainer.nnodes} * {trainer.n_gpus_per_node} = {asked}, "
-            f"but {_count(world_size, 'process was', 'processes were')} started; start {asked} (deepspeed --num_gpus "
+            f"but {counted(world_size, 'process was', 'processes were')} started; start {asked} (deepspeed --num_gpus "
             f"{trainer.n_gpus_per_node}), or set trainer.n_gpus_per_node={max(1, world_size // trainer.nnodes)}"
         )
     _check_sequence_parallel(config, world_size)
@@ -413,7 +413,3 @@ def _multiples(value: int, of: int) -> str:
 
 def _largest_divisor(value: int, at_most: int) -> int:
     return next(divisor for divisor in range(min(at_most, value), 0, -1) if value % divisor == 0)
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
