@@ -62,7 +62,7 @@ def reader(tmp_path_factory) -> Path:
     (folder / "model" / "model.safetensors").write_bytes(b"")
     (folder / "rates.jsonl").write_text('{"prompt_id": "a", "pass_rate": 0.25, "num_answers": 16}\n')
     (folder / "hosts").write_text("node7 slots=8\nnode8 slots=8\n")
-    shutil.copy(GUIDE / "upstream.yaml", folder / "easyr1.yaml")
+    shutil.copy(GUIDE / "every_upstream_key.yaml", folder / "easyr1.yaml")
     for name in ("first", "my_run", "demo"):
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "config.yaml").write_text(dump_config(load_config(["config=mmr1_h100"]).config))
