@@ -134,7 +134,8 @@ def ours(command: str, folder: Path) -> None:
         settings = [word for word in parsed(words).source if "=" in word]
         load_config(settings)
     elif words[0] == "serve":  # its servers are started by test_server_process
-        assert serve.read(parsed(words).settings, None)[1] == 8000
+        arguments = parsed(words)
+        assert arguments.port == 8000 and serve.read(arguments.settings, arguments.port)
     elif words[0] in ("report", "data"):  # run for real by tests of their own
         load_config([word for word in getattr(parsed(words), "settings", []) if "=" in word])
     elif words[0] == "eval":
