@@ -146,7 +146,7 @@ class Trajectory:
     reward: float = 0.0  # the KL taken off where it is taken off the reward; for inspection, no update reads it
     old_logprobs: np.ndarray | None = None  # (T,) float32; None = the policy that is updated is the old one
     old_entropies: np.ndarray | None = None  # (T,) float32, nats, of the old policy; None = no token is chosen by it
-    is_chosen: np.ndarray | None = None  # (T,) bool: tokens that kl_cov or clip_cov hold; None = another loss
+    is_chosen: np.ndarray | None = None  # (T,) bool: tokens that kl_cov holds; None = another loss
     trains: bool = True  # False: counts in no loss, as if it were not there
     ref_logprobs: np.ndarray | None = None  # (T,) float32; None = no KL in the loss
     values: np.ndarray | None = None  # (T,) float32, the critic's, before the update

@@ -219,7 +219,7 @@ def cost(num_prompts: int) -> None:
     categories = random.integers(8, size=num_prompts)
     for name, given in (("none", None), ("text", features)):
         belief = LogitFilter(num_prompts, categories, RESPONSES, features=given)
-        arrays = belief.state_dict()["arrays"].values()
+        arrays = belief.arrays().values()
         size = sum(array.nbytes for array in arrays if len(array) == num_prompts) / num_prompts + 2  # the category
         times = []
         for _ in range(7):

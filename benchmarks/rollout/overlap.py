@@ -38,7 +38,7 @@ def main() -> None:
     common = [f"config={ROOT / 'configs/demo.yaml'}", "worker.rollout.engine=server", *options.overrides]
     log = options.runs / "overlap_server.log"
     options.runs.mkdir(parents=True, exist_ok=True)
-    serve = [sys.executable, "-m", "mmr1_ds.commands.cli", "serve", *common, f"port={port}"]
+    serve = [sys.executable, "-m", "mmr1_ds.commands.cli", "serve", *common, f"--port={port}"]
     with log.open("wb") as output:
         server = subprocess.Popen(pinned(serve, SERVER_CORE), env=environment, cwd=ROOT, stdout=output, stderr=output)
     rows = []

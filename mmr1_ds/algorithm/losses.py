@@ -29,7 +29,7 @@ class LossTokens:
     old_logprobs_T: Tensor  # under the policy before the update
     advantages_T: Tensor
     segments: Segments  # which tokens are one response
-    is_chosen_T: Tensor | None = None  # kl_cov, clip_cov: the tokens that they hold; None = none
+    is_chosen_T: Tensor | None = None  # kl_cov: the tokens that it holds; None = none
 
     @property
     def log_ratio_T(self) -> Tensor:
@@ -147,17 +147,6 @@ def kl_cov(tokens: LossTokens, loss: PolicyLoss) -> Found:
     return loss_T, _shares(nothing_T, nothing_T) | {"kl_cov_fraction": chosen_T}
 
 
-def clip_cov(tokens: LossTokens, loss: PolicyLoss) -> Found:
-    """Clip-Cov (arXiv 2505.22617, eq. 11 and 12): clipped PPO in which the chosen tokens train nothing.
-
-    A token that the clip holds already keeps its loss. No dual clip, as in the authors' code and verl's.
-    """
-    loss_T, figures = _clipped(tokens.log_ratio_T, tokens.advantages_T, loss, math.inf)
-    chosen_T = torch.zeros_like(loss_T) if tokens.is_chosen_T is None else tokens.is_chosen_T.to(loss_T.dtype)
-    chosen_T = chosen_T * ~figures["pg_clipfrac_higher"]
-    return loss_T * (1 - chosen_T), figures | {"clip_cov_fraction": chosen_T}
-
-
 def dppo_tv(tokens: LossTokens, loss: PolicyLoss) -> Found:
     """DPPO (arXiv 2602.04879), binary total variation: |p - q| of the token's probabilities, new and old."""
     return _dppo(tokens, loss, (tokens.logprobs_T.detach().exp() - tokens.old_logprobs_T.exp()).abs())
@@ -180,7 +169,6 @@ LOSSES: dict[str, Callable[[LossTokens, PolicyLoss], Any]] = {
     "dppo_tv": dppo_tv,
     "dppo_kl": dppo_kl,
     "kl_cov": kl_cov,
-    "clip_cov": clip_cov,
 }
 
 

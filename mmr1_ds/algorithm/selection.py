@@ -48,35 +48,6 @@ def highest_covariances(
     2505.22617, eq. 10): where it is high, training makes the policy surer of what it is sure of already.
     Args: one array (T,) a response each. Returns: bool in the same form.
     """
-    covariances_T, _ = _covariances(logprobs, advantages, ranks)
-    return _cut(covariances_T >= top_bound(covariances_T, share, ranks), logprobs)
-
-
-def some_between(
-    logprobs: Sequence[np.ndarray],
-    advantages: Sequence[np.ndarray],
-    share: float,
-    bounds: tuple[float, float],
-    random: Sequence[np.ndarray],
-    ranks: Totals,
-) -> list[np.ndarray]:
-    """As many as are `share` of all tokens, or one, of those whose covariance lies between two bounds. Collective.
-
-    Args: as `highest_covariances`; random: numbers in [0, 1), (T,) float32 each: the highest are chosen.
-    """
-    covariances_T, num_tokens = _covariances(logprobs, advantages, ranks)
-    is_between_T = (covariances_T > bounds[0]) & (covariances_T < bounds[1])
-    random_T = np.concatenate([np.zeros(0, dtype=np.float32), *random])
-    num_between = ranks.sum({"count": float(is_between_T.sum())}, "count tokens between the bounds")["count"]
-    wanted = min(max(1.0, float(int(share * num_tokens))), num_between)
-    bound = _kth_largest(random_T[is_between_T], wanted, ranks) if num_between else math.inf
-    return _cut(is_between_T & (random_T >= bound), logprobs)
-
-
-def _covariances(
-    logprobs: Sequence[np.ndarray], advantages: Sequence[np.ndarray], ranks: Totals
-) -> tuple[np.ndarray, float]:
-    """Return the covariance of each token, end to end, float32, and the number of tokens of all ranks. Collective."""
     nothing = np.zeros(0)
     columns = {
         "logprobs": np.concatenate([nothing, *logprobs]).astype(np.float64),
@@ -85,7 +56,8 @@ def _covariances(
     own = {name: float(values_T.sum()) for name, values_T in columns.items()}
     totals = ranks.sum(own | {"count": float(len(columns["logprobs"]))}, "means for covariances")
     first_T, second_T = (values_T - totals[name] / max(1.0, totals["count"]) for name, values_T in columns.items())
-    return (first_T * second_T).astype(np.float32), totals["count"]
+    covariances_T = (first_T * second_T).astype(np.float32)
+    return _cut(covariances_T >= top_bound(covariances_T, share, ranks), logprobs)
 
 
 def _cut(chosen_T: np.ndarray, logprobs: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 from pathlib import Path
 
 from mmr1_ds.cluster.launch import LaunchEnvironment
@@ -14,6 +13,7 @@ from mmr1_ds.config import ModelConfig
 from mmr1_ds.config.derived import checkpoint_directory
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError, require
+from mmr1_ds.io import whole_folder
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 
@@ -67,20 +67,11 @@ def main(arguments: argparse.Namespace) -> int:
     finally:
         ranks.close()
     logger.info("%s is undamaged; writing %s", folder, out)
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # a killed export left it
-        temporary.mkdir(parents=True)
-        _write(folder / "actor", config.worker.actor.model, temporary, arguments)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        temporary.rename(out)
+        with whole_folder(out) as temporary:
+            _write(folder / "actor", config.worker.actor.model, temporary, arguments)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob("*"))
     logger.info("wrote %s: %.3f GB", out, size / 1e9)
     return 0

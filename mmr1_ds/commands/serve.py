@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 DEFAULT_PORT = 8000
-_PORT = "port="
 _POLL_SECONDS = 0.25
 
 DESCRIPTION = """Run one rollout server in the foreground, for the worker.rollout.server_urls of a run elsewhere, with
@@ -51,15 +50,15 @@ Ctrl-C end it."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command to its parser."""
     parser.description = DESCRIPTION
-    parser.add_argument("--port", type=int, help=f"port to listen on, also written {_PORT}N; default: {DEFAULT_PORT}")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"to listen on; default: {DEFAULT_PORT}")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the server. Returns: the exit code; 0 after SIGTERM, 1 when it does not start. Raises: UserError."""
     configure_logging(is_main=True)
     stopped = _Signals()
-    config, port = read(arguments.settings, arguments.port)
-    return run(_server(config, port), config.worker.rollout.server_start_seconds, stopped)
+    config = read(arguments.settings, arguments.port)
+    return run(_server(config, arguments.port), config.worker.rollout.server_start_seconds, stopped)
 
 
 class _Signals:
@@ -81,10 +80,9 @@ class _Signals:
         return self._event.wait(seconds)
 
 
-def read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
-    """Return the configuration and the port, after all checks that need nothing heavy. Raises: UserError."""
-    ports = [word for word in settings if word.startswith(_PORT)]
-    loaded = load_config([*(word for word in settings if word not in ports), "worker.rollout.engine=server"])
+def read(settings: Sequence[str], port: int) -> RunConfig:
+    """Return the configuration, after all checks that need nothing heavy. Raises: UserError."""
+    loaded = load_config([*settings, "worker.rollout.engine=server"])
     for line in loaded.warnings:
         logger.warning("%s", line)
     config, rollout = loaded.config, loaded.config.worker.rollout
@@ -107,17 +105,10 @@ def read(settings: Sequence[str], port: int | None) -> tuple[RunConfig, int]:
         check_data(config.data, "train_files", config.worker.actor.model, "server")
         if config.data.val_files:
             check_data(config.data, "val_files", config.worker.actor.model, "server")
-    number = _port_number(ports[-1].removeprefix(_PORT)) if ports else DEFAULT_PORT if port is None else port
-    if not 1 <= number < 2**16:
-        raise UserError(f"port={number} must be in [1, 65535]")
-    ServerPort(rollout.server_host, number).release()
-    return config, number
-
-
-def _port_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise UserError(f"port={text}: expected a whole number")
-    return int(text)
+    if not 1 <= port < 2**16:
+        raise UserError(f"--port={port} must be in [1, 65535]")
+    ServerPort(rollout.server_host, port).release()
+    return config
 
 
 def _devices(rollout: RolloutConfig) -> list[int]:

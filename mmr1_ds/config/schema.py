@@ -246,8 +246,7 @@ class ActorConfig:
     loss_type: Annotated[
         str,
         OneOf(
-            "default", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "kl_cov", "clip_cov",
-            or_function=True,
+            "default", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "kl_cov", or_function=True
         ),
     ] = "default"
     # all but sapo: the ratio is clipped below at 1 - this; gmpo: its log at minus this; dppo: bound of tokens that fall
@@ -259,9 +258,6 @@ class ActorConfig:
     tau_negative: PositiveFloat = 1.05  # sapo: the same for negative ones; higher forgets off-policy tokens sooner
     kl_cov_ratio: Annotated[float, Range("(0, 1]")] = 2e-4  # kl_cov: share of an optimiser step's tokens that are held
     kl_cov_coef: NonNegativeFloat = 1.0  # kl_cov: weight of their KL to the policy before the update
-    clip_cov_ratio: Annotated[float, Range("(0, 1]")] = 2e-4  # clip_cov: share of an optimiser step's tokens left out
-    clip_cov_low: float = 1.0  # clip_cov: they are drawn from those whose covariance is over this
-    clip_cov_high: float = 5.0  # clip_cov: and under this
     entropy_coef: NonNegativeFloat = 0.0  # weight of the entropy of each token in the loss, taken off it; 0 = no bonus
     # share of the tokens of an optimiser step, those of highest entropy before the update, that train; 1 = all
     top_entropy_quantile: Annotated[float, Range("(0, 1]")] = 1.0

@@ -52,7 +52,6 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("worker.actor.clip_ratio_dual",), "worker.actor.loss_type", _is("default")),
     (("worker.actor.tau_*",), "worker.actor.loss_type", _is("sapo")),
     (("worker.actor.kl_cov_*",), "worker.actor.loss_type", _is("kl_cov")),
-    (("worker.actor.clip_cov_*",), "worker.actor.loss_type", _is("clip_cov")),
     (("worker.actor.max_grad_norm",), "worker.actor.optim.strategy", _is_not("muon")),
     *(
         ((f"worker.{part}.optim.{key}",), f"worker.{part}.optim.{other}", is_met)

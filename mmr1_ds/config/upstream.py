@@ -92,6 +92,7 @@ IGNORED = (
     "trainer.ray_timeline",
     "trainer.remove_ckpt_after_load",
     "trainer.remove_previous_ckpt",
+    "worker.actor.clip_cov_*",  # of a loss that earlier versions had: what such a run wrote as its config.yaml loads
     "worker.actor.global_batch_size_per_device",
     "worker.actor.strategy",
     "worker.actor.use_torch_compile",

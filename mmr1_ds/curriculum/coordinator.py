@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -434,14 +434,8 @@ class Coordinator:
 
     # Saving
 
-    def state_dict(self) -> dict[str, Any]:
-        """Collect everything a resume needs, on any number of ranks: numbers, and dictionaries of arrays.
-
-        Rank 0 only. Safe at any moment, in the middle of a refresh too.
-        """
-        return self._state(self.table.arrays() | {name: array.copy() for name, array in self._lengths.arrays().items()})
-
-    def _state(self, table: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
+        """Collect everything a resume needs but the prompt ids: numbers, and dictionaries of arrays, no copies."""
         return {
             "fingerprint": self.table.fingerprint,
             "settings": self._settings(),
@@ -454,27 +448,21 @@ class Coordinator:
             # Of steps begun ahead: their prompts are no probes of later steps, in a resumed run neither.
             "drawn": {str(step): np.concatenate(draws).tolist() for step, draws in self._drawn.items()},
             "numbers": self.table.numbers() | self._lengths.numbers(),
-            "table": table,
+            "table": self.table.columns() | self._lengths.arrays(),
             "refresh": self._refresh.state_dict() if self._refresh is not None else {},
             "history": self._history.arrays(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Resume from a saved state, which rank 0 gives and the others may leave out. Collective.
-
-        Raises: UserError, on every rank, when the state belongs to another data set.
-        """
-        self._load(lambda: state)
-
     def save(self, folder: Path, kept_ids: Path | None = None) -> None:
         """Write the state as safetensors and JSON files into an existing folder. Rank 0 writes, the others return.
 
+        Safe at any moment, in the middle of a refresh too; any number of ranks may resume from it.
         Args: kept_ids: a file on the same file system, to which the prompt ids are written the first time, and which
             is linked to later; None = they are written each time.
         """
         if not self._is_rank_0:
             return
-        storage.write_state(self._state(self.table.columns() | self._lengths.arrays()), folder)
+        storage.write_state(self._state(), folder)
         if kept_ids is None:
             storage.write_prompt_ids(self.table.prompt_ids, folder)
             return
@@ -484,16 +472,14 @@ class Coordinator:
         storage.link_prompt_ids(kept_ids, folder)
 
     def load(self, folder: Path) -> None:
-        """Resume from what `save` wrote; rank 0 reads. Collective. Raises: as `load_state_dict`."""
-        self._load(lambda: storage.read_state(folder))
+        """Resume from what `save` wrote; rank 0 reads. Collective.
 
-    def _load(self, read: Callable[[], Mapping[str, Any] | None]) -> None:
+        Raises: UserError, on every rank, when the state belongs to another data set.
+        """
         header = np.array([_REFUSED, 0, 0, 0], dtype=np.int64)
         try:
             if self._is_rank_0:
-                state = read()
-                assert state is not None, "rank 0 must give the state to load"
-                header = self._take_over(state)
+                header = self._take_over(storage.read_state(folder))
         finally:
             # Also when rank 0 raises: the others wait here, and must hear of it.
             shared = self.control.broadcast_array(header if self._is_rank_0 else None, "curriculum/load")

@@ -420,9 +420,9 @@ class LogitFilter:
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """`arrays`, of length P, C or 2, and `numbers`: all that a resume needs, exactly."""
+        """`arrays`, of length P, C or 2, and `numbers`: all that a resume needs, exactly; no copies."""
         return {
-            "arrays": {key: array.copy() for key, array in self.arrays().items()},
+            "arrays": self.arrays(),
             "numbers": {key: getattr(owner, name) for key, owner, name in self._saved(_NUMBERS)},
         }
 

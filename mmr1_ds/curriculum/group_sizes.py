@@ -15,10 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmr1_ds.curriculum.utilities import logistic
-
-_nodes, _node_weights = np.polynomial.hermite_e.hermegauss(15)
-_NODES, _NODE_WEIGHTS = _nodes, _node_weights / _node_weights.sum()
+from mmr1_ds.curriculum.utilities import NODE_WEIGHTS, NODES, logistic
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,10 @@ def group_sizes(mean: np.ndarray, variance: np.ndarray, num_responses: int, size
 
 def gains(mean: np.ndarray, variance: np.ndarray, sizes: SizeRange) -> np.ndarray:
     """What each further response is worth, (B, n_max - n_min) float64: column k of the one after n_min + k."""
-    z = mean.astype(np.float64)[:, None] + np.sqrt(variance.astype(np.float64))[:, None] * _NODES
+    z = mean.astype(np.float64)[:, None] + np.sqrt(variance.astype(np.float64))[:, None] * NODES
     right, wrong = logistic(z), logistic(-z)
     # p^n and (1-p)^n, each already times the weight, p(1-p), and the other answer's probability.
-    value = _NODE_WEIGHTS * right * wrong
+    value = NODE_WEIGHTS * right * wrong
     all_right, all_wrong = value * wrong * right**sizes.smallest, value * right * wrong**sizes.smallest
     found = np.empty((len(mean), sizes.largest - sizes.smallest))
     for k in range(found.shape[1]):

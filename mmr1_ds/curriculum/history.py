@@ -36,8 +36,8 @@ class TableHistory:
         return line | {"num_unknown": int(np.count_nonzero(np.isnan(pass_rates)))}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays that `load` needs; empty before the first look."""
-        return {name: bins.copy() for name, bins in self._bins.items()}
+        """The arrays that `load` needs, no copies; empty before the first look."""
+        return dict(self._bins)
 
     def load(self, arrays: Mapping[str, np.ndarray], positions: np.ndarray) -> None:
         """Resume from a saved state. Args: positions: (P,) int64, the saved position of each of our prompts."""

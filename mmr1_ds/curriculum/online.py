@@ -18,7 +18,7 @@ from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.estimator import FilterSettings, LogitFilter
 from mmr1_ds.curriculum.group_sizes import SizeRange, group_sizes
 from mmr1_ds.curriculum.metric_names import OUTCOME_METRICS, canonical_metric
-from mmr1_ds.curriculum.prompt_ids import encode_prompt_ids, saved_positions
+from mmr1_ds.curriculum.prompt_ids import saved_positions
 from mmr1_ds.curriculum.scores import metric_value
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
@@ -165,12 +165,8 @@ class OnlineTable:
         """The estimator's learned parameters, as `curriculum/estimator_*` and `curriculum/feature_*`."""
         return self._filter.metrics()
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays that `load` needs, the prompt ids among them."""
-        return encode_prompt_ids(self.prompt_ids) | {name: array.copy() for name, array in self.columns().items()}
-
     def columns(self) -> dict[str, np.ndarray]:
-        """The arrays of `arrays` without the ids, no copies."""
+        """The arrays that `load` needs beside the prompt ids, no copies."""
         return {"diversity": self._diversity} | self._filter.arrays()
 
     def numbers(self) -> dict[str, Any]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmr1_ds.curriculum.utilities import logistic
+from mmr1_ds.curriculum.utilities import NODE_WEIGHTS, NODES, logistic
 
 _NEWTON_STEPS = 12
-_nodes, _node_weights = np.polynomial.hermite_e.hermegauss(15)
-_NODES, _NODE_WEIGHTS = _nodes, _node_weights / _node_weights.sum()
 
 
 def posterior(
@@ -27,15 +25,15 @@ def posterior(
         slope = num_right - num_responses * pass_rate - (mode - mean) / variance
         mode += np.clip(slope / _curvature(pass_rate, variance, num_responses), -1.5, 1.5)
     deviation = 1.0 / np.sqrt(_curvature(logistic(mode), variance, num_responses))
-    z = mode[:, None] + deviation[:, None] * _NODES
+    z = mode[:, None] + deviation[:, None] * NODES
     logarithm = (
         num_right[:, None] * z
         - num_responses[:, None] * np.logaddexp(0.0, z)
         - (z - mean[:, None]) ** 2 / (2.0 * variance[:, None])
-        + _NODES**2 / 2.0
+        + NODES**2 / 2.0
     )
     largest = logarithm.max(axis=1)
-    omega = np.exp(logarithm - largest[:, None]) * _NODE_WEIGHTS
+    omega = np.exp(logarithm - largest[:, None]) * NODE_WEIGHTS
     total = omega.sum(axis=1)
     omega /= total[:, None]
     new_mean = (omega * z).sum(axis=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmr1_ds.curriculum.prompt_ids import encode_prompt_ids, saved_positions
+from mmr1_ds.curriculum.prompt_ids import saved_positions
 from mmr1_ds.curriculum.statistics import PromptStatistics
 
 _COLUMNS: dict[str, tuple[type[np.generic], float]] = {  # name -> type and the value of a prompt never seen
@@ -103,12 +103,8 @@ class CurriculumTable:
         floored.flags.writeable = False
         return floored
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The columns and the prompt ids they belong to, as arrays that safetensors can hold."""
-        return encode_prompt_ids(self.prompt_ids) | {name: column.copy() for name, column in self._columns.items()}
-
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns of `arrays` without the ids, no copies."""
+        """The arrays that `load` needs beside the prompt ids, no copies."""
         return dict(self._columns)
 
     def numbers(self) -> dict[str, Any]:

@@ -29,9 +29,8 @@ _UTILITIES: dict[str, Utility] = {
 }
 UTILITIES = tuple(_UTILITIES)
 
-_nodes, _node_weights = np.polynomial.hermite_e.hermegauss(15)
-_NODES = _nodes.astype(np.float32)
-_NODE_WEIGHTS = (_node_weights / _node_weights.sum()).astype(np.float32)
+NODES, _weights = np.polynomial.hermite_e.hermegauss(15)  # of expectations under a standard normal
+NODE_WEIGHTS = _weights / _weights.sum()
 
 _BISECTIONS = 12
 
@@ -86,7 +85,7 @@ def _at_nodes(
     """Yield the weight of each node of the quadrature, and u there, which the caller may write over."""
     half = np.float32(0.5)
     half_mean, half_deviation, pass_rate = half * mean, half * np.sqrt(variance), np.empty_like(mean)
-    for node, weight in zip(_NODES, _NODE_WEIGHTS, strict=True):
+    for node, weight in zip(NODES.astype(np.float32), NODE_WEIGHTS.astype(np.float32), strict=True):
         # `logistic` to the bit, since halves are exact; in one array for all nodes.
         np.multiply(half_deviation, node, out=pass_rate)
         pass_rate += half_mean

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from mmr1_ds.algorithm.aggregation import Segments
 from mmr1_ds.algorithm.importance import ImportanceSampling
 from mmr1_ds.algorithm.kl import KLController, kl_penalty
 from mmr1_ds.algorithm.losses import PolicyLoss
-from mmr1_ds.algorithm.selection import highest_covariances, some_between, top_bound
+from mmr1_ds.algorithm.selection import highest_covariances, top_bound
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.config import ActorConfig, AlgorithmConfig
 from mmr1_ds.data.encoding import PromptEncoder
@@ -169,7 +168,7 @@ class Actor(Learner):
         Args: num_groups: of the batch, on this rank.
         """
         several = self.settings.ppo_epochs > 1 or num_groups > self._mini_batch_size
-        return several or self.selects_by_entropy or self.policy_loss.kind == "clip_cov"
+        return several or self.selects_by_entropy
 
     @property
     def selects_by_entropy(self) -> bool:
@@ -188,7 +187,7 @@ class Actor(Learner):
 
     def _optimiser_step(self, trajectories: Sequence[Trajectory]) -> OptimiserStep | None:
         """See Learner. Which tokens are chosen follows from all of the step's, before any micro-batch is computed."""
-        if self.policy_loss.kind in ("kl_cov", "clip_cov"):
+        if self.policy_loss.kind == "kl_cov":
             trajectories = self._with_choice(trajectories)
         if self.selects_by_entropy:
             own = [item.old_entropies for item in trajectories if item.trains]
@@ -217,19 +216,13 @@ class Actor(Learner):
         return torch.tensor(shares, device=self._ranks.device)
 
     def _with_choice(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Mark the tokens that kl_cov or clip_cov hold; without old log-probabilities there are none. Collective."""
+        """Mark the tokens that kl_cov holds; without old log-probabilities there are none. Collective."""
         found = [np.zeros(len(item.token_ids), dtype=bool) for item in trajectories]
         if trajectories[0].old_logprobs is not None:
             places = [i for i, item in enumerate(trajectories) if item.trains]
             old = [values for i in places if (values := trajectories[i].old_logprobs) is not None]
             advantages = [trajectories[i].advantages for i in places]
-            settings = self._actor_settings
-            if self.policy_loss.kind == "kl_cov":
-                chosen = highest_covariances(old, advantages, settings.kl_cov_ratio, self._ranks)
-            else:
-                bounds = settings.clip_cov_low, settings.clip_cov_high
-                random = [_random_numbers(trajectories[i], self.num_updates_done) for i in places]
-                chosen = some_between(old, advantages, settings.clip_cov_ratio, bounds, random, self._ranks)
+            chosen = highest_covariances(old, advantages, self._actor_settings.kl_cov_ratio, self._ranks)
             for i, is_chosen in zip(places, chosen, strict=True):
                 found[i] = is_chosen
         return [replace(item, is_chosen=is_chosen) for item, is_chosen in zip(trajectories, found, strict=True)]
@@ -277,10 +270,3 @@ class Actor(Learner):
         super()._load_state_dict(state)
         if "kl" in state:  # checkpoints of earlier versions have a fixed coefficient
             self.kl.load_state_dict(state["kl"])
-
-
-def _random_numbers(item: Trajectory, num_updates_done: int) -> np.ndarray:
-    """Numbers in [0, 1) for a response's tokens, (T,) float32, that follow from it and the optimiser step alone."""
-    digest = hashlib.blake2b(item.token_ids.tobytes(), digest_size=8).digest()
-    seed = (num_updates_done, item.prompt.index, int.from_bytes(digest))
-    return np.random.default_rng(seed).random(len(item.token_ids), dtype=np.float32)

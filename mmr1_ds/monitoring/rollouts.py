@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.io import in_words, write_whole
+from mmr1_ds.monitoring.writers import json_number
 from mmr1_ds.records import ScoredGroup
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class RolloutLog:
                 "reward": float(rewards.overall[k]),
                 "accuracy": float(rewards.accuracy[k]),
                 "failed": bool(rewards.failed[k]),
-                "parts": json.dumps({name: _number(values[k]) for name, values in rewards.parts.items()}),
+                "parts": json.dumps({name: json_number(values[k]) for name, values in rewards.parts.items()}),
             }
             for k, response in enumerate(group.responses)
         ]
@@ -118,7 +118,3 @@ def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:
     data = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), data, compression="zstd")
     return data.getvalue()
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)  # JSON has no NaN

@@ -14,6 +14,7 @@ import numpy as np
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.io import in_words, write_whole
 from mmr1_ds.monitoring.logger import MetricsLogger
+from mmr1_ds.monitoring.writers import json_number
 from mmr1_ds.records import Prompt, ScoredGroup
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class TrainingSamples:
                 {
                     "text": self._decode(group.responses[k].token_ids.tolist())[:_MAX_CHARACTERS],
                     "reward": float(rewards.overall[k]),
-                    "accuracy": None if np.isnan(rewards.accuracy[k]) else float(rewards.accuracy[k]),
+                    "accuracy": json_number(rewards.accuracy[k]),
                 }
                 for k in shown
             ],

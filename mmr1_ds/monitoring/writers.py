@@ -130,7 +130,7 @@ class JsonLinesWriter(Writer):
         assert step >= last_step, f"step {step} logged after step {last_step}"
         is_new = step > last_step
         self._last = {"step": step} if is_new else self._last
-        self._last |= {name: _json_number(value) for name, value in metrics.items()}
+        self._last |= {name: json_number(value) for name, value in metrics.items()}
         line = json.dumps(self._last).encode() + b"\n"
         if is_new:
             self._metrics.append(line, is_final=False)
@@ -199,7 +199,7 @@ def last_line(path: Path) -> tuple[dict[str, Any], int]:
     return (json.loads(line), len(line)) if line else ({}, 0)
 
 
-def _json_number(value: float) -> float | None:
+def json_number(value: float) -> float | None:
     """JSON has no NaN or infinity: null."""
     number = float(value)
     return number if math.isfinite(number) else None
@@ -208,7 +208,7 @@ def _json_number(value: float) -> float | None:
 def _json_value(value: Any) -> Any:
     if isinstance(value, (str, int)) or value is None:
         return value
-    return _json_number(value)
+    return json_number(value)
 
 
 class ConsoleWriter(Writer):

@@ -21,7 +21,7 @@ from mmr1_ds.preflight.functions import check_functions, check_reward
 from mmr1_ds.preflight.group_sizes import check_group_sizes
 from mmr1_ds.preflight.lengths import check_lengths, check_positions
 from mmr1_ds.preflight.models import check_model, check_model_path, model_has_experts, model_type
-from mmr1_ds.preflight.plan import BatchPlan, batch_plan
+from mmr1_ds.preflight.plan import BatchPlan, batch_plan, counted
 from mmr1_ds.preflight.router_replay import check_router_replay
 from mmr1_ds.preflight.servers import check_servers
 from mmr1_ds.rewards.loading import check_reward_config, reward_weights
@@ -108,11 +108,6 @@ def _check_algorithm(config: RunConfig) -> None:
         raise UserError(
             f"worker.actor.loss_scale_factor={actor.loss_scale_factor:g} needs "
             f"worker.actor.loss_avg_mode=seq_sum, got {actor.loss_avg_mode}; set the mode or leave the factor out"
-        )
-    if actor.clip_cov_low >= actor.clip_cov_high:
-        raise UserError(
-            f"worker.actor.clip_cov_low={actor.clip_cov_low:g} must be under worker.actor.clip_cov_high="
-            f"{actor.clip_cov_high:g}, or no token lies between"
         )
     is_one_step = actor.ppo_epochs == 1 and config.data.rollout_batch_size == actor.global_batch_size
     if actor.loss_type == "kl_cov" and is_one_step:
@@ -299,7 +294,7 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
     if asked != world_size:
         raise UserError(
             f"trainer.nnodes * trainer.n_gpus_per_node = {trainer.nnodes} * {trainer.n_gpus_per_node} = {asked}, "
-            f"but {_count(world_size, 'process was', 'processes were')} started; start {asked} (deepspeed --num_gpus "
+            f"but {counted(world_size, 'process was', 'processes were')} started; start {asked} (deepspeed --num_gpus "
             f"{trainer.n_gpus_per_node}), or set trainer.n_gpus_per_node={max(1, world_size // trainer.nnodes)}"
         )
     _check_sequence_parallel(config, world_size)
@@ -423,7 +418,3 @@ def _multiples(value: int, of: int) -> str:
 
 def _largest_divisor(value: int, at_most: int) -> int:
     return next(divisor for divisor in range(min(at_most, value), 0, -1) if value % divisor == 0)
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

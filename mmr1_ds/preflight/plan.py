@@ -180,14 +180,15 @@ def _run(config: RunConfig, plan: BatchPlan) -> str:
     if trainer.val_only:
         return "validation only"
     if trainer.max_steps is not None:
-        return f"{_count(trainer.max_steps, 'step')} (trainer.max_steps)"
+        return f"{counted(trainer.max_steps, 'step')} (trainer.max_steps)"
     if plan.total_steps is None:
-        return f"{_count(trainer.total_episodes, 'episode')}; steps are known once the data is read"
-    steps = _count(plan.total_steps, "step")
-    return f"{_count(trainer.total_episodes, 'episode')} = {steps} (before over-long prompts are dropped)"
+        return f"{counted(trainer.total_episodes, 'episode')}; steps are known once the data is read"
+    steps = counted(plan.total_steps, "step")
+    return f"{counted(trainer.total_episodes, 'episode')} = {steps} (before over-long prompts are dropped)"
 
 
-def _count(number: int, one: str, many: str | None = None) -> str:
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number and its noun: 1 step, 1,000 steps."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
@@ -228,7 +229,7 @@ def _refresh(config: RunConfig, plan: BatchPlan) -> str:
             features += f"; begins from the pass rates in {data.curriculum_prior}"
         return f"online: from the training responses{probes if fraction > 0 else ''}{features}"
     size = plan.train_data.num_rows
-    every = f"every {_count(data.curriculum_update_freq, 'step')}" if data.curriculum_update_freq else "every epoch"
+    every = f"every {counted(data.curriculum_update_freq, 'step')}" if data.curriculum_update_freq else "every epoch"
     if size is None:
         return f"{every}: each prompt of the data x {data.curriculum_rollout_n} responses"
     steps = data.curriculum_update_freq or max(1, size // data.rollout_batch_size)
@@ -273,7 +274,7 @@ def _rollout(config: RunConfig) -> str:
 
 def _reward(config: RunConfig) -> str:
     reward = config.worker.reward
-    workers = _count(reward.num_workers, "process", "processes")
+    workers = counted(reward.num_workers, "process", "processes")
     return f"{reward.reward_function}, {workers} a rank, {reward.timeout_seconds:g} s a response"
 
 
@@ -340,7 +341,7 @@ def _output(config: RunConfig) -> str:
         newest = f"N steps done by the newest checkpoint in {checkpoint_directory(config)}, 0 without one"
         rates = "" if trainer.pass_rates is None else f"; pass rates in {trainer.pass_rates}"
         return f"{run_directory(config) / 'eval' / 'step_N'}, {newest}{rates}"
-    saves = "every tenth of the run" if trainer.save_freq is None else f"every {_count(trainer.save_freq, 'step')}"
+    saves = "every tenth of the run" if trainer.save_freq is None else f"every {counted(trainer.save_freq, 'step')}"
     if trainer.save_freq == -1:
         saves = "after the last step"
     kept = "all kept" if trainer.save_limit == -1 else f"the last {trainer.save_limit} kept"

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 CASES = (
     "default|token", "default|seq", "default|seq_sum", "gspo|token", "gspo_token|seq", "cispo|seq_sum", "sapo|token",
-    "clip_cov|token", "gmpo|seq", "dppo_tv|token", "dppo_kl|seq_sum",
+    "gmpo|seq", "dppo_tv|token", "dppo_kl|seq_sum",
     "masked|token", "masked|seq", "masked|seq_sum", "kl_cov|seq", "entropy|seq_sum", "top entropy|seq_sum",
 )  # fmt: skip
 # Ranks, responses a micro-batch, how they are laid out: 1 rank x 8 micro-batches, 2 x 1, and 2 ranks that

@@ -14,7 +14,6 @@ from fixtures.golden_numbers import (
     GOLDEN,
     TRL,
     VERL,
-    OneRank,
     mask_of,
     pack,
     packed,
@@ -25,7 +24,6 @@ from fixtures.golden_numbers import (
 from mmr1_ds.algorithm.aggregation import GlobalBatch, Segments, token_weights
 from mmr1_ds.algorithm.losses import LOSSES, PolicyLoss, value_loss
 from mmr1_ds.algorithm.schedule import learning_rate
-from mmr1_ds.algorithm.selection import some_between
 from mmr1_ds.config import OptimConfig
 
 MODES = {"token-mean": "token", "seq-mean-token-mean": "seq", "seq-mean-token-sum": "seq_sum"}
@@ -142,27 +140,6 @@ def test_kl_cov_holds_the_chosen_tokens_alone():
     gradient = -advantages.numpy() * ratios + 0.7 * np.array([0, ratios[1] - 1, 0, 0])
     np.testing.assert_allclose(logprobs.grad, gradient, atol=1e-15)
     assert figures["kl_cov_fraction"].tolist() == [0, 1, 1, 0]
-
-
-CLIP_COV = json.loads((GOLDEN / "clip_cov.json").read_text())
-
-
-def test_clip_cov_equals_its_formulas():
-    logprobs_T, old_T, advantages_T = (
-        torch.tensor(CLIP_COV[name], dtype=torch.float64) for name in ("logprobs", "old_logprobs", "advantages")
-    )
-    logprobs_T.requires_grad_()
-    (between_T,) = some_between(  # all of them: as many as there are
-        [logprobs_T.detach().numpy()], [advantages_T.numpy()], 1.0, CLIP_COV["bounds"],
-        [np.random.default_rng(3).random(len(old_T), dtype=np.float32)], OneRank(),
-    )  # fmt: skip
-    np.testing.assert_array_equal(between_T, CLIP_COV["between"])
-    loss = PolicyLoss("clip_cov", *CLIP_COV["clip"])
-    loss_T, figures = loss(logprobs_T, old_T, advantages_T, Segments.of([len(old_T)]), torch.from_numpy(between_T))
-    loss_T.sum().backward()
-    np.testing.assert_allclose(loss_T.detach(), CLIP_COV["loss"], atol=1e-12)
-    np.testing.assert_allclose(logprobs_T.grad, CLIP_COV["gradient"], atol=1e-12)
-    assert figures["clip_cov_fraction"].tolist() == CLIP_COV["cut"]
 
 
 # TRL's name -> our loss and average. Without delta it has no dual clip; cispo's epsilon is the largest weight itself.

@@ -6,7 +6,7 @@ import torch
 from fixtures.golden_numbers import OneRank
 from fixtures.rank_threads import Threads, on_ranks
 
-from mmr1_ds.algorithm.selection import highest_covariances, some_between, top_bound
+from mmr1_ds.algorithm.selection import highest_covariances, top_bound
 
 RANDOM = np.random.default_rng(3)
 CASES = {
@@ -51,30 +51,6 @@ def test_the_highest_covariances_are_numpy_s_on_any_ranks():
     found = [part for of_rank in on_ranks(3, share) for part in of_rank]
     for one, other in zip(chosen, found, strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_some_of_those_between_are_drawn_alike_on_any_ranks():
-    lengths = [5, 0, 17, 1, 9, 30]
-    columns = [[RANDOM.normal(size=length).astype(np.float32) for length in lengths] for _ in range(2)]
-    random = [RANDOM.random(length, dtype=np.float32) for length in lengths]
-    flat = [np.concatenate(column).astype(np.float64) for column in columns]
-    products = (flat[0] - flat[0].mean()) * (flat[1] - flat[1].mean())
-    between = np.flatnonzero((products > 0.1) & (products < 2))
-    for share, wanted in ((0.1, 6), (1e-9, 1), (1.0, len(between))):
-        chosen = some_between(*columns, share, (0.1, 2.0), random, OneRank())
-        order = between[np.argsort(-np.concatenate(random)[between])]
-        assert set(np.flatnonzero(np.concatenate(chosen))) == set(order[:wanted].tolist())
-        cuts = [slice(0, 2), slice(2, 2), slice(2, 6)]
-
-        def of_rank(control, share=share, cuts=cuts):
-            part = cuts[control.rank]
-            own = [column[part] for column in columns]
-            return some_between(*own, share, (0.1, 2.0), random[part], Threads(control))
-
-        found = [part for of_one in on_ranks(3, of_rank) for part in of_one]
-        for one, other in zip(chosen, found, strict=True):
-            np.testing.assert_array_equal(one, other)
-    assert not np.concatenate(some_between(*columns, 1.0, (90.0, 91.0), random, OneRank())).any()
 
 
 def test_nothing_to_choose_from():

@@ -50,18 +50,6 @@ def test_everyone_agrees_with_recorded_nltk(threads):
             assert found == pytest.approx([case["self_bleu_123"]], abs=contender.tolerance), contender.name
 
 
-def test_groups_do_not_see_each_other():
-    from bench_group_statistics import zipf_groups
-    from bench_group_statistics_rivals import contenders
-
-    groups = zipf_groups(3, 24, 4)
-    assert groups.num_groups == 4 and groups.first(3).num_groups == 3
-    for contender in contenders(1)[0]:
-        together = contender.self_bleu(contender.prepare(groups))
-        alone = [contender.self_bleu(contender.prepare(some_groups(*group)))[0] for group in groups.as_lists()]
-        assert together == pytest.approx(alone, abs=1e-15) and len(set(alone)) == 4, contender.name
-
-
 def test_tokens_are_zipf_distributed_and_seeded():
     from bench_group_statistics import VOCABULARY, zipf_groups
 
@@ -126,22 +114,6 @@ def test_verdicts():
         "exponent of T, cpu_2": (None, None),
         "extra bytes a token, most": (39.0, True),
     }
-
-
-def test_core_for_core_is_a_row_without_a_bar():
-    from bench_group_statistics_report import closing, verdicts
-
-    results = {
-        "environment": {"threads": 2},
-        "ours": "cpu_2",
-        "sizes": [size(8, 2048, cpu_1=2e-3, cpu_2=1e-3, nltk=1.25)],
-        "exponents": {},
-        "memory": [],
-        "agreement": {},
-    }
-    told = closing(results | {"verdicts": verdicts(results)}).splitlines()
-    words = "times faster at N={}, T=2,048, core for core: one thread against one NLTK process: {}"
-    assert "no bar  " + words.format(8, 625) in told and "no bar  " + words.format(32, "-") in told
 
 
 def test_a_contender_that_is_wrong_is_not_timed():

@@ -195,6 +195,7 @@ def test_nothing_is_learned_while_a_refresh_spends():
     assert rollouts.tolist() == [0, 1000, 1640, 2140, 2780]
     assert accuracy.tolist() == [0.25, 0.25, 0.5, 0.5, 0.625]  # the last smoothed with the one before it
     assert first_crossing(rollouts, accuracy, 0.375) == 1320
+    assert first_crossing(rollouts, accuracy, 0.2) == 0.0 and np.isnan(first_crossing(rollouts, accuracy, 0.7))
 
 
 def test_a_shuffled_run_longer_than_it_needs_is_seen_through(tmp_path):
@@ -207,15 +208,6 @@ def test_a_shuffled_run_longer_than_it_needs_is_seen_through(tmp_path):
     # Smoothed, both reach .2 at step 25: as fast, though in 25 of shuffle's 40 steps.
     assert row["needed_rollouts"] == row["shuffle_first_rollouts"] == pytest.approx(25 * 64)
     assert row["ratio"] == pytest.approx(40 / 25) and row["first_ratio"] == pytest.approx(1.0)
-
-
-def test_the_first_crossing_is_interpolated():
-    from vas_experiment_runs import first_crossing
-
-    positions, curve = np.array([0.0, 10.0, 30.0, 40.0]), np.array([0.1, 0.2, 0.6, 0.3])
-    assert first_crossing(positions, curve, 0.3) == pytest.approx(15.0)
-    assert first_crossing(positions, curve, 0.05) == 0.0
-    assert np.isnan(first_crossing(positions, curve, 0.7))
 
 
 @pytest.mark.slow

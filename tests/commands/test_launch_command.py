@@ -154,7 +154,7 @@ def test_a_job_of_ranks_and_servers_is_submitted_warned_and_requeued(tmp_path, m
     assert urls == f"worker.rollout.server_urls=[http://{other}:8000,http://{other}:8001]"
     assert "worker.rollout.engine=server" in ranks[0]["arguments"]
     for number, server in enumerate(servers):
-        assert server["arguments"][-1] == f"port={8000 + number}" and "data.seed=5" in server["arguments"]
+        assert server["arguments"][-2:] == ["--port", str(8000 + number)] and "data.seed=5" in server["arguments"]
         assert server["variables"]["CUDA_VISIBLE_DEVICES"] == "45"[number]
     keys = {process["variables"]["MMR1_DS_SERVER_KEY"] for process in ranks + servers}
     assert len(keys) == 1 and len(keys.pop()) > 30

@@ -274,9 +274,9 @@ def test_a_saved_state_goes_on_to_the_same_bits():
     run_steps(first, 14)
     state = first.state_dict()
     numbers = json.loads(json.dumps(state["numbers"]))  # as a checkpoint keeps them
-    run_steps(first, 2)  # the saved arrays must be copies
     second = LogitFilter(101, categories, 8)
     second.load_state_dict({"arrays": state["arrays"], "numbers": numbers})
+    run_steps(first, 2)  # shares no array with the second
     assert np.array_equal(run_steps(second, 17), expected[14 * 25 :])
     assert equal_states(whole, second)
     assert np.array_equal(whole.weights(), second.weights())
@@ -406,25 +406,6 @@ def test_results_do_not_depend_on_the_blocks_that_prompts_are_evaluated_in(monke
         np.testing.assert_array_equal(one, other)
 
 
-def test_weights_are_read_only_and_a_new_array_each_time():
-    belief = LogitFilter(9, None, 8)
-    first, second = belief.weights(), belief.weights()
-    assert first is not second and np.array_equal(first, second)
-    with pytest.raises(ValueError):
-        first[0] = 0.0
-
-
-def test_the_floor_keeps_every_prompt_reachable():
-    belief = LogitFilter(3, None, 8, FilterSettings(score_floor=0.04))
-    for _ in range(100):
-        belief.observe(np.arange(3), np.array([0.0, 4.0, 8.0]), 8)
-        belief.predict_step(np.arange(3))
-    weights = belief.weights()
-    gamma = belief.metrics()["curriculum/estimator_sharpening"]
-    assert weights.min() > 0.04**gamma
-    assert weights.min() < 0.2
-
-
 @pytest.mark.parametrize(
     ("utility", "peak"),
     [("learnability", 1 / 4), ("learnability-squared", 4 / 27), ("gradient-probability", 1 - 2**-7)],
@@ -445,20 +426,6 @@ def test_the_floor_is_a_share_of_the_utilitys_peak(utility, peak):
 # Probes
 
 
-def test_probes_are_the_stalest_outside_the_batch():
-    belief = LogitFilter(12, None, 8)
-    for indices in (np.arange(10), np.arange(4, 10), np.array([7])):
-        belief.observe(indices, np.full(len(indices), 4.0), 8)
-        belief.predict_step(indices)
-    nothing = np.empty(0, dtype=int)
-    assert sorted(belief.probes(2, nothing)) == [10, 11]
-    assert sorted(belief.probes(6, nothing)) == [0, 1, 2, 3, 10, 11]
-    assert sorted(belief.probes(4, np.array([1, 10, 1]))) == [0, 2, 3, 11]
-    assert len(belief.probes(0, nothing)) == len(belief.probes(-3, nothing)) == 0
-    everyone = belief.probes(100, np.array([3]))
-    assert sorted(everyone) == [index for index in range(12) if index != 3]
-
-
 @given(st.integers(1, 300), st.integers(0, 60), st.integers(0, 2**32 - 1))
 @settings(max_examples=25)
 def test_probes_are_distinct_and_no_other_is_staler(num_prompts, num_probes, seed):
@@ -476,6 +443,7 @@ def test_probes_are_distinct_and_no_other_is_staler(num_prompts, num_probes, see
     expected = np.sort(belief.last_seen_step[left])[: len(probes)]
     assert np.array_equal(np.sort(belief.last_seen_step[probes]), expected)
     assert np.array_equal(probes, belief.probes(num_probes, exclude))
+    assert len(belief.probes(-3, exclude)) == 0
 
 
 def test_equally_stale_prompts_are_probed_all_over_the_data_set():

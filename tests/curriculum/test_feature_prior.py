@@ -163,7 +163,7 @@ def test_a_resume_is_exact_and_takes_the_features_that_were_saved(tmp_path):
     second.load(tmp_path)
     assert train(second, range(6, 13)) == unbroken[5:]
     assert FEATURE_WEIGHT in unbroken[-1][1]
-    np.testing.assert_array_equal(second.table.arrays()["features.features"], make_features())
+    np.testing.assert_array_equal(second.table.columns()["features.features"], make_features())
 
 
 def test_ranks_do_not_matter():

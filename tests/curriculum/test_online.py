@@ -12,6 +12,7 @@ from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
 from mmr1_ds.curriculum.estimator import probe_budget
 from mmr1_ds.curriculum.online import OnlineTable
+from mmr1_ds.curriculum.prompt_ids import encode_prompt_ids
 from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
 
@@ -38,6 +39,10 @@ def table(num_prompts=P, categories=None, **settings):
     return OnlineTable([f"p{i}" for i in range(num_prompts)], "abc", categories or [""] * num_prompts, data, N)
 
 
+def saved(table):
+    return encode_prompt_ids(table.prompt_ids) | table.columns()
+
+
 @pytest.mark.parametrize("settings", [ONLINE, POSTERIOR, CANDIDATES], ids=["proportional", "posterior", "candidates"])
 def test_a_resume_on_as_many_ranks_is_exact_to_the_bit(tmp_path, settings):
     whole, first, second = (make(**settings) for _ in range(3))
@@ -46,8 +51,8 @@ def test_a_resume_on_as_many_ranks_is_exact_to_the_bit(tmp_path, settings):
     first.save(tmp_path)
     second.load(tmp_path)
     train(second, range(10, 25))
-    for name, values in whole.table.arrays().items():
-        np.testing.assert_array_equal(second.table.arrays()[name], values, err_msg=name)
+    for name, values in whole.table.columns().items():
+        np.testing.assert_array_equal(second.table.columns()[name], values, err_msg=name)
     assert second.table.numbers() == whole.table.numbers()
     assert second.metrics() == whole.metrics()
 
@@ -56,7 +61,7 @@ def test_a_saved_table_finds_its_prompts_in_another_order():
     first = table(5)
     first.finish_step(1, [outcome(i, i / 4) for i in range(5)], np.arange(5))
     again = OnlineTable(["p3", "p0", "p4", "p1", "p2"], "abc", [""] * 5, DataConfig(rollout_batch_size=B), N)
-    again.load(first.arrays(), first.numbers(), "abc")
+    again.load(saved(first), first.numbers(), "abc")
     np.testing.assert_array_equal(again.sampling_weights, first.sampling_weights[[3, 0, 4, 1, 2]])
 
 
@@ -86,7 +91,7 @@ def test_no_probes_where_none_are_wanted():
 def test_probes_go_to_the_prompts_not_seen_for_longest():
     coordinator = make(curriculum_probe_fraction=0.6, curriculum_mixture_ratio=0.0, **ONLINE)
     train(coordinator, [1])
-    seen = coordinator.table.arrays()["last_seen"]
+    seen = coordinator.table.columns()["last_seen"]
     never = np.flatnonzero(seen == -1)
     batch = coordinator.next_batch(2)
     probes = coordinator.next_probes(2)[0]
@@ -136,7 +141,7 @@ def test_two_groups_of_a_prompt_count_the_same_in_any_order():
     for ours, observed in zip(tables, (groups, groups[::-1]), strict=True):
         ours.finish_step(1, observed, np.array([3, 3, 5]))
     np.testing.assert_array_equal(tables[0].sampling_weights, tables[1].sampling_weights)
-    assert tables[0].arrays()["diversity"][3] == pytest.approx(0.6)
+    assert tables[0].columns()["diversity"][3] == pytest.approx(0.6)
 
 
 def test_a_floor_of_one_is_uniform_for_mixed_scores():
@@ -162,7 +167,7 @@ def test_other_categories_are_refused(tmp_path):
     first = table(6, list("aabbcc"))
     for categories in (list("aabbdd"), [""] * 6):
         with pytest.raises(UserError, match="gives other categories than the checkpoint's curriculum has; keep it"):
-            table(6, categories).load(first.arrays(), first.numbers(), "abc")
+            table(6, categories).load(saved(first), first.numbers(), "abc")
 
 
 def test_other_metric_weights_forget_the_diversity():
@@ -171,8 +176,8 @@ def test_other_metric_weights_forget_the_diversity():
     first.finish_step(1, [outcome(i, 0.5) for i in range(P)], np.arange(P))
     for weight, kept in ((0.1, True), (5.0, False)):
         again = table(curriculum_metric_weights=[1.0, weight], **metrics)
-        again.load(first.arrays(), first.numbers(), "abc")
-        assert np.isnan(again.arrays()["diversity"]).all() == (not kept)
+        again.load(saved(first), first.numbers(), "abc")
+        assert np.isnan(again.columns()["diversity"]).all() == (not kept)
 
 
 def test_a_longer_run_does_not_spend_its_savings_at_once(tmp_path):
@@ -272,14 +277,12 @@ def test_too_many_categories_are_named():
 
 def test_the_table_takes_at_most_32_bytes_a_prompt():
     ours = table(1000)
-    arrays = ours.arrays().items()
-    columns = [array for name, array in arrays if not name.startswith("prompt_id") and len(array) == 1000]
+    columns = [array for array in ours.columns().values() if len(array) == 1000]
     category, weights = 2, ours.sampling_weights.itemsize
     assert sum(array.itemsize for array in columns) + category + weights <= 32
     full = make(num_prompts=1000)
     refresh(full, 1)
-    columns = [array for name, array in full.table.arrays().items() if not name.startswith("prompt_id")]
-    assert sum(array.itemsize for array in columns) + full.table.sampling_weights.itemsize <= 32
+    assert sum(array.itemsize for array in full.table.columns().values()) + full.table.sampling_weights.itemsize <= 32
 
 
 def test_probes_are_shared_by_the_ranks():

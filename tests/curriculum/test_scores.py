@@ -57,19 +57,6 @@ def test_each_metric(metric, expected):
     assert variance_promotion_score(statistics(), [metric], [1.0]) == pytest.approx(expected)
 
 
-def test_score_is_the_weighted_sum():
-    score = variance_promotion_score(statistics(), ["learnability", "self-bleu"], [0.8, 0.2])
-    assert score == pytest.approx(0.8 * 0.1875 + 0.2 * 0.6)
-
-
-def test_repetition_lowers_the_score():
-    scores = [
-        variance_promotion_score(statistics(self_bleu=bleu), ["learnability", "self-bleu"], [0.7, 0.3])
-        for bleu in (0.0, 0.5, 1.0)
-    ]
-    assert scores == sorted(scores, reverse=True) and scores[0] > scores[2]
-
-
 @pytest.mark.parametrize("metric", ["self-bleu", "distinct-n", "edit-distance"])
 def test_one_response_has_no_diversity(metric):
     assert variance_promotion_score(statistics(num_responses=1), [metric], [1.0]) == 0.0

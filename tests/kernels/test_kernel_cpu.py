@@ -113,25 +113,6 @@ def test_a_high_order_of_a_long_run():
     np.testing.assert_array_equal(found.distinct, [np.ones(2500)])
 
 
-@MANY
-@given(batches(), st.data())
-def test_order_of_responses_and_groups_and_names_of_tokens_change_nothing(groups, data):
-    found = cpu.count_ngrams(*pack(groups), 3, max_undivided=4)
-    key = data.draw(st.integers(0, LARGEST_ID))
-    renamed = [[[token ^ key for token in response] for response in group] for group in groups]
-    assert_equal(cpu.count_ngrams(*pack(renamed), 3, max_undivided=4), found)
-    order = data.draw(st.permutations(range(len(groups))))
-    rows, shuffled = [], []
-    firsts = np.cumsum([0, *map(len, groups)])
-    for g in order:
-        inner = data.draw(st.permutations(range(len(groups[g]))))
-        rows += [firsts[g] + i for i in inner]
-        shuffled.append([groups[g][i] for i in inner])
-    again = cpu.count_ngrams(*pack(shuffled), 3, max_undivided=4)
-    np.testing.assert_array_equal(again.matches, found.matches[np.array(rows, dtype=int)])
-    np.testing.assert_array_equal(again.distinct, found.distinct[np.array(order, dtype=int)])
-
-
 def test_arrays_that_are_views():
     token_ids, offsets, group_offsets = zipf_batch((3, 4), 50, 20, seed=2)
     expected = reference.count_ngrams(token_ids, offsets, group_offsets, 3)

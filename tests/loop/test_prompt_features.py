@@ -33,7 +33,7 @@ def test_features_reach_the_online_curriculum(tmp_path, features, refresh, expec
     train_data, val_data = starting.load_data(config, encoder_of(write_text_model(tmp_path)))
     assert val_data.take_sketches() is None
     coordinator = composition.make_coordinator(config, train_data, 10, SingleProcess())
-    arrays = coordinator.table.arrays()
+    arrays = coordinator.table.columns()
     assert ("features.features" in arrays) == expected
     if expected:
         assert arrays["features.features"].shape == (23, NUM_FEATURES) and np.any(arrays["features.features"])

@@ -53,12 +53,6 @@ def test_one_flat_object_a_step(tmp_path):
     ]
 
 
-def test_metrics_are_written_whatever_the_loggers(tmp_path):
-    with open_logger(tmp_path, names=[]) as log:
-        log.log(1, {"a": 1})
-    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 1.0}]
-
-
 def test_the_same_step_is_merged_into_one_line(tmp_path):
     with open_logger(tmp_path) as log:
         log.log(0, {"val/accuracy_reward": 0.25})
@@ -93,13 +87,6 @@ def test_resume_repeats_no_step(tmp_path):
         {"step": 3, "a": 33.0},
     ]
     assert [line["step"] for line in read_lines(tmp_path / "generations.jsonl")] == [0, 1, 2]
-
-
-def test_a_torn_line_is_dropped_on_resume(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2')
-    with open_logger(tmp_path, resumed_step=4) as log:
-        log.log(5, {"a": 5})
-    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 5]
 
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path):

@@ -126,17 +126,6 @@ def test_metrics(valid, arguments, expected):
     assert expected in refused(valid, *arguments)
 
 
-def test_a_momentum_that_nothing_reads_is_not_refused(valid):
-    check(valid, "data.curriculum_momentum=1.0", "data.curriculum_refresh=online")
-
-
-@pytest.mark.parametrize(
-    "names", ["learnability,self_bleu_123,distinct_3,edit_distance", "self-bleu,distinct-n,edit-distance,learnability"]
-)
-def test_both_spellings_of_metrics(valid, names):
-    check(valid, f"data.curriculum_metrics=[{names}]", "data.curriculum_metric_weights=[1,1,1,1]")
-
-
 @pytest.mark.parametrize(
     "argument, expected",
     [
@@ -151,6 +140,7 @@ def test_both_spellings_of_metrics(valid, names):
         ("worker.critic.loss_avg_mode=seq_sum", "worker.critic.loss_avg_mode must be token or seq, got seq_sum"),
         ("worker.critic.optim.betas=[0.9,1]", "worker.critic.optim.betas must each be in [0, 1), got 1.0"),
         ("worker.actor.loss_type=ppo2", "worker.actor.loss_type must be default or gspo or gspo_token or cispo or"),
+        ("worker.actor.loss_type=clip_cov", "worker.actor.loss_type must be default or gspo or gspo_token or cispo or"),
         ("worker.actor.loss_avg_mode=batch", "loss_avg_mode must be token or seq or seq_sum or path/file.py:function"),
         ("worker.actor.loss_scale_factor=512", "loss_scale_factor=512 needs worker.actor.loss_avg_mode=seq_sum, got "),
         ("worker.actor.tau_negative=0", "worker.actor.tau_negative must be over 0, got 0.0"),
@@ -307,14 +297,19 @@ def test_an_output_layer_that_vllm_would_leave_random_is_named(valid, tmp_path):
     assert "tie_word_embeddings is true in " in message and message.endswith(f"{key}=true")
 
 
-def test_no_kl_at_all_is_fine(valid):
-    check(valid, "algorithm.use_kl_loss=false", "algorithm.disable_kl=true")
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["data.curriculum_momentum=1.0", "data.curriculum_refresh=online"],  # which does not read it
+        *(
+            [f"data.curriculum_metrics=[{names}]", "data.curriculum_metric_weights=[1,1,1,1]"]
+            for names in (
+                "learnability,self_bleu_123,distinct_3,edit_distance",
+                "self-bleu,distinct-n,edit-distance,learnability",
+            )
+        ),
         ["algorithm.use_kl_loss=false"],  # KL in the reward
+        ["algorithm.use_kl_loss=false", "algorithm.disable_kl=true"],
         ["algorithm.adv_estimator=reinforce_plus_plus", "algorithm.gamma=0.99", "algorithm.kl_penalty=k1"],
         ["worker.actor.loss_avg_mode=seq_sum", "worker.actor.loss_scale_factor=512"],
         ["worker.actor.loss_type=cispo", "worker.actor.clip_ratio_low=1.0", "algorithm.rollout_is=sequence"],

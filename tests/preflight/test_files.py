@@ -115,6 +115,7 @@ def test_output_below_a_file(valid, tmp_path, key):
             valid, f"{key}={path}"
         )
     check(valid, f"{key}={tmp_path / 'new' / 'folder'}")
+    assert not (tmp_path / "new").exists()
 
 
 def test_output_that_is_not_writable(valid, tmp_path, monkeypatch):
@@ -184,21 +185,13 @@ def test_reward_file(valid, tmp_path):
     assert "is unknown; use math, r1v, openr1" in refused(valid, "worker.reward.reward_function=maths")
 
 
-def test_format_prompt(valid):
+def test_format_prompt(valid, tmp_path):
     assert "no such file 'nowhere.jinja'" in refused(valid, "data.format_prompt=nowhere.jinja")
     check(valid, "data.format_prompt={{ content }} Answer in \\boxed{}.")
     check(valid, "data.format_prompt={{ content }}" + " Think." * 100)  # longer than a file's name may be
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["{{ content }}{{ foo.bar }}", "{{ content }}{{ foo }}", "{{ content / 2 }}", "{{ content.__class__.mro() }}"],
-)
-def test_format_prompt_that_cannot_be_rendered(valid, template):
-    assert "data.format_prompt cannot be rendered" in refused(valid, f"data.format_prompt={template}")
-
-
-def test_format_prompt_that_is_no_text(valid, tmp_path):
+    for part in ("{{ foo.bar }}", "{{ foo }}", "{{ content / 2 }}", "{{ content.__class__.mro() }}"):
+        said = refused(valid, f"data.format_prompt={{{{ content }}}}{part}")
+        assert "data.format_prompt cannot be rendered" in said
     path = tmp_path / "prompt.jinja"
     path.write_bytes(b"{{ content }} caf\xe9")
     assert f"cannot read '{path}'" in refused(valid, f"data.format_prompt={path}")
@@ -223,9 +216,3 @@ def test_links_to_nowhere_and_in_circles_are_refused(tmp_path):
         for path in (tmp_path / name, tmp_path / name / "run"):
             with pytest.raises(UserError, match="is not a folder; name another"):
                 check_output_folder(path, "trainer.run_dir")
-
-
-def test_a_folder_that_can_be_written_stays_as_it_is(tmp_path):
-    check_output_folder(tmp_path / "new" / "run", "trainer.run_dir")
-    check_output_folder(tmp_path, "trainer.run_dir")
-    assert list(tmp_path.iterdir()) == []

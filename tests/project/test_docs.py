@@ -278,32 +278,6 @@ def test_defaults_beside_easyr1_s_are_ours():
     assert compared >= 7
 
 
-def trl_fields() -> set[str]:
-    """Of TRL's GRPOConfig and what it builds on, without importing it."""
-    spec = importlib.util.find_spec("trl")
-    if spec is None or spec.origin is None:
-        pytest.skip("TRL is not installed (requirements/bench.txt)")
-    spec_of_transformers = importlib.util.find_spec("transformers")
-    assert spec_of_transformers is not None and spec_of_transformers.origin is not None
-    folder = Path(spec.origin).parent / "trainer"
-    paths = [folder / "grpo_config.py", folder / "base_config.py"]
-    paths.append(Path(spec_of_transformers.origin).parent / "training_args.py")
-    return {
-        node.target.id
-        for path in paths
-        if path.exists()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
-
-
-def test_trl_s_keys_exist_there():
-    known = trl_fields() | {"peft_config", "reward_funcs"}  # these two are arguments of GRPOTrainer
-    for theirs, _, _ in table("coming_from.md", "TRL's `GRPOConfig`"):
-        for span in code_spans(theirs):
-            assert span.partition("=")[0] in known, span
-
-
 def test_every_row_about_others_names_a_key_of_ours_or_none():
     for heading in ("TRL's `GRPOConfig`", "OpenRLHF, now and before"):
         for theirs, mine, differs in table("coming_from.md", heading):

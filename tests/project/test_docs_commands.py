@@ -62,7 +62,7 @@ def reader(tmp_path_factory) -> Path:
     (folder / "model" / "model.safetensors").write_bytes(b"")
     (folder / "rates.jsonl").write_text('{"prompt_id": "a", "pass_rate": 0.25, "num_answers": 16}\n')
     (folder / "hosts").write_text("node7 slots=8\nnode8 slots=8\n")
-    shutil.copy(GUIDE / "upstream.yaml", folder / "easyr1.yaml")
+    shutil.copy(GUIDE / "every_upstream_key.yaml", folder / "easyr1.yaml")
     for name in ("first", "my_run", "demo"):
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "config.yaml").write_text(dump_config(load_config(["config=mmr1_h100"]).config))
@@ -134,7 +134,8 @@ def ours(command: str, folder: Path) -> None:
         settings = [word for word in parsed(words).source if "=" in word]
         load_config(settings)
     elif words[0] == "serve":  # its servers are started by test_server_process
-        assert serve.read(parsed(words).settings, None)[1] == 8000
+        arguments = parsed(words)
+        assert arguments.port == 8000 and serve.read(arguments.settings, arguments.port)
     elif words[0] in ("report", "data"):  # run for real by tests of their own
         load_config([word for word in getattr(parsed(words), "settings", []) if "=" in word])
     elif words[0] == "eval":

@@ -212,17 +212,6 @@ def test_without_accuracy_the_clipped_reward_stands_in(make_pool, caplog):
     assert caplog.text.count("returns no 'accuracy'") == 1
 
 
-def test_easyr1s_sequential_rewards(make_pool, tmp_path):
-    path = tmp_path / "sequential.py"
-    path.write_text(
-        'REWARD_TYPE = "sequential"\n'
-        "def compute_score(reward_input, weight=1):\n"
-        '    return {"overall": weight * float(reward_input["ground_truth"]), "accuracy": 1}\n'
-    )
-    (result,) = make_pool(path=path, function="compute_score", weight=3).score(items("x"))
-    assert result.overall == 21.0
-
-
 def test_a_reward_may_import_its_neighbours_and_numpy(make_pool, tmp_path):
     (tmp_path / "neighbour.py").write_text("import numpy as np\nVALUE = np.float32(0.5)\n")
     (tmp_path / "reward.py").write_text("from neighbour import VALUE\ndef f(items): return [{'overall': VALUE}]\n")

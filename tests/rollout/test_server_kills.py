@@ -167,7 +167,7 @@ def test_a_run_without_servers_saves_what_it_has_and_goes_on(tmp_path):
         return (tmp_path / "run.log").read_text()
 
     for attempt in (1, 2):
-        server = start(tmp_path, marker, "mmr1_ds.commands.cli", "serve", f"port={port}", **key)
+        server = start(tmp_path, marker, "mmr1_ds.commands.cli", "serve", f"--port={port}", **key)
         wait_until(lambda n=attempt: log().count(ready) == n, 200, f"the server ready: {log()[-2000:]}")
         process = start(tmp_path, marker, "mmr1_ds.train", *settings, **key)
         if attempt == 1:

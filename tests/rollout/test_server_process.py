@@ -343,10 +343,10 @@ def arguments(tmp_path):
         (KEY, ["worker.rollout.tensor_parallel_size=0"], "tensor_parallel_size must be"),
         (KEY, ["data.train_files="], "data.train_files"),
         (KEY, ["worker.actor.model.model_path=/no/such/folder"], "no such folder"),
-        (KEY, ["port=x"], "port=x: expected a whole number"),
-        (KEY, ["port=0"], "port=0 must be in [1, 65535]"),
-        (KEY, ["port=70000"], "port=70000 must be in [1, 65535]"),
-        (KEY, ["port=TAKEN"], "already in use; give another port"),
+        (KEY, ["port=8001"], "unknown key port in the command line"),
+        (KEY, ["--port=0"], "--port=0 must be in [1, 65535]"),
+        (KEY, ["--port=70000"], "--port=70000 must be in [1, 65535]"),
+        (KEY, ["--port=TAKEN"], "already in use; give another port"),
         (KEY, ["worker.rollout.server_host=no.such.host.invalid"], "server_host=no.such.host.invalid is unknown"),
     ],
 )
@@ -355,7 +355,7 @@ def test_serve_names_the_mistake_first(arguments, monkeypatch, capfd, key, setti
     monkeypatch.setattr(serve, "_Signals", lambda: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = [word.replace("TAKEN", str(taken.getsockname()[1])) for word in settings]
-        assert cli.main(["serve", *arguments, "port=21777", *settings]) == 2
+        assert cli.main(["serve", *arguments, "--port=21777", *settings]) == 2
     error = capfd.readouterr().err
     assert error.startswith("mmr1-ds: error: ") and message in error and error.count("\n") == 1
     assert not key or key not in error
@@ -365,12 +365,12 @@ def test_serve_refuses_what_is_longer_than_the_model_s_positions_and_warns_of_no
     monkeypatch.setenv("MMR1_DS_SERVER_KEY", KEY)
     settings = [model_folder(tmp_path, max_position_embeddings=1000), "worker.rollout.server_host=127.0.0.2"]
     with pytest.raises(UserError, match="512 \\+ 512 = 1024, the model has 1000 positions"):
-        serve.read(settings, None)
+        serve.read(settings, 8000)
     assert load_config(settings).warnings  # the training's are those of a run without servers
     warned = []
     monkeypatch.setattr(serve.logger, "warning", lambda *words: warned.append(words))
     with pytest.raises(UserError, match=r"data\.train_files"):
-        serve.read([*settings, "data.max_response_length=64"], None)
+        serve.read([*settings, "data.max_response_length=64"], 8000)
     assert warned == []
 
 
@@ -444,7 +444,7 @@ def test_a_real_server(tmp_path):
     port.release()
     url = f"http://127.0.0.1:{port.number}"
     command = [
-        sys.executable, "-m", "mmr1_ds.commands.cli", "serve", f"port={port.number}",
+        sys.executable, "-m", "mmr1_ds.commands.cli", "serve", f"--port={port.number}",
         f"worker.actor.model.model_path={model}",
         "worker.rollout.limit_images=2",
         "worker.rollout.kv_cache_gb=1",

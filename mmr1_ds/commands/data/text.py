@@ -10,6 +10,7 @@ from mmr1_ds.commands.data.figures import AnswerSummary, ImageSummary, RewardChe
 from mmr1_ds.commands.data.findings import Finding
 from mmr1_ds.commands.data.rows import WHEN_DRAWN
 from mmr1_ds.commands.data.summary import NEAR_LIMIT, DataReport, DataSetSummary, Lengths, Sample
+from mmr1_ds.preflight.plan import counted
 
 WIDTH = 100
 BAR_WIDTH = 40
@@ -25,7 +26,7 @@ def in_words(report: DataReport) -> str:
         lines += [*_data_set(data_set), ""]
     if report.num_shared is not None:
         lines += _wrapped(
-            f"{_count(report.num_shared, 'validation row')} with the prompt, answer and images of a training row", ""
+            f"{counted(report.num_shared, 'validation row')} with the prompt, answer and images of a training row", ""
         )
     for note in report.notes:
         lines += _wrapped(f"note: {note}", "")
@@ -39,9 +40,9 @@ def in_words(report: DataReport) -> str:
 
 
 def _data_set(found: DataSetSummary) -> Iterator[str]:
-    yield f"{found.key}: {_count(found.num_rows, 'row')}, {found.num_usable:,} usable"
+    yield f"{found.key}: {counted(found.num_rows, 'row')}, {found.num_usable:,} usable"
     for name, count in found.num_rows_by_file.items():
-        yield from _wrapped(f"{_printable(name)}: {_count(count, 'row')}", _INDENT)
+        yield from _wrapped(f"{_printable(name)}: {counted(count, 'row')}", _INDENT)
     for finding in found.findings:
         yield from _finding(finding, found.num_rows)
     for section in (
@@ -56,7 +57,7 @@ def _data_set(found: DataSetSummary) -> Iterator[str]:
 
 
 def _finding(finding: Finding, num_rows: int) -> Iterator[str]:
-    share = f"{_count(finding.num_rows, 'row')} ({_percent(finding.num_rows, num_rows)})"
+    share = f"{counted(finding.num_rows, 'row')} ({_percent(finding.num_rows, num_rows)})"
     yield from _wrapped(f"{share} {finding.effect}: {_printable(finding.reason)}", _INDENT)
     more = finding.num_rows - len(finding.examples)
     ending = [f"{more:,} more"] if more else []
@@ -91,7 +92,7 @@ def _images(found: ImageSummary | None) -> Iterator[str]:
     per_prompt = ", ".join(
         f"{prompts:,} with {number or 'none'}" for number, prompts in found.num_prompts_by_images.items()
     )
-    prompts = _count(sum(found.num_prompts_by_images.values()), "prompt")
+    prompts = counted(sum(found.num_prompts_by_images.values()), "prompt")
     yield from _wrapped(f"images: {found.num_images:,} in {prompts}: {per_prompt}", _INDENT)
     if found.width is None or found.height is None or found.tokens is None:
         return
@@ -122,14 +123,14 @@ def _categories(found: Mapping[str, int], num_usable: int) -> Iterator[str]:
         yield f"    {shown:<{width}}  {found[name]:>9,}  {_percent(found[name], num_usable)}"
     if len(found) > len(names):
         rest = sum(list(found.values())[MOST_LINES:])
-        yield f"    and {len(found) - len(names):,} more with {_count(rest, 'row')}"
+        yield f"    and {len(found) - len(names):,} more with {counted(rest, 'row')}"
 
 
 def _answers(found: AnswerSummary | None, check: RewardCheck | None, num_usable: int) -> Iterator[str]:
     if found is None:
         return
     yield from _wrapped(
-        f"answers: {found.num_distinct:,} different, the longest of {_count(found.longest, 'character')}; "
+        f"answers: {found.num_distinct:,} different, the longest of {counted(found.longest, 'character')}; "
         f"giving always the most frequent one is right for {found.majority_fraction:.1%} of rows",
         _INDENT,
     )
@@ -172,7 +173,7 @@ def _answers(found: AnswerSummary | None, check: RewardCheck | None, num_usable:
 def _sample(data_set: DataSetSummary, sample: Sample) -> Iterator[str]:
     category = f", category {_printable(sample.category, 40)}" if sample.category else ""
     yield from _wrapped(
-        f"{data_set.key} {_printable(sample.row)}: {_count(sample.num_tokens, 'token')}, "
+        f"{data_set.key} {_printable(sample.row)}: {counted(sample.num_tokens, 'token')}, "
         f"id {_printable(sample.prompt_id, 60)}{category}",
         "",
     )
@@ -206,10 +207,6 @@ def _spread(found: Spread) -> str:
         return f"all {found.minimum:,}"
     named = {"min": found.minimum, "median": found.median, "p90": found.p90, "p99": found.p99, "max": found.maximum}
     return ", ".join(f"{name} {value:,}" for name, value in named.items())
-
-
-def _count(number: int, one: str) -> str:
-    return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 
 def _percent(part: int, whole: int) -> str:
