@@ -41,7 +41,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # a library may have put a file of its own there
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -67,11 +70,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for part in (*temporary.rglob("*"), temporary):
+            if part.is_file():
+                open_as_its_folder(part)
             sync(part)
         temporary.rename(path)
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def open_as_its_folder(path: Path) -> None:
+    """Let those read and write a file who may in its folder; safetensors lets its owner alone. Raises: OSError."""
+    mode = path.parent.stat().st_mode & 0o666
+    if path.stat().st_mode & 0o666 != mode:
+        path.chmod(mode)
 
 
 def sync(path: Path) -> None:

@@ -3,8 +3,10 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 from fixtures.chat_server import serve
+from safetensors.numpy import save_file
 
 from mmr1_ds import io
 
@@ -49,6 +51,20 @@ def test_a_folder_appears_when_all_is_in_it(tmp_path):
     with pytest.raises(KeyError), io.whole_folder(tmp_path / "other"):
         raise KeyError
     assert names(tmp_path) == ["made"]
+
+
+def test_files_of_safetensors_are_as_open_as_the_umask_says(tmp_path):
+    """The library's own are its owner's alone, so that nobody else could load an exported model."""
+    before = os.umask(0o027)
+    try:
+        with io.whole_folder(tmp_path / "model") as folder:
+            save_file({"a": np.zeros(3)}, folder / "a.safetensors")
+        with io.whole_file(tmp_path / "b.safetensors") as temporary:
+            save_file({"a": np.zeros(3)}, temporary)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "model" / "a.safetensors", tmp_path / "b.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_an_answer_is_given_as_it_is(monkeypatch):

@@ -83,6 +83,7 @@ def keep(features: np.ndarray, path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             whole = os.path.join(scratch, path.name)
             save_file({_NAME: features}, whole)
+            os.chmod(whole, path.parent.stat().st_mode & 0o666)
             os.replace(whole, path)
     except OSError as error:
         logger.warning("the features of the prompts cannot be kept (%s): the next run computes them", error)

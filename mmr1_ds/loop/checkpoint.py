@@ -30,7 +30,7 @@ from mmr1_ds.cluster.agreement import SaveFailed, in_step
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.engine.weights import CONVERTED
 from mmr1_ds.errors import UserError
-from mmr1_ds.io import FileEntry, PendingFile, digest, in_words, sync, write_whole
+from mmr1_ds.io import FileEntry, PendingFile, digest, in_words, open_as_its_folder, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -345,6 +345,7 @@ class _Writing:
 
 
 def _synced_entry(path: Path) -> FileEntry:
+    open_as_its_folder(path)
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
 

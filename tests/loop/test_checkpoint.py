@@ -35,6 +35,7 @@ def ranks():
 def write(folder):
     (folder / "actor").mkdir()
     (folder / "actor" / "weights.bin").write_bytes(bytes(range(251)))
+    (folder / "actor" / "weights.bin").chmod(0o600)  # as safetensors leaves its files
     (folder / "state.json").write_text("{}")
 
 
@@ -46,6 +47,8 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path, ranks):
     assert checkpoints.newest() == (101, tmp_path / "global_step_101")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_10", "global_step_101", "latest"]
     assert (tmp_path / "latest").read_text() == "global_step_101\n"
+    folder, file = tmp_path / "global_step_101", tmp_path / "global_step_101" / "actor" / "weights.bin"
+    assert file.stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no manifest", "torn manifest"])
