@@ -43,7 +43,6 @@ from mmr1_ds.loop.learners import Learners
 from mmr1_ds.loop.metrics import ActorWork
 from mmr1_ds.loop.own_functions import try_functions
 from mmr1_ds.loop.partial_batches import PartialBatchMaker
-from mmr1_ds.loop.parts import Parts
 from mmr1_ds.loop.refresh import KEPT, CurriculumRefresh
 from mmr1_ds.loop.shared_queue import SharedQueue
 from mmr1_ds.loop.starting import (
@@ -159,7 +158,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             batches = make_batches(config, batch_maker, opened, collector, queue)
             trainer = make_trainer(config, num_steps, Trainer, engines, opened, batches, collector, work, queue)
             if start is not None:
-                trainer.parts.state.load(*start, None if config.trainer.val_only else trainer.parts.settings)
+                trainer.state.load(*start, None if config.trainer.val_only else trainer.settings)
         trainer.fit()
 
 
@@ -230,7 +229,8 @@ def make_trainer(
     turns = Turns(engines.rollout, engines.actor, engines.critic)
     learners = _learners(config, engines, opened.ranks)
     records = _records(config, engines, opened, work)
-    parts = Parts(
+    return trainer_class(
+        num_steps=0 if config.trainer.val_only else num_steps,
         settings=dataclasses.replace(settings, with_experts=returns_experts(config)),
         turns=turns,
         batches=batches,
@@ -241,7 +241,6 @@ def make_trainer(
         records=records,
         report=opened.report,
     )
-    return trainer_class(parts, 0 if config.trainer.val_only else num_steps)
 
 
 def _learners(config: RunConfig, engines: Engines, ranks: Ranks) -> Learners:
