@@ -244,11 +244,12 @@ def make_trainer(
 
 
 def _learners(config: RunConfig, engines: Engines, ranks: Ranks) -> Learners:
+    overlong = {"overlong": 1.0} if config.algorithm.overlong_buffer else {}
     return Learners(
-        config.algorithm,
-        config.trainer.critic_warmup,
-        config.worker.ref.update_freq,
-        reward_weights(config.worker.reward) | ({"overlong": 1.0} if config.algorithm.overlong_buffer else {}),
+        algorithm=config.algorithm,
+        critic_warmup=config.trainer.critic_warmup,
+        reference_update_freq=config.worker.ref.update_freq,
+        reward_weights=reward_weights(config.worker.reward) | overlong,
         actor=engines.actor,
         reference=engines.reference,
         critic=engines.critic,
