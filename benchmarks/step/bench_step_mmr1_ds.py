@@ -34,7 +34,7 @@ class TurnTakingTrainer(Trainer):
 
     def fit(self) -> None:
         self._turns = Turns(folder / setup / "mmr1_ds", int(os.environ["RANK"]))
-        make = self.parts.batches.make
+        make = self.batches.make
         lengths: list[int] = []
 
         def watched(*arguments):
@@ -42,7 +42,7 @@ class TurnTakingTrainer(Trainer):
             lengths[:] = [len(r.token_ids) for g in batch.groups for r in g.group.responses]
             return batch
 
-        self.parts.batches.make = watched
+        self.batches.make = watched
         self._lengths = lengths
         super().fit()
 

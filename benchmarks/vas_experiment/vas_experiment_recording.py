@@ -177,7 +177,7 @@ class RecordingTrainer(Trainer):
         """See Trainer."""
         self.steps.note(0, {"rollouts": 0})
         if self.trace is not None:
-            self.parts.turns.sync_weights()
+            self.turns.sync_weights()
             self._measure()
         super().fit()
         if not self.steps.has(self.step, "validation_accuracy"):  # none was due at its end
@@ -198,8 +198,8 @@ class RecordingTrainer(Trainer):
         return metrics
 
     def _validate(self) -> None:
-        self.parts.state.log(self.parts.validation.run(self.step))
+        self.state.log(self.validation.run(self.step))
 
     def _measure(self) -> None:
         assert self.trace is not None
-        self.trace.measure(self.step, self.uncounted, self.parts.settings)
+        self.trace.measure(self.step, self.uncounted, self.settings)

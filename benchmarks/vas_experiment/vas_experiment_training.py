@@ -150,7 +150,7 @@ class Session:
             if trace is not None and trainer.trace is not None:
                 trainer.trace.save(trace[0])
             trained = time.monotonic()
-            answers = answer_figures(val_data, trainer.uncounted, trainer.parts.settings)
+            answers = answer_figures(val_data, trainer.uncounted, trainer.settings)
             parts = {"start": begun - started, "training": trained - begun, "answers": time.monotonic() - trained}
             steps.finish({"answers": answers, "seconds_by_part": {name: round(x, 1) for name, x in parts.items()}})
         finally:

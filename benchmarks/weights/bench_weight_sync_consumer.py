@@ -23,7 +23,7 @@ class Consumer:
         import torch
 
         from mmr1_ds.engine.weights.gathering import weights_digest
-        from mmr1_ds.rollout.servers.weights.shared_memory import BufferAddress, MappedBuffer, tensors
+        from mmr1_ds.rollout.servers.weights.shared_memory import BufferAddress, MappedBuffer
 
         if route == "init_weight_transfer_engine":
             self.buffer = MappedBuffer(BufferAddress(**body["init_info"]))
@@ -32,7 +32,7 @@ class Consumer:
             info = body["update_info"]
             dtypes = [getattr(torch, name) for name in info["dtype_names"]]
             entries = list(zip(info["names"], dtypes, map(tuple, info["shapes"]), strict=True))
-            for name, tensor in tensors(self.buffer.bytes(), entries, info["offsets"]):
+            for name, tensor in self.buffer.read(entries):
                 if name not in self.weights:
                     self.weights[name] = torch.empty_like(tensor)
                 self.weights[name].copy_(tensor)

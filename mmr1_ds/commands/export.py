@@ -13,7 +13,6 @@ from mmr1_ds.config import ModelConfig
 from mmr1_ds.config.derived import checkpoint_directory
 from mmr1_ds.config.loading import load_config
 from mmr1_ds.errors import UserError, require
-from mmr1_ds.io import whole_folder
 from mmr1_ds.loop.checkpoint import Checkpoints
 from mmr1_ds.monitoring.logger import configure_logging, quiet_libraries
 
@@ -68,8 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
         ranks.close()
     logger.info("%s is undamaged; writing %s", folder, out)
     try:
-        with whole_folder(out) as temporary:
-            _write(folder / "actor", config.worker.actor.model, temporary, arguments)
+        _write(folder / "actor", config.worker.actor.model, out, arguments)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}") from error
     size = sum(path.stat().st_size for path in out.rglob("*"))

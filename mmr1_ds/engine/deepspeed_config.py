@@ -13,15 +13,13 @@ from mmr1_ds.errors import UserError, first_line
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-# DeepSpeed reads these elsewhere than in its config class.
-_READ_ELSEWHERE = ("compression_training", "elasticity", "sequence_parallel_size")
+_READ_ELSEWHERE = ("sequence_parallel_size",)  # than in DeepSpeed's config class
 # Sections that DeepSpeed reads key by key, so that one which is misspelt is passed over. Others refuse it themselves.
 _READ_BY_KEY = (
     "activation_checkpointing", "data_types", "aio", "optimizer", "checkpoint", "flops_profiler", "torch_autocast",
-    "autotuning", "data_efficiency", "data_efficiency.data_sampling", "data_efficiency.data_routing",
-    "checkpoint.parallel_write", "timers", "expert_parallel",
+    "timers", "checkpoint.parallel_write",
 )  # fmt: skip
-_OF_PIPELINE = ("use_reentrant",)  # read by the pipeline's engine, beside those that have a default
+_OF_OTHERS = ("autotuning", "data_efficiency", "expert_parallel", "pipeline")  # than an engine of ZeRO-3 alone
 
 
 def check_deepspeed(resolved: Mapping[str, Any], name: str) -> None:
@@ -30,9 +28,12 @@ def check_deepspeed(resolved: Mapping[str, Any], name: str) -> None:
     Args: name: of the file, for errors.
     Raises: UserError, one line, for what DeepSpeed refuses, and for a key that it does not know.
     """
-    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum, get_pipeline_config
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
     from pydantic import ValidationError
 
+    for section in _OF_OTHERS:
+        if section in resolved:
+            raise UserError(f"{name}: DeepSpeed's {section} is not used with ZeRO-3 here; remove it")
     content = _Asked(copy.deepcopy(dict(resolved)))
     watched: dict[str, _Asked] = {}
     for section in _READ_BY_KEY:  # outer ones first
@@ -59,8 +60,6 @@ def check_deepspeed(resolved: Mapping[str, Any], name: str) -> None:
     _check_known(content, _READ_ELSEWHERE, name, "")
     for section, asked in watched.items():
         _check_known(asked, ("params",), name, section + ".")
-    if isinstance(pipeline := content.get("pipeline"), dict):  # of which DeepSpeed takes over every key
-        _check_known(_Asked(pipeline), (*get_pipeline_config({}), *_OF_PIPELINE), name, "pipeline.")
     _check_optimizer(resolved.get("optimizer", {}).get("params", {}), name)
 
 

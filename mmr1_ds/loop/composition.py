@@ -47,7 +47,6 @@ from mmr1_ds.loop.learners import Learners
 from mmr1_ds.loop.metrics import ActorWork
 from mmr1_ds.loop.own_functions import try_functions
 from mmr1_ds.loop.partial_batches import PartialBatchMaker
-from mmr1_ds.loop.parts import Parts
 from mmr1_ds.loop.prompt_features import describe_prompts
 from mmr1_ds.loop.refresh import KEPT, CurriculumRefresh
 from mmr1_ds.loop.shared_queue import SharedQueue
@@ -164,7 +163,7 @@ def run(config: RunConfig, deepspeed: DeepspeedConfigs, launch: LaunchEnvironmen
             batches = make_batches(config, batch_maker, opened, collector, queue)
             trainer = make_trainer(config, num_steps, Trainer, engines, opened, batches, collector, work, queue)
             if start is not None:
-                trainer.parts.state.load(*start, None if config.trainer.val_only else trainer.parts.settings)
+                trainer.state.load(*start, None if config.trainer.val_only else trainer.settings)
         trainer.fit()
 
 
@@ -247,7 +246,8 @@ def make_trainer(
     turns = Turns(engines.rollout, engines.actor, engines.critic)
     learners = _learners(config, engines, opened.ranks)
     records = _records(config, engines, opened, work)
-    parts = Parts(
+    return trainer_class(
+        num_steps=0 if config.trainer.val_only else num_steps,
         settings=dataclasses.replace(settings, with_experts=returns_experts(config)),
         turns=turns,
         batches=batches,
@@ -258,15 +258,15 @@ def make_trainer(
         records=records,
         report=opened.report,
     )
-    return trainer_class(parts, 0 if config.trainer.val_only else num_steps)
 
 
 def _learners(config: RunConfig, engines: Engines, ranks: Ranks) -> Learners:
+    overlong = {"overlong": 1.0} if config.algorithm.overlong_buffer else {}
     return Learners(
-        config.algorithm,
-        config.trainer.critic_warmup,
-        config.worker.ref.update_freq,
-        reward_weights(config.worker.reward) | ({"overlong": 1.0} if config.algorithm.overlong_buffer else {}),
+        algorithm=config.algorithm,
+        critic_warmup=config.trainer.critic_warmup,
+        reference_update_freq=config.worker.ref.update_freq,
+        reward_weights=reward_weights(config.worker.reward) | overlong,
         actor=engines.actor,
         reference=engines.reference,
         critic=engines.critic,
@@ -288,13 +288,13 @@ def _validation(
     if sampling.stop is None:
         sampling = dataclasses.replace(sampling, stop=rollout.stop)
     return Validation(
-        opened.val_data,
-        sampling,
-        config.data,
-        config.trainer,
-        rollout.seed,
-        num_steps,
-        f"{config.worker.actor.model.model_path} of {folder}",
+        val_data=opened.val_data,
+        sampling=sampling,
+        data=config.data,
+        trainer=config.trainer,
+        seed=rollout.seed,
+        num_steps=num_steps,
+        policy=f"{config.worker.actor.model.model_path} of {folder}",
         collector=collector,
         encoder=opened.encoder,
         turns=turns,
@@ -317,10 +317,10 @@ def _refresh(
     queue: SharedQueue | None,
 ) -> CurriculumRefresh:
     return CurriculumRefresh(
-        config.data,
-        config.worker.reward,
-        settings,
-        config.worker.rollout,
+        data=config.data,
+        reward=config.worker.reward,
+        settings=settings,
+        rollout=config.worker.rollout,
         coordinator=opened.coordinator,
         collector=collector,
         train_data=opened.train_data,
@@ -346,13 +346,13 @@ def _state(
     records: StepRecords,
 ) -> RunState:
     return RunState(
-        steps_between_saves(config, num_steps),
-        not config.trainer.val_only,
-        config.trainer.async_save,
-        config.trainer.save_model_only,
-        num_steps,
-        dump_config(config),
-        opened.checkpoints.root / KEPT,
+        save_freq=steps_between_saves(config, num_steps),
+        saves_when_interrupted=not config.trainer.val_only,
+        saves_in_background=config.trainer.async_save,
+        weights_alone=config.trainer.save_model_only,
+        num_steps=num_steps,
+        config_yaml=dump_config(config),
+        kept_refresh=opened.checkpoints.root / KEPT,
         actor=engines.actor,
         critic=engines.critic,
         coordinator=opened.coordinator,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,58 +32,46 @@ class Judged:
     experts: Sequence[np.ndarray] | None = None  # where the update sends the tokens of a mixture, see Trajectory
 
 
+@dataclass(kw_only=True, eq=False)
 class Learners:
     """The actor, and beside it the reference and the critic where the run has them."""
 
-    def __init__(
-        self,
-        algorithm: AlgorithmConfig,
-        critic_warmup: int,
-        reference_update_freq: int,
-        reward_weights: Mapping[str, float] | None = None,
-        *,
-        actor: Actor,
-        reference: Reference | AdapterlessReference | None,
-        critic: Critic | None,
-        ranks: Ranks,
-    ) -> None:
-        """
-        Args:
-            critic_warmup: steps at first in which only the critic learns.
-            reference_update_freq: steps after which the reference follows the actor; 0 = never.
-            reward_weights: gdpo: of each part of the reward, by its name.
-        """
-        self._algorithm, self._critic_warmup = algorithm, critic_warmup
-        self._update_freq, self._reward_weights = reference_update_freq, reward_weights
-        self._actor, self._reference, self._critic, self._ranks = actor, reference, critic, ranks
-        self.num_steps_done = 0  # steps whose update is done
+    algorithm: AlgorithmConfig
+    critic_warmup: int  # steps at first in which only the critic learns
+    reference_update_freq: int  # steps after which the reference follows the actor; 0 = never
+    reward_weights: Mapping[str, float]  # gdpo: of each part of the reward, by its name
+    actor: Actor
+    reference: Reference | AdapterlessReference | None
+    critic: Critic | None
+    ranks: Ranks
+    num_steps_done: int = field(init=False, default=0)  # steps whose update is done
 
     def save_reference(self, folder: Path) -> None:
         """Write this rank's part of a reference that has moved. Not a collective. Raises: OSError."""
-        if self._reference is not None:
-            self._reference.save(folder)
+        if self.reference is not None:
+            self.reference.save(folder)
 
     def load_reference(self, folder: Path) -> None:
         """Read what `save_reference` wrote, if anything. Collective."""
-        if self._reference is not None:
-            self._reference.load(folder)
+        if self.reference is not None:
+            self.reference.load(folder)
 
     def judge(self, step: int, batch: Batch, clock: StageClock) -> Judged:
         """Compute the log-probabilities and values that the update of `step` needs. Collective."""
         pairs = pairs_of(batch.groups)
         old = entropies = reference = values = None
         experts: Sequence[np.ndarray] | None = experts_of(batch.groups)
-        learns = step > self._critic_warmup
-        penalises = self._reference is not None and kl_off_reward(self._algorithm)
-        if penalises or (learns and self._actor.needs_old_log_probs(len(batch.groups))):
+        learns = step > self.critic_warmup
+        penalises = self.reference is not None and kl_off_reward(self.algorithm)
+        if penalises or (learns and self.actor.needs_old_log_probs(len(batch.groups))):
             with clock("old"):
-                old, entropies, experts = self._actor.old_policy(pairs, experts)
-        if self._reference is not None and (penalises or learns):
+                old, entropies, experts = self.actor.old_policy(pairs, experts)
+        if self.reference is not None and (penalises or learns):
             with clock("ref"):
-                reference = self._reference.log_probs(pairs)
-        if self._critic is not None:
+                reference = self.reference.log_probs(pairs)
+        if self.critic is not None:
             with clock("values"):
-                values = self._critic.values(pairs)
+                values = self.critic.values(pairs)
         return Judged(old, entropies, reference, values, experts)
 
     def experience(self, batch: Batch, judged: Judged, clock: StageClock) -> Experience:
@@ -91,29 +79,29 @@ class Learners:
         with clock("adv"):
             return make_experience(
                 batch.groups,
-                self._algorithm,
-                self._actor.kl,
-                self._ranks,
+                self.algorithm,
+                self.actor.kl,
+                self.ranks,
                 old=judged.old,
                 ref=judged.reference,
                 entropies=judged.entropies,
                 values=judged.values,
                 experts=judged.experts,
                 baselines=batch.baselines,
-                reward_weights=self._reward_weights,
+                reward_weights=self.reward_weights,
             )
 
     def update(self, step: int, experience: Experience, clock: StageClock) -> dict[str, float]:
         """Train the critic, if there is one, and the actor. Collective. Returns: metrics."""
         metrics = dict(experience.metrics)
-        if self._critic is not None:
+        if self.critic is not None:
             with clock("update_critic"):
-                metrics |= self._critic.update(experience.trajectories, experience.group_sizes)
-        if step > self._critic_warmup:
+                metrics |= self.critic.update(experience.trajectories, experience.group_sizes)
+        if step > self.critic_warmup:
             with clock("update_actor"):
-                metrics |= self._actor.update(experience.trajectories, experience.group_sizes)
-        if self._reference is not None and self._update_freq and step % self._update_freq == 0:
+                metrics |= self.actor.update(experience.trajectories, experience.group_sizes)
+        if self.reference is not None and self.reference_update_freq and step % self.reference_update_freq == 0:
             with clock("ref"):
-                self._reference.follow(self._actor)
+                self.reference.follow(self.actor)
         self.num_steps_done = step
         return metrics

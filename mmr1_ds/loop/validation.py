@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,67 +40,52 @@ _GATHERED = 64  # prompts of a rank whose texts are sent at once
 _KEPT = 256  # prompts at most between two additions to a table of pass rates
 
 
+@dataclass(kw_only=True, eq=False)
 class Validation:
     """Samples and rewards answers to the validation data where that is due."""
 
-    def __init__(
-        self,
-        val_data: PromptDataset | None,
-        sampling: ValidationSampling,
-        data: DataConfig,
-        trainer: TrainerConfig,
-        seed: int,
-        num_steps: int,
-        policy: str,
-        *,
-        collector: Collector,
-        encoder: PromptEncoder,
-        turns: Turns,
-        records: StepRecords,
-        metrics_logger: MetricsLogger,
-        answer_log: AnswerLog,
-        ranks: Ranks,
-        queue: SharedQueue | None = None,
-    ) -> None:
-        """
-        Args:
-            val_data: None = there is nothing to validate on, and every method returns no metrics.
-            seed: of the rollouts.
-            num_steps: after the last of which a validation is due as well.
-            policy: the model's name, for a table of pass rates.
-            queue: of the validation data, from which the ranks take the requests of all; None = each samples its own.
-        """
-        self._val_data, self._sampling, self._data, self._trainer = val_data, sampling, data, trainer
-        self._num_steps, self._policy, self._requests = num_steps, policy, RequestMaker(seed)
-        self._collector, self._encoder, self._turns = collector, encoder, turns
-        self._records, self._metrics_logger, self._answer_log = records, metrics_logger, answer_log
-        self._ranks, self._queue = ranks, queue
+    val_data: PromptDataset | None  # None = there is nothing to validate on, and every method returns no metrics
+    sampling: ValidationSampling
+    data: DataConfig
+    trainer: TrainerConfig
+    seed: int  # of the rollouts
+    num_steps: int  # after the last of which a validation is due as well
+    policy: str  # the model's name, for a table of pass rates
+    collector: Collector
+    encoder: PromptEncoder
+    turns: Turns
+    records: StepRecords
+    metrics_logger: MetricsLogger
+    answer_log: AnswerLog
+    ranks: Ranks
+    # Of the validation data, from which the ranks take the requests of all; None = each samples its own.
+    queue: SharedQueue | None = None
 
     def before_training(self, step: int) -> dict[str, float]:
         """Validate a run that begins now, or that only validates. Collective. Returns: as `run`, or no metrics."""
-        return self.run(step) if self._trainer.val_only or (self._trainer.val_before_train and step == 0) else {}
+        return self.run(step) if self.trainer.val_only or (self.trainer.val_before_train and step == 0) else {}
 
     def run_if_due(self, step: int) -> dict[str, float]:
         """Validate after `step` where `trainer.val_freq` says so. Collective. Returns: as `run`, or no metrics."""
-        every = self._trainer.val_freq
-        return self.run(step) if every > 0 and (step == self._num_steps or step % every == 0) else {}
+        every = self.trainer.val_freq
+        return self.run(step) if every > 0 and (step == self.num_steps or step % every == 0) else {}
 
     def run(self, step: int) -> dict[str, float]:
         """Validate after `step` steps. Collective. Returns: metrics `val/*`, of all ranks."""
-        data, ranks, sampling = self._val_data, self._ranks, self._sampling
+        data, ranks, sampling = self.val_data, self.ranks, self.sampling
         if data is None:
             return {}
         table, known = self._open_table(step)
         left = [i for i, name in enumerate(data.prompt_ids) if name not in known] if known else [*range(len(data))]
-        clock = self._records.clock()
+        clock = self.records.clock()
         groups: list[ScoredGroup] = []
         failures: list[RewardCounts] = []
         answered: list[Answered] = []
         with (
             clock("testing"),
-            self._turns.rollout(),
-            self._answer_log.of_step(step, continued=bool(known)) as log,
-            self._metrics_logger.progress(len(left) * sampling.n, f"validation after step {step}, answers") as advance,
+            self.turns.rollout(),
+            self.answer_log.of_step(step, continued=bool(known)) as log,
+            self.metrics_logger.progress(len(left) * sampling.n, f"validation after step {step}, answers") as advance,
         ):
             for scored, counts in self._sample(data, left, _of_all_ranks(advance, ranks.size, len(left) * sampling.n)):
                 groups += scored
@@ -114,9 +99,9 @@ class Validation:
             logger.info("%s", table.histogram())
         if known:  # the figures of the rest alone would be taken for those of the whole
             return {}
-        self._log_generations(step, groups[: self._trainer.val_generations_to_log])
-        metrics = self._records.stages(clock)
-        metrics |= validation_lengths([item.group for item in groups], self._data.max_prompt_length, ranks)
+        self._log_generations(step, groups[: self.trainer.val_generations_to_log])
+        metrics = self.records.stages(clock)
+        metrics |= validation_lengths([item.group for item in groups], self.data.max_prompt_length, ranks)
         for name, value in reward_metrics([group.rewards for group in groups], failures, ranks).items():
             part = name.removeprefix("reward/")
             metrics[f"val/{part}" if part.startswith("num_") else f"val/{part}_reward"] = value
@@ -125,28 +110,28 @@ class Validation:
 
     def _open_table(self, step: int) -> tuple[PassRates | None, frozenset[str]]:
         """Open the table of pass rates, where there is one. Collective. Returns: it on rank 0, and its prompts."""
-        if self._trainer.pass_rates is None or not self._trainer.val_only:
+        if self.trainer.pass_rates is None or not self.trainer.val_only:
             return None, frozenset()
-        path, table = Path(self._trainer.pass_rates), None
-        chosen = {name: value for name, value in asdict(self._sampling).items() if name != "n"}
-        policy = f"{self._policy} after {step} steps, {', '.join(f'{name} {value}' for name, value in chosen.items())}"
+        path, table = Path(self.trainer.pass_rates), None
+        chosen = {name: value for name, value in asdict(self.sampling).items() if name != "n"}
+        policy = f"{self.policy} after {step} steps, {', '.join(f'{name} {value}' for name, value in chosen.items())}"
 
         def open_table() -> frozenset[str]:
             nonlocal table
-            table = PassRates(path, policy, self._sampling.n)
+            table = PassRates(path, policy, self.sampling.n)
             return table.prompt_ids
 
-        found = by_rank_0(self._ranks, "read the pass rates", open_table)
+        found = by_rank_0(self.ranks, "read the pass rates", open_table)
         if found:
-            logger.info("%s has %d prompts already", self._trainer.pass_rates, len(found))
+            logger.info("%s has %d prompts already", self.trainer.pass_rates, len(found))
         return table, found
 
     def _sample(
         self, data: PromptDataset, indices: Sequence[int], advance: Callable[[int], None]
     ) -> Iterator[tuple[list[ScoredGroup], RewardCounts]]:
         """Yield this rank's scored groups, call by call. Collective."""
-        ranks, sampling = self._ranks, self._sampling
-        most_tokens = sampling.max_tokens or self._data.max_response_length
+        ranks, sampling = self.ranks, self.sampling
+        most_tokens = sampling.max_tokens or self.data.max_response_length
         settings = SamplingSettings(
             sampling.temperature,
             sampling.top_p,
@@ -156,21 +141,21 @@ class Validation:
             repetition_penalty=sampling.repetition_penalty,
             stop=tuple(sampling.stop or ()),
         )
-        chunk = self._data.val_batch_size if self._data.val_batch_size > 0 else len(indices)
-        if self._trainer.pass_rates is not None:
+        chunk = self.data.val_batch_size if self.data.val_batch_size > 0 else len(indices)
+        if self.trainer.pass_rates is not None:
             chunk = max(1, min(chunk, _KEPT))
         for start in range(0, len(indices), chunk):
             own = indices[start : start + chunk][ranks.rank :: ranks.size]
             # Step 0 for all: validation at different steps shares its seeds, so that runs compare.
-            requests = self._requests(unread(data, self._queue), own, sampling.n, VALIDATION, 0, own)
-            scored, counts = self._collector.collect(requests, settings, StageClock(ranks.stage), advance, self._queue)
+            requests = RequestMaker(self.seed)(unread(data, self.queue), own, sampling.n, VALIDATION, 0, own)
+            scored, counts = self.collector.collect(requests, settings, StageClock(ranks.stage), advance, self.queue)
             yield [with_prompt(item, data) for item in scored], counts
 
     def _gathered(
         self, data: PromptDataset, scored: Sequence[ScoredGroup]
     ) -> Iterator[list[tuple[Answered, list[dict[str, Any]]]]]:
         """Yield what all ranks have, a few prompts at a time, in the order of the data. Collective."""
-        ranks = self._ranks
+        ranks = self.ranks
         most = max(ranks.all_gather_objects(len(scored), "count the answers"))
         for first in range(0, most, _GATHERED):
             own = [self._answers(data, item) for item in scored[first : first + _GATHERED]]
@@ -180,7 +165,7 @@ class Validation:
     def _answers(self, data: PromptDataset, item: ScoredGroup) -> tuple[Answered, list[dict[str, Any]]]:
         """Return what the answers to one prompt were worth, and a row for each."""
         prompt, rewards = item.group.prompt, item.rewards
-        texts = [self._encoder.decode(response.token_ids.tolist()) for response in item.group.responses]
+        texts = [self.encoder.decode(response.token_ids.tolist()) for response in item.group.responses]
         file = data.source_name(prompt.index)
         parts = [prompt.category] + ([file] if len(data.source_names) > 1 else [])
         overall = np.where(rewards.is_unknown, np.nan, rewards.overall).astype(np.float32)
@@ -210,7 +195,7 @@ class Validation:
         return answered, rows
 
     def _log_generations(self, step: int, groups: Sequence[ScoredGroup]) -> None:
-        decode = self._encoder.decode
+        decode = self.encoder.decode
         rows = [
             {
                 "prompt": decode(item.group.prompt.token_ids),
@@ -221,7 +206,7 @@ class Validation:
             for item in groups
             for response, reward in zip(item.group.responses[:1], item.rewards.overall[:1], strict=True)
         ]
-        self._metrics_logger.generations(step, rows)
+        self.metrics_logger.generations(step, rows)
 
 
 def _rate(answered: Answered, row: Mapping[str, Any]) -> dict[str, Any]:

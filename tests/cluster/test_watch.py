@@ -362,20 +362,6 @@ def test_credentials_in_a_fault_are_reported_to_nobody(monkeypatch, tmp_path, ca
     assert "hunter22" not in written and "sk-0123456789" not in written
 
 
-def test_a_watch_hears_the_others_through_the_store():
-    store = Store()
-    store.set("place/0", signed(Place(0, "h0", stage="gen", step=3)))
-    watch = Watch(1, 2, 10, store)
-    try:
-        watch.wait_for_all()
-        known = watch.known()
-    finally:
-        watch.close()
-    (heard,) = known.others
-    assert (heard.place.stage, heard.place.step) == ("gen", 3)
-    assert known.own.rank == 1 and not known.store_is_lost
-
-
 def test_a_process_that_was_stopped_blames_nobody_for_what_it_missed(monkeypatch):
     """Ten minutes pass at once, in which nothing of this process ran."""
     missed, clock, ended = [0.0], time.monotonic, []

@@ -148,10 +148,11 @@ def test_what_a_refresh_costs(valid, capfd):
     first = "plan of default: before step 1 a full refresh of 56 responses, as many as 0.9 steps of training; data.curr"
     assert first in plan(valid, capfd, *curriculum).splitlines()[0]
     assert "before step 1" not in plan(valid, capfd, *curriculum, "data.curriculum_refresh=online")
-    features = [*curriculum, "data.curriculum_features=text"]
+    without = [*curriculum, "data.curriculum_features=none"]
     unused = "keys without effect: data.curriculum_features (data.curriculum_refresh=full)"
-    assert unused in plan(valid, capfd, *features)
-    online = plan(valid, capfd, *features, "data.curriculum_refresh=online")
+    assert unused in plan(valid, capfd, *without)
+    assert "a prior of each prompt" not in plan(valid, capfd, *without, "data.curriculum_refresh=online")
+    online = plan(valid, capfd, *curriculum, "data.curriculum_refresh=online")
     assert "; a prior of each prompt from its text" in online and unused not in online
     by_model = [*curriculum, "data.curriculum_features=model", "data.curriculum_refresh=online"]
     assert "; a prior of each prompt from the model's hidden state of it: one forward" in plan(valid, capfd, *by_model)
@@ -166,6 +167,8 @@ def test_prompts_by_score_are_counted_as_the_sampler_counts(valid, capfd):
     assert "curriculum: 29 of 100 prompts a step by score (1 learnability); the other 71 in turn; mom" in text
     online = ["data.curriculum_refresh=online", "data.curriculum_mixture_ratio=1"]
     text = plan(valid, capfd, *batch, *mixture, *online, "worker.rollout.n=6")
+    assert "100 of 100 prompts a step by score (1 learnability)\n" in text
+    text = plan(valid, capfd, *batch, *mixture, *online, "data.curriculum_draw=posterior", "worker.rollout.n=6")
     assert "100 of 100 prompts a step by score (1 learnability), the best by a draw from each belief\n" in text
 
 

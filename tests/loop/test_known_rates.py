@@ -32,7 +32,7 @@ def test_training_begins_from_the_table_of_an_evaluation_of_the_same_file(tmp_pa
     path = write_jsonl(tmp_path / "rows.jsonl", text_rows(P))
     data = DataConfig(
         train_files=path, val_files=path, rollout_batch_size=4, min_pixels=None, max_pixels=None, **ONLINE,
-        curriculum_draw="posterior", curriculum_mixture_ratio=0.5,
+        curriculum_mixture_ratio=0.5, curriculum_features="none",
     )  # fmt: skip
     data.curriculum_prior = str(tmp_path / "rates.jsonl")
     config, one_rank = RunConfig(data=data), Ranks(SingleProcess())

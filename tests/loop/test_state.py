@@ -40,13 +40,13 @@ class Parts:
             begin_training=lambda: None, is_asked=asked, reason="SIGTERM received", took=lambda **seconds: None
         )
         self.state = RunState(
-            save_freq,
-            saves_when_interrupted,
-            saves_in_background,
-            False,
-            9,
-            "",
-            kept,
+            save_freq=save_freq,
+            saves_when_interrupted=saves_when_interrupted,
+            saves_in_background=saves_in_background,
+            weights_alone=False,
+            num_steps=9,
+            config_yaml="",
+            kept_refresh=kept,
             actor=nothing,
             critic=None,
             coordinator=SimpleNamespace(refresh_due=lambda step: step in refreshes, save=lambda folder: None),

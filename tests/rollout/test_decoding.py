@@ -1,7 +1,6 @@
-"""The decoding loop against transformers' generate and whole forwards; the distribution it draws from."""
+"""Sampling against transformers' generate and whole forwards; the distribution it draws from."""
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from mmr1_ds.config import DataConfig, ModelConfig
 from mmr1_ds.data.encoding import PromptEncoder
 from mmr1_ds.engine.model.log_probs import plain_log_probs
 from mmr1_ds.records import SamplingSettings
-from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, Sampler, Stops, sample_responses
+from mmr1_ds.rollout.hf.decoding import PromptBatch, SeededDraw, Stops, sample_responses
 
 CPU = torch.device("cpu")
 FAMILIES = ["qwen2", "qwen2_5_vl"]
@@ -27,34 +26,31 @@ WARM = SamplingSettings(temperature=0.8, top_p=1.0, top_k=-1, max_tokens=40)
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request, tmp_path_factory):
-    """A model as transformers loads it, the same with our attention, the encoder, and five expanded prompts."""
+    """A model as transformers loads it, the encoder, and five expanded prompts."""
     folder = tmp_path_factory.mktemp(request.param)
     is_vision = request.param.endswith(("vl", "qwen3_5", "qwen3_5_moe"))
     seed = 5 if request.param == "qwen3_5" else 3  # of a model that repeats tokens, or no penalty would show
     (save_vision_model if is_vision else save_text_model)(folder, family=request.param, seed=seed)
     kind = transformers.AutoModelForImageTextToText if is_vision else transformers.AutoModelForCausalLM
-    plain, ours = (
-        kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=name).eval()
-        for name in ("sdpa", ATTENTION)
-    )
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     encoder = PromptEncoder(
         ModelConfig(model_path=str(folder)), DataConfig(min_pixels=28 * 28, max_pixels=112 * 112, max_prompt_length=96)
     )
     prompts = [make_prompt(encoder, i, is_vision and i % 3 != 0, most_images=3) for i in (7, 0, 100, 3, 11)]
-    return plain, ours, encoder, [encoder.expand(prompt) for prompt in prompts]
+    return model, encoder, [encoder.expand(prompt) for prompt in prompts]
 
 
 def sample(loaded, rows, seeds, settings, forbidden=None, chosen=None):
-    _, ours, encoder, prompts = loaded
+    model, encoder, prompts = loaded
     prompts = prompts if chosen is None else [prompts[i] for i in chosen]
     forbidden = encoder.forbidden_token_ids if forbidden is None else forbidden
-    batch = PromptBatch.of(prompts, encoder.eos_token_ids[0], CPU)
-    return sample_responses(ours, batch, rows, seeds, settings, forbidden, encoder.eos_token_ids)
+    batch = PromptBatch.of(prompts, CPU)
+    return sample_responses(model, batch, rows, seeds, settings, forbidden, encoder.eos_token_ids)
 
 
 def assert_alike(loaded, one, other):
     """The same, but where a convolution rounds by the place in the batch: there, the same tokens."""
-    convolves = "linear_attention" in (getattr(loaded[1].config.get_text_config(), "layer_types", None) or ())
+    convolves = "linear_attention" in (getattr(loaded[0].config.get_text_config(), "layer_types", None) or ())
     assert one[0] == other[0]
     np.testing.assert_allclose(one[1], other[1], rtol=0, atol=1e-6 if convolves else 0)
 
@@ -65,11 +61,11 @@ def vision_of(vision, input_ids, encoder):
 
 
 def test_greedy_tokens_are_those_of_generate(loaded):
-    plain, _, encoder, prompts = loaded
+    plain, encoder, prompts = loaded
     found = sample(loaded, [0, 1, 2, 3, 4, 4], [0] * 6, GREEDY)
     assert_alike(loaded, found[4], found[5])
     for prompt, (tokens, _) in zip(prompts, found[:5], strict=True):  # one by one: without any padding
-        batch = PromptBatch.of([prompt], 0, CPU)
+        batch = PromptBatch.of([prompt], CPU)
         expected = plain.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -85,9 +81,9 @@ def test_greedy_tokens_are_those_of_generate(loaded):
 
 @pytest.mark.parametrize("penalty", [1.5, 4.0])
 def test_repeated_tokens_are_penalised_as_by_generate(loaded, penalty):
-    plain, _, encoder, prompts = loaded
+    plain, encoder, prompts = loaded
     settings = dataclasses.replace(GREEDY, repetition_penalty=penalty)
-    batch = PromptBatch.of(prompts[:1], 0, CPU)
+    batch = PromptBatch.of(prompts[:1], CPU)
     expected = plain.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -107,8 +103,8 @@ def test_repeated_tokens_are_penalised_as_by_generate(loaded, penalty):
 
 
 def test_a_response_ends_with_the_token_that_completes_a_stop_string(loaded):
-    _, ours, encoder, prompts = loaded
-    batch = PromptBatch.of(prompts, encoder.eos_token_ids[0], CPU)
+    model, encoder, prompts = loaded
+    batch = PromptBatch.of(prompts, CPU)
     whole = sample(loaded, [0, 0, 1, 2], [1, 2, 3, 4], WARM)
     longest = max(range(4), key=lambda place: len(whole[place][0]))
     end = len(whole[longest][0]) // 2 + 1
@@ -116,7 +112,7 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(loaded):
     assert text
     stops = Stops(encoder.tokenizer, ["never written", text])
     found = sample_responses(
-        ours, batch, [0, 0, 1, 2], [1, 2, 3, 4], WARM, encoder.forbidden_token_ids, encoder.eos_token_ids, stops
+        model, batch, [0, 0, 1, 2], [1, 2, 3, 4], WARM, encoder.forbidden_token_ids, encoder.eos_token_ids, stops
     )
     assert len(found[longest][0]) <= end and stops.end(found[longest][0])
     for (tokens, logprobs), (all_tokens, all_logprobs) in zip(found, whole, strict=True):
@@ -126,9 +122,9 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(loaded):
 
 
 def test_log_probs_are_those_of_a_whole_forward(loaded):
-    plain, _, encoder, prompts = loaded
+    plain, encoder, prompts = loaded
     for prompt, (tokens, logprobs) in zip(prompts, sample(loaded, range(5), range(5), WARM), strict=True):
-        batch = PromptBatch.of([prompt], 0, CPU)
+        batch = PromptBatch.of([prompt], CPU)
         length = batch.input_ids.shape[1]
         ids = torch.cat([batch.input_ids, torch.tensor([tokens])], dim=1)
         vision = vision_of(batch.vision, ids, encoder)
@@ -143,12 +139,12 @@ def test_log_probs_are_those_of_a_whole_forward(loaded):
 
 def test_log_probs_after_videos_are_those_of_a_whole_forward(loaded):
     """At our positions: those of transformers are others behind a video (docs/models.md)."""
-    plain, ours, encoder, _ = loaded
+    plain, encoder, _ = loaded
     if not encoder.is_multimodal:
         return
     prompts = [encoder.expand(make_prompt(encoder, i, True, most_images=3, with_videos=True)) for i in (5, 7)]
-    batch = PromptBatch.of(prompts, 0, CPU)
-    found = sample_responses(ours, batch, [0, 1], [3, 4], WARM, encoder.forbidden_token_ids, encoder.eos_token_ids)
+    batch = PromptBatch.of(prompts, CPU)
+    found = sample_responses(plain, batch, [0, 1], [3, 4], WARM, encoder.forbidden_token_ids, encoder.eos_token_ids)
     for prompt, (tokens, logprobs) in zip(prompts, found, strict=True):
         length = len(prompt.input_ids)
         ids = torch.cat([prompt.input_ids, torch.tensor(tokens)])[None]
@@ -168,9 +164,9 @@ def test_log_probs_after_videos_are_those_of_a_whole_forward(loaded):
 
 
 def test_a_response_depends_on_its_prompt_and_seed_alone(loaded):
-    eos = loaded[2].eos_token_ids
+    eos = loaded[1].eos_token_ids
     rows, seeds = [3, 0, 0, 2, 4, 1, 4, 0, 1], [5, 1, 2, 3, 4, 9, 4, 11, 12]
-    # Few tokens left: responses end early, at different places, and leave the batch while others go on.
+    # Few tokens left: responses end early, at different places, while others go on.
     forbidden = [token for token in range(112) if token % 9 and token not in eos]
     together = sample(loaded, rows, seeds, WARM, forbidden)
     assert_alike(loaded, together[4], together[6])
@@ -185,21 +181,24 @@ def test_a_response_depends_on_its_prompt_and_seed_alone(loaded):
         assert not set(tokens) & set(forbidden)
 
 
-def make_sampler(forbidden=(), **settings):
-    return Sampler(SamplingSettings(**{"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": 1, **settings}),
-                   forbidden, CPU)  # fmt: skip
+def drawn(probabilities, uniforms, forbidden=(), **settings):
+    """Tokens drawn by these numbers from the same distribution, and their log-probabilities; `generate` takes them."""
+    named = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": 1, **settings}
+    uniforms = torch.as_tensor(uniforms, dtype=torch.float64)[:, None]
+    draw = SeededDraw(SamplingSettings(**named), forbidden, uniforms)
+    logits = torch.as_tensor(probabilities, dtype=torch.float32).log().expand(len(uniforms), -1)
+    taken = draw(torch.zeros((len(uniforms), 0), dtype=torch.int64), logits)
+    assert (taken > float("-inf")).sum(dim=1).tolist() == [1] * len(uniforms)
+    return taken.argmax(dim=1), draw.logprobs[0]
+
+
+EVENLY = (np.arange(1000) + 0.5) / 1000
+PROBABILITIES = [0.1, 0.25, 0.05, 0.6]
 
 
 def test_tokens_are_drawn_as_often_as_their_probabilities_say():
-    probabilities = torch.tensor([0.1, 0.25, 0.05, 0.6])
-    sampler = make_sampler()
-    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    drawn = sampler.draw(sampler.log_probs(probabilities.log().expand(1000, 4).clone()), uniforms)
-    assert torch.bincount(drawn, minlength=4).tolist() == [100, 250, 50, 600]
-    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    barred = make_sampler(forbidden=[0, 3])
-    drawn = barred.draw(barred.log_probs(probabilities.log().expand(2, 4).clone()), ends)
-    assert drawn.tolist() == [1, 2]
+    assert torch.bincount(drawn(PROBABILITIES, EVENLY)[0], minlength=4).tolist() == [100, 250, 50, 600]
+    assert drawn(PROBABILITIES, [0.0, 1 - 2**-53], forbidden=[0, 3])[0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -210,29 +209,33 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say():
         ({"top_p": 0.9}, [0.1, 0.25, 0, 0.6]),
         ({"min_p": 0.3}, [0, 0.25, 0, 0.6]),
         ({"min_p": 0.1, "top_k": 3}, [0.1, 0.25, 0, 0.6]),
-        ({"temperature": 0.0, "min_p": 0.9}, [0.1, 0.25, 0.05, 0.6]),
         ({"forbidden": [3]}, [0.1, 0.25, 0.05, 0]),
-        ({"temperature": 0.0, "top_k": 1, "forbidden": [1]}, [0.1, 0, 0.05, 0.6]),
     ],
 )
 def test_the_distribution(settings, expected):
-    logits = torch.tensor([[0.1, 0.25, 0.05, 0.6]]).log()
-    found = make_sampler(**settings).log_probs(logits).exp()[0]
-    np.testing.assert_allclose(found, np.array(expected) / sum(expected), atol=1e-6)
+    tokens, logprobs = drawn(PROBABILITIES, EVENLY, **settings)
+    expected = np.array(expected) / sum(expected)
+    np.testing.assert_allclose(torch.bincount(tokens, minlength=4) / 1000, expected, atol=1.1e-3)
+    np.testing.assert_allclose(logprobs.exp(), expected[tokens], atol=1e-6)
+
+
+def test_the_greedy_token_is_the_likeliest_that_is_allowed():
+    tokens, logprobs = drawn(PROBABILITIES, EVENLY, forbidden=[3], temperature=0.0, top_k=1, top_p=0.1, min_p=0.9)
+    assert set(tokens.tolist()) == {1}
+    np.testing.assert_allclose(logprobs.exp(), 0.25 / 0.4, atol=1e-6)
 
 
 def test_rare_tokens_of_a_large_vocabulary_are_drawn():
     """A million tokens of 1e-9 each after one of nearly 1: summed in float32 they would not be there."""
-    logits = torch.full((1, 1_000_001), np.log(1e-9))
-    logits[0, 0] = np.log(0.999)
-    sampler = make_sampler()
-    draw = functools.partial(sampler.draw, sampler.log_probs(logits))
-    assert draw(torch.tensor([0.9985], dtype=torch.float64)).tolist() == [0]
-    assert draw(torch.tensor([0.9995], dtype=torch.float64)).item() == pytest.approx(500_500, rel=1e-3)
+    probabilities = torch.full((1_000_001,), 1e-9)
+    probabilities[0] = 0.999
+    assert drawn(probabilities, [0.9985])[0].tolist() == [0]
+    assert drawn(probabilities, [0.9995])[0].item() == pytest.approx(500_500, rel=1e-3)
 
 
 def test_raw_log_probabilities_are_those_before_the_cut():
-    logits = torch.tensor([[0.1, 0.25, 0.05, 0.6]]).log()
-    sampler = make_sampler(temperature=0.5, top_k=2, top_p=0.9, forbidden=[0])
+    cut = {"temperature": 0.5, "top_k": 2, "top_p": 0.9, "forbidden": [0], "raw_logprobs": True}
+    tokens, logprobs = drawn(PROBABILITIES, EVENLY, **cut)
     expected = np.array([0, 0.0625, 0.0025, 0.36])
-    np.testing.assert_allclose(sampler.log_probs(logits, cut=False).exp()[0], expected / expected.sum(), atol=1e-6)
+    assert set(tokens.tolist()) == {1, 3}
+    np.testing.assert_allclose(logprobs.exp(), (expected / expected.sum())[tokens], atol=1e-6)

@@ -19,13 +19,7 @@ from safetensors.torch import load_file
 from mmr1_ds.engine.weights.gathering import fill_buckets, layer_groups
 from mmr1_ds.rollout.servers.weights.adapters import AdapterTransfer
 from mmr1_ds.rollout.servers.weights.control import ServerControl
-from mmr1_ds.rollout.servers.weights.shared_memory import (
-    BufferAddress,
-    MappedBuffer,
-    SharedBuffer,
-    offsets_of,
-    tensors,
-)
+from mmr1_ds.rollout.servers.weights.shared_memory import BufferAddress, MappedBuffer, SharedBuffer, offsets_of
 from mmr1_ds.rollout.servers.weights.shared_memory_transfer import SharedMemoryTransfer
 from mmr1_ds.rollout.servers.weights.transfer import WeightTransfer
 
@@ -106,8 +100,7 @@ def test_a_killed_trainer_leaves_nothing_and_its_readers_keep_what_they_mapped()
         assert address.path.startswith(f"/proc/{writer.pid}/fd/")  # no name that could be left behind
         writer.kill()
     assert not Path(address.path).exists()
-    entries = [("a", torch.float32, (3, 7))]
-    ((_, tensor),) = tensors(mapped.bytes(), entries, offsets_of(entries)[0])
+    ((_, tensor),) = mapped.read([("a", torch.float32, (3, 7))])
     assert torch.equal(tensor, torch.full((3, 7), 2.0))
 
 
@@ -117,16 +110,17 @@ def test_every_type_and_shape_survives_the_memory():
     offsets, size = offsets_of(entries)
     assert all(offset % 64 == 0 for offset in offsets) and offsets[1] - offsets[0] >= 802
     buffer = SharedBuffer(size)
-    mapped = MappedBuffer(buffer.address)
+    mapped, rounds = MappedBuffer(buffer.address), []
     for scale in (1, 2):
         wanted = [(scale * torch.arange(2 * 401)[::2].reshape(401, 1)).to(torch.bfloat16), torch.tensor(scale / 3)]
         wanted += [torch.full((7,), -scale, dtype=torch.int8), torch.empty(0, 3, dtype=torch.float64)]
         for offset, tensor in zip(offsets, wanted, strict=True):
             buffer.write(offset, tensor)
-        found = tensors(mapped.bytes(), entries, offsets)
+        rounds.append((list(mapped.read(entries)), wanted))
+    buffer.close()
+    for found, wanted in rounds:  # what was read is not what was written afterwards
         assert [name for name, _ in found] == list("abcd")
         assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), b in zip(found, wanted, strict=True))
-    buffer.close()
 
 
 def test_memory_that_is_not_the_trainers_is_refused(tmp_path):

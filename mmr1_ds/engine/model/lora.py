@@ -13,9 +13,7 @@ deepspeed.initialize partitions what is not partitioned yet, from rank 0's copy.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +47,7 @@ class Adapter(NamedTuple):
 def add_adapters(model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype) -> None:
     """Put adapters into the model and freeze everything else. Not a collective, but all ranks must do the same.
 
-    They start the same on every rank and in every run: A is drawn by the layer's name.
+    They start the same on every rank and in every run.
 
     Args: dtype: of the weights, and so of the adapters. In bf16 no small step is lost: DeepSpeed steps its own float32
     copies of what is trained. Computing with float32 adapters would save twice the activations for the backward, and
@@ -71,13 +69,12 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype
         # peft takes the names of a mixture's dense layers for those of its experts, but not without a config in sight.
         whole, targets = nn.ModuleDict({"model": model}), [f"model.{name}" for name in names]
     settings = peft.LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, bias="none")
-    with torch.random.fork_rng(devices=[]):  # peft's own draws are overwritten below
+    with torch.random.fork_rng(devices=[]):  # peft draws A on the CPU, layer by layer; B is zero
+        torch.default_generator.manual_seed(0)
         peft.inject_adapter_in_model(settings, whole, _NAME)
     made = adapters(model)
     assert sorted(made) == sorted(f"{name}{_BASE}weight" for name in names), "peft adapted other layers"
-    for name, adapter in made.items():
-        _draw(adapter.a, name)
-        nn.init.zeros_(adapter.b)
+    for adapter in made.values():
         for parameter in (adapter.a, adapter.b):
             parameter.data = parameter.data.to(dtype)  # peft makes them float32
     trained = {id(parameter) for adapter in made.values() for parameter in (adapter.a, adapter.b)}
@@ -156,15 +153,6 @@ def _is_excluded(layer: str, exclude: str | Sequence[str] | None) -> bool:
     if isinstance(exclude, str):
         return re.fullmatch(exclude, layer) is not None
     return any(_ends_in(layer, name) for name in exclude or ())
-
-
-def _draw(parameter: nn.Parameter, name: str) -> None:
-    """Uniform in +-1 / sqrt(in), as peft's and the paper's authors' start."""
-    generator = torch.Generator()  # of the CPU: the same numbers on every machine
-    generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]))
-    bound = 1 / math.sqrt(parameter.shape[1])
-    with torch.no_grad():
-        parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

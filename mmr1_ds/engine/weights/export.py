@@ -19,6 +19,7 @@ from mmr1_ds.engine.weights.gathering import weights_digest
 from mmr1_ds.engine.weights.weight_files import has_weights_alone, read_weights
 from mmr1_ds.engine.weights.zero_checkpoint import trained_weights
 from mmr1_ds.errors import UserError
+from mmr1_ds.io import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,9 @@ def write_policy(source: Path, config: ModelConfig, out: Path, dtype: str | None
         model = _load(config, TYPES[dtype] if dtype else _stored_type(config))
         fill(model, trained, config)
     del trained
-    model.save_pretrained(out, max_shard_size=max_shard_size)
-    _write_processor(config, model.config, out)
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        _write_processor(config, model.config, folder)
 
 
 def write_adapters(source: Path, config: ModelConfig, out: Path) -> None:
@@ -66,9 +68,10 @@ def write_adapters(source: Path, config: ModelConfig, out: Path) -> None:
         base_model_name_or_path=str(config.model_path),
         inference_mode=True,
     )
-    settings.save_pretrained(str(out))
     tensors = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in _trained(source)}
-    save_file(tensors, str(out / "adapter_model.safetensors"), metadata={"format": "pt"})
+    with whole_folder(out) as folder:
+        settings.save_pretrained(str(folder))
+        save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def _trained(source: Path) -> Any:

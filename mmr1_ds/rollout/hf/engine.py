@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mmr1_ds.cluster.ranks import Ranks
 from mmr1_ds.records import Response, RolloutGroup, RolloutRequest, SamplingSettings
 from mmr1_ds.rollout.base import Enough, InTurn, Policy, Submitted, ignore, longest_first, never
-from mmr1_ds.rollout.hf.decoding import ATTENTION, PromptBatch, Stops, sample_responses
+from mmr1_ds.rollout.hf.decoding import PromptBatch, Stops, sample_responses
 
 if TYPE_CHECKING:
     from mmr1_ds.data.encoding import PromptEncoder
@@ -76,7 +76,7 @@ class TransformersRollout(InTurn):
         stops = Stops(self._encoder.tokenizer, settings.stop) if settings.stop else None
         found = sample_responses(
             self._model,
-            PromptBatch.of(inputs, self._encoder.eos_token_ids[0], self._ranks.device),
+            PromptBatch.of(inputs, self._ranks.device),
             [rows[i] for i, _ in wanted],
             [seed for _, seed in wanted],
             settings,
@@ -100,7 +100,7 @@ class TransformersRollout(InTurn):
 def _without_weights(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """The same model without DeepSpeed's hooks and without memory for its parameters; buffers are the model's own."""
     config = copy.deepcopy(model.config)
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = "sdpa"
     if hasattr(config.get_text_config(), "output_router_logits"):  # of a loss, which nothing here computes
         config.get_text_config().output_router_logits = False
     with torch.device("meta"):

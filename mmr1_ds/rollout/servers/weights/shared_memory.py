@@ -6,8 +6,7 @@ import math
 import mmap
 import os
 import secrets
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +30,10 @@ class BufferAddress:
 def offsets_of(entries: Sequence[Entry]) -> tuple[list[int], int]:
     """Where each of these tensors lies when they share the memory, and the bytes that it takes in all."""
     offsets, end = [], HEADER_BYTES
-    for entry in entries:
+    for _, dtype, shape in entries:
         offsets.append(end)
-        end += -(-_num_bytes(entry) // _ALIGNMENT) * _ALIGNMENT
+        end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
     return offsets, end
-
-
-def _num_bytes(entry: Entry) -> int:
-    _, dtype, shape = entry
-    return math.prod(shape) * dtype.itemsize
 
 
 class SharedBuffer:
@@ -100,20 +94,11 @@ class MappedBuffer:
         token = bytes.fromhex(address.token)
         if mapping is None or size != address.num_bytes or mapping[: len(token)] != token:
             raise RuntimeError(f"{address.path} is not the trainer's weights: another process has its number here")
-        self._mapping = mapping
+        self._bytes = memoryview(mapping)
 
-    def bytes(self) -> memoryview:
-        """All of it. As long as this very view lives, `tensors` of it are in use."""
-        return memoryview(self._mapping)
-
-
-def tensors(view: memoryview, entries: Sequence[Entry], offsets: Sequence[int]) -> list[tuple[str, Tensor]]:
-    """The tensors in the memory, without a copy: they change when the trainer writes the next."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        everything = torch.frombuffer(view, dtype=torch.uint8)
-    found = []
-    for entry, offset in zip(entries, offsets, strict=True):
-        name, dtype, shape = entry
-        found.append((name, everything[offset : offset + _num_bytes(entry)].view(dtype).view(shape)))
-    return found
+    def read(self, entries: Sequence[Entry]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in it, each copied when it is asked for: the trainer writes the next into the same memory."""
+        offsets, _ = offsets_of(entries)
+        for (name, dtype, shape), offset in zip(entries, offsets, strict=True):
+            copied = bytearray(self._bytes[offset : offset + math.prod(shape) * dtype.itemsize])
+            yield name, torch.frombuffer(copied, dtype=dtype).view(shape) if copied else torch.empty(shape, dtype=dtype)

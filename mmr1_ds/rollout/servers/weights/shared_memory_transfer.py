@@ -82,7 +82,6 @@ class SharedMemoryTransfer:
             "names": [name for name, _, _ in bucket],
             "dtype_names": [str(dtype).removeprefix("torch.") for _, dtype, _ in bucket],
             "shapes": [list(shape) for _, _, shape in bucket],
-            "offsets": offsets,
         }
         return control.begin("update_weights", {"update_info": update})
 

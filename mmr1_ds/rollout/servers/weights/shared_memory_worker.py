@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -16,10 +13,9 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from mmr1_ds.rollout.packed_experts import pack_experts_anew
-from mmr1_ds.rollout.servers.weights.shared_memory import BufferAddress, MappedBuffer, tensors
+from mmr1_ds.rollout.servers.weights.shared_memory import BufferAddress, MappedBuffer
 from mmr1_ds.rollout.tied_head import head_is_tied, pack_tied_head
 
 
@@ -39,7 +35,6 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
-    offsets: list[int]
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
@@ -70,37 +65,21 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
         self._missing = self._names & {name for name, _ in self.model.named_parameters()}
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load one bucket. On return nothing refers to the memory any more."""
+        """Load one bucket. On return the memory has been read."""
         # The base class waits for the accelerator, which raises where there is none.
         self.receive_weights(self.parse_update_info(update_info))
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        """Raises: RuntimeError when a loader keeps weights that the next bucket would overwrite."""
+        """See the base class. vLLM holds weights of a layer until all are there, and the next bucket may bring them."""
         assert self._buffer is not None
         dtypes = [getattr(torch, name) for name in update_info.dtype_names]
         shapes = [tuple(shape) for shape in update_info.shapes]
         entries = list(zip(update_info.names, dtypes, shapes, strict=True))
-        view = self._buffer.bytes()
-        in_use = weakref.ref(view)
         with disable_mtp_completeness_check():
-            loaded = self.model.load_weights(tensors(view, entries, update_info.offsets))
+            loaded = self.model.load_weights(self._buffer.read(entries))
         self._missing -= set(loaded or self._missing)
-        del view
-        self._copy_what_waits()
-        if in_use() is not None:
-            gc.collect()  # what is kept in a circle only
-        if in_use() is not None:
-            raise RuntimeError(f"{type(self.model).__name__} keeps loaded weights without a copy of its own")
-
-    def _copy_what_waits(self) -> None:
-        """vLLM holds the weights of a layer until all are there: those of a layer that two buckets share."""
-        for layer in self.model.modules():
-            for _, bound in get_layerwise_info(layer).loaded_weights:
-                for name, value in bound.arguments.items():
-                    if isinstance(value, Tensor) and not value.is_meta:
-                        bound.arguments[name] = value.clone()
 
     def finish_weight_update(self) -> None:
         """Raises: RuntimeError when parameters of the model were not among what was sent: they would be old."""
