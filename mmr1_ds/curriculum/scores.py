@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mmr1_ds.curriculum.metric_names import DISTINCT, OUTCOME_METRICS, SELF_BLEU, canonical_metric
+from mmr1_ds.curriculum.metric_names import DISTINCT, EDIT_DISTANCE, OUTCOME_METRICS, SELF_BLEU, canonical_metric
 
 if TYPE_CHECKING:
     from mmr1_ds.curriculum.statistics import PromptStatistics
@@ -32,7 +32,10 @@ def metric_value(statistics: PromptStatistics, name: str) -> float:
         return 0.0
     if metric == SELF_BLEU:
         return 1.0 - statistics.self_bleu
-    return statistics.distinct_3 if metric == DISTINCT else statistics.edit_distance
+    if metric == DISTINCT:
+        return statistics.distinct_3
+    assert metric == EDIT_DISTANCE, metric
+    return statistics.edit_distance
 
 
 def variance_promotion_score(statistics: PromptStatistics, metrics: Sequence[str], weights: Sequence[float]) -> float:

@@ -237,6 +237,7 @@ def _built_in(setup: Mapping[str, Any]) -> Callable[..., Any]:
     from mmr1_ds.rewards.judge import build_judge
     from mmr1_ds.rewards.openr1 import OpenR1Reward
 
+    assert name in (*JUDGED, "openr1_wo_LMM"), name
     judge = build_judge(setup["judge"]) if name in JUDGED else None
     return OpenR1Reward(setup["cosine_values"], setup["max_length"], judge).compute_score
 
