@@ -44,7 +44,7 @@ def test_a_resumed_run_that_is_the_same(variants, tmp_path):
     assert (found["same_draws"], found["differing_metrics"], found["same_checkpoint"]) == (True, [], True)
     assert (found["drift_mean"], found["drift_max"]) == pytest.approx((3.5e-6, 6e-5), rel=1e-9)
     assert found["memory_gb"] == 11.0
-    assert found["seconds"]["update"] == 35.0 and found["seconds"]["save"] == 0.7
+    assert found["seconds"]["update"] == 10.0 and found["seconds"]["save"] == 0.7
 
 
 def test_what_differs_is_named_but_for_the_clock(variants, tmp_path):
