@@ -3,8 +3,8 @@
     python benchmarks/real_model/variants.py --out FOLDER [--variants full_1 full_2 lora_1 lora_2]
 
 Two runs a variant, of six steps of 4 x 8 responses with examples/real_text's model and data. One is left alone. The
-other gets SIGTERM once its third step is logged, saves, ends with exit code 75 (143 where it takes the launcher of two
-ranks too long), and is started again with the same command. A step has two optimiser steps here, so that
+other gets SIGTERM once its third step is logged, saves, ends with exit code 75 (143 under the launcher of two
+ranks), and is started again with the same command. A step has two optimiser steps here, so that
 log-probabilities before the update are computed, too, and micro-batches are small, so that two ranks fit. The table's
 lines:
 
