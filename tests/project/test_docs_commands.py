@@ -196,7 +196,7 @@ KINDS: list[tuple[str, Callable[[str, Path], None]]] = [
     (r"(\w+=\S+ )*make ", make),
     (r"mmr1-ds ", ours),
     (r"(\.venv/bin/)?python -m pytest |pytest ", pytest_run),
-    (r"python (benchmarks|docs)/(?!throughput/)[\w/]+\.py", script),
+    (r"python (benchmarks|docs|examples)/(?!throughput/)[\w/]+\.py", script),
     (r"(python benchmarks/throughput/throughput\.py|sbatch .* launch/throughput\.sbatch)", throughput_run),
     ("|".join(map(re.escape, NOT_EXECUTED)), not_executed),
 ]

