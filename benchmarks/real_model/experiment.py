@@ -1,13 +1,13 @@
 """Does it matter which questions a pretrained model trains on? Arm beside arm at equal rollouts, seed by seed.
 
-    python benchmarks/real_model/experiment.py --out FOLDER [--seeds 0 1 2] [--arms shuffle online mopps dapo]
+    python benchmarks/real_model/experiment.py --out FOLDER [--seeds 0 1 2] [--arms shuffle shipped mopps dapo]
         [--budget 3072] [--questions 128]
     python benchmarks/real_model/experiment.py report FOLDER --json FILE --plot FILE
 
 SmolLM2-135M-Instruct (made by `make real`), full fine-tuning with the config of examples/real_text, on 1,134 questions
 of 13 families (pool.py), or on the first N of them so that each comes several times, validated on 226 others, four
 answers each at temperature 1. Every sampled response counts, those of groups that dynamic sampling throws away and of
-full's refreshes too; online as it ships has no probes. No arm is told the families. Each training writes
+full's refreshes too. No arm is told the families. Each training writes
 FOLDER/ARM_seedN.json; finished ones are skipped, and several processes share the work.
 """
 
@@ -35,7 +35,8 @@ VALIDATE_EVERY = {"dapo": 3}  # steps: its steps spend several times the rollout
 
 ARMS: dict[str, list[str]] = {
     "shuffle": ["data.sampling_strategy=shuffle"],
-    "online": [],  # as it ships
+    "shipped": [],  # online as it ships
+    "online": ["data.curriculum_draw=posterior", "data.curriculum_features=none"],  # the best by a draw from beliefs
     "mopps": ["data.sampling_strategy=shuffle"],  # the draws are replaced, see RIVAL_RULES
     "dapo": ["data.sampling_strategy=shuffle", "algorithm.online_filtering=true"],
     # The published method: four responses to every question before the first step and after each epoch of 128.
@@ -43,7 +44,7 @@ ARMS: dict[str, list[str]] = {
         "data.curriculum_refresh=full", "data.curriculum_draw=proportional", "data.curriculum_rollout_n=4",
         "data.curriculum_update_freq=16",
     ],
-    "text": ["data.curriculum_features=text"],  # online that learns from the questions' words besides
+    "text": ["data.curriculum_draw=posterior"],  # the same, which learns from the questions' words besides
 }  # fmt: skip
 RIVAL_RULES = {"mopps": "mopps_geo3k"}  # arm -> name in the laboratory
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["shuffle", "online", "mopps", "dapo"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["shuffle", "shipped", "mopps", "dapo"])
     parser.add_argument("--budget", type=int, default=48 * STEP, help="rollouts of a training")
     parser.add_argument("--questions", type=int, help="train on the first N questions alone")
     options = parser.parse_args(argv)
