@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 COLOURS = {
-    "shuffle": "#555555", "online": "#1b7837", "text": "#7fbf7b", "mopps": "#e08214", "full": "#2166ac",
+    "shuffle": "#555555", "shipped": "#b2182b", "online": "#1b7837", "text": "#7fbf7b", "mopps": "#e08214",
+    "full": "#2166ac",
     "dapo": "#7b3294",
 }  # fmt: skip
 FIGURES = ("accuracy", "pass_at_4", "maj_at_4")
