@@ -22,6 +22,8 @@ MAIN = {  # label -> colour
     "online, lambda 0.5": "#1b7837",
     "online, lambda 0.5, no categories": "#7fbf7b",
     "filtering": "#7b3294",
+    "shipped": "#c51b8a",
+    "shipped, no categories": "#c51b8a",
 }
 STEPS_SMOOTHED = 21
 DYNAMICS = {
@@ -75,11 +77,12 @@ def _accuracy(pools: Pools, colours: Mapping[str, object], path: Path, by_rollou
                 shortest = min(len(run.validations()[0]) for run in runs)
                 positions = runs[0].validations()[0][:shortest]
                 values = np.array([smooth(run.validations()[2])[:shortest] for run in runs])
-            _band(axis, positions, values, colours[label], f"{label} ({len(runs)})")
+            _band(axis, positions, values, colours[label], label)
         if SHUFFLE in arms:
             final = curves(list(arms[SHUFFLE].values()))[1][:, -1].mean()
             axis.axhline(final, color="#555555", linewidth=0.7, linestyle=":")
-        axis.set_title(str(pool), fontsize=10)
+        seeds = sorted({len(runs) for runs in arms.values()})
+        axis.set_title(f"{pool} ({' to '.join(map(str, seeds[:: max(1, len(seeds) - 1)]))} seeds)", fontsize=9)
         axis.set_xlabel("rollouts spent, scoring included" if by_rollouts else "steps")
         axis.xaxis.set_major_formatter(lambda value, position: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
         axis.grid(alpha=0.25)
