@@ -10,7 +10,7 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
@@ -44,7 +44,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # a library may have put a file of its own there
+        _set_mode(temporary, mode)  # a library may have put a file of its own there
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -70,7 +70,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for part in (*temporary.rglob("*"), temporary):
-            if part.is_file():
+            if part.is_file() and not part.is_symlink():
                 open_as_its_folder(part)
             sync(part)
         temporary.rename(path)
@@ -81,9 +81,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def open_as_its_folder(path: Path) -> None:
     """Let those read and write a file who may in its folder; safetensors lets its owner alone. Raises: OSError."""
-    mode = path.parent.stat().st_mode & 0o666
-    if path.stat().st_mode & 0o666 != mode:
-        path.chmod(mode)
+    _set_mode(path, path.parent.stat().st_mode & 0o666)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Set who may read and write, where the disk allows it: some mounts have one mode for all files."""
+    if (path.stat().st_mode ^ mode) & 0o666:
+        with suppress(OSError):
+            path.chmod(mode & 0o777)
 
 
 def sync(path: Path) -> None:

@@ -67,6 +67,22 @@ def test_files_of_safetensors_are_as_open_as_the_umask_says(tmp_path):
         assert path.stat().st_mode & 0o777 == 0o640
 
 
+def test_a_disk_with_one_mode_for_all_files_takes_them_all_the_same(tmp_path, monkeypatch):
+    def refuse(*arguments, **named):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (tmp_path / "elsewhere").touch(0o600)
+    monkeypatch.setattr(os, "chmod", refuse)
+    with io.whole_folder(tmp_path / "model") as folder:
+        save_file({"a": np.zeros(3)}, folder / "a.safetensors")
+    io.write_whole(tmp_path / "b", b"content")
+    monkeypatch.undo()
+    with io.whole_folder(tmp_path / "linked") as folder:
+        (folder / "link").symlink_to(tmp_path / "elsewhere")
+    assert names(tmp_path / "model") == ["a.safetensors"] and (tmp_path / "b").read_bytes() == b"content"
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o600
+
+
 def test_an_answer_is_given_as_it_is(monkeypatch):
     """Of any status, not followed elsewhere, and asked of no proxy unless it may be."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")

@@ -119,7 +119,7 @@ class DataConfig:
     curriculum_features: Annotated[str, OneOf("none", "text", "model")] = "text"
     # online: the table of mmr1-ds eval --pass-rates, from which the beliefs of a new run begin
     curriculum_prior: str | None = None
-    # proportional: by weight, the paper's; candidates: the best of some; posterior, online: the best by beliefs
+    # proportional: by weight, the paper's; candidates: the best of some; posterior, online alone: the best by beliefs
     curriculum_draw: Annotated[str, OneOf("proportional", "candidates", "posterior")] = "proportional"
     curriculum_candidates: PositiveInt = 8  # candidates: prompts that compete for each place of the scored part
     # proportional: draw the scored part with replacement, as the paper does. online: left out, it is false

@@ -144,8 +144,9 @@ class PromptDataset:
 
     @property
     def rows_fingerprint(self) -> str:
-        """A digest of the rows that the files hold, whatever their ids, by which a scan is kept too."""
-        return hashlib.blake2b(repr([rows_key(reader) for reader in self._readers]).encode()).hexdigest()
+        """A digest of the rows that the files hold, whatever their ids, and of where their images lie."""
+        found = [(rows_key(reader), reader.media_keys) for reader in self._readers]
+        return hashlib.blake2b(repr(found).encode()).hexdigest()
 
     @property
     def sources(self) -> np.ndarray:

@@ -79,6 +79,11 @@ class RowReader:
         )
         self.video_source = VideoSource(self.image_source, data.video_fps)
 
+    @property
+    def media_keys(self) -> tuple[str | None, str | None]:
+        """Return the folder that images are looked for in, and the column of videos."""
+        return self._data.image_dir, self._video_key
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -43,6 +43,7 @@ def describe_prompts(
     Raises: UserError, on every rank, for a model whose states are no numbers.
     """
     if by_rank_0(ranks, "ask for features of the prompts", lambda: coordinator.knows_features):
+        logger.info("what is known of each prompt comes from the checkpoint")
         return
     model = {name: value for name, value in actor.model.config.to_dict().items() if name not in _IGNORED}
     path = kept_file(data, encoder.fingerprint(), actor.weights_digest(), model)
