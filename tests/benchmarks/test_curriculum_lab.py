@@ -101,11 +101,11 @@ def test_a_full_refresh_with_many_responses_is_nearly_the_oracle(lab, policies, 
 def test_ours_ranks_better_and_teaches_more_a_rollout_than_what_knows_less(lab, policies, worlds):
     rows = {
         name: run_one(lab, policies, worlds, name, num_prompts=1500, steps=112, batch=51)
-        for name in ("uniform", "full_n16_t56", "mopps_geo3k", "online_half", "online")
+        for name in ("uniform", "full_n16_t56", "mopps_geo3k", "online_half", "online", "online_posterior")
     }
     assert rows["online_half"]["variance_spearman"] > rows["full_n16_t56"]["variance_spearman"]
     teaching = {name: row["effective_per_rollout"] for name, row in rows.items()}
-    in_order = ["full_n16_t56", "uniform", "online_half", "mopps_geo3k", "online"]
+    in_order = ["full_n16_t56", "uniform", "online_half", "online", "mopps_geo3k", "online_posterior"]
     assert sorted(teaching, key=teaching.get) == in_order
     assert rows["online"]["visited_fraction"] > 0.95
 
