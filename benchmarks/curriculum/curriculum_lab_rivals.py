@@ -26,6 +26,7 @@ DAPO (arXiv 2503.14476): uniform draws until the batch is full of groups that te
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -156,7 +157,7 @@ class Dapo(Uniform):
         """The prompts to roll out when `missing` groups are still needed."""
         return self._next(self.run.batch_size)
 
-    def _judged(self, prompts: np.ndarray, num_right: np.ndarray) -> None:
+    def judge(self, prompts: np.ndarray, num_right: np.ndarray) -> None:
         """Take in all groups of a round."""
 
     def batch(self, step: int, roll: Roll) -> tuple[np.ndarray, np.ndarray, int]:
@@ -167,7 +168,7 @@ class Dapo(Uniform):
             prompts = self._round(size - len(kept_prompts))
             num_right = roll(prompts, RESPONSES)
             spent += RESPONSES * len(prompts)
-            self._judged(prompts, num_right)
+            self.judge(prompts, num_right)
             teaches = _teaches(num_right)
             kept_prompts = np.concatenate([kept_prompts, prompts[teaches]])
             kept_right = np.concatenate([kept_right, num_right[teaches]])
@@ -196,8 +197,15 @@ class Greso(Dapo):
         wasted = self._seen[:2].sum() / self._seen[2] if self._seen[2] else 0.0
         most = int(1.5 * self.run.batch_size)
         wanted = min(most, int(self.SLACK * missing / max(1e-6, 1.0 - wasted)) + 1) if self._seen[2] else most
+        return self._kept(wanted, _MAX_ROUNDS)
+
+    def draw(self, step: int) -> np.ndarray:
+        """A round of B prompts, for a loop that fills its batch by itself."""
+        return self._kept(self.run.batch_size, None)
+
+    def _kept(self, wanted: int, max_turns: int | None) -> np.ndarray:
         found = np.empty(0, dtype=np.int64)
-        for _ in range(_MAX_ROUNDS):
+        for _ in itertools.count() if max_turns is None else range(max_turns):
             turn = self._next(wanted)
             kept = turn[self.random.random(len(turn)) < self.kept_chance(turn)]
             found = np.concatenate([found, kept])
@@ -205,7 +213,7 @@ class Greso(Dapo):
                 break
         return found[:wanted]
 
-    def _judged(self, prompts: np.ndarray, num_right: np.ndarray) -> None:
+    def judge(self, prompts: np.ndarray, num_right: np.ndarray) -> None:
         none, everything = num_right == 0, num_right == RESPONSES
         self.hard[prompts] = none
         self.streaks[prompts] = np.where(none | everything, self.streaks[prompts] + 1, 0)

@@ -6,16 +6,16 @@ from functools import cached_property
 
 import numpy as np
 from curriculum_lab_policies import RESPONSES, Run, Uniform
-from curriculum_lab_rivals import RIVALS
+from curriculum_lab_rivals import RIVALS, Greso
 
 from mmr1_ds.curriculum.coordinator import Coordinator
 
 
 class RivalDraws(Coordinator):
-    """Draws by a rival's rule and shows it the groups that were trained on, once a step. A run cannot be resumed.
+    """Draws by a rival's rule and shows it the groups that were sampled, once a step. A run cannot be resumed.
 
-    For rivals that draw a batch and learn from it; those that sample more for a batch (DAPO, GRESO, Pilot-Commit) need
-    a loop of their own.
+    For rivals that draw a batch and learn from it, and for GRESO where `algorithm.online_filtering` fills the batch:
+    its rounds are of B prompts then, not of 1.5 B and fewer. Pilot-Commit needs a loop of its own.
     """
 
     rival: str  # of RIVALS; set in a subclass or before the first draw
@@ -26,7 +26,8 @@ class RivalDraws(Coordinator):
         same = np.zeros(self.num_prompts, dtype=np.int64)  # they make no use of categories
         run = Run(self.num_prompts, same, same, self.data.rollout_batch_size, self.num_steps, self.data.seed)
         policy = RIVALS[self.rival](run)
-        assert type(policy).batch is Uniform.batch, f"{self.rival} samples more than it draws"
+        fills_itself = type(policy).batch is not Uniform.batch and not isinstance(policy, Greso)
+        assert not fills_itself, f"{self.rival} samples more than it draws"
         return policy
 
     def _draw(self) -> np.ndarray:
@@ -39,6 +40,8 @@ class RivalDraws(Coordinator):
         if self._is_rank_0:
             indices = np.array([prompt.index for prompt in observed], dtype=np.int64)
             num_right = np.array([np.rint(prompt.pass_rate * prompt.num_responses) for prompt in observed])
+            if isinstance(self._policy, Greso):
+                self._policy.judge(indices, num_right)
             self._policy.learn(indices, num_right, _no_more)
 
 

@@ -24,6 +24,7 @@ from vas_experiment_recording import (
 )
 from vas_experiment_trials import (
     BATCH,
+    FILTERED,
     RESPONSES,
     RIVAL_RULES,
     SIZES,
@@ -132,7 +133,7 @@ class Session:
         prepare_pool(self._folder, trial)
         files = trial_files(self._folder, trial)
         # Steps of online filtering spend several times the rollouts: it validates by those, where others would.
-        config = trial_config(trial, files, -1 if trial.arm == "filtering" else self._validate_every)
+        config = trial_config(trial, files, -1 if trial.arm in FILTERED else self._validate_every)
         self._start(config)
         started = time.monotonic()
         train_data = self._load(files.pool, config, with_sketches=trial.arm in WITH_TEXTS)
@@ -217,7 +218,7 @@ class Session:
         trainer.steps, trainer.counter, trainer.trace = steps, counter, None
         trainer.uncounted = Collector(self._rollout, self._rewards, reward_name, self._encoder, self._ranks)
         trainer.budget = trial.budget
-        is_filtered = trial.arm == "filtering"
+        is_filtered = trial.arm in FILTERED
         trainer.validate_rollouts = self._validate_every * BATCH * RESPONSES if is_filtered else None
         return trainer
 

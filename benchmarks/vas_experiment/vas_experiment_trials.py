@@ -19,13 +19,13 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.preflight.checks import check_config
 
-# filtering: DAPO; mopps, dps: these rivals' own rules; online: half a batch by score and a tenth of probes, as it
-# shipped at first; shipped: as it ships, textless: that without what the texts tell, sized: with groups of different
-# sizes; posterior: the best by a draw from each belief, without texts; sizes: that with groups of different sizes;
-# text: that with texts
+# filtering: DAPO; mopps, dps, vade, pools, greso: these rivals' own rules; online: half a batch by score and a tenth of
+# probes, as it shipped at first; shipped: as it ships, textless: that without what the texts tell, sized: with groups
+# of different sizes; posterior: the best by a draw from each belief, without texts; sizes: that with groups of
+# different sizes; text: that with texts
 ARMS = (
-    "shuffle", "filtering", "mopps", "dps", "full", "online", "posterior", "sizes", "text", "shipped", "textless",
-    "sized",
+    "shuffle", "filtering", "mopps", "dps", "vade", "pools", "greso", "full", "online", "posterior", "sizes", "text",
+    "shipped", "textless", "sized",
 )  # fmt: skip
 BELIEVING: dict[str, dict[str, Any]] = {
     "shipped": {},
@@ -42,7 +42,10 @@ WITH_TEXTS = ("shipped", "sized", "text")
 WITH_SIZES = ("sized", "sizes")
 TOLD = ("online", *BELIEVING)  # the kinds of the questions, where categories are asked for
 CURRICULA = ("full", *TOLD)
-RIVAL_RULES = {"mopps": "mopps_math", "dps": "dps"}  # arm -> name in the laboratory
+RIVAL_RULES = {  # arm -> name in the laboratory
+    "mopps": "mopps_math", "dps": "dps", "vade": "vade", "pools": "difficulty_pools", "greso": "greso",
+}  # fmt: skip
+FILTERED = ("filtering", "greso")  # draw until the batch is full of groups that teach
 BATCH = 8  # prompts a step
 RESPONSES = 8  # a group, or on average
 SIZES = SizeRange(2, 16)  # of groups; sizes, sized
@@ -251,7 +254,7 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
         "data.curriculum_rollout_n": REFRESH_RESPONSES,
         "algorithm.disable_kl": True,
         "algorithm.use_kl_loss": False,
-        "algorithm.online_filtering": trial.arm == "filtering",
+        "algorithm.online_filtering": trial.arm in FILTERED,
         "trainer.max_try_make_batch": 20,
         "worker.actor.global_batch_size": BATCH // trial.mini_batches,
         "worker.actor.micro_batch_size_per_device_for_update": 64,

@@ -184,11 +184,11 @@ def test_vade_forgets_at_two_scales_and_likes_a_third(policies, rivals):
 def test_greso_passes_over_streaks_and_steers_how_many(policies, rivals):
     greso = rivals.Greso(small_run(policies))
     for _ in range(2):
-        greso._judged(np.array([0, 1, 2]), np.array([8.0, 0.0, 3.0]))
+        greso.judge(np.array([0, 1, 2]), np.array([8.0, 0.0, 3.0]))
     assert greso.kept_chance(np.array([0, 1, 2, 3])) == pytest.approx([0.25, 0.25, 1.0, 1.0])
     greso.learn(None, None, None)  # a third easy and a third hard, both above their targets
     assert greso.explored == pytest.approx([0.49, 0.49])
-    greso._judged(np.array([1, 3, 4, 5]), np.array([8.0, 1.0, 1.0, 1.0]))
+    greso.judge(np.array([1, 3, 4, 5]), np.array([8.0, 1.0, 1.0, 1.0]))
     greso.learn(None, None, None)  # a quarter easy, none hard
     assert greso.explored == pytest.approx([0.48, 0.5]) and greso.kept_chance(np.array([1])) == pytest.approx(0.48**3)
 

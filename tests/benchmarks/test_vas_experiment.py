@@ -36,11 +36,11 @@ def test_trials_are_every_combination_once_and_whole_seeds_come_first():
     from vas_experiment_trials import ARMS, all_trials
 
     trials = all_trials([2, 50], [512], ARMS, [7, 8], 60, ratios=[0.5, 0.8], categories=[True, False])
-    # A seed and pool: shuffle, filtering, mopps and dps once, full for each lambda, online for each lambda and the six
+    # A seed and pool: shuffle, filtering and five rivals once, full for each lambda, online for each lambda and the six
     # that follow from beliefs with categories and without.
-    assert len(trials) == 2 * 2 * (4 + 2 + 4 + 6 * 2)
+    assert len(trials) == 2 * 2 * (7 + 2 + 4 + 6 * 2)
     assert len({trial.name for trial in trials}) == len({(t.pool, t.label, t.seed) for t in trials}) == len(trials)
-    assert [trial.seed for trial in trials] == [7] * 44 + [8] * 44
+    assert [trial.seed for trial in trials] == [7] * 50 + [8] * 50
 
 
 def test_a_trial_spends_what_its_steps_would_unless_told_otherwise():
@@ -230,7 +230,7 @@ def test_the_report_has_tables_json_and_plots(tmp_path):
 # --- rivals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mopps_math", "mopps_geo3k", "dps", "vade", "difficulty_pools"])
+@pytest.mark.parametrize("name", ["mopps_math", "mopps_geo3k", "dps", "vade", "difficulty_pools", "greso"])
 def test_a_rival_draws_in_a_run_as_in_the_laboratory_and_learns_from_each_step_once(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "curriculum"))
     from curriculum_lab_policies import Run
@@ -249,7 +249,10 @@ def test_a_rival_draws_in_a_run_as_in_the_laboratory_and_learns_from_each_step_o
         coordinator.observe(step, groups[:2])
         coordinator.observe(step, groups[2:])
         coordinator.finish_step(step, batch)
-        alone.learn(batch, np.array([round(8 * group.pass_rate) for group in groups]), None)
+        num_right = np.array([round(8 * group.pass_rate) for group in groups])
+        if name == "greso":
+            alone.judge(batch, num_right)
+        alone.learn(batch, num_right, None)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -272,7 +275,7 @@ if __name__ == "__main__":
     with training.Session(out, validate_every=3) as session:
         session.train(trial, out / "plain.jsonl")
         session.train(trial, out / "traced.jsonl", (out / "trace.npz", 7, 4, 1))
-        for arm in ("mopps", "text", "filtering"):
+        for arm in ("mopps", "text", "filtering", "greso"):
             trial = Trial(15, 33, arm, 5, 9, dead=False, rollouts=100)
             session.train(trial, out / f"{arm}.jsonl")
 """
@@ -300,7 +303,7 @@ def test_recording_a_trace_changes_no_training_and_rollouts_are_counted(tmp_path
     assert trace["steps"].tolist() == [0, 1, 2, 3] and trace["pass_rates"].shape == (4, 7)
     assert set(np.unique(trace["pass_rates"] * 4 % 1)) == {0.0}
     assert len(trace["categories"]) == 7 == len(trace["prompt_ids"])
-    for arm in ("mopps", "text", "filtering"):
+    for arm in ("mopps", "text", "filtering", "greso"):
         lines = [json.loads(x) for x in (tmp_path / f"{arm}.jsonl").open()]
         spent = [line["rollouts"] for line in lines[1:-1]]
         assert spent[-1] >= 100 > spent[-2] and "validation_accuracy" in lines[-2], arm
