@@ -7,18 +7,18 @@
     python benchmarks/curriculum/curriculum_features.py --table step_0.jsonl --states FILE.npz --batch 8 --seeds 0 1 2
     python benchmarks/curriculum/curriculum_features.py --cost [--prompts 1000000]
 
-The first trains a simulated policy (224 steps of 512 prompts, 8 responses each, half of them drawn by weight, a tenth
-of probes) on prompts whose difficulty is partly in their texts: without features, with those of the texts, and with
-the same shuffled over the prompts, which then say nothing. With --trace the prompts, their texts and pass rates are
-those recorded of a real model's training (benchmarks/real_model/traces.py), which the draws do not change. With
---states (what prompt_states.py wrote) features of the model's hidden states are judged as well: of the last token
-(data.curriculum_features=model), and of the mean over the tokens. v is a prompt's true p(1-p). Means over the second
-half:
+The first trains a simulated policy (224 steps of 512 prompts, 8 responses each, drawn as online ships) on prompts whose
+difficulty is partly in their texts: without features, with those of the texts, with the same shuffled over the prompts,
+which then say nothing, and beside them the published method, `full` with N = 16 and T = 56. With --trace the prompts,
+their texts and pass rates are those recorded of a real model's training (benchmarks/real_model/traces.py), which the
+draws do not change. With --states (what prompt_states.py wrote) features of the model's hidden states are judged as
+well: of the last token (data.curriculum_features=model), and of the mean over the tokens. v is a prompt's true p(1-p).
+Means over the second half:
 
 spearman: rank correlation of the weights with v, over all prompts.
-never_visited: the same over the prompts that no batch and no probe has held so far; nan where there are none.
-first_quarter, never_visited_first_quarter: both over the first quarter of the run.
+never_visited: the same over the prompts that no batch and no refresh has held so far; nan where there are few.
 effective: groups trained on that are neither all right nor all wrong, mean over the run.
+*_first_quarter: these over the first quarter of the run.
 weight, explained: the metrics curriculum/feature_weight and feature_explained_fraction of the last step.
 
 With --table the policy stands still, with the pass rates that one measurement found (mmr1-ds eval --pass-rates): the
@@ -41,13 +41,12 @@ from pathlib import Path
 
 import numpy as np
 from curriculum_lab import spearman
-from curriculum_lab_policies import RESPONSES, Online, Run
+from curriculum_lab_policies import OURS, RESPONSES, Online, Run
 from curriculum_lab_texts import TextWorld, make_texts
 from curriculum_lab_worlds import SETTINGS, UNLIKE, RecordedTrace
 
 from mmr1_ds.curriculum.estimator import LogitFilter
 from mmr1_ds.curriculum.metric_names import FEATURE_EXPLAINED_FRACTION, FEATURE_WEIGHT
-from mmr1_ds.curriculum.sampler import PromptSampler
 from mmr1_ds.data.model_features import compress_states, projected
 from mmr1_ds.data.text_features import SKETCH_BYTES, compress, sketch
 
@@ -67,40 +66,43 @@ def _sketches(texts: list[str]) -> Iterator[bytes]:
 
 
 def run(
-    world: TextWorld | RecordedTrace, batch_size: int, seed: int, features: np.ndarray | None, categories: bool
+    world: TextWorld | RecordedTrace, batch_size: int, seed: int, kind: str, features: np.ndarray | None, told: bool
 ) -> dict[str, float]:
-    """Train for the world's steps. Returns: what the module's docstring lists."""
+    """Train for the world's steps. Args: told: the categories. Returns: what the module's docstring lists."""
     num_steps, every = world.num_steps, max(1, world.num_steps // 28)
-    given = world.categories if categories else np.zeros(world.num_prompts, dtype=np.int64)
+    given = world.categories if told else np.zeros(world.num_prompts, dtype=np.int64)
     sizes = Run(world.num_prompts, given, given, batch_size, num_steps, seed)
-    policy = Online(sizes, rule="proportional", probe_fraction=0.1)
-    policy.filter = LogitFilter(world.num_prompts, given, RESPONSES, features=features)
-    sampler = PromptSampler(world.num_prompts, batch_size, seed, "curriculum", 0.5)
+    policy = OURS["full_n16_t56" if kind == "full" else "online"](sizes)
+    if isinstance(policy, Online):
+        policy.filter = LogitFilter(world.num_prompts, given, RESPONSES, features=features)
     random = np.random.default_rng([seed, 4])
-    found, effective = [], 0.0
+    unseen = np.ones(world.num_prompts, dtype=bool)
+    found, effective = [], []
     for step in range(1, num_steps + 1):
-        rates, weights = world.pass_rates, policy.scores()
+        rates = world.pass_rates
 
         def roll(indices: np.ndarray, num_responses: int, rates: np.ndarray = rates) -> np.ndarray:
+            unseen[indices] = False
             return random.binomial(num_responses, rates[indices]).astype(np.float64)
 
+        policy.refresh(step, roll)
         if step % every == 0:
-            value, unseen = rates * (1.0 - rates), policy.filter.last_seen_step < 0
+            value, weights = rates * (1.0 - rates), policy.scores()
             of_unseen = spearman(weights[unseen], value[unseen]) if np.count_nonzero(unseen) > 50 else np.nan
             found.append((spearman(weights, value), of_unseen))
-        batch = sampler.draw(step, weights)
-        num_right = roll(batch, RESPONSES)
-        effective += float(((num_right > 0) & (num_right < RESPONSES)).mean()) / num_steps
+        batch, num_right, _ = policy.batch(step, roll)
+        effective.append(float(((num_right > 0) & (num_right < RESPONSES)).mean()))
         policy.learn(batch, num_right, roll)
         world.train(batch)
     late, early = np.array(found)[len(found) // 2 :].mean(axis=0), np.array(found)[: len(found) // 4].mean(axis=0)
-    metrics = policy.filter.metrics()
+    metrics = policy.filter.metrics() if isinstance(policy, Online) else {}
     return {
         "spearman": float(late[0]),
         "never_visited": float(late[1]),
-        "first_quarter": float(early[0]),
+        "effective": float(np.mean(effective)),
+        "spearman_first_quarter": float(early[0]),
         "never_visited_first_quarter": float(early[1]),
-        "effective": effective,
+        "effective_first_quarter": float(np.mean(effective[: num_steps // 4])),
         "weight": metrics.get(FEATURE_WEIGHT, 0.0),
         "explained": metrics.get(FEATURE_EXPLAINED_FRACTION, 0.0),
     }
@@ -142,9 +144,9 @@ def compare(arguments: argparse.Namespace) -> None:
 
         first = world()
         ids = first.prompt_ids if isinstance(first, RecordedTrace) else []
-        for kind, given in features_by_kind(first.texts, ids, arguments.states, seed).items():
+        for kind, given in (features_by_kind(first.texts, ids, arguments.states, seed) | {"full": None}).items():
             row = {"setting": name, "seed": seed, "features": kind}
-            row |= run(world(), arguments.batch, seed, given, not arguments.no_categories)
+            row |= run(world(), arguments.batch, seed, kind, given, not arguments.no_categories)
             write_row(row)
             rows.append(row)
     if arguments.json:

@@ -7,8 +7,8 @@ curvature j of their log-likelihood in m (see `drift_law`); a quadratic approxim
     A <- rho A + sum s^2 j x x^T        b <- rho b + sum s x (g + j s x . w)        w = c (A + 1 / tau^2)^-1 b
 
 rho forgets, as w drifts with the policy. tau, how much the features may matter, is learned by expectation-maximisation,
-and c in [0, 1] by how well the regression predicted responses before they were taken in: features that say nothing
-end up with hardly any weight.
+and c in [0, 1] by how well the regression surely predicted responses before they were taken in: features that say
+nothing end up with no weight.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class FeaturePrior:
 
     @property
     def trust(self) -> float:
-        """c, [0, 1]."""
-        return float(np.clip(self.trust_evidence / self.trust_information, 0.0, 1.0))
+        """c, [0, 1]: two deviations below the factor that fits best, or features that say nothing would cost something."""
+        cautious = self.trust_evidence - 2.0 * np.sqrt(self.trust_information)
+        return float(np.clip(cautious / self.trust_information, 0.0, 1.0))
 
     def effect(self, indices: np.ndarray | slice) -> np.ndarray:
         """By how much the features raise the prior mean of prompts, (K,) float32."""
