@@ -44,7 +44,7 @@ class FeaturePrior:
 
     @property
     def trust(self) -> float:
-        """c, [0, 1]: two deviations below the factor that fits best, or features that say nothing would cost something."""
+        """c, [0, 1]: two deviations below the factor that fits best, so that features that say nothing cost nothing."""
         cautious = self.trust_evidence - 2.0 * np.sqrt(self.trust_information)
         return float(np.clip(cautious / self.trust_information, 0.0, 1.0))
 
