@@ -36,7 +36,8 @@ VALIDATE_EVERY = {"dapo": 3}  # steps: its steps spend several times the rollout
 ARMS: dict[str, list[str]] = {
     "shuffle": ["data.sampling_strategy=shuffle"],
     "shipped": [],  # online as it ships
-    "online": ["data.curriculum_draw=posterior", "data.curriculum_features=none"],  # the best by a draw from beliefs
+    "posterior": ["data.curriculum_draw=posterior", "data.curriculum_features=none"],  # the best by a draw from beliefs
+    "posterior_text": ["data.curriculum_draw=posterior"],  # the same, which learns from the questions' words besides
     "mopps": ["data.sampling_strategy=shuffle"],  # the draws are replaced, see RIVAL_RULES
     "dapo": ["data.sampling_strategy=shuffle", "algorithm.online_filtering=true"],
     # The published method: four responses to every question before the first step and after each epoch of 128.
@@ -44,7 +45,6 @@ ARMS: dict[str, list[str]] = {
         "data.curriculum_refresh=full", "data.curriculum_draw=proportional", "data.curriculum_rollout_n=4",
         "data.curriculum_update_freq=16",
     ],
-    "text": ["data.curriculum_draw=posterior"],  # the same, which learns from the questions' words besides
 }  # fmt: skip
 RIVAL_RULES = {"mopps": "mopps_geo3k"}  # arm -> name in the laboratory
 

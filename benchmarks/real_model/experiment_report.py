@@ -17,9 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 COLOURS = {
-    "shuffle": "#555555", "shipped": "#b2182b", "online": "#1b7837", "text": "#7fbf7b", "mopps": "#e08214",
-    "full": "#2166ac",
-    "dapo": "#7b3294",
+    "shuffle": "#555555", "shipped": "#b2182b", "posterior": "#1b7837", "posterior_text": "#7fbf7b", "mopps": "#e08214",
+    "full": "#2166ac", "dapo": "#7b3294",
 }  # fmt: skip
 FIGURES = ("accuracy", "pass_at_4", "maj_at_4")
 Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # arm, seed
@@ -77,7 +76,10 @@ def summary(arm: str, runs: Runs) -> dict[str, Any]:
     """One arm's figures over its seeds, and their differences to shuffle, seed by seed."""
     own, shuffled = runs[arm], runs.get("shuffle", {})
     both = sorted(own.keys() & shuffled.keys())
-    teach = [np.mean([step["teach"] for step in run["steps"] if "teach" in step]) for run in own.values()]
+    teach = [
+        np.mean([step["teach"] for step in run["steps"] if "teach" in step and step["rollouts"] <= run["budget"]])
+        for run in own.values()
+    ]
     row: dict[str, Any] = {"arm": arm, "seeds": sorted(own), "groups_that_teach": _mean(teach)}
     row["before"] = _mean([curve(run, "accuracy")[1][0] for run in own.values()])
     row["mean_over_budget"] = _mean([over_budget(run) for run in own.values()])
