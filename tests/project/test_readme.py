@@ -112,7 +112,7 @@ def test_command(command, tmp_path):
 
 def test_validation_is_of_the_run_above_it(tmp_path):
     page = DOCS / "your_own.md"
-    (validation,) = (command for command in commands_of(page) if "trainer.val_only=true" in command)
+    validation, measuring = (command for command in commands_of(page) if "trainer.val_only=true" in command)
     training = validation.replace(" trainer.val_only=true", "")
     assert training in commands_of(page)
     reader_s_folder(tmp_path)
@@ -120,6 +120,7 @@ def test_validation_is_of_the_run_above_it(tmp_path):
     folder = re.search(r"checkpoints in (\S+)", dry_run(training, tmp_path))[1]
     (shown,) = re.findall(r"results are written to `(\S+)`", page.read_text().replace("\n", " "))
     assert f"output      {shown}, N steps done by the newest checkpoint in {folder}," in dry_run(validation, tmp_path)
+    assert "pass rates in rates.jsonl" in dry_run(with_paths(measuring, tmp_path), tmp_path)
 
 
 def test_the_data_shown_loads(tmp_path, monkeypatch):
