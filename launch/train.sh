@@ -10,6 +10,7 @@
 #   NUM_GPUS        processes to start                                   (default: the GPUs of CUDA_VISIBLE_DEVICES, else all)
 #   PYTHON          interpreter                                          (default: .venv/bin/python, else python3)
 #   DEEPSPEED_ARGS  further arguments of the deepspeed launcher, as in "--hostfile hosts"
+#   STOP_SECONDS    that ranks have to end after a signal                (default: 60)
 # Overrides come last and win. Relative paths are relative to where you call it. A run that crashes is started again
 # (restarts.sh).
 set -euo pipefail
@@ -54,7 +55,7 @@ fi
 export MMR1_DS_SCRIPT_PID=$$  # whose end, by whatever signal, ends the ranks
 # train COMMAND ...: run it in a process group of its own, which our signals reach, until it is done.
 train() {
-  local child status told=0
+  local child status waited told=0
   while true; do
     set -m
     "$@" < /dev/null &
@@ -70,6 +71,12 @@ train() {
     while kill -0 "$child" 2> /dev/null; do  # a trap ended the wait
       status=0
       wait "$child" || status=$?
+    done
+    # The deepspeed runner, told to end, is gone at once. Its ranks save first, and what started this script may end
+    # whatever is left when it returns.
+    for ((waited = 0; told && waited < ${STOP_SECONDS:-60} * 10; waited++)); do
+      if ! kill -0 -- "-$child" 2> /dev/null; then break; fi
+      sleep 0.1
     done
     if (( told )) || ! may_restart "$status" "$python" "${arguments[@]}"; then exit "$status"; fi
   done

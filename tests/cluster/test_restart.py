@@ -71,6 +71,32 @@ def test_the_launch_scripts_start_a_crashed_run_again(tmp_path, script, statuses
     assert (tmp_path / "said").read_text().split().count("run") == runs
 
 
+RUNNER = """#!/usr/bin/env bash
+# In place of the interpreter: the deepspeed runner, gone at once when it is told to end, and a rank that saves first.
+runner=$$
+rank() {
+  trap '' TERM
+  echo > "$FOLDER/begun"
+  while kill -0 "$runner" 2> /dev/null; do :; done
+  sleep 1
+  echo > "$FOLDER/saved"
+}
+rank &
+wait
+"""
+
+
+def test_the_script_of_several_ranks_ends_when_they_have_saved(tmp_path):
+    (tmp_path / "python").write_text(RUNNER)
+    (tmp_path / "python").chmod(0o755)
+    variables = environment(PYTHON=str(tmp_path / "python"), FOLDER=str(tmp_path), NUM_GPUS="2")
+    script = subprocess.Popen(["bash", str(ROOT / "launch" / "train.sh")], env=variables)
+    wait_until((tmp_path / "begun").exists, 60, "the stand-in for a rank")
+    script.terminate()
+    assert script.wait(60) == 143
+    assert (tmp_path / "saved").exists()
+
+
 GUARDED = """
 import os, pathlib, signal, sys
 from mmr1_ds.cluster.guard import LaunchGuard
