@@ -2,7 +2,7 @@
 
     python benchmarks/vas_experiment/vas_experiment.py --out FOLDER [--shares 2 5 15 50] [--sizes 512 2048 8192]
         [--steps 160] [--rollouts 10240] [--seeds 0 1 2 3 4]
-        [--arms shuffle filtering mopps dps vade pools greso full online shipped textless sized posterior sizes text]
+        [--arms shuffle filtering mopps dps vade pools greso full online shipped textless sized posterior text]
         [--ratios .5] [--categories yes no]
     python benchmarks/vas_experiment/vas_experiment.py --out FOLDER --shares 15 --sizes 512 --seeds 0 --arms shuffle
         --record-traces FILE.npz

@@ -28,7 +28,6 @@ from vas_experiment_trials import (
     RESPONSES,
     RIVAL_RULES,
     SIZES,
-    WITH_SIZES,
     WITH_TEXTS,
     Trial,
     prepare_model,
@@ -197,7 +196,7 @@ class Session:
         coordinator = (RecordingRival if trial.arm in RIVAL_RULES else RecordingCoordinator)(
             config.data, train_data.prompt_ids, train_data.categories, train_data.fingerprint, RESPONSES,
             trial.steps, self._ranks, features=None if sketches is None else compress(sketches),
-            sizes=SIZES if trial.arm in WITH_SIZES else None,
+            sizes=SIZES if trial.arm == "sized" else None,
         )  # fmt: skip
         if isinstance(coordinator, RecordingRival):
             coordinator.rival = RIVAL_RULES[trial.arm]

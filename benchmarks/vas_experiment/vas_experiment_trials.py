@@ -21,25 +21,19 @@ from mmr1_ds.preflight.checks import check_config
 
 # filtering: DAPO; mopps, dps, vade, pools, greso: these rivals' own rules; online: half a batch by score and a tenth of
 # probes, as it shipped at first; shipped: as it ships, textless: that without what the texts tell, sized: with groups
-# of different sizes; posterior: the best by a draw from each belief, without texts; sizes: that with groups of
-# different sizes; text: that with texts
+# of different sizes; posterior: the best by a draw from each belief, without texts; text: that with texts
 ARMS = (
-    "shuffle", "filtering", "mopps", "dps", "vade", "pools", "greso", "full", "online", "posterior", "sizes", "text",
-    "shipped", "textless", "sized",
+    "shuffle", "filtering", "mopps", "dps", "vade", "pools", "greso", "full", "online", "posterior", "text", "shipped",
+    "textless", "sized",
 )  # fmt: skip
 BELIEVING: dict[str, dict[str, Any]] = {
     "shipped": {},
     "textless": {"data.curriculum_features": "none"},
     "sized": {"worker.rollout.n_min": 2, "worker.rollout.n_max": 16},
     "posterior": {"data.curriculum_draw": "posterior", "data.curriculum_features": "none"},
-    "sizes": {
-        "data.curriculum_draw": "posterior", "data.curriculum_features": "none",
-        "worker.rollout.n_min": 2, "worker.rollout.n_max": 16,
-    },
     "text": {"data.curriculum_draw": "posterior"},
 }  # fmt: skip
 WITH_TEXTS = ("shipped", "sized", "text")
-WITH_SIZES = ("sized", "sizes")
 TOLD = ("online", *BELIEVING)  # the kinds of the questions, where categories are asked for
 CURRICULA = ("full", *TOLD)
 RIVAL_RULES = {  # arm -> name in the laboratory
@@ -48,7 +42,7 @@ RIVAL_RULES = {  # arm -> name in the laboratory
 FILTERED = ("filtering", "greso")  # draw until the batch is full of groups that teach
 BATCH = 8  # prompts a step
 RESPONSES = 8  # a group, or on average
-SIZES = SizeRange(2, 16)  # of groups; sizes, sized
+SIZES = SizeRange(2, 16)  # of groups; sized
 REFRESH_RESPONSES = 8  # a prompt in a full refresh
 EASY = {"get1": 15, "max2": 15, "min2": 15}  # proportions within each sort of question, as in the demo's pool B
 HARD = {"mul3": 30, "add3": 10}
