@@ -40,7 +40,7 @@ told=0
 while true; do
   mpirun "${arguments[@]}" ${more[@]+"${more[@]}"} "$python" -m "$module" "$@" &
   mpirun=$!
-  trap 'told=1; kill -USR1 "$mpirun" 2> /dev/null || true' TERM USR1
+  trap 'told=1; kill -USR1 "$mpirun" 2> /dev/null || true' TERM HUP USR1
   trap 'told=1; kill -INT "$mpirun" 2> /dev/null || true' INT
   status=0
   wait "$mpirun" || status=$?
@@ -48,5 +48,5 @@ while true; do
     status=0
     wait "$mpirun" || status=$?
   done
-  if (( told )) || [[ "$module" != mmr1_ds.train ]] || ! may_restart "$status" "$python" "$@"; then exit "$status"; fi
+  if (( told )) || [[ "$module" != mmr1_ds.train ]] || ! may_restart "$status" "$python" "$@" || (( told )); then exit "$status"; fi
 done

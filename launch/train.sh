@@ -10,7 +10,7 @@
 #   NUM_GPUS        processes to start                                   (default: the GPUs of CUDA_VISIBLE_DEVICES, else all)
 #   PYTHON          interpreter                                          (default: .venv/bin/python, else python3)
 #   DEEPSPEED_ARGS  further arguments of the deepspeed launcher, as in "--hostfile hosts"
-#   STOP_SECONDS    that ranks have to end after a signal                (default: 60)
+#   STOP_SECONDS    whole seconds to wait for ranks whose launcher ended (default: 60)
 # Overrides come last and win. Relative paths are relative to where you call it. A run that crashes is started again
 # (restarts.sh).
 set -euo pipefail
@@ -61,11 +61,9 @@ train() {
     "$@" < /dev/null &
     child=$!
     set +m
-    # Ctrl-C is for all that the terminal started, the others for the one that was started here.
+    # Ctrl-C is for all that the terminal started. The others are warnings: the ranks save, for which they know SIGTERM.
     trap 'told=1; kill -INT -- "-$child" 2> /dev/null || true' INT
-    trap 'told=1; kill -HUP -- "-$child" 2> /dev/null || true' HUP
-    trap 'told=1; kill -TERM "$child" 2> /dev/null || true' TERM
-    trap 'told=1; kill -USR1 "$child" 2> /dev/null || true' USR1
+    trap 'told=1; kill -TERM "$child" 2> /dev/null || true' TERM HUP USR1
     status=0
     wait "$child" || status=$?
     while kill -0 "$child" 2> /dev/null; do  # a trap ended the wait
@@ -73,12 +71,13 @@ train() {
       wait "$child" || status=$?
     done
     # The deepspeed runner, told to end, is gone at once. Its ranks save first, and what started this script may end
-    # whatever is left when it returns.
-    for ((waited = 0; told && waited < ${STOP_SECONDS:-60} * 10; waited++)); do
+    # whatever is left when it returns; ranks that are started anew would meet those of before.
+    if (( told )); then trap '' INT TERM HUP USR1; fi
+    for ((waited = 0; waited < ${STOP_SECONDS:-60} * 10; waited++)); do
       if ! kill -0 -- "-$child" 2> /dev/null; then break; fi
       sleep 0.1
     done
-    if (( told )) || ! may_restart "$status" "$python" "${arguments[@]}"; then exit "$status"; fi
+    if (( told )) || ! may_restart "$status" "$python" "${arguments[@]}" || (( told )); then exit "$status"; fi
   done
 }
 

@@ -9,10 +9,11 @@
 
 The first trains a simulated policy (224 steps of 512 prompts, 8 responses each, drawn as online ships) on prompts whose
 difficulty is partly in their texts: without features, with those of the texts, with the same shuffled over the prompts,
-which then say nothing, and beside them the published method, `full` with N = 16 and T = 56. With --trace the prompts,
-their texts and pass rates are those recorded of a real model's training (benchmarks/real_model/traces.py), which the
-draws do not change. With --states (what prompt_states.py wrote) features of the model's hidden states are judged as
-well: of the last token (data.curriculum_features=model), and of the mean over the tokens. v is a prompt's true p(1-p).
+which then say nothing, and beside them the published method, N = 16 and T = 56, with its half of a batch by score
+(`full`) and with online's four fifths (`full_80`). With --trace the prompts, their texts and pass rates are those
+recorded of a real model's training (benchmarks/real_model/traces.py), which the draws do not change. With --states (what
+prompt_states.py wrote) features of the model's hidden states are judged as well: of the last token
+(data.curriculum_features=model), and of the mean over the tokens. v is a prompt's true p(1-p).
 Means over the second half:
 
 spearman: rank correlation of the weights with v, over all prompts.
@@ -41,7 +42,7 @@ from pathlib import Path
 
 import numpy as np
 from curriculum_lab import spearman
-from curriculum_lab_policies import OURS, RESPONSES, Online, Run
+from curriculum_lab_policies import RESPONSES, FullRefresh, Online, Run
 from curriculum_lab_texts import TextWorld, make_texts
 from curriculum_lab_worlds import SETTINGS, UNLIKE, RecordedTrace
 
@@ -52,6 +53,7 @@ from mmr1_ds.data.text_features import SKETCH_BYTES, compress, sketch
 
 _STEPS, _BATCH = 224, 512
 _ROWS = 256  # sketched at a time
+_FULL = {"full": 0.5, "full_80": 0.8}  # lambda
 
 
 def features_of(texts: list[str]) -> np.ndarray:
@@ -72,8 +74,11 @@ def run(
     num_steps, every = world.num_steps, max(1, world.num_steps // 28)
     given = world.categories if told else np.zeros(world.num_prompts, dtype=np.int64)
     sizes = Run(world.num_prompts, given, given, batch_size, num_steps, seed)
-    policy = OURS["full_n16_t56" if kind == "full" else "online"](sizes)
-    if isinstance(policy, Online):
+    policy: FullRefresh | Online
+    if kind in _FULL:
+        policy = FullRefresh(sizes, 16, 56, _FULL[kind])
+    else:
+        policy = Online(sizes)
         policy.filter = LogitFilter(world.num_prompts, given, RESPONSES, features=features)
     random = np.random.default_rng([seed, 4])
     unseen = np.ones(world.num_prompts, dtype=bool)
@@ -144,7 +149,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
         first = world()
         ids = first.prompt_ids if isinstance(first, RecordedTrace) else []
-        for kind, given in (features_by_kind(first.texts, ids, arguments.states, seed) | {"full": None}).items():
+        for kind, given in (features_by_kind(first.texts, ids, arguments.states, seed) | dict.fromkeys(_FULL)).items():
             row = {"setting": name, "seed": seed, "features": kind}
             row |= run(world(), arguments.batch, seed, kind, given, not arguments.no_categories)
             write_row(row)

@@ -75,12 +75,12 @@ class Uniform:
 
 
 class FullRefresh(Uniform):
-    """The paper's Algorithm 1: every T steps, N responses to every prompt; half of a batch is drawn by weight."""
+    """The paper's Algorithm 1: every T steps, N responses to every prompt; `ratio` of a batch is drawn by weight."""
 
-    def __init__(self, run: Run, num_responses: int, interval: int) -> None:
+    def __init__(self, run: Run, num_responses: int, interval: int, ratio: float = 0.5) -> None:
         super().__init__(run)
         self.num_responses, self.interval = num_responses, interval
-        self._sampler = PromptSampler(run.num_prompts, run.batch_size, run.seed, "curriculum", 0.5)
+        self._sampler = PromptSampler(run.num_prompts, run.batch_size, run.seed, "curriculum", ratio)
 
     def refresh(self, step: int, roll: Roll) -> int:
         if (step - 1) % self.interval:

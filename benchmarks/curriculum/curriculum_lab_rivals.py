@@ -26,7 +26,6 @@ DAPO (arXiv 2503.14476): uniform draws until the batch is full of groups that te
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -200,12 +199,14 @@ class Greso(Dapo):
         return self._kept(wanted, _MAX_ROUNDS)
 
     def draw(self, step: int) -> np.ndarray:
-        """A round of B prompts, for a loop that fills its batch by itself."""
-        return self._kept(self.run.batch_size, None)
+        """A round of B prompts, for a loop that fills its batch by itself; after one walk over all, whoever is next."""
+        size = self.run.batch_size
+        found = self._kept(size, -(-self.run.num_prompts // size))
+        return np.concatenate([found, self._next(size - len(found))])
 
-    def _kept(self, wanted: int, max_turns: int | None) -> np.ndarray:
+    def _kept(self, wanted: int, max_turns: int) -> np.ndarray:
         found = np.empty(0, dtype=np.int64)
-        for _ in itertools.count() if max_turns is None else range(max_turns):
+        for _ in range(max_turns):
             turn = self._next(wanted)
             kept = turn[self.random.random(len(turn)) < self.kept_chance(turn)]
             found = np.concatenate([found, kept])

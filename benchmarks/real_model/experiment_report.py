@@ -36,6 +36,8 @@ def report(argv: Sequence[str]) -> int:
     for path in sorted(options.folder.glob("*_seed*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         runs[run["arm"]][run["seed"]] = run
+    if unknown := runs.keys() - COLOURS.keys():
+        sys.exit(f"{options.folder}: no arm of this experiment is called {', '.join(sorted(unknown))}")
     rows = [summary(arm, runs) for arm in COLOURS if arm in runs]
     for row in rows:
         sys.stdout.write(json.dumps(row) + "\n")

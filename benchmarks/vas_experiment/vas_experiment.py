@@ -83,8 +83,7 @@ def training_parser() -> argparse.ArgumentParser:
         "--arms",
         nargs="+",
         choices=ARMS,
-        default=[arm for arm in ARMS if arm != "full"],
-        help="all but full unless given: its first refresh may be more than the budget",
+        default=["shuffle", "filtering", "mopps", "dps", "shipped"],
     )
     parser.add_argument("--ratios", "--ratio", type=float, nargs="+", default=[0.5], help="lambda of full and online")
     parser.add_argument(

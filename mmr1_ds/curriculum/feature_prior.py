@@ -7,8 +7,8 @@ curvature j of their log-likelihood in m (see `drift_law`); a quadratic approxim
     A <- rho A + sum s^2 j x x^T        b <- rho b + sum s x (g + j s x . w)        w = c (A + 1 / tau^2)^-1 b
 
 rho forgets, as w drifts with the policy. tau, how much the features may matter, is learned by expectation-maximisation,
-and c in [0, 1] by how well the regression surely predicted responses before they were taken in: features that say
-nothing end up with no weight.
+and c in [0, 1] by how well the regression predicted responses before they were taken in, some deviations less than what
+fits best: features that say nothing end up with hardly any weight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ FEATURE_UNIT = 32.0
 _MEMORY = 0.98  # rho
 _ASSUMED_VARIANCE = 0.5  # of x . w before the first observation
 _ASSUMED_COUNT = 2.0  # how many weights' evidence that assumption is worth
-_TRUST_INFORMATION = 4.0  # that c = 1 before the first observation
+_MARGIN = 2.0  # deviations of c; roughly, as errors of neighbouring steps go together
+_TRUST_INFORMATION = _MARGIN**2  # that c = 1 before the first observation; with the margin c is 0 then
+_LEAST_MEMORY = 64.0  # information on c that is kept, though no more comes once every prompt was seen
 _LEVELS = 2047  # a weight is a whole number of steps of its largest / 2047
 _EM_PASSES = 3  # a step
 
@@ -44,8 +46,8 @@ class FeaturePrior:
 
     @property
     def trust(self) -> float:
-        """c, [0, 1]: two deviations below the factor that fits best, so that features that say nothing cost nothing."""
-        cautious = self.trust_evidence - 2.0 * np.sqrt(self.trust_information)
+        """c, [0, 1]: below the factor that fits best, so that features that say nothing cost hardly anything."""
+        cautious = self.trust_evidence - _MARGIN * np.sqrt(self.trust_information)
         return float(np.clip(cautious / self.trust_information, 0.0, 1.0))
 
     def effect(self, indices: np.ndarray | slice) -> np.ndarray:
@@ -66,10 +68,9 @@ class FeaturePrior:
         curvature = np.maximum(0.0, curvature)
         regression = share * self._regression(indices).astype(np.float64)
         response = gradient + curvature * self.trust * regression
-        self.trust_information = _MEMORY * self.trust_information + (1.0 - _MEMORY) * _TRUST_INFORMATION
-        self.trust_evidence = _MEMORY * self.trust_evidence + (1.0 - _MEMORY) * _TRUST_INFORMATION
-        self.trust_information += float((curvature * regression**2).sum())
-        self.trust_evidence += float((response * regression).sum())
+        kept = min(1.0, max(_MEMORY, _LEAST_MEMORY / self.trust_information))
+        self.trust_information = kept * self.trust_information + float((curvature * regression**2).sum())
+        self.trust_evidence = kept * self.trust_evidence + float((response * regression).sum())
 
         x = self.features[indices] * (share / FEATURE_UNIT)[:, None]
         self.information *= _MEMORY

@@ -24,6 +24,7 @@ from mmr1_ds.curriculum.statistics import PromptStatistics
 from mmr1_ds.errors import UserError
 
 _MAX_CATEGORIES = 65_535
+_PARTS = 8  # of known rates
 
 
 class OnlineTable:
@@ -138,7 +139,10 @@ class OnlineTable:
 
     def begin_from(self, indices: np.ndarray, num_right: np.ndarray, num_answers: np.ndarray) -> None:
         """Take in what was measured before the first step, as if all had been asked in step 0. Args: (K,) each."""
-        self._filter.observe(indices, num_right, num_answers)
+        # In parts where there are features: how far these are trusted follows from how they predict what comes after.
+        parts = _PARTS if self.knows_features else 1
+        for part in range(parts):
+            self._filter.observe(indices[part::parts], num_right[part::parts], num_answers[part::parts])
         self._weights = None
 
     @property

@@ -141,7 +141,7 @@ def test_a_prompt_seen_before_moves_by_its_share_of_what_the_features_say_now():
 
 
 def test_features_that_say_nothing_cost_nothing():
-    """Of rank correlation with p(1-p), at most .005 in the mean of seeds: the weights that draw must not suffer."""
+    """Of rank correlation with p(1-p), at most .003 in the mean of seeds: the weights that draw must not suffer."""
     lost, trusted = [], []
     for seed in range(16):  # of one seed it is up to .015 either way
         found = {}
@@ -153,7 +153,7 @@ def test_features_that_say_nothing_cost_nothing():
                 assert belief.metrics()[FEATURE_EXPLAINED_FRACTION] < 0.03
                 trusted.append(belief.metrics()[FEATURE_WEIGHT])
         lost.append(found["none"] - found["shuffled"])
-    assert np.mean(lost) < 0.001, lost
+    assert np.mean(lost) < 0.003, lost
     assert np.mean(trusted) < 0.2, trusted
 
 
