@@ -11,8 +11,8 @@ The first trains a simulated policy (224 steps of 512 prompts, 8 responses each,
 difficulty is partly in their texts: without features, with those of the texts, with the same shuffled over the prompts,
 which then say nothing, and beside them the published method, N = 16 and T = 56, with its half of a batch by score
 (`full`) and with online's four fifths (`full_80`). With --trace the prompts, their texts and pass rates are those
-recorded of a real model's training (benchmarks/real_model/traces.py), which the draws do not change. With --states (what
-prompt_states.py wrote) features of the model's hidden states are judged as well: of the last token
+recorded of a real model's training (benchmarks/real_model/traces.py), which the draws do not change. With --states
+(what prompt_states.py wrote) features of the model's hidden states are judged as well: of the last token
 (data.curriculum_features=model), and of the mean over the tokens. v is a prompt's true p(1-p).
 Means over the second half:
 

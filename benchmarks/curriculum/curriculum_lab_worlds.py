@@ -120,8 +120,8 @@ class SimulatedPolicy:
 class RecordedTrace:
     """Pass rates of P prompts measured every few steps of a real run, replayed; what is drawn changes nothing.
 
-    k out of n right is taken as (k + .1) / (n + .2), by which about as many groups of eight teach as the counts say. The
-    noise of measuring passes for drift. Between measurements the logits are interpolated.
+    k out of n right is taken as (k + .1) / (n + .2), by which about as many groups of eight teach as the counts say.
+    The noise of measuring passes for drift. Between measurements the logits are interpolated.
     """
 
     def __init__(self, path: Path) -> None:
