@@ -47,8 +47,8 @@ def draw(pools: Pools, folder: Path) -> None:
     others = sorted({label for arms in pools.values() for label in arms if label not in MAIN}, key=arm_order)
     if others:
         with_others = {pool: arms for pool, arms in pools.items() if arms.keys() & set(others)}
-        palette = plt.get_cmap("tab20")
-        colours |= {label: palette(i % 20) for i, label in enumerate(others)}
+        palette = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]  # type: ignore[attr-defined]
+        colours |= {label: palette[i % len(palette)] for i, label in enumerate(others)}
         _accuracy(with_others, colours, folder / "variants_by_rollouts.png", by_rollouts=True)
     # With one optimiser step a batch the policy is the one that sampled, and nothing is ever clipped.
     clipped = _only(pools, [label for label in others if "mini-batches" in label])
