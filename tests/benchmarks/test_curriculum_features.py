@@ -37,9 +37,10 @@ def test_the_comparison_runs(features, monkeypatch, tmp_path, capsys):
     path = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["curriculum_features.py", "--prompts", "20000", "--json", str(path)])
     features.main()
-    none, text, shuffled = json.loads(path.read_text())
+    none, text, shuffled, full, full_80 = json.loads(path.read_text())
     assert text["never_visited"] > none["never_visited"] + 0.15
     assert abs(shuffled["never_visited"] - none["never_visited"]) < 0.05
+    assert np.isnan(full["never_visited"]) and full_80["effective"] > full["effective"] + 0.02
     monkeypatch.setattr(sys, "argv", ["curriculum_features.py", "--cost", "--prompts", "2000"])
     features.main()
     assert "62 bytes a prompt" in capsys.readouterr().out
