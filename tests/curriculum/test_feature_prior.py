@@ -86,6 +86,22 @@ def test_many_steps_are_regression_on_all_observations_with_decayed_weights(monk
     assert prior.deviation_squared == pytest.approx(truth @ truth / size, rel=0.5)
 
 
+def test_trust_lasts_when_nothing_is_left_to_predict():
+    features = make_features(97, 5)
+    prior = FeaturePrior(features)
+    random = np.random.default_rng(3)
+    truth = random.standard_normal(5)
+    for _ in range(30):
+        indices = random.permutation(97)[:41]
+        y = features[indices] / FEATURE_UNIT @ truth + random.standard_normal(41)
+        prior.learn(indices, y - prior.effect(indices), np.ones(41), np.ones(41))
+    assert prior.trust > 0.9
+    nothing = np.empty(0)
+    for _ in range(400):
+        prior.learn(np.empty(0, dtype=np.int64), nothing, nothing, nothing)
+    assert 0.6 < prior.trust < 0.9
+
+
 def test_no_result_depends_on_the_order_of_sums():
     prior = FeaturePrior(make_features(1001, 40))
     random = np.random.default_rng(0)
