@@ -145,6 +145,18 @@ def test_prompts_never_seen_are_told_apart():
     assert FEATURE_WEIGHT not in without.metrics()
 
 
+def test_features_are_trusted_from_rates_that_are_known_beforehand():
+    features, num = make_features(801), 801
+    settings = DataConfig(rollout_batch_size=6, seed=5, sampling_strategy="curriculum", **ONLINE)
+    ids = [f"p{i}" for i in range(num)]
+    table = Coordinator(settings, ids, [""] * num, "abc", N, 40, SingleProcess(), features=features).table
+    rates = 1 / (1 + np.exp(-2.0 * features[:, 0] / FEATURE_UNIT))
+    known, unknown = np.arange(0, num, 2), np.arange(1, num, 2)
+    table.begin_from(known, np.rint(16 * rates[known]), np.full(len(known), 16))
+    assert table.metrics()[FEATURE_WEIGHT] > 0.5
+    assert rank_correlation(table.predicted_pass_rates(unknown), rates[unknown]) > 0.8
+
+
 def test_a_prompt_seen_before_moves_by_its_share_of_what_the_features_say_now():
     belief, seen, _ = run_filter("text", 1, steps=5)
     before, _ = belief.belief(slice(None))
