@@ -196,17 +196,11 @@ class Greso(Dapo):
         wasted = self._seen[:2].sum() / self._seen[2] if self._seen[2] else 0.0
         most = int(1.5 * self.run.batch_size)
         wanted = min(most, int(self.SLACK * missing / max(1e-6, 1.0 - wasted)) + 1) if self._seen[2] else most
-        return self._kept(wanted, _MAX_ROUNDS)
+        return self._kept(wanted)
 
-    def draw(self, step: int) -> np.ndarray:
-        """A round of B prompts, for a loop that fills its batch by itself; after one walk over all, whoever is next."""
-        size = self.run.batch_size
-        found = self._kept(size, -(-self.run.num_prompts // size))
-        return np.concatenate([found, self._next(size - len(found))])
-
-    def _kept(self, wanted: int, max_turns: int) -> np.ndarray:
+    def _kept(self, wanted: int) -> np.ndarray:
         found = np.empty(0, dtype=np.int64)
-        for _ in range(max_turns):
+        for _ in range(_MAX_ROUNDS):
             turn = self._next(wanted)
             kept = turn[self.random.random(len(turn)) < self.kept_chance(turn)]
             found = np.concatenate([found, kept])
@@ -228,18 +222,18 @@ class Greso(Dapo):
 
 
 class PilotCommit(Dapo):
-    LOWER, UPPER, MAX_AGE, ROUNDS = 0.125, 0.75, 4, 10
+    LOWER, UPPER, MAX_AGE = 0.125, 0.75, 4
 
     def __init__(self, run: Run, pilots: int) -> None:
         super().__init__(run)
-        self.pilots = pilots
+        self.pilots, self.max_rounds = pilots, 10
         self.evicted = np.zeros(run.num_prompts, dtype=bool)
         self._waiting: dict[int, tuple[int, float]] = {}  # prompt: (step, number right of its pilots)
 
     def batch(self, step: int, roll: Roll) -> tuple[np.ndarray, np.ndarray, int]:
         size, spent = self.run.batch_size, 0
         self._waiting = {k: pilot for k, pilot in self._waiting.items() if step - pilot[0] <= self.MAX_AGE}
-        for _ in range(self.ROUNDS):
+        for _ in range(self.max_rounds):
             if len(self._waiting) >= size:
                 break
             prompts = np.unique(self._next(3 * size))

@@ -6,16 +6,27 @@ from functools import cached_property
 
 import numpy as np
 from curriculum_lab_policies import RESPONSES, Run, Uniform
-from curriculum_lab_rivals import RIVALS, Greso
+from curriculum_lab_rivals import RIVALS, PilotCommit
 
+from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
+
+MANY_ROUNDS = 1000
+
+
+def rival_policy(name: str, num_prompts: int, num_steps: int, data: DataConfig) -> Uniform:
+    """A rival of the laboratory, for a training. Args: name: of RIVALS."""
+    same = np.zeros(num_prompts, dtype=np.int64)  # they make no use of categories
+    policy = RIVALS[name](Run(num_prompts, same, same, data.rollout_batch_size, num_steps, data.seed))
+    if isinstance(policy, PilotCommit):  # its own ends with an error there, and advises to have no limit
+        policy.max_rounds = MANY_ROUNDS
+    return policy
 
 
 class RivalDraws(Coordinator):
     """Draws by a rival's rule and shows it the groups that were sampled, once a step. A run cannot be resumed.
 
-    For rivals that draw a batch and learn from it, and for GRESO where `algorithm.online_filtering` fills the batch:
-    its rounds are of B prompts then, not of 1.5 B and fewer. Pilot-Commit needs a loop of its own.
+    For rivals that draw a batch and learn from it; those that sample more have a loop of their own.
     """
 
     rival: str  # of RIVALS; set in a subclass or before the first draw
@@ -23,11 +34,8 @@ class RivalDraws(Coordinator):
     @cached_property
     def _policy(self) -> Uniform:
         assert self.num_responses == RESPONSES, "the rivals count groups of the laboratory's size"
-        same = np.zeros(self.num_prompts, dtype=np.int64)  # they make no use of categories
-        run = Run(self.num_prompts, same, same, self.data.rollout_batch_size, self.num_steps, self.data.seed)
-        policy = RIVALS[self.rival](run)
-        fills_itself = type(policy).batch is not Uniform.batch and not isinstance(policy, Greso)
-        assert not fills_itself, f"{self.rival} samples more than it draws"
+        policy = rival_policy(self.rival, self.num_prompts, self.num_steps, self.data)
+        assert type(policy).batch is Uniform.batch, f"{self.rival} samples more than it draws"
         return policy
 
     def _draw(self) -> np.ndarray:
@@ -40,8 +48,6 @@ class RivalDraws(Coordinator):
         if self._is_rank_0:
             indices = np.array([prompt.index for prompt in observed], dtype=np.int64)
             num_right = np.array([np.rint(prompt.pass_rate * prompt.num_responses) for prompt in observed])
-            if isinstance(self._policy, Greso):
-                self._policy.judge(indices, num_right)
             self._policy.learn(indices, num_right, _no_more)
 
 

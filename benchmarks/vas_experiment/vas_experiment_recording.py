@@ -5,15 +5,10 @@ The rollouts that a run spends are counted where they are made, not taken from t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "curriculum"))
-
-from curriculum_rival_draws import RivalDraws
 from vas_experiment_steps import StepFile, transition_counts
 from vas_experiment_trials import RESPONSES, SORTS
 
@@ -83,10 +78,6 @@ class RecordingCoordinator(Coordinator):
         sorts = np.array([SORTS[kind] for kind in self.kinds])
         shares = {sort: float(weights[sorts == sort].sum() / weights.sum()) for sort in sorted(set(SORTS.values()))}
         self.steps.note(step, {"weight_histogram": counts.tolist(), "weight_shares": shares})
-
-
-class RecordingRival(RivalDraws, RecordingCoordinator):
-    """Draws by a rival's rule."""
 
 
 class RecordingBatches(BatchMaker):

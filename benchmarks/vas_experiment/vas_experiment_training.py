@@ -16,15 +16,16 @@ from vas_experiment_recording import (
     CountingRollout,
     RecordingBatches,
     RecordingCoordinator,
-    RecordingRival,
     RecordingTrainer,
     StepFile,
     TraceRecorder,
     answer_figures,
 )
+from vas_experiment_rivals import LoopedBatches, RecordingRival
 from vas_experiment_trials import (
     BATCH,
-    FILTERED,
+    FILLED,
+    LOOPED,
     RESPONSES,
     RIVAL_RULES,
     SIZES,
@@ -131,8 +132,8 @@ class Session:
         prepare_model(self._folder, trial)
         prepare_pool(self._folder, trial)
         files = trial_files(self._folder, trial)
-        # Steps of online filtering spend several times the rollouts: it validates by those, where others would.
-        config = trial_config(trial, files, -1 if trial.arm in FILTERED else self._validate_every)
+        # Where a step samples until its batch is full, it spends several times the rollouts, and validates by these.
+        config = trial_config(trial, files, -1 if trial.arm in FILLED else self._validate_every)
         self._start(config)
         started = time.monotonic()
         train_data = self._load(files.pool, config, with_sketches=trial.arm in WITH_TEXTS)
@@ -193,7 +194,8 @@ class Session:
         steps: StepFile,
     ) -> RecordingTrainer:
         sketches = train_data.take_sketches()
-        coordinator = (RecordingRival if trial.arm in RIVAL_RULES else RecordingCoordinator)(
+        draws_as_rival = trial.arm in RIVAL_RULES and trial.arm not in LOOPED
+        coordinator = (RecordingRival if draws_as_rival else RecordingCoordinator)(
             config.data, train_data.prompt_ids, train_data.categories, train_data.fingerprint, RESPONSES,
             trial.steps, self._ranks, features=None if sketches is None else compress(sketches),
             sizes=SIZES if trial.arm == "sized" else None,
@@ -209,7 +211,9 @@ class Session:
             NoCheckpoints(self._folder),  # type: ignore[arg-type]
             metrics_logger, report, self._never_asked,
         )  # fmt: skip
-        batches = make_batches(config, RecordingBatches, opened, collector)
+        batches = make_batches(config, LoopedBatches if trial.arm in LOOPED else RecordingBatches, opened, collector)
+        if isinstance(batches, LoopedBatches):
+            batches.rival = RIVAL_RULES[trial.arm]
         coordinator.steps = batches.steps = steps
         coordinator.kinds = batches.kinds = kinds
         engines = Engines(counter, actor)
@@ -217,8 +221,8 @@ class Session:
         trainer.steps, trainer.counter, trainer.trace = steps, counter, None
         trainer.uncounted = Collector(self._rollout, self._rewards, reward_name, self._encoder, self._ranks)
         trainer.budget = trial.budget
-        is_filtered = trial.arm in FILTERED
-        trainer.validate_rollouts = self._validate_every * BATCH * RESPONSES if is_filtered else None
+        by_rollouts = trial.arm in FILLED
+        trainer.validate_rollouts = self._validate_every * BATCH * RESPONSES if by_rollouts else None
         return trainer
 
 

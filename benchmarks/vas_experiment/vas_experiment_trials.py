@@ -19,12 +19,13 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.preflight.checks import check_config
 
-# filtering: DAPO; mopps, dps, vade, pools, greso: these rivals' own rules; online: half a batch by score and a tenth of
-# probes, as it shipped at first; shipped: as it ships, textless: that without what the texts tell, sized: with groups
-# of different sizes; posterior: the best by a draw from each belief, without texts; text: that with texts
+# filtering: DAPO; mopps, dps, vade, pools, greso, pilot (Pilot-Commit): these rivals' own rules; online: half a batch
+# by score and a tenth of probes, as it shipped at first; shipped: as it ships, textless: that without what the texts
+# tell, sized: with groups of different sizes; posterior: the best by a draw from each belief, without texts; text: that
+# with texts
 ARMS = (
-    "shuffle", "filtering", "mopps", "dps", "vade", "pools", "greso", "full", "online", "posterior", "text", "shipped",
-    "textless", "sized",
+    "shuffle", "filtering", "mopps", "dps", "vade", "pools", "greso", "pilot", "full", "online", "posterior", "text",
+    "shipped", "textless", "sized",
 )  # fmt: skip
 BELIEVING: dict[str, dict[str, Any]] = {
     "shipped": {},
@@ -38,8 +39,10 @@ TOLD = ("online", *BELIEVING)  # the kinds of the questions, where categories ar
 CURRICULA = ("full", *TOLD)
 RIVAL_RULES = {  # arm -> name in the laboratory
     "mopps": "mopps_math", "dps": "dps", "vade": "vade", "pools": "difficulty_pools", "greso": "greso",
+    "pilot": "pilot_commit",
 }  # fmt: skip
-FILTERED = ("filtering", "greso")  # draw until the batch is full of groups that teach
+LOOPED = ("greso", "pilot")  # of these, those that fill the batch by a loop of their own
+FILLED = ("filtering", *LOOPED)  # a step samples until the batch is full of groups that teach
 BATCH = 8  # prompts a step
 RESPONSES = 8  # a group, or on average
 SIZES = SizeRange(2, 16)  # of groups; sized
@@ -248,7 +251,7 @@ def trial_config(trial: Trial, files: TrialFiles, validate_every: int) -> RunCon
         "data.curriculum_rollout_n": REFRESH_RESPONSES,
         "algorithm.disable_kl": True,
         "algorithm.use_kl_loss": False,
-        "algorithm.online_filtering": trial.arm in FILTERED,
+        "algorithm.online_filtering": trial.arm == "filtering",
         "trainer.max_try_make_batch": 20,
         "worker.actor.global_batch_size": BATCH // trial.mini_batches,
         "worker.actor.micro_batch_size_per_device_for_update": 64,

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from fixtures.launching import ROOT, environment
 from fixtures.rank_threads import SingleProcess
 
 from mmr1_ds.commands.demo.digits import LEARNABLE
-from mmr1_ds.config import DataConfig
+from mmr1_ds.config import AlgorithmConfig, DataConfig, RolloutConfig
+from mmr1_ds.monitoring.clock import StageClock
+from mmr1_ds.records import GroupRewards, Prompt, Response, RolloutGroup, SamplingSettings, ScoredGroup
+from mmr1_ds.rewards.scoring import RewardCounts
 
 BENCHMARKS = ROOT / "benchmarks" / "vas_experiment"
 
@@ -230,7 +234,7 @@ def test_the_report_has_tables_json_and_plots(tmp_path):
 # --- rivals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mopps_math", "mopps_geo3k", "dps", "vade", "difficulty_pools", "greso"])
+@pytest.mark.parametrize("name", ["mopps_math", "mopps_geo3k", "dps", "vade", "difficulty_pools"])
 def test_a_rival_draws_in_a_run_as_in_the_laboratory_and_learns_from_each_step_once(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "curriculum"))
     from curriculum_lab_policies import Run
@@ -250,9 +254,67 @@ def test_a_rival_draws_in_a_run_as_in_the_laboratory_and_learns_from_each_step_o
         coordinator.observe(step, groups[2:])
         coordinator.finish_step(step, batch)
         num_right = np.array([round(8 * group.pass_rate) for group in groups])
-        if name == "greso":
-            alone.judge(batch, num_right)
         alone.learn(batch, num_right, None)
+
+
+class Collected:
+    """Answers by each prompt's pass rate, every response with a number of its own."""
+
+    def __init__(self, rates):
+        self.rates, self.random, self.num_responses = rates, np.random.default_rng(7), 0
+
+    def collect(self, requests, settings, clock):
+        return [self._answer(request) for request in requests], RewardCounts()
+
+    def _answer(self, request):
+        numbers = np.arange(request.num_responses) + self.num_responses
+        self.num_responses += request.num_responses
+        right = (self.random.random(len(numbers)) < self.rates[request.prompt.index]).astype(np.float32)
+        pairs = np.stack([numbers, right], axis=1).astype(np.int32)
+        responses = tuple(Response(pair, np.zeros(2), True) for pair in pairs)
+        rewards = GroupRewards(right, right, right > 2, {"seen": right + 0.0})
+        return ScoredGroup(RolloutGroup(request.prompt, responses, 3), rewards)
+
+
+class Listed(list):
+    """The prompts of a data set."""
+
+    def prompts(self, indices):
+        return [self[int(index)] for index in indices]
+
+
+@pytest.mark.parametrize("name", ["pilot_commit", "greso", "dapo"])
+def test_a_rival_with_a_loop_of_its_own_trains_on_whole_groups_as_it_counts_them(name, monkeypatch):
+    from vas_experiment_rivals import LoopedBatches
+
+    rates = np.random.default_rng(3).choice([0.0, 0.05, 0.4, 0.7, 1.0], P)
+    data = DataConfig(rollout_batch_size=B, seed=5, sampling_strategy="shuffle")
+    observed = []
+    coordinator = SimpleNamespace(num_steps=40, observe=lambda step, found: observed.extend(found))
+    prompts = Listed(Prompt(i, f"p{i}", (1, 2), (), "") for i in range(P))
+    batches = LoopedBatches(
+        data, AlgorithmConfig(), RolloutConfig(), B, 1, SingleProcess(), list, prompts, coordinator, Collected(rates)
+    )
+    batches.rival = name
+    said = []
+    own = batches._policy.batch
+    monkeypatch.setattr(batches._policy, "batch", lambda step, roll: said.append(own(step, roll)) or said[-1])
+    trained, num_joined = set(), 0
+    for step in range(1, 13):
+        drawn, _ = batches._fill(step, SamplingSettings(1.0, 1.0, -1, 2), StageClock())
+        chosen, num_right, _ = said[-1]
+        assert len(drawn.teaching) == B and [*drawn.teaching] == [*range(B)]
+        for group, prompt, right in zip(drawn.teaching.values(), chosen, num_right, strict=True):
+            numbers, correct = np.array([response.token_ids for response in group.group.responses]).T
+            assert group.group.prompt.index == prompt and len(numbers) == 8 and 0 < right < 8
+            assert group.rewards.accuracy.tolist() == group.rewards.overall.tolist() == correct.tolist()
+            assert group.rewards.parts["seen"].tolist() == correct.tolist() and correct.sum() == right
+            num_joined += np.ptp(numbers) > 7  # sampled in two parts, others between them
+            assert not trained & {*numbers.tolist()}
+            trained |= {*numbers.tolist()}
+    assert sum(spent for *_, spent in said) == batches._collector.num_responses
+    assert sum(len(group.group.responses) for group in observed) == batches._collector.num_responses
+    assert (num_joined > 0) == (name == "pilot_commit")
 
 
 # --- training -----------------------------------------------------------------------------------------------------

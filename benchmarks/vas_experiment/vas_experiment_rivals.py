@@ -1,0 +1,112 @@
+"""The laboratory's rivals, trained with: each by its own rule, in the coordinator's place or the batch maker's."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from functools import cached_property, partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "curriculum"))
+
+from curriculum_lab_policies import Uniform
+from curriculum_rival_draws import RivalDraws, rival_policy
+from vas_experiment_recording import RecordingBatches, RecordingCoordinator
+from vas_experiment_trials import RESPONSES
+
+from mmr1_ds.loop.collector import TRAINING
+from mmr1_ds.loop.drawn import Drawn
+from mmr1_ds.monitoring.clock import StageClock
+from mmr1_ds.records import GroupRewards, SamplingSettings, ScoredGroup
+
+KEPT = 4  # groups of a prompt that may be parts of later ones
+
+
+class RecordingRival(RivalDraws, RecordingCoordinator):
+    """Draws by a rival's rule."""
+
+
+class LoopedBatches(RecordingBatches):
+    """Batches of a rival that fills them by a loop of its own. On one rank; a run cannot be resumed."""
+
+    rival: str  # of RIVALS; set before the first step
+
+    def __init__(self, *arguments: Any) -> None:
+        """Take what BatchMaker takes."""
+        super().__init__(*arguments)
+        self._rolled: dict[int, list[ScoredGroup]] = {}  # by prompt, in their order
+
+    @cached_property
+    def _policy(self) -> Uniform:
+        return rival_policy(self.rival, len(self._prompts), self._coordinator.num_steps, self._data)
+
+    def _fill(self, step: int, settings: SamplingSettings, clock: StageClock) -> tuple[Drawn, dict[str, float]]:
+        """Sample as the policy asks; what is left of the batch is filled with groups that do not teach."""
+        drawn = Drawn()
+        roll = partial(self._roll, step, settings, clock, drawn, count(self._batch_size))
+        prompts, num_right, _ = self._policy.batch(step, roll)
+        chosen = zip(prompts.tolist(), num_right.tolist(), strict=True)
+        drawn.teaching = dict(enumerate(self._take(prompt, right) for prompt, right in chosen))
+        self._policy.learn(prompts, num_right, roll)
+        self._rolled = {prompt: groups[-KEPT:] for prompt, groups in self._rolled.items()}
+        return drawn, {}
+
+    def _roll(
+        self,
+        step: int,
+        settings: SamplingSettings,
+        clock: StageClock,
+        drawn: Drawn,
+        slots: count[int],
+        indices: np.ndarray,
+        num_responses: Any,
+    ) -> np.ndarray:
+        """As the laboratory's Roll."""
+        own = [next(slots) for _ in indices]
+        requests = self._requests(self._prompts, indices, num_responses, TRAINING, step, own)
+        groups, failures = self._collector.collect(requests, settings, clock)
+        self._coordinator.observe(step, self._score_groups(groups))
+        drawn.rewards += [group.rewards for group in groups]
+        drawn.failures.append(failures)
+        for slot, group in zip(own, groups, strict=True):
+            self._rolled.setdefault(group.group.prompt.index, []).append(group)
+            if num_responses == RESPONSES and right_of(group) in (0.0, RESPONSES):
+                drawn.others[slot] = group
+        return np.array([right_of(group) for group in groups], dtype=np.float64)
+
+    def _take(self, prompt: int, num_right: float) -> ScoredGroup:
+        """The group that the policy means: sampled at once, or in two parts, of which the later came last."""
+        groups = self._rolled[prompt]
+        for group in groups:
+            if len(group.rewards.overall) == RESPONSES and right_of(group) == num_right:
+                groups.remove(group)
+                return group
+        later = groups.pop()
+        first = next(group for group in reversed(groups) if right_of(group) + right_of(later) == num_right)
+        groups.remove(first)
+        joined = join(first, later)
+        assert len(joined.rewards.overall) == RESPONSES, (prompt, len(joined.rewards.overall))
+        return joined
+
+
+def right_of(group: ScoredGroup) -> float:
+    """How many responses are right."""
+    return float(np.rint(group.rewards.accuracy.sum()))
+
+
+def join(first: ScoredGroup, second: ScoredGroup) -> ScoredGroup:
+    """One group of the responses of two, to one prompt; of the older policy, whose weights saw the fewer steps."""
+    rewards = GroupRewards(
+        *(
+            np.concatenate([getattr(first.rewards, name), getattr(second.rewards, name)])
+            for name in ("overall", "accuracy", "failed")
+        ),
+        parts={name: np.concatenate([part, second.rewards.parts[name]]) for name, part in first.rewards.parts.items()},
+    )
+    responses = first.group.responses + second.group.responses
+    oldest = min(first.group.policy_version, second.group.policy_version)
+    return ScoredGroup(dataclasses.replace(second.group, responses=responses, policy_version=oldest), rewards)
