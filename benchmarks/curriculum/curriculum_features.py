@@ -1,7 +1,7 @@
 """What the online refresh gains from the prompts' texts (data.curriculum_features=text), and what that costs.
 
     python benchmarks/curriculum/curriculum_features.py [--setting u_shaped_slow] [--prompts 100000] [--seeds 0 1 2]
-        [--share 0.5] [--no-categories] [--json FILE]
+        [--share 0.5] [--no-categories] [--draw posterior] [--kinds none text full] [--json FILE]
     python benchmarks/curriculum/curriculum_features.py --trace benchmarks/curriculum/data/real_text.npz --batch 8
         [--states FILE.npz]
     python benchmarks/curriculum/curriculum_features.py --table step_0.jsonl --states FILE.npz --batch 8 --seeds 0 1 2
@@ -18,6 +18,7 @@ Means over the second half:
 
 spearman: rank correlation of the weights with v, over all prompts.
 never_visited: the same over the prompts that no batch and no refresh has held so far; nan where there are few.
+rate_never_visited: rank correlation of the predicted pass rates of these prompts with the true ones.
 effective: groups trained on that are neither all right nor all wrong, mean over the run.
 *_first_quarter: these over the first quarter of the run.
 weight, explained: the metrics curriculum/feature_weight and feature_explained_fraction of the last step.
@@ -68,7 +69,13 @@ def _sketches(texts: list[str]) -> Iterator[bytes]:
 
 
 def run(
-    world: TextWorld | RecordedTrace, batch_size: int, seed: int, kind: str, features: np.ndarray | None, told: bool
+    world: TextWorld | RecordedTrace,
+    batch_size: int,
+    seed: int,
+    kind: str,
+    features: np.ndarray | None,
+    told: bool,
+    rule: str = "proportional",
 ) -> dict[str, float]:
     """Train for the world's steps. Args: told: the categories. Returns: what the module's docstring lists."""
     num_steps, every = world.num_steps, max(1, world.num_steps // 28)
@@ -78,7 +85,7 @@ def run(
     if kind in _FULL:
         policy = FullRefresh(sizes, 16, 56, _FULL[kind])
     else:
-        policy = Online(sizes)
+        policy = Online(sizes, rule)
         policy.filter = LogitFilter(world.num_prompts, given, RESPONSES, features=features)
     random = np.random.default_rng([seed, 4])
     unseen = np.ones(world.num_prompts, dtype=bool)
@@ -93,8 +100,11 @@ def run(
         policy.refresh(step, roll)
         if step % every == 0:
             value, weights = rates * (1.0 - rates), policy.scores()
-            of_unseen = spearman(weights[unseen], value[unseen]) if np.count_nonzero(unseen) > 50 else np.nan
-            found.append((spearman(weights, value), of_unseen))
+            of_unseen = rate_of_unseen = np.nan
+            if np.count_nonzero(unseen) > 50:
+                of_unseen = spearman(weights[unseen], value[unseen])
+                rate_of_unseen = spearman(policy.pass_rates()[unseen], rates[unseen])
+            found.append((spearman(weights, value), of_unseen, rate_of_unseen))
         batch, num_right, _ = policy.batch(step, roll)
         effective.append(float(((num_right > 0) & (num_right < RESPONSES)).mean()))
         policy.learn(batch, num_right, roll)
@@ -104,9 +114,11 @@ def run(
     return {
         "spearman": float(late[0]),
         "never_visited": float(late[1]),
+        "rate_never_visited": float(late[2]),
         "effective": float(np.mean(effective)),
         "spearman_first_quarter": float(early[0]),
         "never_visited_first_quarter": float(early[1]),
+        "rate_never_visited_first_quarter": float(early[2]),
         "effective_first_quarter": float(np.mean(effective[: num_steps // 4])),
         "weight": metrics.get(FEATURE_WEIGHT, 0.0),
         "explained": metrics.get(FEATURE_EXPLAINED_FRACTION, 0.0),
@@ -149,9 +161,11 @@ def compare(arguments: argparse.Namespace) -> None:
 
         first = world()
         ids = first.prompt_ids if isinstance(first, RecordedTrace) else []
-        for kind, given in (features_by_kind(first.texts, ids, arguments.states, seed) | dict.fromkeys(_FULL)).items():
+        kinds = features_by_kind(first.texts, ids, arguments.states, seed) | dict.fromkeys(_FULL)
+        for kind in arguments.kinds or kinds:
+            given = kinds[kind]
             row = {"setting": name, "seed": seed, "features": kind}
-            row |= run(world(), arguments.batch, seed, kind, given, not arguments.no_categories)
+            row |= run(world(), arguments.batch, seed, kind, given, not arguments.no_categories, arguments.draw)
             write_row(row)
             rows.append(row)
     if arguments.json:
@@ -260,6 +274,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--share", type=float, default=0.5, help="of the logits' variance that is in the texts")
     parser.add_argument("--no-categories", action="store_true")
+    parser.add_argument("--kinds", nargs="+", help="rows to make, for example: none text full; all unless given")
+    parser.add_argument("--draw", choices=["proportional", "posterior"], default="proportional", help="online's rule")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.cost:
