@@ -21,6 +21,7 @@ _COLOURS = {
     "mopps_geo3k": "tab:olive",
     "mopps_math": "darkkhaki",
     "dps": "tab:green",
+    "dps_math": "limegreen",
     "vade": "tab:brown",
     "greso": "tab:purple",
     "difficulty_pools": "tab:pink",

@@ -4,24 +4,27 @@ MoPPS (arXiv 2507.04632; github.com/thu-rllab/MoPPS, and recipe/mopps of github.
     prompt, pulled back to the prior when it is visited; a Thompson draw of each of c B candidates, of which the B
     nearest to 1/2 are taken. Its scripts: Geo3K c = 8, decay .5; MATH c = 16, decay 1 (none), the recipe's default.
 DPS (arXiv 2603.10887; github.com/maoyixiu/DPS): a three-state hidden Markov model a prompt (none, some, all right),
-    transitions with a Dirichlet prior of 1, decayed by .5 a step; of 8 B candidates the B most probably in the middle
-    state (Geo3K script).
+    transitions with a Dirichlet prior of 1, decayed at each step; of c B candidates the B most probably in the middle
+    state. Its scripts: Geo3K c = 8, decay .5; MATH c = 32, decay .7.
 VADE (arXiv 2511.18902): a Beta(1, 1) a prompt, of which the evidence decays at two scales, of all prompts at each step
     and of a prompt at its own visit; the B largest Thompson draws of p (1-p)^2. Its decay factors could not be
     verified: .998 a step and .9 a visit suit it here, as slow as two scales can be; with none it does a little
     better, with faster ones much worse.
-GRESO (arXiv 2506.02177; github.com/Infini-AI-Lab/GRESO): a prompt without variance z times in a row is passed over
-    with probability 1 - p^z, p of the easy and of the hard apart, from .5 on in steps of .01 towards a quarter of
-    groups without variance, a third of it easy; draws again until the batch is full of groups that teach, 1.5 B at
-    first (scripts). The bounds of p and the factor 1.25 of later draws were seen in a reimplementation only.
-Difficulty pools (as in the buffer of github.com/PrimeIntellect-ai/prime-rl: easy, normal, hard by the last group's
-    mean): drawn with replacement, weights .2, 1, .2. That repository has fractions of a batch instead of weights; the
-    weights could not be verified.
-Pilot-Commit (arXiv 2605.26606; github.com/databricks/pilot-commit): pilots on 3 B prompts; those from .125 to .75
-    right wait in a buffer, at most four steps, for the other responses of their group; none right: deferred to the
-    next epoch; all right: evicted for good. At most ten rounds a step (scripts). A quarter of its groups of 64 and 128
-    responses are pilots; of 8 that would be 2, by which it does worse than with the 4 given here.
-DAPO (arXiv 2503.14476): uniform draws until the batch is full of groups that teach.
+GRESO (arXiv 2506.02177; github.com/Infini-AI-Lab/GRESO): a prompt whose last z groups were all right is rolled out
+    again with probability p^z, at least .01, and so where none was right, p of either kind apart: from .5 on, after the
+    first epoch in steps of .01 towards a quarter of groups without variance, a third of it easy, within .05 and .95. A
+    round has 1.5 B prompts; a later one what is missing over the share that taught in the last, times 1.25, at least
+    B / 4; when that is no more than 1.5 B, it is the last, and the batch may stay short.
+Difficulty pools: easy, normal, hard by the last group's mean, drawn with replacement, weights .2, 1, .2. The buffer of
+    github.com/PrimeIntellect-ai/prime-rl has such pools, with quotas in place of weights: a tenth of the batch above
+    .8, a tenth below .2, which are no prompt at all in a batch of eight.
+Pilot-Commit (arXiv 2605.26606; github.com/databricks/pilot-commit): a round samples pilots of 3 B prompts, and the rest
+    of the groups of prompts that wait since an earlier one; those with .125 to .75 of the pilots right wait, at most
+    four steps; rounds go on until the batch is full. A quarter of its groups of 64 and 128 responses are pilots; of 8
+    that would be 2, by which it does a little worse than with the 3 given here. Its scripts leave a prompt out for good
+    when all of 16 or more pilots were right; with so few it does better without (`evicts`).
+DAPO (arXiv 2503.14476): uniform draws of B prompts until the batch is full of groups that teach, at most twenty. Its
+    script draws 3 B at a time, which samples more than is needed.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from curriculum_lab_policies import RESPONSES, Roll, Run, Uniform
 
 from mmr1_ds.curriculum.sampler import PromptSampler
 
-_MAX_ROUNDS = 20  # of DAPO's and GRESO's draws for one batch
+_MAX_ROUNDS = 20  # of DAPO's draws for one batch
+_MANY_ROUNDS = 200  # of those without a bound of their own
 
 
 def _teaches(num_right: np.ndarray) -> np.ndarray:
@@ -141,7 +145,9 @@ class DifficultyPools(Uniform):
         return 0
 
 
-class Dapo(Uniform):
+class Walker(Uniform):
+    """Takes prompts in turn, as many as it needs."""
+
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self._position = 0
@@ -152,22 +158,16 @@ class Dapo(Uniform):
         self._position += count
         return walked
 
-    def _round(self, missing: int) -> np.ndarray:
-        """The prompts to roll out when `missing` groups are still needed."""
-        return self._next(self.run.batch_size)
 
-    def judge(self, prompts: np.ndarray, num_right: np.ndarray) -> None:
-        """Take in all groups of a round."""
-
+class Dapo(Walker):
     def batch(self, step: int, roll: Roll) -> tuple[np.ndarray, np.ndarray, int]:
         size = self.run.batch_size
         kept_prompts, kept_right = np.empty(0, dtype=np.int64), np.empty(0)
         spent = 0
         for _ in range(_MAX_ROUNDS):
-            prompts = self._round(size - len(kept_prompts))
+            prompts = self._next(size)
             num_right = roll(prompts, RESPONSES)
             spent += RESPONSES * len(prompts)
-            self.judge(prompts, num_right)
             teaches = _teaches(num_right)
             kept_prompts = np.concatenate([kept_prompts, prompts[teaches]])
             kept_right = np.concatenate([kept_right, num_right[teaches]])
@@ -177,88 +177,112 @@ class Dapo(Uniform):
         return kept_prompts[:size], kept_right[:size], spent
 
 
-class Greso(Dapo):
+class Greso(Walker):
     TARGETS = np.array([0.25 / 3, 0.5 / 3])  # share of groups all right, none right
-    SLACK, STEP, LOWEST, HIGHEST = 1.25, 0.01, 0.05, 0.95
+    SLACK, STEP, LOWEST, HIGHEST, LEAST_CHANCE = 1.25, 0.01, 0.05, 0.95, 0.01
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.streaks = np.zeros(run.num_prompts, dtype=np.int64)  # groups without variance in a row
-        self.hard = np.zeros(run.num_prompts, dtype=np.int64)  # 1: the last of them had none right
-        self.explored = np.array([0.5, 0.5])  # chance to roll out again after one of them: easy, hard
+        self.streaks = np.zeros((run.num_prompts, 2), dtype=np.int64)  # groups in a row all right, none right
+        self.explored = np.array([0.5, 0.5])  # chance to roll out again after one of them
         self._seen = np.zeros(3)  # of the step: groups all right, none right, and all groups
+        self._passed = np.empty(0, dtype=np.int64)  # prompts that are rolled out next
 
     def kept_chance(self, prompts: np.ndarray) -> np.ndarray:
         """How probably each is rolled out when its turn comes."""
-        return self.explored[self.hard[prompts]] ** self.streaks[prompts]
+        chances: np.ndarray = np.maximum(self.explored ** self.streaks[prompts], self.LEAST_CHANCE).prod(axis=1)
+        return chances
 
-    def _round(self, missing: int) -> np.ndarray:
-        wasted = self._seen[:2].sum() / self._seen[2] if self._seen[2] else 0.0
-        most = int(1.5 * self.run.batch_size)
-        wanted = min(most, int(self.SLACK * missing / max(1e-6, 1.0 - wasted)) + 1) if self._seen[2] else most
-        return self._kept(wanted)
+    def batch(self, step: int, roll: Roll) -> tuple[np.ndarray, np.ndarray, int]:
+        size = self.run.batch_size
+        most = wanted = int(1.5 * size)
+        kept_prompts, kept_right = np.empty(0, dtype=np.int64), np.empty(0)
+        spent, is_last = 0, False
+        for _ in range(_MANY_ROUNDS):
+            prompts = self._kept(wanted)
+            num_right = roll(prompts, RESPONSES)
+            spent += RESPONSES * len(prompts)
+            self.judge(prompts, num_right)
+            teaches = _teaches(num_right)
+            kept_prompts = np.concatenate([kept_prompts, prompts[teaches]])
+            kept_right = np.concatenate([kept_right, num_right[teaches]])
+            if len(kept_prompts) >= size or is_last:
+                break
+            needed = int((size - len(kept_prompts)) / max(1e-6, teaches.mean()) * self.SLACK)
+            is_last = needed <= most  # whatever it brings: the batch may stay short
+            wanted = max(min(needed, most), size // 4)
+        self.sizes = self.group_sizes(kept_prompts[:size])
+        return kept_prompts[:size], kept_right[:size], spent
 
     def _kept(self, wanted: int) -> np.ndarray:
-        found = np.empty(0, dtype=np.int64)
-        for _ in range(_MAX_ROUNDS):
+        found = self._passed
+        while len(found) < wanted:
             turn = self._next(wanted)
-            kept = turn[self.random.random(len(turn)) < self.kept_chance(turn)]
-            found = np.concatenate([found, kept])
-            if len(found) >= wanted:
-                break
+            found = np.concatenate([found, turn[self.random.random(len(turn)) < self.kept_chance(turn)]])
+        self._passed = found[wanted:]
         return found[:wanted]
 
     def judge(self, prompts: np.ndarray, num_right: np.ndarray) -> None:
-        none, everything = num_right == 0, num_right == RESPONSES
-        self.hard[prompts] = none
-        self.streaks[prompts] = np.where(none | everything, self.streaks[prompts] + 1, 0)
-        self._seen += [everything.sum(), none.sum(), len(prompts)]
+        """Take in all groups of a round."""
+        of_kinds = np.stack([num_right == RESPONSES, num_right == 0], axis=1)
+        self.streaks[prompts] = np.where(of_kinds, self.streaks[prompts] + 1, 0)
+        self._seen += [*of_kinds.sum(axis=0), len(prompts)]
 
     def learn(self, batch: np.ndarray, num_right: np.ndarray, roll: Roll) -> int:
-        above = self._seen[:2] / max(1.0, self._seen[2]) >= self.TARGETS
-        self.explored = np.clip(self.explored + np.where(above, -self.STEP, self.STEP), self.LOWEST, self.HIGHEST)
+        if self._position >= self.run.num_prompts:  # not in the first epoch
+            above = self._seen[:2] / max(1.0, self._seen[2]) >= self.TARGETS
+            self.explored = np.clip(self.explored + np.where(above, -self.STEP, self.STEP), self.LOWEST, self.HIGHEST)
         self._seen[:] = 0.0
         return 0
 
 
-class PilotCommit(Dapo):
+class PilotCommit(Walker):
     LOWER, UPPER, MAX_AGE = 0.125, 0.75, 4
 
-    def __init__(self, run: Run, pilots: int) -> None:
+    def __init__(self, run: Run, pilots: int, evicts: bool) -> None:
         super().__init__(run)
-        self.pilots, self.max_rounds = pilots, 10
+        self.pilots, self.evicts = pilots, evicts
         self.evicted = np.zeros(run.num_prompts, dtype=bool)
         self._waiting: dict[int, tuple[int, float]] = {}  # prompt: (step, number right of its pilots)
 
     def batch(self, step: int, roll: Roll) -> tuple[np.ndarray, np.ndarray, int]:
-        size, spent = self.run.batch_size, 0
-        self._waiting = {k: pilot for k, pilot in self._waiting.items() if step - pilot[0] <= self.MAX_AGE}
-        for _ in range(self.max_rounds):
-            if len(self._waiting) >= size:
+        size, rest, spent = self.run.batch_size, RESPONSES - self.pilots, 0
+        chosen, num_right = np.empty(0, dtype=np.int64), np.empty(0)
+        for _ in range(_MANY_ROUNDS):
+            # A round samples the pilots of later groups and the rest of groups that earlier rounds found.
+            waiting = np.fromiter(self._waiting, dtype=np.int64, count=len(self._waiting))
+            committed = self.random.permutation(waiting)[: size - len(chosen)]
+            before = np.array([self._waiting.pop(int(k))[1] for k in committed])
+            self._pilot(step, roll)
+            chosen = np.concatenate([chosen, committed])
+            num_right = np.concatenate([num_right, before + roll(committed, rest)])
+            spent += self.pilots * 3 * size + rest * len(committed)
+            if len(chosen) == size:
                 break
-            prompts = np.unique(self._next(3 * size))
-            prompts = prompts[~self.evicted[prompts]]
-            num_right = roll(prompts, self.pilots)
-            spent += self.pilots * len(prompts)
-            rates = num_right / self.pilots
-            self.evicted[prompts[rates >= 1.0]] = True
-            kept = (rates >= self.LOWER) & (rates <= self.UPPER)
-            self._waiting |= {int(k): (step, right) for k, right in zip(prompts[kept], num_right[kept], strict=True)}
-        waiting = np.fromiter(self._waiting, dtype=np.int64, count=len(self._waiting))
-        chosen = self.random.permutation(waiting)[:size]
-        before = np.array([self._waiting.pop(int(k))[1] for k in chosen])
-        rest = RESPONSES - self.pilots
+        self._waiting = {k: pilot for k, pilot in self._waiting.items() if step - pilot[0] <= self.MAX_AGE}
         self.sizes = self.group_sizes(chosen)
-        return chosen, before + roll(chosen, rest), spent + rest * len(chosen)
+        return chosen, num_right, spent
+
+    def _pilot(self, step: int, roll: Roll) -> None:
+        prompts = self._next(3 * self.run.batch_size)
+        while self.evicts and self.evicted[prompts].any() and not self.evicted.all():
+            left = prompts[~self.evicted[prompts]]
+            prompts = np.concatenate([left, self._next(len(prompts) - len(left))])
+        num_right = roll(prompts, self.pilots)
+        rates = num_right / self.pilots
+        self.evicted[prompts[rates >= 1.0]] = True
+        kept = (rates >= self.LOWER) & (rates <= self.UPPER)
+        self._waiting |= {int(k): (step, right) for k, right in zip(prompts[kept], num_right[kept], strict=True)}
 
 
 RIVALS: dict[str, Callable[[Run], Uniform]] = {
     "mopps_geo3k": lambda run: Mopps(run, ratio=8, decay=0.5),
     "mopps_math": lambda run: Mopps(run, ratio=16, decay=1.0),
     "dps": Dps,
+    "dps_math": lambda run: Dps(run, ratio=32, decay=0.7),
     "vade": lambda run: Vade(run, visit_decay=0.9, step_decay=0.998),
     "greso": Greso,
     "difficulty_pools": DifficultyPools,
-    "pilot_commit": lambda run: PilotCommit(run, pilots=4),
+    "pilot_commit": lambda run: PilotCommit(run, pilots=3, evicts=False),
     "dapo": Dapo,
 }

@@ -6,21 +6,16 @@ from functools import cached_property
 
 import numpy as np
 from curriculum_lab_policies import RESPONSES, Run, Uniform
-from curriculum_lab_rivals import RIVALS, PilotCommit
+from curriculum_lab_rivals import RIVALS
 
 from mmr1_ds.config import DataConfig
 from mmr1_ds.curriculum.coordinator import Coordinator
-
-MANY_ROUNDS = 1000
 
 
 def rival_policy(name: str, num_prompts: int, num_steps: int, data: DataConfig) -> Uniform:
     """A rival of the laboratory, for a training. Args: name: of RIVALS."""
     same = np.zeros(num_prompts, dtype=np.int64)  # they make no use of categories
-    policy = RIVALS[name](Run(num_prompts, same, same, data.rollout_batch_size, num_steps, data.seed))
-    if isinstance(policy, PilotCommit):  # its own ends with an error there, and advises to have no limit
-        policy.max_rounds = MANY_ROUNDS
-    return policy
+    return RIVALS[name](Run(num_prompts, same, same, data.rollout_batch_size, num_steps, data.seed))
 
 
 class RivalDraws(Coordinator):

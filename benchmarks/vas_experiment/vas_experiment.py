@@ -2,8 +2,8 @@
 
     python benchmarks/vas_experiment/vas_experiment.py --out FOLDER [--shares 2 5 15 50] [--sizes 512 2048 8192]
         [--steps 160] [--rollouts 10240] [--seeds 0 1 2 3 4]
-        [--arms shuffle filtering mopps dps vade pools greso pilot full online shipped textless sized posterior text]
-        [--ratios .5] [--categories yes no]
+        [--arms shuffle filtering mopps dps dps_math vade pools greso pilot full online posterior text shipped textless
+        sized] [--ratios .5] [--categories yes no]
     python benchmarks/vas_experiment/vas_experiment.py --out FOLDER --shares 15 --sizes 512 --seeds 0 --arms shuffle
         --record-traces FILE.npz
     python benchmarks/vas_experiment/vas_experiment.py report FOLDER --json FILE --plots FOLDER
@@ -13,9 +13,9 @@ share is learnable, and validates greedily on 512 held-out learnable questions e
 each eight times at temperature 1, for pass@k. Arms of a seed share the model, the pool and the seeds of data and
 sampling. A trial ends with the step in which its rollouts reach the budget, which is that of its steps of 64 responses
 unless --rollouts says otherwise, and after its steps at the latest. Every response sampled for the training counts:
-those of groups that filtering throws away, of probes and of refreshes too. `mopps`, `dps`, `vade`, `pools` (difficulty
-pools), `greso` and `pilot` (Pilot-Commit) draw by their own rules, with their published constants (MoPPS as for MATH);
-see benchmarks/curriculum/curriculum_lab_rivals.py.
+those of groups that filtering throws away, of probes and of refreshes too. `mopps`, `dps`, `dps_math`, `vade`, `pools`
+(difficulty pools), `greso` and `pilot` (Pilot-Commit) draw by their own rules, with their published constants where
+there are any (MoPPS as for MATH, DPS as for Geo3K and for MATH); see benchmarks/curriculum/curriculum_lab_rivals.py.
 
 Each trial writes FOLDER/runs/NAME.jsonl; finished ones are skipped, so the experiment can be stopped, resumed, and
 spread over processes: each takes the next trial that no other has.

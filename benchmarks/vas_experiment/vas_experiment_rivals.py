@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from functools import cached_property, partial
-from itertools import count
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mmr1_ds.loop.drawn import Drawn
 from mmr1_ds.monitoring.clock import StageClock
 from mmr1_ds.records import GroupRewards, SamplingSettings, ScoredGroup
 
-KEPT = 4  # groups of a prompt that may be parts of later ones
+PARTS_KEPT = 8  # steps; no rival waits longer for the rest of a group
 
 
 class RecordingRival(RivalDraws, RecordingCoordinator):
@@ -38,7 +39,8 @@ class LoopedBatches(RecordingBatches):
     def __init__(self, *arguments: Any) -> None:
         """Take what BatchMaker takes."""
         super().__init__(*arguments)
-        self._rolled: dict[int, list[ScoredGroup]] = {}  # by prompt, in their order
+        self._whole: dict[int, list[ScoredGroup]] = {}  # of the step, by prompt
+        self._parts: dict[int, list[tuple[int, ScoredGroup]]] = {}  # by prompt, with their steps
 
     @cached_property
     def _policy(self) -> Uniform:
@@ -48,11 +50,18 @@ class LoopedBatches(RecordingBatches):
         """Sample as the policy asks; what is left of the batch is filled with groups that do not teach."""
         drawn = Drawn()
         roll = partial(self._roll, step, settings, clock, drawn, count(self._batch_size))
+        self._whole = {}
         prompts, num_right, _ = self._policy.batch(step, roll)
         chosen = zip(prompts.tolist(), num_right.tolist(), strict=True)
-        drawn.teaching = dict(enumerate(self._take(prompt, right) for prompt, right in chosen))
+        drawn.teaching = dict(enumerate([self._take(prompt, right) for prompt, right in chosen]))
         self._policy.learn(prompts, num_right, roll)
-        self._rolled = {prompt: groups[-KEPT:] for prompt, groups in self._rolled.items()}
+        missing = self._batch_size - len(drawn.teaching) - len(drawn.others)
+        if missing > 0:
+            roll(np.arange(missing), RESPONSES)
+        self._parts = {
+            prompt: [(since, part) for since, part in parts if step - since < PARTS_KEPT]
+            for prompt, parts in self._parts.items()
+        }
         return drawn, {}
 
     def _roll(
@@ -73,24 +82,33 @@ class LoopedBatches(RecordingBatches):
         drawn.rewards += [group.rewards for group in groups]
         drawn.failures.append(failures)
         for slot, group in zip(own, groups, strict=True):
-            self._rolled.setdefault(group.group.prompt.index, []).append(group)
-            if num_responses == RESPONSES and right_of(group) in (0.0, RESPONSES):
+            index = group.group.prompt.index
+            if num_responses < RESPONSES:
+                self._parts.setdefault(index, []).append((step, group))
+            elif right_of(group) in (0.0, RESPONSES):
                 drawn.others[slot] = group
+            else:
+                self._whole.setdefault(index, []).append(group)
         return np.array([right_of(group) for group in groups], dtype=np.float64)
 
     def _take(self, prompt: int, num_right: float) -> ScoredGroup:
         """The group that the policy means: sampled at once, or in two parts, of which the later came last."""
-        groups = self._rolled[prompt]
-        for group in groups:
-            if len(group.rewards.overall) == RESPONSES and right_of(group) == num_right:
-                groups.remove(group)
+        for group in self._whole.get(prompt, []):
+            if right_of(group) == num_right:
+                self._whole[prompt].remove(group)
                 return group
-        later = groups.pop()
-        first = next(group for group in reversed(groups) if right_of(group) + right_of(later) == num_right)
-        groups.remove(first)
-        joined = join(first, later)
-        assert len(joined.rewards.overall) == RESPONSES, (prompt, len(joined.rewards.overall))
+        parts = self._parts[prompt]
+        pairs = combinations(range(len(parts)), 2)
+        whole = [pair for pair in pairs if self._are_group([parts[at][1] for at in pair], num_right)]
+        first, later = min(whole, key=lambda pair: (pair[1], -pair[0]))
+        joined = join(parts[first][1], parts[later][1])
+        self._parts[prompt] = [part for at, part in enumerate(parts) if at not in (first, later)]
         return joined
+
+    @staticmethod
+    def _are_group(parts: Sequence[ScoredGroup], num_right: float) -> bool:
+        size = sum(len(part.rewards.overall) for part in parts)
+        return size == RESPONSES and sum(map(right_of, parts)) == num_right
 
 
 def right_of(group: ScoredGroup) -> float:

@@ -19,13 +19,13 @@ from mmr1_ds.config.loading import load_config
 from mmr1_ds.curriculum.group_sizes import SizeRange
 from mmr1_ds.preflight.checks import check_config
 
-# filtering: DAPO; mopps, dps, vade, pools, greso, pilot (Pilot-Commit): these rivals' own rules; online: half a batch
-# by score and a tenth of probes, as it shipped at first; shipped: as it ships, textless: that without what the texts
-# tell, sized: with groups of different sizes; posterior: the best by a draw from each belief, without texts; text: that
-# with texts
+# filtering: DAPO; mopps, dps, dps_math, vade, pools, greso, pilot (Pilot-Commit): these rivals' own rules; online: half
+# a batch by score and a tenth of probes, as it shipped at first; shipped: as it ships, textless: that without what the
+# texts tell, sized: with groups of different sizes; posterior: the best by a draw from each belief, without texts;
+# text: that with texts
 ARMS = (
-    "shuffle", "filtering", "mopps", "dps", "vade", "pools", "greso", "pilot", "full", "online", "posterior", "text",
-    "shipped", "textless", "sized",
+    "shuffle", "filtering", "mopps", "dps", "dps_math", "vade", "pools", "greso", "pilot", "full", "online",
+    "posterior", "text", "shipped", "textless", "sized",
 )  # fmt: skip
 BELIEVING: dict[str, dict[str, Any]] = {
     "shipped": {},
@@ -39,7 +39,7 @@ TOLD = ("online", *BELIEVING)  # the kinds of the questions, where categories ar
 CURRICULA = ("full", *TOLD)
 RIVAL_RULES = {  # arm -> name in the laboratory
     "mopps": "mopps_math", "dps": "dps", "vade": "vade", "pools": "difficulty_pools", "greso": "greso",
-    "pilot": "pilot_commit",
+    "pilot": "pilot_commit", "dps_math": "dps_math",
 }  # fmt: skip
 LOOPED = ("greso", "pilot")  # of these, those that fill the batch by a loop of their own
 FILLED = ("filtering", *LOOPED)  # a step samples until the batch is full of groups that teach

@@ -181,16 +181,44 @@ def test_vade_forgets_at_two_scales_and_likes_a_third(policies, rivals):
     assert set(vade.draw(1).tolist()) == {1, 6}
 
 
-def test_greso_passes_over_streaks_and_steers_how_many(policies, rivals):
+def test_greso_passes_over_streaks_and_steers_how_many_after_the_first_epoch(policies, rivals):
     greso = rivals.Greso(small_run(policies))
-    for _ in range(2):
-        greso.judge(np.array([0, 1, 2]), np.array([8.0, 0.0, 3.0]))
-    assert greso.kept_chance(np.array([0, 1, 2, 3])) == pytest.approx([0.25, 0.25, 1.0, 1.0])
+    greso.judge(np.array([0, 1, 2, 3]), np.array([8.0, 0.0, 3.0, 0.0]))
+    greso.judge(np.array([0, 1, 2, 3]), np.array([8.0, 0.0, 3.0, 8.0]))  # a streak is of one kind
+    assert greso.kept_chance(np.arange(5)) == pytest.approx([0.25, 0.25, 1.0, 0.5, 1.0])
+    greso.learn(None, None, None)
+    assert greso.explored.tolist() == [0.5, 0.5]  # the first epoch
+    greso._next(7)
+    greso.judge(np.array([4, 5, 6]), np.array([8.0, 0.0, 3.0]))
     greso.learn(None, None, None)  # a third easy and a third hard, both above their targets
     assert greso.explored == pytest.approx([0.49, 0.49])
     greso.judge(np.array([1, 3, 4, 5]), np.array([8.0, 1.0, 1.0, 1.0]))
     greso.learn(None, None, None)  # a quarter easy, none hard
-    assert greso.explored == pytest.approx([0.48, 0.5]) and greso.kept_chance(np.array([1])) == pytest.approx(0.48**3)
+    assert greso.explored == pytest.approx([0.48, 0.5]) and greso.kept_chance(np.array([1])) == pytest.approx(0.48)
+    greso.streaks[6, 1] = 9
+    assert greso.kept_chance(np.array([6])) == pytest.approx(0.01)
+
+
+def test_a_later_round_of_greso_is_as_large_as_the_last_one_says(policies, rivals):
+    greso, sizes = rivals.Greso(small_run(policies, batch=8, num_prompts=1000)), []
+
+    def roll(indices, num_responses):
+        sizes.append(len(indices))
+        teach = {1: 2, 2: 1, 3: 5}.get(len(sizes), 0)
+        return np.array([4.0] * teach + [0.0] * (len(indices) - teach))
+
+    batch, num_right, spent = greso.batch(1, roll)
+    # 6 missing at 2 of 12: 45, more than 12 at a time; 5 at 1 of 12: 75; none missing.
+    assert sizes == [12, 12, 12] and len(batch) == 8 and spent == 8 * 36 and (num_right == 4.0).all()
+    sizes.clear()
+
+    def richer(indices, num_responses):
+        sizes.append(len(indices))
+        teach = 7 if len(sizes) == 1 else 0
+        return np.array([4.0] * teach + [0.0] * (len(indices) - teach))
+
+    batch, _, _ = greso.batch(2, richer)  # 1 missing at 7 of 12: 2, the least is B / 4, and no further round
+    assert sizes == [12, 2] and len(batch) == 7
 
 
 def test_pools_draw_by_the_last_group(policies, rivals):
@@ -202,19 +230,27 @@ def test_pools_draw_by_the_last_group(policies, rivals):
     assert pools.weights.tolist() == [0.2, 1, 1, 1, 1, 1, 1]
 
 
-def test_pilots_are_counted_and_the_solved_evicted(policies, rivals):
-    pilot = rivals.PilotCommit(small_run(policies), pilots=4)
+@pytest.mark.parametrize("evicts", [True, False])
+def test_pilots_are_counted_and_wait_for_a_later_round(policies, rivals, evicts):
+    pilot = rivals.PilotCommit(small_run(policies), pilots=4, evicts=evicts)  # 2 of 7 a step, 6 pilots a round
     right = np.array([4.0, 0.0, 1.0, 2.0, 3.0, 0.0, 0.0])
+    rolled = []
 
     def roll(indices, num_responses):
+        rolled.append((num_responses, indices.tolist()))
         return right[indices]
 
     batch, num_right, spent = pilot.batch(1, roll)
     assert len(batch) == 2 and set(batch) <= {2, 3, 4} and (num_right == 2 * right[batch]).all()
-    rounds = (spent - 4 * 2) / 4  # pilots besides the two groups' other halves
-    assert rounds in (6, 12)
-    pilot.batch(2, roll)
-    assert pilot.evicted.tolist() in ([True] + [False] * 6, [False] * 7)
+    assert rolled[1] == (4, [])  # nothing waited in the first round
+    assert rolled[3] == (4, batch.tolist()) and len(rolled) == 4 and spent == 4 * (6 + 6 + 2)
+    assert set(pilot._waiting) == {2, 3, 4} - set(batch) or set(pilot._waiting) <= {2, 3, 4}
+    assert pilot.evicted.tolist() == [True] + [False] * 6
+    rolled.clear()
+    for step in (2, 3):
+        pilot.batch(step, roll)
+    piloted = [prompt for at in range(0, len(rolled), 2) for prompt in rolled[at][1]]
+    assert len(piloted) % 6 == 0 and (0 in piloted) != evicts
 
 
 @pytest.mark.parametrize("name", ["uniform_none", "uniform_slow", "uniform_fast", "u_shaped_sudden", "hard_fast"])

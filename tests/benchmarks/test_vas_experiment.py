@@ -40,11 +40,11 @@ def test_trials_are_every_combination_once_and_whole_seeds_come_first():
     from vas_experiment_trials import ARMS, all_trials
 
     trials = all_trials([2, 50], [512], ARMS, [7, 8], 60, ratios=[0.5, 0.8], categories=[True, False])
-    # A seed and pool: shuffle, filtering and five rivals once, full for each lambda, online for each lambda and
+    # A seed and pool: shuffle, filtering and seven rivals once, full for each lambda, online for each lambda and
     # the five that follow from beliefs with categories and without.
-    assert len(trials) == 2 * 2 * (7 + 2 + 4 + 5 * 2)
+    assert len(trials) == 2 * 2 * (9 + 2 + 4 + 5 * 2)
     assert len({trial.name for trial in trials}) == len({(t.pool, t.label, t.seed) for t in trials}) == len(trials)
-    assert [trial.seed for trial in trials] == [7] * 46 + [8] * 46
+    assert [trial.seed for trial in trials] == [7] * 50 + [8] * 50
 
 
 def test_a_trial_spends_what_its_steps_would_unless_told_otherwise():
@@ -234,7 +234,7 @@ def test_the_report_has_tables_json_and_plots(tmp_path):
 # --- rivals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mopps_math", "mopps_geo3k", "dps", "vade", "difficulty_pools"])
+@pytest.mark.parametrize("name", ["mopps_math", "mopps_geo3k", "dps", "dps_math", "vade", "difficulty_pools"])
 def test_a_rival_draws_in_a_run_as_in_the_laboratory_and_learns_from_each_step_once(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "curriculum"))
     from curriculum_lab_policies import Run
@@ -299,20 +299,24 @@ def test_a_rival_with_a_loop_of_its_own_trains_on_whole_groups_as_it_counts_them
     said = []
     own = batches._policy.batch
     monkeypatch.setattr(batches._policy, "batch", lambda step, roll: said.append(own(step, roll)) or said[-1])
-    trained, num_joined = set(), 0
+    trained, num_joined, num_full = set(), 0, 0
     for step in range(1, 13):
+        begun = batches._collector.num_responses
         drawn, _ = batches._fill(step, SamplingSettings(1.0, 1.0, -1, 2), StageClock())
         chosen, num_right, _ = said[-1]
-        assert len(drawn.teaching) == B and [*drawn.teaching] == [*range(B)]
+        assert [*drawn.teaching] == [*range(len(chosen))] and len(drawn.teaching) + len(drawn.others) >= B
+        assert all(np.ptp(group.rewards.accuracy) == 0 for group in drawn.others.values())
+        num_full += len(chosen) == B
         for group, prompt, right in zip(drawn.teaching.values(), chosen, num_right, strict=True):
             numbers, correct = np.array([response.token_ids for response in group.group.responses]).T
             assert group.group.prompt.index == prompt and len(numbers) == 8 and 0 < right < 8
             assert group.rewards.accuracy.tolist() == group.rewards.overall.tolist() == correct.tolist()
             assert group.rewards.parts["seen"].tolist() == correct.tolist() and correct.sum() == right
             num_joined += np.ptp(numbers) > 7  # sampled in two parts, others between them
+            assert name == "pilot_commit" or numbers.min() >= begun  # nothing of an earlier step
             assert not trained & {*numbers.tolist()}
             trained |= {*numbers.tolist()}
-    assert sum(spent for *_, spent in said) == batches._collector.num_responses
+    assert sum(spent for *_, spent in said) == batches._collector.num_responses and num_full >= 8
     assert sum(len(group.group.responses) for group in observed) == batches._collector.num_responses
     assert (num_joined > 0) == (name == "pilot_commit")
 
