@@ -45,7 +45,7 @@ _ASKED_FOR = (
     "online_known_n4", "online_known_n16",
 )  # fmt: skip
 DEFAULT_POLICIES = tuple(name for name in POLICIES if name not in _ASKED_FOR)
-ESTIMATORS = ("online", "online_no_categories", "mopps_geo3k", "mopps_math", "dps", "vade")
+ESTIMATORS = ("online", "online_no_categories", "mopps_geo3k", "mopps_math", "dps", "dps_math", "vade")
 _STEP_MEASURES = (
     "effective_group_fraction", "effective_response_fraction", "mean_variance_share", "signal_per_rollout", "spearman",
     "variance_spearman",
