@@ -26,6 +26,7 @@ MAIN = {  # label -> colour
     "shipped, no categories": "#c51b8a",
 }
 STEPS_SMOOTHED = 21
+CROWDED = 6  # arms a panel
 DYNAMICS = {
     "effective_fraction": "groups trained on\nthat teach",
     "learnable_effective_fraction": "groups of learnable\nprompts that teach",
@@ -63,10 +64,11 @@ def _only(pools: Pools, labels: Collection[str]) -> dict[Pool, Arms]:
 
 def _accuracy(pools: Pools, colours: Mapping[str, object], path: Path, by_rollouts: bool) -> None:
     """Validation accuracy, smoothed as in the tables: mean, and one standard deviation over seeds either side."""
-    num_columns = min(4, len(pools))
+    is_crowded = max(map(len, pools.values())) > CROWDED
+    num_columns, width, height = (min(2, len(pools)), 7.5, 5.0) if is_crowded else (min(4, len(pools)), 4.2, 3.3)
     num_rows = -(-len(pools) // num_columns)
     figure, axes = plt.subplots(
-        num_rows, num_columns, figsize=(4.2 * num_columns, 3.3 * num_rows), squeeze=False, sharey=True
+        num_rows, num_columns, figsize=(width * num_columns, height * num_rows), squeeze=False, sharey=not is_crowded
     )
     for axis, (pool, arms) in zip(axes.flat, pools.items(), strict=False):
         for label in sorted(arms, key=arm_order):
@@ -77,7 +79,10 @@ def _accuracy(pools: Pools, colours: Mapping[str, object], path: Path, by_rollou
                 shortest = min(len(run.validations()[0]) for run in runs)
                 positions = runs[0].validations()[0][:shortest]
                 values = np.array([smooth(run.validations()[2])[:shortest] for run in runs])
-            _band(axis, positions, values, colours[label], label)
+            if is_crowded:  # bands would hide the lines
+                axis.plot(positions, values.mean(axis=0), color=colours[label], label=label, linewidth=1.8)
+            else:
+                _band(axis, positions, values, colours[label], label)
         if SHUFFLE in arms:
             final = curves(list(arms[SHUFFLE].values()))[1][:, -1].mean()
             axis.axhline(final, color="#555555", linewidth=0.7, linestyle=":")
@@ -92,8 +97,10 @@ def _accuracy(pools: Pools, colours: Mapping[str, object], path: Path, by_rollou
         axis.set_visible(False)
     handles = {line.get_label(): line for axis in axes.flat for line in axis.get_lines() if line.get_label()[0] != "_"}
     # Below the curves, which it would hide.
-    figure.legend(handles.values(), handles.keys(), fontsize=7, loc="lower center", ncol=2 * num_columns)
-    _save(figure, path, bottom=(0.1 + 0.16 * -(-len(handles) // (2 * num_columns))) / (3.3 * num_rows))
+    num_named = max(4, 2 * num_columns)  # a line
+    figure.legend(handles.values(), handles.keys(), fontsize=9 if is_crowded else 7, loc="lower center", ncol=num_named)
+    of_line = 0.22 if is_crowded else 0.16
+    _save(figure, path, bottom=(0.1 + of_line * -(-len(handles) // num_named)) / (height * num_rows))
 
 
 def _band(axis: Axes, positions: np.ndarray, values: np.ndarray, colour: object, label: str) -> None:
