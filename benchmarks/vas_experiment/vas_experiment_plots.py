@@ -19,10 +19,8 @@ Pools = Mapping[Pool, Arms]
 MAIN = {  # label -> colour
     "shuffle": "#555555",
     "full, lambda 0.5": "#e08214",
-    "online, lambda 0.5": "#1b7837",
-    "online, lambda 0.5, no categories": "#7fbf7b",
     "filtering": "#7b3294",
-    "shipped": "#c51b8a",
+    "shipped": "#1b7837",
     "shipped, no categories": "#c51b8a",
 }
 STEPS_SMOOTHED = 21

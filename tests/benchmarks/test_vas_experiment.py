@@ -329,6 +329,7 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 sys.path.insert(0, sys.argv[1])
 import vas_experiment_training as training
+import curriculum_lab_rivals
 from mmr1_ds.commands.demo.assets import prepare_assets
 from mmr1_ds.commands.demo.warmup import WarmupSettings
 from vas_experiment_trials import Trial
@@ -336,12 +337,13 @@ from vas_experiment_trials import Trial
 if __name__ == "__main__":
     short = WarmupSettings(num_steps=2, batch_size=3, first_steps=1, warmup_steps=1)
     training.prepare_model = lambda folder, trial: prepare_assets(folder / "models" / f"seed_{trial.seed}", 5, short)
+    curriculum_lab_rivals._MANY_ROUNDS = 3  # a model that gets nothing right never fills a batch
     out = Path(sys.argv[2])
     trial = Trial(15, 33, "online", 5, 3, dead=False)
     with training.Session(out, validate_every=3) as session:
         session.train(trial, out / "plain.jsonl")
         session.train(trial, out / "traced.jsonl", (out / "trace.npz", 7, 4, 1))
-        for arm in ("mopps", "text", "filtering", "greso"):
+        for arm in ("mopps", "text", "filtering", "greso", "pilot"):
             trial = Trial(15, 33, arm, 5, 9, dead=False, rollouts=100)
             session.train(trial, out / f"{arm}.jsonl")
 """
@@ -369,7 +371,7 @@ def test_recording_a_trace_changes_no_training_and_rollouts_are_counted(tmp_path
     assert trace["steps"].tolist() == [0, 1, 2, 3] and trace["pass_rates"].shape == (4, 7)
     assert set(np.unique(trace["pass_rates"] * 4 % 1)) == {0.0}
     assert len(trace["categories"]) == 7 == len(trace["prompt_ids"])
-    for arm in ("mopps", "text", "filtering", "greso"):
+    for arm in ("mopps", "text", "filtering", "greso", "pilot"):
         lines = [json.loads(x) for x in (tmp_path / f"{arm}.jsonl").open()]
         spent = [line["rollouts"] for line in lines[1:-1]]
         assert spent[-1] >= 100 > spent[-2] and "validation_accuracy" in lines[-2], arm
