@@ -12,9 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from vas_experiment_runs import SHUFFLE, Arms, Pool, Run, arm_order, curves, smooth
-from vas_experiment_trials import CURRICULA
+from vas_experiment_trials import CURRICULA, RIVAL_RULES, TOLD
 
 Pools = Mapping[Pool, Arms]
+RIVALS = ("filtering", *RIVAL_RULES)
 
 MAIN = {  # label -> colour
     "shuffle": "#555555",
@@ -23,6 +24,12 @@ MAIN = {  # label -> colour
     "shipped": "#1b7837",
     "shipped, no categories": "#c51b8a",
 }
+SHOWN = {  # the arm of a label -> its name in the legend
+    "shuffle": "uniform", "filtering": "DAPO", "greso": "GRESO", "pilot": "Pilot-Commit", "mopps": "MoPPS, as for MATH",
+    "dps_math": "DPS, as for MATH", "dps": "DPS, as for Geo3K", "vade": "VADE", "pools": "difficulty pools",
+    "online": "online's first default", "shipped": "online", "textless": "online, no texts",
+    "sized": "online with sizes", "posterior": "online, posterior, no texts", "text": "online, posterior",
+}  # fmt: skip
 STEPS_SMOOTHED = 21
 CROWDED = 6  # arms a panel
 DYNAMICS = {
@@ -78,9 +85,11 @@ def _accuracy(pools: Pools, colours: Mapping[str, object], path: Path, by_rollou
                 positions = runs[0].validations()[0][:shortest]
                 values = np.array([smooth(run.validations()[2])[:shortest] for run in runs])
             if is_crowded:  # bands would hide the lines
-                axis.plot(positions, values.mean(axis=0), color=colours[label], label=label, linewidth=1.8)
+                style = "--" if label in RIVALS else "-"
+                mean = values.mean(axis=0)
+                axis.plot(positions, mean, color=colours[label], label=shown(label), linewidth=1.8, linestyle=style)
             else:
-                _band(axis, positions, values, colours[label], label)
+                _band(axis, positions, values, colours[label], shown(label))
         if SHUFFLE in arms:
             final = curves(list(arms[SHUFFLE].values()))[1][:, -1].mean()
             axis.axhline(final, color="#555555", linewidth=0.7, linestyle=":")
@@ -99,6 +108,15 @@ def _accuracy(pools: Pools, colours: Mapping[str, object], path: Path, by_rollou
     figure.legend(handles.values(), handles.keys(), fontsize=9 if is_crowded else 7, loc="lower center", ncol=num_named)
     of_line = 0.22 if is_crowded else 0.16
     _save(figure, path, bottom=(0.1 + of_line * -(-len(handles) // num_named)) / (height * num_rows))
+
+
+def shown(label: str) -> str:
+    """A label in the words of the pages."""
+    arm, _, rest = label.partition(", ")
+    name = SHOWN.get(arm, arm)
+    told = "" if "no categories" in rest or arm not in TOLD else ", told the category"
+    others = [word for word in rest.split(", ") if word not in ("", "no categories", "lambda 0.5")]
+    return ", ".join([name, *others]) + told
 
 
 def _band(axis: Axes, positions: np.ndarray, values: np.ndarray, colour: object, label: str) -> None:

@@ -67,7 +67,7 @@ def compare(shuffled: Mapping[int, Run], others: Mapping[int, Run], length: int)
     shuffle_first = first_crossing(base_rollouts, base.mean(axis=0), target)
     generator = np.random.default_rng(0)
     resampled = [ratio(generator.choice(everyone, len(seeds))) for _ in range(RESAMPLES)]
-    at_same = [float(np.interp(spent, rollouts, curve)) for curve in other]
+    at_same = [float(np.interp(spent, *others[seed].curve())) for seed in seeds]
     last = [run.steps[-1].get("extra_rollout_fraction", 0.0) for run in (others[seed] for seed in seeds)]
     return Comparison(
         target=target,

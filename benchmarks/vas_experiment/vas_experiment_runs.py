@@ -120,8 +120,9 @@ def curves(runs: Sequence[Run], last_step: int | None = None) -> tuple[np.ndarra
     Runs that spend differently are interpolated, up to where the first of them ends.
     """
     parts = [run.curve(last_step) for run in runs]
-    longest = np.unique(max((rollouts for rollouts, _ in parts), key=len))
-    grid = longest[longest <= min(rollouts[-1] for rollouts, _ in parts)]
+    longest = max((rollouts for rollouts, _ in parts), key=len)
+    end = min(rollouts[-1] for rollouts, _ in parts)
+    grid = np.unique([*longest[longest < end], end])
     return grid, np.array([np.interp(grid, rollouts, values) for rollouts, values in parts])
 
 

@@ -159,6 +159,23 @@ def test_an_arm_that_learns_three_times_faster_for_a_fifth_more_rollouts_needs_2
     assert never["ratio"] == 0.0 and never["needed_rollouts"] is None and never["paired_ratios"] == [0.0]
 
 
+def test_each_run_is_compared_where_shuffle_ends_also_when_runs_of_an_arm_end_apart(tmp_path):
+    from vas_experiment_report import comparisons
+    from vas_experiment_runs import by_pool, curves, load_runs
+
+    for seed, per_step in ((3, 70), (4, 151)):
+        write_run(tmp_path, a_trial(seed=seed), 64, lambda step: 0.0)
+        write_run(tmp_path, a_trial(seed=seed, arm="pilot"), per_step, lambda step: step / 100)
+    pools = by_pool(load_runs(tmp_path))
+    (row,) = comparisons(pools)
+    # Shuffle ends at 2,560 rollouts: after 36.6 steps, between the last points (35 and the smoothed 37.5), and 17 steps.
+    last = 0.35 + (2560 - 35 * 70) / (5 * 70) * 0.025
+    assert row["accuracy_gains"] == pytest.approx([last, 2560 / 151 / 100])
+    (arms,) = pools.values()
+    grid, _ = curves(list(arms["pilot"].values()))
+    assert grid[-1] == 40 * 70  # as far as both go
+
+
 def test_the_answers_of_the_end_are_compared_seed_by_seed_and_earlier_runs_have_none(tmp_path):
     from vas_experiment_report import answer_rows, write_report
     from vas_experiment_runs import by_pool, load_runs
