@@ -163,12 +163,12 @@ def test_each_run_is_compared_where_shuffle_ends_also_when_runs_of_an_arm_end_ap
     from vas_experiment_report import comparisons
     from vas_experiment_runs import by_pool, curves, load_runs
 
-    for seed, per_step in ((3, 70), (4, 151)):
+    for seed, per_step, steps in ((3, 70, 40), (4, 151, 60)):
         write_run(tmp_path, a_trial(seed=seed), 64, lambda step: 0.0)
-        write_run(tmp_path, a_trial(seed=seed, arm="pilot"), per_step, lambda step: step / 100)
+        write_run(tmp_path, a_trial(seed=seed, arm="pilot", steps=steps), per_step, lambda step: step / 100)
     pools = by_pool(load_runs(tmp_path))
     (row,) = comparisons(pools)
-    # Shuffle ends at 2,560 rollouts: after 36.6 steps, between the last points (35 and the smoothed 37.5), and 17 steps.
+    # Shuffle ends at 2,560 rollouts: after 36.6 steps, between the points of 35 and (smoothed) 37.5, and after 17.
     last = 0.35 + (2560 - 35 * 70) / (5 * 70) * 0.025
     assert row["accuracy_gains"] == pytest.approx([last, 2560 / 151 / 100])
     (arms,) = pools.values()
