@@ -162,6 +162,9 @@ def compare(arguments: argparse.Namespace) -> None:
         first = world()
         ids = first.prompt_ids if isinstance(first, RecordedTrace) else []
         kinds = features_by_kind(first.texts, ids, arguments.states, seed) | dict.fromkeys(_FULL)
+        unknown = set(arguments.kinds or ()) - kinds.keys()
+        if unknown:
+            sys.exit(f"--kinds {' '.join(sorted(unknown))}: unknown here; there are {' '.join(kinds)}")
         for kind in arguments.kinds or kinds:
             given = kinds[kind]
             row = {"setting": name, "seed": seed, "features": kind}

@@ -47,9 +47,9 @@ class LoopedBatches(RecordingBatches):
         return rival_policy(self.rival, len(self._prompts), self._coordinator.num_steps, self._data)
 
     def _fill(self, step: int, settings: SamplingSettings, clock: StageClock) -> tuple[Drawn, dict[str, float]]:
-        """Sample as the policy asks; what is left of the batch is filled with groups that do not teach."""
-        drawn = Drawn()
-        roll = partial(self._roll, step, settings, clock, drawn, count(self._batch_size))
+        """Sample as the policy asks; a batch left short is filled with others, that do not teach where there are such."""
+        drawn, slots = Drawn(), count(self._batch_size)
+        roll = partial(self._roll, step, settings, clock, drawn, slots)
         self._whole = {}
         prompts, num_right, _ = self._policy.batch(step, roll)
         chosen = zip(prompts.tolist(), num_right.tolist(), strict=True)
@@ -58,6 +58,7 @@ class LoopedBatches(RecordingBatches):
         missing = self._batch_size - len(drawn.teaching) - len(drawn.others)
         if missing > 0:
             roll(np.arange(missing), RESPONSES)
+            drawn.others |= zip(slots, [group for groups in self._whole.values() for group in groups], strict=False)
         self._parts = {
             prompt: [(since, part) for since, part in parts if step - since < PARTS_KEPT]
             for prompt, parts in self._parts.items()

@@ -300,20 +300,35 @@ class Listed(list):
         return [self[int(index)] for index in indices]
 
 
-@pytest.mark.parametrize("name", ["pilot_commit", "greso", "dapo"])
-def test_a_rival_with_a_loop_of_its_own_trains_on_whole_groups_as_it_counts_them(name, monkeypatch):
+def looped(name, rates, observed):
+    """The batches of a rival with a loop of its own."""
     from vas_experiment_rivals import LoopedBatches
 
-    rates = np.random.default_rng(3).choice([0.0, 0.05, 0.4, 0.7, 1.0], P)
     data = DataConfig(rollout_batch_size=B, seed=5, sampling_strategy="shuffle")
-    observed = []
     coordinator = SimpleNamespace(num_steps=40, observe=lambda step, found: observed.extend(found))
     prompts = Listed(Prompt(i, f"p{i}", (1, 2), (), "") for i in range(P))
     batches = LoopedBatches(
         data, AlgorithmConfig(), RolloutConfig(), B, 1, SingleProcess(), list, prompts, coordinator, Collected(rates)
     )
     batches.rival = name
-    said = []
+    return batches
+
+
+def test_a_batch_that_a_rival_leaves_short_is_filled_with_whatever_there_is(monkeypatch):
+    batches = looped("pilot_commit", np.full(P, 0.9), [])
+    import curriculum_lab_rivals
+
+    monkeypatch.setattr(curriculum_lab_rivals, "_MANY_ROUNDS", 1)  # nothing waits in the first round of a run
+    drawn, _ = batches._fill(1, SamplingSettings(1.0, 1.0, -1, 2), StageClock())
+    assert not drawn.teaching and len(drawn.others) == B and len({*drawn.others}) == B
+    assert any(np.ptp(group.rewards.accuracy) for group in drawn.others.values())
+    assert all(len(group.group.responses) == 8 for group in drawn.others.values())
+
+
+@pytest.mark.parametrize("name", ["pilot_commit", "greso", "dapo"])
+def test_a_rival_with_a_loop_of_its_own_trains_on_whole_groups_as_it_counts_them(name, monkeypatch):
+    observed, said = [], []
+    batches = looped(name, np.random.default_rng(3).choice([0.0, 0.05, 0.4, 0.7, 1.0], P), observed)
     own = batches._policy.batch
     monkeypatch.setattr(batches._policy, "batch", lambda step, roll: said.append(own(step, roll)) or said[-1])
     trained, num_joined, num_full = set(), 0, 0
