@@ -47,7 +47,7 @@ class LoopedBatches(RecordingBatches):
         return rival_policy(self.rival, len(self._prompts), self._coordinator.num_steps, self._data)
 
     def _fill(self, step: int, settings: SamplingSettings, clock: StageClock) -> tuple[Drawn, dict[str, float]]:
-        """Sample as the policy asks; a batch left short is filled with others, that do not teach where there are such."""
+        """Sample as the policy asks; a batch left short is filled with others, at first those that do not teach."""
         drawn, slots = Drawn(), count(self._batch_size)
         roll = partial(self._roll, step, settings, clock, drawn, slots)
         self._whole = {}
